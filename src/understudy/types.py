@@ -1,0 +1,235 @@
+"""The data that passes between the parts: frozen, with no model and no engine in it.
+
+Shape legend: L tokens of one sample, R = L - prompt_length response tokens, T packed response tokens of a batch,
+K top tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
+Finish = Literal["stop", "length", "data"]
+
+
+class Author(IntEnum):
+    """Who wrote a token."""
+
+    PROMPT = 0
+    STUDENT = 1
+    TEACHER = 2
+    ENVIRONMENT = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem as a task states it, before any tokenizer.
+
+    `id` is stable over runs and is what randomness and overlap checks are keyed by. Exactly one of `text` (fed to the
+    tokenizer as it is) and `messages` (fed through the chat template) is given.
+    """
+
+    id: str
+    text: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    reference: str | None = None
+    """What the verifier compares with (a final answer)."""
+    solution: str | None = None
+    """A whole response to imitate, for SFT and off-policy shares."""
+    teacher: str | None = None
+    """Name of the teacher that judges samples of this prompt; None: the only one."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A verifier's verdict: `score` in [0, 1], the answer that it read (None: none found) and, if it failed, why."""
+
+    score: float
+    answer: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One response to one prompt, with its own facts. Per-token tensors are on the CPU and have length L."""
+
+    prompt: Prompt
+    index: int
+    """Which of the samples of this prompt, 0-based."""
+    token_ids: Tensor
+    """[L] int64, prompt and response."""
+    author: Tensor
+    """[L] uint8, values of `Author`."""
+    prompt_length: int
+    finish: Finish
+    """"stop": ended by itself (the terminating EOS is among the tokens); "length": truncated; "data": from a file."""
+    text: str
+    """The response decoded, without special tokens."""
+    rollout_logprob: Tensor | None = None
+    """[L] float32, log-probability under the unfiltered distribution that sampled the token; NaN where none did."""
+    policy_version: Tensor | None = None
+    """[L] int64, the number of optimizer updates in the weights that sampled the token; -1 where none did."""
+    teacher: str | None = None
+    reward: float | None = None
+    grade: Grade | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the sample in errors."""
+        return f"{self.prompt.id}#{self.index}"
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.token_ids.numel()) - self.prompt_length
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish == "length"
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[R] int64."""
+        return self.token_ids[self.prompt_length :]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a teacher says about one sample. Row j concerns response token j, given everything before it.
+
+    A teacher fills what was asked for and leaves the rest None. A value that it could not give is NaN, never 0.0.
+    """
+
+    token_ids: Tensor
+    """[R] the ids that were scored; packing compares them with the sample's."""
+    logprob: Tensor | None = None
+    """[R] log T(y_t)."""
+    topk_ids: Tensor | None = None
+    """[R, K] int64."""
+    topk_logprob: Tensor | None = None
+    """[R, K] from the full softmax."""
+    entropy: Tensor | None = None
+    """[R] nats."""
+    hidden: Tensor | None = None
+    """[R, H_t] the teacher's final hidden states that predict the tokens; with its head they give whole rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """T packed response tokens. Row t of every field concerns token `target[t]`; no position is shifted any more.
+
+    Optional fields are None when nobody asked for them. A NaN in a trained row is an error of whoever scored it.
+    """
+
+    target: Tensor
+    """[T] int64, the sampled tokens y_t."""
+    mask: Tensor
+    """[T] bool, tokens that are trained."""
+    on_policy: Tensor
+    """[T] bool, tokens that the student wrote."""
+    sequence: Tensor
+    """[T] int64, which sample a token belongs to."""
+    student_logprob: Tensor | None = None
+    """[T] log S_old(y_t)."""
+    rollout_logprob: Tensor | None = None
+    """[T] log mu(y_t)."""
+    teacher_logprob: Tensor | None = None
+    """[T] log T(y_t)."""
+    reference_logprob: Tensor | None = None
+    """[T] log R(y_t)."""
+    topk_ids: Tensor | None = None
+    """[T, K] int64."""
+    topk_logprob: Tensor | None = None
+    """[T, K] log T at `topk_ids`, from the full softmax."""
+    teacher_entropy: Tensor | None = None
+    """[T] nats."""
+    student_entropy: Tensor | None = None
+    """[T] nats, under S_old."""
+    outcome_advantage: Tensor | None = None
+    """[T]."""
+    uniform: Tensor | None = None
+    """[T] in [0, 1): one draw per token, keyed by (seed, step, sample, position)."""
+
+    def __post_init__(self) -> None:
+        num_tokens = self.target.shape[0]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None and value.shape[:1] != (num_tokens,):
+                raise ValueError(
+                    f"TokenBatch.{item.name} has shape {tuple(value.shape)}; its first size must be {num_tokens}, "
+                    "the number of targets"
+                )
+
+    def __len__(self) -> int:
+        return int(self.target.shape[0])
+
+    def rows(self, index: Tensor | slice) -> TokenBatch:
+        """The tokens at `index`, with every field cut alike."""
+        return take_rows(self, index)
+
+
+_Rows = TypeVar("_Rows")
+
+
+def take_rows(record: _Rows, index: Tensor | slice) -> _Rows:
+    """A dataclass with every tensor field indexed along its first dimension; other fields stay."""
+    cut = {
+        item.name: value[index]
+        for item in fields(record)  # type: ignore[arg-type]
+        if isinstance(value := getattr(record, item.name), Tensor)
+    }
+    return replace(record, **cut)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean that can be added up over chunks, micro-batches and ranks: `total / count`."""
+
+    total: float
+    count: float
+
+    @property
+    def value(self) -> float:
+        """The mean; NaN where nothing was counted."""
+        return self.total / self.count if self.count else float("nan")
+
+    def __add__(self, other: Metric) -> Metric:
+        return Metric(self.total + other.total, self.count + other.count)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One response to be sampled."""
+
+    prompt: Prompt
+    index: int
+    token_ids: Tensor
+    """[P] int64, the rendered prompt, at least one token."""
+    prefix_ids: Tensor | None = None
+    """[F] int64, response tokens that the teacher has already written; the student continues."""
+
+    @property
+    def key(self) -> str:
+        """The same name that its sample will have; randomness is keyed by it."""
+        return f"{self.prompt.id}#{self.index}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. `temperature=0` is greedy. With `top_p`, `top_k` or `min_p` the log-probabilities that are
+    recorded still refer to the unfiltered distribution at this temperature."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int = 512
+
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens come from another distribution than the one that their log-probabilities refer to."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
