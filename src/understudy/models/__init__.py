@@ -1,0 +1,27 @@
+"""Causal language models and tokenizers of the Hugging Face kind: load, build, run without a head, compare, save."""
+
+from __future__ import annotations
+
+from .backbone import backbone_hidden, enable_gradient_checkpointing, lm_head, probe_head, unwrap
+from .building import build_causal_lm
+from .loading import DType, check_model_dir, load_causal_lm
+from .saving import apply_lora, save_hf
+from .vocabulary import compare_chat_templates, compare_vocabularies, load_tokenizer, stop_ids
+
+__all__ = [
+    "DType",
+    "apply_lora",
+    "backbone_hidden",
+    "build_causal_lm",
+    "check_model_dir",
+    "compare_chat_templates",
+    "compare_vocabularies",
+    "enable_gradient_checkpointing",
+    "lm_head",
+    "load_causal_lm",
+    "load_tokenizer",
+    "probe_head",
+    "save_hf",
+    "stop_ids",
+    "unwrap",
+]

@@ -1,0 +1,127 @@
+"""A causal language model in two parts: the backbone up to the final norm, and the head that forms logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.errors import RecipeError, VocabularyError
+from understudy.linear.head import LMHead
+
+_SCALES = {
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+    "logits_scaling": -1,
+    "logits_mup_width_multiplier": -1,
+}
+"""Configuration keys whose value multiplies (1) or divides (-1) the logits; `probe_head` checks what comes out."""
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Error of a logit over the largest logit: a few roundings; 1e-3 in float32 leaves room for TF32 products."""
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The Hugging Face model inside a PEFT wrapper, adapters still active; any other model as it is."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Hidden states after the final norm, no logits formed. [B, L], [B, L] -> [B, L, H].
+
+    Sequences side by side in a row do not see each other where positions restart; without a cache only, hence none.
+    """
+    decoder = unwrap(model).get_decoder()
+    output = decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def lm_head(model: nn.Module, *, temperature: float = 1.0, vocab_size: int | None = None) -> LMHead:
+    """The model's head with its live weight and bias, soft-cap and scale, at a temperature, cut to `vocab_size`.
+
+    Raises RecipeError for a model without an output layer, VocabularyError when it has fewer rows than `vocab_size`.
+    """
+    base = unwrap(model)
+    layer = base.get_output_embeddings()
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise RecipeError(
+            f"{type(base).__name__} has no output layer with a weight; only causal language models will do"
+        )
+    if vocab_size is not None and vocab_size > layer.weight.shape[0]:
+        raise VocabularyError(
+            f"the tokenizer has {vocab_size} tokens but the head of {type(base).__name__} has {layer.weight.shape[0]} "
+            "rows: this model belongs to another tokenizer"
+        )
+    config = base.config.get_text_config()
+    return LMHead(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=_logit_scale(config),
+        temperature=temperature,
+        vocab_size=vocab_size,
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    scale = 1.0
+    for key, power in _SCALES.items():
+        value = getattr(config, key, None)
+        if value is not None:
+            scale *= float(value) ** (1 if "hyperclovax" in config.model_type else power)
+    return scale
+
+
+def probe_head(model: nn.Module) -> None:
+    """Runs a few tokens and compares the model's logits with its head on its hidden states.
+
+    Raises RecipeError, naming the architecture, where they differ by more than the precision explains: such a model has
+    a head of a kind that `LMHead` does not know, and every loss would be wrong.
+    """
+    base = unwrap(model)
+    head = lm_head(model)
+    ids = torch.arange(8, device=head.weight.device).remainder(head.num_tokens)[None]
+    with torch.no_grad(), evaluating(model):
+        expected = base(input_ids=ids, use_cache=False).logits[0]
+        hidden = backbone_hidden(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        found = head.logits(hidden[0])
+    error = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp_min(1e-30))
+    limit = _TOLERANCE[base.dtype]
+    if not error <= limit:
+        raise RecipeError(
+            f"{type(base).__name__} ({base.config.model_type}): its logits are not its head times its final hidden "
+            f"states (relative error {error:.1e}, at most {limit:.0e} in {base.dtype}). Its output layer does more "
+            "than scale, soft-cap and bias; choose another model, or teach `understudy.models.lm_head` about it"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside, the former mode of every module after."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recomputes activations in backward, so that memory holds one layer's. Acts in training mode only.
+
+    Raises RecipeError for architectures that cannot.
+    """
+    base = unwrap(model)
+    if not base.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"{type(base).__name__} cannot recompute activations; set train.gradient_checkpointing to false"
+        )
+    # transformers 5.2x renamed the method; the old name warns there and is the only one before
+    renamed = getattr(base, "activation_checkpointing_enable", None)
+    (renamed or base.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -1,0 +1,109 @@
+"""Tokenizers: loading, where a response ends, and whether two models speak the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from understudy.errors import RecipeError, VocabularyError
+
+from .backbone import unwrap
+
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+"""End a turn wherever the chat template writes them (Qwen and other ChatML, Llama 3, Gemma)."""
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+"""End a document in every tokenizer that has them as special tokens."""
+_SHOWN = 5
+
+
+def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
+    """A Hugging Face tokenizer. Raises RecipeError where none can be loaded."""
+    from transformers import AutoTokenizer
+
+    local = Path(path_or_name).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(local) if local.exists() else path_or_name, revision=revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RecipeError(f"cannot load a tokenizer from {path_or_name!r}: {str(error).splitlines()[0]}") from error
+
+
+def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
+    """All tokens that end a response, ascending: EOS of tokenizer, model and generation settings, and ends of turns.
+
+    Raises VocabularyError where there is none: responses would never end by themselves.
+    """
+    base = unwrap(model)
+    found: set[int] = set()
+    for owner in (tokenizer, base.config, base.config.get_text_config(), getattr(base, "generation_config", None)):
+        found |= _as_ids(getattr(owner, "eos_token_id", None))
+    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    template = str(tokenizer.chat_template or "")
+    found |= {special[token] for token in TURN_ENDS if token in special and token in template}
+    found |= {special[token] for token in TEXT_ENDS if token in special}
+    if not found:
+        raise VocabularyError(
+            "no EOS: neither the tokenizer nor the model names a token that ends a response; set eos_token in the "
+            "tokenizer's configuration"
+        )
+    return tuple(sorted(found))
+
+
+def _as_ids(value: int | list[int] | None) -> set[int]:
+    if value is None:
+        return set()
+    return {value} if isinstance(value, int) else set(value)
+
+
+def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
+    """The size of the vocabulary that both share: tokens that exist; rows of an embedding beyond it are padding.
+
+    Raises VocabularyError that names the first differing tokens, or the two EOS tokens where these differ.
+    """
+    student, teacher = _by_id(student_tokenizer), _by_id(teacher_tokenizer)
+    size = max([*student, *teacher]) + 1
+    differing = [index for index in range(size) if student.get(index) != teacher.get(index)]
+    if differing:
+        shown = "; ".join(
+            f"{index} is {_show(student.get(index))} for the student and {_show(teacher.get(index))} for the teacher"
+            for index in differing[:_SHOWN]
+        )
+        raise VocabularyError(
+            f"the tokenizers differ in {len(differing)} of {size} tokens: {shown}. Token scores only mean something "
+            "where both read the same tokens: choose models of one family"
+        )
+    ends = student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id
+    if ends[0] != ends[1]:
+        names = [_show(table.get(end)) for table, end in zip((student, teacher), ends, strict=True)]
+        raise VocabularyError(
+            f"EOS differs: {names[0]} (id {ends[0]}) for the student, {names[1]} (id {ends[1]}) for the teacher. "
+            "The teacher would never approve of the student's ending and lengths would explode: use the teacher's "
+            "tokenizer for the student (student.tokenizer), or a base teacher for a base student"
+        )
+    return size
+
+
+def _by_id(tokenizer: Any) -> dict[int, str]:
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    return {index: token for token, index in vocabulary.items()}
+
+
+def _show(token: str | None) -> str:
+    return "absent" if token is None else repr(token)
+
+
+def compare_chat_templates(student_tokenizer: Any, teacher_tokenizer: Any) -> str | None:
+    """A warning where the chat templates of the two differ; None where they agree."""
+    student, teacher = student_tokenizer.chat_template, teacher_tokenizer.chat_template
+    if student == teacher:
+        return None
+    lacking = [name for name, template in (("student", student), ("teacher", teacher)) if not template]
+    how = f"the {lacking[0]} has none" if lacking else "their texts are not the same"
+    return (
+        f"the chat templates of student and teacher differ ({how}). Prompts are rendered with the student's, so the "
+        "teacher judges text in a form that it may not know; this can cost tenths of a nat per token"
+    )

@@ -1,0 +1,342 @@
+"""Loading, building, splitting, comparing and saving models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from understudy.errors import RecipeError, VocabularyError
+from understudy.models import (
+    apply_lora,
+    backbone_hidden,
+    build_causal_lm,
+    check_model_dir,
+    compare_chat_templates,
+    compare_vocabularies,
+    enable_gradient_checkpointing,
+    lm_head,
+    load_causal_lm,
+    load_tokenizer,
+    probe_head,
+    save_hf,
+    stop_ids,
+)
+
+SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"architecture": "llama"},
+    "llama-tied": {"architecture": "llama", "tie_word_embeddings": True},
+    "qwen3": {"architecture": "qwen3", "num_kv_heads": 2},
+    "gemma2": {"architecture": "gemma2", "final_logit_softcapping": 0.05, "sliding_window": 4},
+    "gemma3": {"architecture": "gemma3_text", "sliding_window": 4},
+    "cohere": {"architecture": "cohere", "logit_scale": 0.25},
+    "granite": {"architecture": "granite", "logits_scaling": 8.0},
+    "gpt2": {"architecture": "gpt2"},
+    "phi": {"architecture": "phi"},
+}
+
+
+def tiny(name: str = "llama", dtype: str = "float32", vocab_size: int = 40, seed: int = 0) -> Any:
+    return build_causal_lm(
+        SIZES | ARCHITECTURES[name], vocab_size=vocab_size, eos_token_id=1, pad_token_id=0, dtype=dtype, seed=seed
+    )
+
+
+def words(tokens: list[str], eos: str = "</s>", template: str | None = None) -> Any:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0]))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, chat_template=template)
+
+
+TOKENS = ["<unk>", "</s>", "<|im_end|>", *"abcdefgh"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_backbone_and_head_give_the_models_logits(name: str, dtype: str) -> None:
+    """peers 1: soft-cap, logit scale and head bias are part of the head."""
+    model = tiny(name, dtype)
+    if name == "phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+    probe_head(model)
+    ids = torch.randint(0, 40, (2, 7))
+    positions = torch.arange(7).expand(2, 7)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        head = lm_head(model, temperature=0.5)
+        found = head.logits(backbone_hidden(model, ids, positions)) * 0.5
+    # float64: order of sums; bfloat16: the model rounds each logit to 8 bits, and soft-caps in bfloat16
+    budget = {"float64": 1e-12, "bfloat16": 2e-2}[dtype] * float(expected.abs().max())
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=0, atol=budget)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("gemma2", "final_logit_softcapping"), ("cohere", "logit_scale"), ("granite", "logits_scaling")]
+)
+def test_probe_refuses_a_head_it_does_not_know(name: str, field: str) -> None:
+    """A scale that the configuration does not tell must not pass unnoticed."""
+    model = tiny(name, "float64")
+    model.logit_scale = getattr(model, "logit_scale", None)
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2.0
+
+    head = model.lm_head
+    model.lm_head = Doubled(head.in_features, head.out_features, bias=False, dtype=torch.float64)
+    model.lm_head.weight = head.weight
+    assert getattr(model.config, field) is not None
+    with pytest.raises(RecipeError, match=type(model).__name__):
+        probe_head(model)
+
+
+def test_head_is_live_and_cut_to_the_vocabulary() -> None:
+    model = tiny("llama-tied", "float64")
+    head = lm_head(model, vocab_size=37)
+    assert head.weight is model.get_input_embeddings().weight
+    assert head.num_tokens == 37
+    with pytest.raises(VocabularyError, match=r"41 tokens.*40 rows"):
+        lm_head(model, vocab_size=41)
+
+
+def test_probe_leaves_modes_alone() -> None:
+    model = tiny()
+    model.train()
+    model.model.layers[0].eval()
+    probe_head(model)
+    assert model.training
+    assert model.model.layers[1].training
+    assert not model.model.layers[0].training
+
+
+def test_build_is_seeded_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second, other = tiny(seed=1), tiny(seed=1), tiny(seed=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert isinstance(first, LlamaForCausalLM)
+    assert first.config.intermediate_size == 128
+    assert first.config.head_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architecture": "lama", **SIZES}, "did you mean 'llama'"),
+        ({"architecture": "llama", "hiden_size": 3}, "did you mean 'hidden_size'"),
+        ({"architecture": "llama", "hidden_size": 8}, "needs hidden_size, num_layers and num_heads"),
+        ({"architecture": "llama", "hidden_size": 9, "num_layers": 1, "num_heads": 2}, "cannot be divided"),
+        (SIZES, "needs `architecture`"),
+    ],
+)
+def test_build_refuses(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        build_causal_lm(config, vocab_size=10, eos_token_id=1)
+
+
+def test_check_model_dir(tmp_path: Path) -> None:
+    assert "hub name" in check_model_dir("Qwen/Qwen3-0.6B")
+    with pytest.raises(RecipeError, match="no model directory"):
+        check_model_dir(str(tmp_path / "absent"))
+    with pytest.raises(RecipeError, match=r"no config\.json"):
+        check_model_dir(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"no weights.*pytorch_model\.bin is another format"):
+        check_model_dir(str(tmp_path))
+    with pytest.raises(RecipeError, match="is a file"):
+        check_model_dir(str(tmp_path / "config.json"))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x-1.safetensors"}}))
+    with pytest.raises(RecipeError, match="lacks 1 of its 1 weight files"):
+        check_model_dir(str(tmp_path))
+    (tmp_path / "x-1.safetensors").write_bytes(b"")
+    assert "are there" in check_model_dir(str(tmp_path))
+
+
+def test_auto_dtype_is_the_checkpoints(tmp_path: Path) -> None:
+    save_hf(tiny("llama", "bfloat16"), words(TOKENS), tmp_path)
+    assert load_causal_lm(str(tmp_path)).dtype == torch.bfloat16
+    assert load_causal_lm(str(tmp_path), dtype="float32").dtype == torch.float32
+
+
+def test_load_refuses_missing_weights(tmp_path: Path) -> None:
+    """A tensor that the file lacks would be random without a word."""
+    model = tiny()
+    state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(RecipeError, match="lack 3 tensors of LlamaForCausalLM"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_load_refuses_garbage(tmp_path: Path) -> None:
+    save_hf(tiny(), words(TOKENS), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(RecipeError, match="cannot load the model"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_real_weights_load(shared: Path) -> None:
+    path = str(shared / "models" / "stories260K")
+    model, tokenizer = load_causal_lm(path), load_tokenizer(path)
+    probe_head(model)
+    assert compare_vocabularies(tokenizer, tokenizer) == 512
+    assert stop_ids(tokenizer, model) == (2,)
+
+
+def test_stop_ids_from_every_source() -> None:
+    model = tiny()
+    assert stop_ids(words(TOKENS), model) == (1,)
+    model.generation_config.eos_token_id = [1, 7]
+    assert stop_ids(words(TOKENS), model) == (1, 7)
+
+
+def test_stop_ids_of_a_chat_template() -> None:
+    """peers 12: a turn ends at <|im_end|> though the tokenizer's EOS is another token."""
+    tokenizer = words(TOKENS, template="{{ messages }}<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert stop_ids(tokenizer, tiny()) == (1, 2)
+    tokenizer.chat_template = None
+    assert stop_ids(tokenizer, tiny()) == (1,)
+
+
+def test_no_eos_is_refused() -> None:
+    model = tiny()
+    model.config.eos_token_id = None
+    model.generation_config.eos_token_id = None
+    tokenizer = words(TOKENS)
+    tokenizer.eos_token = None
+    with pytest.raises(VocabularyError, match="no EOS"):
+        stop_ids(tokenizer, model)
+
+
+def test_qwen_stops(shared: Path) -> None:
+    tokenizer = load_tokenizer(str(shared / "tokenizers" / "qwen"))
+    model = build_causal_lm(
+        SIZES | {"architecture": "qwen3", "tie_word_embeddings": True},
+        vocab_size=151_936,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    assert stop_ids(tokenizer, model) == (151_643, 151_645)
+    assert compare_vocabularies(tokenizer, tokenizer) == 151_669
+
+
+def test_vocabularies_of_equal_size_are_not_equal() -> None:
+    """peers 13: equal size is not equal vocabulary."""
+    assert compare_vocabularies(words(TOKENS), words(TOKENS)) == len(TOKENS)
+    swapped = [*TOKENS[:3], "b", "a", *TOKENS[5:]]
+    with pytest.raises(VocabularyError, match=r"2 of 11 tokens: 3 is 'a' for the student and 'b' for the teacher"):
+        compare_vocabularies(words(TOKENS), words(swapped))
+    with pytest.raises(VocabularyError, match="11 is absent for the student and 'z' for the teacher"):
+        compare_vocabularies(words(TOKENS), words([*TOKENS, "z"]))
+
+
+def test_at_most_five_differences_are_shown() -> None:
+    with pytest.raises(VocabularyError) as error:
+        compare_vocabularies(words(TOKENS), words([*TOKENS[:3], *"ABCDEFGH"]))
+    assert "differ in 8 of 11" in str(error.value)
+    assert str(error.value).count("for the teacher") == 5
+
+
+def test_different_eos_is_refused() -> None:
+    """peers 12: a base student and a chat teacher."""
+    with pytest.raises(
+        VocabularyError, match=r"'</s>' \(id 1\) for the student, '<\|im_end\|>' \(id 2\) for the teacher"
+    ):
+        compare_vocabularies(words(TOKENS), words(TOKENS, eos="<|im_end|>"))
+
+
+def test_chat_templates_are_compared() -> None:
+    """peers 8."""
+    plain, chat = words(TOKENS), words(TOKENS, template="{{ messages }}")
+    assert compare_chat_templates(chat, chat) is None
+    assert "the student has none" in str(compare_chat_templates(plain, chat))
+    assert "not the same" in str(compare_chat_templates(words(TOKENS, template="x"), chat))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_saved_model_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny(name), words(TOKENS)
+    save_hf(model, tokenizer, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, 40, (2, 5))
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def with_adapters(name: str = "llama-tied", **options: Any) -> Any:
+    pytest.importorskip("peft")
+    model = apply_lora(tiny(name), rank=2, alpha=4.0, **options)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_merging_on_the_side(name: str, tmp_path: Path) -> None:
+    model = with_adapters(name)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_hf(model, words(TOKENS), tmp_path, merged=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not (tmp_path / "adapter_config.json").exists()
+    ids = torch.randint(0, 40, (2, 5))
+    again = load_causal_lm(str(tmp_path))
+    with torch.no_grad():
+        adapted, plain = model(input_ids=ids).logits, tiny(name)(input_ids=ids).logits
+    # (W + BA) x against W x + B (A x): order of sums in float32
+    torch.testing.assert_close(again(input_ids=ids).logits, adapted, rtol=0, atol=2e-6)
+    assert float((adapted - plain).abs().max()) > 0.01
+
+
+def test_adapter_directory(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = with_adapters()
+    save_hf(model, words(TOKENS), tmp_path, merged=False)
+    again = peft.PeftModel.from_pretrained(tiny("llama-tied"), tmp_path).eval()
+    ids = torch.randint(0, 40, (2, 5))
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
+
+
+def test_lora_goes_through_backbone_and_head() -> None:
+    model = with_adapters()
+    probe_head(model)
+    ids = torch.randint(0, 40, (1, 6))
+    hidden = backbone_hidden(model, ids, torch.arange(6)[None])
+    torch.testing.assert_close(lm_head(model).logits(hidden), model(input_ids=ids).logits, rtol=0, atol=1e-5)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert not lm_head(model).weight.requires_grad
+
+
+def test_lora_refusals() -> None:
+    with pytest.raises(RecipeError, match="output layer"):
+        with_adapters("llama", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(RecipeError, match="cannot add LoRA"):
+        with_adapters("llama", target_modules=["nothing"])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(lora: bool) -> None:
+    plain, again = (with_adapters("qwen3"), with_adapters("qwen3")) if lora else (tiny("qwen3"), tiny("qwen3"))
+    again.load_state_dict(plain.state_dict())
+    enable_gradient_checkpointing(again)
+    ids, positions = torch.randint(0, 40, (1, 6)), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    grads = []
+    for model in (plain, again):
+        model.train()
+        backbone_hidden(model, ids, positions).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert grads[0]
+    assert len(grads[0]) == len(grads[1])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
