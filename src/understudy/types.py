@@ -185,6 +185,12 @@ def take_rows(record: _Rows, index: Tensor | slice) -> _Rows:
     return replace(record, **cut)  # type: ignore[type-var]
 
 
+def fill(batch: TokenBatch, **found: Tensor | None) -> TokenBatch:
+    """The batch with absent fields set to what was found; a field that is there stays."""
+    absent = {name: value for name, value in found.items() if value is not None and getattr(batch, name) is None}
+    return replace(batch, **absent)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Metric:
     """A mean that can be added up over chunks, micro-batches and ranks: `total / count`."""

@@ -1,0 +1,84 @@
+"""Divergences between next-token distributions, given as log-probabilities. Nats; the last dimension is summed over.
+
+S is the student and T the teacher. Everything here is differentiable with respect to S and finite where S > 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["forward", "reverse"]
+Tail = Literal["bucket", "none", "renormalise"]
+
+
+def kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """`KL(P || Q) = sum_v P(v) (log P(v) - log Q(v))`, with 0 log 0 = 0. [..., V] -> [...]."""
+    p = logp.exp()
+    gap = torch.where(p > 0, logp - logq, torch.zeros_like(p))
+    return (p * gap).sum(-1)
+
+
+def log_mixture(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
+    """`log M`, `M = (1 - beta) S + beta T`, for 0 < beta < 1. [..., V] -> [..., V]."""
+    return torch.logaddexp(student_logp + math.log1p(-beta), teacher_logp + math.log(beta))
+
+
+def generalised_js(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
+    """GKD's divergence, `beta KL(T || M) + (1 - beta) KL(S || M)`. [..., V] -> [...].
+
+    `beta=0` is `KL(T || S)` and `beta=1` is `KL(S || T)`: special cases, not limits (the interpolation tends to 0 at
+    both ends). Source: arXiv 2306.13649, eq. 1. Raises ValueError for a beta outside [0, 1].
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta}; it must lie in [0, 1]")
+    if beta == 0.0:
+        return kl(teacher_logp, student_logp)
+    if beta == 1.0:
+        return kl(student_logp, teacher_logp)
+    mixture = log_mixture(student_logp, teacher_logp, beta)
+    return beta * kl(teacher_logp, mixture) + (1.0 - beta) * kl(student_logp, mixture)
+
+
+def entropy(logp: Tensor) -> Tensor:
+    """`-sum_v P(v) log P(v)`. [..., V] -> [...]."""
+    return -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
+
+
+def log_tail(logp: Tensor) -> Tensor:
+    """`log(1 - sum_k P(k))`: the log-mass outside K given tokens. [..., K] -> [...].
+
+    The mass is not known below the precision of the K numbers, so it is floored at that precision (a mass of 0 would
+    make the reverse divergence infinite because of a rounding).
+    """
+    return torch.log((1.0 - logp.exp().sum(-1)).clamp_min(torch.finfo(logp.dtype).eps))
+
+
+def topk_divergence(
+    student_logp: Tensor,
+    teacher_logp: Tensor,
+    direction: Direction,
+    tail: Tail,
+    student_tail: Tensor | None = None,
+    teacher_tail: Tensor | None = None,
+) -> Tensor:
+    """A divergence over K tokens of the vocabulary, both sides from their full softmax. [..., K] -> [...].
+
+    `bucket` adds one category with the rest of both distributions (their log-masses `student_tail`, `teacher_tail`,
+    [...]): a lower bound of the full divergence, never negative. `none` truncates the sum: it may be negative.
+    `renormalise` divides both sides by their mass on the K tokens. With `student_tail=None` under `bucket` there is no
+    rest (K = V), and all three agree with the full divergence.
+    """
+    if tail == "renormalise":
+        student_logp = student_logp.log_softmax(-1)
+        teacher_logp = teacher_logp.log_softmax(-1)
+    elif tail == "bucket" and student_tail is not None:
+        rest = log_tail(teacher_logp) if teacher_tail is None else teacher_tail
+        student_logp = torch.cat([student_logp, student_tail.unsqueeze(-1)], -1)
+        teacher_logp = torch.cat([teacher_logp, rest.unsqueeze(-1)], -1)
+    if direction == "forward":
+        return kl(teacher_logp, student_logp)
+    return kl(student_logp, teacher_logp)

@@ -1,0 +1,187 @@
+"""The evaluation in chunks: logits are formed once, and their gradient in the same visit.
+
+Every loss here reads a few numbers of a row (the sampled token, K tokens, the mass outside them, the entropy, one
+divergence), so the gradient of the logits is a scaled softmax, plus a scaled auxiliary row, plus a sparse correction. A
+chunk of rows is projected, its numbers are read, the terms are differentiated by autograd on these numbers alone, and
+the chunk's buffer is overwritten by the gradient of its logits, which the two products with the head consume. The head
+costs three matrix products (logits, d hidden, d weight), four with a full-vocabulary teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import Rows, Term
+from ..types import TokenBatch, fill
+from . import rows as row_math
+from .head import LMHead
+from .plan import Evaluation, FullTeacher, Tally, TermsOf, Trained, choose_trained, cut, shares, weighted_loss
+from .products import Gradients, project
+
+CHUNK_ELEMENTS = 256 * 152_064
+"""Logits in one chunk: 256 rows of the largest common vocabulary, 148 MiB in float32."""
+
+
+def evaluate(
+    method: TermsOf,
+    batch: TokenBatch,
+    hidden: Tensor,
+    head: LMHead,
+    *,
+    step: int = 0,
+    rng: object = None,
+    teacher: FullTeacher | None = None,
+    reference: FullTeacher | None = None,
+    counts: Mapping[str, float] | None = None,
+    chunk_tokens: int | None = None,
+) -> Evaluation:
+    """The method's loss on a batch, ready for `backward`, and its metrics.
+
+    hidden [T, H] predicts `batch.target` row by row; the gradient reaches `hidden`, `head.weight` and `head.bias` where
+    they require one. `teacher` and `reference` are ([T, H_t], LMHead) for losses over the whole vocabulary. `counts`:
+    the denominators of the whole optimizer step (`count_denominators`, plus a term's own by its name); None: this
+    batch's. Arithmetic is in float32, or float64 for float64 inputs. Masked rows are never projected.
+
+    Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
+    that do not fit.
+    """
+    _check_shapes(batch, hidden, head, teacher)
+    trained = choose_trained(method, batch, teacher, counts, rng)
+    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
+    job = _Job(method, trained, head, teacher, step, rng, chunk)
+    loss = _Apply.apply(hidden, head.weight, head.bias, job)
+    return Evaluation(loss, job.tally.metrics())
+
+
+@torch.no_grad()
+def score(hidden: Tensor, head: LMHead, target: Tensor, *, chunk_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probability of the targets and entropy of their rows, without gradient. [T, H], [T] -> [T], [T]."""
+    dtype = compute_dtype(hidden)
+    logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
+    for part in _parts(len(target), chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)):
+        logits = project(hidden[part].to(dtype), head)
+        for block in row_math.blocks(logits):
+            read = row_math.softmax_stats(logits[block])
+            sampled = logits[block].gather(-1, target[part][block, None]).squeeze(-1)
+            logprob[part][block] = sampled - read.lse
+            entropy[part][block] = read.entropy
+    return logprob, entropy
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """float32 for anything up to float32, float64 for float64: the one place where logits are upcast."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _check_shapes(batch: TokenBatch, hidden: Tensor, head: LMHead, teacher: FullTeacher | None) -> None:
+    if hidden.shape != (len(batch), head.weight.shape[1]):
+        raise ValueError(f"hidden is {tuple(hidden.shape)}; expected [{len(batch)}, {head.weight.shape[1]}]")
+    if teacher is not None:
+        states, its_head = teacher
+        if states.shape != (len(batch), its_head.weight.shape[1]):
+            raise ValueError(f"the teacher's hidden is {tuple(states.shape)}; expected [{len(batch)}, H_t]")
+        if its_head.num_tokens != head.num_tokens:
+            raise ValueError(
+                f"the student's vocabulary has {head.num_tokens} tokens and the teacher's {its_head.num_tokens}: set "
+                "LMHead.vocab_size of both to the tokens that their tokenizers share"
+            )
+
+
+def _parts(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+@dataclass(eq=False)
+class _Job:
+    """One evaluation; `run` visits every chunk once."""
+
+    method: TermsOf
+    trained: Trained
+    head: LMHead
+    teacher: FullTeacher | None
+    step: int
+    rng: object
+    chunk: int
+
+    def __post_init__(self) -> None:
+        self.tally = Tally()
+
+    def run(self, hidden: Tensor, gradients: Gradients) -> Tensor:
+        """The loss; fills `gradients`."""
+        dtype = compute_dtype(hidden)
+        index = self.trained.index
+        whole = self._batch_terms(hidden) if self.method.scope == "batch" else None
+        token_shares = {kind: self.trained.share(kind, "") for kind in ("token", "sequence")} if whole is None else {}
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        buffers = row_math.Buffers(min(self.chunk, len(index)), self.head.num_tokens, dtype, hidden.device)
+        for part in _parts(len(index), self.chunk):
+            states = hidden[index[part]].to(dtype)
+            logits = project(states, self.head, out=buffers.student(part))
+            teacher_logits = self._teacher_logits(index[part], dtype, buffers.teacher(part) if self.teacher else None)
+            visit = row_math.Visit(self.method.reads, logits, teacher_logits, self.trained.batch.rows(part))
+            leaves, judged = visit.read(keep_logits=self.head.softcap is not None)
+            with torch.enable_grad():
+                if whole is not None:
+                    terms = cut(whole, part)
+                else:
+                    terms = [
+                        (term, _token_share(term, token_shares, part))
+                        for term in self.method.terms(judged, self.step, self.rng)
+                    ]
+                loss = weighted_loss(terms, leaves, judged, self.tally)
+            total += loss.detach()
+            if gradients.wanted and loss.requires_grad:
+                visit.differentiate(loss, self.head)
+                gradients.add(index[part], states, logits)
+        return total
+
+    def _teacher_logits(self, index: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        hidden, head = self.teacher
+        return project(hidden[index].to(dtype), head, out=out)
+
+    def _batch_terms(self, hidden: Tensor) -> list[tuple[Term, Tensor]]:
+        """The terms of a batch-scope method, after a scoring pass where the batch has no scores of the student yet."""
+        batch = self.trained.batch
+        if batch.student_logprob is None or batch.student_entropy is None:
+            logprob, entropy = self._score(hidden, self.head)
+            batch = fill(batch, student_logprob=logprob, student_entropy=entropy)
+        if self.teacher is not None and (batch.teacher_logprob is None or batch.teacher_entropy is None):
+            logprob, entropy = self._score(*self.teacher)
+            batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
+        return shares(self.method.terms(batch, self.step, self.rng), self.trained)
+
+    def _score(self, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
+        return score(hidden[self.trained.index], head, self.trained.batch.target, chunk_tokens=self.chunk)
+
+
+def _token_share(term: Term, token_shares: Mapping[str, Tensor], part: slice) -> Tensor:
+    if term.per is not None:
+        raise ValueError(f"term {term.name!r} has a denominator of its own; a method with such a term has scope 'batch'")
+    return token_shares[term.reduce][part]
+
+
+class _Apply(torch.autograd.Function):
+    """Carries gradients that were formed in the forward; the backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
+        gradients = Gradients(job.head, hidden, *ctx.needs_input_grad[:3])
+        loss = job.run(hidden, gradients)
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("evaluate().loss can be differentiated once; call evaluate again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.scaled(grad_output), None)

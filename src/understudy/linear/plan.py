@@ -1,0 +1,184 @@
+"""What every evaluation does before and after the logits: choose the trained rows, check them, weigh the terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ScoreError
+from ..losses import Reads, Reduce, Rows, Term
+from ..types import Metric, TokenBatch, take_rows
+from .head import LMHead
+
+FullTeacher = tuple[Tensor, LMHead]
+
+
+class TermsOf(Protocol):
+    """The part of a method that an evaluation uses (see `methods.base.Method`)."""
+
+    requires: tuple[str, ...]
+
+    @property
+    def scope(self) -> str: ...
+    @property
+    def reads(self) -> Reads: ...
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A loss to call `backward` on, and its metrics by name."""
+
+    loss: Tensor
+    metrics: dict[str, Metric]
+
+
+def count_denominators(batches: list[TokenBatch]) -> dict[str, float]:
+    """The denominators of a whole optimizer step: trained "tokens", and "sequences" that have any."""
+    return {
+        "tokens": float(sum(int(batch.mask.sum()) for batch in batches)),
+        "sequences": float(sum(int(batch.sequence[batch.mask].unique().numel()) for batch in batches)),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The N trained rows of a batch and what each weighs in a mean."""
+
+    index: Tensor
+    """[N] their positions in the batch."""
+    batch: TokenBatch
+    """N rows."""
+    counts: Mapping[str, float]
+
+    def share(self, reduce: Reduce, name: str, per: Tensor | None = None) -> Tensor:
+        """What one token of each row weighs in the mean over `per` (None: all trained rows). [N] float64.
+
+        `name` is the key of a term's own count. A mean over nothing weighs 0.
+        """
+        members = torch.ones_like(self.batch.mask) if per is None else per
+        total = self.counts.get(name if per is not None else {"token": "tokens", "sequence": "sequences"}[reduce])
+        if reduce == "token":
+            total = float(members.sum()) if total is None else total
+            return members.double() / total if total else members.double() * 0.0
+        names, group = self.batch.sequence.unique(return_inverse=True)
+        lengths = torch.zeros(names.numel(), dtype=torch.float64, device=group.device)
+        lengths.index_add_(0, group, members.double())
+        total = float((lengths > 0).sum()) if total is None else total
+        return members.double() / (lengths[group].clamp_min(1.0) * total) if total else members.double() * 0.0
+
+
+def choose_trained(
+    method: TermsOf, batch: TokenBatch, teacher: FullTeacher | None, counts: Mapping[str, float] | None, rng: object
+) -> Trained:
+    """The trained rows, with nothing missing.
+
+    Raises ScoreError when the method needs a score that the batch lacks or that is NaN on a trained row.
+    """
+    reads = method.reads
+    if reads.divergence is not None and teacher is None:
+        raise ScoreError(
+            f"{type(method).__name__} needs the teacher's whole next-token distribution: pass teacher=(hidden, LMHead), "
+            "from a teacher that is loaded here (`teacher.type: local`)"
+        )
+    required = list(method.requires)
+    if reads.topk is not None:
+        required += ["topk_ids", "topk_logprob"]
+    if batch.uniform is None and isinstance(rng, torch.Generator):
+        draws = torch.rand(len(batch), generator=rng, device=rng.device, dtype=torch.float64)
+        batch = replace(batch, uniform=draws.to(batch.target.device))
+    index = batch.mask.nonzero().squeeze(-1)
+    rows = batch.rows(index)
+    for name in required:
+        _check_score(method, rows, name, given_in_pass=teacher is not None)
+    return Trained(index, rows, counts or {})
+
+
+def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass: bool) -> None:
+    value = getattr(rows, name)
+    if value is None:
+        if given_in_pass:
+            return
+        raise ScoreError(
+            f"{type(method).__name__} needs {name}, which the batch does not have: ask the teacher for it "
+            f"(its `needs` are {sorted(getattr(method, 'needs', ()))})"
+        )
+    if name.endswith("_ids"):
+        return
+    missing = value.isnan().reshape(len(rows), -1).any(-1) if len(rows) else rows.mask
+    if bool(missing.any()):
+        row = int(missing.nonzero()[0])
+        raise ScoreError(
+            f"{name} is NaN on {int(missing.sum())} trained tokens, first in sample {int(rows.sequence[row])} at trained "
+            f"token {row}: score it again or drop the sample (`teacher.on_missing: drop`)"
+        )
+
+
+def weighted_loss(
+    terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally
+) -> Tensor:
+    """`sum_terms coef * sum_t share_t loss_t` over C rows; tells `tally` what to show. Scalar."""
+    total = rows.logprob.new_zeros(())
+    for term, share in terms:
+        value = term.loss(rows)
+        mask = torch.ones_like(batch.mask) if term.mask is None else term.mask
+        # where, not a product: a row that takes no part may hold an infinity
+        kept = torch.where(mask, value, torch.zeros_like(value))
+        total = total + term.coef * (kept * share.to(value.dtype)).sum()
+        tally.add(f"loss/{term.name}", kept.detach(), mask)
+        for name, number in term.metrics.items():
+            tally.add(name, number)
+    tally.add("student_entropy", rows.entropy.detach())
+    tally.add("student_logprob", rows.logprob.detach())
+    if batch.teacher_logprob is not None:
+        known = batch.on_policy & ~batch.teacher_logprob.isnan()
+        ratio = torch.where(known, batch.teacher_logprob - rows.logprob.detach(), 0.0)
+        tally.add("log_ratio", ratio, known)
+        tally.add("log_ratio_positive", (ratio > 0).to(ratio.dtype), known)
+    if batch.teacher_entropy is not None:
+        tally.add("teacher_entropy", batch.teacher_entropy)
+    return total
+
+
+class Tally:
+    """Sums of metrics, kept on the device until the end so that no chunk waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, value: Tensor, mask: Tensor | None = None) -> None:
+        """Adds the rows of `value` where `mask` (None: all)."""
+        count = torch.tensor(float(value.numel()), dtype=torch.float64) if mask is None else mask.sum().double()
+        total = value.double().sum() if mask is None else torch.where(mask, value, 0.0).double().sum()
+        self._sums.setdefault(name, []).append(torch.stack([total, count.to(total.device)]))
+
+    def metrics(self) -> dict[str, Metric]:
+        """One transfer from the device."""
+        if not self._sums:
+            return {}
+        table = torch.stack([torch.stack(parts).sum(0) for parts in self._sums.values()]).tolist()
+        return {name: Metric(total, count) for name, (total, count) in zip(self._sums, table, strict=True)}
+
+
+def shares(terms: list[Term], trained: Trained) -> list[tuple[Term, Tensor]]:
+    """Each term of a whole batch with the weight of its N rows."""
+    return [(term, trained.share(term.reduce, term.name, term.per)) for term in terms]
+
+
+def cut(terms: list[tuple[Term, Tensor]], part: slice) -> list[tuple[Term, Tensor]]:
+    """Terms of the whole batch, cut to some rows."""
+    return [
+        (
+            replace(
+                take_rows(term, part),
+                loss=take_rows(term.loss, part),
+                metrics={name: value[part] for name, value in term.metrics.items()},
+            ),
+            share[part],
+        )
+        for term, share in terms
+    ]

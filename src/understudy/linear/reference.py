@@ -1,0 +1,65 @@
+"""The definition: all logits at once, differentiated by autograd. Every other evaluation is tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import divergences
+from ..losses import Reads, Rows
+from ..types import TokenBatch, fill
+from .head import LMHead
+from .plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, shares, weighted_loss
+
+
+def evaluate(
+    method: TermsOf,
+    batch: TokenBatch,
+    hidden: Tensor,
+    head: LMHead,
+    *,
+    step: int = 0,
+    rng: object = None,
+    teacher: FullTeacher | None = None,
+    reference: FullTeacher | None = None,
+    counts: Mapping[str, float] | None = None,
+) -> Evaluation:
+    """Same arguments, loss and metrics as `understudy.linear.evaluate`; needs the memory of several [T, V] tensors."""
+    trained = choose_trained(method, batch, teacher, counts, rng)
+    logp = head.logits(hidden[trained.index]).log_softmax(-1)
+    teacher_logp = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_logp = teacher[1].logits(teacher[0][trained.index]).log_softmax(-1)
+    rows, judged = _read(method.reads, trained.batch, logp, teacher_logp)
+    tally = Tally()
+    loss = weighted_loss(shares(method.terms(judged, step, rng), trained), rows, judged, tally)
+    # hidden.sum() * 0 would spread a NaN of a masked row; an empty product does not
+    return Evaluation(loss + hidden[:0].sum(), tally.metrics())
+
+
+def _read(reads: Reads, batch: TokenBatch, logp: Tensor, teacher_logp: Tensor | None) -> tuple[Rows, TokenBatch]:
+    """Fills the rows, and the batch with what only the pass can know."""
+    logprob = logp.gather(-1, batch.target[:, None]).squeeze(-1)
+    entropy = divergences.entropy(logp)
+    batch = fill(batch, student_logprob=logprob.detach(), student_entropy=entropy.detach())
+    if teacher_logp is not None:
+        at_target = teacher_logp.gather(-1, batch.target[:, None]).squeeze(-1)
+        batch = fill(batch, teacher_logprob=at_target, teacher_entropy=divergences.entropy(teacher_logp))
+    divergence = topk_logp = tail_logp = None
+    if reads.divergence is not None and teacher_logp is not None:
+        divergence = divergences.generalised_js(logp, teacher_logp, reads.divergence)
+    if reads.topk is not None:
+        if teacher_logp is not None:
+            support = (teacher_logp if reads.topk == "teacher" else logp.detach()).topk(min(reads.k, logp.shape[-1]))
+            at_support = teacher_logp.gather(-1, support.indices)
+            batch = replace(batch, topk_ids=support.indices, topk_logprob=at_support)
+        assert batch.topk_ids is not None
+        topk_logp = logp.gather(-1, batch.topk_ids)
+        if reads.tail and batch.topk_ids.shape[-1] < logp.shape[-1]:
+            rest = torch.ones_like(logp, dtype=torch.bool).scatter(-1, batch.topk_ids, False)
+            tail_logp = logp.masked_fill(~rest, -torch.inf).logsumexp(-1)
+    return Rows(logprob, entropy, topk_logp, tail_logp, divergence), batch

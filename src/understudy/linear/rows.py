@@ -1,0 +1,234 @@
+"""Reading a chunk of logits and overwriting it with its gradient.
+
+A chunk is visited in blocks of rows that fit in a processor's cache, so the passes over a row cost little beside the
+products. p is the student's row, q the teacher's, z and z_t their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..divergences import log_mixture
+from ..losses import Reads, Rows
+from ..types import TokenBatch, fill
+from .head import LMHead
+
+BLOCK_ELEMENTS = 8 * 152_064
+"""Logits in one block on a CPU: 4.6 MiB in float32, so that three buffers of it stay in a shared cache."""
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Blocks of rows on a CPU; the whole chunk on a device whose kernels stream it anyway."""
+    size = logits.shape[0]
+    rows = size if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, size, max(1, rows)):
+        yield slice(start, min(start + rows, size))
+
+
+class Buffers:
+    """One buffer of logits a model, used again by every chunk."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._size, self._options = (rows, columns), {"dtype": dtype, "device": device}
+        self._student: Tensor | None = None
+        self._teacher: Tensor | None = None
+
+    def student(self, part: slice) -> Tensor:
+        """[C, V]"""
+        if self._student is None:
+            self._student = torch.empty(self._size, **self._options)  # type: ignore[call-overload]
+        return self._student[: part.stop - part.start]
+
+    def teacher(self, part: slice) -> Tensor:
+        """[C, V]"""
+        if self._teacher is None:
+            self._teacher = torch.empty(self._size, **self._options)  # type: ignore[call-overload]
+        return self._teacher[: part.stop - part.start]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxStats:
+    """A block's softmax as `p * inverse` [B, V], [B]; its log-sum-exp [B] and entropy [B].
+
+    The softmax kernel adds up a long row one lane after another and is off by 1e-5 at 150,000 entries; the sum of its
+    result, which is added up pairwise, takes that error out again.
+    """
+
+    p: Tensor
+    inverse: Tensor
+    lse: Tensor
+    entropy: Tensor
+
+    def mean(self, value: Tensor) -> Tensor:
+        """`E_p[value]`. [B, V] -> [B]."""
+        return torch.linalg.vecdot(self.p, value) * self.inverse
+
+    def write(self, out: Tensor) -> None:
+        """The normalised row."""
+        torch.mul(self.p, self.inverse[:, None], out=out)
+
+
+def softmax_stats(z: Tensor) -> SoftmaxStats:
+    """One exponential pass: `lse = max z - log max p`, `H = lse - sum p z`."""
+    p = torch.softmax(z, -1)
+    inverse = 1.0 / p.sum(-1)
+    lse = z.amax(-1) - (p.amax(-1) * inverse).log()
+    return SoftmaxStats(p, inverse, lse, lse - torch.linalg.vecdot(p, z) * inverse)
+
+
+class Visit:
+    """One chunk: `read` turns its logits into rows, `differentiate` turns the buffer into d loss / d raw logits."""
+
+    def __init__(self, reads: Reads, logits: Tensor, teacher_logits: Tensor | None, batch: TokenBatch) -> None:
+        self._reads, self._z, self._aux, self._batch = reads, logits, teacher_logits, batch
+        self._capped: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._leaves: Rows | None = None
+        self._topk_ids: Tensor | None = None
+
+    def read(self, *, keep_logits: bool) -> tuple[Rows, TokenBatch]:
+        """The rows, as leaves that take gradients, and the batch with what the pass knows. The buffer now holds p."""
+        if keep_logits:
+            self._capped = self._z.clone()
+        read = [self._read_block(block) for block in blocks(self._z)]
+        merged = {name: torch.cat([part[name] for part in read]) for name in read[0]}
+        self._mean = merged.pop("mean", None)
+        batch = self._judge(merged)
+        self._topk_ids = batch.topk_ids
+        leaf = {item.name: merged[item.name].requires_grad_() for item in fields(Rows) if item.name in merged}
+        self._leaves = Rows(**leaf)
+        return self._leaves, batch
+
+    def _read_block(self, block: slice) -> dict[str, Tensor]:
+        z, aux = self._z[block], None if self._aux is None else self._aux[block]
+        target = self._batch.target[block, None]
+        student = softmax_stats(z)
+        read = {"entropy": student.entropy, "logprob": z.gather(-1, target).squeeze(-1) - student.lse}
+        teacher = None if aux is None else softmax_stats(aux)
+        if aux is not None and teacher is not None:
+            read["teacher_entropy"] = teacher.entropy
+            read["teacher_logprob"] = aux.gather(-1, target).squeeze(-1) - teacher.lse
+        if self._reads.topk is not None:
+            read |= self._read_topk(block, z, student, aux, teacher)
+        if self._reads.divergence is not None and aux is not None and teacher is not None:
+            read |= _read_divergence(self._reads.divergence, z, student, aux, teacher)
+        student.write(z)
+        return read
+
+    def _read_topk(
+        self, block: slice, z: Tensor, student: SoftmaxStats, aux: Tensor | None, teacher: SoftmaxStats | None
+    ) -> dict[str, Tensor]:
+        read = {}
+        if aux is not None and teacher is not None:
+            support = aux if self._reads.topk == "teacher" else z
+            read["topk_ids"] = ids = support.topk(min(self._reads.k, z.shape[-1])).indices
+            read["topk_logprob"] = aux.gather(-1, ids) - teacher.lse[:, None]
+        else:
+            assert self._batch.topk_ids is not None
+            ids = self._batch.topk_ids[block]
+        read["topk_logp"] = z.gather(-1, ids) - student.lse[:, None]
+        if self._reads.tail and ids.shape[-1] < z.shape[-1]:
+            # summed without the K tokens: 1 - sum_K p would cancel where the tail is small
+            inside = student.p.gather(-1, ids)
+            student.p.scatter_(-1, ids, 0.0)
+            rest = student.p.sum(-1) * student.inverse
+            read["tail_logp"] = rest.clamp_min(torch.finfo(z.dtype).tiny).log()
+            student.p.scatter_(-1, ids, inside)
+        return read
+
+    def _judge(self, read: dict[str, Tensor]) -> TokenBatch:
+        found = {name: read[name] for name in ("topk_ids", "topk_logprob") if name in read}
+        return fill(
+            replace(self._batch, **found),
+            # clones, because the student's numbers become leaves
+            student_logprob=read["logprob"].clone(),
+            student_entropy=read["entropy"].clone(),
+            teacher_logprob=read.get("teacher_logprob"),
+            teacher_entropy=read.get("teacher_entropy"),
+        )
+
+    def differentiate(self, loss: Tensor, head: LMHead) -> None:
+        """Overwrites the logits with `d loss / d (hidden @ weight.T + bias)`."""
+        assert self._leaves is not None
+        leaves = {item.name: getattr(self._leaves, item.name) for item in fields(Rows)}
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        factor = head.scale / head.temperature
+        grads = {name: grad * factor for name, grad in zip(leaves, found, strict=True) if grad is not None}
+        for block in blocks(self._z):
+            self._differentiate_block(block, {name: grad[block] for name, grad in grads.items()})
+        if self._capped is not None and head.softcap is not None:
+            # d softcap(x) / dx = 1 - (softcap(x) / cap)^2
+            self._z.mul_(1.0 - (self._capped * (head.temperature / head.softcap)) ** 2)
+
+    def _differentiate_block(self, block: slice, g: dict[str, Tensor]) -> None:
+        z, target = self._z[block], self._batch.target[block, None]
+        coef = torch.zeros_like(z[:, 0])
+        sparse: list[tuple[Tensor, Tensor]] = []
+        if "logprob" in g:  # e_y - p
+            coef -= g["logprob"]
+            sparse.append((target, g["logprob"][:, None]))
+        if "topk_logp" in g:  # e_k - p
+            coef -= g["topk_logp"].sum(-1)
+            sparse.append((self._ids(block), g["topk_logp"]))
+        if "tail_logp" in g:  # [v outside K] p / tail - p
+            assert self._leaves is not None and self._leaves.tail_logp is not None
+            over = g["tail_logp"] / self._leaves.tail_logp[block].detach().exp()
+            coef += over - g["tail_logp"]
+            sparse.append((self._ids(block), -over[:, None] * z.gather(-1, self._ids(block))))
+        entropy_grad = self._entropy_gradient(block, g["entropy"]) if "entropy" in g else None
+        if "divergence" in g:
+            self._add_divergence(block, coef, g["divergence"])
+        else:
+            z.mul_(coef[:, None])
+        if entropy_grad is not None:
+            z.add_(entropy_grad)
+        for ids, value in sparse:
+            z.scatter_add_(-1, ids, value)
+
+    def _ids(self, block: slice) -> Tensor:
+        assert self._topk_ids is not None
+        return self._topk_ids[block]
+
+    def _entropy_gradient(self, block: slice, g: Tensor) -> Tensor:
+        """`-g p (log p + H)`."""
+        assert self._leaves is not None
+        p = self._z[block]
+        return -g[:, None] * (torch.special.xlogy(p, p) + p * self._leaves.entropy[block].detach()[:, None])
+
+    def _add_divergence(self, block: slice, coef: Tensor, g: Tensor) -> None:
+        """Forward: `g (p - q)`. Else, with S's log-ratio l to T or to the mixture: `g (1 - beta) p (l - E_p l)`."""
+        z, beta = self._z[block], self._reads.divergence
+        assert self._aux is not None and beta is not None
+        aux = self._aux[block]
+        if beta == 0.0:
+            z.mul_((coef + g)[:, None]).addcmul_(aux, -g[:, None])
+            return
+        assert self._mean is not None
+        weight = g if beta == 1.0 else g * (1.0 - beta)
+        aux.mul_(weight[:, None]).add_((coef - weight * self._mean[block])[:, None])
+        z.mul_(aux)
+
+
+def _read_divergence(beta: float, z: Tensor, student: SoftmaxStats, aux: Tensor, teacher: SoftmaxStats) -> dict[str, Tensor]:
+    """The divergence of each row; leaves in `aux` what its gradient needs (see `Visit._add_divergence`)."""
+    if beta == 0.0:
+        aux.sub_(z)
+        value = teacher.mean(aux) - teacher.lse + student.lse
+        teacher.write(aux)
+        return {"divergence": value}
+    if beta == 1.0:
+        # log p - log q up to a constant of the row, which p (l - E_p l) does not see
+        torch.sub(z, aux, out=aux)
+        mean = student.mean(aux)
+        return {"divergence": mean - student.lse + teacher.lse, "mean": mean}
+    logp, logq = z - student.lse[:, None], aux - teacher.lse[:, None]
+    mixture = log_mixture(logp, logq, beta)
+    to_teacher = teacher.mean(logq - mixture)
+    torch.sub(logp, mixture, out=aux)
+    mean = student.mean(aux)
+    return {"divergence": beta * to_teacher + (1.0 - beta) * mean, "mean": mean}

@@ -1,0 +1,40 @@
+"""GKD: a divergence over the whole vocabulary on the student's own samples.
+
+Source: Agarwal et al., "On-Policy Distillation of Language Models", arXiv 2306.13649.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..losses import FullDivergence, Reads, Term
+from ..types import Need, TokenBatch
+from .base import Method, RolloutPlan
+
+
+@dataclass(frozen=True)
+class GKD(Method):
+    """Generalised Jensen-Shannon divergence of `beta`, mean over trained tokens; see `divergences.generalised_js`."""
+
+    beta: float = 1.0
+    """0: forward `KL(T || S)`; 1: reverse `KL(S || T)`; between: interpolated."""
+    on_policy_share: float = 1.0
+    """The paper's lambda: share of samples that the student writes; the rest are the data's responses."""
+
+    def __post_init__(self) -> None:
+        self.check_range("beta", 0.0, 1.0)
+        self.check_range("on_policy_share", 0.0, 1.0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"full"})
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(divergence=self.beta)
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        return [Term("divergence", FullDivergence())]
+
+    def plan(self, step: int) -> RolloutPlan:
+        return RolloutPlan(on_policy_share=self.on_policy_share)

@@ -1,0 +1,55 @@
+"""OPD: sampled-token reverse KL as a policy gradient.
+
+Sources: Thinking Machines, "On-Policy Distillation" (2025); Qwen3 technical report, arXiv 2505.09388. The baseline is
+vOPD's, arXiv 2605.07865.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import signals
+from ..losses import PolicyGradient, Reads, Reduce, Term
+from ..types import Need, TokenBatch
+from .base import Method, Scope, present
+
+
+@dataclass(frozen=True)
+class OPD(Method):
+    """`A_t = sg[d_t]`, `d_t = log T(y_t) - log S_old(y_t)`; loss `-r_t A_t`, mean over trained tokens.
+
+    At S = S_old its expected gradient is that of `KL(S || T)` at the visited prefixes.
+    """
+
+    discount: float = 0.0
+    """gamma > 0: `A_t = sum_{u >= t} gamma^(u-t) d_u` within the sample."""
+    baseline: bool = False
+    """Subtract `E_{y~S}[d] = -KL(S || T)`: the same expectation, less variance. Needs a full-vocabulary teacher."""
+    reduce: Reduce = "token"
+
+    def __post_init__(self) -> None:
+        self.check_range("discount", 0.0, 1.0)
+        if self.baseline and self.discount:
+            raise ValueError("baseline is the expectation of d_t alone; it does not fit a discount above 0")
+
+    requires = ("teacher_logprob",)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"full"} if self.baseline else {"sampled"})
+
+    @property
+    def scope(self) -> Scope:
+        return "batch" if self.discount else "token"
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(divergence=1.0 if self.baseline else None)
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        advantage = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        if self.discount:
+            trained = batch.mask & batch.on_policy
+            advantage = signals.return_to_go(advantage, batch.sequence, trained, self.discount)
+        loss = PolicyGradient(advantage, batch.student_logprob, baseline=self.baseline)
+        return [Term("policy_gradient", loss, mask=batch.on_policy, reduce=self.reduce)]

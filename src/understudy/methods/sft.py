@@ -1,0 +1,24 @@
+"""SFT: imitation of given responses; sequence-level distillation where a teacher wrote them (arXiv 1606.07947)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..losses import NLL, Term
+from ..types import Need, TokenBatch
+from .base import Method, RolloutPlan
+
+
+@dataclass(frozen=True)
+class SFT(Method):
+    """`-log S(y_t)` on the data's responses, mean over trained tokens."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"none"})
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        return [Term("nll", NLL())]
+
+    def plan(self, step: int) -> RolloutPlan:
+        return RolloutPlan(on_policy_share=0.0)

@@ -1,0 +1,39 @@
+"""TopK: a divergence over K tokens of the vocabulary, with the rest in a tail bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..divergences import Direction, Tail
+from ..losses import Reads, Term, TopKDivergence
+from ..types import Need, TokenBatch
+from .base import Method, present
+
+
+@dataclass(frozen=True)
+class TopK(Method):
+    """Forward or reverse KL over the teacher's or the student's top K; see `divergences.topk_divergence`.
+
+    With K = V every choice agrees with the full divergence.
+    """
+
+    k: int = 64
+    direction: Direction = "forward"
+    support: Literal["teacher", "student"] = "teacher"
+    """"student" needs a teacher that can score given tokens."""
+    tail: Tail = "bucket"
+
+    def __post_init__(self) -> None:
+        self.check_range("k", 1)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"topk"} if self.support == "teacher" else {"full"})
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(topk=self.support, k=self.k, tail=self.tail == "bucket")
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        return [Term("divergence", TopKDivergence(present(batch.topk_logprob), self.direction, self.tail))]
