@@ -1,0 +1,71 @@
+"""Sequences of prompts that are made when they are looked at, and the permutations that order them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from understudy.randomness import hash_name
+from understudy.types import Prompt
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class LazyPrompts(Sequence[Prompt]):
+    """`make(i)` for every i of `indices`; a slice is lazy too."""
+
+    make: Callable[[int], Prompt]
+    indices: range
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyPrompts: ...
+    def __getitem__(self, index: int | slice) -> Prompt | LazyPrompts:
+        if isinstance(index, slice):
+            return LazyPrompts(self.make, self.indices[index])
+        return self.make(self.indices[index])
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A bijection of `range(size)` that needs no memory: a Feistel network over the next even power of two.
+
+    A value that falls outside the range is sent through the network again until it falls inside ("cycle walking"), less than
+    four times on average. `name` is the key: another name, another order.
+    """
+
+    size: int
+    name: str
+
+    def __call__(self, index: int) -> int:
+        if not 0 <= index < self.size:
+            raise IndexError(f"{index} is outside range({self.size})")
+        half_bits = max(1, ((self.size - 1).bit_length() + 1) // 2)
+        key = hash_name(self.name)
+        index = _feistel(index, half_bits, key)
+        while index >= self.size:
+            index = _feistel(index, half_bits, key)
+        return index
+
+
+def _feistel(value: int, half_bits: int, key: int) -> int:
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for number in range(_ROUNDS):
+        left, right = right, left ^ (_mix(key ^ (right << 8) ^ number) & mask)
+    return left << half_bits | right
+
+
+def _mix(x: int) -> int:
+    """The finaliser of SplitMix64, on a Python integer."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,44 @@
+"""Prompts that stand in the training data and in the evaluation, or twice in one split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from understudy.tasks.records import normalise, problem_key
+from understudy.types import Prompt
+
+NUM_EXAMPLES = 3
+
+
+def overlap(train: Sequence[Prompt], evaluation: Sequence[Prompt], limit: int | None = None) -> list[str]:
+    """Ids of the evaluation prompts that also stand in `train`, letter case, white space and template aside.
+
+    Looks at the first `limit` training prompts only, where it is given: a computed task may have millions.
+    """
+    keys = {key for prompt in islice(train, limit) for key in _keys(prompt)}
+    return [prompt.id for prompt in evaluation if not keys.isdisjoint(_keys(prompt))]
+
+
+def overlap_message(ids: Sequence[str], num_evaluation: int) -> str:
+    """One sentence for the console and the report. `ids` as `overlap` returns them."""
+    if not ids:
+        return f"none of the {num_evaluation} evaluation prompts is in the training data"
+    examples = ", ".join(ids[:NUM_EXAMPLES]) + (", ..." if len(ids) > NUM_EXAMPLES else "")
+    return (
+        f"{len(ids)} of {num_evaluation} evaluation prompts are also in the training data ({examples}): the accuracy measures "
+        "memory too; remove them from one side"
+    )
+
+
+def num_repeated(prompts: Sequence[Prompt]) -> int:
+    """How many prompts repeat an earlier one of the sequence."""
+    return len(prompts) - len({problem_key(prompt) for prompt in prompts})
+
+
+def _keys(prompt: Prompt) -> tuple[str, str]:
+    """The problem as its id names it (without a template) and the wording as the model sees it."""
+    if prompt.text is not None:
+        return problem_key(prompt), normalise(prompt.text)
+    users = [message["content"] for message in prompt.messages or () if message["role"] == "user"]
+    return problem_key(prompt), normalise("\n".join(users))

@@ -1,0 +1,318 @@
+"""Problems from files: JSON lines and data sets of the Hugging Face hub, with the fields named in the recipe."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from understudy.errors import DataError, RecipeError, nearest
+from understudy.randomness import hash_name
+from understudy.types import Grade, Prompt
+from understudy.verifiers import VERIFIERS, find_verifier
+
+Split = Literal["train", "validation", "test"]
+Row = tuple[str, Mapping[str, Any]]
+"""Where the row stands (file and line), and its fields."""
+
+NUM_CHECKED_ROWS = 8
+"""Rows of each file that a dry run reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records(ABC):
+    """What file-backed tasks share: which field means what, how a prompt is worded, and how train and validation part.
+
+    A field may be nested, `reward_model.ground_truth`. A row's prompt is a string, or a list of messages of a chat. Without
+    `reference_field` the samples cannot be graded; they are left unscored. With `validation_share` a row goes to
+    validation by a hash of its prompt and `seed`: rows that are added or moved leave the others where they are, and
+    equal prompts stay together.
+    """
+
+    prompt_field: str
+    reference_field: str | None = None
+    """The final answer that the verifier compares with."""
+    solution_field: str | None = None
+    """A whole response to imitate."""
+    reference_after: str | None = None
+    """Take only what follows the last of this mark in the reference: "####" for GSM8K."""
+    teacher_field: str | None = None
+    """Names the teacher that judges the row."""
+    template: str = "{prompt}"
+    """The wording around the prompt; other braces stay as they are."""
+    system: str | None = None
+    """The system message of the chat."""
+    chat: bool = True
+    """Through the tokenizer's chat template; false: as plain text."""
+    validation_share: float = 0.0
+    limit: int | None = None
+    """At most so many prompts of each split, the first ones."""
+    verifier: str = "math"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template is {self.template!r}; it must contain {{prompt}}")
+        if self.system is not None and not self.chat:
+            raise ValueError("system is a message of a chat; with chat: false put its text into template")
+        if not 0.0 <= self.validation_share < 1.0:
+            raise ValueError(f"validation_share is {self.validation_share}; it must be at least 0 and less than 1")
+        if self.validation_share > 0 and "validation" in self.sources():
+            raise ValueError("validation_share and a validation source are both given; keep one")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1, or left out")
+        if self.reference_after is not None and self.reference_field is None:
+            raise ValueError("reference_after is given without reference_field")
+        if self.verifier not in VERIFIERS:
+            raise ValueError(f"there is no verifier {self.verifier!r}; {nearest(self.verifier, VERIFIERS)}")
+
+    @abstractmethod
+    def sources(self) -> Mapping[str, str]:
+        """Split -> the file or hub split that it is read from."""
+
+    @abstractmethod
+    def rows(self, source: str) -> Iterator[Row]:
+        """The rows of one source, in order. Raises RecipeError or DataError."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Prefix of the prompts' ids."""
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """All prompts of the split, in the order of the source, repeated ones too (`num_repeated` counts them).
+
+        Raises RecipeError for a split that the recipe gives no source for, DataError for a bad row or an empty split.
+        """
+        return _load(self, split)
+
+    def grade(self, prompt: Prompt, text: str) -> Grade:
+        """The verifier's verdict. Raises DataError for a prompt without reference."""
+        if prompt.reference is None:
+            raise DataError(f"prompt {prompt.id} has no reference to grade with; set task.reference_field")
+        return find_verifier(self.verifier)(text, prompt.reference)
+
+    def check_files(self) -> None:
+        """Read the first rows of every source, as the run would. Raises RecipeError or DataError."""
+        for source in dict.fromkeys(self.sources().values()):
+            num_rows = 0
+            for place, row in islice(self.rows(source), NUM_CHECKED_ROWS):
+                self.to_prompt(place, row)
+                num_rows += 1
+            if num_rows == 0:
+                raise DataError(f"{source} is empty; it must hold at least one row")
+
+    def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
+        """One row as a prompt. Its id is a hash of the bare prompt, so it survives another order and another template."""
+        raw = _field(row, self.prompt_field, place)
+        if isinstance(raw, str):
+            question, messages = raw, [{"role": "user", "content": raw}]
+        else:
+            messages = _messages(raw, self.prompt_field, place)
+            question = messages[-1]["content"]
+        text = self.template.replace("{prompt}", question)
+        messages[-1] = {**messages[-1], "content": text}
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return Prompt(
+            id=f"{self.name}/{_digest(question)}",
+            text=None if self.chat else text,
+            messages=tuple(messages) if self.chat else None,
+            reference=self._reference(row, place),
+            solution=_optional_text(row, self.solution_field, place),
+            teacher=_optional_text(row, self.teacher_field, place),
+        )
+
+    def _reference(self, row: Mapping[str, Any], place: str) -> str | None:
+        reference = _optional_text(row, self.reference_field, place)
+        if reference is None or self.reference_after is None:
+            return reference
+        if self.reference_after not in reference:
+            raise DataError(f"{place}: field {self.reference_field!r} does not contain {self.reference_after!r}")
+        return reference.rpartition(self.reference_after)[2].strip()
+
+    def source_of(self, split: Split) -> str:
+        """The source that the split is cut from. Raises RecipeError if there is none."""
+        sources = self.sources()
+        if split in sources:
+            return sources[split]
+        if split == "validation" and self.validation_share > 0:
+            return sources["train"]
+        raise RecipeError(
+            f"task {self.name} has no {split} split; give it a source"
+            + (" or set task.validation_share" if split == "validation" else "")
+        )
+
+    def takes(self, split: Split, prompt: Prompt) -> bool:
+        """Whether a prompt of the split's source belongs to the split."""
+        if self.validation_share == 0 or split == "test":
+            return True
+        draw = hash_name(f"{self.seed}/validation/{problem_key(prompt)}") / 2**64
+        return (draw < self.validation_share) == (split == "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl(Records):
+    """The task `jsonl`: files of one JSON object per line, `.jsonl` or `.jsonl.gz`."""
+
+    path: str
+    validation_path: str | None = None
+    test_path: str | None = None
+
+    @property
+    def name(self) -> str:
+        path = Path(self.path)
+        stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        return f"{path.parent.name}/{stem}" if path.parent.name else stem
+
+    def sources(self) -> Mapping[str, str]:
+        paths = {"train": self.path, "validation": self.validation_path, "test": self.test_path}
+        return {split: path for split, path in paths.items() if path is not None}
+
+    def rows(self, source: str) -> Iterator[Row]:
+        return _read_jsonl(Path(source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(Records):
+    """The task `hub`: a data set that `datasets.load_dataset` knows, by its name on the hub or a local folder.
+
+    `check_files` reads nothing from the network: of a hub name it checks the form only.
+    """
+
+    name: str
+    config: str | None = None
+    split_train: str = "train"
+    split_validation: str | None = None
+    split_test: str | None = None
+    revision: str | None = None
+    """A commit or tag; give it where results are to be repeated."""
+
+    def sources(self) -> Mapping[str, str]:
+        splits = {"train": self.split_train, "validation": self.split_validation, "test": self.split_test}
+        return {split: source for split, source in splits.items() if source is not None}
+
+    def rows(self, source: str) -> Iterator[Row]:
+        from datasets import load_dataset
+
+        try:
+            data = load_dataset(self.name, self.config, split=source, revision=self.revision)
+        except Exception as error:  # the library raises a dozen unrelated types for what is wrong with a name
+            raise DataError(f"cannot load split {source!r} of data set {self.name!r}: {error}") from error
+        for number, row in enumerate(data):
+            yield f"{self.name}[{source}] row {number}", row
+
+    def check_files(self) -> None:
+        if Path(self.name).is_dir():
+            super().check_files()
+        elif self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
+            raise RecipeError(f"task.name is {self.name!r}; there is no such folder, and it is not a hub name (owner/name)")
+
+
+TASK_SPLIT_CACHE = 8
+
+
+@lru_cache(maxsize=TASK_SPLIT_CACHE)
+def _load(task: Records, split: Split) -> tuple[Prompt, ...]:
+    source = task.source_of(split)
+    every = (task.to_prompt(place, row) for place, row in task.rows(source))
+    found = tuple(_distinct_ids(islice((prompt for prompt in every if task.takes(split, prompt)), task.limit)))
+    if not found:
+        raise DataError(f"{source}: the {split} split is empty; it must hold at least one row")
+    return found
+
+
+def _distinct_ids(prompts: Iterator[Prompt]) -> Iterator[Prompt]:
+    """Repeated prompts get "~2", "~3" behind their id: randomness is keyed by it."""
+    from dataclasses import replace
+
+    seen: dict[str, int] = {}
+    for prompt in prompts:
+        count = seen[prompt.id] = seen.get(prompt.id, 0) + 1
+        yield prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}")
+
+
+def problem_key(prompt: Prompt) -> str:
+    """What names the problem in a prompt's id, whatever data set, template or repetition it comes in."""
+    return prompt.id.rpartition("/")[2].partition("~")[0]
+
+
+def normalise(text: str) -> str:
+    """For telling whether two prompts are the same: letter case and white space aside."""
+    return " ".join(text.casefold().split())
+
+
+def _digest(question: str) -> str:
+    return blake2b(normalise(question).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _field(row: Mapping[str, Any], field: str, place: str) -> Any:
+    """The value of a field, which may be nested: `a.b`."""
+    value: Any = row
+    for part in [field] if field in row else field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            known = value if isinstance(value, Mapping) else row
+            raise DataError(f"{place}: no field {field!r}; fields: {', '.join(map(str, row))} ({nearest(part, known)})")
+        value = value[part]
+    return value
+
+
+def _optional_text(row: Mapping[str, Any], field: str | None, place: str) -> str | None:
+    if field is None:
+        return None
+    value = _field(row, field, place)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"{place}: field {field!r} is {_brief(value)}; it must be a string or a number")
+
+
+def _messages(value: Any, field: str, place: str) -> list[dict[str, str]]:
+    good = isinstance(value, list) and value and all(
+        isinstance(item, Mapping) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+        for item in value
+    )
+    if not good:
+        raise DataError(
+            f"{place}: field {field!r} is {_brief(value)}; it must be a string, or a list of messages with role and content"
+        )
+    return [{"role": item["role"], "content": item["content"]} for item in value]
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) if siblings else f"there is no folder {path.parent}"
+        raise RecipeError(f"there is no file {path}; {hint}")
+    line_number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for line_number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{line_number}", _parse_line(line, f"{path}:{line_number}")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file, after line {line_number}: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+
+
+def _parse_line(line: bytes, place: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # both the encoding and the syntax
+        raise DataError(f"{place}: not a line of JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: {_brief(row)} is not a JSON object; one line holds one object with named fields")
+    return row
