@@ -1,0 +1,99 @@
+"""How a number is written: the same in the page, its charts and the console."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from understudy.report.read import Interval
+
+MISSING = "not recorded"
+_RATE = re.compile(r"^(avg|pass|maj)@\d+$|^(accuracy|truncated|no_eos|accept_rate|reject_rate)$|_(share|rate)$")
+_LABELS = {
+    "avg": "mean of {} attempts",
+    "pass": "at least one of {} right",
+    "maj": "majority of {}",
+    "accuracy": "",
+    "mean_tokens": "response length, tokens",
+    "truncated": "cut at the length limit",
+    "no_eos": "ended without EOS",
+}
+
+
+def is_rate(name: str) -> bool:
+    """Whether a metric is a share in [0, 1], written in percent."""
+    return bool(_RATE.search(name))
+
+
+def metric_note(name: str) -> str:
+    """What a metric of an evaluation is, in a few words; empty where the name is all that is known."""
+    kind, _, count = name.partition("@")
+    if count == "1":
+        return "one attempt"
+    return _LABELS.get(kind, "").format(count)
+
+
+def number(value: float) -> str:
+    """Four significant digits, thousands separated, powers of ten as 1.2e-5."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-3 or size >= 1e7:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
+        return f"{mantissa}e{int(exponent)}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    digits = max(0, 3 - math.floor(math.log10(size)))
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def quantity(name: str, value: float | None) -> str:
+    """A metric's value with its unit: "41.0 %" for a rate."""
+    if value is None:
+        return MISSING
+    return f"{100 * value:.1f} %" if is_rate(name) else number(value)
+
+
+def interval(name: str, item: Interval | None) -> str:
+    """As "41.0 % [35.2, 46.9]"; the value alone where no interval was recorded."""
+    if item is None or item.value is None:
+        return MISSING
+    if item.low is None or item.high is None:
+        return quantity(name, item.value)
+    return f"{quantity(name, item.value)} [{_bound(name, item.low)}, {_bound(name, item.high)}]"
+
+
+def change(name: str, item: Interval | None) -> str:
+    """A signed difference: "+55.5 points [+49.8, +61.0]" for a rate."""
+    if item is None or item.value is None:
+        return MISSING
+    unit = " points" if is_rate(name) else ""
+    text = f"{_signed(name, item.value)}{unit}"
+    if item.low is None or item.high is None:
+        return text
+    return f"{text} [{_signed(name, item.low)}, {_signed(name, item.high)}]"
+
+
+def seconds(value: float) -> str:
+    """As "1 h 02 min", "3 min 05 s" or "12.3 s"."""
+    if value < 60:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _bound(name: str, value: float) -> str:
+    return f"{100 * value:.1f}" if is_rate(name) else number(value)
+
+
+def _signed(name: str, value: float) -> str:
+    text = _bound(name, abs(value))
+    if float(text.replace(",", "")) == 0:
+        return text
+    return ("+" if value > 0 else "\u2212") + text

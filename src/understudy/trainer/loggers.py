@@ -1,0 +1,268 @@
+"""Where the numbers of a run go: always JSON lines in the run directory, and on request TensorBoard, W&B, Trackio."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from understudy.errors import CheckpointError, RecipeError, nearest
+from understudy.report.text import plain_tree, without_secrets
+
+_LOG = logging.getLogger(__name__)
+PROJECT = "understudy"
+"""Project name at W&B and Trackio; WANDB_PROJECT and TRACKIO_PROJECT override it."""
+
+
+class MetricLogger(Protocol):
+    """Takes the numbers of every optimizer step."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object per line, written to the file before `log` returns, so that a killed process loses at most one.
+
+    A non-finite value is written as null and its name listed under "nonfinite". An unfinished last line, left by a
+    killed process, is cut off when the file is opened.
+
+    Raises CheckpointError where the file cannot be written (a full disk) or does not hold JSON lines.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_unfinished_line(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
+        record: dict[str, object] = {"step": step}
+        for name, value in values.items():
+            record[name] = None if name in nonfinite else value if isinstance(value, int) else float(value)
+        self.write(record | {"nonfinite": nonfinite} if nonfinite else record)
+
+    def write(self, record: Mapping[str, object]) -> None:
+        """Any record with a "step", such as an event."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("only a part of the line was written: the disk is full")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def truncate_after(self, step: int) -> None:
+        """Drops every line of a later step, so that a run resumed from the checkpoint of `step` repeats none.
+
+        Other lines stay byte by byte. The file is replaced in one rename.
+        """
+        aside = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with self.path.open("rb") as lines, aside.open("wb") as kept:
+                kept.writelines(line for number, line in enumerate(lines, 1) if self._step(line, number) <= step)
+                kept.flush()
+                os.fsync(kept.fileno())
+            self._file.close()
+            aside.replace(self.path)
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _step(self, line: bytes, number: int) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}:{number}: not a JSON object with a step: {line[:80]!r}; repair or delete the line"
+            ) from error
+
+    def sync(self) -> None:
+        """Waits until every line is on the disk: before a checkpoint, so that a power cut leaves no gap before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then continue with --resume"
+    )
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+class TensorBoard:
+    """Event files under RUN/tensorboard. On resume TensorBoard hides what an earlier process wrote of later steps."""
+
+    def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
+        summary: Any = _load("torch.utils.tensorboard", "tensorboard")
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = summary.SummaryWriter(run_dir / "tensorboard", purge_step=purge)
+        if resume_step is None:
+            self._writer.add_text("recipe", f"```json\n{json.dumps(plain_tree(recipe), indent=2)}\n```", 0)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases. The key comes from its own login or WANDB_API_KEY; WANDB_MODE=offline needs none.
+
+    The run's id is kept in RUN/wandb/run-id and continued on resume; W&B itself ignores steps that it already has.
+    """
+
+    def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
+        wandb: Any = _load("wandb", "wandb")
+        id_file = run_dir / "wandb" / "run-id"
+        if resume_step is None or not id_file.is_file():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(uuid4().hex[:12])
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run_dir.name,
+            id=id_file.read_text().strip(),
+            dir=str(run_dir),
+            config=plain_tree(recipe),
+            resume="allow",
+            settings=wandb.Settings(console="off"),
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio, local unless TRACKIO_SPACE_ID names a Space. A resumed run sends steps after its checkpoint again."""
+
+    def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
+        trackio: Any = _load("trackio", "trackio")
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=run_dir.name,
+            config=plain_tree(recipe),
+            resume="never" if resume_step is None else "allow",
+            embed=False,
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], MetricLogger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}
+
+
+class Guarded:
+    """A logger whose failures (network, a full quota) are told once and then endured: no run dies of its dashboard."""
+
+    def __init__(self, name: str, inner: MetricLogger, warn: Callable[[str], None]) -> None:
+        self.name = name
+        self._inner = inner
+        self._warn = warn
+        self._warned = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._endure(lambda: self._inner.log(step, values), f"step {step}")
+
+    def close(self) -> None:
+        self._endure(self._inner.close, "the end of the run")
+
+    def _endure(self, call: Callable[[], None], when: str) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not self._warned:
+                self._warned = True
+                reason = without_secrets(f"{type(error).__name__}: {error}")
+                self._warn(f"{self.name} failed at {when} ({reason}); training goes on, metrics.jsonl has every step")
+
+
+def make_loggers(
+    run_dir: Path,
+    names: Sequence[str],
+    recipe: Mapping[str, object],
+    *,
+    resume_step: int | None = None,
+    warn: Callable[[str], None] = _LOG.warning,
+) -> list[MetricLogger]:
+    """RUN/metrics.jsonl and the loggers of `names`. With `resume_step`, lines of later steps are dropped first.
+
+    Raises RecipeError for an unknown name, a package that is not installed and a service that cannot be started.
+    """
+    check_loggers(names)
+    lines = JsonLines(run_dir / "metrics.jsonl")
+    if resume_step is not None:
+        lines.truncate_after(resume_step)
+    loggers: list[MetricLogger] = [lines]
+    for name in names:
+        try:
+            inner = LOGGERS[name](run_dir, recipe, resume_step)
+        except RecipeError:
+            raise
+        except Exception as error:
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            raise RecipeError(
+                f"loggers: {name!r} could not be started ({reason}); log in to it, set it to offline, or remove it"
+            ) from error
+        loggers.append(Guarded(name, inner, warn))
+    return loggers
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """What a dry run can check: every name is known and its package can be found; nothing is imported or written."""
+    for name in names:
+        if name not in LOGGERS:
+            raise RecipeError(f"loggers: unknown logger {name!r}; {nearest(name, LOGGERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise _not_installed(name)
+
+
+def _load(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise _not_installed(extra) from error
+
+
+def _not_installed(extra: str) -> RecipeError:
+    return RecipeError(f"loggers: {extra!r} is not installed; run: pip install understudy[{extra}]")

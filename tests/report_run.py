@@ -1,0 +1,140 @@
+"""A run directory as the trainer writes it, for tests of what reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+FACTS = {
+    "version": "0.1.0",
+    "commit": "0123abc",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "machine": {"cpu_count": 2, "device": "cpu"},
+    "seed": 7,
+    "method": "gkd",
+    "student": "runs/warm/student",
+    "teacher": "runs/teacher/student",
+    "status": "finished",
+    "started": "2026-03-01T10:00:00+00:00",
+    "ended": "2026-03-01T10:01:12+00:00",
+}
+RECIPE = "student: runs/warm/student\nteacher: runs/teacher/student\nmethod:\n  type: gkd\n  beta: 1.0\nseed: 7\n"
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def training_rows(num_steps: int, seed: int = 0) -> list[dict[str, object]]:
+    """Metrics that look like a distillation: a falling loss, a rising log-ratio, one spike of the gradient."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for step in range(1, num_steps + 1):
+        decay = math.exp(-3 * step / num_steps)
+        noise = rng.normal(size=8)
+        rows.append(
+            {
+                "step": step,
+                "time_s": 0.36 * step,
+                "loss": 0.9 * decay + 0.03 * abs(noise[0]),
+                "log_ratio": -0.9 * decay + 0.03 * noise[1],
+                "student_entropy": 0.3 + 0.4 * decay + 0.02 * noise[2],
+                "teacher_entropy": 0.12 + 0.01 * noise[3],
+                "response_tokens": 30 + 3 * noise[4],
+                "grad_norm": (1.2 * decay + 0.2) * math.exp(0.4 * noise[5]) * (40 if step == num_steps // 3 else 1),
+                "lr": 1e-3 * min(1.0, step / 10) * (1 - step / (num_steps + 1)),
+                "truncated": max(0.0, 0.2 * decay + 0.02 * noise[6]),
+                "generate_s": 0.19 + 0.02 * abs(noise[7]),
+                "score_s": 0.04,
+                "update_s": 0.12 + 0.01 * abs(noise[0]),
+                "tokens_per_s": 9000 + 400 * noise[2],
+            }
+        )
+    return rows
+
+
+def write_eval(
+    run_dir: Path,
+    step: int,
+    scores: Mapping[str, list[float]],
+    *,
+    prompt: str = "{id}:",
+    response: str = "",
+    **extra: object,
+) -> Path:
+    """One evaluation: a summary and its samples. `scores` holds the score of every attempt, by prompt id."""
+    attempts = len(next(iter(scores.values())))
+    means = np.array([np.mean(values) for values in scores.values()])
+    best = np.array([max(values) for values in scores.values()])
+    half = 1.96 / math.sqrt(len(scores))
+
+    def entry(values: np.ndarray) -> dict[str, float]:
+        mean, spread = float(values.mean()), half * float(values.std())
+        return {
+            "value": mean,
+            "low": max(0.0, mean - spread),
+            "high": min(1.0, mean + spread),
+            "num_problems": len(values),
+        }
+
+    summary = {
+        "step": step,
+        "split": "test",
+        "samples_per_prompt": attempts,
+        "num_problems": len(scores),
+        "metrics": {
+            f"avg@{attempts}": entry(means),
+            f"pass@{attempts}": entry(best),
+            f"maj@{attempts}": entry(best * 0.9),
+            "mean_tokens": {"value": 31.4, "low": 31.0, "high": 31.9, "num_problems": len(scores)},
+            "truncated": {"value": 0.02, "low": 0.01, "high": 0.04, "num_problems": len(scores)},
+            "no_eos": {"value": 0.0, "low": 0.0, "high": 0.0, "num_problems": len(scores)},
+        },
+    } | extra
+    path = run_dir / "eval" / f"step_{step:06d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary))
+    rows = [
+        {
+            "prompt_id": name,
+            "prompt": prompt.format(id=name),
+            "response": response or f"690=15;481=13;901=10#{1035 if score == 1 else 1025}",
+            "finish": "stop",
+            "num_tokens": 31,
+            "answer": "1035" if score == 1 else "1025",
+            "reference": "1035",
+            "score": score,
+            "note": "",
+        }
+        for name, values in scores.items()
+        for score in values
+    ]
+    write_lines(path.with_suffix(".jsonl"), rows)
+    return path
+
+
+def random_scores(share: float, num_problems: int = 200, attempts: int = 4, seed: int = 0) -> dict[str, list[float]]:
+    """Right with probability `share`, independently."""
+    draws = np.random.default_rng(seed).random((num_problems, attempts)) < share
+    return {f"add-{index:03d}": [float(value) for value in row] for index, row in enumerate(draws)}
+
+
+def write_run(run_dir: Path, *, num_steps: int = 120, before: float = 0.41, after: float = 0.965) -> Path:
+    """A finished run with two evaluations at its ends and two between them."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    (run_dir / "run.json").write_text(json.dumps(FACTS))
+    write_lines(run_dir / "metrics.jsonl", training_rows(num_steps))
+    write_lines(
+        run_dir / "events.jsonl", [{"step": 40, "kind": "warning", "text": "12 prompts repeat in the test split"}]
+    )
+    for index in range(4):
+        share = before + (after - before) * (1 - (1 - index / 3) ** 2)
+        write_eval(run_dir, round(num_steps * index / 3), random_scores(share, seed=index))
+    return run_dir
