@@ -9,9 +9,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 import numpy as np
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from understudy.report.format import number
@@ -65,7 +65,7 @@ class Scale:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
 
-def draw(chart: Chart) -> str:
+def draw(chart: Chart) -> Markup:
     """The chart as one `<svg>`. Every line needs at least one finite value; raises ValueError otherwise."""
     for line in chart.lines:
         if not np.isfinite(line.series.values).any():
@@ -87,7 +87,7 @@ def draw(chart: Chart) -> str:
         "stacked": chart.stacked,
         "series": [{"name": name, "step": _ints(item.steps), "value": _compact(item.values)} for name, item in readout],
     }
-    return (
+    return Markup(  # noqa: S704 numbers, and texts that are escaped here
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" class="chart" '
         f'aria-label="{escape(describe(chart))}" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
         f"{_axes(chart, x, y)}{body}{_marks(chart.marks, x)}"
@@ -144,7 +144,7 @@ def _value_scale(chart: Chart) -> Scale:
     bottom, top = low - pad, high + pad
     if low >= 0 > bottom:
         bottom = 0.0
-    if chart.percent:
+    if chart.percent and low >= 0 and high <= 1:
         bottom, top = max(0.0, bottom), min(1.0, top)
     return Scale(bottom, top, BOTTOM, TOP)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 
 from understudy.report.chart import Chart, Line, draw, summary
 from understudy.report.format import is_rate
@@ -50,7 +51,7 @@ class Figure:
 
     title: str
     legend: Sequence[str]
-    svg: str
+    svg: Markup
     summary: Sequence[str]
     note: str = ""
     smooth: int = 0
@@ -125,9 +126,13 @@ def accuracy_chart(evals: Sequence[EvalRecord]) -> Chart | None:
 
 
 def phase_chart(series: Mapping[str, Series], marks: Sequence[int] = ()) -> Chart | None:
-    """Seconds of each phase, stacked; phases that fewer than half of the steps have are not phases of a step."""
+    """Seconds of each phase, stacked; phases that fewer than half of the steps have are not phases of a step.
+
+    None where there is no step at which every phase is known: nothing could be stacked.
+    """
     lines = [Line(name.removesuffix("_s"), series[name]) for name in _phases(series)]
-    if not lines:
+    known = [set(line.series.steps[np.isfinite(line.series.values)].tolist()) for line in lines]
+    if not known or not set.intersection(*known):
         return None
     absent = [name.removesuffix("_s") for name in _PHASE_ORDER if name not in series]
     totals = {line.name: float(np.nansum(line.series.values)) for line in lines}

@@ -18,7 +18,7 @@ from understudy.errors import CheckpointError
 from understudy.report.charts import Figure, figures
 from understudy.report.format import number, seconds
 from understudy.report.read import EvalRecord, Event, Interval, RunRecord, read_eval, read_run
-from understudy.report.text import plain_tree, visible, without_secrets
+from understudy.text import encodable, plain_tree, visible, without_secrets
 from understudy.report.transcripts import Group, training_groups, transcript_groups
 from understudy.report.verdict import Comparison, Row, Verdict, compare, judge, rows
 
@@ -107,10 +107,17 @@ def render(page: Page) -> str:
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+    )
     template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
     html = template.render(page=page, policy=policy, style=Markup(style), script=Markup(script))  # noqa: S704 our own files
-    return visible(html)
+    return encodable(html)
+
+
+def _finalize(value: object) -> object:
+    """Every text that the template shows, before it is escaped."""
+    return visible(value) if type(value) is str else value
 
 
 def build_page(run: RunRecord, baseline: EvalRecord | None) -> Page:

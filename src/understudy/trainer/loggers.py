@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from understudy.errors import CheckpointError, RecipeError, nearest
-from understudy.report.text import plain_tree, without_secrets
+from understudy.text import plain_tree, without_secrets
 
 _LOG = logging.getLogger(__name__)
 PROJECT = "understudy"

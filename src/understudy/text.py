@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 _ESCAPE_SEQUENCE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor moves (ECMA-48, section 5.4)
-    r"|\x1b[\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC, DCS, SOS, PM, APC: titles, links, clipboard
+    r"|\x1b[\]PX^_][^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS, SOS, PM, APC: titles, links, clipboard
     r"|\x1b[ -/]*[0-~]?"  # every other escape, also a lone one
 )
 _INVISIBLE = re.compile(
@@ -32,9 +32,14 @@ _SHORTEST_SECRET = 8
 def visible(text: str) -> str:
     """Without terminal escape sequences, control characters (but tab and newline) and bidirectional overrides.
 
-    Lone surrogates, which no encoding can write, become U+FFFD.
+    Lone surrogates, which no encoding can write, become U+FFFD. An escape sequence without an end, which would make a
+    terminal swallow all that follows, loses only its beginning.
     """
-    text = _ESCAPE_SEQUENCE.sub("", text.replace("\r\n", "\n"))
+    return encodable(_ESCAPE_SEQUENCE.sub("", text.replace("\r\n", "\n")))
+
+
+def encodable(text: str) -> str:
+    """As `visible`, character by character: what follows an escape character stays."""
     return _SURROGATE.sub("\ufffd", _INVISIBLE.sub("", text))
 
 
