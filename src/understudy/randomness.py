@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,14 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _U64 = NDArray[np.uint64]
+_MASK = (1 << 64) - 1
 
 
-def _mix(x: _U64) -> _U64:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64 bits that passes BigCrush on counters."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+@overload
+def mix64(x: int) -> int: ...
+@overload
+def mix64(x: _U64) -> _U64: ...
+def mix64(x: Any) -> Any:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection of 64 bits that passes BigCrush on counters.
+
+    Of an integer, or of each element of an array: arrays wrap around by themselves, Python's integers by the mask.
+    """
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
 def hash_name(name: str) -> int:
@@ -35,10 +44,10 @@ def keyed_uniform(seed: int, stream: str, step: int, names: Sequence[str], num_p
     `stream` separates the uses ("sample", "trust", ...), so that two uses never share a number.
     """
     with np.errstate(over="ignore"):
-        root = _mix(np.array([hash_name(f"{seed}/{stream}/{step}")], dtype=np.uint64))
-        keys = _mix(root ^ np.array([hash_name(name) for name in names], dtype=np.uint64))
-        positions = _mix(np.arange(num_positions, dtype=np.uint64))
-        bits = _mix(keys[:, None] ^ positions[None, :])
+        root = mix64(np.array([hash_name(f"{seed}/{stream}/{step}")], dtype=np.uint64))
+        keys = mix64(root ^ np.array([hash_name(name) for name in names], dtype=np.uint64))
+        positions = mix64(np.arange(num_positions, dtype=np.uint64))
+        bits = mix64(keys[:, None] ^ positions[None, :])
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 

@@ -31,5 +31,13 @@ class Task(Protocol):
 TASKS: Mapping[str, type[Arithmetic | Jsonl | Hub]] = {"arithmetic": Arithmetic, "jsonl": Jsonl, "hub": Hub}
 
 __all__ = [
-    "TASKS", "Arithmetic", "Hub", "Jsonl", "Task", "build_tokenizer", "num_repeated", "overlap", "overlap_message",
+    "TASKS",
+    "Arithmetic",
+    "Hub",
+    "Jsonl",
+    "Task",
+    "build_tokenizer",
+    "num_repeated",
+    "overlap",
+    "overlap_message",
 ]

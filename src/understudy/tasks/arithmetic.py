@@ -41,11 +41,10 @@ STARTS = range(20, 40)
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The task `arithmetic`. Every problem of a split is distinct, and which split it is in depends on the problem alone,
-    not on the seed: what one run trains on no other run evaluates on. `seed` orders the training problems.
+    """The task `arithmetic`. Every problem of a split is distinct, and which split it is in depends on the problem
+    alone, not on the seed: what one run trains on no other run evaluates on. `seed` orders the training problems.
 
-    `size` and `num_solutions` limit the training split; the second says that solutions are scarce. Raises ValueError for
-    values out of range and for a setting that the family does not have.
+    Raises ValueError for values out of range and for a setting that the family does not have.
     """
 
     family: Family = "addition"
@@ -54,9 +53,7 @@ class Arithmetic:
     operations: int = 4
     """In a row (chain)."""
     size: int | None = None
-    """Training problems; None: all that there are."""
-    num_solutions: int | None = None
-    """At most so many distinct training problems; None: no limit."""
+    """At most so many training problems; None: all that there are."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,10 +65,8 @@ class Arithmetic:
             raise ValueError(f"digits is a setting of the family addition, not of {self.family}")
         if self.family != "chain" and self.operations != 4:
             raise ValueError(f"operations is a setting of the family chain, not of {self.family}")
-        for name in ("size", "num_solutions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1, or left out")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size is {self.size}; it must be at least 1, or left out")
 
     @property
     def name(self) -> str:
@@ -81,9 +76,9 @@ class Arithmetic:
     def num_problems(self) -> int:
         """All problems of the family, over the three splits."""
         if self.family == "addition":
-            return 100**self.digits
+            return int(100**self.digits)
         if self.family == "chain":
-            return 10 * 30**self.operations
+            return int(10 * 30**self.operations)
         return len(NAMES) * len(ITEMS) * len(STARTS) * len(_steps(1)) * len(_steps(2))
 
     def prompts(self, split: Literal["train", "validation", "test"]) -> Sequence[Prompt]:
@@ -96,10 +91,8 @@ class Arithmetic:
             return LazyPrompts(lambda i: self.problem(spread(held_out + i)), range(held_out))
         num_train = self.num_problems - 2 * held_out
         order = Permutation(num_train, f"{self.name}/train/{self.seed}")
-        limits = [limit for limit in (self.size, self.num_solutions) if limit is not None]
-        return LazyPrompts(
-            lambda i: self.problem(spread(2 * held_out + order(i))), range(min([num_train, *limits]))
-        )
+        size = num_train if self.size is None else min(num_train, self.size)
+        return LazyPrompts(lambda i: self.problem(spread(2 * held_out + order(i))), range(size))
 
     def problem(self, code: int) -> Prompt:
         """The problem of that number, from 0 to `num_problems` - 1."""
@@ -150,7 +143,7 @@ def _steps(number: int) -> list[tuple[str, str, int]]:
     """What can happen in step 1 or 2: a phrase, a sign and an amount. Only the second may double."""
     steps = [(phrase.format(n), "+", n) for phrase in GAINS for n in AMOUNTS]
     steps += [(phrase.format(n), "-", n) for phrase in LOSSES for n in AMOUNTS]
-    return steps + [(DOUBLING, "*", 2)] if number == 2 else steps
+    return [*steps, (DOUBLING, "*", 2)] if number == 2 else steps
 
 
 def _words(code: int) -> tuple[str, str]:
@@ -203,5 +196,9 @@ def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from understudy.randomness import hash_name
+from understudy.randomness import hash_name, mix64
 from understudy.types import Prompt
 
-_MASK = (1 << 64) - 1
 _ROUNDS = 4
 
 
@@ -37,8 +36,8 @@ class LazyPrompts(Sequence[Prompt]):
 class Permutation:
     """A bijection of `range(size)` that needs no memory: a Feistel network over the next even power of two.
 
-    A value that falls outside the range is sent through the network again until it falls inside ("cycle walking"), less than
-    four times on average. `name` is the key: another name, another order.
+    A value that falls outside the range is sent through the network again until it falls inside ("cycle walking"), less
+    than four times on average. `name` is the key: another name, another order.
     """
 
     size: int
@@ -59,13 +58,5 @@ def _feistel(value: int, half_bits: int, key: int) -> int:
     mask = (1 << half_bits) - 1
     left, right = value >> half_bits, value & mask
     for number in range(_ROUNDS):
-        left, right = right, left ^ (_mix(key ^ (right << 8) ^ number) & mask)
+        left, right = right, left ^ (mix64(key ^ (right << 8) ^ number) & mask)
     return left << half_bits | right
-
-
-def _mix(x: int) -> int:
-    """The finaliser of SplitMix64, on a Python integer."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)

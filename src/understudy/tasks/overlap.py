@@ -26,8 +26,8 @@ def overlap_message(ids: Sequence[str], num_evaluation: int) -> str:
         return f"none of the {num_evaluation} evaluation prompts is in the training data"
     examples = ", ".join(ids[:NUM_EXAMPLES]) + (", ..." if len(ids) > NUM_EXAMPLES else "")
     return (
-        f"{len(ids)} of {num_evaluation} evaluation prompts are also in the training data ({examples}): the accuracy measures "
-        "memory too; remove them from one side"
+        f"{len(ids)} of {num_evaluation} evaluation prompts are also in the training data ({examples}): the accuracy "
+        "measures memory too; remove them from one side"
     )
 
 

@@ -7,7 +7,7 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
@@ -31,9 +31,9 @@ NUM_CHECKED_ROWS = 8
 class Records(ABC):
     """What file-backed tasks share: which field means what, how a prompt is worded, and how train and validation part.
 
-    A field may be nested, `reward_model.ground_truth`. A row's prompt is a string, or a list of messages of a chat. Without
-    `reference_field` the samples cannot be graded; they are left unscored. With `validation_share` a row goes to
-    validation by a hash of its prompt and `seed`: rows that are added or moved leave the others where they are, and
+    A field may be nested, `reward_model.ground_truth`. A row's prompt is a string, or a list of messages of a chat.
+    Without `reference_field` the samples cannot be graded; they are left unscored. With `validation_share` a row goes
+    to validation by a hash of its prompt and `seed`: rows that are added or moved leave the others where they are, and
     equal prompts stay together.
     """
 
@@ -111,7 +111,7 @@ class Records(ABC):
                 raise DataError(f"{source} is empty; it must hold at least one row")
 
     def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
-        """One row as a prompt. Its id is a hash of the bare prompt, so it survives another order and another template."""
+        """One row as a prompt. Its id is a hash of the bare prompt: it survives another order and another template."""
         raw = _field(row, self.prompt_field, place)
         if isinstance(raw, str):
             question, messages = raw, [{"role": "user", "content": raw}]
@@ -183,18 +183,22 @@ class Jsonl(Records):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub(Records):
-    """The task `hub`: a data set that `datasets.load_dataset` knows, by its name on the hub or a local folder.
+    """The task `hub`: a data set that `datasets.load_dataset` knows, by its name on the hub or as a local folder.
 
     `check_files` reads nothing from the network: of a hub name it checks the form only.
     """
 
-    name: str
+    dataset: str
     config: str | None = None
     split_train: str = "train"
     split_validation: str | None = None
     split_test: str | None = None
     revision: str | None = None
     """A commit or tag; give it where results are to be repeated."""
+
+    @property
+    def name(self) -> str:
+        return self.dataset
 
     def sources(self) -> Mapping[str, str]:
         splits = {"train": self.split_train, "validation": self.split_validation, "test": self.split_test}
@@ -204,17 +208,19 @@ class Hub(Records):
         from datasets import load_dataset
 
         try:
-            data = load_dataset(self.name, self.config, split=source, revision=self.revision)
+            data = load_dataset(self.dataset, self.config, split=source, revision=self.revision)
         except Exception as error:  # the library raises a dozen unrelated types for what is wrong with a name
-            raise DataError(f"cannot load split {source!r} of data set {self.name!r}: {error}") from error
+            raise DataError(f"cannot load split {source!r} of data set {self.dataset!r}: {error}") from error
         for number, row in enumerate(data):
-            yield f"{self.name}[{source}] row {number}", row
+            yield f"{self.dataset}[{source}] row {number}", row
 
     def check_files(self) -> None:
-        if Path(self.name).is_dir():
+        if Path(self.dataset).is_dir():
             super().check_files()
-        elif self.name.startswith((".", "/", "~")) or self.name.count("/") > 1:
-            raise RecipeError(f"task.name is {self.name!r}; there is no such folder, and it is not a hub name (owner/name)")
+        elif self.dataset.startswith((".", "/", "~")) or self.dataset.count("/") > 1:
+            raise RecipeError(
+                f"task.dataset is {self.dataset!r}; there is no such folder, and it is not a hub name (owner/name)"
+            )
 
 
 TASK_SPLIT_CACHE = 8
@@ -232,8 +238,6 @@ def _load(task: Records, split: Split) -> tuple[Prompt, ...]:
 
 def _distinct_ids(prompts: Iterator[Prompt]) -> Iterator[Prompt]:
     """Repeated prompts get "~2", "~3" behind their id: randomness is keyed by it."""
-    from dataclasses import replace
-
     seen: dict[str, int] = {}
     for prompt in prompts:
         count = seen[prompt.id] = seen.get(prompt.id, 0) + 1
@@ -275,13 +279,18 @@ def _optional_text(row: Mapping[str, Any], field: str | None, place: str) -> str
 
 
 def _messages(value: Any, field: str, place: str) -> list[dict[str, str]]:
-    good = isinstance(value, list) and value and all(
-        isinstance(item, Mapping) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-        for item in value
+    good = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(item, Mapping) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+            for item in value
+        )
     )
     if not good:
         raise DataError(
-            f"{place}: field {field!r} is {_brief(value)}; it must be a string, or a list of messages with role and content"
+            f"{place}: field {field!r} is {_brief(value)}; it must be a string, or a list of messages with role "
+            "and content"
         )
     return [{"role": item["role"], "content": item["content"]} for item in value]
 
@@ -311,7 +320,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _parse_line(line: bytes, place: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # both the encoding and the syntax
+    except (ValueError, RecursionError) as error:  # the encoding, the syntax, ten thousand brackets
         raise DataError(f"{place}: not a line of JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: {_brief(row)} is not a JSON object; one line holds one object with named fields")

@@ -13,7 +13,7 @@ MAX_LONE_ANSWER_CHARS = 100
 """A response of one line, at most so long, is its own final answer."""
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s$.,\\{}]+))|\\.|[{}]", re.DOTALL)
-r"""Boxes (`\boxed 3` too, as some solutions of MATH write it), braces, and whatever a backslash escapes (`\{` is no brace)."""
+r"""Boxes (`\boxed 3` too: solutions of MATH write it), braces, and what a backslash escapes (`\{` is no brace)."""
 _HASHES = re.compile(r"####[ \t]*([-+.\d$\\(\[{][^\n]*)")
 _SENTENCE = re.compile(r"\banswer\s*(?:is|:|=)[ \t:*]*([^\n]+?)(?=\.\s|\n|$)", re.IGNORECASE)
 _INTEGER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)")
@@ -23,9 +23,9 @@ _SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right)(?![a-zA-Z.])|[\s~]+")
 def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
     r"""1.0 if the final answer of `text` equals `reference` mathematically, 0.0 otherwise, with a note that says why.
 
-    The final answer is the last complete `\boxed{...}`; else the last `#### ...` line that starts like a number or formula;
-    else what follows the last "answer is" or "answer:"; else the whole text, if it is one short line. Thoughts up to the
-    last `</think>` are not read. `timeout_s` limits the processor time of the comparison; see `math_process`.
+    The final answer is the last complete `\boxed{...}`; else the last `#### ...` line that starts like a number or
+    formula; else what follows the last "answer is" or "answer:"; else the whole text, if it is one short line. Thoughts
+    up to the last `</think>` are not read. `timeout_s` limits the processor time of the comparison; see `math_process`.
     """
     answer = find_answer(text)
     if answer is None:
@@ -51,15 +51,15 @@ def find_answer(text: str) -> str | None:
 
 
 def _last_box(text: str) -> str | None:
-    """The content of the complete box that starts last, in one pass: model text may open ten thousand and close none."""
+    """The content of the complete box that starts last, in one pass: a text may open ten thousand and close none."""
     last_start, last = -1, None
     opened: list[int | None] = []
     """Where the content of each open brace starts if the brace is a box's, None for other braces."""
     for match in _BRACES.finditer(text):
-        token = match.group()
-        if token.endswith("{") and not token.startswith("\\{"):
-            opened.append(match.end() if token.startswith("\\") else None)
-        elif token == "}" and opened:
+        mark = match.group()
+        if mark.endswith("{") and not mark.startswith("\\{"):
+            opened.append(match.end() if mark.startswith("\\") else None)
+        elif mark == "}" and opened:
             start = opened.pop()
             if start is not None and start > last_start:
                 last_start, last = start, text[start : match.start()]

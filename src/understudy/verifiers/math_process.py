@@ -1,8 +1,8 @@
 """Worker processes that compare expressions under limits of time and memory, from any thread.
 
-Sympy can be made to compute for hours or to fill the memory by a dozen characters, and math-verify's own limit (SIGALRM and a
-Python handler) works in the main thread only and not inside a long C call. So the comparison runs in a process of its
-own, which is kept for the next one and dies when a limit is reached.
+Sympy can be made to compute for hours or to fill the memory by a dozen characters, and math-verify's own limit (SIGALRM
+and a Python handler) works in the main thread only and not inside a long C call. So the comparison runs in a process of
+its own, which is kept for the next one and dies when a limit is reached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "HOME",
 """All that the worker sees of the environment: it reads model text and needs no key."""
 
 
-class _Ended(Exception):
+class _EndedError(Exception):
     """The worker ended without a reply; carries its exit status."""
 
     def __init__(self, returncode: int) -> None:
@@ -48,7 +48,7 @@ class _Worker:
         )
         try:
             hello = self._receive()
-        except _Ended as error:
+        except _EndedError as error:
             hello = {"error": f"the process ended with status {error.returncode}"}
         if "error" in hello:
             self.kill()
@@ -60,13 +60,13 @@ class _Worker:
             pipe.write(json.dumps(request).encode() + b"\n")
             pipe.flush()
         except BrokenPipeError:
-            raise _Ended(self.process.wait()) from None
+            raise _EndedError(self.process.wait()) from None
         return self._receive()
 
     def _receive(self) -> dict[str, object]:
         line = cast("IO[bytes]", self.process.stdout).readline()
         if not line.endswith(b"\n"):
-            raise _Ended(self.process.wait())
+            raise _EndedError(self.process.wait())
         return cast("dict[str, object]", json.loads(line))
 
     def kill(self) -> None:
@@ -94,12 +94,12 @@ def compare(reference: str, answer: str, timeout_s: float) -> tuple[bool, str]:
     request |= {"cpu_s": timeout_s, "wall_s": WALL_FACTOR * timeout_s}
     try:
         return _compare_once(request)
-    except _Ended as first:
+    except _EndedError as first:
         if -first.returncode in (signal.SIGPROF, signal.SIGALRM):
             return False, f"the comparison took more than {timeout_s:g} s"
     try:  # somebody else may have ended an idle worker: only a second death is the expression's fault
         return _compare_once(request)
-    except _Ended as second:
+    except _EndedError as second:
         if -second.returncode in (signal.SIGPROF, signal.SIGALRM):
             return False, f"the comparison took more than {timeout_s:g} s"
         return False, f"the comparison ended its process with status {second.returncode}"

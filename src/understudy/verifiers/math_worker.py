@@ -1,8 +1,8 @@
 """The process that compares two mathematical expressions; started as a script by `math_process`, never imported.
 
-It reads one JSON object per line from stdin, `{"reference", "answer", "cpu_s", "wall_s"}`, and writes `{"equal": bool}` or
-`{"error": str}`. It holds no secrets (the parent passes a bare environment) and limits itself through the kernel: the
-timers' default action ends the process even inside one long C call, where Python's own signal handlers never run.
+It reads one JSON object per line from stdin, `{"reference", "answer", "cpu_s", "wall_s"}`, and writes `{"equal": bool}`
+or `{"error": str}`. It holds no secrets (the parent passes a bare environment) and limits itself through the kernel:
+the timers' default action ends the process even inside one long C call, where Python's own signal handlers never run.
 """
 
 from __future__ import annotations
