@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from understudy.report.format import number
+from understudy.format import number
 from understudy.report.read import Series
 from understudy.report.series import smooth_window, smoothed, thin, thinned
 

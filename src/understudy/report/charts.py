@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from understudy.format import is_rate
 from understudy.report.chart import Chart, Line, draw, summary
-from understudy.report.format import is_rate
 from understudy.report.read import EvalRecord, RunRecord, Series
 from understudy.report.series import smooth_window
 from understudy.report.verdict import main_metric

@@ -15,12 +15,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from understudy.errors import CheckpointError
+from understudy.format import Interval, number, seconds
 from understudy.report.charts import Figure, figures
-from understudy.report.format import number, seconds
-from understudy.report.read import EvalRecord, Event, Interval, RunRecord, read_eval, read_run
-from understudy.text import encodable, plain_tree, visible, without_secrets
+from understudy.report.read import EvalRecord, Event, RunRecord, read_eval, read_run
 from understudy.report.transcripts import Group, training_groups, transcript_groups
 from understudy.report.verdict import Comparison, Row, Verdict, compare, judge, rows
+from understudy.text import encodable, plain_tree, visible, without_secrets
 
 MAX_EVENTS = 200
 MAX_EVENT_CHARS = 600

@@ -13,17 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from understudy.errors import CheckpointError, DataError
+from understudy.format import Interval
 
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl?$")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval; None where the run did not record it."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from understudy.format import Interval, change, interval, is_rate, metric_note
 from understudy.randomness import hash_name
-from understudy.report.format import change, interval, is_rate, metric_note
-from understudy.report.read import Attempt, EvalRecord, Interval
+from understudy.report.read import Attempt, EvalRecord
 
 RESAMPLES = 10_000
 MIN_PROBLEMS = 6

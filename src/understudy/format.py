@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-
-from understudy.report.read import Interval
+from dataclasses import dataclass
 
 MISSING = "not recorded"
 _RATE = re.compile(r"^(avg|pass|maj)@\d+$|^(accuracy|truncated|no_eos|accept_rate|reject_rate)$|_(share|rate)$")
@@ -18,6 +17,15 @@ _LABELS = {
     "truncated": "cut at the length limit",
     "no_eos": "ended without EOS",
 }
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval; None where the run did not record it."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 def is_rate(name: str) -> bool:

@@ -1,0 +1,220 @@
+"""What a person sees of a run: a live display on a terminal, plain lines at a calm rate in a log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TextIO
+
+import rich.console
+from rich import box
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from understudy.format import Interval, interval, number, quantity, seconds
+from understudy.text import visible, without_secrets
+
+PHASES = ("generate_s", "score_s", "update_s")
+_WINDOW = 20
+"""Steps over which speeds are averaged, so that the digits can be read."""
+_REFRESH_PER_S = 4
+_LINE_EVERY_S = 5.0
+_LINE_AT_LATEST_S = 300.0
+_LINE_SHARE = 0.02
+"""Of the time so far, until the next plain line: a run of hours writes hundreds of lines, not thousands."""
+_PLAIN_WIDTH = 160
+"""Columns of a table in a log, which has no width of its own."""
+
+_Advance = Callable[[int], None]
+
+
+class Console:
+    """Progress, notes and tables of one run. A context manager; leaving it gives the terminal back.
+
+    `live=None` decides by the stream: a terminal gets a display that is redrawn, everything else plain lines.
+    `quiet` writes nothing (ranks other than the first). Texts may come from a model: control characters, terminal
+    escape sequences and secrets are taken out, and nothing is read as markup.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        live: bool | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        out = rich.console.Console(
+            file=stream, quiet=quiet, markup=False, highlight=False, emoji=False, force_terminal=live
+        )
+        if not out.is_terminal:
+            out.width = _PLAIN_WIDTH
+        self._out = out
+        self._live = not quiet and out.is_terminal and not out.is_dumb_terminal
+        self._clock = clock
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=out,
+        )
+        self._display: Live | None = None
+        self._run: _Pace | None = None
+        self._task: TaskID | None = None
+        self._recent: deque[Mapping[str, float]] = deque(maxlen=_WINDOW)
+        self._accuracy = ""
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def start(self, total_steps: int, first_step: int = 0) -> None:
+        """Begins a run of `total_steps`, of which `first_step` were done before (by the run that is resumed)."""
+        self._run = _Pace(self._clock, total_steps, first_step)
+        self._recent.clear()
+        self._task = self._bars.add_task("train", total=total_steps, completed=first_step, left="")
+        self._show()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` is done; `metrics` are its numbers, named as in metrics.jsonl. Raises RuntimeError before `start`."""
+        if self._run is None or self._task is None:
+            raise RuntimeError("Console.update before Console.start: how many steps there are is not known yet")
+        self._recent.append(metrics)
+        self._run.done = step
+        self._bars.update(self._task, completed=step, left=self._run.left())
+        if not self._live and self._run.is_due():
+            facts = [*self._numbers(), ", ".join(self._phases()), self._run.left()]
+            self._say("  ".join([f"step {step:,}/{self._run.total:,}", *filter(None, facts)]))
+
+    def evaluated(self, step: int, name: str, found: Interval) -> None:
+        """The main held-out metric, such as ("avg@4", Interval(0.979, 0.968, 0.989)); it stays in view."""
+        self._accuracy = f"{name} {quantity(name, found.value)} at step {step:,}"
+        self._say(f"step {step:,}: {name} {interval(name, found)}")
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    def warn(self, text: str) -> None:
+        self._say(f"warning: {text}", style="yellow")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Rows of text under `columns`; raises ValueError where a row has another length."""
+        table = Table(title=Text(self._clean(title)), title_justify="left", box=box.SIMPLE_HEAD)
+        for column in columns:
+            table.add_column(Text(self._clean(column)), overflow="fold")
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"table {title!r}: the row {list(row)} has {len(row)} cells, not {len(columns)}")
+            table.add_row(*(Text(self._clean(cell)) for cell in row))
+        self._out.print(table)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[_Advance]:
+        """`with console.progress("evaluate", 200) as advance: advance(8)`; also inside a run that has started."""
+        title = self._clean(title)
+        pace = _Pace(self._clock, total, 0)
+        task = self._bars.add_task(title, total=total, left="")
+        alone = self._display is None
+        self._show()
+
+        def advance(count: int) -> None:
+            pace.done += count
+            self._bars.update(task, completed=pace.done, left=pace.left())
+            if not self._live and pace.done < total and pace.is_due(first=False):
+                self._say(f"{title}: {pace.done:,}/{total:,}  {pace.left()}")
+
+        try:
+            yield advance
+        finally:
+            self._bars.remove_task(task)
+            if alone:
+                self._hide()
+            if alone or pace.elapsed() >= _LINE_EVERY_S:
+                self._say(f"{title}: {pace.done:,}/{total:,} in {seconds(pace.elapsed())}")
+
+    def close(self) -> None:
+        """Ends the display; the last state stays on the screen. Does nothing a second time."""
+        self._hide()
+
+    def _show(self) -> None:
+        if self._live and self._display is None:
+            self._display = Live(get_renderable=self._render, console=self._out, refresh_per_second=_REFRESH_PER_S)
+            self._display.start()
+
+    def _hide(self) -> None:
+        display, self._display = self._display, None
+        if display is not None:
+            display.stop()
+
+    def _render(self) -> rich.console.Group:
+        lines = [" \u00b7 ".join(line) for line in (self._numbers(), self._phases()) if line]
+        texts = [Text(f"  {self._clean(line)}", style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
+        return rich.console.Group(self._bars, *texts)
+
+    def _numbers(self) -> list[str]:
+        last = self._recent[-1] if self._recent else {}
+        loss = f"loss {number(last['loss'])}" if "loss" in last else ""
+        speed = self._mean("tokens_per_s")
+        return [part for part in (loss, self._accuracy, "" if speed is None else f"{number(speed)} tokens/s") if part]
+
+    def _phases(self) -> list[str]:
+        """As ["generate 0.19 s", ...], means over the last steps."""
+        means = ((name.removesuffix("_s"), self._mean(name)) for name in PHASES)
+        return [f"{name} {number(value)} s" for name, value in means if value is not None]
+
+    def _mean(self, name: str) -> float | None:
+        values = [metrics[name] for metrics in list(self._recent) if name in metrics]
+        known = [value for value in values if math.isfinite(value)]
+        return sum(known) / len(known) if known else None
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._out.print(Text(self._clean(text), style=style), soft_wrap=True)
+
+    def _clean(self, text: str) -> str:
+        """What the stream's encoding cannot write becomes "?"."""
+        encoding = self._out.encoding
+        return visible(without_secrets(text)).encode(encoding, "replace").decode(encoding)
+
+
+class _Pace:
+    """How far something is, when it will end and when it is time to say so again."""
+
+    def __init__(self, clock: Callable[[], float], total: int, first: int) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._first = first
+        self._said: float | None = None
+        self.total = total
+        self.done = first
+
+    def elapsed(self) -> float:
+        return self._clock() - self._start
+
+    def left(self) -> str:
+        """As "1 min 40 s left", from the mean speed of this process; empty where nothing is left or nothing done."""
+        here = self.done - self._first
+        if here <= 0 or self.done >= self.total:
+            return ""
+        return f"{seconds(self.elapsed() / here * (self.total - self.done))} left"
+
+    def is_due(self, first: bool = True) -> bool:
+        """Whether to write a line now: after the first step, the last, and at a rate that slows down in between."""
+        now = self.elapsed()
+        if self._said is None:
+            due = first or now >= _LINE_EVERY_S
+        else:
+            due = now - self._said >= min(_LINE_AT_LATEST_S, max(_LINE_EVERY_S, _LINE_SHARE * now))
+        if due or self.done >= self.total:
+            self._said = now
+            return True
+        return False
