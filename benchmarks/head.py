@@ -126,7 +126,9 @@ def liger(case: Case) -> Tensor:
     """Liger's chunked Jensen-Shannon loss, beta = 1, in our chunk size and not compiled (that needs a C++ compiler on CPU)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False, chunk_size=256)
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False, chunk_size=256
+    )
     loss = module(case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.batch.target)
     loss.backward()
     return loss.detach()
@@ -212,7 +214,9 @@ def bench(num_tokens: int, width: int, repeats: int) -> dict[str, dict[str, floa
             continue
         if name in SAME_LOSS:
             values = (torch.tensor(found[name]["loss"]), case.hidden.grad, case.weight.grad)
-            errors = [error(value, exact_value) for value, exact_value in zip(values, truth, strict=True) if value is not None]
+            errors = [
+                error(value, exact_value) for value, exact_value in zip(values, truth, strict=True) if value is not None
+            ]
             found[name]["error"] = max(errors)
     return found
 
@@ -223,7 +227,9 @@ def show(title: str, found: dict[str, dict[str, float]]) -> None:
     for column in ("variant", "seconds", "peak GiB over inputs", "max relative error"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, row in found.items():
-        table.add_row(name, f"{row['seconds']:.2f}", f"{row['gib']:.2f}", f"{row['error']:.1e}" if "error" in row else "")
+        table.add_row(
+            name, f"{row['seconds']:.2f}", f"{row['gib']:.2f}", f"{row['error']:.1e}" if "error" in row else ""
+        )
     Console().print(table)
     mine = found["chunked (ours)"]["seconds"]
     for name in ("bare products", "dense", "TRL", "Liger"):

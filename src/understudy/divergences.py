@@ -45,7 +45,9 @@ def generalised_js(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> T
 
 def entropy(logp: Tensor) -> Tensor:
     """`-sum_v P(v) log P(v)`. [..., V] -> [...]."""
-    return -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
+    p = logp.exp()
+    total: Tensor = torch.special.entr(p).sum(-1)
+    return total
 
 
 def log_tail(logp: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def mix64(x: int) -> int: ...
 @overload
 def mix64(x: _U64) -> _U64: ...
 def mix64(x: Any) -> Any:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection of 64 bits that passes BigCrush on counters.
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), a bijection of 64 bits that passes BigCrush on counters.
 
     Of an integer, or of each element of an array: arrays wrap around by themselves, Python's integers by the mask.
     """

@@ -19,7 +19,9 @@ def linear_decay(step: int, num_steps: int) -> float:
     return 0.0 if num_steps <= 0 else 1.0 - min(step / num_steps, 1.0)
 
 
-def learning_rate(step: int, *, peak: float, num_steps: int, warmup_steps: int, shape: Shape, final_share: float) -> float:
+def learning_rate(
+    step: int, *, peak: float, num_steps: int, warmup_steps: int, shape: Shape, final_share: float
+) -> float:
     """The learning rate of optimizer step `step` (0-based).
 
     Linear warm-up over `warmup_steps` (the first step takes `peak / warmup_steps`, not 0), then `shape` from `peak`

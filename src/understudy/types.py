@@ -188,7 +188,7 @@ def take_rows(record: _Rows, index: Tensor | slice) -> _Rows:
 def fill(batch: TokenBatch, **found: Tensor | None) -> TokenBatch:
     """The batch with absent fields set to what was found; a field that is there stays."""
     absent = {name: value for name, value in found.items() if value is not None and getattr(batch, name) is None}
-    return replace(batch, **absent)  # type: ignore[arg-type]
+    return replace(batch, **absent)
 
 
 @dataclass(frozen=True)

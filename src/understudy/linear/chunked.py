@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import Rows, Term
+from ..losses import Term
 from ..types import TokenBatch, fill
 from . import rows as row_math
 from .head import LMHead
@@ -54,7 +54,7 @@ def evaluate(
     trained = choose_trained(method, batch, teacher, counts, rng)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
     job = _Job(method, trained, head, teacher, step, rng, chunk)
-    loss = _Apply.apply(hidden, head.weight, head.bias, job)
+    loss: Tensor = _Apply.apply(hidden, head.weight, head.bias, job)
     return Evaluation(loss, job.tally.metrics())
 
 
@@ -164,7 +164,9 @@ class _Job:
 
 def _token_share(term: Term, token_shares: Mapping[str, Tensor], part: slice) -> Tensor:
     if term.per is not None:
-        raise ValueError(f"term {term.name!r} has a denominator of its own; a method with such a term has scope 'batch'")
+        raise ValueError(
+            f"term {term.name!r} has a denominator of its own; a method with such a term has scope 'batch'"
+        )
     return token_shares[term.reduce][part]
 
 
@@ -175,13 +177,18 @@ class _Apply(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
         gradients = Gradients(job.head, hidden, *ctx.needs_input_grad[:3])
         loss = job.run(hidden, gradients)
-        ctx.gradients = gradients
+        ctx.save_for_backward(*gradients.finish())
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError("evaluate().loss can be differentiated once; call evaluate again")
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.scaled(grad_output), None)
+        hidden, weight, bias = ctx.saved_tensors
+        # a loss that is not scaled hands its buffers over, so no second d weight exists
+        if float(grad_output) == 1.0:
+            return hidden, weight, bias, None
+        return _scaled(hidden, grad_output), _scaled(weight, grad_output), _scaled(bias, grad_output), None
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    return None if gradient is None else (gradient * factor).to(gradient.dtype)

@@ -41,8 +41,12 @@ def count_denominators(batches: list[TokenBatch]) -> dict[str, float]:
     """The denominators of a whole optimizer step: trained "tokens", and "sequences" that have any."""
     return {
         "tokens": float(sum(int(batch.mask.sum()) for batch in batches)),
-        "sequences": float(sum(int(batch.sequence[batch.mask].unique().numel()) for batch in batches)),
+        "sequences": float(sum(_num_distinct(batch.sequence[batch.mask]) for batch in batches)),
     }
+
+
+def _num_distinct(names: Tensor) -> int:
+    return int(names.unique().numel())
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +122,7 @@ def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass:
         )
 
 
-def weighted_loss(
-    terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally
-) -> Tensor:
+def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally) -> Tensor:
     """`sum_terms coef * sum_t share_t loss_t` over C rows; tells `tally` what to show. Scalar."""
     total = rows.logprob.new_zeros(())
     for term, share in terms:

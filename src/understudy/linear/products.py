@@ -26,7 +26,9 @@ def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
     """`LMHead.logits` without gradient, into `out`. [C, H] -> [C, V] in the precision of `hidden`."""
     z = hidden.new_empty(hidden.shape[0], head.num_tokens) if out is None else out
     for part, weight in _tiles(head, hidden.dtype):
-        torch.mm(hidden, weight.T, out=z[:, part]) if weight.shape[0] == z.shape[1] else z[:, part].copy_(hidden @ weight.T)
+        torch.mm(hidden, weight.T, out=z[:, part]) if weight.shape[0] == z.shape[1] else z[:, part].copy_(
+            hidden @ weight.T
+        )
     if head.bias is not None:
         z.add_(head.bias.detach()[: head.num_tokens].to(z.dtype))
     if head.scale != 1.0:
@@ -61,11 +63,11 @@ class Gradients:
         if self._bias is not None:
             self._bias[: self._head.num_tokens] += logits_grad.sum(0)
 
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of `factor * loss`, in the types of their inputs. The buffers are given away."""
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden, weight and bias in the types of their inputs."""
         weight, bias = self._head.weight, self._head.bias
         return (
-            None if self._hidden is None else self._hidden.mul_(factor.to(self._hidden.dtype)),
-            None if self._weight is None else self._weight.mul_(factor).to(weight.dtype),
-            None if self._bias is None or bias is None else self._bias.mul_(factor).to(bias.dtype),
+            self._hidden,
+            None if self._weight is None else self._weight.to(weight.dtype),
+            None if self._bias is None or bias is None else self._bias.to(bias.dtype),
         )

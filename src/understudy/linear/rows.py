@@ -65,7 +65,8 @@ class SoftmaxStats:
 
     def mean(self, value: Tensor) -> Tensor:
         """`E_p[value]`. [B, V] -> [B]."""
-        return torch.linalg.vecdot(self.p, value) * self.inverse
+        mean: Tensor = torch.linalg.vecdot(self.p, value) * self.inverse
+        return mean
 
     def write(self, out: Tensor) -> None:
         """The normalised row."""
@@ -176,7 +177,8 @@ class Visit:
             coef -= g["topk_logp"].sum(-1)
             sparse.append((self._ids(block), g["topk_logp"]))
         if "tail_logp" in g:  # [v outside K] p / tail - p
-            assert self._leaves is not None and self._leaves.tail_logp is not None
+            assert self._leaves is not None
+            assert self._leaves.tail_logp is not None
             over = g["tail_logp"] / self._leaves.tail_logp[block].detach().exp()
             coef += over - g["tail_logp"]
             sparse.append((self._ids(block), -over[:, None] * z.gather(-1, self._ids(block))))
@@ -198,12 +200,14 @@ class Visit:
         """`-g p (log p + H)`."""
         assert self._leaves is not None
         p = self._z[block]
-        return -g[:, None] * (torch.special.xlogy(p, p) + p * self._leaves.entropy[block].detach()[:, None])
+        gradient: Tensor = g[:, None] * (torch.special.entr(p) - p * self._leaves.entropy[block].detach()[:, None])
+        return gradient
 
     def _add_divergence(self, block: slice, coef: Tensor, g: Tensor) -> None:
         """Forward: `g (p - q)`. Else, with S's log-ratio l to T or to the mixture: `g (1 - beta) p (l - E_p l)`."""
         z, beta = self._z[block], self._reads.divergence
-        assert self._aux is not None and beta is not None
+        assert self._aux is not None
+        assert beta is not None
         aux = self._aux[block]
         if beta == 0.0:
             z.mul_((coef + g)[:, None]).addcmul_(aux, -g[:, None])
@@ -214,7 +218,9 @@ class Visit:
         z.mul_(aux)
 
 
-def _read_divergence(beta: float, z: Tensor, student: SoftmaxStats, aux: Tensor, teacher: SoftmaxStats) -> dict[str, Tensor]:
+def _read_divergence(
+    beta: float, z: Tensor, student: SoftmaxStats, aux: Tensor, teacher: SoftmaxStats
+) -> dict[str, Tensor]:
     """The divergence of each row; leaves in `aux` what its gradient needs (see `Visit._add_divergence`)."""
     if beta == 0.0:
         aux.sub_(z)

@@ -1,0 +1,267 @@
+"""The chunked evaluation is the definition, for every method, head and cut of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.worlds import CASES, Outcome, World
+
+from understudy.errors import ScoreError
+from understudy.linear import LMHead, count_denominators, evaluate, score
+from understudy.linear.reference import evaluate as evaluate_reference
+from understudy.methods import GKD, OPD, SFT, TopK
+from understudy.methods.base import Method
+from understudy.types import TokenBatch
+
+every_method = pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
+HEADS = {
+    "plain": {},
+    "bias": {"with_bias": True},
+    "soft-cap": {"softcap": 2.0},
+    "scale": {"scale": 0.3},
+    "temperature": {"temperature": 0.7},
+    "padded": {"vocab_size": 5},
+    "everything": {"with_bias": True, "softcap": 3.0, "scale": 1.7, "temperature": 1.3, "vocab_size": 6},
+}
+
+
+@every_method
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_chunks_equal_the_definition(method: Method, head: dict[str, object], chunk_tokens: int) -> None:
+    """Law 6; also peers 1: soft-cap, scale, bias and temperature reach the loss and its gradient."""
+    world = World.make(**head)  # type: ignore[arg-type]
+    world.evaluate(method, chunk_tokens=chunk_tokens).same_as(world.evaluate(method, run=evaluate_reference))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "opd with baseline"])
+def test_gradcheck(name: str) -> None:
+    """Law 7. A policy gradient is the gradient of its surrogate with S_old held fixed, so S_old is given. (vOPD's baseline
+    is a function of the student that is held fixed too, which finite differences would move.)"""
+    method = CASES[name]
+    world = World.make(num_tokens=5, with_bias=True, softcap=3.0)
+    batch = replace(world.judged(method), mask=torch.ones(5, dtype=torch.bool))
+    batch = replace(batch, student_logprob=world.student_logp.gather(-1, batch.target[:, None]).squeeze(-1))
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        head = replace(world.head, weight=weight, bias=bias)
+        teacher = world.teacher if "full" in method.needs else None
+        return evaluate(method, batch, hidden, head, teacher=teacher, chunk_tokens=2).loss
+
+    assert world.head.bias is not None
+    inputs = [value.clone().requires_grad_() for value in (world.hidden, world.head.weight, world.head.bias)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@every_method
+def test_any_split_into_micro_batches_and_any_order_is_one_loss(method: Method) -> None:
+    """Law 6, peers 2: denominators are counted over the whole step, by whole samples and in any order."""
+    world = World.make(num_tokens=16)
+    batch = world.judged(method)
+    whole = world.evaluate(method)
+    shuffled = torch.tensor([2, 0, 3, 1])
+    parts = [
+        torch.cat([torch.arange(4) + 4 * name for name in group.tolist()]) for group in (shuffled[:1], shuffled[1:])
+    ]
+    counts = count_denominators([batch.rows(index) for index in parts])
+    total, d_hidden, d_weight = torch.zeros(()), torch.zeros_like(world.hidden), torch.zeros_like(world.head.weight)
+    for index in parts:
+        states, head = world.teacher
+        part = replace(world, hidden=world.hidden[index])
+        teacher = (states[index], head) if "full" in method.needs else None
+        found = part.evaluate(method, batch=batch.rows(index), teacher=teacher, counts=counts)
+        total = total + found.loss
+        d_hidden[index] += found.d_hidden
+        d_weight += found.d_weight
+    torch.testing.assert_close(total, whole.loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(d_hidden, whole.d_hidden, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(d_weight, whole.d_weight, rtol=1e-10, atol=1e-13)
+
+
+@every_method
+@pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
+def test_masked_tokens_have_no_influence(method: Method, poison: float) -> None:
+    """Law 8, peers 11: not even as NaN or -inf, in hidden states and in every score."""
+    world = World.make()
+    clean = world.evaluate(method)
+    batch, states = world.judged(method), world.teacher[0].clone()
+    masked = ~batch.mask
+    dirty = {}
+    for name in ("teacher_logprob", "topk_logprob", "student_logprob"):
+        value = getattr(batch, name)
+        if value is not None:
+            dirty[name] = value.clone()
+            dirty[name][masked] = poison
+    hidden = world.hidden.clone()
+    hidden[masked] = poison
+    states[masked] = poison
+    teacher = (states, world.teacher[1]) if "full" in method.needs else None
+    found = replace(world, hidden=hidden).evaluate(method, batch=replace(batch, **dirty), teacher=teacher)
+    found.same_as(clean, rtol=0, atol=0)
+    assert (found.d_hidden[masked] == 0).all()
+
+
+@every_method
+def test_nothing_to_train_is_zero_and_not_nan(method: Method) -> None:
+    """An empty mask gives a loss of 0 whose gradient is 0."""
+    world = World.make()
+    batch = replace(world.judged(method), mask=torch.zeros(12, dtype=torch.bool))
+    found = world.evaluate(method, batch=batch)
+    assert found.loss == 0
+    assert (found.d_hidden == 0).all()
+    assert (found.d_weight == 0).all()
+
+
+@pytest.mark.parametrize("method", [OPD(), OPD(discount=0.5), TopK(k=3)], ids=["opd", "opd discounted", "topk"])
+def test_a_missing_score_is_an_error_that_names_it(method: Method) -> None:
+    """Law 9: NaN on a trained token is never 0.0, and an absent field is refused."""
+    world = World.make()
+    batch = world.judged(method)
+    field = "topk_logprob" if isinstance(method, TopK) else "teacher_logprob"
+    value = getattr(batch, field).clone()
+    value[5] = float("nan")
+    with pytest.raises(ScoreError, match=rf"{field} is NaN on 1 trained tokens, first in sample 1"):
+        world.evaluate(method, batch=replace(batch, **{field: value}))
+    with pytest.raises(ScoreError, match=field if field == "teacher_logprob" else "topk"):
+        world.evaluate(method, batch=world.batch)
+
+
+def test_a_full_divergence_without_the_teachers_rows_is_refused() -> None:
+    with pytest.raises(ScoreError, match="whole next-token distribution"):
+        World.make().evaluate(GKD(), teacher=None)
+
+
+def test_vocabularies_of_different_size_are_refused() -> None:
+    """Peers 9: never padded with logit 0."""
+    world = World.make()
+    smaller = LMHead(world.teacher[1].weight[:-1])
+    with pytest.raises(ValueError, match="7 tokens and the teacher's 6"):
+        world.evaluate(GKD(), teacher=(world.teacher[0], smaller))
+
+
+@pytest.mark.parametrize("method", [GKD(), OPD(), SFT(), TopK(k=3)], ids=["gkd", "opd", "sft", "topk"])
+def test_a_frozen_head_builds_no_weight_gradient(method: Method) -> None:
+    """Peers 17: with LoRA nobody pays for dW; the gradient of the hidden states is the same."""
+    world = World.make()
+    teacher = world.teacher if "full" in method.needs else None
+    hidden = world.hidden.clone().requires_grad_()
+    found = evaluate(method, world.judged(method), hidden, world.head, teacher=teacher)
+    saved = found.loss.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert [value is None for value in saved] == [False, True, True]
+    found.loss.backward()
+    torch.testing.assert_close(hidden.grad, world.evaluate(method).d_hidden, rtol=0, atol=0)
+
+
+def test_masked_tokens_are_not_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head sees trained tokens only, once each: no projection in the backward."""
+    from understudy.linear import chunked
+
+    projected: list[int] = []
+    plain = chunked.project
+
+    def counting(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        projected.append(len(hidden))
+        return plain(hidden, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chunked, "project", counting)
+    world = World.make()
+    world.evaluate(OPD(), chunk_tokens=3)
+    assert sum(projected) == int(world.batch.mask.sum())
+
+
+def test_a_tied_head_gets_both_gradients() -> None:
+    """The gradient through the embedding and the one through the head add up in one tensor."""
+    world = World.make(vocabulary=7, width=5)
+    tied = world.head.weight.clone().requires_grad_()
+    evaluate(GKD(), world.batch, tied[world.batch.target], LMHead(tied), teacher=world.teacher).loss.backward()
+    dense = world.head.weight.clone().requires_grad_()
+    hidden = dense[world.batch.target]
+    evaluate_reference(GKD(), world.batch, hidden, LMHead(dense), teacher=world.teacher).loss.backward()
+    torch.testing.assert_close(tied.grad, dense.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_the_loss_scales_the_gradient() -> None:
+    """What multiplies the loss multiplies every gradient."""
+    world = World.make()
+    hidden, weight = world.hidden.clone().requires_grad_(), world.head.weight.clone().requires_grad_()
+    (3.0 * evaluate(GKD(), world.batch, hidden, LMHead(weight), teacher=world.teacher).loss).backward()
+    plain = world.evaluate(GKD())
+    torch.testing.assert_close(hidden.grad, 3.0 * plain.d_hidden, rtol=1e-12, atol=0)
+    torch.testing.assert_close(weight.grad, 3.0 * plain.d_weight, rtol=1e-12, atol=0)
+
+
+def test_backward_may_be_repeated_where_the_graph_is_kept() -> None:
+    world = World.make()
+    hidden = world.hidden.clone().requires_grad_()
+    loss = evaluate(GKD(), world.batch, hidden, world.head, teacher=world.teacher).loss
+    first, second, doubled = (torch.autograd.grad(loss * factor, hidden, retain_graph=True)[0] for factor in (1, 1, 2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(doubled, 2 * first, rtol=1e-15, atol=0)
+
+
+def test_logits_with_an_identity_head() -> None:
+    """`hidden` = logits and `weight` = identity: the loss of given logits."""
+    world = World.make(vocabulary=7, width=7)
+    logits, teacher_logits = world.head.logits(world.hidden), world.teacher[1].logits(world.teacher[0])
+    eye = LMHead(torch.eye(7, dtype=torch.float64))
+    given = evaluate(GKD(), world.batch, logits, eye, teacher=(teacher_logits, eye)).loss
+    torch.testing.assert_close(given, world.evaluate(GKD()).loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", [GKD(), GKD(beta=0.0), OPD(), TopK(k=3)], ids=["reverse", "forward", "opd", "topk"])
+def test_bf16_inputs_keep_a_float32_gradient(method: Method) -> None:
+    """Law 11, peers 10: arithmetic is float32 by name, so only the inputs are rounded, and float64 on the same rounded
+    inputs agrees to bf16's rounding of the result (2^-8 of the largest entry)."""
+    world = World.make(num_tokens=24, vocabulary=301, width=16, seed=3)
+
+    def cast(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, Outcome | None]:
+        hidden, weight, states, head = (
+            value.to(torch.bfloat16).to(dtype)
+            for value in (world.hidden, world.head.weight, world.teacher[0], world.teacher[1].weight)
+        )
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        teacher = (states, LMHead(head)) if "full" in method.needs else None
+        evaluate(method, world.judged(method), hidden, LMHead(weight), teacher=teacher).loss.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        return hidden.grad, weight.grad, None
+
+    for ours, exact in zip(cast(torch.bfloat16)[:2], cast(torch.float64)[:2], strict=True):
+        error = (ours.double() - exact).abs().max() / exact.abs().max()
+        assert error < 2**-8
+
+
+def test_float32_loss_over_a_large_vocabulary_is_not_off_by_its_softmax() -> None:
+    """A vectorised softmax sums 150,000 entries lane by lane and loses 1e-5; the loss may not."""
+    draw = torch.Generator().manual_seed(0)
+    logits, other = (3 * torch.randn(4, 151_936, generator=draw) for _ in range(2))
+    batch = TokenBatch(
+        target=torch.zeros(4, dtype=torch.int64),
+        mask=torch.ones(4, dtype=torch.bool),
+        on_policy=torch.ones(4, dtype=torch.bool),
+        sequence=torch.zeros(4, dtype=torch.int64),
+    )
+    from understudy.linear import rows
+
+    def divergence(dtype: torch.dtype) -> torch.Tensor:
+        z, aux = logits.to(dtype), other.to(dtype)
+        visit = rows.Visit(GKD().reads, z.clone(), aux.clone(), batch)
+        found = visit.read(keep_logits=False)[0].divergence
+        assert found is not None
+        return found.detach()
+
+    torch.testing.assert_close(divergence(torch.float32).double(), divergence(torch.float64), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 100])
+def test_score_is_the_log_softmax(chunk_tokens: int) -> None:
+    world = World.make(with_bias=True, softcap=2.0)
+    logprob, entropy = score(world.hidden, world.head, world.batch.target, chunk_tokens=chunk_tokens)
+    logp = world.student_logp
+    torch.testing.assert_close(
+        logprob, logp.gather(-1, world.batch.target[:, None]).squeeze(-1), rtol=1e-12, atol=1e-13
+    )
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), rtol=1e-12, atol=1e-13)
