@@ -1,0 +1,133 @@
+"""Sampling with the live Hugging Face model: no second copy of the weights, nothing to push."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.errors import DataError, RecipeError
+from understudy.models import lm_head, unwrap
+from understudy.models.backbone import evaluating
+from understudy.randomness import keyed_uniform
+from understudy.types import Request, Sample, Sampling
+
+from .assemble import prefix_length, to_samples
+from .decode import Decoder
+
+MAX_BATCH_TOKENS = 65_536
+"""Slots of the key-value cache at a time: 64 responses of 1,024 tokens; 9 GiB for a 4B model in bfloat16."""
+
+
+class HFSampler:
+    """Batched sampling that shares the model with the trainer.
+
+    A draw depends on (seed, stream, step, request, position), not on which requests share a batch; the logits do, by
+    rounding errors. Token ids from `vocab_size` on are never sampled. The model is in evaluation mode meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        seed: int,
+        stop_ids: tuple[int, ...],
+        vocab_size: int,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._stop_ids = stop_ids
+        self._vocab_size = vocab_size
+        self._max_batch_tokens = max_batch_tokens
+        self._autocast = autocast
+        self._version = 0
+
+    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
+        """Notes the version; the weights are the live ones."""
+        self._version = version
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
+    ) -> list[Sample]:
+        """One sample for each request, in their order.
+
+        `sampling.max_new_tokens` counts what the student writes, a prefix not included. A greedy draw's log-probability
+        is that at temperature 1. Raises DataError for an empty prompt, RecipeError for a sampling that cannot be done
+        or a response that would leave the model's positions; both before anything is sampled.
+        """
+        check_sampling(sampling)
+        contexts = [_context(request) for request in requests]
+        self._check_positions(requests, contexts, sampling.max_new_tokens)
+        head = lm_head(self._model, temperature=sampling.temperature or 1.0, vocab_size=self._vocab_size)
+        decoder = Decoder(self._model, head, self._stop_ids, self._autocast)
+        samples: dict[int, Sample] = {}
+        lengths = [context.numel() for context in contexts]
+        with evaluating(self._model):
+            for group in plan_batches(lengths, sampling.max_new_tokens, self._max_batch_tokens):
+                chosen = [requests[index] for index in group]
+                uniform = self._uniform(chosen, sampling, step, stream)
+                read = [contexts[index] for index in group]
+                decoded = decoder.run(read, uniform, sampling)
+                made = to_samples(chosen, read, decoded, self._tokenizer, self._version)
+                samples.update(zip(group, made, strict=True))
+        return [samples[index] for index in range(len(requests))]
+
+    def _uniform(self, requests: Sequence[Request], sampling: Sampling, step: int, stream: str) -> Tensor:
+        """[B, N] float64. A position is that in the response: a prefix takes the first ones."""
+        skip = torch.tensor([prefix_length(request) for request in requests])
+        num_positions = int(skip.max()) + sampling.max_new_tokens
+        draws = keyed_uniform(self._seed, stream, step, [request.key for request in requests], num_positions)
+        return draws.gather(-1, skip[:, None] + torch.arange(sampling.max_new_tokens))
+
+    def _check_positions(self, requests: Sequence[Request], contexts: Sequence[Tensor], num_new: int) -> None:
+        limit = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
+        for request, context in zip(requests, contexts, strict=True):
+            if limit is not None and context.numel() + num_new > limit:
+                raise RecipeError(
+                    f"request {request.key}: {context.numel()} prompt tokens and max_new_tokens {num_new} make "
+                    f"{context.numel() + num_new}, but the student has {limit} positions (max_position_embeddings): "
+                    "lower max_new_tokens or drop longer prompts"
+                )
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises RecipeError for values that describe no distribution."""
+    for name, good, rule in (
+        ("temperature", sampling.temperature >= 0, "at least 0 (0 is greedy)"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1 (1 filters nothing)"),
+        ("top_k", sampling.top_k >= 0, "at least 0 (0 filters nothing)"),
+        ("min_p", 0 <= sampling.min_p <= 1, "from 0 (filters nothing) to 1"),
+        ("max_new_tokens", sampling.max_new_tokens >= 1, "at least 1"),
+    ):
+        if not good:
+            raise RecipeError(f"sampling.{name} is {getattr(sampling, name)}; it must be {rule}")
+
+
+def plan_batches(lengths: Sequence[int], num_new: int, max_tokens: int) -> list[list[int]]:
+    """Groups of indices, long contexts first, such that group size * (longest context + num_new) <= `max_tokens`.
+
+    Neighbours in length go together, so little is padded. A context beyond the budget gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if not groups or (len(groups[-1]) + 1) * width > max_tokens:
+            groups.append([])
+            width = lengths[index] + num_new
+        groups[-1].append(index)
+    return groups
+
+
+def _context(request: Request) -> Tensor:
+    """[P + F] int64 on the CPU."""
+    if request.token_ids.numel() == 0:
+        raise DataError(f"request {request.key} has no prompt token; a prompt needs at least one (a BOS will do)")
+    if request.prefix_ids is None:
+        return request.token_ids
+    return torch.cat([request.token_ids, request.prefix_ids])

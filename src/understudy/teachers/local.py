@@ -1,0 +1,185 @@
+"""A teacher whose weights are in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from understudy.errors import ScoreError
+from understudy.linear.head import LMHead
+from understudy.models import DType, backbone_hidden, lm_head, load_causal_lm, unwrap
+from understudy.models.backbone import evaluating
+from understudy.packing import lay_out, micro_batches
+from understudy.types import Need, Sample, Scores
+
+from .rows import score_rows
+
+MAX_BATCH_TOKENS = 16_384
+"""Slots of one forward: 0.6 GiB of activations for a 4B model in bfloat16."""
+CAN = frozenset({"none", "sampled", "topk", "full"})
+
+
+@dataclass(frozen=True)
+class Local:
+    """The section of a recipe for a teacher that is loaded here."""
+
+    model: str
+    """A directory or a hub name."""
+    dtype: DType = "auto"
+    """ "auto": the checkpoint's own."""
+    offload: bool = False
+    """Keep the weights in host memory between uses."""
+    revision: str | None = None
+    attn_implementation: str | None = None
+
+    def load(
+        self,
+        *,
+        name: str,
+        vocab_size: int,
+        temperature: float = 1.0,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        device: str | torch.device = "cpu",
+    ) -> LocalTeacher:
+        """Loads the model. Raises RecipeError where it cannot be, VocabularyError where its head is too small."""
+        model = load_causal_lm(
+            self.model,
+            dtype=self.dtype,
+            device="cpu" if self.offload else device,
+            attn_implementation=self.attn_implementation,
+            revision=self.revision,
+        )
+        return LocalTeacher(
+            model,
+            name=name,
+            vocab_size=vocab_size,
+            temperature=temperature,
+            max_batch_tokens=max_batch_tokens,
+            device=device,
+            offload=self.offload,
+        )
+
+
+class LocalTeacher:
+    """Any causal language model as a judge: sampled-token scores, top-K of the full softmax, or hidden states.
+
+    Scores are those at `temperature`, the student's, over the first `vocab_size` tokens: padding rows of the head are cut
+    off before the softmax. The weights stay in their own precision; softmaxes are in float32 (float64 for float64).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        vocab_size: int,
+        temperature: float = 1.0,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        device: str | torch.device | None = None,
+        offload: bool = False,
+    ) -> None:
+        self._model = model.requires_grad_(False)
+        self._name = name
+        self._vocab_size = vocab_size
+        self._temperature = temperature
+        self._max_batch_tokens = max_batch_tokens
+        self._offload = offload
+        self._device = lm_head(model, vocab_size=vocab_size).weight.device if device is None else torch.device(device)
+
+    @property
+    def name(self) -> str:
+        """As prompts name it."""
+        return self._name
+
+    @property
+    def head(self) -> LMHead:
+        """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
+        head = lm_head(self._model, temperature=self._temperature, vocab_size=self._vocab_size)
+        bias = None if head.bias is None else head.bias.to(self._device)
+        return LMHead(head.weight.to(self._device), bias, head.softcap, head.scale, head.temperature, head.vocab_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of configuration, temperature, vocabulary, precision and, for each weight, its sum and first values."""
+        digest = blake2b(digest_size=16)
+        base = unwrap(self._model)
+        digest.update(f"{base.config.to_json_string()}/{self._temperature}/{self._vocab_size}/{base.dtype}".encode())
+        for name, value in self._model.state_dict().items():
+            numbers = [float(value.sum(dtype=torch.float64)), *value.flatten()[:8].tolist()]
+            digest.update(f"{name}/{tuple(value.shape)}/{numbers}".encode())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """Scores of every response token, one for each sample, in order; what was not asked for is None.
+
+        "sampled": logprob and entropy; "topk": also the `k` most likely tokens of the full softmax, in descending
+        order; "full": hidden states, on the teacher's device. All else is on the CPU.
+        Raises ScoreError for another need and for a sample longer than the teacher's positions, ValueError for "topk"
+        without k.
+        """
+        if need - CAN:
+            raise ScoreError(
+                f"teacher {self._name!r} is a local model and cannot give {sorted(need - CAN)}; it gives {sorted(CAN)}"
+            )
+        if "topk" in need and (k is None or k < 1):
+            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
+        self._check_positions(samples)
+        if not need - {"none"}:
+            return [Scores(sample.response_ids) for sample in samples]
+        found: dict[int, Scores] = {}
+        lengths = [sample.token_ids.numel() - 1 for sample in samples]
+        with self._on_device(), evaluating(self._model):
+            for group in micro_batches(lengths, self._max_batch_tokens):
+                chosen = [samples[index] for index in group]
+                found.update(zip(group, self._score_group(chosen, need, k), strict=True))
+        return [found[index] for index in range(len(samples))]
+
+    def _score_group(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
+        """One forward over samples side by side."""
+        layout = lay_out(samples)
+        states = backbone_hidden(self._model, layout.input_ids.to(self._device), layout.position_ids.to(self._device))
+        hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
+        fields: dict[str, tuple[Tensor, ...]] = {}
+        if need & {"sampled", "topk"}:
+            target = torch.cat([sample.response_ids for sample in samples]).to(self._device)
+            head = lm_head(self._model, temperature=self._temperature, vocab_size=self._vocab_size)
+            rows = score_rows(hidden, head, target, k=k if "topk" in need else None)
+            fields |= {name: value.cpu().split(layout.sizes) for name, value in rows.items()}
+        if "full" in need:
+            fields["hidden"] = hidden.split(layout.sizes)
+        return [
+            Scores(sample.response_ids, **{name: parts[index] for name, parts in fields.items()})
+            for index, sample in enumerate(samples)
+        ]
+
+    def _check_positions(self, samples: Sequence[Sample]) -> None:
+        limit = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
+        for sample in samples:
+            if limit is not None and sample.token_ids.numel() - 1 > limit:
+                raise ScoreError(
+                    f"sample {sample.key} has {sample.token_ids.numel()} tokens, but teacher {self._name!r} has {limit} "
+                    "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
+                )
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Offloaded weights are on the device inside; the host's copy stays, so nothing is copied back."""
+        if not self._offload:
+            yield
+            return
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        on_host = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self._device, non_blocking=True)
+            yield
+        finally:
+            for tensor, data in zip(tensors, on_host, strict=True):
+                tensor.data = data
