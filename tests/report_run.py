@@ -53,7 +53,10 @@ def training_rows(num_steps: int, seed: int = 0) -> list[dict[str, object]]:
                 "generate_s": 0.19 + 0.02 * abs(noise[7]),
                 "score_s": 0.04,
                 "update_s": 0.12 + 0.01 * abs(noise[0]),
+                "step_s": 0.36,
                 "tokens_per_s": 9000 + 400 * noise[2],
+                "samples_per_s": 350 + 10 * noise[2],
+                "loss/divergence": 0.9 * decay + 0.03 * abs(noise[0]),
             }
         )
     return rows

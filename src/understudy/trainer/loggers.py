@@ -48,10 +48,16 @@ class JsonLines:
             raise _unwritable(path, error) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
         record: dict[str, object] = {"step": step}
+        nonfinite = []
         for name, value in values.items():
-            record[name] = None if name in nonfinite else value if isinstance(value, int) else float(value)
+            if name in ("step", "nonfinite"):
+                raise ValueError(f"a metric cannot be named {name!r}: every line of {self.path.name} has that key")
+            if not math.isfinite(value):
+                nonfinite.append(name)
+                record[name] = None
+            else:
+                record[name] = value if isinstance(value, int) else float(value)
         self.write(record | {"nonfinite": nonfinite} if nonfinite else record)
 
     def write(self, record: Mapping[str, object]) -> None:
@@ -78,6 +84,7 @@ class JsonLines:
             aside.replace(self.path)
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
+            aside.unlink(missing_ok=True)
             raise _unwritable(self.path, error) from error
 
     def _step(self, line: bytes, number: int) -> int:
@@ -90,7 +97,10 @@ class JsonLines:
 
     def sync(self) -> None:
         """Waits until every line is on the disk: before a checkpoint, so that a power cut leaves no gap before it."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         self._file.close()
@@ -237,9 +247,11 @@ def make_loggers(
     for name in names:
         try:
             inner = LOGGERS[name](run_dir, recipe, resume_step)
-        except RecipeError:
-            raise
         except Exception as error:
+            for started in loggers:
+                started.close()
+            if isinstance(error, RecipeError):
+                raise
             reason = without_secrets(f"{type(error).__name__}: {error}")
             raise RecipeError(
                 f"loggers: {name!r} could not be started ({reason}); log in to it, set it to offline, or remove it"
