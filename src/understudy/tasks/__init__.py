@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.records import Hub, Jsonl
+from understudy.tasks.render import encode_prompt, encode_response, solution_sample, split_by_length
 from understudy.types import Grade, Prompt
 
 
@@ -37,7 +38,11 @@ __all__ = [
     "Jsonl",
     "Task",
     "build_tokenizer",
+    "encode_prompt",
+    "encode_response",
     "num_repeated",
     "overlap",
     "overlap_message",
+    "solution_sample",
+    "split_by_length",
 ]

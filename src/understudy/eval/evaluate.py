@@ -1,0 +1,168 @@
+"""Draw samples of held-out prompts, grade them, and write the summary with the samples beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from understudy.errors import CheckpointError, DataError, VocabularyError
+from understudy.eval.summary import EvalSummary, sample_row, summarise
+from understudy.tasks.render import Rendered, encode_prompt, split_by_length
+from understudy.types import Prompt, Request, Sample, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from understudy.rollout import Sampler
+    from understudy.tasks import Task
+
+BLOCK_REQUESTS = 1024
+"""Requests in one call of the sampler: enough to fill its batches, few enough to show progress and grade meanwhile."""
+MAX_GRADERS = 4
+"""Threads; a verifier may keep a process for each."""
+
+
+def run_eval(
+    *,
+    prompts: Sequence[Prompt],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
+    sampling: Sampling,
+    samples_per_prompt: int,
+    step: int,
+    split: str,
+    out_dir: Path | None,
+    max_prompt_tokens: int,
+    eos_ids: Collection[int] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalSummary:
+    """Evaluates and, with `out_dir`, writes step_XXXXXX.jsonl and then step_XXXXXX.json there.
+
+    The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
+    evaluated later gives the same numbers. `eos_ids` end a response (None: the tokenizer's EOS). `progress` is called
+    with the samples done and in all. Raises DataError for prompts with equal ids and if no prompt fits the budget.
+    """
+    if samples_per_prompt < 1:
+        raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
+    ends = _eos_ids(tokenizer) if eos_ids is None else eos_ids
+    fitting, too_long = _render(prompts, tokenizer, max_prompt_tokens, template_kwargs)
+    requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
+    samples = _sample_and_grade(requests, task, sampler, sampling, f"eval/{split}", progress)
+    summary = summarise(
+        samples, step=step, split=split, eos_ids=ends, too_long=len(too_long), sampling=asdict(sampling)
+    )
+    if out_dir is not None:
+        write_eval(out_dir, summary, samples)
+    return summary
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
+    if tokenizer.eos_token_id is None:
+        raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended; pass eos_ids")
+    return (int(tokenizer.eos_token_id),)
+
+
+def _render(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    template_kwargs: Mapping[str, Any] | None,
+) -> tuple[list[Rendered], list[Prompt]]:
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise DataError(f"two evaluation prompts have the id {prompt.id!r}; ids must be distinct")
+        seen.add(prompt.id)
+    rendered = ((prompt, encode_prompt(tokenizer, prompt, template_kwargs)) for prompt in prompts)
+    fitting, too_long = split_by_length(rendered, max_prompt_tokens)
+    if not fitting:
+        raise DataError(
+            f"none of the {len(prompts)} evaluation prompts has at most {max_prompt_tokens} tokens; raise the limit for "
+            "prompts"
+            if prompts
+            else "there are no evaluation prompts"
+        )
+    return fitting, too_long
+
+
+def _sample_and_grade(
+    requests: Sequence[Request],
+    task: Task,
+    sampler: Sampler,
+    sampling: Sampling,
+    stream: str,
+    progress: Callable[[int, int], None] | None,
+) -> list[Sample]:
+    """Samples with their grades, in the order of the requests. One block is graded while the next is generated."""
+    graded: list[Future[Sample]] = []
+    pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grade")
+    try:
+        for block in _blocks(requests, BLOCK_REQUESTS):
+            samples = sampler.generate(block, sampling, step=0, stream=stream)
+            _check_order(block, samples)
+            graded += [pool.submit(_grade, task, sample) for sample in samples]
+            if progress is not None:
+                progress(len(graded), len(requests))
+        return [future.result() for future in graded]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _blocks(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    return (requests[start : start + size] for start in range(0, len(requests), size))
+
+
+def _check_order(requests: Sequence[Request], samples: Sequence[Sample]) -> None:
+    expected, found = [item.key for item in requests], [item.key for item in samples]
+    if expected != found:
+        wrong = next((key for key, other in zip(expected, found, strict=False) if key != other), expected[-1])
+        raise DataError(
+            f"the sampler returned {len(found)} samples for {len(expected)} requests, and not that of {wrong} in its place"
+        )
+
+
+def _grade(task: Task, sample: Sample) -> Sample:
+    if sample.prompt.reference is None:
+        return sample
+    return replace(sample, grade=task.grade(sample.prompt, sample.text))
+
+
+def write_eval(out_dir: Path, summary: EvalSummary, samples: Iterable[Sample]) -> None:
+    """The summary last, and an old one gone first: where a summary stands, its own samples stand beside it.
+
+    Raises CheckpointError if they cannot be written.
+    """
+    path = out_dir / f"step_{summary.step:06d}.json"
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        _write_aside(path.with_suffix(".jsonl"), (_line(sample_row(sample)) for sample in samples))
+        _write_aside(path, [json.dumps(summary.to_json(), indent=2, allow_nan=False) + "\n"])
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the evaluation to {out_dir}: {error.strerror or error}; free space or fix permissions"
+        ) from error
+
+
+def _line(row: Mapping[str, object]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _write_aside(path: Path, parts: Iterable[str]) -> None:
+    """Written under another name, synced, renamed: a reader sees the whole file or none."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with aside.open("w", encoding="ascii") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
