@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from understudy.eval.estimators import majority_score
+
 FACTS = {
     "version": "0.1.0",
     "commit": "0123abc",
@@ -75,6 +77,7 @@ def write_eval(
     attempts = len(next(iter(scores.values())))
     means = np.array([np.mean(values) for values in scores.values()])
     best = np.array([max(values) for values in scores.values()])
+    majority = np.array([majority_score([_answer(value) for value in values], values) for values in scores.values()])
     half = 1.96 / math.sqrt(len(scores))
 
     def entry(values: np.ndarray) -> dict[str, float]:
@@ -94,7 +97,7 @@ def write_eval(
         "metrics": {
             f"avg@{attempts}": entry(means),
             f"pass@{attempts}": entry(best),
-            f"maj@{attempts}": entry(best * 0.9),
+            f"maj@{attempts}": entry(majority),
             "mean_tokens": {"value": 31.4, "low": 31.0, "high": 31.9, "num_problems": len(scores)},
             "truncated": {"value": 0.02, "low": 0.01, "high": 0.04, "num_problems": len(scores)},
             "no_eos": {"value": 0.0, "low": 0.0, "high": 0.0, "num_problems": len(scores)},
@@ -106,11 +109,11 @@ def write_eval(
     rows = [
         {
             "prompt_id": name,
-            "prompt": prompt.format(id=name),
+            "prompt": prompt.replace("{id}", name),
             "response": response or f"690=15;481=13;901=10#{1035 if score == 1 else 1025}",
             "finish": "stop",
             "num_tokens": 31,
-            "answer": "1035" if score == 1 else "1025",
+            "answer": _answer(score),
             "reference": "1035",
             "score": score,
             "note": "",
@@ -120,6 +123,10 @@ def write_eval(
     ]
     write_lines(path.with_suffix(".jsonl"), rows)
     return path
+
+
+def _answer(score: float) -> str:
+    return "1035" if score == 1 else "1025"
 
 
 def random_scores(share: float, num_problems: int = 200, attempts: int = 4, seed: int = 0) -> dict[str, list[float]]:

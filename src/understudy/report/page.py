@@ -86,6 +86,7 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         aside.write_text(html, encoding="utf-8")
         os.replace(aside, target)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {target}: {error.strerror}; free space or fix the permissions") from error
     return target
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from understudy.eval.estimators import RIGHT
 from understudy.report.read import Attempt, read_attempts
-from understudy.report.verdict import RIGHT, Comparison, tally
+from understudy.report.verdict import Comparison, tally
 
 PER_GROUP = 4
 MAX_CHARS = 3_000

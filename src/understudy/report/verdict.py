@@ -8,16 +8,13 @@ from typing import Literal
 
 import numpy as np
 
+from understudy.eval.estimators import RIGHT, Estimate, majority_score, pass_at_k
+from understudy.eval.estimators import paired_difference as bootstrap_difference
 from understudy.format import Interval, change, interval, is_rate, metric_note
-from understudy.randomness import hash_name
 from understudy.report.read import Attempt, EvalRecord
 
-RESAMPLES = 10_000
 MIN_PROBLEMS = 6
 """With fewer, no outcome is significant: an exact two-sided sign test reaches 2 * 0.5**6 = 0.031 at the earliest."""
-RIGHT = 1.0
-"""The lowest score that counts as right."""
-
 _HELD_OUT = ("test", "validation", "valid", "dev", "eval", "heldout", "held-out", "held_out")
 
 Problems = Mapping[str, Sequence[Attempt]]
@@ -43,20 +40,6 @@ class Verdict:
     text: str
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean over `num_problems` problems of (after - before), with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    num_problems: int
-
-    @property
-    def interval(self) -> Interval:
-        return Interval(self.value, self.low, self.high)
-
-
 def compare(before: EvalRecord, after: EvalRecord) -> Comparison:
     """Reads the samples of both evaluations and pairs them by problem."""
     first, last = by_problem(before.attempts()), by_problem(after.attempts())
@@ -77,43 +60,48 @@ def by_problem(attempts: Sequence[Attempt]) -> dict[str, list[Attempt]]:
     return problems
 
 
-def paired_difference(comparison: Comparison, metric: str) -> Difference | None:
+def paired_difference(comparison: Comparison, metric: str) -> Estimate | None:
     """Paired by problem, with a bootstrap interval over problems.
 
-    None where the samples do not determine the metric (maj@k, a missing score, k other than the number of attempts).
+    None where the samples do not determine the metric (a missing score, avg@k or maj@k of another number of attempts).
     """
-    differences = []
+    pairs = []
     for key, first in comparison.first.items():
-        old, new = _problem_value(metric, first), _problem_value(metric, comparison.last[key])
+        old, new = problem_value(metric, first), problem_value(metric, comparison.last[key])
         if old is None or new is None:
             return None
-        differences.append(new - old)
-    if not differences:
+        pairs.append((old, new))
+    if not pairs:
         return None
-    values, counts = np.unique(np.array(differences), return_counts=True)
-    rng = np.random.Generator(np.random.Philox(key=hash_name(f"report/{metric}")))
-    means = rng.multinomial(len(differences), counts / counts.sum(), size=RESAMPLES) @ values / len(differences)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Difference(float(np.mean(differences)), float(low), float(high), len(differences))
+    before, after = zip(*pairs, strict=True)
+    return bootstrap_difference(before, after, metric)
 
 
-def _problem_value(metric: str, attempts: Sequence[Attempt]) -> float | None:
+def problem_value(metric: str, attempts: Sequence[Attempt]) -> float | None:
+    """A metric of the attempts at one problem; None where they do not determine it."""
     kind, _, count = metric.partition("@")
-    if count and count != str(len(attempts)):
+    scores = [attempt.score for attempt in attempts if attempt.score is not None]
+    if kind in ("avg", "pass", "maj") and (len(scores) < len(attempts) or not count.isdecimal()):
         return None
-    read: dict[str, Callable[[Attempt], float | None]] = {
+    if kind == "pass":
+        return _pass_value(scores, int(count))
+    if kind in ("avg", "maj") and int(count) != len(attempts):
+        return None
+    if kind == "maj":
+        return majority_score([attempt.answer for attempt in attempts], scores)
+    per_attempt: dict[str, Callable[[Attempt], float | None]] = {
         "avg": lambda attempt: attempt.score,
-        "accuracy": lambda attempt: attempt.score,
-        "pass": lambda attempt: None if attempt.score is None else float(attempt.score >= RIGHT),
         "mean_tokens": lambda attempt: attempt.num_tokens,
         "truncated": lambda attempt: float(attempt.finish == "length") if attempt.finish else None,
     }
-    if kind not in read:
+    values = [value for value in map(per_attempt.get(kind, lambda _: None), attempts) if value is not None]
+    return None if len(values) < len(attempts) else float(np.mean(values))
+
+
+def _pass_value(scores: Sequence[float], k: int) -> float | None:
+    if not 1 <= k <= len(scores):
         return None
-    values = [value for value in map(read[kind], attempts) if value is not None]
-    if len(values) < len(attempts):
-        return None
-    return max(values) if kind == "pass" else float(np.mean(values))
+    return float(pass_at_k([sum(score >= RIGHT for score in scores)], len(scores), k)[0])
 
 
 def main_metric(record: EvalRecord) -> str | None:
@@ -158,7 +146,7 @@ def _judge_pair(name: str, comparison: Comparison) -> Verdict:
         text = f"{_subject(name)} went from {old} to {new} {where}; without the samples of both it cannot be tested."
         return Verdict("unknown", text)
     part = "" if comparison.unmatched == 0 else f" on the {paired.num_problems:,} problems that both have"
-    says = f"paired difference {change(name, paired.interval)}{part}"
+    says = f"paired difference {change(name, Interval(paired.value, paired.low, paired.high))}{part}"
     if paired.num_problems < MIN_PROBLEMS:
         return Verdict(
             "unknown", f"{_subject(name)}: {old} before, {new} after {where}; too few problems to tell ({says})."
@@ -210,7 +198,7 @@ def rows(before: EvalRecord | None, after: EvalRecord, comparison: Comparison | 
         old = before.metrics.get(name) if before else None
         paired = paired_difference(comparison, name) if comparison else None
         if paired:
-            difference = change(name, paired.interval)
+            difference = change(name, Interval(paired.value, paired.low, paired.high))
         elif old is not None and old.value is not None and new.value is not None:
             difference = change(name, Interval(new.value - old.value))
         else:
