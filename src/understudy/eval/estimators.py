@@ -5,6 +5,7 @@ Shape legend: P problems, n samples of each, R bootstrap resamples, C distinct v
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def bootstrap_mean(values: ArrayLike, key: str) -> Estimate:
     distinct, counts = np.unique(array, return_counts=True)
     means = _resampled_means(distinct, counts, np.random.Generator(np.random.Philox(key=hash_name(f"bootstrap/{key}"))))
     low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return Estimate(float(array.mean()), float(low), float(high), len(array))
+    return Estimate(math.fsum(array) / len(array), float(low), float(high), len(array))
 
 
 def paired_difference(before: ArrayLike, after: ArrayLike, key: str) -> Estimate:
