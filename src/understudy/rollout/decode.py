@@ -81,12 +81,14 @@ class Decoder:
                     state.select(left)
                     rows, token, done = rows[left], token[left], done[left]
                     draws = uniform[rows].T.contiguous()
-            hidden = self._step(state, token)
+            hidden = self._forward(state, token[:, None])
         written.flush(rows)
         return written.up_to_stop(self._stop)
 
     def _prefill(self, contexts: Sequence[Tensor], num_new: int) -> tuple[_State, Tensor]:
         """Reads every distinct context once. The state of B rows, and the hidden states [B, H] at their last tokens."""
+        from .kv_cache import new_cache
+
         names = [context.numpy().tobytes() for context in contexts]
         distinct = dict(zip(names, contexts, strict=True))
         where = {name: index for index, name in enumerate(distinct)}
@@ -99,7 +101,7 @@ class Decoder:
         positions = (column - (width - lengths)[:, None]).clamp_min(0)
         padded = not bool(real.all())
         state = _State(
-            cache=_new_cache(self._backbone.config),
+            cache=new_cache(self._backbone.config, width + num_new),
             mask=real.to(self._device) if padded else None,
             positions=(positions if padded else positions[:1]).to(self._device),
             length=0,
@@ -109,9 +111,6 @@ class Decoder:
         if len(distinct) < len(contexts):
             state.select(select)
         return state, hidden[select]
-
-    def _step(self, state: _State, token: Tensor) -> Tensor:
-        return self._forward(state, token[:, None])
 
     def _forward(self, state: _State, ids: Tensor) -> Tensor:
         """Hidden states at the last of `ids` [b, n], which the state then holds. [b, H]."""
@@ -132,12 +131,6 @@ class Decoder:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
 
 
-def _new_cache(config: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=config)
-
-
 @dataclass(eq=False)
 class _State:
     """What the model has read so far of b rows."""
@@ -151,7 +144,7 @@ class _State:
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may occur several times."""
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         if self.mask is not None:
             self.mask, self.positions = self.mask[rows], self.positions[rows]
 
