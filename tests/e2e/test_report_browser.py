@@ -1,0 +1,217 @@
+"""The report in a real browser: its script runs, its charts are there, and what a model wrote stays text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tests.report_run import random_scores, write_eval, write_lines, write_run
+
+from understudy.report import write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+_CONSOLE = re.compile(r"^.*\bCONSOLE\b.*$", re.MULTILINE)
+
+
+def _find_browser() -> str | None:
+    wanted = os.environ.get("UNDERSTUDY_BROWSER")
+    return next((found for name in ([wanted] if wanted else BROWSERS) if (found := shutil.which(name))), None)
+
+
+BROWSER = _find_browser()
+pytestmark = pytest.mark.skipif(
+    BROWSER is None,
+    reason=f"NO BROWSER: the report was not opened; install one of {', '.join(BROWSERS)} or set UNDERSTUDY_BROWSER",
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The document after its scripts ran, and what they wrote to the console."""
+
+    dom: str
+    console: tuple[str, ...]
+    root: dict[str, str | None]
+    """Attributes of <html>."""
+    tags: tuple[str, ...]
+
+
+class _Tags(HTMLParser):
+    def __init__(self, dom: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.root: dict[str, str | None] = {}
+        self.feed(dom)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "html":
+            self.root = dict(attrs)
+
+
+def open_page(path: Path, profile: Path, width: int = 1280) -> Opened:
+    """Loads a file and returns the document two virtual seconds later."""
+    assert BROWSER is not None
+    command = [
+        BROWSER,
+        "--headless",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        f"--user-data-dir={profile}",
+        f"--window-size={width},900",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        path.as_uri(),
+    ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.insert(1, "--no-sandbox")  # the browser refuses its own sandbox to root, as in a container
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = _Tags(done.stdout)
+    assert read.root, f"the browser returned no document: {done.stderr[-2000:]}"
+    return Opened(done.stdout, tuple(_CONSOLE.findall(done.stderr)), read.root, tuple(read.tags))
+
+
+@pytest.fixture
+def visits() -> Iterator[tuple[str, list[str]]]:
+    """The address of a server, and the paths that were asked of it."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815 the name that http.server looks for
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def hostile(address: str) -> str:
+    """Closes every element that it may stand in, then runs a script and calls home in each way that HTML has."""
+    return (
+        f"</pre></td></title></style></script><script>document.documentElement.dataset.pwned=1;fetch('{address}/fetch')"
+        f"</script><img src='{address}/image' onerror=\"document.documentElement.dataset.pwned=2\">"
+        f"<link rel=stylesheet href='{address}/style'><iframe src='{address}/frame'></iframe>"
+        f'<svg onload="document.documentElement.dataset.pwned=3"></svg>"\'>'
+    )
+
+
+def hostile_run(run_dir: Path, text: str) -> Path:
+    """A run in which every text is `text`."""
+    run = write_run(run_dir, num_steps=10)
+    for step in (0, 10):
+        write_eval(run, step, {text: [0.0], "b": [1.0]}, prompt=text, response=text, split=text)
+    (run / "recipe.yaml").write_text(text)
+    (run / "run.json").write_text(json.dumps({"method": text, "student": text, "teacher": text, text: text}))
+    write_lines(run / "events.jsonl", [{"step": 1, "kind": text, "text": text}])
+    write_lines(run / "metrics.jsonl", [{"step": step, text: 1.0 * step, "loss": 1.0} for step in (1, 2)])
+    return run
+
+
+def test_the_page_opens_without_a_complaint_and_draws_its_charts(tmp_path: Path) -> None:
+    page = open_page(write_report(write_run(tmp_path / "run")), tmp_path / "profile")
+    assert page.console == ()
+    assert page.root["class"] == "script"
+    assert "data-script-error" not in page.root
+    assert "data-blocked" not in page.root
+    assert int(page.root["data-charts"] or 0) == page.dom.count('class="chart"') >= 10
+
+
+def test_hostile_text_is_inert(tmp_path: Path, visits: tuple[str, list[str]]) -> None:
+    address, asked = visits
+    page = open_page(write_report(hostile_run(tmp_path / "run", hostile(address))), tmp_path / "profile")
+    assert asked == []
+    assert page.console == ()
+    assert "data-pwned" not in page.root
+    assert "data-blocked" not in page.root
+    assert page.tags.count("script") == 1
+    assert not {"img", "link", "iframe"} & set(page.tags)
+    assert int(page.root["data-charts"] or 0) >= 2
+
+
+def test_the_policy_holds_where_escaping_would_have_failed(tmp_path: Path, visits: tuple[str, list[str]]) -> None:
+    """The same text put into the page unescaped: with the policy nothing happens, without it everything does."""
+    address, asked = visits
+    html = write_report(write_run(tmp_path / "run", num_steps=10)).read_text()
+    broken = tmp_path / "broken.html"
+    broken.write_text(html.replace("<main>", hostile(address) + "<main>"))
+    page = open_page(broken, tmp_path / "profile")
+    assert asked == []
+    assert "data-pwned" not in page.root
+    assert page.root["data-blocked"]
+    assert page.console, "a refused script must be seen in the console, or the other tests look at nothing"
+    open_guard = tmp_path / "open.html"
+    open_guard.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", broken.read_text()))
+    assert open_page(open_guard, tmp_path / "profile").root["data-pwned"]
+    assert {"/image", "/fetch", "/style", "/frame"} <= set(asked)
+
+
+PROBE = """
+<script>
+window.addEventListener("load", () => {
+  const out = document.documentElement.dataset, chart = document.querySelectorAll("svg.chart")[1];
+  const press = (key) => chart.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+  const texts = () => [...document.querySelectorAll(".charts:first-of-type .readout")].map((node) => node.textContent);
+  const resting = texts();
+  chart.focus();
+  press("Home"); out.home = texts()[1];
+  press("ArrowRight"); out.second = texts()[1];
+  press("End"); out.end = texts()[1]; out.others = texts().filter((text) => text.startsWith("step 10:")).length;
+  press("Escape"); out.rested = String(JSON.stringify(texts()) === JSON.stringify(resting));
+  const box = chart.getBoundingClientRect();
+  chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right, clientY: box.top + 5, bubbles: true}));
+  out.pointed = texts()[1];
+  out.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  out.wide = document.documentElement.clientWidth;
+});
+</script>
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_one_step_is_read_in_all_charts_and_nothing_sticks_out(tmp_path: Path, width: int) -> None:
+    run = write_run(tmp_path / "run", num_steps=10)
+    write_eval(run, 10, random_scores(0.9), response="9" * 2_000)
+    html = write_report(run).read_text()
+    probe = tmp_path / "probe.html"
+    probe.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', PROBE, html))
+    page = open_page(probe, tmp_path / "profile", width)
+    loss = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    def value(name: str, step: int) -> float:
+        found = re.fullmatch(rf"step {step}: ([\d.]+)", (page.root[f"data-{name}"] or "").strip())
+        assert found, page.root
+        return float(found[1])
+
+    # the readout has four digits of a value that the page holds with five
+    assert value("home", 1) == pytest.approx(loss[0], rel=1e-3)
+    assert value("second", 2) == pytest.approx(loss[1], rel=1e-3)
+    assert value("end", 10) == value("pointed", 10) == pytest.approx(loss[-1], rel=1e-3)
+    assert int(page.root["data-others"] or 0) >= 10
+    assert page.root["data-rested"] == "true"
+    assert int(page.root["data-wide"] or 0) <= width
+    assert page.root["data-overflow"] == "0"
