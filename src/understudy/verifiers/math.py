@@ -74,8 +74,9 @@ def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _lone_line(text: str) -> str | None:
-    """The whole text, if it is one short line and not the beginning of a box that was never closed."""
-    lone = 0 < len(text) <= MAX_LONE_ANSWER_CHARS and "\n" not in text and "\\boxed" not in text
+    """The whole text, if it is one short line without a mark of an answer that was begun and not read."""
+    marked = any(mark in text for mark in ("\n", "\\boxed", "####"))
+    lone = 0 < len(text) <= MAX_LONE_ANSWER_CHARS and not marked
     return text if lone else None
 
 

@@ -97,7 +97,7 @@ def compare(reference: str, answer: str, timeout_s: float) -> tuple[bool, str]:
     except _EndedError as first:
         if -first.returncode in (signal.SIGPROF, signal.SIGALRM):
             return False, f"the comparison took more than {timeout_s:g} s"
-    try:  # somebody else may have ended an idle worker: only a second death is the expression's fault
+    try:  # somebody else may have ended the worker: only a second death is the expression's fault
         return _compare_once(request)
     except _EndedError as second:
         if -second.returncode in (signal.SIGPROF, signal.SIGALRM):
@@ -106,10 +106,7 @@ def compare(reference: str, answer: str, timeout_s: float) -> tuple[bool, str]:
 
 
 def _compare_once(request: dict[str, object]) -> tuple[bool, str]:
-    try:
-        worker = _idle.pop()
-    except IndexError:
-        worker = _Worker()
+    worker = _idle_worker() or _Worker()
     try:
         reply = worker.ask(request)
     except BaseException:  # also an interrupt: a late reply must never be read as that of the next question
@@ -119,6 +116,18 @@ def _compare_once(request: dict[str, object]) -> tuple[bool, str]:
     if "error" in reply:
         return False, f"not comparable: {reply['error']}"
     return bool(reply["equal"]), ""
+
+
+def _idle_worker() -> _Worker | None:
+    """One that is alive; somebody else may have ended it while it waited."""
+    while True:
+        try:
+            worker = _idle.pop()
+        except IndexError:
+            return None
+        if worker.process.poll() is None:
+            return worker
+        worker.kill()
 
 
 def close_workers() -> None:
