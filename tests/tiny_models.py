@@ -47,7 +47,8 @@ def letters(num_tokens: int = NUM_ROWS) -> Any:
 
 
 def request(name: str, ids: Sequence[int], index: int = 0, prefix: Sequence[int] | None = None) -> Request:
-    return Request(Prompt(id=name), index, torch.tensor(ids), None if prefix is None else torch.tensor(prefix))
+    given = None if prefix is None else torch.tensor(prefix, dtype=torch.int64)
+    return Request(Prompt(id=name), index, torch.tensor(ids), given)
 
 
 def sample(

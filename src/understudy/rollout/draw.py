@@ -13,6 +13,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
 
     The token is the first one whose cumulative probability exceeds the uniform number; greedy: the most likely one.
     Its log-probability refers to the softmax of `logits`, unfiltered. -> ids [B], logprob [B] in the logits' type.
+    A row with NaN or +inf gives some token, with log-probability NaN.
     """
     peak = logits.amax(-1, keepdim=True)
     shifted = logits - peak
@@ -33,9 +34,10 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
 def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
     """The first index whose cumulative weight exceeds `uniform` times the total, so never one of weight 0. [B, 1].
 
-    A uniform number below 1 times the total stays below the total in float64.
+    A uniform number below 1 times the total stays below the total in float64; only a row of NaN needs the clamp.
     """
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return index.clamp_max_(cumulative.shape[-1] - 1)
 
 
 def _filter(weight: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

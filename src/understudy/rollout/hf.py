@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from understudy.errors import DataError, RecipeError
+from understudy.errors import DataError, RecipeError, TrainingError
 from understudy.models import lm_head, unwrap
 from understudy.models.backbone import evaluating
 from understudy.randomness import keyed_uniform
 from understudy.types import Request, Sample, Sampling
 
 from .assemble import prefix_length, to_samples
-from .decode import Decoder
+from .decode import Decoded, Decoder
 
 MAX_BATCH_TOKENS = 65_536
 """Slots of the key-value cache at a time: 64 responses of 1,024 tokens; 9 GiB for a 4B model in bfloat16."""
@@ -58,8 +58,8 @@ class HFSampler:
         """One sample for each request, in their order.
 
         `sampling.max_new_tokens` counts what the student writes, a prefix not included. A greedy draw's log-probability
-        is that at temperature 1. Raises DataError for an empty prompt and RecipeError for a response that would leave the model's
-        positions, both before anything is sampled.
+        is that at temperature 1. Raises DataError for an empty prompt and RecipeError for a response that would leave
+        the model's positions, both before anything is sampled, and TrainingError for logits that are not finite.
         """
         contexts = [_context(request) for request in requests]
         self._check_positions(requests, contexts, sampling.max_new_tokens)
@@ -73,6 +73,7 @@ class HFSampler:
                 uniform = self._uniform(chosen, sampling, step, stream)
                 read = [contexts[index] for index in group]
                 decoded = decoder.run(read, uniform, sampling)
+                _refuse_nan(chosen, decoded)
                 made = to_samples(chosen, read, decoded, self._tokenizer, self._version)
                 samples.update(zip(group, made, strict=True))
         return [samples[index] for index in range(len(requests))]
@@ -108,6 +109,16 @@ def plan_batches(lengths: Sequence[int], num_new: int, max_tokens: int) -> list[
             width = lengths[index] + num_new
         groups[-1].append(index)
     return groups
+
+
+def _refuse_nan(requests: Sequence[Request], decoded: Decoded) -> None:
+    written = torch.arange(decoded.ids.shape[1], device=decoded.ids.device) < decoded.length[:, None]
+    broken = (decoded.logprob.isnan() & written).any(-1)
+    if bool(broken.any()):
+        raise TrainingError(
+            f"request {requests[int(broken.nonzero()[0])].key} (and {int(broken.sum()) - 1} more): the student's logits are "
+            "not finite, so its weights have diverged: go back to an earlier checkpoint and lower the learning rate"
+        )
 
 
 def _context(request: Request) -> Tensor:
