@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import islice
 
@@ -9,10 +10,12 @@ from understudy.tasks.records import normalise, problem_key
 from understudy.types import Prompt
 
 NUM_EXAMPLES = 3
+_TYPESETTING = re.compile(r"\.(?!\d)|[^\w+*/=<>^().-]|_")
+"""What two copies of a problem differ in: white space, dollar signs, braces, backslashes, commas and full stops."""
 
 
 def overlap(train: Sequence[Prompt], evaluation: Sequence[Prompt], limit: int | None = None) -> list[str]:
-    """Ids of the evaluation prompts that also stand in `train`, letter case, white space and template aside.
+    """Ids of the evaluation prompts that also stand in `train`, letter case, white space, typesetting and template aside.
 
     Looks at the first `limit` training prompts only, where it is given: a computed task may have millions.
     """
@@ -39,6 +42,10 @@ def num_repeated(prompts: Sequence[Prompt]) -> int:
 def _keys(prompt: Prompt) -> tuple[str, str]:
     """The problem as its id names it (without a template) and the wording as the model sees it."""
     if prompt.text is not None:
-        return problem_key(prompt), normalise(prompt.text)
+        return problem_key(prompt), _wording(prompt.text)
     users = [message["content"] for message in prompt.messages or () if message["role"] == "user"]
-    return problem_key(prompt), normalise("\n".join(users))
+    return problem_key(prompt), _wording("\n".join(users))
+
+
+def _wording(text: str) -> str:
+    return _TYPESETTING.sub("", text.casefold()) or normalise(text)
