@@ -10,8 +10,8 @@ from understudy.tasks.records import normalise, problem_key
 from understudy.types import Prompt
 
 NUM_EXAMPLES = 3
-_TYPESETTING = re.compile(r"\.(?!\d)|[^\w+*/=<>^().-]|_")
-"""What two copies of a problem differ in: white space, dollar signs, braces, backslashes, commas and full stops."""
+_TYPESETTING = re.compile(r"\\[()]|\.(?!\d)|[^\w+*/=<>^().-]|_")
+"""What two copies of a problem differ in: white space, marks of mathematics, braces, backslashes, commas and full stops."""
 
 
 def overlap(train: Sequence[Prompt], evaluation: Sequence[Prompt], limit: int | None = None) -> list[str]:
