@@ -12,20 +12,30 @@ import numpy as np
 from understudy.eval.estimators import majority_score
 
 FACTS = {
-    "version": "0.1.0",
-    "commit": "0123abc",
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
-    "machine": {"cpu_count": 2, "device": "cpu"},
-    "seed": 7,
-    "method": "gkd",
-    "student": "runs/warm/student",
-    "teacher": "runs/teacher/student",
     "status": "finished",
-    "started": "2026-03-01T10:00:00+00:00",
-    "ended": "2026-03-01T10:01:12+00:00",
+    "started": "2026-03-01T10:00:00Z",
+    "ended": "2026-03-01T10:01:12Z",
+    "steps": 120,
+    "samples": 15_360,
+    "training_s": 43.2,
+    "student_parameters": 140_352,
+    "vocabulary": 19,
+    "teacher": "runs/teacher/student",
+    "hardware": "a processor, 2 of 2 threads",
+    "peak_memory_gib": 0.71,
+    "versions": {"python": "3.11.7", "understudy": "0.1.0", "torch": "2.13.0"},
+    "commit": "0123abc",
 }
-RECIPE = "student: runs/warm/student\nteacher: runs/teacher/student\nmethod:\n  type: gkd\n  beta: 1.0\nseed: 7\n"
+RECIPE = """\
+seed: 7
+student:
+  model: runs/warm/student
+teacher:
+  model: runs/teacher/student
+method:
+  type: gkd
+  beta: 1.0
+"""
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.report_run import random_scores, training_rows, write_eval, write_lines, write_run
 
+from tests.report_run import random_scores, training_rows, write_eval, write_lines, write_run
 from understudy.errors import CheckpointError, DataError
 from understudy.format import Interval, change, interval, number, seconds
 from understudy.report import write_report
@@ -160,6 +160,25 @@ def test_a_missing_score_is_never_taken_as_wrong(tmp_path: Path) -> None:
     assert "cannot be tested" in judge([after], compare(before, after)).text
 
 
+def test_problems_without_a_grade_are_left_out_of_both_and_told(tmp_path: Path) -> None:
+    """As the metric itself leaves them out: prompts without a reference."""
+    before, after = evals(tmp_path, random_scores(0.4, seed=1), random_scores(0.9, seed=2))
+    for record in (before, after):
+        samples = record.path.with_suffix(".jsonl")
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        write_lines(samples, [line | {"score": None} if line["prompt_id"] == "add-000" else line for line in lines])
+    difference = paired_difference(compare(before, after), "avg@4")
+    assert difference is not None
+    assert difference.num_problems == 199
+    assert "over 199 problems" in judge([after], compare(before, after)).text
+    record = write_eval(tmp_path, 20, random_scores(0.9), unscored=4, too_long=3)
+    (tmp_path / "run.json").write_text("{}")
+    text = report(tmp_path).text
+    assert record.is_file()
+    assert "4 attempts have no score" in text
+    assert "3 prompts were over the token budget" in text
+
+
 def test_the_main_metric_is_avg_at_k(tmp_path: Path) -> None:
     record = read_eval(write_eval(tmp_path, 0, random_scores(0.5)))
     assert main_metric(record) == "avg@4"
@@ -184,7 +203,7 @@ def test_the_page_holds_all_that_was_recorded(tmp_path: Path) -> None:
     titles = {label.split(",")[0] for label in labels if label}
     usual = {"Accuracy", "Loss", "Log-ratio", "Entropy", "Response length", "Truncated responses", "Gradient norm"}
     assert usual | {"Learning rate", "Throughput", "Seconds by phase", "loss/divergence", "samples_per_s"} <= titles
-    assert "machine.cpu_count" in page.text
+    assert "versions.torch" in page.text
 
 
 def test_attempts_that_changed_come_first(tmp_path: Path) -> None:

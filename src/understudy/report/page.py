@@ -132,7 +132,7 @@ def build_page(run: RunRecord, baseline: EvalRecord | None) -> Page:
         groups, note = training_groups(run.samples)
     return Page(
         title=run.path.resolve().name,
-        subtitle=_subtitle(run.facts),
+        subtitle=_subtitle(run.settings),
         verdict=judge([after] if after else [], comparison),
         alert=_alert(run),
         chips=_chips(run, facts),
@@ -160,11 +160,17 @@ def _before_and_after(run: RunRecord, baseline: EvalRecord | None) -> tuple[Eval
     return (run.evals[0] if len(run.evals) > 1 else None), after
 
 
-def _subtitle(facts: Mapping[str, object]) -> str:
-    parts = [without_secrets(str(facts[name])) for name in ("method", "student", "teacher") if facts.get(name)]
-    if len(parts) == 3:
-        return f"{parts[0]}: {parts[1]} learns from {parts[2]}"
-    return ", ".join(parts)
+def _subtitle(settings: Mapping[str, object]) -> str:
+    method, student, teacher = (
+        _inner(settings, *keys) for keys in (("method", "type"), ("student", "model"), ("teacher", "model"))
+    )
+    learner = f"{method}: {student or 'a student from random weights'}" if method else ""
+    return without_secrets(f"{learner} learns from {teacher}" if learner and teacher else learner)
+
+
+def _inner(settings: Mapping[str, object], section: str, key: str) -> str:
+    part = settings.get(section)
+    return str(part.get(key) or "") if isinstance(part, Mapping) else ""
 
 
 def _alert(run: RunRecord) -> tuple[str, str] | None:
@@ -172,7 +178,7 @@ def _alert(run: RunRecord) -> tuple[str, str] | None:
     error = without_secrets(str(run.facts.get("error") or ""))
     if status == "failed":
         return "This run failed.", _cut(error, MAX_FACT_CHARS) or "No error text was recorded."
-    if status == "stopped":
+    if status.startswith("stopped"):
         return "This run was stopped before its end.", "Continue it with --resume."
     if status == "running":
         return "This run had not ended when the report was written.", "What follows is its state until then."
@@ -185,7 +191,8 @@ def _chips(run: RunRecord, facts: Mapping[str, str]) -> list[tuple[str, str]]:
     chips.append(("last step", f"{max(steps):,}" if steps else "not recorded"))
     time = run.series.get("time_s")
     chips.append(("training time", seconds(float(time.values[-1])) if time is not None else "not recorded"))
-    chips += [(name, facts[name]) for name in ("seed", "device", "machine.device") if name in facts]
+    chips += [("seed", str(run.settings["seed"]))] if isinstance(run.settings.get("seed"), int) else []
+    chips += [(name, facts[name]) for name in ("hardware", "commit") if name in facts]
     return chips
 
 
@@ -195,6 +202,12 @@ def _table_note(after: EvalRecord | None, comparison: Comparison | None) -> str:
     problems = "unknown number of" if after.num_problems is None else f"{after.num_problems:,}"
     attempts = "" if after.samples_per_prompt is None else f", {after.samples_per_prompt} attempts at each"
     text = f"{problems} problems of split {after.split or 'unnamed'!r}{attempts}; [95 % intervals over problems]."
+    if after.unscored:
+        text += (
+            f" {after.unscored:,} attempts have no score: accuracies are of the problems whose attempts all have one."
+        )
+    if after.too_long:
+        text += f" {after.too_long:,} prompts were over the token budget and are left out."
     if comparison and comparison.unmatched:
         text += f" {comparison.unmatched:,} problems are only in one of the two evaluations and are left out of pairs."
     return text

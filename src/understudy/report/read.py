@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from understudy.errors import CheckpointError, DataError
@@ -43,6 +44,10 @@ class EvalRecord:
     samples_per_prompt: int | None
     num_problems: int | None
     metrics: Mapping[str, Interval]
+    unscored: int = 0
+    """Samples without a score."""
+    too_long: int = 0
+    """Prompts over the token budget, which no metric counts."""
 
     def attempts(self) -> list[Attempt]:
         """Its samples; empty where none were saved. Raises DataError as `read_attempts`."""
@@ -71,6 +76,8 @@ class RunRecord:
 
     path: Path
     recipe: str | None
+    settings: Mapping[str, object]
+    """The recipe parsed; empty where it is missing or no YAML mapping."""
     facts: Mapping[str, object]
     series: Mapping[str, Series]
     events: tuple[Event, ...]
@@ -90,10 +97,11 @@ def read_run(run_dir: Path) -> RunRecord:
             "`understudy train` wrote"
         )
     cut: list[str] = []
-    recipe = run_dir / "recipe.yaml"
+    recipe = _read_text(run_dir / "recipe.yaml") if (run_dir / "recipe.yaml").is_file() else None
     return RunRecord(
         path=run_dir,
-        recipe=_read_text(recipe) if recipe.is_file() else None,
+        recipe=recipe,
+        settings=_parse_recipe(recipe or ""),
         facts=_read_object(run_dir / "run.json") if (run_dir / "run.json").is_file() else {},
         series=_read_series(run_dir / "metrics.jsonl", cut),
         events=tuple(_read_events(run_dir / "events.jsonl", cut)),
@@ -119,6 +127,8 @@ def read_eval(path: Path) -> EvalRecord:
         samples_per_prompt=_whole(data.get("samples_per_prompt")),
         num_problems=_whole(data.get("num_problems")),
         metrics={str(name): _interval(value) for name, value in metrics.items()},
+        unscored=_whole(data.get("unscored")) or 0,
+        too_long=_whole(data.get("too_long")) or 0,
     )
 
 
@@ -198,6 +208,14 @@ def _read_object(path: Path) -> dict[str, object]:
     if not isinstance(data, dict):
         raise DataError(f"{path}: must hold a JSON object, not {type(data).__name__}")
     return data
+
+
+def _parse_recipe(text: str) -> dict[str, object]:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return {str(key): value for key, value in data.items()} if isinstance(data, dict) else {}
 
 
 def _read_text(path: Path) -> str:

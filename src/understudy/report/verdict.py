@@ -63,11 +63,14 @@ def by_problem(attempts: Sequence[Attempt]) -> dict[str, list[Attempt]]:
 def paired_difference(comparison: Comparison, metric: str) -> Estimate | None:
     """Paired by problem, with a bootstrap interval over problems.
 
-    None where the samples do not determine the metric (a missing score, avg@k or maj@k of another number of attempts).
+    A problem that neither side grades is left out, as in the metric itself. None where the samples do not determine the
+    metric (a score that only one side has, avg@k or maj@k of another number of attempts).
     """
     pairs = []
     for key, first in comparison.first.items():
         old, new = problem_value(metric, first), problem_value(metric, comparison.last[key])
+        if old is None and new is None:
+            continue
         if old is None or new is None:
             return None
         pairs.append((old, new))
@@ -145,7 +148,7 @@ def _judge_pair(name: str, comparison: Comparison) -> Verdict:
     if paired is None:
         text = f"{_subject(name)} went from {old} to {new} {where}; without the samples of both it cannot be tested."
         return Verdict("unknown", text)
-    part = "" if comparison.unmatched == 0 else f" on the {paired.num_problems:,} problems that both have"
+    part = "" if paired.num_problems == comparison.after.num_problems else f" over {paired.num_problems:,} problems"
     says = f"paired difference {change(name, Interval(paired.value, paired.low, paired.high))}{part}"
     if paired.num_problems < MIN_PROBLEMS:
         return Verdict(
