@@ -126,10 +126,10 @@ def test_no_seed_trains_on_what_another_evaluates(seed: int, other: int) -> None
     assert trained.isdisjoint(prompt.id for prompt in held_out)
 
 
-def test_the_seed_orders_the_training_problems_and_size_cuts_them() -> None:
+def test_the_seed_orders_the_training_problems_and_their_number_is_cut() -> None:
     first, second = (Arithmetic("addition", seed=seed).prompts("train")[:50] for seed in (0, 1))
     assert [prompt.id for prompt in first] != [prompt.id for prompt in second]
-    assert list(Arithmetic("addition", size=50).prompts("train")) == list(first)
+    assert list(Arithmetic("addition", num_solutions=50).prompts("train")) == list(first)
 
 
 @pytest.mark.parametrize("family", ["addition", "chain", "words"])

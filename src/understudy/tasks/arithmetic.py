@@ -52,8 +52,8 @@ class Arithmetic:
     """Of each summand (addition)."""
     operations: int = 4
     """In a row (chain)."""
-    size: int | None = None
-    """At most so many training problems; None: all that there are."""
+    num_solutions: int | None = None
+    """At most so many training problems, each with its solution; None: all that there are."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,8 +65,8 @@ class Arithmetic:
             raise ValueError(f"digits is a setting of the family addition, not of {self.family}")
         if self.family != "chain" and self.operations != 4:
             raise ValueError(f"operations is a setting of the family chain, not of {self.family}")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size is {self.size}; it must be at least 1, or left out")
+        if self.num_solutions is not None and self.num_solutions < 1:
+            raise ValueError(f"num_solutions is {self.num_solutions}; it must be at least 1, or left out")
 
     @property
     def name(self) -> str:
@@ -91,7 +91,7 @@ class Arithmetic:
             return LazyPrompts(lambda i: self.problem(spread(held_out + i)), range(held_out))
         num_train = self.num_problems - 2 * held_out
         order = Permutation(num_train, f"{self.name}/train/{self.seed}")
-        size = num_train if self.size is None else min(num_train, self.size)
+        size = num_train if self.num_solutions is None else min(num_train, self.num_solutions)
         return LazyPrompts(lambda i: self.problem(spread(2 * held_out + order(i))), range(size))
 
     def problem(self, code: int) -> Prompt:
