@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from .rows import score_rows
 
 MAX_BATCH_TOKENS = 16_384
 """Slots of one forward: 0.6 GiB of activations for a 4B model in bfloat16."""
+PROVENANCE = ("_name_or_path", "transformers_version", "architectures", "dtype")
+"""Keys of a configuration that are only filled in by saving or loading; precision is told by the weights."""
 CAN = frozenset({"none", "sampled", "topk", "full"})
 
 
@@ -106,13 +109,13 @@ class LocalTeacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of configuration, temperature, vocabulary, precision and, for each weight, its sum and first values."""
+        """Hash of configuration, weights, temperature and vocabulary; reads all weights once, at about 1 GB/s."""
         digest = blake2b(digest_size=16)
-        base = unwrap(self._model)
-        digest.update(f"{base.config.to_json_string()}/{self._temperature}/{self._vocab_size}/{base.dtype}".encode())
+        config = {key: value for key, value in unwrap(self._model).config.to_dict().items() if key not in PROVENANCE}
+        digest.update(json.dumps([config, self._temperature, self._vocab_size], sort_keys=True, default=str).encode())
         for name, value in self._model.state_dict().items():
-            numbers = [float(value.sum(dtype=torch.float64)), *value.flatten()[:8].tolist()]
-            digest.update(f"{name}/{tuple(value.shape)}/{numbers}".encode())
+            digest.update(f"{name}/{value.dtype}/{tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).cpu().numpy())
         return digest.hexdigest()
 
     @torch.no_grad()
