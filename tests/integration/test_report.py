@@ -25,7 +25,7 @@ from understudy.report.chart import Chart, Line, draw, ticks
 from understudy.report.charts import phase_chart
 from understudy.report.read import EvalRecord, Series, read_eval, read_run
 from understudy.report.series import MAX_POINTS, smoothed, thin
-from understudy.report.verdict import compare, judge, main_metric, paired_difference
+from understudy.report.verdict import compare, judge, main_metric, paired_difference, rows
 from understudy.text import HIDDEN, visible, without_secrets
 
 HOSTILE = (
@@ -177,6 +177,19 @@ def test_problems_without_a_grade_are_left_out_of_both_and_told(tmp_path: Path) 
     assert record.is_file()
     assert "4 attempts have no score" in text
     assert "3 prompts were over the token budget" in text
+
+
+def test_a_first_evaluation_after_training_began_is_called_so(tmp_path: Path) -> None:
+    before = read_eval(write_eval(tmp_path, 5, random_scores(0.4, seed=1)))
+    after = read_eval(write_eval(tmp_path, 10, random_scores(0.9, seed=2)))
+    assert "at step 5, the first evaluation," in judge([after], compare(before, after)).text
+
+
+def test_one_attempt_gives_one_accuracy(tmp_path: Path) -> None:
+    """avg@1, pass@1 and maj@1 are the same number."""
+    before, after = evals(tmp_path, random_scores(0.4, attempts=1), random_scores(0.9, attempts=1))
+    names = [row.name for row in rows(before, after, compare(before, after))]
+    assert names == ["avg@1", "mean_tokens", "truncated", "no_eos"]
 
 
 def test_the_main_metric_is_avg_at_k(tmp_path: Path) -> None:

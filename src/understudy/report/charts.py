@@ -12,7 +12,7 @@ from understudy.format import is_rate
 from understudy.report.chart import Chart, Line, draw, summary
 from understudy.report.read import EvalRecord, RunRecord, Series
 from understudy.report.series import smooth_window
-from understudy.report.verdict import main_metric
+from understudy.report.verdict import main_metric, shown_metrics
 
 MAX_MORE = 36
 """Charts beside the usual ones; the rest stays in metrics.jsonl, so that the page stays small."""
@@ -118,7 +118,7 @@ def accuracy_chart(evals: Sequence[EvalRecord]) -> Chart | None:
     name = main_metric(evals[-1]) if evals else None
     if name is None:
         return None
-    names = [name] + [item for item in evals[-1].metrics if item != name and item.startswith(("pass@", "maj@"))]
+    names = [name] + [item for item in shown_metrics(evals[-1]) if item != name and item.startswith(("pass@", "maj@"))]
     lines = [line for line in (_eval_line(item, evals, band=item == name) for item in names) if line]
     title = "Accuracy" if name.startswith("avg@") else name
     split = f" on {evals[-1].split}" if evals[-1].split else ""

@@ -201,6 +201,7 @@ def _table_note(after: EvalRecord | None, comparison: Comparison | None) -> str:
         return ""
     problems = "unknown number of" if after.num_problems is None else f"{after.num_problems:,}"
     attempts = "" if after.samples_per_prompt is None else f", {after.samples_per_prompt} attempts at each"
+    attempts = ", 1 attempt at each" if after.samples_per_prompt == 1 else attempts
     text = f"{problems} problems of split {after.split or 'unnamed'!r}{attempts}; [95 % intervals over problems]."
     if after.unscored:
         text += (

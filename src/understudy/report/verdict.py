@@ -113,6 +113,12 @@ def main_metric(record: EvalRecord) -> str | None:
     return next((name for name in known if name.startswith("avg@")), known[0] if known else None)
 
 
+def shown_metrics(record: EvalRecord) -> list[str]:
+    """All but pass@1 and maj@1 beside avg@1: with one attempt they are the same number."""
+    same = ("pass@1", "maj@1") if "avg@1" in record.metrics else ()
+    return [name for name in record.metrics if name not in same]
+
+
 def judge(evals: Sequence[EvalRecord], comparison: Comparison | None) -> Verdict:
     """The sentence at the top of the report."""
     if not evals:
@@ -148,6 +154,8 @@ def _judge_pair(name: str, comparison: Comparison) -> Verdict:
     if paired is None:
         text = f"{_subject(name)} went from {old} to {new} {where}; without the samples of both it cannot be tested."
         return Verdict("unknown", text)
+    if comparison.before.step > 0 and comparison.before.path.parent == comparison.after.path.parent:
+        old += f" at step {comparison.before.step:,}, the first evaluation,"
     part = "" if paired.num_problems == comparison.after.num_problems else f" over {paired.num_problems:,} problems"
     says = f"paired difference {change(name, Interval(paired.value, paired.low, paired.high))}{part}"
     if paired.num_problems < MIN_PROBLEMS:
@@ -197,7 +205,8 @@ class Row:
 def rows(before: EvalRecord | None, after: EvalRecord, comparison: Comparison | None) -> list[Row]:
     """Every metric of `after`, with the paired difference where the samples give one and the plain one elsewhere."""
     table = []
-    for name, new in after.metrics.items():
+    for name in shown_metrics(after):
+        new = after.metrics[name]
         old = before.metrics.get(name) if before else None
         paired = paired_difference(comparison, name) if comparison else None
         if paired:
