@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
 from torch import Tensor
 
+from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
 from understudy.errors import DataError, RecipeError, TrainingError
 from understudy.models import apply_lora, enable_gradient_checkpointing
 from understudy.randomness import keyed_uniform

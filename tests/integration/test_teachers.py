@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import ARCHITECTURES, letters, plain_logp, sample, tiny
 from torch import Tensor
 
+from tests.tiny_models import ARCHITECTURES, letters, plain_logp, sample, tiny
 from understudy.errors import ScoreError, VocabularyError
 from understudy.linear import score
 from understudy.models import load_causal_lm, save_hf

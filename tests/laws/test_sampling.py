@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_models import letters, request, tiny
 from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from tests.tiny_models import letters, request, tiny
 from understudy.rollout import HFSampler
 from understudy.rollout.draw import draw
 from understudy.types import Sampling
