@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 
 MISSING = "not recorded"
-_RATE = re.compile(r"^(avg|pass|maj)@\d+$|^(accuracy|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$")
+_RATE = re.compile(
+    r"^(avg|pass|maj)@\d+$|^(accuracy|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
+)
 _LABELS = {
     "avg": "mean of {} attempts",
     "pass": "at least one of {} right",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
@@ -171,6 +172,11 @@ class TokenBatch:
         """The tokens at `index`, with every field cut alike."""
         return take_rows(self, index)
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """Every field on a device."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
 
 _Rows = TypeVar("_Rows")
 
@@ -234,6 +240,19 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (0.0, float("inf")),
+            "top_p": (1e-6, 1.0),
+            "top_k": (0, float("inf")),
+            "min_p": (0.0, 1.0),
+            "max_new_tokens": (1, float("inf")),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it must lie in [{low:g}, {high:g}]")
 
     @property
     def filtered(self) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.worlds import CASES, Outcome, World
 
+from tests.worlds import CASES, Outcome, World
 from understudy.errors import ScoreError
 from understudy.linear import LMHead, count_denominators, evaluate, score
 from understudy.linear.reference import evaluate as evaluate_reference

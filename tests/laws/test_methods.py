@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.worlds import CASES, DISTILLATION, World
 from torch import Tensor
 
+from tests.worlds import CASES, DISTILLATION, World
 from understudy.linear import LMHead, evaluate
 from understudy.methods import GKD, METHODS, OPD, REFUSED, SFT, TopK
 from understudy.methods.base import Method

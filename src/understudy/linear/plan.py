@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ FullTeacher = tuple[Tensor, LMHead]
 class TermsOf(Protocol):
     """The part of a method that an evaluation uses (see `methods.base.Method`)."""
 
-    requires: tuple[str, ...]
+    requires: ClassVar[tuple[str, ...]]
 
     @property
     def scope(self) -> str: ...

@@ -38,7 +38,7 @@ class Method:
 
     @property
     def scope(self) -> Scope:
-        """ "token": terms may be computed chunk by chunk; "batch": they need the whole batch, after a scoring pass."""
+        """Either "token", terms may be computed chunk by chunk, or "batch": they need the whole batch, after a scoring pass."""
         return "token"
 
     @property

@@ -1,0 +1,7 @@
+"""`python -m understudy`, which `torchrun -m understudy` needs."""
+
+from __future__ import annotations
+
+from .cli import main
+
+main()

@@ -1,0 +1,262 @@
+"""From a recipe to the parts of a run: first everything that can be checked, then everything that is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import RecipeError, VocabularyError
+from .models import (
+    apply_lora,
+    build_causal_lm,
+    check_model_dir,
+    compare_chat_templates,
+    compare_vocabularies,
+    enable_gradient_checkpointing,
+    load_causal_lm,
+    load_tokenizer,
+    probe_head,
+    stop_ids,
+)
+from .recipe import Recipe, Student
+from .rollout import HFSampler
+from .tasks import Arithmetic, Hub, build_tokenizer
+from .tasks.records import Records
+from .tasks.render import encode_prompt
+from .teachers import LocalTeacher
+from .trainer.loggers import check_loggers
+from .trainer.settings import Split
+from .types import Prompt
+
+NUM_REHEARSED = 8
+"""Prompts that a dry run renders."""
+TEACHER = "teacher"
+"""Name of the only teacher."""
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Everything that can be found wrong without loading a model. Returns what was checked, a line each.
+
+    Raises RecipeError, DataError or VocabularyError.
+    """
+    check_loggers(recipe.loggers)
+    lines = [f"task: {recipe.task.name}"]
+    recipe.task.check_files()
+    _check_source(recipe.task, "train", "task")
+    if (
+        recipe.method.plan(0).on_policy_share < 1
+        and isinstance(recipe.task, Records)
+        and not recipe.task.solution_field
+    ):
+        raise RecipeError(
+            f"the method {type(recipe.method).__name__} imitates solutions, but task.solution_field does not say where "
+            "they are"
+        )
+    if recipe.eval is not None:
+        recipe.held_out.check_files()
+        _check_source(recipe.held_out, recipe.eval.split, "eval_task" if recipe.eval_task else "task")
+        lines.append(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
+    if recipe.train.stop_at is not None and (recipe.eval is None or recipe.eval.every is None):
+        raise RecipeError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
+    if recipe.student.lora is not None and importlib.util.find_spec("peft") is None:
+        raise RecipeError("student.lora needs the package peft; run: pip install 'understudy[lora]'")
+    if recipe.student.model is not None:
+        lines.append(f"student: {check_model_dir(recipe.student.model)}")
+    if recipe.teacher is not None:
+        lines.append(f"teacher: {check_model_dir(recipe.teacher.model)}")
+    return [*lines, *_check_tokenizers(recipe)]
+
+
+def _check_source(task: Any, split: Split, section: str) -> None:
+    if isinstance(task, Records):
+        try:
+            task.source_of(split)
+        except RecipeError as error:
+            raise RecipeError(f"{section}: {error}") from error
+
+
+def _check_tokenizers(recipe: Recipe) -> list[str]:
+    """Those that lie on this machine are loaded, compared and tried; nothing is fetched."""
+    source = tokenizer_source(recipe)
+    if source is not None and not Path(source).expanduser().exists():
+        return [f"tokenizer: {source} is a hub name, not checked offline"]
+    tokenizer = student_tokenizer(recipe)
+    lines = [f"tokenizer: {len(tokenizer):,} tokens"]
+    if recipe.teacher is not None and Path(recipe.teacher.model).expanduser().exists():
+        size = compare_vocabularies(tokenizer, load_tokenizer(recipe.teacher.model))
+        lines.append(f"student and teacher share {size:,} tokens")
+    if not isinstance(recipe.task, Hub) or Path(recipe.task.name).is_dir():
+        lengths = [
+            len(encode_prompt(tokenizer, prompt, recipe.student.template_kwargs))
+            for prompt in islice(recipe.task.prompts("train"), NUM_REHEARSED)
+        ]
+        lines.append(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
+    return lines
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises RecipeError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    lacking = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if lacking:
+        raise RecipeError(f"device is {name}, which torch does not see on this machine; use auto or cpu")
+    return device
+
+
+def tokenizer_source(recipe: Recipe) -> str | None:
+    """Where the student's tokenizer is read from; None: the task has its own."""
+    source = recipe.student.tokenizer or recipe.student.model
+    if source is None and not isinstance(recipe.task, Arithmetic):
+        raise RecipeError("student.build needs student.tokenizer: the task has no tokenizer of its own")
+    return source
+
+
+def student_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of the student. Raises VocabularyError if it has no EOS."""
+    source = tokenizer_source(recipe)
+    if source is None:
+        assert isinstance(recipe.task, Arithmetic)
+        return build_tokenizer(recipe.task.family)
+    tokenizer = load_tokenizer(source, revision=recipe.student.revision)
+    if tokenizer.eos_token_id is None:
+        raise VocabularyError(
+            f"the tokenizer of {source} has no EOS, so no response would ever end; set eos_token in its configuration"
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A student that is ready to sample."""
+
+    model: nn.Module
+    tokenizer: Any
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    device: torch.device
+    compute_dtype: torch.dtype | None
+    warnings: tuple[str, ...]
+    teacher_tokenizer: Any = None
+
+    def sampler(self, seed: int) -> HFSampler:
+        """Samples with the live weights."""
+        return HFSampler(
+            self.model,
+            self.tokenizer,
+            seed=seed,
+            stop_ids=self.stop_ids,
+            vocab_size=self.vocab_size,
+            autocast=self.compute_dtype,
+        )
+
+
+def load_student(recipe: Recipe, *, resume_from: Path | None = None) -> Loaded:
+    """The student of a recipe, or as a checkpoint left it, beside its tokenizer compared with the teacher's."""
+    device = choose_device(recipe.device)
+    tokenizer = student_tokenizer(recipe)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    warnings: list[str] = []
+    if recipe.teacher is not None:
+        other = load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision)
+        vocab_size = compare_vocabularies(tokenizer, other)
+        warned = compare_chat_templates(tokenizer, other) if _is_chat(recipe) else None
+        warnings += [warned] if warned else []
+    model = _load_model(recipe.student, tokenizer, vocab_size, device, recipe.seed, resume_from)
+    probe_head(model)
+    if recipe.train.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    dtype = recipe.train.compute_dtype
+    return Loaded(
+        model=model.train(),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        stop_ids=stop_ids(tokenizer, model),
+        device=device,
+        compute_dtype=None if dtype is None else getattr(torch, dtype),
+        warnings=tuple(warnings),
+    )
+
+
+def _is_chat(recipe: Recipe) -> bool:
+    return isinstance(recipe.task, Records) and recipe.task.chat
+
+
+def _load_model(
+    student: Student, tokenizer: Any, vocab_size: int, device: torch.device, seed: int, resume_from: Path | None
+) -> nn.Module:
+    adapters = student.lora is not None
+    source = str(resume_from) if resume_from is not None and not adapters else student.model
+    model: nn.Module
+    if source is None:
+        assert student.build is not None
+        model = build_causal_lm(
+            student.build,
+            vocab_size=vocab_size,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            dtype="float32" if student.dtype == "auto" else student.dtype,
+            device=device,
+            seed=seed,
+        )
+    else:
+        model = load_causal_lm(
+            source,
+            dtype=student.dtype,
+            device=str(device),
+            attn_implementation=student.attn_implementation,
+            revision=student.revision if resume_from is None else None,
+        )
+    if student.lora is not None:
+        model = _adapt(model, student, seed, resume_from)
+    return model
+
+
+def _adapt(model: nn.Module, student: Student, seed: int, resume_from: Path | None) -> nn.Module:
+    assert student.lora is not None
+    lora = student.lora
+    adapted = apply_lora(
+        model,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules or "all-linear",
+        seed=seed,
+    )
+    if resume_from is not None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(adapted, load_file(resume_from / "adapter_model.safetensors"))
+    return adapted
+
+
+def load_teacher(recipe: Recipe, loaded: Loaded) -> LocalTeacher | None:
+    """The teacher at the student's temperature and vocabulary; None where the method asks none."""
+    if recipe.teacher is None:
+        return None
+    return recipe.teacher.load(
+        name=TEACHER,
+        vocab_size=loaded.vocab_size,
+        temperature=recipe.sampling.temperature or 1.0,
+        max_batch_tokens=recipe.train.micro_batch_tokens,
+        device=loaded.device,
+    )
+
+
+def eval_prompts(recipe: Recipe) -> Sequence[Prompt]:
+    """The held-out problems that the section `eval` names."""
+    assert recipe.eval is not None
+    prompts = recipe.held_out.prompts(recipe.eval.split)
+    return prompts if recipe.eval.problems is None else prompts[: recipe.eval.problems]

@@ -1,0 +1,159 @@
+"""The commands. What they do lives elsewhere; here is how they are asked for and how errors are told.
+
+Everything heavy is imported inside a command, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from understudy.errors import CheckpointError, TrainingError, UnderstudyError
+
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SIGNAL = 2, 1, 130
+
+app = typer.Typer(
+    name="understudy",
+    help="On-policy distillation: a small student learns from its own attempts, judged by a larger teacher.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides, such as method.k=64 or train.lr=1e-5.", show_default=False
+    ),
+]
+ModelDir = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Another model than the recipe's student.", show_default=False),
+]
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; load and write nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in run_dir from its last checkpoint.")
+    ] = False,
+) -> None:
+    """Train a student as a recipe says.
+
+    The run directory holds recipe.yaml, metrics.jsonl, eval/, samples/, checkpoints/, the final student/ and report.html.
+    """
+    from . import commands
+
+    ending = commands.train(recipe, overrides or [], dry_run=dry_run, resume=resume)
+    if ending == "stopped by a signal":
+        raise typer.Exit(EXIT_SIGNAL)
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE|RUN", help="A recipe, or a run directory: its final student.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    model: ModelDir = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write summary and samples there.", show_default=False)
+    ] = None,
+) -> None:
+    """Evaluate a student on held-out problems: avg@k, pass@k, maj@k, lengths, each with a 95 % interval."""
+    from . import commands
+
+    commands.evaluate(recipe, overrides or [], model=model, out=out)
+
+
+@app.command()
+def sample(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE|RUN", help="A recipe, or a run directory: its final student.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    model: ModelDir = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A prompt of your own; may be repeated.", show_default=False)
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="Prompts of the task to take.")] = 4,
+    split: Annotated[
+        str, typer.Option("--split", help="Split that they come from: train, validation or test.")
+    ] = "train",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of each prompt.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Write JSON lines (prompt, response, ...) there.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Print what a model writes; with --out, a data set that SFT can be trained on."""
+    from . import sampling
+
+    sampling.sample(
+        recipe, overrides or [], model=model, prompts=prompt or [], num=num, split=split, num_samples=samples, out=out
+    )
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--baseline", metavar="RUN", help="Another run to compare the evaluation with.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write RUN/report.html: curves, tables and transcripts on one page that works offline."""
+    from understudy.report import write_report
+
+    typer.echo(write_report(run_dir, baseline=baseline))
+
+
+@app.command()
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One method, with its keys.", show_default=False)
+    ] = None,
+) -> None:
+    """List the methods, or the keys of one."""
+    from . import describe
+
+    describe.methods(name)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    student: Annotated[str, typer.Option(help="Directory or hub name of the student.")] = "Qwen/Qwen3-0.6B",
+    teacher: Annotated[str, typer.Option(help="Directory or hub name of the teacher.")] = "Qwen/Qwen3-4B",
+) -> None:
+    """Write a commented recipe for two models, to be edited and trained."""
+    from . import describe
+
+    typer.echo(describe.init(path, student, teacher))
+
+
+def main() -> None:
+    """Runs a command. Exit code 2 for bad input, 1 for a run that failed, 130 for one that a signal stopped."""
+    try:
+        app()
+    except UnderstudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED if isinstance(error, TrainingError | CheckpointError) else EXIT_BAD_INPUT)

@@ -1,0 +1,109 @@
+"""`train` and `eval`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from understudy import assemble, runs
+from understudy.errors import RecipeError
+from understudy.eval.summary import EvalSummary
+from understudy.format import Interval, interval, metric_note
+from understudy.recipe import Recipe, load_recipe
+from understudy.trainer.console import Console
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.rundir import RunDir
+from understudy.trainer.settings import Eval
+
+
+def quieten_libraries() -> None:
+    """Progress bars and notes of transformers and datasets would tear the display."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool) -> str:
+    """How the run ended; "checked" for a dry run."""
+    recipe = load_recipe(path, overrides)
+    quieten_libraries()
+    ranks = Ranks.from_environment(assemble.choose_device(recipe.device)) if not dry_run else Ranks()
+    with Console(quiet=not ranks.is_main) as console:
+        if dry_run:
+            if not resume:
+                RunDir(Path(recipe.run_dir)).check_new()
+            for line in assemble.check(recipe):
+                console.note(line)
+            console.note(f"{path} is fine; nothing was loaded or written")
+            return "checked"
+        result = runs.train(recipe, resume=resume, console=console)
+        _show_result(console, result)
+    return result.ending
+
+
+def _show_result(console: Console, result: runs.Result) -> None:
+    if result.summaries:
+        console.table(*_table("before and after" if len(result.summaries) > 1 else "evaluation", result.summaries))
+    path = result.run_dir.path
+    if result.ending == "stopped by a signal":
+        console.note(f"stopped by a signal; the checkpoint is saved, go on with --resume ({path})")
+        return
+    console.note(f"student  {result.run_dir.student}")
+    console.note(f"report   {result.report}")
+
+
+def _table(title: str, summaries: Sequence[EvalSummary]) -> tuple[str, list[str], list[list[str]]]:
+    """First and last evaluation, metric by metric."""
+    shown = [summaries[0], summaries[-1]] if len(summaries) > 1 else [summaries[0]]
+    last = shown[-1]
+    rows = []
+    for name in last.metrics:
+        cells = [summary.metrics.get(name) for summary in shown]
+        texts = [
+            "not recorded" if cell is None else interval(name, Interval(cell.value, cell.low, cell.high))
+            for cell in cells
+        ]
+        rows.append([name, metric_note(name), *texts])
+    columns = ["metric", "", *(f"step {summary.step:,}" for summary in shown)]
+    described = f"{title}: {last.num_problems:,} {last.split} problems, 95 % intervals over problems"
+    return described, columns, rows
+
+
+def load_for_use(path: Path, overrides: Sequence[str], model: str | None) -> Recipe:
+    """The recipe whose student is `model`, or of a run directory: its final student. A teacher is not needed."""
+    if path.is_dir():
+        run_dir = RunDir(path)
+        run_dir.check_started()
+        recipe = load_recipe(run_dir.recipe, overrides)
+        if model is None and not run_dir.student.is_dir():
+            raise RecipeError(f"{path} has no final student yet; name a checkpoint's student with --model")
+        model = model or str(run_dir.student)
+    else:
+        recipe = load_recipe(path, overrides)
+    if model is None:
+        return recipe
+    student = replace(recipe.student, model=model, build=None, tokenizer=None, lora=None, revision=None)
+    return replace(recipe, student=student)
+
+
+def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Path | None) -> EvalSummary:
+    """Prints the table of one evaluation."""
+    recipe = load_for_use(path, overrides, model)
+    if recipe.eval is None:
+        recipe = replace(recipe, eval=Eval())
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
+    quieten_libraries()
+    assemble.check(recipe)
+    with Console() as console:
+        loaded = assemble.load_student(recipe)
+        started = time.perf_counter()
+        summary = runs.evaluator(recipe, loaded, Ranks(), out, console)(0)
+        console.table(*_table(recipe.student.model or "random weights", [summary]))
+        console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
+    return summary

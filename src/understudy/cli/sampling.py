@@ -1,0 +1,101 @@
+"""`sample`: what a model writes, on the screen or as a data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+from understudy import assemble
+from understudy.errors import RecipeError
+from understudy.eval.summary import prompt_text
+from understudy.recipe import Recipe
+from understudy.tasks.render import encode_prompt
+from understudy.trainer.console import Console
+from understudy.trainer.rundir import write_json_lines
+from understudy.trainer.settings import Split
+from understudy.types import Prompt, Request, Sample
+
+from .commands import load_for_use, quieten_libraries
+
+SPLITS = ("train", "validation", "test")
+BLOCK_REQUESTS = 256
+"""Requests between two moves of the progress bar."""
+
+
+def sample(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    model: str | None,
+    prompts: Sequence[str],
+    num: int,
+    split: str,
+    num_samples: int,
+    out: Path | None,
+) -> None:
+    """Samples of own prompts or of the task's; raises RecipeError for an unknown split or a file that exists."""
+    if split not in SPLITS:
+        raise RecipeError(f"--split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if out is not None and out.exists():
+        raise RecipeError(f"--out {out} exists; choose another file")
+    recipe = load_for_use(path, overrides, model)
+    quieten_libraries()
+    chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
+    with Console() as console:
+        loaded = assemble.load_student(recipe)
+        rendered = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in chosen]
+        requests = [
+            Request(prompt, index, ids)
+            for prompt, ids in zip(_distinct(chosen), rendered, strict=True)
+            for index in range(num_samples)
+        ]
+        samples: list[Sample] = []
+        sampler = loaded.sampler(recipe.seed)
+        with console.progress("sample", len(requests)) as advance:
+            for start in range(0, len(requests), BLOCK_REQUESTS):
+                block = requests[start : start + BLOCK_REQUESTS]
+                samples += sampler.generate(block, recipe.sampling, step=0, stream="sample/cli")
+                advance(len(block))
+        if out is not None:
+            write_json_lines(out, [_row(item) for item in samples])
+            console.note(f"{len(samples)} samples in {out}")
+            return
+        console.table(
+            recipe.student.model or "random weights",
+            ["prompt", "response", "ended by"],
+            [[prompt_text(item.prompt), item.text, item.finish] for item in samples],
+        )
+
+
+def _own(recipe: Recipe, texts: Sequence[str]) -> list[Prompt]:
+    """Prompts from the command line, in the form that the task's prompts have."""
+    pattern = next(iter(recipe.task.prompts("train")))
+    if pattern.messages is None:
+        return [Prompt(f"cli/{text}", text=text) for text in texts]
+    return [Prompt(f"cli/{text}", messages=({"role": "user", "content": text},)) for text in texts]
+
+
+def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """A prompt that is given twice draws two samples, not one twice."""
+    from dataclasses import replace
+
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        seen[prompt.id] += 1
+        count = seen[prompt.id]
+        found.append(prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}"))
+    return found
+
+
+def _row(sample: Sample) -> dict[str, object]:
+    return {
+        "prompt": prompt_text(sample.prompt),
+        "response": sample.text,
+        "reference": sample.prompt.reference,
+        "finish": sample.finish,
+        "num_tokens": sample.num_response_tokens,
+    }

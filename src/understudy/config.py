@@ -1,0 +1,214 @@
+"""From YAML to frozen dataclasses: every key checked, every error with its path in the recipe.
+
+A section of a recipe is a dataclass; its fields are the keys. A section with a `type` is one of a table of dataclasses,
+marked by `choice`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import RecipeError, nearest
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A table of sections by their `type`, and names that are refused with a reason."""
+
+    table: Mapping[str, type[Any]]
+    refused: Mapping[str, str]
+    optional: bool
+
+
+def choice(table: Mapping[str, type[Any]], *, refused: Mapping[str, str] | None = None, optional: bool = False) -> Any:
+    """A field whose value says `type: NAME`. `optional`: None where the recipe leaves it out."""
+    metadata = {"choice": Choice(table, refused or {}, optional)}
+    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: list[object] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            keys.append(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file. Raises RecipeError for a missing file, bad YAML (with the line) and anything but a mapping."""
+    if not path.is_file():
+        others = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, others) if others else f"there is no folder {path.parent}"
+        raise RecipeError(f"there is no recipe {path}; {hint}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds {brief(values)}; a recipe is a mapping of sections")
+    return values
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A copy with `path.to.key=VALUE` applied, VALUE read as YAML. Raises RecipeError for what is no assignment."""
+    result: dict[str, Any] = _copy(values)
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        if not equals or not path or any(not part for part in path.split(".")):
+            raise RecipeError(f"{text!r} is not an override; write KEY=VALUE, such as method.k=64")
+        *parents, last = path.split(".")
+        inner = result
+        for depth, part in enumerate(parents, 1):
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise RecipeError(f"{text!r}: {'.'.join(parents[:depth])} is {brief(inner)}, not a section")
+        try:
+            inner[last] = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    return result
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def parse(section: type[Section], values: object, path: str = "") -> Section:
+    """The dataclass filled from a mapping. Raises RecipeError with the path, the value, and what is allowed."""
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{path or 'the recipe'} is {brief(values)}; it must be a mapping of keys")
+    known = {item.name: item for item in fields(cast(Any, section)) if item.init}
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{_join(path, key)}: unknown key; {nearest(str(key), known)}")
+    hints = get_type_hints(section)
+    found = {
+        name: _parse_field(item, hints[name], values[name], _join(path, name))
+        for name, item in known.items()
+        if name in values
+    }
+    for name, item in known.items():
+        if name not in found and item.default is MISSING and item.default_factory is MISSING:
+            raise RecipeError(f"{_join(path, name)} is missing{_expected(item, hints[name])}")
+    try:
+        return section(**found)
+    except ValueError as error:
+        raise RecipeError(f"{path or 'the recipe'}: {error}") from error
+
+
+def _parse_field(item: Field[Any], hint: Any, value: object, path: str) -> Any:
+    chosen: Choice | None = item.metadata.get("choice")
+    if chosen is not None:
+        return None if value is None and chosen.optional else _parse_choice(chosen, value, path)
+    inner = _dataclass_in(hint)
+    if inner is not None:
+        return None if value is None and NoneType in get_args(hint) else parse(inner, value, path)
+    if isinstance(value, bool) and bool not in _flat(hint):
+        raise RecipeError(f"{path} is {value}; it must be {_words(hint)}")
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(f"{path} is {brief(value)}; {_complaint(error, hint, value)}") from error
+
+
+def _parse_choice(chosen: Choice, value: object, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{path} is {brief(value)}; it must be a mapping with a `type`: {', '.join(chosen.table)}")
+    name = value.get("type")
+    if name in chosen.refused:
+        raise RecipeError(f"{path}.type is {name!r}, which is refused: {chosen.refused[str(name)]}")
+    if not isinstance(name, str) or name not in chosen.table:
+        said = "is missing" if name is None else f"is {brief(name)}"
+        raise RecipeError(f"{path}.type {said}; {nearest(str(name), chosen.table)}")
+    return parse(chosen.table[name], {key: item for key, item in value.items() if key != "type"}, path)
+
+
+def dump(section: Any) -> dict[str, Any]:
+    """The section as plain values, every default written out: what `parse` reads back to an equal section."""
+    values = {}
+    for item in fields(section):
+        if not item.init:
+            continue
+        value = getattr(section, item.name)
+        chosen: Choice | None = item.metadata.get("choice")
+        if chosen is not None and value is not None:
+            name = next(name for name, kind in chosen.table.items() if kind is type(value))
+            values[item.name] = {"type": name} | dump(value)
+        else:
+            values[item.name] = dump(value) if is_dataclass(value) else _plain(value)
+    return values
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """YAML in the order of the sections."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`{"method.k": 64, ...}`: one entry a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, _join(path, key)) if isinstance(value, Mapping) else {_join(path, key): value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _flat(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _dataclass_in(hint: Any) -> type[Any] | None:
+    return next((part for part in _flat(hint) if isinstance(part, type) and is_dataclass(part)), None)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "left out"}
+
+
+def _words(hint: Any) -> str:
+    return " or ".join(_WORDS.get(part, str(part).replace("typing.", "")) for part in _flat(hint))
+
+
+def _complaint(error: ValidationError, hint: Any, value: object) -> str:
+    options = [option for part in _flat(hint) for option in get_args(part) if isinstance(option, str)]
+    if options:
+        return f"it must be one of {', '.join(options)} ({nearest(str(value), options)})"
+    return f"it must be {_words(hint)} ({error.errors()[0]['msg']})"
+
+
+def _expected(item: Field[Any], hint: Any) -> str:
+    chosen: Choice | None = item.metadata.get("choice")
+    if chosen is not None:
+        return f"; it needs a `type`: {', '.join(chosen.table)}"
+    return "" if _dataclass_in(hint) else f"; it must be {_words(hint)}"

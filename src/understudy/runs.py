@@ -1,0 +1,253 @@
+"""A training run from its recipe to its student: started or resumed, and finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import assemble, config, facts
+from .card import model_card
+from .errors import CheckpointError, RecipeError
+from .eval.evaluate import run_eval
+from .eval.summary import EvalSummary
+from .models import save_hf
+from .recipe import Recipe, check_same_recipe
+from .report import write_report
+from .tasks import num_repeated, overlap, overlap_message
+from .tasks.render import encode_prompt
+from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint
+from .trainer.collect import Collector
+from .trainer.console import Console
+from .trainer.distributed import Ranks, SharedSampler
+from .trainer.loggers import JsonLines, make_loggers
+from .trainer.loop import Ending, Trainer
+from .trainer.observe import Observer, peak_memory_gib
+from .trainer.optimizer import Optimizer
+from .trainer.prompts import PromptStream
+from .trainer.rundir import RunDir, write_atomically, write_json
+from .trainer.update import Student
+
+MAX_COMPARED = 200_000
+"""Training prompts that are compared with the evaluation's: computed tasks have millions."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    run_dir: RunDir
+    ending: Ending
+    summaries: tuple[EvalSummary, ...]
+    """Of this process, by step."""
+    report: Path | None
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console) -> Result:
+    """Runs a recipe. Nothing is written before everything is checked and loaded.
+
+    Raises RecipeError, DataError or VocabularyError for bad input, CheckpointError when the run cannot be saved or
+    resumed, TrainingError when it cannot go on.
+    """
+    run_dir = RunDir(Path(recipe.run_dir))
+    checkpoint = _find_start(run_dir, recipe, resume)
+    assemble.check(recipe)
+    device = assemble.choose_device(recipe.device)
+    ranks = Ranks.from_environment(device)
+    console.note("loading " + " and ".join(_models(recipe)))
+    trainer, loaded = _build(recipe, run_dir, checkpoint, ranks, console, device)
+    started = time.time()
+    status: str = "failed"
+    try:
+        ending = trainer.run()
+        status = ending
+        if ranks.is_main and ending != "stopped by a signal":
+            _export(recipe, run_dir, loaded, trainer)
+    finally:
+        if ranks.is_main:
+            _write_facts(recipe, run_dir, loaded, trainer.progress, status, started)
+        trainer.observer.close()
+    report = write_report(run_dir.path) if ranks.is_main else None
+    return Result(run_dir, ending, tuple(trainer.observer.summaries), report)
+
+
+def _find_start(run_dir: RunDir, recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None for a new run, and for one that was killed before its first checkpoint."""
+    if not resume:
+        run_dir.check_new()
+        return None
+    run_dir.check_started()
+    check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), recipe)
+    return find_checkpoint(run_dir.checkpoints)
+
+
+def _models(recipe: Recipe) -> list[str]:
+    names = [f"the student ({recipe.student.model or 'from scratch'})"]
+    return names if recipe.teacher is None else [*names, f"the teacher ({recipe.teacher.model})"]
+
+
+def _build(
+    recipe: Recipe, run_dir: RunDir, checkpoint: Path | None, ranks: Ranks, console: Console, device: torch.device
+) -> tuple[Trainer, assemble.Loaded]:
+    progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, device)
+    loaded = assemble.load_student(recipe, resume_from=None if checkpoint is None else checkpoint / STUDENT)
+    optimizer = Optimizer(loaded.model, recipe.train)
+    optimizer.load(state)
+    collector = Collector(
+        sampler=loaded.sampler(recipe.seed),
+        sampling=recipe.sampling,
+        tokenizer=loaded.tokenizer,
+        template_kwargs=recipe.student.template_kwargs,
+        teacher=assemble.load_teacher(recipe, loaded),
+        method=recipe.method,
+        settings=recipe.train,
+        seed=recipe.seed,
+    )
+    collector.sampler.push(None, progress.updates)
+    prompts = PromptStream(
+        recipe.task.prompts("train"),
+        lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
+        seed=recipe.seed,
+        max_prompt_tokens=recipe.train.max_prompt_tokens,
+    )
+    prompts.draw(progress.position, 1)
+    warnings = [*loaded.warnings, *_data_warnings(recipe)]
+    observer = _observer(recipe, run_dir, checkpoint, progress, ranks, console)
+    for text in warnings if ranks.is_main and checkpoint is None else ():
+        observer.warn(progress.step, text)
+    trainer = Trainer(
+        student=Student(
+            model=loaded.model,
+            device=loaded.device,
+            vocab_size=loaded.vocab_size,
+            temperature=recipe.sampling.temperature or 1.0,
+            compute_dtype=loaded.compute_dtype,
+            micro_batch_tokens=recipe.train.micro_batch_tokens,
+        ),
+        collector=collector,
+        prompts=prompts,
+        optimizer=optimizer,
+        settings=recipe.train,
+        evaluation=recipe.eval,
+        evaluate=evaluator(recipe, loaded, ranks, run_dir.eval if ranks.is_main else None, console),
+        save_student=lambda path: save_hf(loaded.model, loaded.tokenizer, path, merged=False),
+        observer=observer,
+        run_dir=run_dir,
+        ranks=ranks,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    return trainer, loaded
+
+
+def _data_warnings(recipe: Recipe) -> list[str]:
+    """What is odd about the data: problems of the evaluation that are trained on, problems that repeat."""
+    if recipe.eval is None:
+        return []
+    held_out, training = assemble.eval_prompts(recipe), recipe.task.prompts("train")
+    shared = overlap(training, held_out, limit=MAX_COMPARED)
+    warnings = [overlap_message(shared, len(held_out))] if shared else []
+    repeated = num_repeated(held_out)
+    return [*warnings, f"{repeated} evaluation prompts repeat an earlier one"] if repeated else warnings
+
+
+def _observer(
+    recipe: Recipe, run_dir: RunDir, checkpoint: Path | None, progress: Progress, ranks: Ranks, console: Console
+) -> Observer:
+    """From here on the run directory is written."""
+    if not ranks.is_main:
+        return Observer(console, (), None)
+    plain = config.dump(recipe)
+    resume_step = None
+    if run_dir.recipe.is_file():
+        resume_step = progress.step
+        run_dir.drop_after(progress.step if checkpoint is not None else -1)
+    write_atomically(run_dir.recipe, config.write_yaml(plain))
+    loggers = make_loggers(run_dir.path, recipe.loggers, plain, resume_step=resume_step, warn=console.warn)
+    events = JsonLines(run_dir.path / "events.jsonl")
+    if resume_step is not None:
+        events.truncate_after(progress.step)
+    return Observer(console, loggers, events)
+
+
+def evaluator(
+    recipe: Recipe, loaded: assemble.Loaded, ranks: Ranks, out_dir: Path | None, console: Console
+) -> Callable[[int], EvalSummary]:
+    """A function that evaluates the live weights at a step as the section `eval` says, and saves what it finds."""
+    settings = recipe.eval
+    sampler = SharedSampler(loaded.sampler(recipe.seed), ranks)
+
+    def evaluate(step: int) -> EvalSummary:
+        assert settings is not None
+        prompts = assemble.eval_prompts(recipe)
+        with console.progress("evaluate", len(prompts) * settings.samples_per_prompt) as advance:
+            done = 0
+
+            def show(count: int, total: int) -> None:
+                nonlocal done
+                advance(count - done)
+                done = count
+
+            return run_eval(
+                prompts=prompts,
+                task=recipe.held_out,
+                tokenizer=loaded.tokenizer,
+                sampler=sampler,
+                sampling=settings.sampling or recipe.sampling,
+                samples_per_prompt=settings.samples_per_prompt,
+                step=step,
+                split=settings.split,
+                out_dir=out_dir,
+                max_prompt_tokens=recipe.train.max_prompt_tokens,
+                eos_ids=loaded.stop_ids,
+                template_kwargs=recipe.student.template_kwargs,
+                progress=show,
+            )
+
+    return evaluate
+
+
+def _export(recipe: Recipe, run_dir: RunDir, loaded: assemble.Loaded, trainer: Trainer) -> None:
+    """The final student and its card."""
+    lora = recipe.student.lora
+    merged = lora is None or lora.save == "merged"
+    try:
+        save_hf(loaded.model, loaded.tokenizer, run_dir.student, merged=merged)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {run_dir.student}: {error.strerror or error}; free space, then finish with --resume"
+        ) from error
+    card = model_card(recipe, trainer.progress, trainer.observer.summaries)
+    write_atomically(run_dir.student / "README.md", card)
+
+
+def _write_facts(
+    recipe: Recipe, run_dir: RunDir, loaded: assemble.Loaded, progress: Progress, status: str, started: float
+) -> None:
+    parameters = list(loaded.model.parameters())
+    values: Mapping[str, Any] = {
+        "status": status,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "steps": progress.step,
+        "updates": progress.updates,
+        "samples": progress.num_samples,
+        "response_tokens": progress.num_tokens,
+        "training_s": round(progress.elapsed_s, 2),
+        "student_parameters": sum(value.numel() for value in parameters),
+        "trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
+        "vocabulary": loaded.vocab_size,
+        "teacher": None if recipe.teacher is None else recipe.teacher.model,
+        "hardware": facts.hardware(loaded.device),
+        "peak_memory_gib": round(peak_memory_gib(), 3),
+        "versions": facts.installed(),
+        "commit": facts.commit(),
+    }
+    write_json(run_dir.facts, values)
+
+
+__all__ = ["RecipeError", "Result", "evaluator", "train"]

@@ -1,0 +1,161 @@
+"""Checkpoints: a directory that is complete or not there.
+
+    step_000100/student/               the model and its tokenizer, as Hugging Face or PEFT loads them
+    step_000100/optimizer.safetensors  the optimizer's state by parameter name
+    step_000100/progress.json          steps, data position, best evaluation, versions
+    step_000100/files.json             size and SHA-256 of every file
+
+A checkpoint is written under another name, synced file by file, and renamed. Random numbers and schedules are functions
+of (seed, step), so their state is the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from understudy.errors import CheckpointError
+
+FORMAT = 1
+_FILES, _PROGRESS, _OPTIMIZER, STUDENT = "files.json", "progress.json", "optimizer.safetensors", "student"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside its weights. Written with every checkpoint."""
+
+    step: int = 0
+    """Steps done."""
+    updates: int = 0
+    """Optimizer updates made: steps without those that were skipped."""
+    position: int = 0
+    """Prompts passed (`PromptStream`)."""
+    skipped_in_row: int = 0
+    """Skipped steps since the last update."""
+    num_samples: int = 0
+    num_tokens: int = 0
+    """Samples and response tokens so far."""
+    elapsed_s: float = 0.0
+    best_step: int | None = None
+    best_value: float | None = None
+    """The highest avg@k so far and its step."""
+
+    def evaluated(self, value: float) -> Progress:
+        """With the evaluation of this step considered."""
+        if self.best_value is not None and value <= self.best_value:
+            return self
+        return replace(self, best_step=self.step, best_value=value)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step_{step:06d}"
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, optimizer: dict[str, Tensor], save_student: Callable[[Path], None]
+) -> Path:
+    """Writes the checkpoint of `progress.step`. Raises CheckpointError if it cannot be written; older ones stay."""
+    target = checkpoint_path(folder, progress.step)
+    if target.is_dir():
+        return target
+    aside = folder / f".writing-{target.name}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_student(aside / STUDENT)
+        save_file({name: value.detach().cpu().clone() for name, value in optimizer.items()}, aside / _OPTIMIZER)
+        (aside / _PROGRESS).write_text(json.dumps({"format": FORMAT} | asdict(progress), indent=2))
+        (aside / _FILES).write_text(json.dumps(_digest(aside), indent=2))
+        sync_tree(aside)
+        aside.rename(target)
+        _sync(folder)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) or "No space left" in str(error):
+            raise CheckpointError(
+                f"cannot write the checkpoint {target}: {error}; free space, then continue with --resume"
+            ) from error
+        raise
+    return target
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint; None where there is none."""
+    found = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[str, Tensor]]:
+    """Progress and optimizer state; the student lies in `path / STUDENT`.
+
+    Raises CheckpointError where a file is missing or differs from what was written.
+    """
+    try:
+        written = json.loads((path / _FILES).read_text())
+        if written != _digest(path):
+            found = _digest(path)
+            wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {', '.join(wrong)} differ from what was written; delete this checkpoint "
+                "and resume from the one before"
+            )
+        values = json.loads((path / _PROGRESS).read_text())
+        if values.pop("format") != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {path} has another format than {FORMAT}: resume with the version that wrote it"
+            )
+        return Progress(**values), load_file(path / _OPTIMIZER, device=str(device))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {error}; delete it and resume from the one before"
+        ) from error
+
+
+def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:
+    """Removes all but the newest `keep_last` checkpoints and that of `keep_step`, and what a killed write left."""
+    found = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    kept = {path.name for path in found[-keep_last:]}
+    if keep_step is not None:
+        kept.add(checkpoint_path(folder, keep_step).name)
+    for path in found:
+        if path.name not in kept:
+            # renamed first: a removal that is cut short must not leave half a checkpoint under its name
+            doomed = folder / f".removing-{path.name}"
+            path.rename(doomed)
+    for path in [*folder.glob(".removing-*"), *folder.glob(".writing-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(folder: Path) -> dict[str, list[object]]:
+    """`{file: [bytes, SHA-256]}` of every file but the list itself."""
+    table: dict[str, list[object]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _FILES:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            table[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+    return table
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until every file and directory below is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

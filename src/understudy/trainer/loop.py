@@ -1,0 +1,205 @@
+"""The training loop: draw prompts, generate, score, update, log, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from understudy.errors import CheckpointError, TrainingError
+from understudy.eval.summary import EvalSummary, sample_row
+from understudy.randomness import hash_name
+from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
+from understudy.trainer.collect import Collector
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.observe import Clock, Observer, nonfinite_record, peak_memory_gib, sample_metrics
+from understudy.trainer.optimizer import Optimizer
+from understudy.trainer.prompts import PromptStream
+from understudy.trainer.rundir import RunDir, write_json_lines
+from understudy.trainer.settings import Eval, Train
+from understudy.trainer.signals import StopSignal
+from understudy.trainer.update import Student, accumulate_gradients
+from understudy.types import Sample, Scores
+
+MAX_SKIPPED = 3
+"""Steps in a row without a finite loss and gradient until the run stops."""
+SAVED_SAMPLES = 32
+"""Training samples in one file of `samples/`."""
+
+Ending = Literal["finished", "good enough", "stopped by a signal"]
+
+
+@dataclass
+class Trainer:
+    """One run. All that changes is the weights, the optimizer's state and `progress`."""
+
+    student: Student
+    collector: Collector
+    prompts: PromptStream
+    optimizer: Optimizer
+    settings: Train
+    evaluation: Eval | None
+    evaluate: Callable[[int], EvalSummary]
+    """Evaluates at a step, on every rank alike."""
+    save_student: Callable[[Path], None]
+    """Writes what a resumed run loads."""
+    observer: Observer
+    run_dir: RunDir
+    ranks: Ranks
+    seed: int
+    progress: Progress
+    _torn: bool = False
+    """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
+
+    def run(self) -> Ending:
+        """Trains from `progress` to the end, a good evaluation, or a signal; always leaves a checkpoint."""
+        self.observer.start(self.settings.steps, self.progress.step)
+        with StopSignal() as signal, self._saved_on_failure():
+            if self.progress.step == 0 and self.evaluation is not None and self.evaluation.at_start:
+                self._evaluate()
+            ending: Ending = "finished"
+            while self.progress.step < self.settings.steps:
+                if self._good_enough():
+                    ending = "good enough"
+                    break
+                self._take_step()
+                if self._is_due(None if self.evaluation is None else self.evaluation.every):
+                    self._evaluate()
+                if self._is_due(self.settings.save_every):
+                    self._checkpoint()
+                if self.ranks.any(signal.received):
+                    ending = "stopped by a signal"
+                    break
+            if ending != "stopped by a signal" and self.evaluation is not None:
+                self._evaluate()
+            self._checkpoint()
+        return ending
+
+    def _take_step(self) -> None:
+        step, clock = self.progress.step, Clock(self.student.device)
+        # what draws from torch's own generator (dropout) is a function of the step, as everything else is
+        torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
+        plan = self.collector.method.plan(step)
+        drawn = self.prompts.draw(self.progress.position, self.settings.prompts_per_step)
+        requests = drawn.requests(self.settings.samples_per_prompt)
+        with clock("generate_s"):
+            written = self.collector.generate(self.ranks.mine(requests), plan, step)
+        with clock("score_s"):
+            samples, scores, num_dropped = self.collector.score(written)
+        with clock("update_s"):
+            numbers = self._update(samples, scores, step)
+        metrics = self.ranks.sum_metrics(sample_metrics(written))
+        numbers |= {name: metric.value for name, metric in metrics.items() if metric.count}
+        counts = self.ranks.sum_counts({"samples_dropped": num_dropped})
+        numbers |= counts | {"prompts_too_long": float(drawn.num_too_long), "peak_memory_gib": peak_memory_gib()}
+        num_tokens = int(metrics["response_tokens"].total)
+        self.progress = replace(
+            self.progress,
+            step=step + 1,
+            position=drawn.next_position,
+            num_samples=self.progress.num_samples + len(requests),
+            num_tokens=self.progress.num_tokens + num_tokens,
+            elapsed_s=self.progress.elapsed_s + clock.total_s(),
+        )
+        self._torn = False
+        self.observer.step(self.progress, numbers | clock.rates(len(requests), num_tokens))
+        self._save_samples(written)
+        if self.progress.skipped_in_row >= MAX_SKIPPED:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step + 1}; the "
+                f"batches are in {self.run_dir.path / 'bad_batches'}. Lower train.lr, or look there for what is special"
+            )
+
+    def _update(self, samples: Sequence[Sample], scores: Sequence[Scores] | None, step: int) -> dict[str, float]:
+        """Gradient, clip, optimizer step; a step whose loss or gradient is not finite changes nothing but its count."""
+        teacher = self.collector.teacher
+        full = teacher is not None and "full" in self.collector.method.needs
+        self.optimizer.zero_grad()
+        loss, metrics = accumulate_gradients(
+            self.student,
+            self.collector.method,
+            samples,
+            scores,
+            teacher_head=teacher.head if full and teacher is not None else None,
+            step=step,
+            ranks=self.ranks,
+        )
+        self.ranks.sum_gradients(self.optimizer.parameters)
+        norm = self.optimizer.clip()
+        numbers = {"loss": loss, "grad_norm": norm} | {name: metric.value for name, metric in metrics.items()}
+        if math.isfinite(loss) and math.isfinite(norm) and metrics:
+            self._torn = True
+            numbers["lr"] = self.optimizer.step(step)
+            self.progress = replace(self.progress, updates=self.progress.updates + 1, skipped_in_row=0)
+        else:
+            self._skip(samples, scores, loss, norm, step)
+        self.optimizer.zero_grad()
+        self.collector.sampler.push(None, self.progress.updates)
+        return numbers
+
+    def _skip(
+        self, samples: Sequence[Sample], scores: Sequence[Scores] | None, loss: float, norm: float, step: int
+    ) -> None:
+        rows = [
+            nonfinite_record(sample, None if scores is None else scores[index]) for index, sample in enumerate(samples)
+        ]
+        path = self.run_dir.path / "bad_batches" / f"step_{step + 1:06d}_rank_{self.ranks.rank}.jsonl"
+        write_json_lines(path, rows)
+        self.observer.warn(
+            step + 1, f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"
+        )
+        self.progress = replace(self.progress, skipped_in_row=self.progress.skipped_in_row + 1)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _good_enough(self) -> bool:
+        goal, best = self.settings.stop_at, self.progress.best_value
+        return goal is not None and best is not None and best >= goal
+
+    def _evaluate(self) -> None:
+        if self.observer.evaluated_at == self.progress.step:
+            return
+        started = time.perf_counter()
+        summary = self.evaluate(self.progress.step)
+        value = self.observer.evaluation(summary, time.perf_counter() - started)
+        if value is not None:
+            self.progress = self.progress.evaluated(value)
+            if self.settings.keep_best and self.progress.best_step == self.progress.step:
+                self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        if self.ranks.is_main:
+            self.observer.sync()
+            save_checkpoint(self.run_dir.checkpoints, self.progress, self.optimizer.state(), self.save_student)
+            keep = self.progress.best_step if self.settings.keep_best else None
+            prune(self.run_dir.checkpoints, self.settings.keep_last, keep)
+        self.ranks.barrier()
+
+    def _save_samples(self, samples: Sequence[Sample]) -> None:
+        every, step = self.settings.save_samples_every, self.progress.step
+        if every and self.ranks.is_main and (step == 1 or step % every == 0):
+            rows = [sample_row(sample) for sample in samples[:SAVED_SAMPLES]]
+            write_json_lines(self.run_dir.path / "samples" / f"step_{step:06d}.jsonl", rows)
+
+    @contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        """Writes a checkpoint when an error ends the run between two updates, so that what was learnt is kept."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except BaseException:
+            # one rank's failure leaves the others inside a collective call: nothing can be agreed upon then
+            if self.progress.step > 0 and not self._torn and self.ranks.world == 1:
+                try:
+                    self._checkpoint()
+                except (CheckpointError, OSError) as problem:
+                    self.observer.warn(self.progress.step, f"no checkpoint could be written: {problem}")
+            raise

@@ -1,0 +1,159 @@
+"""What is seen of a run: seconds by phase, numbers by step, warnings, evaluations."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from understudy.eval.summary import EvalSummary, prompt_text
+from understudy.format import Interval
+from understudy.trainer.checkpoint import Progress
+from understudy.trainer.console import Console
+from understudy.trainer.loggers import JsonLines, MetricLogger
+from understudy.types import Author, Metric, Sample, Scores
+
+
+class Clock:
+    """Seconds of each phase of a step; on a GPU the phase ends when its kernels do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[phase] = time.perf_counter() - begun
+
+    def total_s(self) -> float:
+        """Since the clock was made."""
+        return time.perf_counter() - self._started
+
+    def rates(self, num_samples: int, num_tokens: int) -> dict[str, float]:
+        """Seconds by phase, and samples and response tokens per second of the whole step."""
+        total = self.total_s()
+        return self._seconds | {
+            "step_s": total,
+            "tokens_per_s": num_tokens / total,
+            "samples_per_s": num_samples / total,
+        }
+
+
+def sample_metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
+    """Lengths of all samples; shares of those that the student wrote; counts that add up over ranks."""
+    own = [sample for sample in samples if sample.finish != "data"]
+    metrics = {
+        "response_tokens": Metric(float(sum(sample.num_response_tokens for sample in samples)), float(len(samples))),
+        "on_policy": Metric(float(len(own)), float(len(samples))),
+        "truncated": Metric(float(sum(sample.truncated for sample in own)), float(len(own))),
+    }
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    return metrics | {"reward": Metric(float(sum(rewards)), float(len(rewards)))}
+
+
+def peak_memory_gib() -> float:
+    """Since the process began: of the GPU where there is one, else of the process (resident set)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kilobytes on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def nonfinite_record(sample: Sample, score: Scores | None) -> dict[str, object]:
+    """A sample of a step that was skipped, with all that its loss was made of."""
+    return {
+        "prompt_id": sample.prompt.id,
+        "index": sample.index,
+        "prompt": prompt_text(sample.prompt),
+        "response": sample.text,
+        "finish": sample.finish,
+        "prompt_length": sample.prompt_length,
+        "token_ids": sample.token_ids.tolist(),
+        "author": [Author(int(who)).name.lower() for who in sample.author],
+        "rollout_logprob": _numbers(sample.rollout_logprob),
+        "teacher_logprob": None if score is None else _numbers(score.logprob),
+        "teacher_hidden_finite": None if score is None or score.hidden is None else bool(score.hidden.isfinite().all()),
+    }
+
+
+def _numbers(values: Tensor | None) -> list[float | str] | None:
+    """JSON has no NaN: what is not finite becomes text."""
+    if values is None:
+        return None
+    return [value if math.isfinite(value) else str(value) for value in values.double().tolist()]
+
+
+@dataclass
+class Observer:
+    """Sends numbers to the console, the loggers and events.jsonl. On ranks other than the first: to none of them."""
+
+    console: Console
+    loggers: Sequence[MetricLogger]
+    events: JsonLines | None
+    evaluated_at: int | None = None
+    """Step of the last evaluation in this process."""
+    summaries: list[EvalSummary] = field(default_factory=list)
+
+    def start(self, num_steps: int, first_step: int) -> None:
+        """Training begins or goes on."""
+        self.console.start(num_steps, first_step)
+
+    def step(self, progress: Progress, numbers: Mapping[str, float]) -> None:
+        """The numbers of a step; those that were not measured are left out, not zero."""
+        values = {"time_s": progress.elapsed_s, "num_samples": progress.num_samples} | dict(numbers)
+        for logger in self.loggers:
+            logger.log(progress.step, values)
+        self.console.update(progress.step, values)
+
+    def evaluation(self, summary: EvalSummary, seconds: float) -> float | None:
+        """Shows an evaluation; its avg@k, if it was graded."""
+        self.evaluated_at = summary.step
+        self.summaries.append(summary)
+        name = f"avg@{summary.samples_per_prompt}"
+        found = summary.metrics.get(name)
+        if found is None:
+            self.note(summary.step, f"evaluated at step {summary.step} in {seconds:.1f} s; no sample has a score")
+            return None
+        self.console.evaluated(summary.step, name, Interval(found.value, found.low, found.high))
+        return found.value
+
+    def note(self, step: int, text: str) -> None:
+        """Something worth knowing."""
+        self.console.note(text)
+        self._event(step, "info", text)
+
+    def warn(self, step: int, text: str) -> None:
+        """Something that should not be."""
+        self.console.warn(text)
+        self._event(step, "warning", text)
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk."""
+        for lines in (*self.loggers, self.events):
+            if isinstance(lines, JsonLines):
+                lines.sync()
+
+    def close(self) -> None:
+        """Ends loggers and console."""
+        for logger in self.loggers:
+            logger.close()
+        if self.events is not None:
+            self.events.close()
+        self.console.close()
+
+    def _event(self, step: int, kind: str, text: str) -> None:
+        if self.events is not None:
+            self.events.write({"step": step, "kind": kind, "text": text})

@@ -1,0 +1,82 @@
+"""What a recipe says about training and evaluation: the sections `train`, `eval` and `sampling`'s companions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from understudy.schedules import Shape
+from understudy.types import Sampling
+
+Split = Literal["train", "validation", "test"]
+
+
+def _at_least(section: object, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name} is {value}; it must be at least {low:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The section `train`. One step: prompts are drawn, sampled, scored, and one optimizer update is made."""
+
+    steps: int
+    prompts_per_step: int = 64
+    samples_per_prompt: int = 1
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out, counted and reported; they are never cut."""
+    lr: float = 1e-5
+    schedule: Shape = "constant"
+    warmup_steps: int = 0
+    final_lr_share: float = 0.0
+    """Where the schedule ends, as a share of `lr`."""
+    weight_decay: float = 0.0
+    """On matrices; vectors (norms, biases) are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    micro_batch_tokens: int = 16384
+    """Slots of one forward and backward, padding included."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """bfloat16: mixed precision over float32 weights; None: the precision of the weights."""
+    gradient_checkpointing: bool = False
+    on_missing_score: Literal["error", "drop"] = "error"
+    """Whether a sample that the teacher could not score stops the run or is dropped and counted."""
+    stop_at: float | None = None
+    """Stop when an evaluation's avg@k reaches this."""
+    save_every: int | None = None
+    """Steps between checkpoints; one is always written at the end and on SIGINT or SIGTERM."""
+    keep_last: int = 2
+    keep_best: bool = False
+    """Also keep the checkpoint with the highest avg@k; one is written whenever an evaluation is the best so far."""
+    save_samples_every: int = 50
+    """Steps between files of training samples; 0: none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "micro_batch_tokens")
+        _at_least(self, 1, "save_every", "keep_last")
+        _at_least(
+            self, 0, "lr", "warmup_steps", "final_lr_share", "weight_decay", "save_samples_every", "max_grad_norm"
+        )
+        if self.max_grad_norm == 0:
+            raise ValueError("max_grad_norm is 0, which stops every update; leave it out (null) not to clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """The section `eval`: held-out problems, before, while and after training."""
+
+    every: int | None = None
+    """Steps between evaluations; None: only before and after."""
+    at_start: bool = True
+    split: Split = "test"
+    problems: int | None = 200
+    """The first so many of the split; None: all."""
+    samples_per_prompt: int = 1
+    sampling: Sampling | None = None
+    """None: as in training."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every", "problems", "samples_per_prompt")
