@@ -111,7 +111,7 @@ def lay_out(samples: Sequence[Sample], row_tokens: int | None = None) -> Layout:
     predicts = []
     for sample, start, length in zip(samples, starts, lengths, strict=True):
         input_ids[start : start + length] = sample.token_ids[:-1]
-        position_ids[start : start + length] = positions[start : start + length]
+        position_ids[start : start + length] = positions[:length]
         predicts.append(positions[start + sample.prompt_length - 1 : start + length])
     sizes = tuple(sample.num_response_tokens for sample in samples)
     return Layout(input_ids.view(-1, width), position_ids.view(-1, width), torch.cat(predicts), sizes)
