@@ -1,0 +1,38 @@
+# Two commands: `make quickstart` and `make test`. Both create .venv where it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUNS := runs/quickstart
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: quickstart test check bench clean-quickstart
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   train a teacher, warm-start a student, distil it on its own attempts, write a report"
+	@echo "make test         all tests"
+	@echo "make check        linters, types, import directions, docs"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP) clean-quickstart
+	@$(BIN)/python scripts/quickstart.py
+
+clean-quickstart:
+	rm -rf $(RUNS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_docs.py
