@@ -17,7 +17,7 @@ from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, 
 from understudy.errors import DataError, RecipeError, TrainingError
 from understudy.models import apply_lora, enable_gradient_checkpointing
 from understudy.randomness import keyed_uniform
-from understudy.rollout import HFSampler
+from understudy.rollout import HFSampler, decode
 from understudy.rollout.hf import plan_batches
 from understudy.types import Author, Request, Sample, Sampling
 
@@ -69,6 +69,15 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     alone = [sampler(model).generate([one], sampling, step=7)[0] for one in wanted]
     assert all(same(a, b) and same(a, c) for a, b, c in zip(together, in_reverse, alone, strict=True))
     assert len({sample.text for sample in together[:4]}) > 1
+
+
+def test_rows_that_are_drawn_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary is drawn from a few rows at a time, which bounds memory and changes nothing."""
+    model, sampling = tiny(sharp=4.0), Sampling(max_new_tokens=8)
+    whole = sampler(model).generate(requests(), sampling, step=0)
+    monkeypatch.setattr(decode, "LOGIT_ELEMENTS", 5 * model.config.vocab_size)
+    parts = sampler(model).generate(requests(), sampling, step=0)
+    assert all(same(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_draws_depend_on_seed_step_and_stream() -> None:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_models import ARCHITECTURES, letters, plain_logp, sample, tiny
+from tests.tiny_models import ARCHITECTURES, letters, plain_logp, request, sample, tiny
 from understudy.errors import ScoreError, VocabularyError
 from understudy.linear import score
-from understudy.models import load_causal_lm, save_hf
+from understudy.models import load_causal_lm, load_tokenizer, save_hf
 from understudy.packing import pack
+from understudy.rollout import HFSampler
 from understudy.teachers import TEACHERS, Local, LocalTeacher
 from understudy.teachers import rows as teacher_rows
-from understudy.types import Need, Sample
+from understudy.types import Need, Sample, Sampling
 
 ROUNDING = 1e-12
 """float64: another order of sums."""
@@ -265,6 +266,23 @@ def test_a_section_of_a_recipe_loads_a_teacher(tmp_path: Path) -> None:
     assert (judge.head.temperature, judge.head.num_tokens) == (0.6, 37)
     wide = dataclasses.replace(section, dtype="float64", offload=True).load(name="math", vocab_size=37)
     assert wide.head.weight.dtype == torch.float64
+
+
+def test_real_weights_judge_their_own_samples(shared: Path) -> None:
+    """A student that is its own teacher: the log-probabilities of both agree token by token, and it writes English."""
+    path = str(shared / "models" / "stories260K")
+    model, tokenizer = load_causal_lm(path, dtype="float32"), load_tokenizer(path)
+    sampler = HFSampler(model, tokenizer, seed=0, stop_ids=(2,), vocab_size=512)
+    openings = ["Once upon a time", "Lily had a red ball. One day"]
+    asked = [request(text, tokenizer(text)["input_ids"], index) for text in openings for index in range(3)]
+    made = sampler.generate(asked, Sampling(0.8, max_new_tokens=60), step=0)
+    judged = teacher(model, vocab_size=512, temperature=0.8).score(made, SAMPLED)
+    for one, scores in zip(made, judged, strict=True):
+        assert one.rollout_logprob is not None
+        assert scores.logprob is not None
+        # float32, cached and uncached: rounding of logits up to 20 over five layers
+        torch.testing.assert_close(one.rollout_logprob[one.prompt_length :], scores.logprob, rtol=0, atol=1e-4)
+    assert sum(word in one.text for one in made for word in (" the ", " was ", " to ")) >= len(made)
 
 
 def test_a_sequence_never_meets_a_cache() -> None:

@@ -25,6 +25,8 @@ KEEP_SHARE = 0.75
 CHECK_EVERY = {"cpu": 1}
 """Steps between looks at which rows have finished; a look makes the host wait for an accelerator."""
 CHECK_EVERY_ELSEWHERE = 8
+LOGIT_ELEMENTS = 2**24
+"""Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 320 MiB with what a draw needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +67,7 @@ class Decoder:
         done = torch.zeros_like(rows, dtype=torch.bool)
         draws = uniform.T.contiguous()
         for t in range(num_new):
-            logits = project(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), self._head)
-            token, logprob = draw(logits, draws[t], sampling)
+            token, logprob = self._draw(hidden, draws[t], sampling)
             written.add(token, logprob)
             done |= torch.isin(token, self._stop)
             if t + 1 == num_new:
@@ -84,6 +85,18 @@ class Decoder:
             hidden = self._forward(state, token[:, None])
         written.flush(rows)
         return written.up_to_stop(self._stop)
+
+    def _draw(self, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """Logits in float32 (float64 for float64), whatever the model computes in. [b, H], [b] -> [b], [b]."""
+        states = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        rows = max(1, LOGIT_ELEMENTS // self._head.num_tokens)
+        parts = [
+            draw(project(part, self._head), numbers, sampling)
+            for part, numbers in zip(states.split(rows), uniform.split(rows), strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 
     def _prefill(self, contexts: Sequence[Tensor], num_new: int) -> tuple[_State, Tensor]:
         """Reads every distinct context once. The state of B rows, and the hidden states [B, H] at their last tokens."""
