@@ -56,9 +56,7 @@ def save_hf(model: nn.Module, tokenizer: Any, directory: str | Path, *, merged: 
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     base = unwrap(model)
-    if base is model:
-        base.save_pretrained(target)
-    elif merged:
+    if base is not model and merged:
         base.save_pretrained(target, state_dict=merged_state_dict(model))
     else:
         cast("Any", model).save_pretrained(target)
