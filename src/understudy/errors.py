@@ -37,5 +37,7 @@ class TrainingError(UnderstudyError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for an unknown name: the nearest known one, or all of them."""
     options = sorted(known)
+    if not options:
+        return "there are none"
     close = get_close_matches(name, options, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"

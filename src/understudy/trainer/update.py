@@ -70,7 +70,7 @@ def accumulate_gradients(
             method, batch.to(student.device), hidden, student.head(), step=step, teacher=full, counts=counts
         )
         evaluation.loss.backward()
-        loss += float(evaluation.loss)
+        loss += float(evaluation.loss.detach())
         for name, metric in evaluation.metrics.items():
             total[name] = total[name] + metric if name in total else metric
     return ranks.sum_counts({"loss": loss})["loss"], ranks.sum_metrics(total)

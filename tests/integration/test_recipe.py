@@ -1,0 +1,263 @@
+"""Bad input gets one sentence with its path in the recipe, exit code 2, and nothing is written (issue 2, section 4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.runs import distillation, save_tiny_model, tiny_recipe, write_recipe
+from understudy import config
+from understudy.assemble import check
+from understudy.cli.app import app
+from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError, VocabularyError
+from understudy.methods import GKD, TopK
+from understudy.recipe import Recipe, differing_keys, load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def parse(folder: Path, **changes: Any) -> Recipe:
+    return config.parse(Recipe, tiny_recipe(folder, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methd": {"type": "sft"}}, "methd: unknown key; did you mean 'method'"),
+        ({"train": {"step": 3}}, "train.step: unknown key; did you mean 'steps'"),
+        ({"method": {"type": "gdk"}}, "method.type is 'gdk'; did you mean 'gkd'"),
+        ({"method": {"type": "k1_loss"}}, "refused: .* expected gradient is zero"),
+        ({"method": "sft"}, "method is 'sft'; it must be a mapping with a `type`: opd, gkd, topk, sft"),
+        ({"method": {"beta": 1}}, "method.beta: unknown key; there are none"),
+        ({"method": {"type": None}}, "method.type is missing; known: gkd, opd, sft, topk"),
+        ({"train": {"steps": "many"}}, "train.steps is 'many'; it must be a whole number"),
+        ({"train": {"steps": True}}, "train.steps is True; it must be a whole number"),
+        ({"train": {"steps": 0}}, "train: steps is 0; it must be at least 1"),
+        ({"train": {"schedule": "cosin"}}, "train.schedule is 'cosin'; it must be one of .*did you mean 'cosine'"),
+        ({"train": {"max_grad_norm": 0}}, "stops every update"),
+        ({"sampling": {"top_p": 1.5}}, r"sampling: top_p is 1.5; it must lie in \[1e-06, 1\]"),
+        ({"task": {"type": "arithmetic", "family": "adition"}}, "task.family is 'adition'.*addition"),
+        ({"student": {"model": "x"}}, "student: give either model"),
+        ({"method": {"type": "gkd"}}, "the method GKD needs a teacher"),
+        ({"teacher": {"type": "local", "model": "x"}}, "the method SFT asks no teacher"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"eval_task": {"type": "arithmetic"}}, "eval_task is given without a section eval"),
+        ({"train": 3}, "train is 3; it must be a mapping of keys"),
+        ({"train": None}, "train is missing"),
+    ],
+)
+def test_what_a_recipe_may_not_say(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse(tmp_path, **changes)
+
+
+def test_a_greedy_student_cannot_learn_from_its_samples(tmp_path: Path) -> None:
+    changes = distillation(tmp_path, sampling={"temperature": 0, "max_new_tokens": 8})
+    with pytest.raises(RecipeError, match="sampling.temperature is 0"):
+        parse(tmp_path, **changes)
+
+
+def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-5 as a text; a recipe means the number."""
+    path = write_recipe(tmp_path)
+    recipe = load_recipe(path, ["train.lr=1e-5", "train.betas=[0.9, 0.99]"])
+    assert recipe.train.lr == 1e-5
+    assert recipe.train.betas == (0.9, 0.99)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    changes = distillation(tmp_path, method={"type": "topk", "k": 8})
+    path = write_recipe(tmp_path, **changes)
+    assert load_recipe(path, ["method.k=3"]).method == TopK(k=3)
+    assert load_recipe(path, ["method={type: gkd, beta: 0}"]).method == GKD(beta=0.0)
+    assert load_recipe(path, ["eval.problems=null", "eval.every=2"]).eval.problems is None  # type: ignore[union-attr]
+    for bad, words in {
+        "method.k": "KEY=VALUE",
+        "method.kk=3": "method.kk: unknown key",
+        "train.steps.a=1": "not a section",
+        "method.k=[": "not valid YAML",
+    }.items():
+        with pytest.raises(RecipeError, match=words):
+            load_recipe(path, [bad])
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match="'seed' stands twice.*line 2"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words"])
+def test_what_is_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="bad.yaml"):
+        load_recipe(path)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = parse(tmp_path, **distillation(tmp_path, eval={"every": 2}))
+    text = config.write_yaml(config.dump(recipe))
+    again = config.parse(Recipe, yaml.safe_load(text))
+    assert again == recipe
+    assert differing_keys(recipe, again) == {}
+    assert "micro_batch_tokens: 16384" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_parses(path: Path) -> None:
+    recipe = load_recipe(path)
+    if path.parent.name == "recipes":
+        assert check(recipe)
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit code and the sentence, as the command line gives them."""
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit | UnderstudyError):
+        raise result.exception
+    return result.exit_code, result.output + str(result.exception or "")
+
+
+def jsonl_task(folder: Path, rows: str, **keys: Any) -> dict[str, Any]:
+    file = folder / "data.jsonl"
+    file.write_text(rows)
+    return {"type": "jsonl", "path": str(file), "prompt_field": "q", "solution_field": "a", "chat": False} | keys
+
+
+GOOD_ROW = '{"q": "1+2:", "a": "3"}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "words"),
+    [
+        (GOOD_ROW + '{"q": \n', {}, r"data.jsonl:2: not a line of JSON"),
+        (GOOD_ROW + '{"x": 1}\n', {}, r"data.jsonl:2: no field 'q'"),
+        ("", {}, "data.jsonl is empty"),
+        (GOOD_ROW, {"solution_field": None}, "imitates solutions, but task.solution_field"),
+        (GOOD_ROW, {"path": "nowhere/else.jsonl"}, "there is no folder nowhere"),
+        (GOOD_ROW, {"chat": True}, "no chat template"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(tmp_path: Path, rows: str, keys: dict[str, Any], words: str) -> None:
+    task = jsonl_task(tmp_path, rows, **keys)
+    model = save_tiny_model(tmp_path / "model", seed=0)
+    recipe = config.parse(Recipe, tiny_recipe(tmp_path, task=task) | {"student": {"model": model}})
+    with pytest.raises((RecipeError, DataError), match=words):
+        check(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizers_that_differ_are_named_token_by_token(tmp_path: Path) -> None:
+    """Peers 13: equal size is not equal vocabulary."""
+    changes = distillation(tmp_path)
+    changes["teacher"] = {"type": "local", "model": save_tiny_model(tmp_path / "other", seed=0, family="chain")}
+    with pytest.raises(VocabularyError, match="the tokenizers differ in .* for the student and .* for the teacher"):
+        check(parse(tmp_path, **changes))
+
+
+def test_a_model_directory_without_weights(tmp_path: Path) -> None:
+    changes = distillation(tmp_path)
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="teacher.*model.safetensors"):
+        check(parse(tmp_path, **changes))
+
+
+def test_no_eos(tmp_path: Path) -> None:
+    changes = distillation(tmp_path)
+    import json
+
+    file = tmp_path / "student" / "tokenizer_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "eos_token"}))
+    with pytest.raises(VocabularyError, match="no EOS"):
+        check(parse(tmp_path, **changes))
+
+
+def test_a_run_directory_that_exists(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").write_text("mine")
+    code, text = run("train", str(path))
+    assert code != 0
+    assert "exists and is not empty" in text
+    assert sorted(item.name for item in (tmp_path / "run").iterdir()) == ["something"]
+
+
+def test_prompts_longer_than_the_budget(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, train={"max_prompt_tokens": 3})
+    code, text = run("train", str(path))
+    assert code != 0
+    assert "longer than train.max_prompt_tokens (3)" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_with_another_recipe_lists_the_keys(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, train={"steps": 1})
+    assert run("train", str(path))[0] == 0
+    code, text = run("train", str(path), "train.lr=0.5", "train.keep_last=1", "--resume")
+    assert code != 0
+    assert "train.lr was 0.003, is 0.5" in text
+    assert "keep_last" not in text
+
+
+def test_resume_without_a_run(tmp_path: Path) -> None:
+    code, text = run("train", str(write_recipe(tmp_path)), "--resume")
+    assert code != 0
+    assert "no run to resume" in text
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from understudy.trainer import checkpoint
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    from understudy import runs
+    from understudy.trainer.console import Console
+
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step_000001.*free space"):
+        runs.train(parse(tmp_path, train={"steps": 1}), console=Console(quiet=True))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, **distillation(tmp_path, eval={"split": "test"}))
+    before = sorted(tmp_path.rglob("*"))
+    code, text = run("train", str(path), "--dry-run")
+    assert code == 0
+    assert "nothing was loaded or written" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """2 for bad input, one line on stderr, no traceback."""
+    from understudy.cli import main
+
+    monkeypatch.setattr("sys.argv", ["understudy", "train", str(tmp_path / "no.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no recipe")
+    assert error.count("\n") == 1
+
+
+def test_methods_and_init(tmp_path: Path) -> None:
+    code, text = run("methods")
+    assert code == 0
+    assert all(name in text for name in ("opd", "gkd", "topk", "sft"))
+    assert "direction" in run("methods", "topk")[1]
+    assert "did you mean 'gkd'" in run("methods", "gkdd")[1]
+    path = tmp_path / "mine.yaml"
+    assert run("init", str(path), "--student", "a/b", "--teacher", "c/d")[0] == 0
+    recipe = load_recipe(path)
+    assert (recipe.student.model, recipe.teacher.model, recipe.run_dir) == ("a/b", "c/d", "runs/mine")  # type: ignore[union-attr]
+    assert "exists" in run("init", str(path))[1]
