@@ -11,7 +11,10 @@ RUNS = Path("runs/quickstart")
 STEPS = (
     ("1/3  a teacher, from scratch", ("train", "recipes/quickstart/teacher.yaml")),
     ("2/3  a small student, shown a few solutions", ("train", "recipes/quickstart/start.yaml")),
-    ("3/3  on-policy distillation: the student's own attempts, judged by the teacher", ("train", "recipes/quickstart/distil.yaml")),
+    (
+        "3/3  on-policy distillation: the student's own attempts, judged by the teacher",
+        ("train", "recipes/quickstart/distil.yaml"),
+    ),
 )
 
 

@@ -9,6 +9,10 @@ import pytest
 import torch
 
 
+# tiny models gain nothing from a second thread, and on shared cores two threads wait for each other
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)

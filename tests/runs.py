@@ -60,8 +60,12 @@ def distillation(folder: Path, *, seed: int = 0, **changes: Any) -> dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     student = save_tiny_model(folder / "student", seed=1 + seed)
     teacher = save_tiny_model(folder / "teacher", seed=2 + seed, hidden_size=32)
-    return {
-        "student": None,
-        "teacher": {"type": "local", "model": teacher},
-        "method": {"type": "gkd"},
-    } | changes | {"student": {"model": student, "build": None} | changes.get("student", {})}
+    return (
+        {
+            "student": None,
+            "teacher": {"type": "local", "model": teacher},
+            "method": {"type": "gkd"},
+        }
+        | changes
+        | {"student": {"model": student, "build": None} | changes.get("student", {})}
+    )

@@ -250,7 +250,6 @@ def load_teacher(recipe: Recipe, loaded: Loaded) -> LocalTeacher | None:
         name=TEACHER,
         vocab_size=loaded.vocab_size,
         temperature=recipe.sampling.temperature or 1.0,
-        max_batch_tokens=recipe.train.micro_batch_tokens,
         device=loaded.device,
     )
 

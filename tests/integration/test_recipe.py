@@ -173,7 +173,9 @@ def test_no_eos(tmp_path: Path) -> None:
     import json
 
     file = tmp_path / "student" / "tokenizer_config.json"
-    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "eos_token"}))
+    file.write_text(
+        json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "eos_token"})
+    )
     with pytest.raises(VocabularyError, match="no EOS"):
         check(parse(tmp_path, **changes))
 

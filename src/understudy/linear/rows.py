@@ -210,7 +210,9 @@ class Visit:
         assert beta is not None
         aux = self._aux[block]
         if beta == 0.0:
-            z.mul_((coef + g)[:, None]).addcmul_(aux, -g[:, None])
+            # q - p first: equal rows then give exactly zero
+            aux.sub_(z)
+            z.mul_(coef[:, None]).addcmul_(aux, -g[:, None])
             return
         assert self._mean is not None
         weight = g if beta == 1.0 else g * (1.0 - beta)

@@ -64,7 +64,8 @@ class PromptStream:
                 continue
             num_too_long += 1
             too_long_in_row += 1
-            if too_long_in_row >= len(self._prompts):
+            # an epoch may end and the next begin with long ones; twice their number is only reached if all are long
+            if too_long_in_row >= 2 * len(self._prompts):
                 raise DataError(
                     f"all {len(self._prompts)} training prompts are longer than train.max_prompt_tokens ({self._limit})"
                 )
