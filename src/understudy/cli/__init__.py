@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from .app import main
+from .entry import entry
 
-__all__ = ["main"]
+
+def main() -> None:
+    """Runs a command in this process."""
+    from .app import main
+
+    main()
+
+
+__all__ = ["entry", "main"]

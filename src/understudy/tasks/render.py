@@ -45,6 +45,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> 
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if tokenizer.num_special_tokens_to_add() == 0:
+        return _encode(tokenizer, text, special=False)
     ids, plain = _encode(tokenizer, text, special=True), _encode(tokenizer, text, special=False)
     closes_itself = ids[-1:] == [tokenizer.eos_token_id] and plain[-1:] != ids[-1:] and len(ids) > 1
     return ids[:-1] if closes_itself else ids

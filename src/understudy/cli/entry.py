@@ -1,0 +1,40 @@
+"""The program `understudy`: settings that the C libraries read when a process starts, then the command line.
+
+Without a GPU a step is thousands of small operations. glibc gives every tensor of a few MiB fresh pages and takes them
+back at once, and OpenMP's threads wait for each other by spinning, which costs a whole core when something else runs.
+The defaults below keep freed memory, in huge pages, and let threads sleep; what the user has set stays.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+FOR_CPU = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GOMP_SPINCOUNT": "2000",
+}
+DONE = "UNDERSTUDY_STARTED"
+"""Set in the process that has the settings; set it beforehand to leave them as they are."""
+
+
+def settings_for(environment: Mapping[str, str], *, linux: bool, gpu: bool) -> dict[str, str]:
+    """What to add to the environment; empty where nothing is to be changed."""
+    if DONE in environment or gpu or not linux:
+        return {}
+    return {DONE: "1"} | {name: value for name, value in FOR_CPU.items() if name not in environment}
+
+
+def entry() -> None:
+    """Starts the process again with the settings (the same process id, arguments and files), then runs a command."""
+    added = settings_for(os.environ, linux=sys.platform == "linux", gpu=Path("/dev/nvidia0").exists())
+    if added:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | added)  # noqa: S606 (itself)
+    from .app import main
+
+    main()
