@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 BATCH, NEW_TOKENS, LR, WARM_UP = 128, 32, 1e-3, 10
@@ -45,7 +46,7 @@ def run_ours(student: str, teacher: str, steps: int, folder: str) -> list[dict[s
     return [
         {"step": row["time_s"] - before["time_s"]}
         | {name: row[f"{name}_s"] for name in ("generate", "score", "update")}
-        for before, row in zip(rows, rows[1:], strict=False)
+        for before, row in pairwise(rows)
     ]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # tiny models gain nothing from a second thread, and on shared cores two threads wait for each other
 torch.set_num_threads(1)
 

@@ -118,7 +118,7 @@ def test_progress_of_something_long_says_where_it_is() -> None:
 
 def test_an_error_inside_progress_passes_through_and_says_how_far_it_was() -> None:
     def run(console: Console, clock: Clock) -> None:
-        with pytest.raises(KeyError), console.progress("evaluate", 40) as advance:  # noqa: PT012 the block is what raises
+        with pytest.raises(KeyError), console.progress("evaluate", 40) as advance:
             advance(8)
             raise KeyError("x")
 
@@ -196,7 +196,7 @@ def test_a_terminal_gets_a_display_that_is_redrawn_and_given_back(monkeypatch: p
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
-    with pytest.raises(KeyboardInterrupt), Console(stream) as console:  # noqa: PT012 leaving it is what is tested
+    with pytest.raises(KeyboardInterrupt), Console(stream) as console:
         console.start(4)
         for step in (1, 2):
             console.update(step, STEP)
