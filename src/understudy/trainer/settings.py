@@ -37,8 +37,8 @@ class Train:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0
-    micro_batch_tokens: int = 16384
-    """Slots of one forward and backward, padding included."""
+    micro_batch_tokens: int | None = None
+    """Slots of one forward and backward, padding included. None: 16,384, or 2,048 on a CPU, whose cache holds no more."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """bfloat16: mixed precision over float32 weights; None: the precision of the weights."""
     gradient_checkpointing: bool = False

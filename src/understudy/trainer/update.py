@@ -16,6 +16,9 @@ from understudy.packing import lay_out, micro_batches, pack
 from understudy.trainer.distributed import Ranks
 from understudy.types import Metric, Sample, Scores
 
+MICRO_BATCH_TOKENS = {"cpu": 2_048}
+MICRO_BATCH_TOKENS_ELSEWHERE = 16_384
+
 
 @dataclass(frozen=True)
 class Student:
@@ -26,7 +29,7 @@ class Student:
     vocab_size: int
     temperature: float
     compute_dtype: torch.dtype | None
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None = None
 
     def head(self) -> LMHead:
         """Its head at the rollout temperature, over the tokens that exist."""
@@ -55,7 +58,8 @@ def accumulate_gradients(
     micro-batches nor the number of ranks changes the loss.
     """
     lengths = [sample.token_ids.numel() - 1 for sample in samples]
-    groups = micro_batches(lengths, student.micro_batch_tokens) if samples else []
+    default = MICRO_BATCH_TOKENS.get(student.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
+    groups = micro_batches(lengths, student.micro_batch_tokens or default) if samples else []
     parts = [[samples[index] for index in group] for group in groups]
     judged = [None if scores is None else [scores[index] for index in group] for group in groups]
     batches = [pack(part, found) for part, found in zip(parts, judged, strict=True)]
