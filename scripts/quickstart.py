@@ -9,10 +9,14 @@ from pathlib import Path
 
 RUNS = Path("runs/quickstart")
 STEPS = (
-    ("1/3  a teacher, from scratch", ("train", "recipes/quickstart/teacher.yaml")),
-    ("2/3  a small student, shown a few solutions", ("train", "recipes/quickstart/start.yaml")),
+    ("1/4  a teacher, from scratch", ("train", "recipes/quickstart/teacher.yaml")),
     (
-        "3/3  on-policy distillation: the student's own attempts, judged by the teacher",
+        "2/4  the teacher on held-out problems",
+        ("eval", "runs/quickstart/teacher", "eval.split=test", "eval.problems=1000"),
+    ),
+    ("3/4  a small student, shown a few solutions", ("train", "recipes/quickstart/start.yaml")),
+    (
+        "4/4  on-policy distillation: the student's own attempts, judged by the teacher",
         ("train", "recipes/quickstart/distil.yaml"),
     ),
 )

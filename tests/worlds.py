@@ -84,7 +84,7 @@ class World:
 
     def evaluate(self, method: Method, run: Callable[..., Evaluation] = evaluate, **options: object) -> Outcome:
         """Loss, metrics and the gradients of hidden states, weight and bias."""
-        batch = options.pop("batch", None) or self.judged(method)
+        batch = options.pop("batch") if "batch" in options else self.judged(method)
         teacher = options.pop("teacher", self.teacher if "full" in method.needs else None)
         hidden = self.hidden.clone().requires_grad_()
         bias = None if self.head.bias is None else self.head.bias.clone().requires_grad_()

@@ -18,7 +18,7 @@ from .eval.summary import EvalSummary
 from .models import save_hf
 from .recipe import Recipe, check_same_recipe
 from .report import write_report
-from .tasks import num_repeated, overlap, overlap_message
+from .tasks import Arithmetic, num_repeated, overlap, overlap_message
 from .tasks.render import encode_prompt
 from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint
 from .trainer.collect import Collector
@@ -146,7 +146,8 @@ def _build(
 
 def _data_warnings(recipe: Recipe) -> list[str]:
     """What is odd about the data: problems of the evaluation that are trained on, problems that repeat."""
-    if recipe.eval is None:
+    # the splits of a computed task are disjoint by construction, and millions long
+    if recipe.eval is None or (isinstance(recipe.task, Arithmetic) and recipe.eval_task is None):
         return []
     held_out, training = assemble.eval_prompts(recipe), recipe.task.prompts("train")
     shared = overlap(training, held_out, limit=MAX_COMPARED)
