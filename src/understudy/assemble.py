@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +17,15 @@ from .errors import RecipeError, VocabularyError
 from .models import (
     apply_lora,
     build_causal_lm,
+    check_build,
     check_model_dir,
     compare_chat_templates,
     compare_vocabularies,
+    disable_dropout,
     enable_gradient_checkpointing,
     load_causal_lm,
     load_tokenizer,
+    num_positions,
     probe_head,
     stop_ids,
 )
@@ -33,7 +37,7 @@ from .tasks.render import encode_prompt
 from .teachers import LocalTeacher
 from .trainer.loggers import check_loggers
 from .trainer.settings import Split
-from .types import Prompt
+from .types import Prompt, Sampling
 
 NUM_REHEARSED = 8
 """Prompts that a dry run renders."""
@@ -41,20 +45,22 @@ TEACHER = "teacher"
 """Name of the only teacher."""
 
 
-def check(recipe: Recipe) -> list[str]:
+def check(recipe: Recipe, *, training: bool = True) -> list[str]:
     """Everything that can be found wrong without loading a model. Returns what was checked, a line each.
+
+    `training=False`: for an evaluation or samples, which need no solutions.
 
     Raises RecipeError, DataError or VocabularyError.
     """
     check_loggers(recipe.loggers)
+    choose_device(recipe.device)
+    if recipe.student.build is not None:
+        check_build(recipe.student.build)
     lines = [f"task: {recipe.task.name}"]
     recipe.task.check_files()
     _check_source(recipe.task, "train", "task")
-    if (
-        recipe.method.plan(0).on_policy_share < 1
-        and isinstance(recipe.task, Records)
-        and not recipe.task.solution_field
-    ):
+    imitates = training and recipe.method.plan(0).on_policy_share < 1
+    if imitates and isinstance(recipe.task, Records) and not recipe.task.solution_field:
         raise RecipeError(
             f"the method {type(recipe.method).__name__} imitates solutions, but task.solution_field does not say where "
             "they are"
@@ -97,6 +103,9 @@ def _check_tokenizers(recipe: Recipe) -> list[str]:
             len(encode_prompt(tokenizer, prompt, recipe.student.template_kwargs))
             for prompt in islice(recipe.task.prompts("train"), NUM_REHEARSED)
         ]
+        if recipe.eval is not None and (not isinstance(recipe.held_out, Hub) or Path(recipe.held_out.name).is_dir()):
+            for prompt in islice(eval_prompts(recipe), NUM_REHEARSED):
+                encode_prompt(tokenizer, prompt, recipe.student.template_kwargs)
         lines.append(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
     return lines
 
@@ -104,13 +113,19 @@ def _check_tokenizers(recipe: Recipe) -> list[str]:
 def choose_device(name: str) -> torch.device:
     """Raises RecipeError for a device that this machine lacks."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    lacking = (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if lacking:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device is {name!r}, which torch does not know; use auto, cpu, cuda or cuda:N") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise RecipeError(f"device is {name}, which torch does not see on this machine; use auto or cpu")
+    if ":" not in name:
+        # torchrun starts one process for each GPU of a machine
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
     return device
 
 
@@ -147,7 +162,11 @@ class Loaded:
     device: torch.device
     compute_dtype: torch.dtype | None
     warnings: tuple[str, ...]
-    teacher_tokenizer: Any = None
+
+    @property
+    def num_positions(self) -> int | None:
+        """The longest sequence that the model takes; None: no limit is known."""
+        return num_positions(self.model)
 
     def sampler(self, seed: int) -> HFSampler:
         """Samples with the live weights."""
@@ -173,6 +192,7 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None) -> Loaded:
         warned = compare_chat_templates(tokenizer, other) if _is_chat(recipe) else None
         warnings += [warned] if warned else []
     model = _load_model(recipe.student, tokenizer, vocab_size, device, recipe.seed, resume_from)
+    disable_dropout(model)
     probe_head(model)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -216,7 +236,7 @@ def _load_model(
             dtype=student.dtype,
             device=str(device),
             attn_implementation=student.attn_implementation,
-            revision=student.revision if resume_from is None else None,
+            revision=student.revision if source == student.model else None,
         )
     if student.lora is not None:
         model = _adapt(model, student, seed, resume_from)
@@ -252,6 +272,21 @@ def load_teacher(recipe: Recipe, loaded: Loaded) -> LocalTeacher | None:
         temperature=recipe.sampling.temperature or 1.0,
         device=loaded.device,
     )
+
+
+def prompt_limit(recipe: Recipe, sampling: Sampling, *models: nn.Module) -> int:
+    """The longest prompt in tokens that leaves room for a response: `train.max_prompt_tokens`, or what positions allow.
+
+    Raises RecipeError where no room is left.
+    """
+    limits = [limit - sampling.max_new_tokens for model in models if (limit := num_positions(model)) is not None]
+    limit = min([recipe.train.max_prompt_tokens, *limits])
+    if limit < 1:
+        raise RecipeError(
+            f"max_new_tokens is {sampling.max_new_tokens}, but a model has {limit + sampling.max_new_tokens} positions "
+            "(max_position_embeddings): no prompt fits before the response; lower max_new_tokens"
+        )
+    return limit
 
 
 def eval_prompts(recipe: Recipe) -> Sequence[Prompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -39,7 +40,7 @@ def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSumma
 
 def _metadata(recipe: Recipe) -> dict[str, object]:
     values: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if recipe.student.model and not recipe.student.model.startswith((".", "/", "~")):
+    if recipe.student.model and not Path(recipe.student.model).expanduser().exists():
         values["base_model"] = recipe.student.model
     return values | {"tags": ["distillation", "on-policy", "understudy"]}
 

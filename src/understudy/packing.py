@@ -35,6 +35,11 @@ class Layout:
     """Response tokens of each sample; they add up to T."""
 
 
+RowStyle = Literal["packed", "single", "alone"]
+"""How sequences share rows: several side by side; all in one row, which is what flash attention keeps apart; or each in a
+row of its own, for models that do not keep sequences apart by their positions."""
+
+
 class _Rows:
     """Rows of `width` slots, filled best-fit: a sequence goes where it leaves the least room."""
 
@@ -61,7 +66,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], max_tokens: int, style: RowStyle = "packed") -> list[list[int]]:
     """Groups of indices; a forward over `lay_out` of one group has at most `max_tokens` slots, padding included.
 
     Every index occurs once; neighbours in length go together; a length above `max_tokens` gets a group of its own.
@@ -73,19 +78,19 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     rows = _Rows(0)
     for index in _longest_first(lengths):
         length = lengths[index]
-        if not groups or not (rows.fits(length) or (rows.count + 1) * rows.width <= max_tokens):
+        fits = rows.fits(length) and style != "alone"
+        if not groups or not (fits or (rows.count + 1) * rows.width <= max_tokens):
             groups.append([])
             rows = _Rows(length)
-        rows.place(length)
+        rows.place(rows.width if style == "alone" else length)
         groups[-1].append(index)
     return groups
 
 
-def lay_out(samples: Sequence[Sample], row_tokens: int | None = None) -> Layout:
-    """Sequences packed, longest first, into rows of `row_tokens` slots (default: the longest sequence).
+def lay_out(samples: Sequence[Sample], row_tokens: int | None = None, *, style: RowStyle = "packed") -> Layout:
+    """Sequences packed, longest first, into rows of `row_tokens` slots (default: the longest sequence; all of them where
+    `style` is "single", and a single row is cut to what it holds). Attention over B rows costs B * L^2.
 
-    Attention over B rows costs B * L^2. Flash attention sees the borders of sequences in a single row only: there pass
-    `row_tokens=sum(sample.token_ids.numel() for sample in samples)`; a single row is cut to what it holds.
     Run the model with `attention_mask=None, use_cache=False`: with a cache the sequences would see each other.
     Raises DataError for a sample without a prompt token, ValueError for no samples and for rows that are too short.
     """
@@ -95,14 +100,15 @@ def lay_out(samples: Sequence[Sample], row_tokens: int | None = None) -> Layout:
             raise DataError(f"sample {sample.key} has no prompt token, so nothing predicts its first response token")
     if not samples:
         raise ValueError("lay_out needs at least one sample")
-    width = max(1, *lengths) if row_tokens is None else row_tokens
+    default = sum(lengths) if style == "single" else max(lengths)
+    width = max(1, default) if row_tokens is None else row_tokens
     if width < max(lengths):
         raise ValueError(f"row_tokens is {width}; the longest sequence needs {max(lengths)}")
     rows = _Rows(width)
     starts = [0] * len(samples)
     for index in _longest_first(lengths):
-        starts[index] = rows.place(lengths[index])
-    if rows.count == 1:
+        starts[index] = rows.place(width if style == "alone" else lengths[index])
+    if rows.count == 1 and style != "alone":
         width = max(1, sum(lengths))
 
     input_ids = torch.zeros(rows.count * width, dtype=torch.int64)
@@ -284,7 +290,7 @@ def _missing(joined: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
 
 def _refuse_missing(samples: Sequence[Sample], missing: dict[str, Tensor]) -> None:
     for name, rows in missing.items():
-        hint = "score it again or drop such samples (teacher.on_missing: drop)"
+        hint = "score it again or drop such samples (train.on_missing_score: drop)"
         _refuse(samples, rows, f"{name} is missing (absent, NaN or infinite): {hint}")
 
 

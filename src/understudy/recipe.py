@@ -78,8 +78,8 @@ class Recipe:
     """Where evaluation problems come from; None: `task`."""
 
     def __post_init__(self) -> None:
-        if self.device != "auto" and self.device.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda, cuda:N or mps")
+        if self.device != "auto" and self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
         _check_teacher(self.method, self.teacher)
         if self.sampling.temperature == 0 and self.method.plan(0).on_policy_share > 0:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from . import assemble, config, facts
 from .card import model_card
-from .errors import CheckpointError, RecipeError
+from .errors import CheckpointError, DataError
 from .eval.evaluate import run_eval
 from .eval.summary import EvalSummary
-from .models import save_hf
+from .models import num_positions, row_style, save_hf
 from .recipe import Recipe, check_same_recipe
 from .report import write_report
 from .tasks import Arithmetic, num_repeated, overlap, overlap_message
 from .tasks.render import encode_prompt
-from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint
+from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint, sync_tree
 from .trainer.collect import Collector
 from .trainer.console import Console
 from .trainer.distributed import Ranks, SharedSampler
@@ -97,24 +99,30 @@ def _build(
     loaded = assemble.load_student(recipe, resume_from=None if checkpoint is None else checkpoint / STUDENT)
     optimizer = Optimizer(loaded.model, recipe.train)
     optimizer.load(state)
+    teacher = assemble.load_teacher(recipe, loaded)
+    models = [loaded.model] if teacher is None else [loaded.model, teacher.model]
+    samples_own = recipe.method.plan(0).on_policy_share > 0
+    limit = assemble.prompt_limit(recipe, recipe.sampling, *models) if samples_own else recipe.train.max_prompt_tokens
     collector = Collector(
         sampler=loaded.sampler(recipe.seed),
         sampling=recipe.sampling,
         tokenizer=loaded.tokenizer,
         template_kwargs=recipe.student.template_kwargs,
-        teacher=assemble.load_teacher(recipe, loaded),
+        teacher=teacher,
         method=recipe.method,
         settings=recipe.train,
         seed=recipe.seed,
+        max_tokens=min((size for model in models if (size := num_positions(model)) is not None), default=None),
     )
     collector.sampler.push(None, progress.updates)
     prompts = PromptStream(
         recipe.task.prompts("train"),
         lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
         seed=recipe.seed,
-        max_prompt_tokens=recipe.train.max_prompt_tokens,
+        max_prompt_tokens=limit,
     )
     prompts.draw(progress.position, 1)
+    _check_eval_prompts(recipe, loaded)
     warnings = [*loaded.warnings, *_data_warnings(recipe)]
     observer = _observer(recipe, run_dir, checkpoint, progress, ranks, console)
     for text in warnings if ranks.is_main and checkpoint is None else ():
@@ -124,9 +132,11 @@ def _build(
             model=loaded.model,
             device=loaded.device,
             vocab_size=loaded.vocab_size,
-            temperature=recipe.sampling.temperature or 1.0,
+            # imitation knows no rollout temperature
+            temperature=1.0 if recipe.teacher is None else recipe.sampling.temperature,
             compute_dtype=loaded.compute_dtype,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
+            style=row_style(loaded.model),
         ),
         collector=collector,
         prompts=prompts,
@@ -142,6 +152,19 @@ def _build(
         progress=progress,
     )
     return trainer, loaded
+
+
+def _check_eval_prompts(recipe: Recipe, loaded: assemble.Loaded) -> None:
+    """Raises before anything is written what an evaluation would raise later."""
+    if recipe.eval is None:
+        return
+    limit = assemble.prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, loaded.model)
+    prompts = assemble.eval_prompts(recipe)
+    lengths = (len(encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs)) for prompt in prompts)
+    if not any(length <= limit for length in lengths):
+        raise DataError(
+            f"all {len(prompts)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
+        )
 
 
 def _data_warnings(recipe: Recipe) -> list[str]:
@@ -203,7 +226,7 @@ def evaluator(
                 step=step,
                 split=settings.split,
                 out_dir=out_dir,
-                max_prompt_tokens=recipe.train.max_prompt_tokens,
+                max_prompt_tokens=assemble.prompt_limit(recipe, settings.sampling or recipe.sampling, loaded.model),
                 eos_ids=loaded.stop_ids,
                 template_kwargs=recipe.student.template_kwargs,
                 progress=show,
@@ -216,14 +239,21 @@ def _export(recipe: Recipe, run_dir: RunDir, loaded: assemble.Loaded, trainer: T
     """The final student and its card."""
     lora = recipe.student.lora
     merged = lora is None or lora.save == "merged"
+    aside = run_dir.path / ".writing-student"
     try:
-        save_hf(loaded.model, loaded.tokenizer, run_dir.student, merged=merged)
-    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        save_hf(loaded.model, loaded.tokenizer, aside, merged=merged)
+        (aside / "README.md").write_text(
+            model_card(recipe, trainer.progress, trainer.observer.summaries), encoding="utf-8"
+        )
+        sync_tree(aside)
+        shutil.rmtree(run_dir.student, ignore_errors=True)
+        aside.rename(run_dir.student)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write {run_dir.student}: {error.strerror or error}; free space, then finish with --resume"
+            f"cannot write {run_dir.student}: {error}; free space, then finish with --resume"
         ) from error
-    card = model_card(recipe, trainer.progress, trainer.observer.summaries)
-    write_atomically(run_dir.student / "README.md", card)
 
 
 def _write_facts(
@@ -251,4 +281,4 @@ def _write_facts(
     write_json(run_dir.facts, values)
 
 
-__all__ = ["RecipeError", "Result", "evaluator", "train"]
+__all__ = ["Result", "evaluator", "train"]

@@ -11,6 +11,7 @@ from understudy import assemble, runs
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
 from understudy.format import Interval, interval, metric_note
+from understudy.methods import SFT
 from understudy.recipe import Recipe, load_recipe
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
@@ -85,6 +86,7 @@ def load_for_use(path: Path, overrides: Sequence[str], model: str | None) -> Rec
         model = model or str(run_dir.student)
     else:
         recipe = load_recipe(path, overrides)
+    recipe = replace(recipe, teacher=None, method=SFT())
     if model is None:
         return recipe
     student = replace(recipe.student, model=model, build=None, tokenizer=None, lora=None, revision=None)
@@ -99,7 +101,7 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
     quieten_libraries()
-    assemble.check(recipe)
+    assemble.check(recipe, training=False)
     with Console() as console:
         loaded = assemble.load_student(recipe)
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def init(path: Path, student: str, teacher: str) -> str:
     """Writes the recipe; what to do next. Raises RecipeError where the file exists."""
     if path.exists():
         raise RecipeError(f"{path} exists; choose another file")
-    text = TEMPLATE.format(student=student, teacher=teacher, name=path.stem)
+    text = TEMPLATE.format(student=json.dumps(student), teacher=json.dumps(teacher), name=path.stem)
     import yaml
 
     config.parse(Recipe, yaml.safe_load(text))

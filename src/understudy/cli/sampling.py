@@ -43,6 +43,7 @@ def sample(
         raise RecipeError(f"--out {out} exists; choose another file")
     recipe = load_for_use(path, overrides, model)
     quieten_libraries()
+    assemble.check(recipe, training=False)
     chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
     with Console() as console:
         loaded = assemble.load_student(recipe)

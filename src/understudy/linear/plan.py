@@ -118,7 +118,7 @@ def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass:
         row = int(missing.nonzero()[0])
         raise ScoreError(
             f"{name} is NaN on {int(missing.sum())} trained tokens, first in sample {int(rows.sequence[row])} at trained "
-            f"token {row}: score it again or drop the sample (`teacher.on_missing: drop`)"
+            f"token {row}: score it again or drop the sample (`train.on_missing_score: drop`)"
         )
 
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from .backbone import backbone_hidden, enable_gradient_checkpointing, lm_head, probe_head, unwrap
-from .building import build_causal_lm
+from .backbone import (
+    backbone_hidden,
+    disable_dropout,
+    enable_gradient_checkpointing,
+    lm_head,
+    num_positions,
+    probe_head,
+    row_style,
+    unwrap,
+)
+from .building import build_causal_lm, check_build
 from .loading import DType, check_model_dir, load_causal_lm
 from .saving import apply_lora, save_hf
 from .vocabulary import compare_chat_templates, compare_vocabularies, load_tokenizer, stop_ids
@@ -13,14 +22,18 @@ __all__ = [
     "apply_lora",
     "backbone_hidden",
     "build_causal_lm",
+    "check_build",
     "check_model_dir",
     "compare_chat_templates",
     "compare_vocabularies",
+    "disable_dropout",
     "enable_gradient_checkpointing",
     "lm_head",
     "load_causal_lm",
     "load_tokenizer",
+    "num_positions",
     "probe_head",
+    "row_style",
     "save_hf",
     "stop_ids",
     "unwrap",

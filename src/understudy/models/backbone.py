@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,20 @@ _SCALES = {
 """Configuration keys whose value multiplies (1) or divides (-1) the logits; `probe_head` checks what comes out."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Error of a logit over the largest logit: a few roundings; 1e-3 in float32 leaves room for TF32 products."""
+_PACKING_MARGIN = 0.1
+"""Nothing but the order of a sum differs; a leak between sequences may be as small as 5e-4."""
 
 
 def unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside a PEFT wrapper, adapters still active; any other model as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """`max_position_embeddings`, the longest sequence that the model takes; None where its configuration has no limit."""
+    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
 
 
 def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -92,12 +100,47 @@ def probe_head(model: nn.Module) -> None:
         found = head.logits(hidden[0])
     error = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp_min(1e-30))
     limit = _TOLERANCE[base.dtype]
+    if not bool(expected.isfinite().all()):
+        raise RecipeError(
+            f"{type(base).__name__}: its logits are not finite, so its weights are damaged or have diverged"
+        )
     if not error <= limit:
         raise RecipeError(
             f"{type(base).__name__} ({base.config.model_type}): its logits are not its head times its final hidden "
             f"states (relative error {error:.1e}, at most {limit:.0e} in {base.dtype}). Its output layer does more "
             "than scale, soft-cap and bias; choose another model, or teach `understudy.models.lm_head` about it"
         )
+
+
+def row_style(model: nn.Module) -> Literal["packed", "single", "alone"]:
+    """How sequences may share a row of this model (`packing.RowStyle`), found by running a few tokens.
+
+    Two sequences side by side are compared with each alone: models that ignore positions where they restart (state space
+    models, ALiBi, learnt offsets) would read the neighbour, and no error would say so.
+    """
+    base = unwrap(model)
+    if str(getattr(base.config, "_attn_implementation", "")).startswith("flash"):
+        return "single"
+    device = base.get_output_embeddings().weight.device
+    ids = torch.arange(1, 9, device=device).remainder(base.get_output_embeddings().weight.shape[0])
+    positions = torch.arange(4, device=device).repeat(2)
+    with torch.no_grad(), evaluating(model):
+        side_by_side = backbone_hidden(model, ids[None], positions[None])[0, 4:]
+        alone = backbone_hidden(model, ids[None, 4:], positions[None, 4:])[0]
+    error = float((side_by_side - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
+    return "packed" if error <= _TOLERANCE[base.dtype] * _PACKING_MARGIN else "alone"
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout off in all but LoRA's own layers: the student that learns is then the student that samples."""
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key, value in vars(module).items():
+            if "dropout" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
 
 
 @contextmanager

@@ -58,6 +58,11 @@ def build_causal_lm(
     return cast("PreTrainedModel", model.to(device).eval())
 
 
+def check_build(config: Mapping[str, Any]) -> None:
+    """Raises RecipeError as `build_causal_lm` would for an unknown architecture or key, and for sizes that do not fit."""
+    _settings(config)
+
+
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys by their names in the configuration, with sizes that follow from others filled in."""
     if "architecture" not in config:
@@ -74,6 +79,10 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
             known = [*ALIASES, *default.to_dict()]
             raise RecipeError(f"model key {key!r} is unknown for {config['architecture']}; {nearest(key, known)}")
         settings[name] = value
+    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+        value = settings.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise RecipeError(f"model key {name!r} is {value!r}; it must be a whole number of at least 1")
     hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
     if hidden is None or heads is None or "num_hidden_layers" not in settings:
         raise RecipeError("a model from scratch needs hidden_size, num_layers and num_heads")

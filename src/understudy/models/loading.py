@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DType = Literal["auto", "float32", "float16", "bfloat16", "float64"]
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
 
 def check_model_dir(path: str) -> str:
@@ -32,6 +32,8 @@ def check_model_dir(path: str) -> str:
         return f"{path}: looks like a hub name, not checked offline"
     if not directory.is_dir():
         raise RecipeError(f"{path!r} is a file; a model is a directory with config.json and {_WEIGHTS}")
+    if (directory / _ADAPTER).is_file():
+        return f"{path}: a LoRA adapter on {check_model_dir(_adapter_base(directory))}"
     if not (directory / "config.json").is_file():
         raise RecipeError(f"{path!r} has no config.json, so it is no model directory; write one with `save_pretrained`")
     _check_weights(directory)
@@ -76,6 +78,8 @@ def load_causal_lm(
 
     check_model_dir(path_or_name)
     local = Path(path_or_name).expanduser()
+    if (local / _ADAPTER).is_file():
+        return _load_adapted(local, dtype, device, attn_implementation)
     source = str(local) if local.exists() else path_or_name
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -97,6 +101,23 @@ def load_causal_lm(
             f"{missing[0]!r}: they would be random. Is it a checkpoint of another kind of model?"
         )
     return cast("PreTrainedModel", model.to(device).eval())
+
+
+def _load_adapted(
+    directory: Path, dtype: DType, device: str | torch.device, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The base that an adapter names, with the adapter merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise RecipeError(f"{directory} is a LoRA adapter; run: pip install 'understudy[lora]'") from error
+    base = load_causal_lm(_adapter_base(directory), dtype=dtype, device=device, attn_implementation=attn_implementation)
+    merged: Any = PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+    return cast("PreTrainedModel", merged.eval())
+
+
+def _adapter_base(directory: Path) -> str:
+    return str(json.loads((directory / _ADAPTER).read_text())["base_model_name_or_path"])
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from understudy.errors import ScoreError
 from understudy.linear.head import LMHead
-from understudy.models import DType, backbone_hidden, lm_head, load_causal_lm, unwrap
+from understudy.models import DType, backbone_hidden, lm_head, load_causal_lm, probe_head, row_style, unwrap
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
 from understudy.types import Need, Sample, Scores
@@ -60,6 +60,7 @@ class Local:
             attn_implementation=self.attn_implementation,
             revision=self.revision,
         )
+        probe_head(model)
         return LocalTeacher(
             model,
             name=name,
@@ -90,6 +91,7 @@ class LocalTeacher:
         offload: bool = False,
     ) -> None:
         self._model = model.requires_grad_(False)
+        self._style = row_style(model)
         self._name = name
         self._vocab_size = vocab_size
         self._temperature = temperature
@@ -102,6 +104,11 @@ class LocalTeacher:
     def name(self) -> str:
         """As prompts name it."""
         return self._name
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, frozen."""
+        return self._model
 
     @property
     def head(self) -> LMHead:
@@ -142,14 +149,14 @@ class LocalTeacher:
         found: dict[int, Scores] = {}
         lengths = [sample.token_ids.numel() - 1 for sample in samples]
         with self._on_device(), evaluating(self._model):
-            for group in micro_batches(lengths, self._max_batch_tokens):
+            for group in micro_batches(lengths, self._max_batch_tokens, self._style):
                 chosen = [samples[index] for index in group]
                 found.update(zip(group, self._score_group(chosen, need, k), strict=True))
         return [found[index] for index in range(len(samples))]
 
     def _score_group(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
         """One forward over samples side by side."""
-        layout = lay_out(samples)
+        layout = lay_out(samples, style=self._style)
         states = backbone_hidden(self._model, layout.input_ids.to(self._device), layout.position_ids.to(self._device))
         hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
         fields: dict[str, tuple[Tensor, ...]] = {}

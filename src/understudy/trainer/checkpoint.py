@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def save_checkpoint(
         _sync(folder)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) or "No space left" in str(error):
+        if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(
                 f"cannot write the checkpoint {target}: {error}; free space, then continue with --resume"
             ) from error
@@ -91,8 +92,14 @@ def save_checkpoint(
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint; None where there is none."""
-    found = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    found = _finished(folder)
     return found[-1] if found else None
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Complete checkpoints, by step."""
+    found = [path for path in folder.glob("step_*") if path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[str, Tensor]]:
@@ -123,7 +130,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
 
 def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:
     """Removes all but the newest `keep_last` checkpoints and that of `keep_step`, and what a killed write left."""
-    found = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    found = _finished(folder)
     kept = {path.name for path in found[-keep_last:]}
     if keep_step is not None:
         kept.add(checkpoint_path(folder, keep_step).name)

@@ -28,19 +28,26 @@ class Collector:
     method: Method
     settings: Train
     seed: int
+    max_tokens: int | None = None
+    """The longest sequence that the models take; longer solutions are left out and counted, never cut."""
 
     def generate(self, requests: Sequence[Request], plan: RolloutPlan, step: int) -> list[Sample]:
-        """One sample for each request, in order. Which of them the student writes is drawn for each by its name."""
+        """One sample for each request, in order, without solutions that are too long.
+
+        Which of them the student writes is drawn for each by its name.
+        """
         own = [True] * len(requests)
         if plan.on_policy_share < 1.0 and requests:
             draws = keyed_uniform(self.seed, "on_policy", step, [request.key for request in requests], 1)[:, 0]
             own = (draws < plan.on_policy_share).tolist()
         asked = [request for request, by_student in zip(requests, own, strict=True) if by_student]
         written = iter(self.sampler.generate(asked, self.sampling, step=step) if asked else [])
-        return [
+        samples = [
             next(written) if by_student else self._from_data(request)
             for request, by_student in zip(requests, own, strict=True)
         ]
+        limit = self.max_tokens
+        return [sample for sample in samples if limit is None or sample.token_ids.numel() - 1 <= limit]
 
     def _from_data(self, request: Request) -> Sample:
         return solution_sample(

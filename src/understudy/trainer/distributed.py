@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -85,6 +85,12 @@ class Ranks:
             dist.barrier()
 
 
+def _copied(sample: Sample) -> Sample:
+    tensors = ("token_ids", "author", "rollout_logprob", "policy_version")
+    values = {name: getattr(sample, name) for name in tensors}
+    return replace(sample, **{name: value.clone() for name, value in values.items() if value is not None})
+
+
 @dataclass(frozen=True)
 class SharedSampler:
     """A sampler for evaluation: each rank writes its part, and every rank gets all samples in the order of requests."""
@@ -101,7 +107,8 @@ class SharedSampler:
         part = self.ranks.mine(requests)
         written = self.sampler.generate(part, sampling, step=step, stream=stream) if part else []
         samples: list[Sample | None] = [None] * len(requests)
-        for rank, found in enumerate(self.ranks.gather(written)):
+        # copies: a view would be sent with all of the tensor that it is cut from
+        for rank, found in enumerate(self.ranks.gather([_copied(sample) for sample in written])):
             samples[rank :: self.ranks.world] = found
         return [sample for sample in samples if sample is not None]
 

@@ -88,15 +88,16 @@ class Trainer:
         plan = self.collector.method.plan(step)
         drawn = self.prompts.draw(self.progress.position, self.settings.prompts_per_step)
         requests = drawn.requests(self.settings.samples_per_prompt)
+        mine = self.ranks.mine(requests)
         with clock("generate_s"):
-            written = self.collector.generate(self.ranks.mine(requests), plan, step)
+            written = self.collector.generate(mine, plan, step)
         with clock("score_s"):
             samples, scores, num_dropped = self.collector.score(written)
         with clock("update_s"):
             numbers = self._update(samples, scores, step)
         metrics = self.ranks.sum_metrics(sample_metrics(written))
         numbers |= {name: metric.value for name, metric in metrics.items() if metric.count}
-        counts = self.ranks.sum_counts({"samples_dropped": num_dropped})
+        counts = self.ranks.sum_counts({"samples_dropped": num_dropped, "solutions_too_long": len(mine) - len(written)})
         numbers |= counts | {"prompts_too_long": float(drawn.num_too_long), "peak_memory_gib": peak_memory_gib()}
         num_tokens = int(metrics["response_tokens"].total)
         self.progress = replace(
@@ -137,6 +138,8 @@ class Trainer:
             self._torn = True
             numbers["lr"] = self.optimizer.step(step)
             self.progress = replace(self.progress, updates=self.progress.updates + 1, skipped_in_row=0)
+        elif not metrics:
+            self.observer.warn(step + 1, f"step {step + 1} was skipped: no sample with a trained token is left")
         else:
             self._skip(samples, scores, loss, norm, step)
         self.optimizer.zero_grad()
@@ -168,13 +171,22 @@ class Trainer:
             return
         started = time.perf_counter()
         summary = self.evaluate(self.progress.step)
-        value = self.observer.evaluation(summary, time.perf_counter() - started)
+        shown = self.observer.evaluation(summary, time.perf_counter() - started)
+        # the first rank's: a grader's time limit may strike on one rank and not on another
+        value = self.ranks.gather((shown,))[0][0]
         if value is not None:
             self.progress = self.progress.evaluated(value)
             if self.settings.keep_best and self.progress.best_step == self.progress.step:
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
+        broken = [name for name, value in self.student.model.named_parameters() if not bool(value.isfinite().all())]
+        if broken:
+            raise TrainingError(
+                f"{len(broken)} weights are not finite, first {broken[0]}: the run has diverged. No checkpoint was written "
+                "or removed; lower train.lr and resume from an earlier step in a new run (student.model = a checkpoint's "
+                "student/)"
+            )
         if self.ranks.is_main:
             self.observer.sync()
             save_checkpoint(self.run_dir.checkpoints, self.progress, self.optimizer.state(), self.save_student)
@@ -200,6 +212,6 @@ class Trainer:
             if self.progress.step > 0 and not self._torn and self.ranks.world == 1:
                 try:
                     self._checkpoint()
-                except (CheckpointError, OSError) as problem:
+                except (CheckpointError, TrainingError, OSError) as problem:
                     self.observer.warn(self.progress.step, f"no checkpoint could be written: {problem}")
             raise

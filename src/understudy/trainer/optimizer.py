@@ -71,8 +71,8 @@ class Optimizer:
     def load(self, state: dict[str, Tensor]) -> None:
         """What `state` gave. Raises CheckpointError where it belongs to other parameters."""
         names = {name.rpartition("/")[0] for name in state}
-        if names and names != set(self._named):
-            differing = sorted(names ^ set(self._named))
+        differing = sorted(names - set(self._named))
+        if differing:
             raise CheckpointError(f"the optimizer state belongs to other parameters, first {differing[0]!r}")
         for key, value in state.items():
             name, _, field = key.rpartition("/")

@@ -64,7 +64,8 @@ class RunDir:
         """Removes evaluations and samples of later steps, which a resumed run writes again."""
         for folder in (self.eval, self.path / "samples"):
             for file in folder.glob("step_*.json*"):
-                if int(file.stem.removeprefix("step_")) > step:
+                # a killed process may leave a file that it was writing aside
+                if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
                     file.unlink()
 
 

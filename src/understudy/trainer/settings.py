@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,9 @@ Split = Literal["train", "validation", "test"]
 def _at_least(section: object, low: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        if value is not None and value < low:
-            raise ValueError(f"{name} is {value}; it must be at least {low:g}")
+        # not (value >= low), so that NaN is refused too
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be at least {low:g}, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,12 @@ class Train:
         _at_least(
             self, 0, "lr", "warmup_steps", "final_lr_share", "weight_decay", "save_samples_every", "max_grad_norm"
         )
+        _at_least(self, 0, "eps", "stop_at")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and less than 1")
+        for name in ("stop_at", "final_lr_share"):
+            if (getattr(self, name) or 0) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share and at most 1")
         if self.max_grad_norm == 0:
             raise ValueError("max_grad_norm is 0, which stops every update; leave it out (null) not to clip")
 

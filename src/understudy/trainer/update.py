@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from understudy.linear import LMHead, count_denominators, evaluate
 from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
-from understudy.packing import lay_out, micro_batches, pack
+from understudy.packing import RowStyle, lay_out, micro_batches, pack
 from understudy.trainer.distributed import Ranks
 from understudy.types import Metric, Sample, Scores
 
@@ -30,6 +30,7 @@ class Student:
     temperature: float
     compute_dtype: torch.dtype | None
     micro_batch_tokens: int | None = None
+    style: RowStyle = "packed"
 
     def head(self) -> LMHead:
         """Its head at the rollout temperature, over the tokens that exist."""
@@ -59,7 +60,7 @@ def accumulate_gradients(
     """
     lengths = [sample.token_ids.numel() - 1 for sample in samples]
     default = MICRO_BATCH_TOKENS.get(student.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
-    groups = micro_batches(lengths, student.micro_batch_tokens or default) if samples else []
+    groups = micro_batches(lengths, student.micro_batch_tokens or default, student.style) if samples else []
     parts = [[samples[index] for index in group] for group in groups]
     judged = [None if scores is None else [scores[index] for index in group] for group in groups]
     batches = [pack(part, found) for part, found in zip(parts, judged, strict=True)]
@@ -82,7 +83,7 @@ def accumulate_gradients(
 
 def _hidden(student: Student, samples: Sequence[Sample]) -> Tensor:
     """Hidden states that predict the response tokens, in the order of `pack`. [T, H]."""
-    layout = lay_out(samples)
+    layout = lay_out(samples, style=student.style)
     with student.autocast():
         states = backbone_hidden(
             student.model, layout.input_ids.to(student.device), layout.position_ids.to(student.device)
