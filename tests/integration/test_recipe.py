@@ -45,6 +45,9 @@ def parse(folder: Path, **changes: Any) -> Recipe:
         ({"method": {"type": "gkd"}}, "the method GKD needs a teacher"),
         ({"teacher": {"type": "local", "model": "x"}}, "the method SFT asks no teacher"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"train": {"lr": float("nan")}}, "lr is nan; it must be at least 0"),
+        ({"train": {"betas": [2, 3]}}, "betas is|betas are"),
+        ({"train": {"stop_at": 7}}, "stop_at is 7"),
         ({"eval_task": {"type": "arithmetic"}}, "eval_task is given without a section eval"),
         ({"train": 3}, "train is 3; it must be a mapping of keys"),
         ({"train": None}, "train is missing"),
@@ -263,3 +266,46 @@ def test_methods_and_init(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert (recipe.student.model, recipe.teacher.model, recipe.run_dir) == ("a/b", "c/d", "runs/mine")  # type: ignore[union-attr]
     assert "exists" in run("init", str(path))[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"student": {"build": {"architecture": "llama", "hiden_size": 3}}},
+            "'hiden_size' is unknown for llama; did you mean",
+        ),
+        ({"student": {"build": {"architecture": "llama", "hidden_size": "x"}}}, "'hidden_size' is 'x'"),
+        ({"device": "cpu:x"}, "device is 'cpu:x'"),
+        (
+            {
+                "eval": {"split": "test"},
+                "eval_task": {"type": "jsonl", "path": "DATA", "test_path": "DATA", "prompt_field": "q"},
+            },
+            "no chat template",
+        ),
+    ],
+)
+def test_a_dry_run_finds_it(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    data = tmp_path / "chat.jsonl"
+    data.write_text('{"q": "1+1"}\n')
+    if "eval_task" in changes:
+        changes = changes | {"eval_task": {**changes["eval_task"], "path": str(data), "test_path": str(data)}}
+    with pytest.raises(UnderstudyError, match=words):
+        check(parse(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sampling": {"max_new_tokens": 64}}, {"eval": {"sampling": {"max_new_tokens": 64}}}]
+)
+def test_limits_are_found_before_anything_is_written(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = write_recipe(tmp_path, **distillation(tmp_path, **changes))
+    code, text = run("train", str(path))
+    assert code != 0
+    assert "64 positions" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_with_special_characters_survive_init(tmp_path: Path) -> None:
+    assert run("init", str(tmp_path / "odd.yaml"), "--student", "a: b")[0] == 0
+    assert load_recipe(tmp_path / "odd.yaml").student.model == "a: b"

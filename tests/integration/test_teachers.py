@@ -103,7 +103,9 @@ def test_hidden_states_and_head_are_the_whole_row(name: str) -> None:
 def test_everything_at_once_is_one_forward() -> None:
     model, calls = tiny(), []
     model.model.register_forward_hook(lambda *_: calls.append(1))
-    scores = teacher(model).score(samples(), frozenset({"topk", "full", "sampled"}), k=2)
+    judge = teacher(model)
+    calls.clear()
+    scores = judge.score(samples(), frozenset({"topk", "full", "sampled"}), k=2)
     assert len(calls) == 1
     assert all(value is not None for one in scores for value in dataclasses.asdict(one).values())
 
@@ -196,6 +198,7 @@ def test_nothing_asked_nothing_done() -> None:
     model, calls = tiny(), []
     model.model.register_forward_hook(lambda *_: calls.append(1))
     judge = teacher(model)
+    calls.clear()
     for need in (frozenset[Need](), frozenset[Need]({"none"})):
         scores = judge.score(samples(), need)
         assert [one.token_ids.tolist() for one in scores] == [one.response_ids.tolist() for one in samples()]
@@ -290,7 +293,23 @@ def test_a_sequence_never_meets_a_cache() -> None:
     seen: list[Any] = []
     model = tiny()
     model.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    teacher(model, max_batch_tokens=10_000).score(samples(), SAMPLED)
+    judge = teacher(model, max_batch_tokens=10_000)
+    seen.clear()
+    judge.score(samples(), SAMPLED)
     assert len(seen) == 1
     assert seen[0]["use_cache"] is False
     assert seen[0]["attention_mask"] is None
+
+
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "llama", "gpt2"])
+def test_models_that_mix_packed_sequences_get_a_row_for_each(architecture: str) -> None:
+    """Peers 6: some architectures ignore positions that restart; their scores must not depend on neighbours either."""
+    from understudy.models import build_causal_lm, row_style
+
+    sizes = {"architecture": architecture, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    model = build_causal_lm(sizes, vocab_size=37, eos_token_id=1, pad_token_id=0)
+    assert row_style(model) == ("packed" if architecture in ("llama", "gpt2") else "alone")
+    judge, need = teacher(model), frozenset({"sampled"})
+    together = judge.score(samples(), need)
+    for one, found in zip(samples(), together, strict=True):
+        torch.testing.assert_close(found.logprob, judge.score([one], need)[0].logprob, rtol=1e-4, atol=1e-5)

@@ -408,6 +408,83 @@ def test_golden_losses(tmp_path: Path) -> None:
     assert found == pytest.approx(golden, rel=1e-3)
 
 
+def test_solutions_that_are_too_long_are_counted_and_left_out(tmp_path: Path) -> None:
+    """A model with 64 positions never sees position 65, nor half a solution."""
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"q": "1+2:", "a": answer}) + "\n" for answer in ("#3", "1" * 80)))
+    task = {"type": "jsonl", "path": str(file), "prompt_field": "q", "solution_field": "a", "chat": False}
+    changes = distillation(tmp_path, task=task, method={"type": "sft"}, teacher=None)
+    run_dir = train(tmp_path, **changes).run_dir.path
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["solutions_too_long"] for row in rows] == [4.0] * 6
+    assert all(row["response_tokens"] == 3.0 for row in rows)
+
+
+def test_imitation_knows_no_temperature(tmp_path: Path) -> None:
+    """The sampling temperature of an evaluation does not change what SFT minimises."""
+    plain = train(tmp_path / "plain").run_dir.path
+    warm = train(tmp_path / "warm", sampling={"max_new_tokens": 24, "temperature": 0.5}).run_dir.path
+    assert [row["loss"] for row in metrics(plain)] == [row["loss"] for row in metrics(warm)]
+
+
+def test_dropout_of_the_student_is_off(tmp_path: Path) -> None:
+    """GPT-2 has a dropout of 0.1: with teacher = student its gradient is still exactly zero."""
+    from understudy.models import build_causal_lm, save_hf
+    from understudy.tasks import build_tokenizer
+
+    tokenizer = build_tokenizer("addition")
+    sizes = {"architecture": "gpt2", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 64}
+    model = build_causal_lm(sizes, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
+    save_hf(model, tokenizer, tmp_path / "gpt2")
+    both = str(tmp_path / "gpt2")
+    changes = {"student": {"model": both, "build": None}, "teacher": {"type": "local", "model": both}}
+    run_dir = train(tmp_path, **changes, method={"type": "gkd"}).run_dir.path
+    assert [row["grad_norm"] for row in metrics(run_dir)] == [0.0] * 6
+
+
+def test_files_that_a_killed_process_was_writing_do_not_stop_the_resume(tmp_path: Path) -> None:
+    changes = distillation(tmp_path, eval={"every": 3, "problems": 4})
+    run_dir = train(tmp_path, **changes).run_dir.path
+    (run_dir / "eval" / "step_000009.jsonl.tmp").write_text("{")
+    (run_dir / "samples").mkdir()
+    (run_dir / "samples" / "step_000009.jsonl.tmp").write_text("{")
+    train(tmp_path, resume=True, **changes)
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_a_diverged_run_keeps_its_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Trainer._take_step
+
+    def poisoned(self: Trainer) -> None:
+        plain(self)
+        if self.progress.step == 4:
+            with torch.no_grad():
+                next(self.student.model.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "_take_step", poisoned)
+    with pytest.raises(TrainingError, match="not finite"):
+        train(tmp_path, **distillation(tmp_path, train={"save_every": 3, "keep_last": 1}))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]
+
+
+def test_an_adapter_is_a_student_like_any_other(tmp_path: Path) -> None:
+    """`lora.save: adapter`: the directory loads on its base; and an evaluation needs no teacher."""
+    import shutil
+
+    from typer.testing import CliRunner
+
+    from understudy.cli.app import app
+
+    changes = distillation(tmp_path, eval={"problems": 4})
+    changes["student"] |= {"lora": {"rank": 2, "alpha": 4, "save": "adapter"}}
+    run_dir = train(tmp_path, **changes).run_dir.path
+    shutil.rmtree(tmp_path / "teacher")
+    result = CliRunner().invoke(app, ["eval", str(run_dir), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    again = (tmp_path / "out" / "step_000000.jsonl").read_text()
+    assert again == (run_dir / "eval" / "step_000006.jsonl").read_text()
+
+
 def test_progress_ignores_a_worse_evaluation() -> None:
     from understudy.trainer.checkpoint import Progress
 

@@ -264,3 +264,14 @@ def test_layouts_that_cannot_be_are_refused() -> None:
         lay_out(SAMPLES, 3)
     with pytest.raises(ValueError, match="max_tokens is 0"):
         micro_batches([1], 0)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_row_styles(lengths: list[int]) -> None:
+    """ "single" puts everything into one row, "alone" each sequence into its own; neither exceeds the budget of a group."""
+    made = [sample(str(index), [2], [3] * length) for index, length in enumerate(lengths)]
+    assert lay_out(made, style="single").input_ids.shape == (1, sum(lengths))
+    alone = lay_out(made, style="alone").input_ids
+    assert alone.shape == (len(lengths), max(lengths))
+    for group in micro_batches(lengths, 12, "alone"):
+        assert len(group) * max(lengths[index] for index in group) <= 12
