@@ -49,9 +49,3 @@ def keyed_uniform(seed: int, stream: str, step: int, names: Sequence[str], num_p
         positions = mix64(np.arange(num_positions, dtype=np.uint64))
         bits = mix64(keys[:, None] ^ positions[None, :])
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def keyed_permutation(seed: int, stream: str, epoch: int, size: int) -> NDArray[np.int64]:
-    """An order of `range(size)` that depends on nothing but its arguments. Shape [size]."""
-    generator = np.random.Generator(np.random.Philox(key=hash_name(f"{seed}/{stream}/{epoch}")))
-    return generator.permutation(size).astype(np.int64)

@@ -9,7 +9,18 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "datasets", "peft", "pandas", "wandb", "trackio", "tensorboard", "math_verify", "sympy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "pandas",
+    "wandb",
+    "trackio",
+    "tensorboard",
+    "math_verify",
+    "sympy",
+)
 
 
 def loaded_by(statement: str) -> set[str]:
