@@ -17,6 +17,7 @@ from .card import model_card
 from .errors import CheckpointError, DataError
 from .eval.evaluate import run_eval
 from .eval.summary import EvalSummary
+from .files import write_atomically, write_json
 from .models import num_positions, row_style, save_hf
 from .recipe import Recipe, check_same_recipe
 from .report import write_report
@@ -31,7 +32,7 @@ from .trainer.loop import Ending, Trainer
 from .trainer.observe import Observer, peak_memory_gib
 from .trainer.optimizer import Optimizer
 from .trainer.prompts import PromptStream
-from .trainer.rundir import RunDir, write_atomically, write_json
+from .trainer.rundir import RunDir
 from .trainer.update import Student
 
 MAX_COMPARED = 200_000

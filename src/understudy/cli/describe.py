@@ -9,10 +9,10 @@ from pathlib import Path
 
 from understudy import config
 from understudy.errors import RecipeError, nearest
+from understudy.files import write_atomically
 from understudy.methods import METHODS, Method
 from understudy.recipe import Recipe
 from understudy.trainer.console import Console
-from understudy.trainer.rundir import write_atomically
 
 
 def methods(name: str | None) -> None:

@@ -11,10 +11,10 @@ from typing import cast
 from understudy import assemble
 from understudy.errors import RecipeError
 from understudy.eval.summary import prompt_text
+from understudy.files import write_json_lines
 from understudy.recipe import Recipe
 from understudy.tasks.render import encode_prompt
 from understudy.trainer.console import Console
-from understudy.trainer.rundir import write_json_lines
 from understudy.trainer.settings import Split
 from understudy.types import Prompt, Request, Sample
 

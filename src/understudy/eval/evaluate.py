@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.summary import EvalSummary, sample_row, summarise
+from understudy.files import write_json, write_json_lines
 from understudy.tasks.render import Rendered, encode_prompt, split_by_length
 from understudy.types import Prompt, Request, Sample, Sampling
 
@@ -141,28 +141,8 @@ def write_eval(out_dir: Path, summary: EvalSummary, samples: Iterable[Sample]) -
     """
     path = out_dir / f"step_{summary.step:06d}.json"
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        _write_aside(path.with_suffix(".jsonl"), (_line(sample_row(sample)) for sample in samples))
-        _write_aside(path, [json.dumps(summary.to_json(), indent=2, allow_nan=False) + "\n"])
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write the evaluation to {out_dir}: {error.strerror or error}; free space or fix permissions"
-        ) from error
-
-
-def _line(row: Mapping[str, object]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _write_aside(path: Path, parts: Iterable[str]) -> None:
-    """Written under another name, synced, renamed: a reader sees the whole file or none."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("w", encoding="ascii") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot replace {path}: {error.strerror or error}; fix permissions") from error
+    write_json_lines(path.with_suffix(".jsonl"), (sample_row(sample) for sample in samples))
+    write_json(path, summary.to_json())

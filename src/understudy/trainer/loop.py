@@ -14,6 +14,7 @@ import torch
 
 from understudy.errors import CheckpointError, TrainingError
 from understudy.eval.summary import EvalSummary, sample_row
+from understudy.files import write_json_lines
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
 from understudy.trainer.collect import Collector
@@ -21,7 +22,7 @@ from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, Observer, nonfinite_record, peak_memory_gib, sample_metrics
 from understudy.trainer.optimizer import Optimizer
 from understudy.trainer.prompts import PromptStream
-from understudy.trainer.rundir import RunDir, write_json_lines
+from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import StopSignal
 from understudy.trainer.update import Student, accumulate_gradients

@@ -1,15 +1,11 @@
-"""The layout of a run directory, and how files come into it."""
+"""The layout of a run directory."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from understudy.errors import CheckpointError, RecipeError
+from understudy.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -67,29 +63,3 @@ class RunDir:
                 # a killed process may leave a file that it was writing aside
                 if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
                     file.unlink()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Written aside, synced, renamed. Raises CheckpointError, naming the path, if it cannot be written."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; free space or fix permissions"
-        ) from error
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """`write_atomically` of JSON."""
-    write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
-
-
-def write_json_lines(path: Path, rows: list[dict[str, object]]) -> None:
-    """`write_atomically` of one object a line."""
-    write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
