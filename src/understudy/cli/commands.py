@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool) 
     recipe = load_recipe(path, overrides)
     quieten_libraries()
     ranks = Ranks.from_environment(assemble.choose_device(recipe.device)) if not dry_run else Ranks()
-    with Console(quiet=not ranks.is_main) as console:
+    with Console(quiet=not ranks.is_main) as console, contextlib.closing(ranks):
         if dry_run:
             if not resume:
                 RunDir(Path(recipe.run_dir)).check_new()

@@ -2,7 +2,8 @@
 
 Without a GPU a step is thousands of small operations. glibc gives every tensor of a few MiB fresh pages and takes them
 back at once, and OpenMP's threads wait for each other by spinning, which costs a whole core when something else runs.
-The defaults below keep freed memory, in huge pages, and let threads sleep; what the user has set stays.
+The defaults below keep freed memory up to 32 MiB a piece (larger buffers go back, or the peak of a large vocabulary would
+be several times what is in use), in huge pages, and let threads sleep; what the user has set stays.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 FOR_CPU = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

@@ -79,6 +79,11 @@ class Ranks:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 
+    def close(self) -> None:
+        """Leaves the process group; without it the threads of gloo may abort the process at its end."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world > 1:
