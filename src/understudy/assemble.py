@@ -163,11 +163,6 @@ class Loaded:
     compute_dtype: torch.dtype | None
     warnings: tuple[str, ...]
 
-    @property
-    def num_positions(self) -> int | None:
-        """The longest sequence that the model takes; None: no limit is known."""
-        return num_positions(self.model)
-
     def sampler(self, seed: int) -> HFSampler:
         """Samples with the live weights."""
         return HFSampler(

@@ -46,9 +46,10 @@ class Ranks:
         """The value of every rank, in their order."""
         if self.world == 1:
             return [value]
-        found: list[Item | None] = [None] * self.world
+        # every entry is replaced by that of its rank
+        found = [value] * self.world
         dist.all_gather_object(found, value)
-        return [item for item in found if item is not None]
+        return found
 
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Each count over all ranks."""
