@@ -34,7 +34,7 @@ from .rollout import HFSampler
 from .tasks import Arithmetic, Hub, build_tokenizer
 from .tasks.records import Records
 from .tasks.render import encode_prompt
-from .teachers import LocalTeacher
+from .teachers import LocalTeacher, Setup
 from .trainer.loggers import check_loggers
 from .trainer.settings import Split
 from .types import Prompt, Sampling
@@ -261,11 +261,13 @@ def load_teacher(recipe: Recipe, loaded: Loaded) -> LocalTeacher | None:
     """The teacher at the student's temperature and vocabulary; None where the method asks none."""
     if recipe.teacher is None:
         return None
-    return recipe.teacher.load(
-        name=TEACHER,
-        vocab_size=loaded.vocab_size,
-        temperature=recipe.sampling.temperature or 1.0,
-        device=loaded.device,
+    return recipe.teacher.open(
+        Setup(
+            name=TEACHER,
+            vocab_size=loaded.vocab_size,
+            temperature=recipe.sampling.temperature or 1.0,
+            device=loaded.device,
+        )
     )
 
 

@@ -55,6 +55,21 @@ class Grade:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a verbal teacher says about a sample: a number from 0 to 9, and nothing else."""
+
+    score: float | None
+    """In [0, 9]; the lowest of `steps` where each step was judged. None: no digit could be read, so it is unscored."""
+    steps: tuple[float, ...] = ()
+    """One number for each step of the response; empty where the whole was judged."""
+    signal_bytes: int = 0
+    """Bytes of teacher signal that were read: one for a digit, 40 for the ten float32 probabilities of an expectation."""
+    attempts: int = 1
+    note: str = ""
+    """Why there is no score."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One response to one prompt, with its own facts. Per-token tensors are on the CPU and have length L."""
@@ -77,7 +92,11 @@ class Sample:
     """[L] int64, the number of optimizer updates in the weights that sampled the token; -1 where none did."""
     teacher: str | None = None
     reward: float | None = None
+    """What a policy gradient maximises; None: none was given."""
     grade: Grade | None = None
+    advantage: float | None = None
+    """The reward against those of the same prompt's other samples."""
+    verdict: Verdict | None = None
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ from understudy.linear import score
 from understudy.models import load_causal_lm, load_tokenizer, save_hf
 from understudy.packing import pack
 from understudy.rollout import HFSampler
-from understudy.teachers import TEACHERS, Local, LocalTeacher
+from understudy.teachers import TEACHERS, Local, LocalTeacher, Setup
 from understudy.teachers import rows as teacher_rows
 from understudy.types import Need, Sample, Sampling
 
@@ -97,7 +97,7 @@ def test_hidden_states_and_head_are_the_whole_row(name: str) -> None:
     for one, scores in zip(samples(), judge.score(samples(), FULL), strict=True):
         assert scores.hidden is not None
         assert scores.logprob is None
-        close(judge.head.logits(scores.hidden).log_softmax(-1), rows_of(model, one, 0.7, 37))
+        close(judge.head_for(None).logits(scores.hidden).log_softmax(-1), rows_of(model, one, 0.7, 37))
 
 
 def test_everything_at_once_is_one_forward() -> None:
@@ -154,7 +154,7 @@ def test_scores_pack_row_by_row() -> None:
     judge = teacher(model)
     batch = pack(made, judge.score(made, TOPK, k=3))
     hidden = torch.cat([scores.hidden for scores in judge.score(made, FULL) if scores.hidden is not None])
-    logprob, entropy = score(hidden, judge.head, batch.target)
+    logprob, entropy = score(hidden, judge.head_for(None), batch.target)
     close(batch.teacher_logprob, logprob)
     close(batch.teacher_entropy, entropy)
 
@@ -191,7 +191,7 @@ def test_offloaded_weights_come_back_after_an_error() -> None:
         judge.score(samples(), SAMPLED)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
-    assert judge.head.weight.device.type == "meta"
+    assert judge.head_for(None).weight.device.type == "meta"
 
 
 def test_nothing_asked_nothing_done() -> None:
@@ -263,12 +263,12 @@ def test_a_section_of_a_recipe_loads_a_teacher(tmp_path: Path) -> None:
     save_hf(tiny(dtype="bfloat16"), letters(), tmp_path)
     section = TEACHERS["local"](model=str(tmp_path))
     assert section == Local(model=str(tmp_path))
-    judge = section.load(name="math", vocab_size=37, temperature=0.6, max_batch_tokens=50)
+    judge = section.open(Setup(name="math", vocab_size=37, temperature=0.6))
     assert judge.name == "math"
-    assert judge.head.weight.dtype == torch.bfloat16
-    assert (judge.head.temperature, judge.head.num_tokens) == (0.6, 37)
-    wide = dataclasses.replace(section, dtype="float64", offload=True).load(name="math", vocab_size=37)
-    assert wide.head.weight.dtype == torch.float64
+    assert judge.head_for(None).weight.dtype == torch.bfloat16
+    assert (judge.head_for(None).temperature, judge.head_for(None).num_tokens) == (0.6, 37)
+    wide = dataclasses.replace(section, dtype="float64", offload=True).open(Setup(name="math", vocab_size=37))
+    assert wide.head_for(None).weight.dtype == torch.float64
 
 
 def test_real_weights_judge_their_own_samples(shared: Path) -> None:

@@ -8,17 +8,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from understudy.errors import ScoreError
 from understudy.linear.head import LMHead
-from understudy.models import DType, backbone_hidden, lm_head, load_causal_lm, probe_head, row_style, unwrap
+from understudy.models import (
+    DType,
+    backbone_hidden,
+    check_model_dir,
+    lm_head,
+    load_causal_lm,
+    probe_head,
+    row_style,
+    unwrap,
+)
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
 from understudy.types import Need, Sample, Scores
 
+from .base import Setup, Unmoved
 from .rows import score_rows
 
 MAX_BATCH_TOKENS = {"cpu": 2_048}
@@ -43,36 +54,38 @@ class Local:
     revision: str | None = None
     attn_implementation: str | None = None
 
-    def load(
-        self,
-        *,
-        name: str,
-        vocab_size: int,
-        temperature: float = 1.0,
-        max_batch_tokens: int | None = None,
-        device: str | torch.device = "cpu",
-    ) -> LocalTeacher:
+    GIVES: ClassVar[frozenset[Need]] = CAN
+
+    @property
+    def shown(self) -> str:
+        """The model."""
+        return self.model
+
+    def check(self) -> str:
+        """Raises RecipeError for a directory that is no model."""
+        return f"teacher: {check_model_dir(self.model)}"
+
+    def open(self, setup: Setup) -> LocalTeacher:
         """Loads the model. Raises RecipeError where it cannot be, VocabularyError where its head is too small."""
         model = load_causal_lm(
             self.model,
             dtype=self.dtype,
-            device="cpu" if self.offload else device,
+            device="cpu" if self.offload else setup.device,
             attn_implementation=self.attn_implementation,
             revision=self.revision,
         )
         probe_head(model)
         return LocalTeacher(
             model,
-            name=name,
-            vocab_size=vocab_size,
-            temperature=temperature,
-            max_batch_tokens=max_batch_tokens,
-            device=device,
+            name=setup.name,
+            vocab_size=setup.vocab_size,
+            temperature=setup.temperature,
+            device=setup.device,
             offload=self.offload,
         )
 
 
-class LocalTeacher:
+class LocalTeacher(Unmoved):
     """Any causal language model as a judge: sampled-token scores, top-K of the full softmax, or hidden states.
 
     Scores are those at `temperature`, the student's, over the first `vocab_size` tokens: padding rows of the head are cut
@@ -110,8 +123,7 @@ class LocalTeacher:
         """The model, frozen."""
         return self._model
 
-    @property
-    def head(self) -> LMHead:
+    def head_for(self, name: str | None) -> LMHead:
         """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
         head = lm_head(self._model, temperature=self._temperature, vocab_size=self._vocab_size)
         bias = None if head.bias is None else head.bias.to(self._device)

@@ -128,7 +128,7 @@ class Trainer:
             self.collector.method,
             samples,
             scores,
-            teacher_head=teacher.head if full and teacher is not None else None,
+            teacher_head=teacher.head_for(None) if full and teacher is not None else None,
             step=step,
             ranks=self.ranks,
         )

@@ -1,0 +1,122 @@
+"""What every teacher is, and what it is loaded into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from understudy.linear.head import LMHead
+from understudy.types import Need, Prompt, Sample, Scores, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a teacher is loaded into: the student's side of the run."""
+
+    name: str
+    """As prompts name the teacher."""
+    vocab_size: int
+    """Tokens that student and teacher share; rows of a head past them are cut off."""
+    temperature: float = 1.0
+    """The student's; scores are those at it."""
+    device: str | torch.device = "cpu"
+    tokenizer: Any = None
+    """The student's."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    student: nn.Module | None = None
+    """The live model, for a teacher that is the student itself."""
+    start: str | None = None
+    """The model directory or hub name that the student starts from; None for one from scratch."""
+    seed: int = 0
+    cache_dir: Path | None = None
+    """Where a teacher may keep what is dear to make again."""
+
+
+class Section(Protocol):
+    """A teacher's section of a recipe."""
+
+    GIVES: ClassVar[frozenset[Need]]
+    """What it can return, known before anything is loaded."""
+
+    @property
+    def shown(self) -> str:
+        """How the teacher is named to people: a model, or an address."""
+        ...
+
+    def check(self) -> str:
+        """What can be found wrong without loading; a line for the dry run. Raises RecipeError."""
+        ...
+
+    def open(self, setup: Setup) -> Teacher | Judge:
+        """Loads it. Raises RecipeError, VocabularyError."""
+        ...
+
+
+class Teacher(Protocol):
+    """Scores of responses, aligned to their token ids."""
+
+    @property
+    def name(self) -> str:
+        """As prompts name it (`Prompt.teacher`)."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever scores may: what a cache of scores is keyed by."""
+        ...
+
+    def head_for(self, name: str | None) -> LMHead | None:
+        """With `Scores.hidden` of samples of that teacher it gives whole rows; None where the teacher cannot."""
+        ...
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """One for each sample, in order. Raises ScoreError for a need that this teacher cannot meet."""
+        ...
+
+    def follow(self, student: nn.Module) -> None:
+        """Told after every optimizer update; a teacher that moves with the student moves now."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the recipe; empty for a teacher that does not move."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state()`."""
+        ...
+
+
+class Judge(Protocol):
+    """A teacher that shows no probabilities: it reads a response and says a number."""
+
+    @property
+    def name(self) -> str:
+        """As prompts name it."""
+        ...
+
+    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """One for each sample, in order. A reply without a digit is a verdict without a score, never 0."""
+        ...
+
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str | None]:
+        """The teacher's own response to each prompt, as text; None where it gave none."""
+        ...
+
+
+class Unmoved:
+    """A teacher that stays as it is: nothing follows the student, nothing belongs into a checkpoint."""
+
+    def follow(self, student: nn.Module) -> None:
+        """Nothing to do."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to restore."""
