@@ -57,19 +57,21 @@ class Decoder:
         self._check_every = CHECK_EVERY.get(self._device.type, CHECK_EVERY_ELSEWHERE)
 
     @torch.no_grad()
-    def run(self, contexts: Sequence[Tensor], uniform: Tensor, sampling: Sampling) -> Decoded:
-        """contexts: B of [c] int64; uniform [B, N] float64, one draw for each new token."""
+    def run(self, contexts: Sequence[Tensor], uniform: Tensor, room: Tensor, sampling: Sampling) -> Decoded:
+        """contexts: B of [c] int64; uniform [B, N] float64, one draw for each new token; room [B] int64, from 1 to N, how
+        many tokens each row may write."""
         num_rows, num_new = uniform.shape
-        uniform = uniform.to(self._device)
+        uniform, room = uniform.to(self._device), room.to(self._device)
         rows = torch.arange(num_rows, device=self._device)
         written = _Written(num_rows, num_new, self._device)
-        state, hidden = self._prefill(contexts, num_new)
+        longest = max(context.numel() + n for context, n in zip(contexts, room.tolist(), strict=True))
+        state, hidden = self._prefill(contexts, num_new, longest)
         done = torch.zeros_like(rows, dtype=torch.bool)
         draws = uniform.T.contiguous()
         for t in range(num_new):
             token, logprob = self._draw(hidden, draws[t], sampling)
             written.add(token, logprob)
-            done |= torch.isin(token, self._stop)
+            done |= torch.isin(token, self._stop) | (room[rows] <= t + 1)
             if t + 1 == num_new:
                 break
             if (t + 1) % self._check_every == 0:
@@ -84,7 +86,7 @@ class Decoder:
                     draws = uniform[rows].T.contiguous()
             hidden = self._forward(state, token[:, None])
         written.flush(rows)
-        return written.up_to_stop(self._stop)
+        return written.up_to_stop(self._stop, room)
 
     def _draw(self, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """Logits in float32 (float64 for float64), whatever the model computes in. [b, H], [b] -> [b], [b]."""
@@ -98,8 +100,11 @@ class Decoder:
             return parts[0]
         return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 
-    def _prefill(self, contexts: Sequence[Tensor], num_new: int) -> tuple[_State, Tensor]:
-        """Reads every distinct context once. The state of B rows, and the hidden states [B, H] at their last tokens."""
+    def _prefill(self, contexts: Sequence[Tensor], num_new: int, longest: int) -> tuple[_State, Tensor]:
+        """Reads every distinct context once. The state of B rows, and the hidden states [B, H] at their last tokens.
+
+        No position reaches `longest`: a row that has used up its room runs on for a while, and the model may have no more.
+        """
         from .kv_cache import new_cache
 
         names = [context.numpy().tobytes() for context in contexts]
@@ -111,7 +116,7 @@ class Decoder:
         real = column >= (width - lengths)[:, None]
         ids = torch.zeros(len(distinct), width, dtype=torch.int64)
         ids[real[:, :width]] = torch.cat(list(distinct.values()))
-        positions = (column - (width - lengths)[:, None]).clamp_min(0)
+        positions = (column - (width - lengths)[:, None]).clamp(0, longest - 1)
         padded = not bool(real.all())
         state = _State(
             cache=new_cache(self._backbone.config, width + num_new),
@@ -182,9 +187,10 @@ class _Written:
         self._logprob[rows, part] = torch.stack([value for _, value in self._steps], 1).double()
         self._start, self._steps = part.stop, []
 
-    def up_to_stop(self, stop: Tensor) -> Decoded:
-        """A row that wrote no stop token wrote N tokens."""
-        ends = torch.isin(self._ids, stop)
+    def up_to_stop(self, stop: Tensor, room: Tensor) -> Decoded:
+        """A row that wrote no stop token in its room [B] filled it."""
+        column = torch.arange(self._ids.shape[1], device=self._ids.device)
+        ends = torch.isin(self._ids, stop) & (column < room[:, None])
         stopped = ends.any(-1)
-        length = torch.where(stopped, ends.to(torch.uint8).argmax(-1) + 1, self._ids.shape[1])
+        length = torch.where(stopped, ends.to(torch.uint8).argmax(-1) + 1, room)
         return Decoded(self._ids, self._logprob, length, stopped)

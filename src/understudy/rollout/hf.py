@@ -57,12 +57,14 @@ class HFSampler:
     ) -> list[Sample]:
         """One sample for each request, in their order.
 
-        `sampling.max_new_tokens` counts what the student writes, a prefix not included. A greedy draw's log-probability
-        is that at temperature 1. Raises DataError for an empty prompt and RecipeError for a response that would leave
-        the model's positions, both before anything is sampled, and TrainingError for logits that are not finite.
+        `sampling.max_new_tokens` is the length of a response, its prefix included. A greedy draw's log-probability is
+        that at temperature 1. Raises DataError for an empty prompt and for a prefix that leaves no token to write,
+        RecipeError for a response that would leave the model's positions, all before anything is sampled, and
+        TrainingError for logits that are not finite.
         """
         contexts = [_context(request) for request in requests]
-        self._check_positions(requests, contexts, sampling.max_new_tokens)
+        rooms = [_room(request, sampling.max_new_tokens) for request in requests]
+        self._check_positions(requests, sampling.max_new_tokens)
         head = lm_head(self._model, temperature=sampling.temperature or 1.0, vocab_size=self._vocab_size)
         decoder = Decoder(self._model, head, self._stop_ids, self._autocast)
         samples: dict[int, Sample] = {}
@@ -70,28 +72,31 @@ class HFSampler:
         with evaluating(self._model):
             for group in plan_batches(lengths, sampling.max_new_tokens, self._max_batch_tokens):
                 chosen = [requests[index] for index in group]
-                uniform = self._uniform(chosen, sampling, step, stream)
+                room = torch.tensor([rooms[index] for index in group])
+                uniform = self._uniform(chosen, room, sampling, step, stream)
                 read = [contexts[index] for index in group]
-                decoded = decoder.run(read, uniform, sampling)
+                decoded = decoder.run(read, uniform, room, sampling)
                 _refuse_nan(chosen, decoded)
                 made = to_samples(chosen, read, decoded, self._tokenizer, self._version)
                 samples.update(zip(group, made, strict=True))
         return [samples[index] for index in range(len(requests))]
 
-    def _uniform(self, requests: Sequence[Request], sampling: Sampling, step: int, stream: str) -> Tensor:
-        """[B, N] float64. A position is that in the response: a prefix takes the first ones."""
-        skip = torch.tensor([prefix_length(request) for request in requests])
-        num_positions = int(skip.max()) + sampling.max_new_tokens
+    def _uniform(self, requests: Sequence[Request], room: Tensor, sampling: Sampling, step: int, stream: str) -> Tensor:
+        """[B, N] float64, N the largest room. A position is that in the response: a prefix takes the first ones."""
+        num_positions = sampling.max_new_tokens
         draws = keyed_uniform(self._seed, stream, step, [request.key for request in requests], num_positions)
-        return draws.gather(-1, skip[:, None] + torch.arange(sampling.max_new_tokens))
+        position = num_positions - room[:, None] + torch.arange(int(room.max()))
+        # rows with less room never use what stands past their end
+        return draws.gather(-1, position.clamp_max(num_positions - 1))
 
-    def _check_positions(self, requests: Sequence[Request], contexts: Sequence[Tensor], num_new: int) -> None:
+    def _check_positions(self, requests: Sequence[Request], max_new_tokens: int) -> None:
         limit = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
-        for request, context in zip(requests, contexts, strict=True):
-            if limit is not None and context.numel() + num_new > limit:
+        for request in requests:
+            length = request.token_ids.numel()
+            if limit is not None and length + max_new_tokens > limit:
                 raise RecipeError(
-                    f"request {request.key}: {context.numel()} prompt tokens and max_new_tokens {num_new} make "
-                    f"{context.numel() + num_new}, but the student has {limit} positions (max_position_embeddings): "
+                    f"request {request.key}: {length} prompt tokens and max_new_tokens {max_new_tokens} make "
+                    f"{length + max_new_tokens}, but the student has {limit} positions (max_position_embeddings): "
                     "lower max_new_tokens or drop longer prompts"
                 )
 
@@ -128,3 +133,14 @@ def _context(request: Request) -> Tensor:
     if request.prefix_ids is None:
         return request.token_ids
     return torch.cat([request.token_ids, request.prefix_ids])
+
+
+def _room(request: Request, max_new_tokens: int) -> int:
+    """Tokens that are left to the student."""
+    room = max_new_tokens - prefix_length(request)
+    if room < 1:
+        raise DataError(
+            f"request {request.key}: a prefix of {prefix_length(request)} tokens leaves nothing of max_new_tokens "
+            f"{max_new_tokens} to the student; cut it (`rollout.prefix.cut_prefix`)"
+        )
+    return room
