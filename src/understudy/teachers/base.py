@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from understudy.linear.head import LMHead
 from understudy.types import Need, Prompt, Sample, Scores, Verdict
+
+
+ScoreForm = Literal["argmax", "expectation"]
+"""The digit that a judge finds most likely, or the mean of the digits under its probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,10 @@ class Setup:
     """The live model, for a teacher that is the student itself."""
     start: str | None = None
     """The model directory or hub name that the student starts from; None for one from scratch."""
+    start_revision: str | None = None
+    """Of `start`, where that is a hub name."""
+    fresh_student: Callable[[], nn.Module] | None = None
+    """Builds the start again where `start` is None: in a resumed run the live model is not the start any more."""
     seed: int = 0
     cache_dir: Path | None = None
     """Where a teacher may keep what is dear to make again."""
@@ -99,12 +107,24 @@ class Judge(Protocol):
         """As prompts name it."""
         ...
 
-    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """One for each sample, in order. A reply without a digit is a verdict without a score, never 0."""
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever verdicts may."""
         ...
 
+    def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
+        """One for each sample, in order; with `steps` of every step of the response, the lowest being the score.
+
+        A reply without a digit is a verdict without a score, never 0.
+        """
+        ...
+
+
+class Responder(Protocol):
+    """A teacher that is asked for its own responses, as text."""
+
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str | None]:
-        """The teacher's own response to each prompt, as text; None where it gave none."""
+        """The teacher's own response to each prompt; None where it gave none that is complete."""
         ...
 
 

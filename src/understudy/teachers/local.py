@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -38,7 +38,9 @@ MAX_BATCH_TOKENS_ELSEWHERE = 16_384
 """0.6 GiB of activations for a 4B model in bfloat16."""
 PROVENANCE = ("_name_or_path", "transformers_version", "architectures", "dtype")
 """Keys of a configuration that are only filled in by saving or loading; precision is told by the weights."""
-CAN = frozenset({"none", "sampled", "topk", "full"})
+ADAPTERS = (".lora_", ".modules_to_save.")
+"""Parts of the names of weights that switching adapters off takes away."""
+CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class LocalTeacher(Unmoved):
 
     Scores are those at `temperature`, the student's, over the first `vocab_size` tokens: padding rows of the head are cut
     off before the softmax. The weights stay in their own precision; softmaxes are in float32 (float64 for float64).
+
+    `around`: entered for every use of a model that someone else trains, to switch its adapters off. Such a model is not
+    frozen here, and nothing else may run it meanwhile.
     """
 
     def __init__(
@@ -102,8 +107,10 @@ class LocalTeacher(Unmoved):
         max_batch_tokens: int | None = None,
         device: str | torch.device | None = None,
         offload: bool = False,
+        around: Callable[[], AbstractContextManager[object]] | None = None,
     ) -> None:
-        self._model = model.requires_grad_(False)
+        self._model = model if around else model.requires_grad_(False)
+        self._around = around
         self._style = row_style(model)
         self._name = name
         self._vocab_size = vocab_size
@@ -120,22 +127,31 @@ class LocalTeacher(Unmoved):
 
     @property
     def model(self) -> nn.Module:
-        """The model, frozen."""
+        """The model, frozen unless someone else trains it."""
         return self._model
 
     def head_for(self, name: str | None) -> LMHead:
         """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
-        head = lm_head(self._model, temperature=self._temperature, vocab_size=self._vocab_size)
+        with self._alone():
+            head = lm_head(self._model, temperature=self._temperature, vocab_size=self._vocab_size)
         bias = None if head.bias is None else head.bias.to(self._device)
         return LMHead(head.weight.to(self._device), bias, head.softcap, head.scale, head.temperature, head.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of configuration, weights, temperature and vocabulary; reads all weights once, at about 1 GB/s."""
+        return self.hash_weights()
+
+    def hash_weights(self) -> str:
+        """The fingerprint of the weights as they are now."""
         digest = blake2b(digest_size=16)
-        config = {key: value for key, value in unwrap(self._model).config.to_dict().items() if key not in PROVENANCE}
+        base = unwrap(self._model)
+        config = {key: value for key, value in base.config.to_dict().items() if key not in PROVENANCE}
         digest.update(json.dumps([config, self._temperature, self._vocab_size], sort_keys=True, default=str).encode())
-        for name, value in self._model.state_dict().items():
+        for name, value in base.state_dict().items():
+            if self._around is not None and any(part in name for part in ADAPTERS):
+                continue
+            name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
             digest.update(f"{name}/{value.dtype}/{tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).cpu().numpy())
         return digest.hexdigest()
@@ -160,7 +176,7 @@ class LocalTeacher(Unmoved):
             return [Scores(sample.response_ids) for sample in samples]
         found: dict[int, Scores] = {}
         lengths = [sample.token_ids.numel() - 1 for sample in samples]
-        with self._on_device(), evaluating(self._model):
+        with self._alone(), self._on_device(), evaluating(self._model):
             for group in micro_batches(lengths, self._max_batch_tokens, self._style):
                 chosen = [samples[index] for index in group]
                 found.update(zip(group, self._score_group(chosen, need, k), strict=True))
@@ -192,6 +208,9 @@ class LocalTeacher(Unmoved):
                     f"sample {sample.key} has {sample.token_ids.numel()} tokens, but teacher {self._name!r} has {limit} "
                     "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
                 )
+
+    def _alone(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._around is None else self._around()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

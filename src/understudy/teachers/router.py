@@ -1,0 +1,112 @@
+"""Several teachers: each sample names the one that judges it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from hashlib import blake2b
+
+from torch import Tensor, nn
+
+from understudy.errors import CheckpointError, RecipeError, ScoreError
+from understudy.linear.head import LMHead
+from understudy.types import Need, Prompt, Sample, Scores
+
+from .base import Teacher
+
+SEPARATOR = "/"
+"""Between a teacher's name and its own names of tensors."""
+
+
+def check_names(prompts: Iterable[Prompt], known: Collection[str]) -> None:
+    """Raises RecipeError at the first prompt whose teacher is none of `known`."""
+    for prompt in prompts:
+        if prompt.teacher not in known:
+            raise RecipeError(
+                f"prompt {prompt.id} {_complaint(prompt.teacher, known)}. Every prompt needs one of these names, from the "
+                "field that task.teacher_field says"
+            )
+
+
+def _complaint(name: str | None, known: Collection[str]) -> str:
+    listed = f"the teachers are: {', '.join(sorted(known))}"
+    if name is None:
+        return f"names no teacher; {listed}"
+    close = get_close_matches(name, known, n=1)
+    return f"names the teacher {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}{listed}"
+
+
+class RoutedTeacher:
+    """`score(sample) = teachers[sample.teacher].score(sample)`, whatever the mix. No name falls back to another."""
+
+    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+        for name in teachers:
+            if not name or SEPARATOR in name:
+                raise ValueError(f"a teacher is named {name!r}; names are not empty and have no {SEPARATOR!r}")
+        if not teachers:
+            raise ValueError("RoutedTeacher needs at least one teacher")
+        self._teachers = dict(teachers)
+
+    @property
+    def name(self) -> str:
+        """All names."""
+        return ", ".join(self._teachers)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all names and their teachers' fingerprints, in any order."""
+        all_of = sorted((name, teacher.fingerprint) for name, teacher in self._teachers.items())
+        return blake2b(json.dumps(all_of).encode(), digest_size=16).hexdigest()
+
+    def head_for(self, name: str | None) -> LMHead | None:
+        """The head of that teacher. Raises ScoreError for any other name."""
+        if name is None or name not in self._teachers:
+            raise ScoreError(f"a head was asked for that {_complaint(name, self._teachers)}")
+        return self._teachers[name].head_for(name)
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """One for each sample, in order; each teacher is asked once, for its own samples.
+
+        Raises ScoreError for a sample whose teacher is missing or unknown, before any is asked, and where a teacher
+        returns another number of scores than it was asked for.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            if sample.teacher is None or sample.teacher not in self._teachers:
+                raise ScoreError(f"sample {sample.key} {_complaint(sample.teacher, self._teachers)}")
+            groups.setdefault(sample.teacher, []).append(index)
+        found: dict[int, Scores] = {}
+        for name, group in groups.items():
+            scores = self._teachers[name].score([samples[index] for index in group], need, k=k)
+            if len(scores) != len(group):
+                raise ScoreError(f"teacher {name!r} returned {len(scores)} scores for {len(group)} samples")
+            found.update(zip(group, scores, strict=True))
+        return [found[index] for index in range(len(samples))]
+
+    def follow(self, student: nn.Module) -> None:
+        """Every teacher that moves with the student moves."""
+        for teacher in self._teachers.values():
+            teacher.follow(student)
+
+    def state(self) -> dict[str, Tensor]:
+        """`{"name/tensor": ...}`."""
+        return {
+            f"{name}{SEPARATOR}{key}": value
+            for name, teacher in self._teachers.items()
+            for key, value in teacher.state().items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError for the state of a teacher that is not here."""
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._teachers}
+        for key, value in state.items():
+            name, _, rest = key.partition(SEPARATOR)
+            if name not in parts:
+                raise CheckpointError(
+                    f"the checkpoint holds {key!r} of a teacher that this run lacks; the teachers are: "
+                    f"{', '.join(sorted(parts))}. Resume with the recipe that wrote it"
+                )
+            parts[name][rest] = value
+        for name, teacher in self._teachers.items():
+            teacher.load_state(parts[name])
