@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from understudy.linear.head import LMHead
 from understudy.types import Need, Prompt, Sample, Scores, Verdict
 
-
 ScoreForm = Literal["argmax", "expectation"]
 """The digit that a judge finds most likely, or the mean of the digits under its probabilities."""
 
