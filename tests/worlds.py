@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from understudy.linear import Evaluation, LMHead, evaluate
-from understudy.methods import GKD, OPD, SFT, TopK
+from understudy.linear import Evaluation, LMHead, count_denominators, count_own, cut_terms, evaluate, score
+from understudy.methods import (
+    AOPD,
+    DAPO,
+    EOPD,
+    GKD,
+    GOPD,
+    GRPO,
+    KDRL,
+    OPD,
+    OVD,
+    REOPOLD,
+    SFT,
+    DrGRPO,
+    Phases,
+    TopK,
+    TrOPD,
+)
 from understudy.methods.base import Method
-from understudy.types import TokenBatch
+from understudy.types import Metric, TokenBatch
 
 CASES: dict[str, Method] = {
     "opd": OPD(),
@@ -22,6 +38,37 @@ CASES: dict[str, Method] = {
     "gkd forward": GKD(beta=0.0),
     "gkd mixed": GKD(beta=0.3),
     "sft": SFT(),
+    "opd truncated importance": OPD(correction="tis", correction_high=1.1),
+    "opd icepop": OPD(correction="icepop", correction_low=0.8, correction_high=1.3),
+    "gopd": GOPD(),
+    "gopd per sequence": GOPD(scale=0.5, reduce="sequence"),
+    "gopd full": GOPD(form="full"),
+    "gopd without reference": GOPD(scale=1.0),
+    "reopold exploration": REOPOLD(switch_step=10),
+    "reopold refinement": REOPOLD(switch_step=0),
+    "reopold clip": REOPOLD(phases=False, floor=-0.5),
+    "reopold odds": REOPOLD(switch_step=10, floor="odds", mix=0.4),
+    "eopd": EOPD(k=3, threshold=1.2),
+    "aopd": AOPD(k=3),
+    "aopd mean over k": AOPD(k=3, mean_over_k=True, reduce="token"),
+    "aopd bucket": AOPD(k=3, tail="bucket"),
+    "tropd": TrOPD(k=3, guidance=0.1),
+    "tropd bucket": TrOPD(k=3, tail="bucket"),
+    "tropd ratio": TrOPD(k=3, region="ratio", threshold=0.5),
+    "tropd clip": TrOPD(outlier="clip", floor=-0.5),
+    "tropd mask": TrOPD(outlier="mask"),
+    "tropd scalar": TrOPD(k=3, outlier="scalar"),
+    "tropd also positive": TrOPD(k=3, also_positive=True, outlier="mask"),
+    "ovd": OVD(),
+    "ovd without reference": OVD(kl_coef=0.0, reward="verbal"),
+    "grpo": GRPO(),
+    "grpo with reference": GRPO(kl_coef=0.1, length="sequence"),
+    "grpo with teacher": GRPO(distil_coef=0.5),
+    "dr_grpo": DrGRPO(max_tokens=20),
+    "dapo": DAPO(),
+    "kdrl": KDRL(beta=0.3),
+    "kdrl everywhere": KDRL(beta=0.3, skip_correct=False),
+    "phases": Phases(parts=[{"until": 0.5, "type": "aopd", "k": 3}, {"type": "opd"}], num_steps=2),
 } | {
     f"topk {direction} {support} {tail}": TopK(k=3, direction=direction, support=support, tail=tail)
     for direction in ("forward", "reverse")
@@ -30,21 +77,30 @@ CASES: dict[str, Method] = {
 }
 """Every method, in every form that differs in its formula. A new method adds its forms here and is tested."""
 
-DISTILLATION = {name: method for name, method in CASES.items() if not isinstance(method, SFT)}
+IMITATION_OR_REWARD = (SFT, GRPO, KDRL, OVD)
+DISTILLATION = {name: method for name, method in CASES.items() if not isinstance(method, IMITATION_OR_REWARD)}
+"""Those whose loss is nothing but the teacher's word on the student's tokens."""
+TRUNCATED = {
+    name
+    for name, method in CASES.items()
+    if getattr(method, "tail", "none") == "none" and method.reads.topk is not None and method.reads.k < 7
+}
+"""Forms that sum over fewer than all tokens without a bucket for the rest: no divergence, so not 0 at teacher = student."""
 
 
 @dataclass(frozen=True)
 class World:
-    """T tokens over V entries; student and teacher are (hidden, head) pairs."""
+    """T tokens over V entries; student, teacher and reference are (hidden, head) pairs."""
 
     batch: TokenBatch
     hidden: Tensor
     head: LMHead
     teacher: tuple[Tensor, LMHead]
+    reference: tuple[Tensor, LMHead]
 
     @staticmethod
     def make(num_tokens: int = 12, vocabulary: int = 7, width: int = 5, seed: int = 0, **head: object) -> World:
-        """Random student and teacher; two thirds of the tokens are trained."""
+        """Random models; two thirds of the tokens are trained. Every sample of four begins with a token of the teacher's."""
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -52,15 +108,24 @@ class World:
 
         bias = normal(vocabulary) if head.pop("with_bias", False) else None
         target = torch.randint(0, int(head.get("vocab_size") or vocabulary), (num_tokens,), generator=draw)  # type: ignore[call-overload]
+        student, teacher, reference = (LMHead(normal(vocabulary, width), bias, **head) for _ in range(3))  # type: ignore[arg-type]
+        hidden, teacher_hidden, reference_hidden = (normal(num_tokens, width) for _ in range(3))
+        sequence = torch.arange(num_tokens) // 4
+        on_policy = torch.arange(num_tokens) % 4 != 0
+        logp = student.logits(hidden).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+        advantage = normal(int(sequence.max()) + 1)[sequence]
         batch = TokenBatch(
             target=target,
             mask=torch.arange(num_tokens) % 3 != 1,
-            on_policy=torch.ones(num_tokens, dtype=torch.bool),
-            sequence=torch.arange(num_tokens) // 4,
+            on_policy=on_policy,
+            sequence=sequence,
+            # an engine whose numbers are a little off, and no number for what it did not sample
+            rollout_logprob=torch.where(on_policy, logp + 0.3 * normal(num_tokens), torch.nan),
+            uniform=torch.rand(num_tokens, generator=draw, dtype=torch.float64),
+            outcome_advantage=advantage,
+            correct=advantage > 0.5,
         )
-        student = LMHead(normal(vocabulary, width), bias, **head)  # type: ignore[arg-type]
-        teacher = LMHead(normal(vocabulary, width), bias, **head)  # type: ignore[arg-type]
-        return World(batch, normal(num_tokens, width), student, (normal(num_tokens, width), teacher))
+        return World(batch, hidden, student, (teacher_hidden, teacher), (reference_hidden, reference))
 
     @property
     def teacher_logp(self) -> Tensor:
@@ -71,25 +136,83 @@ class World:
         return self.head.logits(self.hidden).log_softmax(-1)
 
     def with_teacher_equal_to_student(self) -> World:
-        return replace(self, teacher=(self.hidden, self.head))
+        """Teacher, reference and the engine's copy are the student, and it wrote every token."""
+        batch = replace(
+            self.batch, on_policy=torch.ones_like(self.batch.on_policy), rollout_logprob=self._at(self.student_logp)
+        )
+        return replace(self, batch=batch, teacher=(self.hidden, self.head), reference=(self.hidden, self.head))
+
+    def _at(self, logp: Tensor) -> Tensor:
+        return logp.gather(-1, self.batch.target[:, None]).squeeze(-1)
+
+    def rows(self, index: Tensor) -> World:
+        """The world of some tokens."""
+        (states, head), (others, other_head) = self.teacher, self.reference
+        return replace(
+            self,
+            batch=self.batch.rows(index),
+            hidden=self.hidden[index],
+            teacher=(states[index], head),
+            reference=(others[index], other_head),
+        )
+
+    def full(self, method: Method) -> dict[str, object]:
+        """The models whose whole rows the method asks for, as `evaluate` takes them."""
+        wants_reference = "full" in method.needs and "reference" in method.needs
+        return {
+            "teacher": self.teacher if "full" in method.needs else None,
+            "reference": self.reference if wants_reference else None,
+        }
 
     def judged(self, method: Method) -> TokenBatch:
         """The batch with what a teacher server would have sent for the method's needs."""
         logp = self.teacher_logp
-        batch = replace(self.batch, teacher_logprob=logp.gather(-1, self.batch.target[:, None]).squeeze(-1))
+        reference = self.reference[1].logits(self.reference[0]).log_softmax(-1)
+        batch = replace(self.batch, teacher_logprob=self._at(logp), reference_logprob=self._at(reference))
         if "topk" in method.needs:
             top = logp.topk(min(method.reads.k, logp.shape[-1]))
-            batch = replace(batch, topk_ids=top.indices, topk_logprob=top.values)
+            entropy = -(logp.exp() * logp).sum(-1)
+            batch = replace(batch, topk_ids=top.indices, topk_logprob=top.values, teacher_entropy=entropy)
         return batch
+
+    def evaluate_in_parts(self, method: Method, parts: Sequence[Tensor], batch: TokenBatch | None = None) -> Outcome:
+        """As a step does it: micro-batches of the tokens at `parts`, denominators of all, gradients added up."""
+        batch = self.judged(method) if batch is None else batch
+        pieces = [batch.rows(index) for index in parts]
+        in_force, step = method.at(0)
+        counts = count_denominators(pieces)
+        methods: Sequence[object] = [in_force] * len(parts)
+        if in_force.scope == "batch":
+            # the scoring pass of a step
+            at_target, entropy = score(self.hidden, self.head, self.batch.target)
+            scored = replace(batch, student_logprob=at_target, student_entropy=entropy)
+            if "full" in method.needs:
+                scored = replace(scored, teacher_logprob=score(*self.teacher, self.batch.target)[0])
+            pieces = [scored.rows(index) for index in parts]
+            methods = cuts = cut_terms(in_force, pieces, step)
+            counts |= count_own(pieces, cuts)
+        d_hidden, found = torch.zeros_like(self.hidden), []
+        for index, piece, method_here in zip(parts, pieces, methods, strict=True):
+            world = self.rows(index)
+            found.append(world.evaluate(method_here, batch=piece, counts=counts, **world.full(method)))  # type: ignore[arg-type]
+            d_hidden[index] = found[-1].d_hidden
+        bias = None if self.head.bias is None else torch.stack([part.d_bias for part in found]).sum(0)  # type: ignore[misc]
+        metrics: dict[str, Metric] = {}
+        for part in found:
+            for name, metric in part.evaluation.metrics.items():
+                metrics[name] = metrics[name] + metric if name in metrics else metric
+        loss = torch.stack([part.loss for part in found]).sum()
+        d_weight = torch.stack([part.d_weight for part in found]).sum(0)
+        return Outcome(Evaluation(loss, metrics), loss, d_hidden, d_weight, bias)
 
     def evaluate(self, method: Method, run: Callable[..., Evaluation] = evaluate, **options: object) -> Outcome:
         """Loss, metrics and the gradients of hidden states, weight and bias."""
         batch = options.pop("batch") if "batch" in options else self.judged(method)
-        teacher = options.pop("teacher", self.teacher if "full" in method.needs else None)
+        options = options if "teacher" in options else self.full(method) | options
         hidden = self.hidden.clone().requires_grad_()
         bias = None if self.head.bias is None else self.head.bias.clone().requires_grad_()
         head = replace(self.head, weight=self.head.weight.clone().requires_grad_(), bias=bias)
-        found = run(method, batch, hidden, head, teacher=teacher, **options)
+        found = run(method, batch, hidden, head, **options)
         found.loss.backward()
         d_bias = None if bias is None else bias.grad
         return Outcome(found, found.loss.detach(), hidden.grad, head.weight.grad, d_bias)

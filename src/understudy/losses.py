@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .divergences import Direction, Tail, topk_divergence
 
-Reduce = Literal["token", "sequence"]
+Reduce = Literal["token", "sequence", "constant"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Reads:
     """The student's mass outside the K tokens."""
     divergence: float | None = None
     """`beta` of the generalised Jensen-Shannon divergence over the whole row; needs a full-vocabulary teacher."""
+    extrapolate: float | None = None
+    """The divergence is to the normalised `T^lam R^(1-lam)` instead of T; needs a full-vocabulary reference too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,8 @@ class PolicyGradient:
     clip: tuple[float, float] | None = None
     baseline: bool = False
     """Add sg[KL(S || T)], the negative expectation of the log-ratio, to the advantage; reads the reverse divergence."""
+    weight: Tensor | None = None
+    """[C] without gradient, `signals.importance`: what the engine's draw of the token counts."""
 
     def __call__(self, rows: Rows) -> Tensor:
         """[C]"""
@@ -81,7 +85,7 @@ class PolicyGradient:
         if self.clip is not None:
             low, high = self.clip
             gain = torch.minimum(gain, ratio.clamp(1.0 - low, 1.0 + high) * advantage)
-        return -gain
+        return -gain if self.weight is None else -gain * self.weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +123,59 @@ class TopKDivergence:
 
 
 @dataclass(frozen=True, eq=False)
+class FoldedTopK:
+    """`-r_t A_t` with `A_t = -sg[KL(T || S)]` over the K tokens: a divergence folded into one number.
+
+    A number that does not depend on the sampled token says nothing about the teacher in expectation; it lowers whatever
+    was sampled. Kept because released code is reported to do it.
+    """
+
+    teacher_logp: Tensor
+    """[C, K]"""
+    tail: Tail
+    old_logprob: Tensor | None = None
+    """[C]"""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        divergence = TopKDivergence(self.teacher_logp, "forward", self.tail)(rows).detach()
+        return PolicyGradient(-divergence, self.old_logprob)(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class SquaredLogRatio:
+    """`(log T(y_t) - log S(y_t))^2 / 2`, whose gradient is `-d_t grad log S(y_t)`: that of OPD, with another value."""
+
+    teacher_logprob: Tensor
+    """[C]"""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        return 0.5 * (self.teacher_logprob - rows.logprob) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceKL:
+    """GRPO's estimate of `KL(S || R)`, `e^x - x - 1` with `x = log R(y_t) - log S(y_t)`: unbiased for y ~ S, never negative.
+
+    Source: arXiv 2402.03300, eq. 4.
+    """
+
+    reference_logprob: Tensor
+    """[C]"""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        gap = self.reference_logprob - rows.logprob
+        return torch.expm1(gap) - gap
+
+
+@dataclass(frozen=True, eq=False)
 class Term:
     """One summand of a method's loss: `coef * sum_t mask_t loss_t / (number of tokens in `per`)`.
 
-    With `reduce="sequence"` the mean is over the `per` tokens of each sample first, then over the samples that have any.
+    With `reduce="sequence"` the mean is over the `per` tokens of each sample first, then over the samples that have any;
+    with "constant" the sum over a sample's tokens is averaged over the samples.
     """
 
     name: str
@@ -134,4 +187,4 @@ class Term:
     coef: float = 1.0
     reduce: Reduce = "token"
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Further numbers per token to be averaged over trained tokens and shown, [T] each."""
+    """Further numbers per token to be averaged over trained tokens and shown, [T] each; NaN where there is none."""

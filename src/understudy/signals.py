@@ -2,14 +2,120 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from .errors import ScoreError
+
+Correction = Literal["none", "tis", "icepop"]
+STD_EPS = 1e-6
+"""Keeps the advantage of a group with equal rewards at 0 / eps = 0."""
 
 
 @torch.no_grad()
 def log_ratio(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
     """`d_t = log T(y_t) - log S(y_t)`, the token reward of on-policy distillation. [T]."""
     return teacher_logprob - student_logprob
+
+
+@torch.no_grad()
+def extrapolation(teacher_logprob: Tensor, reference_logprob: Tensor, student_logprob: Tensor, scale: float) -> Tensor:
+    """`d_t + (scale - 1)(log T(y_t) - log R(y_t))`: the log-ratio to `T^scale R^(1-scale)`, up to its normaliser. [T].
+
+    Source: G-OPD, arXiv 2602.12125, eq. 6.
+    """
+    return log_ratio(teacher_logprob, student_logprob) + (scale - 1.0) * (teacher_logprob - reference_logprob)
+
+
+@torch.no_grad()
+def acceptance(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
+    """`min(T(y_t) / S(y_t), 1)`, with which speculative decoding keeps a token of the student. [T].
+
+    Its expectation under S is 1 minus the total variation distance of S and T.
+    """
+    return (teacher_logprob - student_logprob).clamp_max(0.0).exp()
+
+
+def mixture_floor(mix: float, kind: Literal["mixture", "odds"]) -> float:
+    """The least reward: `log(mix) / (1 - mix)`, or `log(mix / (1 - mix))`. Source: REOPOLD, arXiv 2603.11137."""
+    return math.log(mix) / (1.0 - mix) if kind == "mixture" else math.log(mix / (1.0 - mix))
+
+
+@torch.no_grad()
+def top_share(value: Tensor, mask: Tensor, share: float) -> Tensor:
+    """The `ceil(share N)` largest of the N values where `mask`; equal values are all in or all out (in). [T] bool."""
+    num_kept = math.ceil(share * int(mask.sum()))
+    if num_kept == 0:
+        return torch.zeros_like(mask)
+    least = value[mask].topk(num_kept).values[-1]
+    return mask & (value >= least)
+
+
+@torch.no_grad()
+def entropy_from_topk(topk_logprob: Tensor) -> Tensor:
+    """Entropy of the K probabilities with the rest as one more category: a lower bound of the full one. [T, K] -> [T]."""
+    p = topk_logprob.exp()
+    rest = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
+    bound: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(rest)
+    return bound
+
+
+@torch.no_grad()
+def group_advantage(reward: Tensor, group: Tensor, *, normalise_std: bool) -> Tensor:
+    """`(R_i - mean_g) / (std_g + 1e-6)` over the samples of the same group; without the division for Dr.GRPO. [N].
+
+    The standard deviation is the population's, so that a group of one has 0 and not NaN. Equal rewards give exactly 0.
+    Source: GRPO, arXiv 2402.03300; Dr.GRPO, arXiv 2503.20783.
+    """
+    names, index = group.unique(return_inverse=True)
+    size = torch.zeros(len(names), dtype=reward.dtype).index_add_(0, index, torch.ones_like(reward))
+    mean = torch.zeros_like(size).index_add_(0, index, reward) / size
+    # the mean of equal numbers may be off by a rounding, which 1e-6 would blow up
+    low = torch.full_like(size, math.inf).scatter_reduce(0, index, reward, "amin")
+    high = torch.full_like(size, -math.inf).scatter_reduce(0, index, reward, "amax")
+    centred = torch.where((low == high)[index], 0.0, reward - mean[index])
+    if not normalise_std:
+        return centred
+    std = (torch.zeros_like(size).index_add_(0, index, centred**2) / size).sqrt()
+    return centred / (std[index] + STD_EPS)
+
+
+@torch.no_grad()
+def importance(
+    student_logprob: Tensor,
+    rollout_logprob: Tensor | None,
+    on_policy: Tensor,
+    kind: Correction,
+    low: float,
+    high: float,
+) -> Tensor | None:
+    """The weight for the gap between the trainer's S_old and the engine's mu. [T]; None without a correction.
+
+    "tis": `min(S_old / mu, high)`; "icepop": `S_old / mu` inside [low, high], 0 outside. Tokens that no engine sampled
+    weigh 1. Sources: truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    off-policy RL training"), IcePop (Ling team, arXiv 2510.18855).
+    """
+    if kind == "none":
+        return None
+    if rollout_logprob is None:
+        raise ScoreError(
+            f"correction {kind!r} needs rollout_logprob, which the batch does not have: the sampler records it"
+        )
+    ratio = torch.where(on_policy, (student_logprob - rollout_logprob).exp(), 1.0)
+    if kind == "tis":
+        return ratio.clamp_max(high)
+    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
+
+@torch.no_grad()
+def overlong_penalty(num_tokens: int, limit: int, buffer: int) -> float:
+    """0 up to `limit - buffer` tokens, then linearly down to -1 at `limit`. Source: DAPO, arXiv 2503.14476, eq. 13."""
+    if buffer <= 0:
+        return 0.0
+    return -min(max(num_tokens - (limit - buffer), 0) / buffer, 1.0)
 
 
 @torch.no_grad()

@@ -170,7 +170,9 @@ class TokenBatch:
     student_entropy: Tensor | None = None
     """[T] nats, under S_old."""
     outcome_advantage: Tensor | None = None
-    """[T]."""
+    """[T], the same for all tokens of a sample."""
+    correct: Tensor | None = None
+    """[T] bool, whether the sample's final answer is right."""
     uniform: Tensor | None = None
     """[T] in [0, 1): one draw per token, keyed by (seed, step, sample, position)."""
 

@@ -5,5 +5,6 @@ from __future__ import annotations
 from .chunked import evaluate, score
 from .head import LMHead
 from .plan import Evaluation, count_denominators
+from .whole import CutTerms, count_own, cut_terms
 
-__all__ = ["Evaluation", "LMHead", "count_denominators", "evaluate", "score"]
+__all__ = ["CutTerms", "Evaluation", "LMHead", "count_denominators", "count_own", "cut_terms", "evaluate", "score"]

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..losses import Term
+from ..losses import Reduce, Term
 from ..types import TokenBatch, fill
 from . import rows as row_math
 from .head import LMHead
-from .plan import Evaluation, FullTeacher, Tally, TermsOf, Trained, choose_trained, cut, shares, weighted_loss
+from .plan import Evaluation, FullTeacher, Tally, TermsOf, Trained, choose_trained, shares, weighted_loss
 from .products import Gradients, project
+from .whole import cut_term
 
 CHUNK_ELEMENTS = 256 * 152_064
 """Logits in one chunk: 256 rows of the largest common vocabulary, 148 MiB in float32."""
@@ -50,10 +51,13 @@ def evaluate(
     Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
     that do not fit.
     """
-    _check_shapes(batch, hidden, head, teacher)
-    trained = choose_trained(method, batch, teacher, counts, rng)
+    _check_shapes(batch, hidden, head)
+    for whose, model in (("teacher", teacher), ("reference", reference)):
+        _check_other(batch, head, whose, model)
+    method, step = method.at(step)
+    trained = choose_trained(method, batch, teacher, reference, counts, rng)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
-    job = _Job(method, trained, head, teacher, step, rng, chunk)
+    job = _Job(method, trained, head, teacher, reference, step, rng, chunk)
     loss: Tensor = _Apply.apply(hidden, head.weight, head.bias, job)
     return Evaluation(loss, job.tally.metrics())
 
@@ -65,11 +69,7 @@ def score(hidden: Tensor, head: LMHead, target: Tensor, *, chunk_tokens: int | N
     logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
     for part in _parts(len(target), chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)):
         logits = project(hidden[part].to(dtype), head)
-        for block in row_math.blocks(logits):
-            read = row_math.softmax_stats(logits[block])
-            sampled = logits[block].gather(-1, target[part][block, None]).squeeze(-1)
-            logprob[part][block] = sampled - read.lse
-            entropy[part][block] = read.entropy
+        logprob[part], entropy[part] = row_math.read_target(logits, target[part])
     return logprob, entropy
 
 
@@ -78,18 +78,22 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _check_shapes(batch: TokenBatch, hidden: Tensor, head: LMHead, teacher: FullTeacher | None) -> None:
+def _check_shapes(batch: TokenBatch, hidden: Tensor, head: LMHead) -> None:
     if hidden.shape != (len(batch), head.weight.shape[1]):
         raise ValueError(f"hidden is {tuple(hidden.shape)}; expected [{len(batch)}, {head.weight.shape[1]}]")
-    if teacher is not None:
-        states, its_head = teacher
-        if states.shape != (len(batch), its_head.weight.shape[1]):
-            raise ValueError(f"the teacher's hidden is {tuple(states.shape)}; expected [{len(batch)}, H_t]")
-        if its_head.num_tokens != head.num_tokens:
-            raise ValueError(
-                f"the student's vocabulary has {head.num_tokens} tokens and the teacher's {its_head.num_tokens}: set "
-                "LMHead.vocab_size of both to the tokens that their tokenizers share"
-            )
+
+
+def _check_other(batch: TokenBatch, head: LMHead, whose: str, model: FullTeacher | None) -> None:
+    if model is None:
+        return
+    states, its_head = model
+    if states.shape != (len(batch), its_head.weight.shape[1]):
+        raise ValueError(f"the {whose}'s hidden is {tuple(states.shape)}; expected [{len(batch)}, H_t]")
+    if its_head.num_tokens != head.num_tokens:
+        raise ValueError(
+            f"the student's vocabulary has {head.num_tokens} tokens and the {whose}'s {its_head.num_tokens}: set "
+            "LMHead.vocab_size of both to the tokens that their tokenizers share"
+        )
 
 
 def _parts(size: int, step: int) -> Iterator[slice]:
@@ -105,6 +109,7 @@ class _Job:
     trained: Trained
     head: LMHead
     teacher: FullTeacher | None
+    reference: FullTeacher | None
     step: int
     rng: object
     chunk: int
@@ -117,18 +122,18 @@ class _Job:
         dtype = compute_dtype(hidden)
         index = self.trained.index
         whole = self._batch_terms(hidden) if self.method.scope == "batch" else None
-        token_shares = {kind: self.trained.share(kind, "") for kind in ("token", "sequence")} if whole is None else {}
+        token_shares = {kind: self.trained.share(kind, "") for kind in get_args(Reduce)} if whole is None else {}
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         buffers = row_math.Buffers(min(self.chunk, len(index)), self.head.num_tokens, dtype, hidden.device)
         for part in _parts(len(index), self.chunk):
             states = hidden[index[part]].to(dtype)
             logits = project(states, self.head, out=buffers.student(part))
-            teacher_logits = self._teacher_logits(index[part], dtype, buffers.teacher(part) if self.teacher else None)
-            visit = row_math.Visit(self.method.reads, logits, teacher_logits, self.trained.batch.rows(part))
+            teacher_logits, batch = self._others(part, dtype, buffers)
+            visit = row_math.Visit(self.method.reads, logits, teacher_logits, batch)
             leaves, judged = visit.read(keep_logits=self.head.softcap is not None)
             with torch.enable_grad():
                 if whole is not None:
-                    terms = cut(whole, part)
+                    terms = [(cut_term(term, part), share[part]) for term, share in whole]
                 else:
                     terms = [
                         (term, _token_share(term, token_shares, part))
@@ -141,11 +146,24 @@ class _Job:
                 gradients.add(index[part], states, logits)
         return total
 
-    def _teacher_logits(self, index: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor | None:
+    def _others(self, part: slice, dtype: torch.dtype, buffers: row_math.Buffers) -> tuple[Tensor | None, TokenBatch]:
+        """The logits that the student's are compared with, and the batch with what the reference says."""
+        index, batch = self.trained.index[part], self.trained.batch.rows(part)
+        if self.reference is not None:
+            hidden, head = self.reference
+            reference = project(hidden[index].to(dtype), head, out=buffers.reference(part))
+            batch = fill(batch, reference_logprob=row_math.read_target(reference, batch.target)[0])
         if self.teacher is None:
-            return None
+            return None, batch
         hidden, head = self.teacher
-        return project(hidden[index].to(dtype), head, out=out)
+        logits = project(hidden[index].to(dtype), head, out=buffers.teacher(part))
+        scale = self.method.reads.extrapolate
+        if scale is not None and self.reference is not None:
+            # read before it becomes the target, so that what is shown of the teacher is the teacher's
+            logprob, entropy = row_math.read_target(logits, batch.target)
+            batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
+            logits.mul_(scale).add_(reference, alpha=1.0 - scale)
+        return logits, batch
 
     def _batch_terms(self, hidden: Tensor) -> list[tuple[Term, Tensor]]:
         """The terms of a batch-scope method, after a scoring pass where the batch has no scores of the student yet."""
@@ -156,6 +174,8 @@ class _Job:
         if self.teacher is not None and (batch.teacher_logprob is None or batch.teacher_entropy is None):
             logprob, entropy = self._score(*self.teacher)
             batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
+        if self.reference is not None and batch.reference_logprob is None:
+            batch = fill(batch, reference_logprob=self._score(*self.reference)[0])
         return shares(self.method.terms(batch, self.step, self.rng), self.trained)
 
     def _score(self, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ScoreError
 from ..losses import Reads, Reduce, Rows, Term
-from ..types import Metric, TokenBatch, take_rows
+from ..types import Metric, TokenBatch
 from .head import LMHead
 
 FullTeacher = tuple[Tensor, LMHead]
@@ -20,13 +20,14 @@ FullTeacher = tuple[Tensor, LMHead]
 class TermsOf(Protocol):
     """The part of a method that an evaluation uses (see `methods.base.Method`)."""
 
-    requires: ClassVar[tuple[str, ...]]
-
+    @property
+    def requires(self) -> tuple[str, ...]: ...
     @property
     def scope(self) -> str: ...
     @property
     def reads(self) -> Reads: ...
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]: ...
+    def at(self, step: int) -> tuple[TermsOf, int]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,12 @@ def count_denominators(batches: list[TokenBatch]) -> dict[str, float]:
     """The denominators of a whole optimizer step: trained "tokens", and "sequences" that have any."""
     return {
         "tokens": float(sum(int(batch.mask.sum()) for batch in batches)),
-        "sequences": float(sum(_num_distinct(batch.sequence[batch.mask]) for batch in batches)),
+        "sequences": float(sum(num_distinct(batch.sequence[batch.mask]) for batch in batches)),
     }
 
 
-def _num_distinct(names: Tensor) -> int:
+def num_distinct(names: Tensor) -> int:
+    """How many different entries there are."""
     return int(names.unique().numel())
 
 
@@ -65,7 +67,7 @@ class Trained:
         `name` is the key of a term's own count. A mean over nothing weighs 0.
         """
         members = torch.ones_like(self.batch.mask) if per is None else per
-        total = self.counts.get(name if per is not None else {"token": "tokens", "sequence": "sequences"}[reduce])
+        total = self.counts.get(name if per is not None else "tokens" if reduce == "token" else "sequences")
         if reduce == "token":
             total = float(members.sum()) if total is None else total
             return members.double() / total if total else members.double() * 0.0
@@ -73,11 +75,17 @@ class Trained:
         lengths = torch.zeros(names.numel(), dtype=torch.float64, device=group.device)
         lengths.index_add_(0, group, members.double())
         total = float((lengths > 0).sum()) if total is None else total
-        return members.double() / (lengths[group].clamp_min(1.0) * total) if total else members.double() * 0.0
+        weight = torch.ones_like(lengths) if reduce == "constant" else 1.0 / lengths.clamp_min(1.0)
+        return members.double() * weight[group] / total if total else members.double() * 0.0
 
 
 def choose_trained(
-    method: TermsOf, batch: TokenBatch, teacher: FullTeacher | None, counts: Mapping[str, float] | None, rng: object
+    method: TermsOf,
+    batch: TokenBatch,
+    teacher: FullTeacher | None,
+    reference: FullTeacher | None,
+    counts: Mapping[str, float] | None,
+    rng: object,
 ) -> Trained:
     """The trained rows, with nothing missing.
 
@@ -89,6 +97,10 @@ def choose_trained(
             f"{type(method).__name__} needs the teacher's whole next-token distribution: pass teacher=(hidden, LMHead), "
             "from a teacher that is loaded here (`teacher.type: local`)"
         )
+    if reads.extrapolate is not None and reference is None:
+        raise ScoreError(
+            f"{type(method).__name__} needs the reference's whole next-token distribution: pass reference=(hidden, LMHead)"
+        )
     required = list(method.requires)
     if reads.topk is not None:
         required += ["topk_ids", "topk_logprob"]
@@ -98,8 +110,13 @@ def choose_trained(
     index = batch.mask.nonzero().squeeze(-1)
     rows = batch.rows(index)
     for name in required:
-        _check_score(method, rows, name, given_in_pass=teacher is not None)
+        source = reference if name.startswith("reference") else teacher
+        _check_score(method, rows, name, given_in_pass=source is not None and name not in GIVEN_WITH_THE_BATCH)
     return Trained(index, rows, counts or {})
+
+
+GIVEN_WITH_THE_BATCH = ("uniform", "outcome_advantage", "rollout_logprob")
+"""Fields that no model can fill in."""
 
 
 def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass: bool) -> None:
@@ -108,18 +125,29 @@ def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass:
         if given_in_pass:
             return
         raise ScoreError(
-            f"{type(method).__name__} needs {name}, which the batch does not have: ask the teacher for it "
-            f"(its `needs` are {sorted(getattr(method, 'needs', ()))})"
+            f"{type(method).__name__} needs {name}, which the batch does not have: {_where_from(method, name)}"
         )
     if name.endswith("_ids"):
         return
     missing = value.isnan().reshape(len(rows), -1).any(-1) if len(rows) else rows.mask
+    if name == "rollout_logprob":
+        missing = missing & rows.on_policy
     if bool(missing.any()):
         row = int(missing.nonzero()[0])
         raise ScoreError(
             f"{name} is NaN on {int(missing.sum())} trained tokens, first in sample {int(rows.sequence[row])} at trained "
             f"token {row}: score it again or drop the sample (`train.on_missing_score: drop`)"
         )
+
+
+def _where_from(method: TermsOf, name: str) -> str:
+    hints = {
+        "uniform": "set it, one draw a token, or pass rng=torch.Generator()",
+        "outcome_advantage": "grade the samples and compare them with their group (`signals.group_advantage`)",
+        "rollout_logprob": "the sampler records it",
+    }
+    whose = "reference model" if name.startswith("reference") else "teacher"
+    return hints.get(name, f"ask the {whose} for it (its `needs` are {sorted(getattr(method, 'needs', ()))})")
 
 
 def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally) -> Tensor:
@@ -133,7 +161,7 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
         total = total + term.coef * (kept * share.to(value.dtype)).sum()
         tally.add(f"loss/{term.name}", kept.detach(), mask)
         for name, number in term.metrics.items():
-            tally.add(name, number)
+            tally.add(name, number, ~number.isnan())
     tally.add("student_entropy", rows.entropy.detach())
     tally.add("student_logprob", rows.logprob.detach())
     if batch.teacher_logprob is not None:
@@ -169,18 +197,3 @@ class Tally:
 def shares(terms: list[Term], trained: Trained) -> list[tuple[Term, Tensor]]:
     """Each term of a whole batch with the weight of its N rows."""
     return [(term, trained.share(term.reduce, term.name, term.per)) for term in terms]
-
-
-def cut(terms: list[tuple[Term, Tensor]], part: slice) -> list[tuple[Term, Tensor]]:
-    """Terms of the whole batch, cut to some rows."""
-    return [
-        (
-            replace(
-                take_rows(term, part),
-                loss=take_rows(term.loss, part),
-                metrics={name: value[part] for name, value in term.metrics.items()},
-            ),
-            share[part],
-        )
-        for term, share in terms
-    ]

@@ -28,20 +28,24 @@ def evaluate(
     counts: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Same arguments, loss and metrics as `understudy.linear.evaluate`; needs the memory of several [T, V] tensors."""
-    trained = choose_trained(method, batch, teacher, counts, rng)
+    method, step = method.at(step)
+    trained = choose_trained(method, batch, teacher, reference, counts, rng)
     logp = head.logits(hidden[trained.index]).log_softmax(-1)
-    teacher_logp = None
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logp = teacher[1].logits(teacher[0][trained.index]).log_softmax(-1)
-    rows, judged = _read(method.reads, trained.batch, logp, teacher_logp)
+    with torch.no_grad():
+        teacher_logp, reference_logp = (
+            None if model is None else model[1].logits(model[0][trained.index]).log_softmax(-1)
+            for model in (teacher, reference)
+        )
+    rows, judged = _read(method.reads, trained.batch, logp, teacher_logp, reference_logp)
     tally = Tally()
     loss = weighted_loss(shares(method.terms(judged, step, rng), trained), rows, judged, tally)
     # hidden.sum() * 0 would spread a NaN of a masked row; an empty product does not
     return Evaluation(loss + hidden[:0].sum(), tally.metrics())
 
 
-def _read(reads: Reads, batch: TokenBatch, logp: Tensor, teacher_logp: Tensor | None) -> tuple[Rows, TokenBatch]:
+def _read(
+    reads: Reads, batch: TokenBatch, logp: Tensor, teacher_logp: Tensor | None, reference_logp: Tensor | None
+) -> tuple[Rows, TokenBatch]:
     """Fills the rows, and the batch with what only the pass can know."""
     logprob = logp.gather(-1, batch.target[:, None]).squeeze(-1)
     entropy = divergences.entropy(logp)
@@ -49,9 +53,15 @@ def _read(reads: Reads, batch: TokenBatch, logp: Tensor, teacher_logp: Tensor | 
     if teacher_logp is not None:
         at_target = teacher_logp.gather(-1, batch.target[:, None]).squeeze(-1)
         batch = fill(batch, teacher_logprob=at_target, teacher_entropy=divergences.entropy(teacher_logp))
+    if reference_logp is not None:
+        batch = fill(batch, reference_logprob=reference_logp.gather(-1, batch.target[:, None]).squeeze(-1))
     divergence = topk_logp = tail_logp = None
     if reads.divergence is not None and teacher_logp is not None:
-        divergence = divergences.generalised_js(logp, teacher_logp, reads.divergence)
+        toward = teacher_logp
+        if reads.extrapolate is not None and reference_logp is not None:
+            toward = reads.extrapolate * teacher_logp + (1.0 - reads.extrapolate) * reference_logp
+            toward = toward.log_softmax(-1)
+        divergence = divergences.generalised_js(logp, toward, reads.divergence)
     if reads.topk is not None:
         if teacher_logp is not None:
             support = (teacher_logp if reads.topk == "teacher" else logp.detach()).topk(min(reads.k, logp.shape[-1]))

@@ -34,20 +34,24 @@ class Buffers:
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self._size, self._options = (rows, columns), {"dtype": dtype, "device": device}
-        self._student: Tensor | None = None
-        self._teacher: Tensor | None = None
+        self._made: dict[str, Tensor] = {}
 
     def student(self, part: slice) -> Tensor:
         """[C, V]"""
-        if self._student is None:
-            self._student = torch.empty(self._size, **self._options)  # type: ignore[call-overload]
-        return self._student[: part.stop - part.start]
+        return self._of("student", part)
 
     def teacher(self, part: slice) -> Tensor:
         """[C, V]"""
-        if self._teacher is None:
-            self._teacher = torch.empty(self._size, **self._options)  # type: ignore[call-overload]
-        return self._teacher[: part.stop - part.start]
+        return self._of("teacher", part)
+
+    def reference(self, part: slice) -> Tensor:
+        """[C, V]"""
+        return self._of("reference", part)
+
+    def _of(self, whose: str, part: slice) -> Tensor:
+        if whose not in self._made:
+            self._made[whose] = torch.empty(self._size, **self._options)  # type: ignore[call-overload]
+        return self._made[whose][: part.stop - part.start]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,16 @@ def softmax_stats(z: Tensor) -> SoftmaxStats:
     inverse = 1.0 / p.sum(-1)
     lse = z.amax(-1) - (p.amax(-1) * inverse).log()
     return SoftmaxStats(p, inverse, lse, lse - torch.linalg.vecdot(p, z) * inverse)
+
+
+def read_target(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the targets and entropy of their rows. [C, V], [C] -> [C], [C]."""
+    logprob, entropy = logits.new_empty(len(target)), logits.new_empty(len(target))
+    for block in blocks(logits):
+        stats = softmax_stats(logits[block])
+        logprob[block] = logits[block].gather(-1, target[block, None]).squeeze(-1) - stats.lse
+        entropy[block] = stats.entropy
+    return logprob, entropy
 
 
 class Visit:

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from ..losses import Reads, Reduce, Term
+from .. import signals
+from ..losses import PolicyGradient, Reads, Reduce, Term
 from ..types import Need, TokenBatch
 
 Scope = Literal["token", "batch"]
+OnReject = Literal["teacher", "drop", "resample"]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Samples are rewarded, and compared with the other samples of their prompt."""
+
+    source: Literal["outcome", "verbal"] = "outcome"
+    """The verifier's score, or the judge's digit over 9."""
+    normalise_std: bool = True
+    dynamic_sampling: bool = False
+    """Prompts whose samples all have the same reward are replaced by further prompts."""
+    overlong_buffer: int = 0
+    """Tokens before the length limit over which a penalty grows to -1; 0: none."""
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """A judge decides which samples are trained on."""
+
+    threshold: float
+    on_reject: OnReject
+    score: Literal["argmax", "expectation"]
+    steps: bool
 
 
 @dataclass(frozen=True)
@@ -19,6 +45,12 @@ class RolloutPlan:
 
     on_policy_share: float = 1.0
     """Share of the samples that the student writes; the rest are the data's or the teacher's own responses."""
+    prefix_share: float = 0.0
+    """Share of a teacher's response that guided samples begin with; 0: there are none."""
+    guided: Literal["beside", "replace"] = "beside"
+    """One guided sample for each prompt beside the others, or in place of one of them."""
+    rewards: Rewards | None = None
+    acceptance: Acceptance | None = None
 
 
 @dataclass(frozen=True)
@@ -28,13 +60,15 @@ class Method:
     `terms` sees no logits and gives no gradient: it reads the batch and says which losses apply to which tokens.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ()
-    """Fields of the batch that must be there and not NaN on trained tokens."""
-
     @property
     def needs(self) -> frozenset[Need]:
-        """What the teacher must return."""
+        """What the teacher, or the reference model, must return."""
         raise NotImplementedError
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Fields of the batch that must be there and not NaN on trained tokens."""
+        return ()
 
     @property
     def scope(self) -> Scope:
@@ -54,11 +88,70 @@ class Method:
         """How to sample at `step`."""
         return RolloutPlan()
 
+    def at(self, step: int) -> tuple[Method, int]:
+        """The method in force at a step of the run, and the step as it counts it."""
+        return self, step
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """Every method that is in force at some step."""
+        return (self,)
+
+    def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
+        """The method with what depends on the run filled in."""
+        return self
+
     def check_range(self, key: str, low: float, high: float = float("inf")) -> None:
         """Raises ValueError when the field `key` lies outside [low, high]."""
         value = getattr(self, key)
         if not low <= value <= high:
             raise ValueError(f"{key} is {value}; it must lie in [{low:g}, {high:g}]")
+
+
+@dataclass(frozen=True)
+class PolicyMethod(Method):
+    """A method with a policy-gradient term, and the correction for an engine that samples with slightly other numbers.
+
+    `signals.importance` says what the kinds mean; the weight is shown as the metric `importance`.
+    """
+
+    correction: signals.Correction = field(default="none", kw_only=True)
+    correction_low: float = field(default=0.5, kw_only=True)
+    correction_high: float = field(default=5.0, kw_only=True)
+    """"tis" cuts the weight there; "icepop" drops tokens outside [low, high]."""
+
+    def __post_init__(self) -> None:
+        self.check_range("correction_low", 0.0, self.correction_high)
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return () if self.correction == "none" else ("rollout_logprob",)
+
+    def policy_term(
+        self,
+        batch: TokenBatch,
+        advantage: Tensor,
+        mask: Tensor | None,
+        *,
+        clip: tuple[float, float] | None = None,
+        baseline: bool = False,
+        reduce: Reduce = "token",
+        per: Tensor | None = None,
+        metrics: dict[str, Tensor] | None = None,
+    ) -> Term:
+        """The term "policy_gradient" of `advantage` [T], weighted for the engine's mismatch."""
+        old = present(batch.student_logprob)
+        weight = signals.importance(
+            old, batch.rollout_logprob, batch.on_policy, self.correction, self.correction_low, self.correction_high
+        )
+        shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
+        loss = PolicyGradient(advantage, old, clip, baseline, weight)
+        return Term("policy_gradient", loss, mask=mask, per=per, reduce=reduce, metrics=shown | (metrics or {}))
+
+
+def only(value: Tensor, mask: Tensor) -> Tensor:
+    """A metric of the tokens in `mask`: NaN elsewhere."""
+    return torch.where(mask, value, torch.nan)
 
 
 def present(value: Tensor | None) -> Tensor:
@@ -67,4 +160,17 @@ def present(value: Tensor | None) -> Tensor:
     return value
 
 
-__all__ = ["Method", "Reads", "Reduce", "RolloutPlan", "Scope", "Term", "present"]
+__all__ = [
+    "Acceptance",
+    "Method",
+    "OnReject",
+    "PolicyMethod",
+    "Reads",
+    "Reduce",
+    "Rewards",
+    "RolloutPlan",
+    "Scope",
+    "Term",
+    "only",
+    "present",
+]

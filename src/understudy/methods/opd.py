@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import signals
-from ..losses import PolicyGradient, Reads, Reduce, Term
+from ..losses import Reads, Reduce, Term
 from ..types import Need, TokenBatch
-from .base import Method, Scope, present
+from .base import PolicyMethod, Scope, present
 
 
 @dataclass(frozen=True)
-class OPD(Method):
+class OPD(PolicyMethod):
     """`A_t = sg[d_t]`, `d_t = log T(y_t) - log S_old(y_t)`; loss `-r_t A_t`, mean over trained tokens.
 
     At S = S_old its expected gradient is that of `KL(S || T)` at the visited prefixes.
@@ -28,11 +28,14 @@ class OPD(Method):
     reduce: Reduce = "token"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_range("discount", 0.0, 1.0)
         if self.baseline and self.discount:
             raise ValueError("baseline is the expectation of d_t alone; it does not fit a discount above 0")
 
-    requires = ("teacher_logprob",)
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return (*super().requires, "teacher_logprob")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -51,5 +54,4 @@ class OPD(Method):
         if self.discount:
             trained = batch.mask & batch.on_policy
             advantage = signals.return_to_go(advantage, batch.sequence, trained, self.discount)
-        loss = PolicyGradient(advantage, batch.student_logprob, baseline=self.baseline)
-        return [Term("policy_gradient", loss, mask=batch.on_policy, reduce=self.reduce)]
+        return [self.policy_term(batch, advantage, batch.on_policy, baseline=self.baseline, reduce=self.reduce)]

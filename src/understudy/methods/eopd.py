@@ -1,0 +1,63 @@
+"""EOPD: OPD everywhere, and forward KL on the teacher's top K where the teacher is uncertain.
+
+Source: "Entropy-Aware On-Policy Distillation of Language Models", arXiv 2603.07079.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import signals
+from ..losses import Reads, Term, TopKDivergence
+from ..types import Need, TokenBatch
+from .base import PolicyMethod, only, present
+
+
+@dataclass(frozen=True)
+class EOPD(PolicyMethod):
+    """OPD with a clip, plus `coef 1[H_T > threshold] sum_K T'(v)(log T'(v) - log S(v))`, T' renormalised on its top K.
+
+    Both parts are averaged over all trained tokens. A teacher that returns no entropy gives a lower bound of it from its
+    K probabilities; the metric `teacher_entropy_estimated` says so.
+    """
+
+    k: int = 16
+    threshold: float = 0.8
+    """Nats."""
+    coef: float = 1.0
+    clip: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("k", 1)
+        self.check_range("clip", 0.0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"sampled", "topk"})
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return (*super().requires, "teacher_logprob")
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(topk="teacher", k=self.k)
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        topk = present(batch.topk_logprob)
+        estimated = batch.teacher_entropy is None
+        entropy = signals.entropy_from_topk(topk) if batch.teacher_entropy is None else batch.teacher_entropy
+        uncertain = batch.on_policy & (entropy > self.threshold)
+        shown = {
+            "uncertain": only(uncertain.to(ratio.dtype), batch.on_policy),
+            "teacher_entropy_estimated": torch.full_like(ratio, float(estimated)),
+        }
+        forward = TopKDivergence(topk.log_softmax(-1), "forward", "none")
+        return [
+            self.policy_term(batch, ratio, batch.on_policy, clip=(self.clip, self.clip), metrics=shown),
+            Term("forward_kl", forward, mask=uncertain, coef=self.coef),
+        ]

@@ -1,0 +1,63 @@
+"""G-OPD and ExOPD: the teacher's reward over a reference model, scaled.
+
+Source: "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation", arXiv 2602.12125.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .. import signals
+from ..losses import FullDivergence, Reads, Reduce, Term
+from ..types import Need, TokenBatch
+from .base import PolicyMethod, only, present
+
+
+@dataclass(frozen=True)
+class GOPD(PolicyMethod):
+    """`A_t = sg[d_t + (scale - 1)(log T(y_t) - log R(y_t))]`; at the optimum S is `T^scale R^(1-scale)`, normalised.
+
+    "full" is the reverse KL to that distribution, whose Monte-Carlo gradient "sampled" is. The reference R is the
+    student's start, the teacher's base (reward correction) or any model: the section `reference` of a recipe.
+    """
+
+    scale: float = 1.25
+    """The paper's lambda: 1 is OPD whatever R is, below interpolates, above lets the student pass its teacher (ExOPD)."""
+    form: Literal["sampled", "full"] = "sampled"
+    reduce: Reduce = "token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("scale", 0.0)
+        if self.form == "full" and self.correction != "none":
+            raise ValueError("the full form has no policy gradient, so no correction; use form: sampled")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        reference: set[Need] = set() if self.scale == 1.0 else {"reference"}
+        return frozenset(reference | {"sampled" if self.form == "sampled" else "full"})
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        if self.form == "full":
+            return ()
+        scored = ("teacher_logprob",) if self.scale == 1.0 else ("teacher_logprob", "reference_logprob")
+        return (*super().requires, *scored)
+
+    @property
+    def reads(self) -> Reads:
+        if self.form == "sampled":
+            return Reads()
+        return Reads(divergence=1.0, extrapolate=None if self.scale == 1.0 else self.scale)
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        if self.form == "full":
+            return [Term("divergence", FullDivergence(), mask=batch.on_policy, reduce=self.reduce)]
+        teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
+        if self.scale == 1.0:
+            return [self.policy_term(batch, teacher - student, batch.on_policy, reduce=self.reduce)]
+        reference = present(batch.reference_logprob)
+        advantage = signals.extrapolation(teacher, reference, student, self.scale)
+        shown = {"teacher_over_reference": only(teacher - reference, batch.on_policy)}
+        return [self.policy_term(batch, advantage, batch.on_policy, reduce=self.reduce, metrics=shown)]

@@ -1,0 +1,99 @@
+"""GRPO, Dr.GRPO and DAPO: the outcome's reward against that of the prompt's other samples.
+
+Sources: GRPO, arXiv 2402.03300; Dr.GRPO, arXiv 2503.20783; DAPO, arXiv 2503.14476.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .. import signals
+from ..losses import Reduce, ReferenceKL, Term
+from ..types import Need, TokenBatch
+from .base import Method, PolicyMethod, Rewards, RolloutPlan, present
+
+
+@dataclass(frozen=True)
+class GRPO(PolicyMethod):
+    """`A_i = (R_i - mean_g) / (std_g + 1e-6)` on every token of sample i, clipped as PPO; `distil_coef` adds `coef d_t`."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    normalise_std: bool = True
+    length: Literal["token", "sequence", "constant"] = "token"
+    """The mean: over all tokens; over each sample's, then samples; or sums over samples, divided by `max_tokens`."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference model."""
+    dynamic_sampling: bool = False
+    """Prompts whose samples are all right or all wrong are replaced by further ones."""
+    distil_coef: float = 0.0
+    """Above 0: OPD's log-ratio joins the advantage."""
+    overlong_buffer: int = 0
+    """Tokens before the length limit over which a penalty grows to -1."""
+    max_tokens: int | None = None
+    """What "constant" divides by; None: the run's `sampling.max_new_tokens`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("clip_low", "clip_high", "kl_coef", "overlong_buffer"):
+            self.check_range(key, 0.0)
+        if self.max_tokens is not None:
+            self.check_range("max_tokens", 1)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        asked: set[Need] = {"sampled"} if self.distil_coef else {"none"}
+        return frozenset(asked | {"reference"} if self.kl_coef else asked)
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        scored = [*super().requires, "outcome_advantage"]
+        scored += ["teacher_logprob"] if self.distil_coef else []
+        return (*scored, "reference_logprob") if self.kl_coef else tuple(scored)
+
+    def plan(self, step: int) -> RolloutPlan:
+        rewards = Rewards("outcome", self.normalise_std, self.dynamic_sampling, self.overlong_buffer)
+        return RolloutPlan(rewards=rewards)
+
+    def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
+        return self if self.max_tokens is not None else replace(self, max_tokens=max_new_tokens)
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        advantage = present(batch.outcome_advantage)
+        if self.distil_coef:
+            ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+            advantage = advantage + self.distil_coef * ratio
+        clip = (self.clip_low, self.clip_high)
+        reduce, scale = self._mean()
+        policy = self.policy_term(batch, advantage, batch.on_policy, clip=clip, reduce=reduce)
+        terms = [replace(policy, coef=scale)]
+        if self.kl_coef:
+            loss = ReferenceKL(present(batch.reference_logprob))
+            terms.append(Term("reference_kl", loss, mask=batch.on_policy, coef=self.kl_coef * scale, reduce=reduce))
+        return terms
+
+    def _mean(self) -> tuple[Reduce, float]:
+        if self.length != "constant":
+            return self.length, 1.0
+        if self.max_tokens is None:
+            raise ValueError("length is constant, but no run is known here to take it from; set max_tokens")
+        return "constant", 1.0 / self.max_tokens
+
+
+@dataclass(frozen=True)
+class DrGRPO(GRPO):
+    """GRPO without the division by the standard deviation and with a constant in place of the lengths."""
+
+    normalise_std: bool = False
+    length: Literal["token", "sequence", "constant"] = "constant"
+
+
+@dataclass(frozen=True)
+class DAPO(GRPO):
+    """GRPO with a wider clip above, the mean over tokens, groups that differ, and a soft penalty near the limit."""
+
+    clip_high: float = 0.28
+    dynamic_sampling: bool = True
+    overlong_buffer: int = 0
+    """The paper takes 4,096 of 20,480 tokens."""

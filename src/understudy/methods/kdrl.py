@@ -1,0 +1,63 @@
+"""KDRL: the outcome's policy gradient and a pull towards the teacher in one loss.
+
+Source: "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning", arXiv 2506.02208.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ..losses import SquaredLogRatio, Term
+from ..types import Need, TokenBatch
+from .base import Method, PolicyMethod, Rewards, RolloutPlan, present
+
+
+@dataclass(frozen=True)
+class KDRL(PolicyMethod):
+    """`J_GRPO - beta d_t^2 / 2`, the gradient of the second part through S; off where the sample is already right."""
+
+    beta: float = 0.002
+    anneal_to: float | None = None
+    """Where beta ends, linearly over the run; None: constant."""
+    skip_correct: bool = True
+    """A batch that does not say what is right counts samples with a positive advantage as right."""
+    clip: float = field(default=0.2, kw_only=True)
+    num_steps: int | None = field(default=None, kw_only=True)
+    """What `anneal_to` counts by; None: the run's steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("beta", 0.0)
+        self.check_range("clip", 0.0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"sampled"})
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return (*super().requires, "teacher_logprob", "outcome_advantage")
+
+    def plan(self, step: int) -> RolloutPlan:
+        return RolloutPlan(rewards=Rewards("outcome"))
+
+    def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
+        return self if self.num_steps is not None else replace(self, num_steps=num_steps)
+
+    def weight(self, step: int) -> float:
+        """The weight of the teacher at a step. Raises ValueError where that depends on a run that is not known."""
+        if self.anneal_to is None or step == 0:
+            return self.beta
+        if self.num_steps is None:
+            raise ValueError("anneal_to counts by the run's steps, but no run is known here; set num_steps")
+        done = min(step / max(1, self.num_steps - 1), 1.0)
+        return self.beta + (self.anneal_to - self.beta) * done
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        advantage = present(batch.outcome_advantage)
+        right = advantage > 0 if batch.correct is None else batch.correct
+        pulled = batch.on_policy & ~right if self.skip_correct else batch.on_policy
+        return [
+            self.policy_term(batch, advantage, batch.on_policy, clip=(self.clip, self.clip)),
+            Term("teacher", SquaredLogRatio(present(batch.teacher_logprob)), mask=pulled, coef=self.weight(step)),
+        ]

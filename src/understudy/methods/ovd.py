@@ -1,0 +1,57 @@
+"""OVD: the teacher only says a digit from 0 to 9 about a response; the digit decides what is trained on.
+
+Source: "OVD: On-policy Verbal Distillation", arXiv 2601.21968.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..losses import ReferenceKL, Term
+from ..types import Need, TokenBatch
+from .base import Acceptance, OnReject, PolicyMethod, Rewards, RolloutPlan, present
+
+
+@dataclass(frozen=True)
+class OVD(PolicyMethod):
+    """GRPO's clipped term over the samples that were accepted and those that replaced the rejected, and a KL to the reference.
+
+    A sample with a verbal score of at least `threshold` is accepted. The advantage is over the group as trained on.
+    """
+
+    threshold: float = 7
+    on_reject: OnReject = "teacher"
+    """What fills a rejected slot: the teacher's own response; nothing; or one more attempt of the student."""
+    reward: Literal["outcome", "verbal"] = "outcome"
+    """The verifier's score; or the digit over 9, which needs no ground truth."""
+    score: Literal["argmax", "expectation"] = "argmax"
+    steps: bool = False
+    """Each step of a response is judged, and the lowest digit counts."""
+    clip: float = 0.2
+    kl_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("threshold", 0.0, 9.0)
+        self.check_range("clip", 0.0)
+        self.check_range("kl_coef", 0.0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"verbal", "reference"} if self.kl_coef else {"verbal"})
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        scored = (*super().requires, "outcome_advantage")
+        return (*scored, "reference_logprob") if self.kl_coef else scored
+
+    def plan(self, step: int) -> RolloutPlan:
+        acceptance = Acceptance(self.threshold, self.on_reject, self.score, self.steps)
+        return RolloutPlan(rewards=Rewards(self.reward), acceptance=acceptance)
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        terms = [self.policy_term(batch, present(batch.outcome_advantage), None, clip=(self.clip, self.clip))]
+        if self.kl_coef:
+            terms.append(Term("reference_kl", ReferenceKL(present(batch.reference_logprob)), coef=self.kl_coef))
+        return terms

@@ -1,0 +1,85 @@
+"""REOPOLD: distillation as policy optimisation, with a floor under the reward and a choice of tokens.
+
+Source: "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation", arXiv 2603.11137.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from .. import signals
+from ..losses import Term
+from ..types import Need, TokenBatch
+from .base import Method, PolicyMethod, Scope, only, present
+
+
+@dataclass(frozen=True)
+class REOPOLD(PolicyMethod):
+    """`sum_t r_t max(R_t, f) M_t / sum_t M_t`, `R_t = sg[d_t]`: the mean is over the kept tokens.
+
+    Exploration (before `switch_step`) keeps the tokens with `R_t >= f`; refinement keeps the `top_share` of the step's
+    tokens whose student entropy is highest. `phases=False` keeps every token: the clip alone.
+    """
+
+    mix: float = 0.3
+    """The paper's lambda, from which the floor follows: 0.3 gives -1.72."""
+    floor: Literal["mixture", "odds"] | float = "mixture"
+    """"mixture": `log(mix)/(1-mix)`; "odds": `log(mix/(1-mix))`; or the floor f itself."""
+    phases: bool = True
+    switch_step: int | None = None
+    """First step of refinement; None: half of the run."""
+    top_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.mix < 1.0:
+            raise ValueError(f"mix is {self.mix}; it must lie between 0 and 1")
+        if self.floor != self.floor:
+            raise ValueError("floor is NaN; give a number, mixture or odds")
+        self.check_range("top_share", 0.0, 1.0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"sampled"})
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return (*super().requires, "teacher_logprob")
+
+    @property
+    def scope(self) -> Scope:
+        return "batch" if self.phases else "token"
+
+    @property
+    def least_reward(self) -> float:
+        """The floor f."""
+        return signals.mixture_floor(self.mix, self.floor) if isinstance(self.floor, str) else self.floor
+
+    def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
+        return self if self.switch_step is not None else replace(self, switch_step=num_steps // 2)
+
+    def explores(self, step: int) -> bool:
+        """Whether the step belongs to the first phase. Raises ValueError where that depends on a run that is not known."""
+        if self.switch_step is None and step > 0:
+            raise ValueError("switch_step is None (half of the run), but no run is known here; set switch_step")
+        return self.switch_step is None or step < self.switch_step
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        floor = self.least_reward
+        floored = {"floored": only((ratio < floor).to(ratio.dtype), batch.on_policy)}
+        reward = ratio.clamp_min(floor)
+        if not self.phases:
+            return [self.policy_term(batch, reward, batch.on_policy, metrics=floored)]
+        kept = self._kept(batch, ratio, floor, step)
+        shown = floored | {"kept": only(kept.to(ratio.dtype), batch.on_policy)}
+        return [self.policy_term(batch, reward, kept, per=kept, metrics=shown)]
+
+    def _kept(self, batch: TokenBatch, ratio: Tensor, floor: float, step: int) -> Tensor:
+        trained = batch.mask & batch.on_policy
+        if self.explores(step):
+            return trained & (ratio >= floor)
+        return signals.top_share(present(batch.student_entropy), trained, self.top_share)

@@ -1,0 +1,108 @@
+"""TrOPD: a trust region from speculative decoding, forward KL outside it, and teacher prefixes that fade out.
+
+Source: "Trust Region On-Policy Distillation", arXiv 2606.01249.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .. import signals
+from ..divergences import Tail
+from ..losses import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
+from ..schedules import cosine_decay
+from ..types import Need, TokenBatch
+from .base import PolicyMethod, RolloutPlan, only, present
+
+
+@dataclass(frozen=True)
+class TrOPD(PolicyMethod):
+    """Trusted tokens take OPD's term; a token is trusted with probability `min(T(y_t)/S(y_t), 1)`. The others: `outlier`.
+
+    Guided samples begin with the first `floor(c(step) L)` tokens of a teacher's response, c a cosine from 1 to 0 over
+    `anneal_steps`; these tokens are imitated, `guidance * -log S(y_t)`. Mean over all trained tokens. The expected share
+    of rejected tokens is the total variation distance of S and T (metric `total_variation`).
+    """
+
+    k: int = 64
+    region: Literal["bernoulli", "ratio"] = "bernoulli"
+    """"ratio": a token is trusted where `T(y_t)/S(y_t) >= threshold`."""
+    threshold: float = 1.0
+    outlier: Literal["forward_kl", "clip", "mask", "scalar"] = "forward_kl"
+    """Forward KL on the teacher's top K; `max(d_t, floor)` as advantage; nothing; or `-KL` as an advantage."""
+    floor: float = -2.0
+    guidance: float = 0.001
+    """Weight of imitating the prefixes."""
+    anneal_steps: int = 200
+    """Steps over which prefixes fade out; 0: no guided samples."""
+    also_positive: bool = False
+    """Open in the sources, TrOPD + AOPD: trusted tokens with `T(y_t) <= S(y_t)` take the forward KL too."""
+    guided: Literal["beside", "replace"] = "beside"
+    """Open in the sources: one guided sample a prompt beside the on-policy ones, or in place of one."""
+    tail: Tail = "none"
+    """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("k", 1)
+        self.check_range("threshold", 0.0)
+        self.check_range("guidance", 0.0)
+        self.check_range("anneal_steps", 0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"sampled", "topk"} if self._reads_topk else {"sampled"})
+
+    @property
+    def _reads_topk(self) -> bool:
+        return self.outlier in ("forward_kl", "scalar") or self.also_positive
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        drawn = ("uniform",) if self.region == "bernoulli" else ()
+        return (*super().requires, "teacher_logprob", *drawn)
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(topk="teacher", k=self.k, tail=self.tail == "bucket") if self._reads_topk else Reads()
+
+    def plan(self, step: int) -> RolloutPlan:
+        return RolloutPlan(prefix_share=cosine_decay(step, self.anneal_steps), guided=self.guided)
+
+    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+        teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
+        accept = signals.acceptance(teacher, student)
+        trusted = self._trusted(batch, accept)
+        own = batch.on_policy
+        shown = {
+            "trusted": only(trusted.to(teacher.dtype), own),
+            "total_variation": only(1.0 - accept, own),
+        }
+        ratio = signals.log_ratio(teacher, student)
+        divergent = own & trusted & (ratio <= 0) if self.also_positive else own & ~own
+        terms = [self.policy_term(batch, ratio, own & trusted & ~divergent, metrics=shown)]
+        outliers = own & ~trusted
+        if self.outlier == "forward_kl":
+            divergent, outliers = divergent | outliers, own & ~own
+        if self._reads_topk:
+            terms.append(Term("forward_kl", self._forward_kl(batch), mask=divergent))
+        if self.outlier == "clip":
+            clipped = self.policy_term(batch, ratio.clamp_min(self.floor), outliers)
+            terms.append(Term("outliers", clipped.loss, mask=outliers))
+        if self.outlier == "scalar":
+            folded: Loss = FoldedTopK(present(batch.topk_logprob), self.tail, batch.student_logprob)
+            terms.append(Term("outliers", folded, mask=outliers))
+        return [*terms, Term("prefix", NLL(), mask=~own, coef=self.guidance)]
+
+    def _forward_kl(self, batch: TokenBatch) -> TopKDivergence:
+        return TopKDivergence(present(batch.topk_logprob), "forward", self.tail)
+
+    def _trusted(self, batch: TokenBatch, accept: Tensor) -> Tensor:
+        if self.region == "bernoulli":
+            # a draw is below 1, so a token with T >= S is always trusted
+            return present(batch.uniform) < accept
+        ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        return ratio.exp() >= self.threshold
