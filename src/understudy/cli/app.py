@@ -127,6 +127,70 @@ def report(
 
 
 @app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            metavar="KEY=V1,V2",
+            help="An axis, such as method.type=opd,gkd; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option("--grid", metavar="FILE", help="Axes, seeds and tuning (YAML).", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Seeds 0..N-1 of every combination.", show_default="5")
+    ] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tune", metavar="KEY=V1,V2", help="Choose a value by avg@k on the validation split.", show_default=False
+        ),
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option("--target", help="avg@k that samples are counted to.", show_default="0.5")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline", metavar="AXIS=LABEL", help="What differences are to.", show_default="the first axis' first"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write.", show_default="RUN_DIR-compare")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once; they share the cores.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Make the runs as tasks of Ray.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; run and write nothing.")] = False,
+) -> None:
+    """Compare runs that differ in what is varied and nothing else: a table with intervals, CSV and a page.
+
+    The same command again goes on with what is missing.
+    """
+    from . import comparing
+
+    asked = comparing.Asked(
+        vary=vary or [],
+        grid=grid,
+        seeds=seeds,
+        tune=tune or [],
+        target=target,
+        baseline=baseline or [],
+        out=out,
+        jobs=jobs,
+        ray=ray,
+        dry_run=dry_run,
+    )
+    ending = comparing.compare(recipe, overrides or [], asked)
+    if ending != "finished":
+        raise typer.Exit(EXIT_FAILED if ending == "failed" else EXIT_SIGNAL)
+
+
+@app.command()
 def methods(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="One method, with its keys.", show_default=False)

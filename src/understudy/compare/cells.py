@@ -1,0 +1,203 @@
+"""The runs of a comparison: their recipes, what is checked before any of them starts, and how far each of them is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from understudy import assemble, config
+from understudy.compare.grid import Combination, Grid, apply, nested, slug
+from understudy.errors import RecipeError, UnderstudyError
+from understudy.recipe import Recipe, check_same_recipe
+from understudy.tasks import overlap
+from understudy.trainer.rundir import RunDir
+
+State = Literal["new", "started", "finished"]
+
+DONE = ("finished", "good enough")
+"""Values of `status` in run.json after which a run is not continued."""
+DROPPABLE = (("teacher",), ("reference",), ("teacher", "reference"))
+"""Sections that a method may have no use for, so that it can stand beside methods that do."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a combination with one seed, or with one value of what is tuned."""
+
+    combination: Combination
+    recipe: Recipe
+    tuned: Mapping[str, Any]
+    dropped: tuple[str, ...]
+    """Sections of the base recipe that the method has no use for."""
+
+    @property
+    def path(self) -> Path:
+        """Its run directory."""
+        return Path(self.recipe.run_dir)
+
+    @property
+    def log(self) -> Path:
+        """What it printed; beside the run directory, which has to be empty when a run begins."""
+        return self.path.with_name(self.path.name + ".log")
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.combination.name}, {self.path.name}"
+
+    @property
+    def budget_tokens(self) -> int:
+        """Response tokens that training may take at most."""
+        train = self.recipe.train
+        return train.steps * train.prompts_per_step * train.samples_per_prompt * self.recipe.sampling.max_new_tokens
+
+    def state(self) -> State:
+        """Raises RecipeError where the directory holds another run, or something else."""
+        run_dir = RunDir(self.path)
+        if not run_dir.recipe.is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise RecipeError(f"{self.path} exists and holds no run; move it away, or choose another --out")
+            return "new"
+        check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), self.recipe)
+        return "finished" if _status(run_dir) in DONE else "started"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All runs of a grid. `base` is a recipe as plain values, `out` where everything goes."""
+
+    grid: Grid
+    base: Mapping[str, Any]
+    out: Path
+
+    @cached_property
+    def tuning(self) -> list[Cell]:
+        """One run for every combination and value that is tuned, evaluated on the validation split."""
+        if not self.grid.tune:
+            return []
+        return [
+            self._tuning_cell(combination, tuned)
+            for combination in self.grid.combinations()
+            for tuned in self.grid.tunings()
+        ]
+
+    def compared(self, tuned: Mapping[Combination, Mapping[str, Any]]) -> list[Cell]:
+        """Every combination that `tuned` has with every seed; the seeds of a combination differ in nothing else."""
+        cells = []
+        for combination, chosen in tuned.items():
+            first = self._cell(combination, chosen, seed=0)
+            run_dirs = [str(self.out / "cells" / combination.slug / f"seed-{seed}") for seed in range(self.grid.seeds)]
+            cells += [
+                replace(first, recipe=replace(first.recipe, seed=seed, run_dir=run_dir))
+                for seed, run_dir in enumerate(run_dirs)
+            ]
+        return cells
+
+    def check(self) -> None:
+        """Everything that can be found wrong before a run starts, each message with the cell's name.
+
+        Raises RecipeError, DataError or VocabularyError.
+        """
+        for cell in self.tuning:
+            with _named(cell.name):
+                _check_unseen(cell.recipe, self._cell(cell.combination, cell.tuned, seed=0).recipe)
+                cell.state()
+        for combination in self.grid.combinations():
+            # nothing that is checked depends on the seed
+            candidates = [self._cell(combination, tuned, seed=0) for tuned in self.grid.tunings()]
+            for cell in candidates:
+                with _named(combination.name):
+                    assemble.check(cell.recipe)
+            self._check_started([self.compared({combination: tuned}) for tuned in self.grid.tunings()])
+
+    def _check_started(self, candidates: Sequence[Sequence[Cell]]) -> None:
+        """Raises RecipeError where a directory fits none of the recipes that tuning may yet choose."""
+        for same_seed in zip(*candidates, strict=True):
+            problems = []
+            for cell in same_seed:
+                try:
+                    cell.state()
+                    break
+                except RecipeError as error:
+                    problems.append(error)
+            else:
+                raise RecipeError(f"cell {same_seed[0].name}: {problems[0]}") from problems[0]
+
+    def _tuning_cell(self, combination: Combination, tuned: Mapping[str, Any]) -> Cell:
+        labels = [f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in tuned.items()]
+        cell = self._cell(combination, tuned, seed=self.grid.tune_seed)
+        if cell.recipe.eval is None:
+            raise RecipeError("tuning chooses by avg@k, so the recipe needs a section eval")
+        if cell.recipe.eval.split == "validation":
+            raise RecipeError(
+                "tuning chooses on the validation split, so the comparison has to be on another: eval.split=test"
+            )
+        recipe = replace(
+            cell.recipe,
+            run_dir=str(self.out / "tuning" / combination.slug / slug(labels)),
+            eval=replace(cell.recipe.eval, split="validation"),
+            train=replace(cell.recipe.train, steps=self.grid.tune_steps or cell.recipe.train.steps),
+        )
+        return replace(cell, recipe=recipe)
+
+    def _cell(self, combination: Combination, tuned: Mapping[str, Any], *, seed: int) -> Cell:
+        changes = [self.grid.vary[axis][label] for axis, label in combination.labels]
+        values = apply(self.base, [*changes, *(nested(key, value) for key, value in tuned.items())])
+        values |= {"seed": seed, "run_dir": str(self.out / "cells" / combination.slug / f"seed-{seed}")}
+        with _named(combination.name):
+            recipe, dropped = parse_cell(values)
+        return Cell(combination, recipe, tuned, dropped)
+
+
+def parse_cell(values: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe, and the sections left out of it because its method asks no such model. Raises RecipeError."""
+    try:
+        return config.parse(Recipe, values), ()
+    except RecipeError as error:
+        for names in DROPPABLE:
+            if not all(values.get(name) for name in names):
+                continue
+            try:
+                return config.parse(Recipe, {key: item for key, item in values.items() if key not in names}), names
+            except RecipeError:
+                continue
+        raise error
+
+
+def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:
+    """The token budget of each combination."""
+    return {cell.combination: cell.budget_tokens for cell in cells}
+
+
+def _check_unseen(tuning: Recipe, compared: Recipe) -> None:
+    """Raises RecipeError where a tuning run would look at a problem that is compared."""
+    assemble.check(tuning)
+    shared = overlap(assemble.eval_prompts(tuning), assemble.eval_prompts(compared))
+    if shared:
+        raise RecipeError(
+            f"{len(shared)} problems of the evaluation are also in the validation split ({', '.join(shared[:3])}): tuning "
+            "would see what is compared; give the task another split_validation or validation_share"
+        )
+
+
+def _status(run_dir: RunDir) -> str:
+    """How the run ended, empty where it has not, or where run.json cannot be read."""
+    try:
+        facts = json.loads(run_dir.facts.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(facts.get("status") or "") if isinstance(facts, dict) else ""
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the cell's name before an error of the package."""
+    try:
+        yield
+    except UnderstudyError as error:
+        raise type(error)(f"cell {name}: {error}") from error

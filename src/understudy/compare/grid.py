@@ -1,0 +1,290 @@
+"""What is compared: axes of labelled changes to one recipe, seeds, and keys that are tuned before.
+
+A combination takes one label of every axis. All combinations share every other key of the base recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from understudy import config
+from understudy.errors import RecipeError, nearest
+from understudy.recipe import Recipe
+
+NUM_SEEDS = 5
+TUNE_SEED = 1000
+"""Of tuning runs: none of the compared seeds."""
+MAX_SLUG = 100
+"""Characters of a directory's name."""
+RESERVED = ("seed", "run_dir")
+"""Keys that the grid itself sets."""
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=-]")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A value that replaces what stands there; mappings without it are merged key by key."""
+
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A grid file. `vary` is `{axis: {label: overrides as a nested mapping}}`, `tune` is `{dotted key: values}`."""
+
+    vary: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    seeds: int = NUM_SEEDS
+    tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    tune_steps: int | None = None
+    """Steps of a tuning run; None: the recipe's."""
+    tune_seed: int = TUNE_SEED
+    target: float | None = 0.5
+    """The avg@k that `samples to target` waits for; None: no such column."""
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    """What differences are to: the row with these labels, and the same ones on every other axis. Empty: the first label of the
+    first axis."""
+
+    def __post_init__(self) -> None:
+        for axis, variants in self.vary.items():
+            if not variants:
+                raise ValueError(f"vary.{axis} has no label")
+            for label, change in variants.items():
+                _check_unreserved(config.flatten(_plain(change)), f"vary.{axis}.{label}")
+        _check_unreserved(self.tune, "tune")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}; it must be at least 1")
+        if self.tune and 0 <= self.tune_seed < self.seeds:
+            raise ValueError(
+                f"tune_seed is {self.tune_seed}, which is compared too; give one that is at least {self.seeds}"
+            )
+        if self.tune_steps is not None and self.tune_steps < 1:
+            raise ValueError(f"tune_steps is {self.tune_steps}; it must be at least 1")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise ValueError(f"target is {self.target}; it must be above 0 and at most 1")
+        if any(not values for values in self.tune.values()):
+            raise ValueError("a key of tune has no value")
+        for axis, label in self.baseline.items():
+            if axis not in self.vary:
+                raise ValueError(f"baseline.{axis}: no such axis; {nearest(axis, self.vary)}")
+            if label not in self.vary[axis]:
+                raise ValueError(f"baseline.{axis}: no label {label!r}; {nearest(label, self.vary[axis])}")
+
+    def combinations(self) -> list[Combination]:
+        """Every combination of labels once, the last axis fastest."""
+        labels = product(*(variants for variants in self.vary.values()))
+        return [Combination(tuple(zip(self.vary, chosen, strict=True))) for chosen in labels]
+
+    def tunings(self) -> list[dict[str, Any]]:
+        """Every combination of tuned values; one empty one where nothing is tuned."""
+        return [dict(zip(self.tune, values, strict=True)) for values in product(*self.tune.values())]
+
+    def baseline_of(self, combination: Combination) -> Combination:
+        """The combination that `combination` is compared with; itself where it is the baseline."""
+        chosen = dict(self.baseline) or {axis: next(iter(variants)) for axis, variants in list(self.vary.items())[:1]}
+        return Combination(tuple((axis, chosen.get(axis, label)) for axis, label in combination.labels))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a grid file says it."""
+        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        return values | {"tune": {key: list(options) for key, options in self.tune.items()}}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One label of every axis, `((axis, label), ...)`: a row of the table."""
+
+    labels: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return ", ".join(label for _, label in self.labels) or "the recipe"
+
+    @property
+    def slug(self) -> str:
+        """For directories: the labels, and a hash of them where a label cannot be written as it is."""
+        return slug([label for _, label in self.labels]) or "recipe"
+
+
+def slug(labels: Sequence[str]) -> str:
+    """Labels as one file name. Equal only for equal labels."""
+    exact = "+".join(labels)
+    text = "+".join(_UNSAFE.sub("-", label).strip(".") or "-" for label in labels)[:MAX_SLUG]
+    return text if text == exact else f"{text}-{hashlib.sha256(repr(labels).encode()).hexdigest()[:8]}"
+
+
+def read_grid(
+    path: Path | None,
+    base: Mapping[str, Any],
+    *,
+    vary: Sequence[str] = (),
+    tune: Sequence[str] = (),
+    baseline: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+) -> Grid:
+    """The grid of a file, with axes and tuned keys of the command line (`KEY=V1,V2`) added and `changes` put over it.
+
+    Raises RecipeError, naming file, axis or key.
+    """
+    values = {} if path is None else dict(config.read_yaml(path))
+    where = "" if path is None else f"{path}: "
+    try:
+        values["vary"] = _read_axes(values.get("vary"))
+        for text in vary:
+            axis, options = _assignment(text, "--vary")
+            _add(values["vary"], axis, {label: axis_change(axis, value, base) for label, value in options}, "--vary")
+        values["tune"] = _read_tune(values.get("tune"))
+        for text in tune:
+            key, options = _assignment(text, "--tune")
+            _add(values["tune"], key, tuple(value for _, value in options), "--tune")
+        given = values.get("baseline") or {}
+        if not isinstance(given, Mapping):
+            raise RecipeError(f"baseline is {config.brief(given)}; it must be a mapping: AXIS: LABEL")
+        values["baseline"] = {str(axis): str(label) for axis, label in given.items()} | dict(map(_pair, baseline))
+        values |= {key: value for key, value in (changes or {}).items() if value is not None}
+        return config.parse(Grid, values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}{str(error).replace('the recipe', 'the grid', 1)}") from error
+
+
+def axis_change(axis: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+    """`a.b=value` as a nested mapping. `SECTION.type=X`: the section with those of the base's keys that X has."""
+    section, _, key = axis.partition(".")
+    table = _choices().get(section)
+    if table is not None and key == "type":
+        kind = table.get(str(value))
+        known = {item.name for item in fields(kind) if item.init} if kind is not None else set()
+        kept = {name: item for name, item in dict(base.get(section) or {}).items() if name in known}
+        return {section: Whole({"type": value} | kept)}
+    return nested(axis, value)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`{"a": {"b": Whole(value)}}` of `a.b`; null stays null, which removes a section."""
+    inner: Any = None if value is None else Whole(value)
+    for part in reversed(path.split(".")):
+        inner = {part: inner}
+    changed: dict[str, Any] = inner
+    return changed
+
+
+def apply(base: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The base with every change; changes that replace a section whole come first, whatever the order."""
+    values = dict(base)
+    for change in sorted(changes, key=lambda change: not any(_is_whole(item) for item in change.values())):
+        values = _merged(values, change, top=True)
+    return values
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any], *, top: bool) -> dict[str, Any]:
+    values = dict(base)
+    for key, item in change.items():
+        if item is None and top:
+            values.pop(key, None)
+        elif isinstance(item, Whole):
+            values[key] = item.value
+        elif isinstance(item, Mapping) and not (top and _is_whole(item)):
+            inner = values.get(key)
+            values[key] = _merged(inner if isinstance(inner, Mapping) else {}, item, top=False)
+        else:
+            values[key] = _plain(item)
+    return values
+
+
+def _is_whole(item: object) -> bool:
+    return isinstance(item, Whole) or (isinstance(item, Mapping) and "type" in item)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Whole):
+        return value.value
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _choices() -> dict[str, Mapping[str, type[Any]]]:
+    """Sections of a recipe that have a `type`, with their tables."""
+    return {item.name: item.metadata["choice"].table for item in fields(Recipe) if "choice" in item.metadata}
+
+
+def _read_axes(value: Any) -> dict[str, Any]:
+    """Axes of a file: labels become texts, and an empty change is written as such."""
+    if not isinstance(value or {}, Mapping):
+        raise RecipeError(f"vary is {config.brief(value)}; it must be a mapping of axes, each a mapping of labels")
+    axes: dict[str, Any] = {}
+    for axis, variants in (value or {}).items():
+        if not isinstance(variants, Mapping):
+            raise RecipeError(f"vary.{axis} is {config.brief(variants)}; it must be a mapping: LABEL: {{overrides}}")
+        for label, change in variants.items():
+            if change is not None and not isinstance(change, Mapping):
+                raise RecipeError(
+                    f"vary.{axis}.{label} is {config.brief(change)}; it must be a mapping, such as train: {{lr: 1e-3}}"
+                )
+        axes[str(axis)] = {str(label): change or {} for label, change in variants.items()}
+    return axes
+
+
+def _read_tune(value: Any) -> dict[str, Any]:
+    if not isinstance(value or {}, Mapping):
+        raise RecipeError(f"tune is {config.brief(value)}; it must be a mapping: KEY: [VALUES]")
+    for key, options in (value or {}).items():
+        if not isinstance(options, list):
+            raise RecipeError(f"tune.{key} is {config.brief(options)}; it must be a list of values")
+    return {str(key): tuple(options) for key, options in (value or {}).items()}
+
+
+def _add(there: dict[str, Any], key: str, item: Any, option: str) -> None:
+    if key in there:
+        raise RecipeError(f"{option} {key}: given twice; write all its values in one place")
+    there[key] = item
+
+
+def _assignment(text: str, option: str) -> tuple[str, list[tuple[str, Any]]]:
+    """`KEY=V1,V2` as the key and `[(text, value), ...]`."""
+    key, equals, values = text.partition("=")
+    texts = [part.strip() for part in split_values(values)]
+    if not equals or any(not part for part in (*key.split("."), *texts)):
+        raise RecipeError(f"{option} {text!r}: write KEY=V1,V2, such as method.type=opd,gkd")
+    if len(set(texts)) != len(texts):
+        raise RecipeError(f"{option} {text!r}: a value stands twice")
+    try:
+        return key, [(part, yaml.safe_load(part)) for part in texts]
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{option} {text!r}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def split_values(text: str) -> list[str]:
+    """At the commas outside brackets, braces and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "'\"" and not parts[-1].strip():
+            quote = sign
+        depth += (sign in "[{") - (sign in "]}") if not quote else 0
+        if sign == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+def _pair(text: str) -> tuple[str, str]:
+    axis, equals, label = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--baseline {text!r}: write AXIS=LABEL, such as method.type=sft")
+    return axis, label
+
+
+def _check_unreserved(keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key in RESERVED:
+            raise ValueError(f"{where}: {key} is set by the comparison; use `seeds` and --out")

@@ -1,0 +1,148 @@
+"""What one run says, read from its directory. What was not recorded is None, never a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from understudy.compare.cells import Cell
+from understudy.format import Interval
+from understudy.report.read import EvalRecord, RunRecord, Series, read_run
+
+END_SHARE = 0.1
+"""Of the steps, the last ones: what "at the end" is a mean over."""
+CURVES = ("grad_norm", "student_entropy")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Numbers of one finished run."""
+
+    steps: int | None
+    samples: int | None
+    metric: str | None
+    """Name of the main metric, such as "avg@4"; None: no evaluation gave scores."""
+    final: Interval | None
+    """The main metric at the end, with its interval over problems."""
+    greedy: float | None
+    split: str
+    scores: Mapping[str, float]
+    """The final evaluation's mean score by problem; empty where its samples were not saved or not scored."""
+    accuracy: Series
+    """The main metric over the samples used until then."""
+    curves: Mapping[str, Series]
+    """`CURVES` over samples."""
+    tokens_per_s: float | None
+    peak_memory_gib: float | None
+    grad_norm: float | None
+    """Mean over steps."""
+    entropy_at_end: float | None
+
+    def samples_until(self, target: float) -> int | None:
+        """Training samples when an evaluation first was at `target` or above; None: none was."""
+        reached = np.flatnonzero(self.accuracy.values >= target)
+        return int(self.accuracy.steps[reached[0]]) if len(reached) else None
+
+
+def measure(cell: Cell) -> Measured:
+    """Raises CheckpointError or DataError, naming the file, for a directory that cannot be read."""
+    run = read_run(cell.path)
+    final = run.evals[-1] if run.evals else None
+    metric = _main_metric(final)
+    used = _samples_by_step(run)
+    series = run.series
+    return Measured(
+        steps=_last_step(run),
+        samples=max(used.values(), default=None),
+        metric=metric,
+        final=None if final is None or metric is None else final.metrics[metric],
+        greedy=_greedy(cell, final, metric),
+        split="" if final is None else final.split,
+        scores={} if final is None else _scores(final),
+        accuracy=_accuracy(run, metric, used),
+        curves={name: _over_samples(series[name], used) for name in CURVES if name in series},
+        tokens_per_s=_rate(series.get("tokens_per_s"), series.get("step_s")),
+        peak_memory_gib=_of(np.max, series.get("peak_memory_gib")),
+        grad_norm=_of(np.mean, series.get("grad_norm")),
+        entropy_at_end=_of(np.mean, _end(series.get("student_entropy"))),
+    )
+
+
+def _main_metric(record: EvalRecord | None) -> str | None:
+    name = None if record is None else f"avg@{record.samples_per_prompt}"
+    return name if record is not None and name in record.metrics else None
+
+
+def _greedy(cell: Cell, final: EvalRecord | None, metric: str | None) -> float | None:
+    """A metric called greedy, or the main one where evaluation draws at temperature 0."""
+    if final is None:
+        return None
+    named = next((item.value for name, item in final.metrics.items() if name.startswith("greedy")), None)
+    if named is not None or metric is None or cell.recipe.eval is None:
+        return named
+    sampling = cell.recipe.eval.sampling or cell.recipe.sampling
+    return final.metrics[metric].value if sampling.temperature == 0 else None
+
+
+def _samples_by_step(run: RunRecord) -> dict[int, int]:
+    """Training samples used when a step was done; {0: 0} alone where they were not recorded."""
+    used = run.series.get("num_samples")
+    return {0: 0} | (
+        {} if used is None else dict(zip(used.steps.tolist(), map(int, used.values.tolist()), strict=True))
+    )
+
+
+def _last_step(run: RunRecord) -> int | None:
+    return max((int(item.steps[-1]) for item in run.series.values() if len(item.steps)), default=None)
+
+
+def _scores(record: EvalRecord) -> dict[str, float]:
+    """Mean score of each problem whose attempts are all scored."""
+    found: dict[str, list[float | None]] = {}
+    for attempt in record.attempts():
+        found.setdefault(attempt.prompt_id, []).append(attempt.score)
+    known = {problem: [score for score in scores if score is not None] for problem, scores in found.items()}
+    return {
+        problem: math.fsum(scores) / len(scores)
+        for problem, scores in known.items()
+        if len(scores) == len(found[problem])
+    }
+
+
+def _accuracy(run: RunRecord, metric: str | None, used: Mapping[int, int]) -> Series:
+    known = {record.step: record.metrics[metric].value for record in run.evals if metric and metric in record.metrics}
+    return _series({used[step]: value for step, value in known.items() if step in used and value is not None})
+
+
+def _over_samples(series: Series, used: Mapping[int, int]) -> Series:
+    steps, values = series.steps.tolist(), series.values.tolist()
+    return _series({used[step]: value for step, value in zip(steps, values, strict=True) if step in used})
+
+
+def _series(points: Mapping[int, float | None]) -> Series:
+    return Series(np.array(list(points), dtype=np.int64), np.array(list(points.values()), dtype=np.float64))
+
+
+def _rate(per_second: Series | None, seconds: Series | None) -> float | None:
+    """Tokens of all steps by seconds of all steps; None unless both were recorded at the same steps."""
+    if per_second is None or seconds is None or not np.array_equal(per_second.steps, seconds.steps):
+        return None
+    total = float(seconds.values.sum())
+    rate = float((per_second.values * seconds.values).sum()) / total if total > 0 else math.nan
+    return rate if math.isfinite(rate) else None
+
+
+def _end(series: Series | None) -> Series | None:
+    if series is None:
+        return None
+    num = max(1, round(END_SHARE * len(series.steps)))
+    return Series(series.steps[-num:], series.values[-num:])
+
+
+def _of(reduce: object, series: Series | None) -> float | None:
+    """A number of the finite values; None where there is none."""
+    known = np.array([]) if series is None else series.values[np.isfinite(series.values)]
+    return float(reduce(known)) if len(known) else None  # type: ignore[operator]

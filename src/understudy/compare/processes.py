@@ -1,0 +1,177 @@
+"""Cells as processes of their own, so that the memory, the crash and the signal of one is not another's.
+
+They are forked from a server that has imported everything and computed nothing, so that a cell starts at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from understudy import config
+from understudy.errors import UnderstudyError
+from understudy.files import write_atomically
+from understudy.text import visible, without_secrets
+
+FAILED, STOPPED = 1, 130
+POLL_S = 0.2
+"""How long a signal waits until it is passed on."""
+MAX_ERROR_CHARS = 2_000
+
+Stopped = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make, as plain values that another machine can read."""
+
+    recipe: dict[str, Any]
+    resume: bool
+    log: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended. `error` is one line; None for a run that reached its end."""
+
+    index: int
+    error: str | None
+    stopped: bool = False
+
+
+def run_processes(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> Iterator[Ended]:
+    """Runs the jobs in order, `num_at_once` at a time; yields each as it ends.
+
+    Once `stopped()` is true no job is started, and those that run are asked to save and end.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "understudy.runs"])
+    waiting = list(enumerate(jobs))[::-1]
+    running: dict[Any, tuple[int, ForkServerProcess]] = {}
+    asked = False
+    with _threads(num_at_once):
+        try:
+            while (waiting and not asked) or running:
+                while waiting and len(running) < num_at_once and not asked:
+                    index, job = waiting.pop()
+                    process = context.Process(target=work_in_process, args=(job,))
+                    process.start()
+                    running[process.sentinel] = (index, process)
+                for sentinel in wait(list(running), timeout=POLL_S):
+                    index, process = running.pop(sentinel)
+                    process.join()
+                    yield _ended(index, process.exitcode or 0, Path(jobs[index].log))
+                if not asked and stopped():
+                    asked = True
+                    for _, process in running.values():
+                        process.terminate()
+        finally:
+            for _, process in running.values():
+                process.kill()
+                process.join()
+
+
+def work_in_process(job: Job) -> None:
+    """The body of a cell's process. Exits with 0, 1 for a failure (its last line is in the log) or 130 for a signal."""
+    # a terminal's Ctrl-C goes to the whole group; the comparison alone hears it and passes it on once
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))  # noqa: SIM115
+    sys.exit(work(job))
+
+
+def work(job: Job) -> int:
+    """Trains. Prints what went wrong as the last line, `error: ...`."""
+    from understudy import runs
+    from understudy.recipe import Recipe
+    from understudy.trainer.console import Console
+
+    try:
+        with Console() as console:
+            result = runs.train(config.parse(Recipe, job.recipe), resume=job.resume, console=console)
+    except UnderstudyError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    return STOPPED if result.ending == "stopped by a signal" else 0
+
+
+def prepare(job: Job) -> None:
+    """An empty log where a run begins anew; a resumed one writes on."""
+    log = Path(job.log)
+    if not (job.resume and log.is_file()):
+        write_atomically(log, "")
+
+
+def ending(index: int, code: int, log: Path) -> Ended:
+    """From an exit code of `work`."""
+    if code == 0:
+        return Ended(index, None)
+    return Ended(index, _last_error(log), stopped=code == STOPPED)
+
+
+def _ended(index: int, code: int, log: Path) -> Ended:
+    if code in (-signal.SIGTERM, -signal.SIGINT):
+        return Ended(index, "stopped by a signal before its first step", stopped=True)
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
+        return Ended(index, f"the process was ended by {name}{hint}")
+    return ending(index, code, log)
+
+
+def _last_error(log: Path) -> str:
+    """The last line that tells an error, or the last line."""
+    try:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        return f"the log cannot be read: {error}"
+    told = [line for line in lines if line.startswith("error: ")] or lines or ["nothing was printed"]
+    return without_secrets(visible(told[-1].removeprefix("error: ")))[:MAX_ERROR_CHARS]
+
+
+def _end_with_parent() -> None:
+    """Saves and ends the run when the comparison is gone: nobody else would wait for it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _threads(num_at_once: int) -> Iterator[None]:
+    """OMP_NUM_THREADS for the processes: an even share of the cores, unless it is set."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ or num_at_once == 1:
+        yield
+        return
+    os.environ[name] = str(threads_each(num_at_once))
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def threads_each(num_at_once: int) -> int:
+    """Cores for each of so many runs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_at_once)
