@@ -1,0 +1,310 @@
+"""A teacher that is shown more than the student: a worked solution, feedback, a system prompt (OPSD, SDFT, SDPO).
+
+The response tokens are the student's own, behind another prompt, so scores stay aligned with the sample.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from hashlib import blake2b
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from understudy.errors import CheckpointError, DataError, RecipeError, ScoreError
+from understudy.linear.head import LMHead
+from understudy.models import DType, check_model_dir, num_positions, unwrap
+from understudy.tasks.render import encode_prompt
+from understudy.types import Author, Need, Prompt, Sample, Scores
+
+from .base import Setup
+from .local import CAN, Local, LocalTeacher
+from .reference import load_start, open_start
+
+TEMPLATE = "A correct solution of the problem below, for reference:\n\n{solution}\n\nThe problem:\n\n{prompt}"
+PLACEHOLDERS = {
+    "prompt": "what the student is asked",
+    "solution": "Prompt.solution, from the field that task.solution_field says",
+    "reference": "Prompt.reference, the answer that the verifier compares with",
+    "feedback": "Sample.grade, which a verifier gives before the teacher is asked; the note is empty where it passed",
+}
+_PLACEHOLDER = re.compile(rf"\{{({'|'.join(PLACEHOLDERS)})\}}")
+_STATE = "ema."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privileged:
+    """The section of a recipe for a teacher with privileged context. Raises ValueError for keys that contradict each other."""
+
+    model: str | None = None
+    """A directory or a hub name; None: the student's own start."""
+    ema: float | None = None
+    """Decay d in [0, 1): after every update `teacher <- d * teacher + (1 - d) * student`. None: frozen."""
+    template: str = TEMPLATE
+    """What the teacher is asked; {prompt}, {solution}, {reference} and {feedback} are replaced, nothing else is."""
+    system: str | None = None
+    """A system message that only the teacher is shown, behind one that the chat has."""
+    dtype: DType = "auto"
+    """ "auto": the checkpoint's own, or the student's where `model` is None."""
+    offload: bool = False
+    """Keep the weights in host memory between uses."""
+    revision: str | None = None
+    attn_implementation: str | None = None
+
+    GIVES: ClassVar[frozenset[Need]] = CAN
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            raise ValueError("template has no {prompt}, so the teacher would not see the problem")
+        for word in re.findall(r"\{(\w+)\}", _PLACEHOLDER.sub("", self.template)):
+            close = get_close_matches(word, PLACEHOLDERS, n=1, cutoff=0.75)
+            if close:
+                raise ValueError(f"template holds {{{word}}}, which nothing replaces; did you mean {{{close[0]}}}?")
+        if self.ema is not None and not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema is {self.ema}; a decay lies in [0, 1), and a teacher that never moves has none")
+        if self.ema is not None and self.model is not None:
+            raise ValueError("ema averages the student's own weights, so model must be left out")
+        if self.revision is not None and self.model is None:
+            raise ValueError("revision is that of model, which is left out; the student's start has student.revision")
+
+    @property
+    def shown(self) -> str:
+        """The model."""
+        return self.model or ("the student's start" if self.ema is None else "the student's moving average")
+
+    def check(self) -> str:
+        """Raises RecipeError for a directory that is no model."""
+        what = self.shown if self.model is None else check_model_dir(self.model)
+        return f"teacher: {what}; it is shown {', '.join(sorted(self.shows))}"
+
+    @property
+    def shows(self) -> frozenset[str]:
+        """The placeholders in the template."""
+        return frozenset(_PLACEHOLDER.findall(self.template))
+
+    def open(self, setup: Setup) -> PrivilegedTeacher:
+        """Loads the model. Raises RecipeError where it cannot be, or the student has no start or, with `ema`, adapters."""
+        average = None
+        if self.model is not None:
+            inner = Local(self.model, self.dtype, self.offload, self.revision, self.attn_implementation).open(setup)
+        elif setup.start is None:
+            raise RecipeError(
+                f"teacher {setup.name!r} is the student's own start, but the student is built from scratch and knows "
+                "nothing yet; set the teacher's model, or student.model"
+            )
+        elif self.ema is None:
+            inner = open_start(
+                setup, dtype=self.dtype, offload=self.offload, attn_implementation=self.attn_implementation
+            )
+        else:
+            inner, average = self._open_average(setup, self.ema)
+        return PrivilegedTeacher(inner, self, setup, average)
+
+    def _open_average(self, setup: Setup, decay: float) -> tuple[LocalTeacher, MovingAverage]:
+        if setup.student is not None and unwrap(setup.student) is not setup.student:
+            raise RecipeError(
+                f"teacher {setup.name!r} is a moving average of the student (ema), which needs full fine-tuning; remove "
+                "student.lora, or leave ema out: the teacher is then the student without its adapters"
+            )
+        # in the student's precision, so that the average starts from all that the start holds
+        model = load_start(setup, dtype="auto", attn_implementation=self.attn_implementation, offload=self.offload)
+        average = MovingAverage(model, decay, None if self.dtype == "auto" else getattr(torch, self.dtype))
+        inner = LocalTeacher(
+            model,
+            name=setup.name,
+            vocab_size=setup.vocab_size,
+            temperature=setup.temperature,
+            device=setup.device,
+            offload=self.offload,
+        )
+        return inner, average
+
+
+class MovingAverage:
+    """`average <- d * average + (1 - d) * student`, in at least float32; `model`, in `dtype`, is the average rounded."""
+
+    def __init__(self, model: nn.Module, decay: float, dtype: torch.dtype | None = None) -> None:
+        self._decay = decay
+        started = {name: value.detach() for name, value in model.named_parameters()}
+        self._average = {
+            name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in started.items()
+        }
+        self._model = model if dtype is None else model.to(dtype)
+        self._push()
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module) -> None:
+        """One update. Raises RecipeError for a student of another architecture."""
+        moved = dict(student.named_parameters())
+        _check_same(self._average, moved, RecipeError, "the student")
+        for name, average in self._average.items():
+            average.lerp_(moved[name].detach().to(average), 1.0 - self._decay)
+        self._push()
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages themselves, no copies."""
+        return {_STATE + name: value for name, value in self._average.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError for averages of another model."""
+        found = {name.removeprefix(_STATE): value for name, value in state.items()}
+        _check_same(self._average, found, CheckpointError, "the checkpoint's moving average")
+        for name, average in self._average.items():
+            average.copy_(found[name])
+        self._push()
+
+    @torch.no_grad()
+    def _push(self) -> None:
+        for name, value in self._model.named_parameters():
+            # in float32 the average is the weight itself
+            if value.data_ptr() != self._average[name].data_ptr():
+                value.copy_(self._average[name])
+
+
+def _check_same(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], error: type[RecipeError | CheckpointError], whose: str
+) -> None:
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+            raise error(
+                f"weight {name!r} of {whose} is not as in the teacher that averages it; both must be of one "
+                "architecture and one recipe"
+            )
+
+
+class PrivilegedTeacher:
+    """`log T(y_t | privileged prompt, y_<t)`, one row for each response token of the sample as it is."""
+
+    def __init__(
+        self, inner: LocalTeacher, section: Privileged, setup: Setup, average: MovingAverage | None = None
+    ) -> None:
+        self._inner = inner
+        self._section = section
+        self._tokenizer = setup.tokenizer
+        self._template_kwargs = dict(setup.template_kwargs)
+        self._average = average
+        self._fingerprint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As prompts name it."""
+        return self._inner.name
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that scores."""
+        return self._inner.model
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, and of how prompts are reworded."""
+        if self._fingerprint is None:
+            section = self._section
+            rewording = [section.template, section.system, self._template_kwargs, self._tokenizer.chat_template]
+            weights = self._inner.hash_weights()
+            text = json.dumps([weights, rewording], sort_keys=True, default=str)
+            self._fingerprint = blake2b(text.encode(), digest_size=16).hexdigest()
+        return self._fingerprint
+
+    def head_for(self, name: str | None) -> LMHead:
+        """The model's."""
+        return self._inner.head_for(name)
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """As `LocalTeacher.score`, behind the privileged prompt.
+
+        Raises DataError for a prompt that lacks what the template asks for, ScoreError for a sample that is then longer
+        than the teacher's positions.
+        """
+        return self._inner.score([self._reword(sample) for sample in samples], need, k=k)
+
+    def follow(self, student: nn.Module) -> None:
+        """Moves with `ema`."""
+        if self._average is not None:
+            self._average.follow(student)
+            self._fingerprint = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages, in at least float32; empty for a frozen teacher."""
+        return {} if self._average is None else self._average.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError for the state of another teacher."""
+        if self._average is not None:
+            self._average.load_state(state)
+            self._fingerprint = None
+        elif state:
+            raise CheckpointError(
+                f"the checkpoint holds {len(state)} tensors of a teacher that moves, but teacher {self.name!r} has no ema; "
+                "resume with the recipe that wrote it"
+            )
+
+    def _reword(self, sample: Sample) -> Sample:
+        """The same response behind what the teacher is shown."""
+        shown = reword(sample, self._section.template, self._section.system)
+        prompt_ids = encode_prompt(self._tokenizer, shown, self._template_kwargs)
+        length, limit = len(prompt_ids) + sample.num_response_tokens, num_positions(self._inner.model)
+        if limit is not None and length - 1 > limit:
+            raise ScoreError(
+                f"sample {sample.key}: the privileged prompt of {len(prompt_ids)} tokens and the response make {length} "
+                f"tokens, but teacher {self.name!r} has {limit} positions (max_position_embeddings): lower max_new_tokens, "
+                "or leave out problems with long solutions"
+            )
+        author = sample.author[sample.prompt_length :]
+        return replace(
+            sample,
+            prompt=shown,
+            token_ids=torch.cat([prompt_ids, sample.response_ids]),
+            author=torch.cat([author.new_full((len(prompt_ids),), Author.PROMPT), author]),
+            prompt_length=len(prompt_ids),
+            rollout_logprob=None,
+            policy_version=None,
+        )
+
+
+def reword(sample: Sample, template: str, system: str | None = None) -> Prompt:
+    """The prompt as the teacher is shown it: its text, or the last message of the user, put into the template.
+
+    Raises DataError, naming the prompt, where the template asks for what is not there, where a chat has no message of the
+    user, and for a system message where there is no chat.
+    """
+    prompt = sample.prompt
+    if prompt.messages is None:
+        if system is not None:
+            raise DataError(
+                f"prompt {prompt.id} is no chat and takes no system message; move teacher.system into teacher.template"
+            )
+        return replace(prompt, text=_fill(template, sample, prompt.text or ""))
+    messages = [dict(message) for message in prompt.messages]
+    asked = [message for message in messages if message.get("role") == "user"]
+    if not asked:
+        raise DataError(f"prompt {prompt.id} has no message of the user to put into the teacher's template")
+    asked[-1]["content"] = _fill(template, sample, asked[-1]["content"])
+    if system is not None and messages[0].get("role") == "system":
+        messages[0]["content"] += f"\n\n{system}"
+    elif system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return replace(prompt, messages=tuple(messages))
+
+
+def _fill(template: str, sample: Sample, asked: str) -> str:
+    """Every placeholder replaced at once, so that braces in a solution stay what they are."""
+    values: dict[str, Any] = {
+        "prompt": asked,
+        "solution": sample.prompt.solution,
+        "reference": sample.prompt.reference,
+        "feedback": None if sample.grade is None else sample.grade.note,
+    }
+    for name in _PLACEHOLDER.findall(template):
+        if values[name] is None:
+            raise DataError(
+                f"prompt {sample.prompt.id} has nothing for {{{name}}} in the teacher's template ({PLACEHOLDERS[name]}); "
+                "give it, leave such problems out, or change teacher.template"
+            )
+    return _PLACEHOLDER.sub(lambda match: str(values[match[1]]), template)
