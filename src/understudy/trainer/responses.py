@@ -1,0 +1,264 @@
+"""Where a teacher's own responses come from: the task, a file, a data set, or the teacher, which writes each once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from understudy.errors import CheckpointError, DataError, RecipeError
+from understudy.randomness import keyed_uniform
+from understudy.tasks.responses import HubResponses, JsonlResponses, Solutions, encode_faithfully
+from understudy.types import Prompt, Request, Sampling
+
+Generate = Callable[[Sequence[Prompt]], list[str | None]]
+"""The teacher's response to each prompt as text, without special tokens; None where it gave none, or did not end one."""
+Texts = Callable[[Sequence[Request]], list[Sequence[str]]]
+"""Every response to each request's prompt."""
+CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherResponses:
+    """The section `responses` of type `teacher`: written by the teacher when a prompt first needs one, then kept."""
+
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    """None, both: as the student samples."""
+    cache: str | None = None
+    """A directory, which runs may share; None: `responses` in the run directory."""
+
+    def __post_init__(self) -> None:
+        self.sampling(Sampling())
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        return "the teacher's own responses"
+
+    def sampling(self, student: Sampling) -> Sampling:
+        """How the teacher writes. Raises ValueError for values out of range."""
+        return Sampling(
+            temperature=student.temperature if self.temperature is None else self.temperature,
+            max_new_tokens=student.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
+        )
+
+    def check(self) -> str:
+        """Raises RecipeError where the cache cannot be a directory."""
+        if self.cache is not None and Path(self.cache).exists() and not Path(self.cache).is_dir():
+            raise RecipeError(f"responses.cache is {self.cache!r}, which is a file; name a directory")
+        return f"responses: {self.shown}, kept in {self.cache or 'the run directory'}"
+
+
+RESPONSES: Mapping[str, type[Solutions | JsonlResponses | HubResponses | TeacherResponses]] = {
+    "solutions": Solutions,
+    "jsonl": JsonlResponses,
+    "hub": HubResponses,
+    "teacher": TeacherResponses,
+}
+"""`responses.type` in a recipe -> its section."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseSetup:
+    """The run's side of a store of responses."""
+
+    tokenizer: Any
+    """The student's."""
+    seed: int
+    run_dir: Path
+    sampling: Sampling
+    """The student's."""
+    generate: Generate | None = None
+    fingerprint: str | None = None
+    """Of the teacher; both are for `teacher` only."""
+
+
+def open_responses(
+    section: Solutions | JsonlResponses | HubResponses | TeacherResponses, setup: ResponseSetup
+) -> ResponseStore:
+    """The store of a section. Raises RecipeError or DataError, also for `teacher` where no teacher writes."""
+    if not isinstance(section, TeacherResponses):
+        found = section.load()
+        return ResponseStore(
+            lambda requests: [found.find(request.prompt) for request in requests], setup, shown=section.shown
+        )
+    if setup.generate is None or setup.fingerprint is None:
+        raise RecipeError("responses.type is 'teacher', but no teacher here writes responses; add a section teacher")
+    sampling = section.sampling(setup.sampling)
+    identity = {
+        "teacher": setup.fingerprint,
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "seed": setup.seed,
+    }
+    folder = setup.run_dir / "responses" if section.cache is None else Path(section.cache)
+    written = WrittenOnce(setup.generate, ResponseCache(folder, identity))
+    return ResponseStore(written, setup, shown=section.shown, on_demand=True)
+
+
+class ResponseStore:
+    """A teacher's responses as tokens of the student.
+
+    Of several responses to a prompt one is drawn by (seed, step, request). `on_demand`: every prompt can get one.
+    """
+
+    def __init__(self, texts: Texts, setup: ResponseSetup, *, shown: str, on_demand: bool = False) -> None:
+        self._texts = texts
+        self._tokenizer = setup.tokenizer
+        self._eos_id = int(setup.tokenizer.eos_token_id)
+        self._seed = setup.seed
+        self._on_demand = on_demand
+        self._counts: Counter[str] = Counter()
+        self.shown = shown
+
+    def find(self, requests: Sequence[Request], step: int) -> list[Tensor | None]:
+        """For each request a response [F] int64 that ends with EOS; None where there is none (`take_counts`).
+
+        A text that the student's tokenizer cannot say is left out. A response is not cut.
+        """
+        if not requests:
+            return []
+        draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0]
+        encoded: dict[str, Tensor | None] = {}
+        found: list[Tensor | None] = []
+        for texts, draw in zip(self._texts(requests), draws.tolist(), strict=True):
+            for text in texts:
+                if text not in encoded:
+                    encoded[text] = encode_faithfully(self._tokenizer, text, self._eos_id)
+            usable = [ids for text in texts if (ids := encoded[text]) is not None]
+            found.append(usable[int(draw * len(usable))] if usable else None)
+        self._counts["responses_missing"] += sum(ids is None for ids in found)
+        self._counts["responses_unreadable"] += sum(ids is None for ids in encoded.values())
+        return found
+
+    def take_counts(self) -> dict[str, int]:
+        """Since the last call: requests without a response, and texts that did not survive the student's tokenizer."""
+        counts = {name: self._counts[name] for name in ("responses_missing", "responses_unreadable")}
+        self._counts.clear()
+        return counts
+
+    def coverage(self, prompts: Sequence[Prompt]) -> tuple[int, int]:
+        """How many of the prompts have a response that the student's tokenizer can say, and how many there are."""
+        if self._on_demand:
+            return len(prompts), len(prompts)
+        return sum(self._has_response(prompt) for prompt in prompts), len(prompts)
+
+    def check(self, prompts: Sequence[Prompt], task: str, limit: int | None = None) -> tuple[int, int]:
+        """`coverage` of the first `limit` prompts. Raises RecipeError where none of them has a response."""
+        looked_at = list(islice(prompts, limit))
+        num_found, num_prompts = self.coverage(looked_at)
+        if num_found == 0:
+            unreadable = sum(bool(self._of(prompt)) for prompt in looked_at)
+            why = (
+                f"{unreadable} have one, but the student's tokenizer cannot say it"
+                if unreadable
+                else "compare the problems in both (letter case, white space and template do not matter)"
+            )
+            raise RecipeError(f"none of the {num_prompts} prompts of task {task} has a response in {self.shown}: {why}")
+        return num_found, num_prompts
+
+    def _has_response(self, prompt: Prompt) -> bool:
+        return any(encode_faithfully(self._tokenizer, text, self._eos_id) is not None for text in self._of(prompt))
+
+    def _of(self, prompt: Prompt) -> Sequence[str]:
+        return self._texts([Request(prompt, 0, Tensor())])[0]
+
+
+class WrittenOnce:
+    """Texts of a generator, each prompt's kept as soon as it is there. The prompts of one call that lack a text are
+    generated together. A prompt to which the teacher gave nothing is asked again by the next run only."""
+
+    def __init__(self, generate: Generate, cache: ResponseCache) -> None:
+        self._generate = generate
+        self._cache = cache
+        self._without: set[str] = set()
+
+    def __call__(self, requests: Sequence[Request]) -> list[Sequence[str]]:
+        """Raises DataError where the generator returns another number of texts than it was given prompts."""
+        keys = [request_key(request) for request in requests]
+        lacking = {
+            key: request.prompt
+            for key, request in zip(keys, requests, strict=True)
+            if key not in self._cache.texts and key not in self._without
+        }
+        if lacking:
+            made = self._generate(list(lacking.values()))
+            if len(made) != len(lacking):
+                raise DataError(
+                    f"the teacher gave {len(made)} responses to {len(lacking)} prompts; it must give one each"
+                )
+            texts = dict(zip(lacking, made, strict=True))
+            self._without |= {key for key, text in texts.items() if text is None}
+            self._cache.add([(key, lacking[key].id, text) for key, text in texts.items() if text is not None])
+        return [(self._cache.texts[key],) if key in self._cache.texts else () for key in keys]
+
+
+class ResponseCache:
+    """Texts by key in `folder/HASH.jsonl`, the hash being that of `identity`: all that decides a text beside its prompt.
+
+    Lines are only ever appended, so several processes may share the file, and of a killed one a line is lost at most: a
+    line that is not whole is skipped. Of two texts for one key the first counts.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        header = {"format": CACHE_FORMAT, **identity}
+        self._header = header
+        self.path = folder / f"{blake2b(_line(header), digest_size=8).hexdigest()}.jsonl"
+        self.texts: dict[str, str] = {}
+        """By key."""
+        self.num_damaged = 0
+        if self.path.is_file():
+            self._read()
+
+    def _read(self) -> None:
+        for line in self.path.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError:
+                self.num_damaged += 1
+                continue
+            if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
+                self.texts.setdefault(row["key"], row["text"])
+
+    def add(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """(key, prompt id, text) of each, on the disk when this returns. Raises CheckpointError if it cannot be written."""
+        lines = [_line({"key": key, "prompt": prompt, "text": text}) for key, prompt, text in rows]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                size = file.seek(0, os.SEEK_END)
+                if size == 0:
+                    lines.insert(0, _line(self._header))
+                else:
+                    file.seek(size - 1)
+                    # what a killed process left unfinished becomes a line of its own
+                    lines = lines if file.read(1) == b"\n" else [b"\n", *lines]
+                file.write(b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror or error}; free space, fix permissions, or set responses.cache"
+            ) from error
+        for key, _, text in rows:
+            self.texts.setdefault(key, text)
+
+
+def request_key(request: Request) -> str:
+    """Names a prompt as it is read: its id and its rendered tokens."""
+    digest = blake2b(request.prompt.id.encode("utf-8", "surrogatepass"), digest_size=16)
+    digest.update(b"\0" + request.token_ids.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,327 @@
+"""A teacher's responses: found by the problem, in the student's tokens, written once."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from understudy import config
+from understudy.errors import DataError, RecipeError
+from understudy.models import load_tokenizer
+from understudy.tasks import Arithmetic, Jsonl, build_tokenizer, encode_response
+from understudy.tasks.responses import encode_faithfully
+from understudy.trainer.responses import (
+    RESPONSES,
+    ResponseSetup,
+    ResponseStore,
+    TeacherResponses,
+    open_responses,
+)
+from understudy.types import Prompt, Request, Sampling
+
+TOKENIZER = build_tokenizer("addition")
+EOS = TOKENIZER.eos_token_id
+
+
+@dataclass(frozen=True)
+class Holder:
+    responses: Any = config.choice(RESPONSES)
+
+
+def section(**values: Any) -> Any:
+    return config.parse(Holder, {"responses": values}).responses
+
+
+def setup(folder: Path, **changes: Any) -> ResponseSetup:
+    values = {"tokenizer": TOKENIZER, "seed": 0, "run_dir": folder / "run", "sampling": Sampling(max_new_tokens=9)}
+    return ResponseSetup(**values | changes)
+
+
+def ask(prompts: Sequence[Prompt], per_prompt: int = 1) -> list[Request]:
+    return [
+        Request(prompt, index, torch.tensor([5, number]))
+        for number, prompt in enumerate(prompts)
+        for index in range(per_prompt)
+    ]
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def say(found: Sequence[Tensor | None]) -> list[str | None]:
+    """Each response as text; every one ends with its EOS and has no other."""
+    for ids in found:
+        assert ids is None or (ids.dtype == torch.int64 and (ids == EOS).nonzero().flatten().tolist() == [len(ids) - 1])
+    return [None if ids is None else TOKENIZER.decode(ids[:-1]) for ids in found]
+
+
+def from_file(folder: Path, rows: Sequence[dict[str, Any]], name: str = "r.jsonl") -> ResponseStore:
+    made = section(type="jsonl", path=write(folder / name, rows), prompt_field="q", response_field="a")
+    assert made.check().startswith("responses: ")
+    return open_responses(made, setup(folder))
+
+
+def test_solutions_are_those_of_the_task(tmp_path: Path) -> None:
+    prompts = Arithmetic(digits=2).prompts("train")[:4]
+    store = open_responses(section(type="solutions"), setup(tmp_path))
+    for ids, prompt in zip(store.find(ask(prompts), 0), prompts, strict=True):
+        assert ids is not None
+        assert torch.equal(ids, encode_response(TOKENIZER, prompt.solution or "", EOS))
+    without = [replace(prompts[0], solution=None), prompts[1]]
+    assert say(store.find(ask(without), 0)) == [None, prompts[1].solution]
+    assert store.coverage(without) == (1, 2)
+    assert store.take_counts() == {"responses_missing": 1, "responses_unreadable": 0}
+    assert store.take_counts() == {"responses_missing": 0, "responses_unreadable": 0}
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz"])
+def test_rows_are_matched_by_the_problem(tmp_path: Path, name: str) -> None:
+    """The task words its problems with a template and a system message, in another order; the rows have the bare text."""
+    source = write(tmp_path / "task.jsonl", [{"p": "What is  1+1?"}, {"p": "what is 2+2?"}, {"p": "What is 3+3?"}])
+    task = Jsonl(path=source, prompt_field="p", template="{prompt} Think.", system="Be brief.")
+    rows = [{"q": "What is 2+2?", "a": "4"}, {"q": [{"role": "user", "content": "WHAT is 1+1?"}], "a": "2"}]
+    store = from_file(tmp_path, rows, name)
+    prompts = task.prompts("train")
+    assert say(store.find(ask(prompts), 0)) == ["2", "4", None]
+    assert say(store.find(ask(replace(task, template="{prompt}", chat=False, system=None).prompts("train")), 0))[
+        :2
+    ] == [
+        "2",
+        "4",
+    ]
+    assert store.coverage(prompts) == store.check(prompts, task.name) == (2, 3)
+    assert store.check(prompts, task.name, limit=1) == (1, 1)
+    repeated = [replace(prompts[0], id=f"{prompts[0].id}~2")]
+    assert say(store.find(ask(repeated), 0)) == ["2"]
+
+
+def test_computed_tasks_are_matched_by_their_text(tmp_path: Path) -> None:
+    prompts = Arithmetic(digits=2).prompts("train")[:2]
+    store = from_file(tmp_path, [{"q": prompts[1].text, "a": "11"}])
+    assert say(store.find(ask(prompts), 0)) == [None, "11"]
+
+
+def test_a_local_data_set_is_read(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", [{"q": "a?", "a": "1"}, {"q": "b?", "a": "2"}])
+    made = section(type="hub", dataset=str(tmp_path / "set"), prompt_field="q", response_field="a")
+    assert "set[train] (a)" in made.check()
+    assert say(open_responses(made, setup(tmp_path)).find(ask([Prompt("x", text="B?")]), 0)) == ["2"]
+
+
+def test_the_choice_among_several_is_keyed(tmp_path: Path) -> None:
+    """By seed, step and request: not by what else is asked, and every response gets its turn."""
+    rows = [{"q": "a?", "a": str(number)} for number in (1, 2, 3, 3)] + [{"q": "b?", "a": "9"}]
+    store = from_file(tmp_path, rows)
+    asked = ask([Prompt("x", text="a?"), Prompt("y", text="b?")], 40)
+    base = say(store.find(asked, 5))
+    assert base == say(store.find(asked, 5))
+    assert base[::-1] == say(store.find(asked[::-1], 5))
+    assert base[7:8] == say(store.find(asked[7:8], 5))
+    assert set(base[:40]) == {"1", "2", "3"}
+    assert set(base[40:]) == {"9"}
+    assert base != say(store.find(asked, 6))
+    other = open_responses(
+        section(type="jsonl", path=str(tmp_path / "r.jsonl"), prompt_field="q", response_field="a"),
+        setup(tmp_path, seed=1),
+    )
+    assert base != say(other.find(asked, 5))
+    # three equal shares of 400 draws: 5 standard deviations are 47
+    many = say(store.find(ask([Prompt("x", text="a?")], 400), 0))
+    assert all(abs(many.count(text) - 400 / 3) < 47 for text in ("1", "2", "3"))
+
+
+def test_texts_that_the_student_cannot_say_are_left_out(tmp_path: Path) -> None:
+    rows = [{"q": "a?", "a": "vier"}, {"q": "a?", "a": "4"}, {"q": "b?", "a": "fünf"}, {"q": "c?", "a": " "}]
+    store = from_file(tmp_path, rows)
+    prompts = [Prompt(name, text=f"{name}?") for name in "abcd"]
+    assert [set(say(store.find(ask([prompt], 9), 0))) for prompt in prompts] == [{"4"}, {None}, {None}, {None}]
+    assert store.take_counts() == {"responses_missing": 27, "responses_unreadable": 3}
+    assert store.coverage(prompts) == (1, 4)
+    with pytest.raises(
+        RecipeError, match=r"none of the 2 prompts of task sums has a response in .*r\.jsonl \(a\): 1 have"
+    ):
+        store.check([prompts[1], prompts[3]], "sums")
+    with pytest.raises(RecipeError, match=r"none of the 1 prompts of task sums .*r\.jsonl \(a\): compare the problems"):
+        store.check(prompts[3:], "sums")
+
+
+def test_faithful_encoding(shared: Path) -> None:
+    """A real tokenizer with a normaliser and bytes for foreign letters, and one with whole words."""
+    real = load_tokenizer(str(shared / "models" / "stories260K"))
+    for text in ("Lily ran.", " a  b\n", "naïve 😀", "half</s> way"):
+        ids = encode_faithfully(real, text, real.eos_token_id)
+        assert ids is not None
+        assert ids.tolist().count(real.eos_token_id) == 1
+        assert real.decode(ids[:-1]) == text
+    ended = encode_faithfully(real, "Lily ran.</s>", real.eos_token_id)
+    assert ended is not None
+    assert ended.tolist() == encode_response(real, "Lily ran.", real.eos_token_id).tolist()
+    words = build_tokenizer("words")
+    spaced = encode_faithfully(words, "24  + 7 ", words.eos_token_id)
+    assert spaced is not None
+    assert words.decode(spaced[:-1]) == "24 + 7"
+    assert encode_faithfully(words, "24 plus 7", words.eos_token_id) is None
+    assert encode_faithfully(TOKENIZER, "1<eos>2", EOS) is None
+
+
+def test_an_unknown_token_or_a_dropped_letter_is_no_text() -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def build(model: Any) -> Any:
+        inner = Tokenizer(model)
+        inner.normalizer = normalizers.Lowercase()
+        inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        inner.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+
+    vocabulary = {"</s>": 0, "a": 1, "b": 2, "<unk>": 3}
+    dropping = build(models.BPE(vocabulary, []))
+    knowing = build(models.BPE(vocabulary, [], unk_token="<unk>"))
+    knowing.unk_token = "<unk>"
+    for tokenizer in (dropping, knowing):
+        kept = encode_faithfully(tokenizer, "ABba", 0)
+        assert kept is not None
+        assert kept.tolist() == [1, 2, 2, 1, 0]
+        assert encode_faithfully(tokenizer, "abc", 0) is None
+
+
+@dataclass
+class Writer:
+    """Answers with the length of a prompt's text; knows what it was asked."""
+
+    asked: list[list[str]] = field(default_factory=list)
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        self.asked.append([prompt.id for prompt in prompts])
+        return [None if prompt.id == "mute" else str(len(prompt.text or "")) for prompt in prompts]
+
+
+PROMPTS = [Prompt(name, text=name * 3) for name in ("a", "bb", "ccc")]
+
+
+def teacher_store(folder: Path, writer: Writer, changed: dict[str, Any] | None = None, **values: Any) -> ResponseStore:
+    given = {"generate": writer, "fingerprint": "f"} | (changed or {})
+    return open_responses(section(type="teacher", **values), setup(folder, **given))
+
+
+def test_the_teacher_writes_once_and_only_what_is_needed(tmp_path: Path) -> None:
+    writer = Writer()
+    store = teacher_store(tmp_path, writer)
+    assert store.coverage(PROMPTS) == (3, 3)
+    assert not writer.asked
+    assert not (tmp_path / "run").exists()
+    assert say(store.find(ask(PROMPTS[:2], 4), 0)) == ["3"] * 4 + ["6"] * 4
+    assert say(store.find(ask(PROMPTS), 1)) == ["3", "6", "9"]
+    assert writer.asked == [["a", "bb"], ["ccc"]]
+    again = Writer()
+    assert say(teacher_store(tmp_path, again).find(ask(PROMPTS), 7)) == ["3", "6", "9"]
+    assert not again.asked
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"fingerprint": "g"},
+        {"seed": 1},
+        {"sampling": Sampling(temperature=0.5, max_new_tokens=9)},
+        {"sampling": Sampling(max_new_tokens=8)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_decides_a_text_keys_the_cache(tmp_path: Path, changed: dict[str, Any]) -> None:
+    shared = str(tmp_path / "shared")
+    teacher_store(tmp_path, Writer(), cache=shared).find(ask(PROMPTS), 0)
+    same, other = Writer(), Writer()
+    teacher_store(tmp_path / "elsewhere", same, cache=shared).find(ask(PROMPTS), 0)
+    teacher_store(tmp_path, other, changed, cache=shared).find(ask(PROMPTS), 0)
+    assert (same.asked, len(other.asked)) == ([], 1)
+
+
+def test_a_prompt_that_is_rendered_otherwise_is_another(tmp_path: Path) -> None:
+    writer = Writer()
+    store = teacher_store(tmp_path, writer)
+    store.find(ask(PROMPTS[:1]), 0)
+    store.find([replace(one, token_ids=torch.tensor([6])) for one in ask(PROMPTS[:1])], 0)
+    store.find([replace(one, prompt=replace(one.prompt, id="z")) for one in ask(PROMPTS[:1])], 0)
+    assert writer.asked == [["a"], ["a"], ["z"]]
+
+
+def test_a_teacher_that_gives_nothing_is_asked_once_a_run(tmp_path: Path) -> None:
+    writer, mute = Writer(), Prompt("mute", text="?")
+    store = teacher_store(tmp_path, writer)
+    assert say(store.find(ask([mute, PROMPTS[0]]), 0)) == [None, "3"]
+    assert say(store.find(ask([mute]), 1)) == [None]
+    assert writer.asked == [["mute", "a"]]
+    assert store.take_counts() == {"responses_missing": 2, "responses_unreadable": 0}
+    with pytest.raises(DataError, match="1 responses to 2 prompts"):
+        teacher_store(tmp_path, lambda prompts: ["1"], {"seed": 3}).find(ask(PROMPTS[:2]), 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 30])
+def test_a_killed_write_loses_one_line(tmp_path: Path, cut: int) -> None:
+    teacher_store(tmp_path, Writer()).find(ask(PROMPTS), 0)
+    (file,) = (tmp_path / "run" / "responses").iterdir()
+    file.write_bytes(file.read_bytes()[:-cut])
+    after = Writer()
+    assert say(teacher_store(tmp_path, after).find(ask(PROMPTS), 0)) == ["3", "6", "9"]
+    # without its line end alone, the last line is still whole
+    assert after.asked == ([] if cut == 1 else [["ccc"]])
+    last = Writer()
+    assert say(teacher_store(tmp_path, last).find(ask([*PROMPTS, Prompt("dddd", text="d")]), 0))[3] == "1"
+    final = Writer()
+    teacher_store(tmp_path, final).find(ask([*PROMPTS, Prompt("dddd", text="d")]), 0)
+    assert (last.asked, final.asked) == ([["dddd"]], [])
+
+
+def _add(folder: str, number: int) -> None:
+    store = teacher_store(Path(folder), Writer(), cache=folder)
+    for step in range(20):
+        store.find(ask([Prompt(f"{number}/{step}", text="x" * 2000)]), step)
+
+
+def test_runs_share_a_cache(tmp_path: Path) -> None:
+    """Each writer has a file handle of its own, as in a process of its own."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda number: _add(str(tmp_path), number), range(3)))
+    after = Writer()
+    store = teacher_store(tmp_path, after, cache=str(tmp_path))
+    for number in range(3):
+        for step in range(20):
+            store.find(ask([Prompt(f"{number}/{step}", text="x" * 2000)]), 0)
+    assert not after.asked
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no teacher here writes responses"):
+        open_responses(TeacherResponses(), setup(tmp_path))
+    with pytest.raises(RecipeError, match=r"responses.*max_new_tokens is 0"):
+        section(type="teacher", max_new_tokens=0)
+    with pytest.raises(RecipeError, match=r"responses\.type.*solutions"):
+        section(type="solution")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="which is a file"):
+        section(type="teacher", cache=str(tmp_path / "file")).check()
+    assert TeacherResponses(temperature=0.3).sampling(Sampling(1.0, top_k=5, max_new_tokens=7)) == Sampling(
+        0.3, max_new_tokens=7
+    )
+    with pytest.raises(DataError, match="no rows"):
+        section(type="jsonl", path=str(tmp_path / "file"), prompt_field="q", response_field="a").check()
+    path = write(tmp_path / "r.jsonl", [{"q": "a", "a": "b"}])
+    with pytest.raises(DataError, match=r"r\.jsonl:1: no field 'answer'"):
+        section(type="jsonl", path=path, prompt_field="q", response_field="answer").check()
+    with pytest.raises(RecipeError, match="there is no file"):
+        section(type="jsonl", path=str(tmp_path / "none.jsonl"), prompt_field="q", response_field="a").check()
