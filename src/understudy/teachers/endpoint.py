@@ -47,6 +47,10 @@ class Refused(Exception):  # noqa: N818 (caught where it is known what was asked
         return self.status in (*UNKNOWN_FIELD, 413) and bool(_TOO_LONG.search(self.message))
 
 
+class _Stopped(Exception):  # noqa: N818 (never leaves this module)
+    """Another request has failed, so this one is given up."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """An address, and how patiently it is asked."""
@@ -77,11 +81,24 @@ class Endpoint:
             ThreadPoolExecutor(workers) as pool,
         ):
             line = Line(self, client, Event())
+
+            def run(item: _Item) -> _Result:
+                if line.stop.is_set():
+                    raise _Stopped
+                try:
+                    return ask(line, item)
+                except BaseException:
+                    line.stop.set()
+                    raise
+
             try:
-                futures = [pool.submit(ask, line, item) for item in items]
+                futures = [pool.submit(run, item) for item in items]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                failed = next((future for future in futures if future in done and future.exception()), None)
-                return [failed.result()] if failed else [future.result() for future in futures]
+                errors = [future.exception() for future in futures if future in done]
+                for error in errors:
+                    if error is not None and not isinstance(error, _Stopped):
+                        raise error
+                return [future.result() for future in futures]
             finally:
                 line.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -123,7 +140,7 @@ class Line:
         problem, least_s = "", 0.0
         for attempt in range(endpoint.max_retries + 1):
             if attempt and self.stop.wait(max(least_s, self._backoff_s(key, attempt))):
-                break
+                raise _Stopped
             try:
                 response = self.client.post(endpoint.url, content=content)
             except httpx.RequestError as error:
