@@ -94,7 +94,11 @@ def _row(
     runs = dict(sorted(measured.get(combination, {}).items()))
     base = grid.baseline_of(combination)
     paired = {seed: measured.get(base, {}).get(seed) for seed in runs}
-    pairs = {seed: (other, runs[seed]) for seed, other in paired.items() if other is not None}
+    pairs = {
+        seed: (other, runs[seed])
+        for seed, other in paired.items()
+        if other is not None and other.scores and runs[seed].scores
+    }
     names = {run.metric for run in runs.values()}
     return Row(
         combination=combination,

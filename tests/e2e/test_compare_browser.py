@@ -1,0 +1,32 @@
+"""The page of a comparison in a real browser: its script runs, its charts are there, texts stay texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.e2e.test_report_browser import BROWSER, open_page
+from tests.integration.test_compare import cells, pretended, run
+
+from understudy.compare.outputs import write_outputs
+from understudy.compare.run import Outcome, summarise
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="NO BROWSER: the page was not opened; set UNDERSTUDY_BROWSER")
+
+HOSTILE = "</td></style></script><script>document.documentElement.dataset.pwned=1</script><img src=x onerror=alert(1)>"
+
+
+def test_the_page_opens_draws_its_charts_and_runs_nothing_of_others(tmp_path: Path) -> None:
+    found = cells(tmp_path, {HOSTILE: {"one": {}, HOSTILE: {}, "c": {}}}, seeds=2)
+    pretended(found, lambda name, seed: 0.5)
+    comparison = run(found)
+    failed = [Outcome(comparison.outcomes[0].cell, "failed", HOSTILE), *comparison.outcomes[1:]]
+    page = open_page(
+        write_outputs(summarise(found, failed, (), comparison.tuned, command=HOSTILE)), tmp_path / "profile"
+    )
+    assert page.console == ()
+    assert page.root["class"] == "script"
+    assert not {"data-script-error", "data-blocked", "data-pwned"} & page.root.keys()
+    assert int(page.root["data-charts"] or 0) == page.dom.count('class="chart"') == 2
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
