@@ -24,8 +24,8 @@ _CONSTRAINTS: dict[str, dict[str, Any]] = {
     "structured_outputs": {"structured_outputs": {"choice": list(DIGITS)}},
     "none": {},
 }
-"""vLLM took `guided_choice` until 0.11 and takes `structured_outputs` since; either ignores the other's name without a word
-(docs.vllm.ai, "Structured Outputs"). OpenAI refuses both with status 400, other servers with 422."""
+"""vLLM dropped `guided_choice` for `structured_outputs` in 0.12 (docs.vllm.ai, "Structured Outputs"), and ignores a name that
+it does not know, so a reply is read with the same care under a constraint."""
 TOP_LOGPROBS = 20
 """The most that OpenAI gives, and vLLM unless told otherwise; a digit that is not among them has no weight."""
 REMINDER = "Say one digit from 0 to 9 and nothing else."
