@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.runs import save_tiny_model
-from tests.tiny_models import letters, request, sample, tiny
+from tests.tiny_models import letters, request, tiny
+from tests.tiny_models import sample as written
 from understudy import config
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import pack
@@ -240,6 +241,13 @@ def test_another_run_is_refused(tmp_path: Path, change: dict[str, Any], match: s
         Stored(path=str(tmp_path)).open(dataclasses.replace(SETUP, **change))
 
 
+def test_the_run_has_a_tokenizer(tmp_path: Path) -> None:
+    meta, pairs = make()
+    write_scored(tmp_path, meta, pairs)
+    with pytest.raises(ValueError, match=r"Setup\.tokenizer"):
+        Stored(path=str(tmp_path)).open(dataclasses.replace(SETUP, tokenizer=None))
+
+
 def test_a_tokenizer_is_told_by_its_tokens_and_its_end() -> None:
     base, other = letters(), letters()
     assert tokenizer_digest(base) == tokenizer_digest(other)
@@ -253,7 +261,7 @@ def test_scores_of_another_teacher_are_refused(tmp_path: Path) -> None:
     setup = Setup(name="t", vocab_size=len(tokenizer), temperature=0.7, tokenizer=tokenizer)
     one, other = (save_tiny_model(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("other", 2)))
     teacher = Local(model=one).open(setup)
-    by_hand = sample("a", [3], [4, 1], author=Author.TEACHER, finish="data")
+    by_hand = written("a", [3], [4, 1], author=Author.TEACHER, finish="data")
     meta = ScoredMeta.of(teacher, setup, one)
     write_scored(tmp_path / "scores", meta, zip([by_hand], teacher.score([by_hand], SAMPLED), strict=True))
     path = str(tmp_path / "scores")

@@ -83,7 +83,9 @@ class Record:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Changes with any token, id or the EOS."""
+    """Changes with any token, id or the EOS. Raises ValueError for None."""
+    if tokenizer is None:
+        raise ValueError("Setup.tokenizer is None; stored scores are compared with the student's tokenizer")
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return blake2b(json.dumps([tokens, tokenizer.eos_token_id]).encode(), digest_size=16).hexdigest()
 
