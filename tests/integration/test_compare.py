@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -521,7 +522,12 @@ def test_what_a_run_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     found = cells(tmp_path, {hostile: {hostile: {}, "b": {}}}, seeds=1)
     made = pretended(found, lambda *_: 0.5)
     outcomes = [Outcome(made[0], "failed", hostile), Outcome(made[1], "finished", measured=measure(made[1]))]
-    html = render(build_page(summarise(found, outcomes, (), {}, command=hostile)))
+    page = build_page(summarise(found, outcomes, (), {}, command=hostile))
+    for chart in page.charts:
+        drawn = ElementTree.fromstring(chart.svg)
+        assert [text.text for text in drawn.iter("text")][-1] == "training samples"
+        assert any(str(path.get("class")).startswith("curve") for path in drawn.iter("path"))
+    html = render(page)
     assert html.count("<script>") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "optimizer step" not in html

@@ -142,8 +142,8 @@ def _charts(comparison: Comparison) -> tuple[list[Figure], list[str]]:
             title = chart.title if len(parts) == 1 else f"{chart.title} ({index} of {len(parts)})"
             drawn = figure(replace(chart, title=title, lines=part, note=BAND))
             words = [over_samples(text) for text in drawn.summary]
-            # what is drawn has its names escaped already; only the words between them are exchanged
-            found.append(replace(drawn, svg=Markup(over_samples(drawn.svg)), summary=words))  # noqa: S704
+            # what is drawn has its names escaped already; as plain text, or the exchanged words would be escaped too
+            found.append(replace(drawn, svg=Markup(over_samples(str(drawn.svg))), summary=words))  # noqa: S704
         if not lines:
             missing.append(chart.title.lower())
     return found, missing
