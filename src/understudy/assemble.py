@@ -31,18 +31,33 @@ from .models import (
 )
 from .recipe import Recipe, Student
 from .rollout import HFSampler
-from .tasks import Arithmetic, Hub, build_tokenizer
+from .tasks import Arithmetic, Hub, Mix, build_tokenizer
 from .tasks.records import Records
 from .tasks.render import encode_prompt
-from .teachers import LocalTeacher, Setup
+from .teachers import (
+    Chat,
+    Judge,
+    Local,
+    Privileged,
+    RoutedTeacher,
+    Setup,
+    Start,
+    Teacher,
+    Verbal,
+    check_names,
+)
+from .teachers.chat import ChatTeacher
+from .teachers.local import LocalTeacher
+from .teachers.privileged import PrivilegedTeacher
 from .trainer.loggers import check_loggers
+from .trainer.responses import Generate, ResponseSetup, ResponseStore, TeacherResponses, open_responses
 from .trainer.settings import Split
-from .types import Prompt, Sampling
+from .types import Prompt, Request, Sampling
 
 NUM_REHEARSED = 8
 """Prompts that a dry run renders."""
-TEACHER = "teacher"
-"""Name of the only teacher."""
+NUM_CHECKED_NAMES = 10_000
+"""Prompts whose teacher a dry run looks up."""
 
 
 def check(recipe: Recipe, *, training: bool = True) -> list[str]:
@@ -59,10 +74,17 @@ def check(recipe: Recipe, *, training: bool = True) -> list[str]:
     lines = [f"task: {recipe.task.name}"]
     recipe.task.check_files()
     _check_source(recipe.task, "train", "task")
-    imitates = training and recipe.method.plan(0).on_policy_share < 1
+    plans = [part.plan(0) for part in recipe.method.members]
+    imitates = training and recipe.responses is None and any(plan.on_policy_share < 1 for plan in plans)
     if imitates and isinstance(recipe.task, Records) and not recipe.task.solution_field:
         raise RecipeError(
             f"the method {type(recipe.method).__name__} imitates solutions, but task.solution_field does not say where "
+            "they are"
+        )
+    graded = any(plan.rewards is not None and plan.rewards.source == "outcome" for plan in plans)
+    if graded and isinstance(recipe.task, Records) and not recipe.task.reference_field:
+        raise RecipeError(
+            f"the method {type(recipe.method).__name__} rewards right answers, but task.reference_field does not say where "
             "they are"
         )
     if recipe.eval is not None:
@@ -75,9 +97,21 @@ def check(recipe: Recipe, *, training: bool = True) -> list[str]:
         raise RecipeError("student.lora needs the package peft; run: pip install 'understudy[lora]'")
     if recipe.student.model is not None:
         lines.append(f"student: {check_model_dir(recipe.student.model)}")
-    if recipe.teacher is not None:
-        lines.append(f"teacher: {check_model_dir(recipe.teacher.model)}")
+    lines += [section.check() for section in recipe.judges.values()]
+    lines += [section.check() for section in (recipe.reference, recipe.responses) if section is not None]
+    if recipe.teachers:
+        check_names(islice(recipe.task.prompts("train"), NUM_CHECKED_NAMES), recipe.teachers)
+    if recipe.reference is None and "reference" in recipe.method.needs:
+        lines.append("reference: the student's start")
     return [*lines, *_check_tokenizers(recipe)]
+
+
+def shared_vocabulary(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """The models, with their revisions, that must share the student's tokens: those whose probabilities are compared."""
+    found = [
+        section for section in (*recipe.judges.values(), recipe.reference) if isinstance(section, Local | Privileged)
+    ]
+    return [(section.model, section.revision) for section in found if section.model is not None]
 
 
 def _check_source(task: Any, split: Split, section: str) -> None:
@@ -95,9 +129,10 @@ def _check_tokenizers(recipe: Recipe) -> list[str]:
         return [f"tokenizer: {source} is a hub name, not checked offline"]
     tokenizer = student_tokenizer(recipe)
     lines = [f"tokenizer: {len(tokenizer):,} tokens"]
-    if recipe.teacher is not None and Path(recipe.teacher.model).expanduser().exists():
-        size = compare_vocabularies(tokenizer, load_tokenizer(recipe.teacher.model))
-        lines.append(f"student and teacher share {size:,} tokens")
+    for model, _ in shared_vocabulary(recipe):
+        if Path(model).expanduser().exists():
+            size = compare_vocabularies(tokenizer, load_tokenizer(model))
+            lines.append(f"the student and {model} share {size:,} tokens")
     if not isinstance(recipe.task, Hub) or Path(recipe.task.name).is_dir():
         lengths = [
             len(encode_prompt(tokenizer, prompt, recipe.student.template_kwargs))
@@ -132,17 +167,26 @@ def choose_device(name: str) -> torch.device:
 def tokenizer_source(recipe: Recipe) -> str | None:
     """Where the student's tokenizer is read from; None: the task has its own."""
     source = recipe.student.tokenizer or recipe.student.model
-    if source is None and not isinstance(recipe.task, Arithmetic):
+    if source is None and _own_alphabet(recipe) is None:
         raise RecipeError("student.build needs student.tokenizer: the task has no tokenizer of its own")
     return source
+
+
+def _own_alphabet(recipe: Recipe) -> Arithmetic | None:
+    """The task, or the part of a mix with the most tokens, that brings a tokenizer."""
+    task = recipe.task
+    parts = list(task.parts.values()) if isinstance(task, Mix) else [task]
+    built_in = [part for part in parts if isinstance(part, Arithmetic)]
+    return max(built_in, key=lambda part: part.num_tokens) if len(built_in) == len(parts) else None
 
 
 def student_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer of the student. Raises VocabularyError if it has no EOS."""
     source = tokenizer_source(recipe)
     if source is None:
-        assert isinstance(recipe.task, Arithmetic)
-        return build_tokenizer(recipe.task.family)
+        task = _own_alphabet(recipe)
+        assert task is not None
+        return build_tokenizer(task.alphabet or task.family)
     tokenizer = load_tokenizer(source, revision=recipe.student.revision)
     if tokenizer.eos_token_id is None:
         raise VocabularyError(
@@ -181,8 +225,8 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None) -> Loaded:
     tokenizer = student_tokenizer(recipe)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     warnings: list[str] = []
-    if recipe.teacher is not None:
-        other = load_tokenizer(recipe.teacher.model, revision=recipe.teacher.revision)
+    for source, revision in shared_vocabulary(recipe):
+        other = load_tokenizer(source, revision=revision)
         vocab_size = compare_vocabularies(tokenizer, other)
         warned = compare_chat_templates(tokenizer, other) if _is_chat(recipe) else None
         warnings += [warned] if warned else []
@@ -211,7 +255,15 @@ def _load_model(
     student: Student, tokenizer: Any, vocab_size: int, device: torch.device, seed: int, resume_from: Path | None
 ) -> nn.Module:
     adapters = student.lora is not None
-    source = str(resume_from) if resume_from is not None and not adapters else student.model
+    model = _load_base(student, tokenizer, vocab_size, device, seed, None if adapters else resume_from)
+    return _adapt(model, student, seed, resume_from) if adapters else model
+
+
+def _load_base(
+    student: Student, tokenizer: Any, vocab_size: int, device: torch.device, seed: int, resume_from: Path | None
+) -> nn.Module:
+    """Without adapters."""
+    source = student.model if resume_from is None else str(resume_from)
     model: nn.Module
     if source is None:
         assert student.build is not None
@@ -233,8 +285,6 @@ def _load_model(
             attn_implementation=student.attn_implementation,
             revision=student.revision if source == student.model else None,
         )
-    if student.lora is not None:
-        model = _adapt(model, student, seed, resume_from)
     return model
 
 
@@ -257,18 +307,108 @@ def _adapt(model: nn.Module, student: Student, seed: int, resume_from: Path | No
     return adapted
 
 
-def load_teacher(recipe: Recipe, loaded: Loaded) -> LocalTeacher | None:
-    """The teacher at the student's temperature and vocabulary; None where the method asks none."""
-    if recipe.teacher is None:
-        return None
-    return recipe.teacher.open(
-        Setup(
-            name=TEACHER,
-            vocab_size=loaded.vocab_size,
-            temperature=recipe.sampling.temperature or 1.0,
-            device=loaded.device,
-        )
+@dataclass(frozen=True)
+class Judges:
+    """Who judges the student."""
+
+    teacher: Teacher | None = None
+    """Gives token scores; of several the one that each sample names."""
+    judge: Judge | None = None
+    """Says a digit."""
+    reference: Teacher | None = None
+    several: bool = False
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The teachers' models that read what the student reads."""
+        found = [self.teacher, self.reference]
+        return [one.model for one in found if isinstance(one, LocalTeacher | PrivilegedTeacher)]
+
+
+def load_judges(recipe: Recipe, loaded: Loaded) -> Judges:
+    """The teachers and the reference model at the student's temperature and vocabulary."""
+    opened: dict[str, Any] = {
+        name: section.open(teacher_setup(recipe, loaded, name)) for name, section in recipe.judges.items()
+    }
+    asked = recipe.method.needs
+    judge = next((opened[name] for name, section in recipe.judges.items() if isinstance(section, Verbal | Chat)), None)
+    scorers = {name: one for name, one in opened.items() if one is not judge}
+    teacher = RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None)
+    reference = None
+    if "reference" in asked:
+        section = recipe.reference or Start()
+        reference = section.open(teacher_setup(recipe, loaded, "reference"))
+    return Judges(teacher, judge, reference, several=bool(recipe.teachers))
+
+
+def teacher_setup(recipe: Recipe, loaded: Loaded, name: str) -> Setup:
+    """What a teacher is loaded into."""
+    student = recipe.student
+    return Setup(
+        name=name,
+        vocab_size=loaded.vocab_size,
+        temperature=recipe.sampling.temperature or 1.0,
+        device=loaded.device,
+        tokenizer=loaded.tokenizer,
+        template_kwargs=student.template_kwargs,
+        student=loaded.model,
+        start=student.model,
+        start_revision=student.revision,
+        fresh_student=lambda: _load_base(
+            student, loaded.tokenizer, loaded.vocab_size, loaded.device, recipe.seed, None
+        ),
+        seed=recipe.seed,
+        cache_dir=Path(recipe.run_dir) / "cache",
     )
+
+
+def open_store(recipe: Recipe, loaded: Loaded, judges: Judges) -> ResponseStore | None:
+    """Where a teacher's own responses come from. Raises RecipeError where none fits."""
+    if recipe.responses is None:
+        return None
+    setup = ResponseSetup(
+        tokenizer=loaded.tokenizer,
+        seed=recipe.seed,
+        run_dir=Path(recipe.run_dir),
+        sampling=recipe.sampling,
+        generate=_writer(recipe, loaded, judges),
+        fingerprint=_fingerprint(judges),
+    )
+    store = open_responses(recipe.responses, setup)
+    store.check(recipe.task.prompts("train"), recipe.task.name, limit=NUM_CHECKED_NAMES)
+    return store
+
+
+def _fingerprint(judges: Judges) -> str | None:
+    teacher = judges.teacher or judges.judge
+    return None if teacher is None else teacher.fingerprint
+
+
+def _writer(recipe: Recipe, loaded: Loaded, judges: Judges) -> Generate | None:
+    """Asks the teacher for its own responses; None where it cannot write."""
+    if not isinstance(recipe.responses, TeacherResponses):
+        return None
+    sampling = recipe.responses.sampling(recipe.sampling)
+    if isinstance(judges.judge, ChatTeacher):
+        chat = judges.judge
+        return lambda prompts: chat.respond(prompts, max_new_tokens=sampling.max_new_tokens)
+    if isinstance(judges.teacher, RoutedTeacher) or not isinstance(judges.teacher, LocalTeacher):
+        return None
+    sampler = HFSampler(
+        judges.teacher.model,
+        loaded.tokenizer,
+        seed=recipe.seed,
+        stop_ids=loaded.stop_ids,
+        vocab_size=loaded.vocab_size,
+    )
+
+    def write(prompts: Sequence[Prompt]) -> list[str | None]:
+        ids = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in prompts]
+        requests = [Request(prompt, 0, row) for prompt, row in zip(prompts, ids, strict=True)]
+        written = sampler.generate(requests, sampling, step=0, stream="teacher")
+        return [None if sample.truncated else sample.text for sample in written]
+
+    return write
 
 
 def prompt_limit(recipe: Recipe, sampling: Sampling, *models: nn.Module) -> int:

@@ -27,12 +27,19 @@ class Choice:
     table: Mapping[str, type[Any]]
     refused: Mapping[str, str]
     optional: bool
+    named: bool = False
+    """Whether the value is a mapping of names to such sections."""
 
 
 def choice(table: Mapping[str, type[Any]], *, refused: Mapping[str, str] | None = None, optional: bool = False) -> Any:
     """A field whose value says `type: NAME`. `optional`: None where the recipe leaves it out."""
     metadata = {"choice": Choice(table, refused or {}, optional)}
     return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
+
+
+def choices(table: Mapping[str, type[Any]]) -> Any:
+    """A field whose value maps names to sections that say `type: NAME`; empty where the recipe leaves it out."""
+    return field(default_factory=dict, metadata={"choice": Choice(table, {}, optional=False, named=True)})
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,6 +122,10 @@ def parse(section: type[Section], values: object, path: str = "") -> Section:
 
 def _parse_field(item: Field[Any], hint: Any, value: object, path: str) -> Any:
     chosen: Choice | None = item.metadata.get("choice")
+    if chosen is not None and chosen.named:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{path} is {brief(value)}; it must be a mapping of names to sections with a `type`")
+        return {str(name): _parse_choice(chosen, section, _join(path, name)) for name, section in value.items()}
     if chosen is not None:
         return None if value is None and chosen.optional else _parse_choice(chosen, value, path)
     inner = _dataclass_in(hint)
@@ -148,12 +159,18 @@ def dump(section: Any) -> dict[str, Any]:
             continue
         value = getattr(section, item.name)
         chosen: Choice | None = item.metadata.get("choice")
-        if chosen is not None and value is not None:
-            name = next(name for name, kind in chosen.table.items() if kind is type(value))
-            values[item.name] = {"type": name} | dump(value)
+        if chosen is not None and chosen.named:
+            values[item.name] = {name: _dump_choice(chosen, section) for name, section in value.items()}
+        elif chosen is not None and value is not None:
+            values[item.name] = _dump_choice(chosen, value)
         else:
             values[item.name] = dump(value) if is_dataclass(value) else _plain(value)
     return values
+
+
+def _dump_choice(chosen: Choice, value: Any) -> dict[str, Any]:
+    name = next(name for name, kind in chosen.table.items() if kind is type(value))
+    return {"type": name} | dump(value)
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:

@@ -145,6 +145,8 @@ def pack(
         sequence=_sequence(samples),
         rollout_logprob=_join_rollout(samples),
         uniform=uniform,
+        outcome_advantage=_join_advantages(samples),
+        correct=_join_correct(samples),
     )
     teacher = {} if scores is None else _join_checked(samples, scores, batch.mask)
     second = {} if reference is None else _join_checked(samples, reference, batch.mask)
@@ -208,6 +210,27 @@ def _join_rollout(samples: Sequence[Sample]) -> Tensor | None:
             for sample in samples
         ]
     )
+
+
+def _per_token(samples: Sequence[Sample], values: Sequence[float | bool], dtype: torch.dtype) -> Tensor:
+    """[T], a number of each sample at all its tokens."""
+    sizes = torch.tensor([sample.num_response_tokens for sample in samples], dtype=torch.int64)
+    return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
+
+
+def _join_advantages(samples: Sequence[Sample]) -> Tensor | None:
+    """[T], NaN for samples that have none; None when that is all of them."""
+    if all(sample.advantage is None for sample in samples):
+        return None
+    values = [float("nan") if sample.advantage is None else sample.advantage for sample in samples]
+    return _per_token(samples, values, torch.float32)
+
+
+def _join_correct(samples: Sequence[Sample]) -> Tensor | None:
+    """[T]; None where a sample has no grade."""
+    grades = [sample.grade for sample in samples]
+    known = [grade.right for grade in grades if grade is not None]
+    return _per_token(samples, known, torch.bool) if samples and len(known) == len(samples) else None
 
 
 def _join_checked(samples: Sequence[Sample], scores: Sequence[Scores], mask: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from .recipe import Recipe, check_same_recipe
 from .report import write_report
 from .tasks import Arithmetic, num_repeated, overlap, overlap_message
 from .tasks.render import encode_prompt
-from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint, sync_tree
+from .teachers import StoredTeacher
+from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint, load_teacher_state, sync_tree
 from .trainer.collect import Collector
 from .trainer.console import Console
 from .trainer.distributed import Ranks, SharedSampler
@@ -32,8 +33,11 @@ from .trainer.loop import Ending, Trainer
 from .trainer.observe import Observer, peak_memory_gib
 from .trainer.optimizer import Optimizer
 from .trainer.prompts import PromptStream
+from .trainer.rewards import Rewarder
+from .trainer.rollouts import Rollouts
 from .trainer.rundir import RunDir
 from .trainer.update import Student
+from .types import Prompt
 
 MAX_COMPARED = 200_000
 """Training prompts that are compared with the evaluation's: computed tasks have millions."""
@@ -90,7 +94,7 @@ def _find_start(run_dir: RunDir, recipe: Recipe, resume: bool) -> Path | None:
 
 def _models(recipe: Recipe) -> list[str]:
     names = [f"the student ({recipe.student.model or 'from scratch'})"]
-    return names if recipe.teacher is None else [*names, f"the teacher ({recipe.teacher.model})"]
+    return [*names, *(f"{label} ({section.shown})" for label, section in recipe.judges.items())]
 
 
 def _build(
@@ -100,24 +104,28 @@ def _build(
     loaded = assemble.load_student(recipe, resume_from=None if checkpoint is None else checkpoint / STUDENT)
     optimizer = Optimizer(loaded.model, recipe.train)
     optimizer.load(state)
-    teacher = assemble.load_teacher(recipe, loaded)
-    models = [loaded.model] if teacher is None else [loaded.model, teacher.model]
-    samples_own = recipe.method.plan(0).on_policy_share > 0
+    judges = assemble.load_judges(recipe, loaded)
+    if judges.teacher is not None and checkpoint is not None:
+        judges.teacher.load_state(load_teacher_state(checkpoint))
+    models = [loaded.model, *judges.models]
+    method = recipe.run_method
+    samples_own = any(part.plan(0).on_policy_share > 0 for part in method.members)
     limit = assemble.prompt_limit(recipe, recipe.sampling, *models) if samples_own else recipe.train.max_prompt_tokens
     collector = Collector(
         sampler=loaded.sampler(recipe.seed),
         sampling=recipe.sampling,
         tokenizer=loaded.tokenizer,
         template_kwargs=recipe.student.template_kwargs,
-        teacher=teacher,
-        method=recipe.method,
+        teacher=judges.teacher,
+        reference=judges.reference,
+        responses=assemble.open_store(recipe, loaded, judges),
         settings=recipe.train,
         seed=recipe.seed,
         max_tokens=min((size for model in models if (size := num_positions(model)) is not None), default=None),
     )
     collector.sampler.push(None, progress.updates)
     prompts = PromptStream(
-        recipe.task.prompts("train"),
+        _training_prompts(recipe, judges),
         lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
         seed=recipe.seed,
         max_prompt_tokens=limit,
@@ -134,13 +142,20 @@ def _build(
             device=loaded.device,
             vocab_size=loaded.vocab_size,
             # imitation knows no rollout temperature
-            temperature=1.0 if recipe.teacher is None else recipe.sampling.temperature,
+            temperature=recipe.sampling.temperature if samples_own or recipe.judges else 1.0,
             compute_dtype=loaded.compute_dtype,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             style=row_style(loaded.model),
         ),
-        collector=collector,
-        prompts=prompts,
+        method=method,
+        rollouts=Rollouts(
+            prompts=prompts,
+            collector=collector,
+            rewarder=Rewarder(collector, judges.judge, recipe.task.grade, ranks, loaded.vocab_size),
+            ranks=ranks,
+            settings=recipe.train,
+        ),
+        several_teachers=judges.several,
         optimizer=optimizer,
         settings=recipe.train,
         evaluation=recipe.eval,
@@ -153,6 +168,18 @@ def _build(
         progress=progress,
     )
     return trainer, loaded
+
+
+def _training_prompts(recipe: Recipe, judges: assemble.Judges) -> Sequence[Prompt]:
+    """The task's, or where samples were stored those of them that have some. Raises DataError where none has."""
+    prompts = recipe.task.prompts("train")
+    if not isinstance(judges.teacher, StoredTeacher):
+        return prompts
+    known = judges.teacher.prompt_ids
+    found = [prompt for prompt in prompts if prompt.id in known]
+    if not found:
+        raise DataError(f"none of the prompts of task {recipe.task.name} is among those of {judges.teacher.name}")
+    return found
 
 
 def _check_eval_prompts(recipe: Recipe, loaded: assemble.Loaded) -> None:
@@ -273,7 +300,7 @@ def _write_facts(
         "student_parameters": sum(value.numel() for value in parameters),
         "trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "vocabulary": loaded.vocab_size,
-        "teacher": None if recipe.teacher is None else recipe.teacher.model,
+        "teacher": ", ".join(section.shown for section in recipe.judges.values()) or None,
         "hardware": facts.hardware(loaded.device),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "versions": facts.installed(),

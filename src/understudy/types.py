@@ -54,6 +54,11 @@ class Grade:
     answer: str | None = None
     note: str = ""
 
+    @property
+    def right(self) -> bool:
+        """Whether it is the full score."""
+        return self.score >= 1.0
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -416,7 +416,7 @@ def test_solutions_that_are_too_long_are_counted_and_left_out(tmp_path: Path) ->
     changes = distillation(tmp_path, task=task, method={"type": "sft"}, teacher=None)
     run_dir = train(tmp_path, **changes).run_dir.path
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["solutions_too_long"] for row in rows] == [4.0] * 6
+    assert [row["samples_left_out"] for row in rows] == [4.0] * 6
     assert all(row["response_tokens"] == 3.0 for row in rows)
 
 

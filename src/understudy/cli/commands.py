@@ -87,10 +87,12 @@ def load_for_use(path: Path, overrides: Sequence[str], model: str | None) -> Rec
         model = model or str(run_dir.student)
     else:
         recipe = load_recipe(path, overrides)
-    recipe = replace(recipe, teacher=None, method=SFT())
+    recipe = replace(recipe, teacher=None, teachers={}, reference=None, responses=None, method=SFT())
     if model is None:
         return recipe
-    student = replace(recipe.student, model=model, build=None, tokenizer=None, lora=None, revision=None)
+    student = replace(
+        recipe.student, model=model, starts={}, start=None, build=None, tokenizer=None, lora=None, revision=None
+    )
     return replace(recipe, student=student)
 
 

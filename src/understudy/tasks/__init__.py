@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
+from understudy.tasks.mix import Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.records import Hub, Jsonl
 from understudy.tasks.render import encode_prompt, encode_response, solution_sample, split_by_length
@@ -29,13 +30,19 @@ class Task(Protocol):
         """Everything that can be found wrong without reading it all. Raises RecipeError or DataError."""
 
 
-TASKS: Mapping[str, type[Arithmetic | Jsonl | Hub]] = {"arithmetic": Arithmetic, "jsonl": Jsonl, "hub": Hub}
+TASKS: Mapping[str, type[Arithmetic | Jsonl | Hub | Mix]] = {
+    "arithmetic": Arithmetic,
+    "jsonl": Jsonl,
+    "hub": Hub,
+    "mix": Mix,
+}
 
 __all__ = [
     "TASKS",
     "Arithmetic",
     "Hub",
     "Jsonl",
+    "Mix",
     "Task",
     "build_tokenizer",
     "encode_prompt",

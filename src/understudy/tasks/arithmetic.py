@@ -55,6 +55,8 @@ class Arithmetic:
     num_solutions: int | None = None
     """At most so many training problems, each with its solution; None: all that there are."""
     seed: int = 0
+    alphabet: Family | None = None
+    """Whose tokens the tokenizer has; None: the family's own. For students of several families."""
 
     def __post_init__(self) -> None:
         if self.family not in _FAMILIES:
@@ -65,12 +67,19 @@ class Arithmetic:
             raise ValueError(f"digits is a setting of the family addition, not of {self.family}")
         if self.family != "chain" and self.operations != 4:
             raise ValueError(f"operations is a setting of the family chain, not of {self.family}")
+        if not set(_FAMILIES[self.family]) <= set(_FAMILIES[self.alphabet or self.family]):
+            raise ValueError(f"the alphabet of {self.alphabet} lacks tokens that {self.family} is written in")
         if self.num_solutions is not None and self.num_solutions < 1:
             raise ValueError(f"num_solutions is {self.num_solutions}; it must be at least 1, or left out")
 
     @property
     def name(self) -> str:
         return f"arithmetic/{self.family}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Of its alphabet."""
+        return len(_FAMILIES[self.alphabet or self.family])
 
     @property
     def num_problems(self) -> int:

@@ -102,6 +102,7 @@ def solution_sample(
         prompt_length=len(prompt_ids),
         finish="data",
         text=prompt.solution,
+        teacher=prompt.teacher,
     )
 
 

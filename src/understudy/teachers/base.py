@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,10 @@ class Setup:
 class Section(Protocol):
     """A teacher's section of a recipe."""
 
-    GIVES: ClassVar[frozenset[Need]]
-    """What it can return, known before anything is loaded."""
+    @property
+    def GIVES(self) -> frozenset[Need]:  # noqa: N802 (a constant of most sections)
+        """What it can return, known before anything is loaded."""
+        ...
 
     @property
     def shown(self) -> str:

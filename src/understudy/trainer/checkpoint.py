@@ -2,6 +2,7 @@
 
     step_000100/student/               the model and its tokenizer, as Hugging Face or PEFT loads them
     step_000100/optimizer.safetensors  the optimizer's state by parameter name
+    step_000100/teacher.safetensors    what moves of a teacher; most have nothing
     step_000100/progress.json          steps, data position, best evaluation, versions
     step_000100/files.json             size and SHA-256 of every file
 
@@ -28,6 +29,7 @@ from understudy.errors import CheckpointError
 
 FORMAT = 1
 _FILES, _PROGRESS, _OPTIMIZER, STUDENT = "files.json", "progress.json", "optimizer.safetensors", "student"
+_TEACHER = "teacher.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, optimizer: dict[str, Tensor], save_student: Callable[[Path], None]
+    folder: Path,
+    progress: Progress,
+    optimizer: dict[str, Tensor],
+    save_student: Callable[[Path], None],
+    teacher: dict[str, Tensor] | None = None,
 ) -> Path:
     """Writes the checkpoint of `progress.step`. Raises CheckpointError if it cannot be written; older ones stay."""
     target = checkpoint_path(folder, progress.step)
@@ -75,6 +81,8 @@ def save_checkpoint(
         aside.mkdir(parents=True)
         save_student(aside / STUDENT)
         save_file({name: value.detach().cpu().clone() for name, value in optimizer.items()}, aside / _OPTIMIZER)
+        if teacher:
+            save_file({name: value.detach().cpu().clone() for name, value in teacher.items()}, aside / _TEACHER)
         (aside / _PROGRESS).write_text(json.dumps({"format": FORMAT} | asdict(progress), indent=2))
         (aside / _FILES).write_text(json.dumps(_digest(aside), indent=2))
         sync_tree(aside)
@@ -126,6 +134,12 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
         raise CheckpointError(
             f"checkpoint {path} cannot be read: {error}; delete it and resume from the one before"
         ) from error
+
+
+def load_teacher_state(path: Path) -> dict[str, Tensor]:
+    """What a teacher that moves had become; empty for others. After `load_checkpoint`, which checks the file."""
+    file = path / _TEACHER
+    return load_file(file) if file.is_file() else {}
 
 
 def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:

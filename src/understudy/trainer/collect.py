@@ -1,4 +1,4 @@
-"""The samples of one step: written by the student, or taken from the data, then judged by the teacher."""
+"""The samples of one step: written by the student, begun by the teacher or taken from data, then judged."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
 from understudy.packing import split_scored
 from understudy.randomness import keyed_uniform
 from understudy.rollout import Sampler
+from understudy.rollout.prefix import guided_requests
 from understudy.tasks.render import solution_sample
 from understudy.teachers import Teacher
+from understudy.teachers.stored import StoredTeacher
+from understudy.trainer.responses import ResponseStore
 from understudy.trainer.settings import Train
-from understudy.types import Request, Sample, Sampling, Scores
+from understudy.trainer.update import Judged
+from understudy.types import Author, Need, Request, Sample, Sampling
+
+TOKEN_SCORES: frozenset[Need] = frozenset({"sampled", "topk", "full"})
 
 
 @dataclass(frozen=True)
@@ -25,41 +35,114 @@ class Collector:
     tokenizer: Any
     template_kwargs: Mapping[str, Any]
     teacher: Teacher | None
-    method: Method
+    reference: Teacher | None
+    responses: ResponseStore | None
     settings: Train
     seed: int
     max_tokens: int | None = None
     """The longest sequence that the models take; longer solutions are left out and counted, never cut."""
 
-    def generate(self, requests: Sequence[Request], plan: RolloutPlan, step: int) -> list[Sample]:
-        """One sample for each request, in order, without solutions that are too long.
+    def generate(
+        self, requests: Sequence[Request], guided: Sequence[Request], plan: RolloutPlan, step: int
+    ) -> list[Sample]:
+        """One sample for each request, in order, without responses that are too long, then those of `guided`.
 
-        Which of them the student writes is drawn for each by its name.
+        Which of the requests the student writes is drawn for each by its name. A guided sample begins with a part of a
+        teacher's response; where there is no response, or none of it is left, it is left out.
         """
         own = [True] * len(requests)
         if plan.on_policy_share < 1.0 and requests:
             draws = keyed_uniform(self.seed, "on_policy", step, [request.key for request in requests], 1)[:, 0]
             own = (draws < plan.on_policy_share).tolist()
         asked = [request for request, by_student in zip(requests, own, strict=True) if by_student]
-        written = iter(self.sampler.generate(asked, self.sampling, step=step) if asked else [])
-        samples = [
-            next(written) if by_student else self._from_data(request)
-            for request, by_student in zip(requests, own, strict=True)
-        ]
+        asked = self._guide_some(asked, plan, step)
+        begun = [request for request in self._guide(guided, plan, step) if request.prefix_ids is not None]
+        written = self._write([*asked, *begun], step)
+        mine = iter(written[: len(asked)])
+        given = iter(self._given([r for r, by_student in zip(requests, own, strict=True) if not by_student], step))
+        samples = [next(mine) if by_student else next(given) for by_student in own] + written[len(asked) :]
         limit = self.max_tokens
-        return [sample for sample in samples if limit is None or sample.token_ids.numel() - 1 <= limit]
+        return [
+            sample
+            for sample in samples
+            if sample is not None and (limit is None or sample.token_ids.numel() - 1 <= limit)
+        ]
 
-    def _from_data(self, request: Request) -> Sample:
-        return solution_sample(
-            self.tokenizer, request.prompt, request.index, self.tokenizer.eos_token_id, self.template_kwargs
+    def write_again(self, requests: Sequence[Request], step: int) -> list[Sample]:
+        """Another attempt at each request, with other draws."""
+        return self.sampler.generate(requests, self.sampling, step=step, stream="resample") if requests else []
+
+    def _write(self, requests: Sequence[Request], step: int) -> list[Sample]:
+        if not requests:
+            return []
+        if isinstance(self.teacher, StoredTeacher):
+            return self._replay(self.teacher, requests)
+        return self.sampler.generate(requests, self.sampling, step=step)
+
+    def _replay(self, teacher: StoredTeacher, requests: Sequence[Request]) -> list[Sample]:
+        found = teacher.samples_for(requests)
+        missing = [request.key for request, sample in zip(requests, found, strict=True) if sample is None]
+        if missing:
+            raise DataError(
+                f"{teacher.name} stores no sample for request {missing[0]} (and {len(missing) - 1} more): store more "
+                "samples a prompt, lower train.samples_per_prompt, or train on the prompts that were stored"
+            )
+        return [sample for sample in found if sample is not None]
+
+    def _guide(self, requests: Sequence[Request], plan: RolloutPlan, step: int) -> list[Request]:
+        if not requests or plan.prefix_share == 0:
+            return list(requests)
+        assert self.responses is not None
+        found = self.responses.find(requests, step)
+        return guided_requests(requests, found, plan.prefix_share, max_new_tokens=self.sampling.max_new_tokens)
+
+    def _guide_some(self, requests: Sequence[Request], plan: RolloutPlan, step: int) -> list[Request]:
+        """Where guided samples replace others: the first of each prompt's requests."""
+        if plan.guided == "beside" or plan.prefix_share == 0:
+            return list(requests)
+        first = [
+            index for index, request in enumerate(requests) if request.index % self.settings.samples_per_prompt == 0
+        ]
+        guided = dict(zip(first, self._guide([requests[index] for index in first], plan, step), strict=True))
+        return [guided.get(index, request) for index, request in enumerate(requests)]
+
+    def _given(self, requests: Sequence[Request], step: int) -> list[Sample | None]:
+        """Responses that the student did not write: from the section `responses`, else the prompts' own solutions."""
+        if self.responses is not None:
+            found = self.responses.find(requests, step)
+            return [
+                None if ids is None else self.filled(request, ids) for request, ids in zip(requests, found, strict=True)
+            ]
+        eos_id, kwargs = self.tokenizer.eos_token_id, self.template_kwargs
+        return [solution_sample(self.tokenizer, item.prompt, item.index, eos_id, kwargs) for item in requests]
+
+    def filled(self, request: Request, response_ids: Tensor) -> Sample:
+        """A teacher's whole response in place of the student's."""
+        num_prompt = request.token_ids.numel()
+        author = torch.full((num_prompt + response_ids.numel(),), Author.PROMPT, dtype=torch.uint8)
+        author[num_prompt:] = Author.TEACHER
+        return Sample(
+            prompt=request.prompt,
+            index=request.index,
+            token_ids=torch.cat([request.token_ids, response_ids]),
+            author=author,
+            prompt_length=num_prompt,
+            finish="data",
+            text=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+            teacher=request.prompt.teacher,
         )
 
-    def score(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Scores] | None, int]:
-        """The samples that are judged, their scores (None where no teacher is asked), and how many were dropped."""
-        if self.teacher is None:
-            return list(samples), None, 0
-        if not samples:
-            return [], [], 0
-        k = self.method.reads.k or None
-        scores = self.teacher.score(samples, self.method.needs, k=k)
-        return split_scored(samples, scores, self.settings.on_missing_score)
+    def score(self, samples: Sequence[Sample], method: Method) -> tuple[Judged, int]:
+        """The samples with the scores that the method needs, and how many were dropped because one is missing."""
+        need = method.needs & TOKEN_SCORES
+        if not samples or (self.teacher is None and self.reference is None):
+            return Judged(list(samples), [] if need and not samples else None), 0
+        scores, num_dropped = None, 0
+        if need and self.teacher is not None:
+            found = self.teacher.score(samples, need, k=method.reads.k or None)
+            samples, scores, num_dropped = split_scored(samples, found, self.settings.on_missing_score)
+        reference = None
+        if "reference" in method.needs and self.reference is not None:
+            form: frozenset[Need] = frozenset({"full" if "full" in need else "sampled"})
+            reference = self.reference.score(samples, form)
+        return Judged(samples, scores, reference), num_dropped

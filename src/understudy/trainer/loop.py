@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +15,19 @@ import torch
 from understudy.errors import CheckpointError, TrainingError
 from understudy.eval.summary import EvalSummary, sample_row
 from understudy.files import write_json_lines
+from understudy.linear import LMHead
+from understudy.methods import Method
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
-from understudy.trainer.collect import Collector
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, Observer, nonfinite_record, peak_memory_gib, sample_metrics
 from understudy.trainer.optimizer import Optimizer
-from understudy.trainer.prompts import PromptStream
+from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import StopSignal
-from understudy.trainer.update import Student, accumulate_gradients
-from understudy.types import Sample, Scores
+from understudy.trainer.update import Judged, MicroBatch, Student, accumulate_gradients, prepare
+from understudy.types import Metric, Sample
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss and gradient until the run stops."""
@@ -41,8 +42,8 @@ class Trainer:
     """One run. All that changes is the weights, the optimizer's state and `progress`."""
 
     student: Student
-    collector: Collector
-    prompts: PromptStream
+    method: Method
+    rollouts: Rollouts
     optimizer: Optimizer
     settings: Train
     evaluation: Eval | None
@@ -55,6 +56,7 @@ class Trainer:
     ranks: Ranks
     seed: int
     progress: Progress
+    several_teachers: bool = False
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
 
@@ -86,79 +88,121 @@ class Trainer:
         step, clock = self.progress.step, Clock(self.student.device)
         # what draws from torch's own generator (dropout) is a function of the step, as everything else is
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
-        plan = self.collector.method.plan(step)
-        drawn = self.prompts.draw(self.progress.position, self.settings.prompts_per_step)
-        requests = drawn.requests(self.settings.samples_per_prompt)
-        mine = self.ranks.mine(requests)
+        method, own_step = self.method.at(step)
         with clock("generate_s"):
-            written = self.collector.generate(mine, plan, step)
+            found = self.rollouts(self.progress.position, method.plan(own_step), step)
         with clock("score_s"):
-            samples, scores, num_dropped = self.collector.score(written)
+            judged, num_dropped = self.rollouts.collector.score(found.samples, method)
         with clock("update_s"):
-            numbers = self._update(samples, scores, step)
-        metrics = self.ranks.sum_metrics(sample_metrics(written))
+            numbers = self._update(judged, method, own_step)
+        metrics = self.ranks.sum_metrics(sample_metrics(found.written) | found.metrics)
         numbers |= {name: metric.value for name, metric in metrics.items() if metric.count}
-        counts = self.ranks.sum_counts({"samples_dropped": num_dropped, "solutions_too_long": len(mine) - len(written)})
-        numbers |= counts | {"prompts_too_long": float(drawn.num_too_long), "peak_memory_gib": peak_memory_gib()}
-        num_tokens = int(metrics["response_tokens"].total)
+        numbers |= self.ranks.sum_counts(found.counts | {"samples_dropped": num_dropped})
+        numbers |= {"prompts_too_long": float(found.num_prompts_too_long), "peak_memory_gib": peak_memory_gib()}
+        if len(self.method.members) > 1:
+            numbers["phase"] = float(self.method.members.index(method))
+        num_samples, num_tokens = int(metrics["response_tokens"].count), int(metrics["response_tokens"].total)
         self.progress = replace(
             self.progress,
             step=step + 1,
-            position=drawn.next_position,
-            num_samples=self.progress.num_samples + len(requests),
+            position=found.next_position,
+            num_samples=self.progress.num_samples + num_samples,
             num_tokens=self.progress.num_tokens + num_tokens,
             elapsed_s=self.progress.elapsed_s + clock.total_s(),
         )
         self._torn = False
-        self.observer.step(self.progress, numbers | clock.rates(len(requests), num_tokens))
-        self._save_samples(written)
+        self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
+        self._save_samples(found.written)
         if self.progress.skipped_in_row >= MAX_SKIPPED:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step + 1}; the "
                 f"batches are in {self.run_dir.path / 'bad_batches'}. Lower train.lr, or look there for what is special"
             )
 
-    def _update(self, samples: Sequence[Sample], scores: Sequence[Scores] | None, step: int) -> dict[str, float]:
-        """Gradient, clip, optimizer step; a step whose loss or gradient is not finite changes nothing but its count."""
-        teacher = self.collector.teacher
-        full = teacher is not None and "full" in self.collector.method.needs
+    def _update(self, judged: Judged, method: Method, own_step: int) -> dict[str, float]:
+        """The updates of one step: their mean loss and gradient norm, and the metrics of all of them."""
+        settings, step, before = self.settings, self.progress.step, self.progress
+        parts = prepare(
+            self.student,
+            method,
+            judged,
+            step=own_step,
+            draw=(self.seed, step),
+            ranks=self.ranks,
+            num_minibatches=settings.minibatches,
+            fix_old=settings.minibatches * settings.passes > 1,
+            by_teacher=self.several_teachers,
+        )
+        heads, reference = self._heads(method, judged)
+        made = [
+            self._update_once(part, method, own_step, heads, reference)
+            for _ in range(settings.passes)
+            for part in parts
+        ]
+        self.rollouts.collector.sampler.push(None, self.progress.updates)
+        total: dict[str, Metric] = {}
+        for _, metrics in made:
+            for name, metric in metrics.items():
+                total[name] = total[name] + metric if name in total else metric
+        if not total:
+            self.observer.warn(step + 1, f"step {step + 1} was skipped: no sample with a trained token is left")
+        elif self.progress.updates == before.updates:
+            self.progress = replace(self.progress, skipped_in_row=before.skipped_in_row + 1)
+        else:
+            self.progress = replace(self.progress, skipped_in_row=0)
+        return {name: metric.value for name, metric in total.items()} | _means([numbers for numbers, _ in made])
+
+    def _heads(self, method: Method, judged: Judged) -> tuple[Mapping[str | None, LMHead], LMHead | None]:
+        """Heads of the teachers and of the reference, where whole rows are compared."""
+        collector = self.rollouts.collector
+        if "full" not in method.needs:
+            return {}, None
+        names = {sample.teacher for sample in judged.samples} if self.several_teachers else {None}
+        found = {name: None if collector.teacher is None else collector.teacher.head_for(name) for name in names}
+        heads = {name: head for name, head in found.items() if head is not None}
+        if "reference" not in method.needs or collector.reference is None:
+            return heads, None
+        return heads, collector.reference.head_for(None)
+
+    def _update_once(
+        self,
+        part: Sequence[MicroBatch],
+        method: Method,
+        own_step: int,
+        heads: Mapping[str | None, LMHead],
+        reference: LMHead | None,
+    ) -> tuple[dict[str, float], dict[str, Metric]]:
+        """Gradient, clip, optimizer step; an update whose loss or gradient is not finite changes nothing."""
+        step = self.progress.step
         self.optimizer.zero_grad()
         loss, metrics = accumulate_gradients(
-            self.student,
-            self.collector.method,
-            samples,
-            scores,
-            teacher_head=teacher.head_for(None) if full and teacher is not None else None,
-            step=step,
-            ranks=self.ranks,
+            self.student, part, heads=heads, reference_head=reference, step=own_step, ranks=self.ranks
         )
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
-        numbers = {"loss": loss, "grad_norm": norm} | {name: metric.value for name, metric in metrics.items()}
+        numbers = {"loss": loss, "grad_norm": norm}
         if math.isfinite(loss) and math.isfinite(norm) and metrics:
             self._torn = True
             numbers["lr"] = self.optimizer.step(step)
-            self.progress = replace(self.progress, updates=self.progress.updates + 1, skipped_in_row=0)
-        elif not metrics:
-            self.observer.warn(step + 1, f"step {step + 1} was skipped: no sample with a trained token is left")
-        else:
-            self._skip(samples, scores, loss, norm, step)
+            self.progress = replace(self.progress, updates=self.progress.updates + 1)
+            if self.rollouts.collector.teacher is not None:
+                self.rollouts.collector.teacher.follow(self.student.model)
+        elif metrics:
+            self._skip(part, loss, norm, step)
         self.optimizer.zero_grad()
-        self.collector.sampler.push(None, self.progress.updates)
-        return numbers
+        return numbers, metrics
 
-    def _skip(
-        self, samples: Sequence[Sample], scores: Sequence[Scores] | None, loss: float, norm: float, step: int
-    ) -> None:
+    def _skip(self, part: Sequence[MicroBatch], loss: float, norm: float, step: int) -> None:
         rows = [
-            nonfinite_record(sample, None if scores is None else scores[index]) for index, sample in enumerate(samples)
+            nonfinite_record(sample, None if micro.judged.scores is None else micro.judged.scores[index])
+            for micro in part
+            for index, sample in enumerate(micro.judged.samples)
         ]
         path = self.run_dir.path / "bad_batches" / f"step_{step + 1:06d}_rank_{self.ranks.rank}.jsonl"
         write_json_lines(path, rows)
         self.observer.warn(
             step + 1, f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"
         )
-        self.progress = replace(self.progress, skipped_in_row=self.progress.skipped_in_row + 1)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
@@ -190,7 +234,10 @@ class Trainer:
             )
         if self.ranks.is_main:
             self.observer.sync()
-            save_checkpoint(self.run_dir.checkpoints, self.progress, self.optimizer.state(), self.save_student)
+            teacher = self.rollouts.collector.teacher
+            state = {} if teacher is None else teacher.state()
+            folder = self.run_dir.checkpoints
+            save_checkpoint(folder, self.progress, self.optimizer.state(), self.save_student, state)
             keep = self.progress.best_step if self.settings.keep_best else None
             prune(self.run_dir.checkpoints, self.settings.keep_last, keep)
         self.ranks.barrier()
@@ -216,3 +263,10 @@ class Trainer:
                 except (CheckpointError, TrainingError, OSError) as problem:
                     self.observer.warn(self.progress.step, f"no checkpoint could be written: {problem}")
             raise
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over the updates that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}

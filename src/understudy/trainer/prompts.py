@@ -22,9 +22,14 @@ class Drawn:
     next_position: int
     num_too_long: int
 
-    def requests(self, samples_per_prompt: int) -> list[Request]:
-        """`samples_per_prompt` requests for each prompt; one that was drawn twice goes on counting its index."""
-        seen: Counter[str] = Counter()
+    @property
+    def names(self) -> list[str]:
+        """Ids of the prompts, each once."""
+        return list(dict.fromkeys(prompt.id for prompt, _ in self.prompts))
+
+    def requests(self, samples_per_prompt: int, seen: Counter[str] | None = None) -> list[Request]:
+        """`samples_per_prompt` requests for each prompt; one that was drawn before goes on counting its index in `seen`."""
+        seen = Counter() if seen is None else seen
         made = []
         for prompt, ids in self.prompts:
             made += [Request(prompt, seen[prompt.id] + n, ids) for n in range(samples_per_prompt)]

@@ -27,6 +27,10 @@ class Train:
     steps: int
     prompts_per_step: int = 64
     samples_per_prompt: int = 1
+    minibatches: int = 1
+    """Updates that a step's samples are divided over."""
+    passes: int = 1
+    """Times that the samples are gone through; with more than one update the ratio to the sampling student is not 1."""
     max_prompt_tokens: int = 1024
     """Longer prompts are left out, counted and reported; they are never cut."""
     lr: float = 1e-5
@@ -58,6 +62,7 @@ class Train:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "micro_batch_tokens")
+        _at_least(self, 1, "minibatches", "passes")
         _at_least(self, 1, "save_every", "keep_last")
         _at_least(
             self, 0, "lr", "warmup_steps", "final_lr_share", "weight_decay", "save_samples_every", "max_grad_norm"

@@ -1,0 +1,59 @@
+"""Problems of several tasks in turn, each part with a teacher of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from understudy import config
+from understudy.errors import DataError
+from understudy.tasks.arithmetic import Arithmetic
+from understudy.tasks.lazy import LazyPrompts
+from understudy.tasks.records import Hub, Jsonl, Split
+from understudy.types import Grade, Prompt
+
+PARTS: dict[str, type[Arithmetic | Jsonl | Hub]] = {"arithmetic": Arithmetic, "jsonl": Jsonl, "hub": Hub}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The task `mix`: `parts: {addition: {type: arithmetic, ...}, chain: {...}}`.
+
+    Prompts of the parts alternate, as many of each as the shortest part has. The name of a part names the teacher that
+    judges its samples, unless the part's own data do.
+    """
+
+    parts: Mapping[str, Arithmetic | Jsonl | Hub] = config.choices(PARTS)
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts is empty; name at least one task")
+
+    @property
+    def name(self) -> str:
+        return "mix/" + "+".join(self.parts)
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """Lazy; the i-th prompt is of part i modulo the number of parts. Raises as the parts do."""
+        found = {name: part.prompts(split) for name, part in self.parts.items()}
+        names = list(found)
+
+        def prompt(index: int) -> Prompt:
+            place, which = divmod(index, len(names))
+            chosen = found[names[which]][place]
+            label = names[which]
+            return replace(chosen, id=f"{label}/{chosen.id}", teacher=chosen.teacher or label)
+
+        return LazyPrompts(prompt, range(len(names) * min(len(prompts) for prompts in found.values())))
+
+    def grade(self, prompt: Prompt, text: str) -> Grade:
+        """The verdict of the part that the prompt is of."""
+        part = self.parts.get(prompt.id.partition("/")[0])
+        if part is None:
+            raise DataError(f"prompt {prompt.id} is of none of the parts {', '.join(self.parts)}")
+        return part.grade(prompt, text)
+
+    def check_files(self) -> None:
+        """Of every part."""
+        for part in self.parts.values():
+            part.check_files()

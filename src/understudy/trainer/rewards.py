@@ -1,0 +1,163 @@
+"""What samples are worth: verbal acceptance, the verifier's score, and the advantage over the prompt's other samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from understudy import signals
+from understudy.methods import Acceptance, Rewards, RolloutPlan
+from understudy.teachers import Judge
+from understudy.trainer.collect import Collector
+from understudy.trainer.distributed import Ranks
+from understudy.types import Grade, Metric, Prompt, Request, Sample, Verdict
+
+Grader = Callable[[Prompt, str], Grade]
+HIGHEST_DIGIT = 9.0
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """Samples to be trained on, and what was seen on the way."""
+
+    samples: list[Sample]
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    """Means that add up over ranks."""
+    flat_prompts: frozenset[str] = frozenset()
+    """Prompts, over all ranks, whose samples all have the same reward."""
+
+
+@dataclass(frozen=True)
+class Rewarder:
+    """Accepts, grades and compares the samples of a step."""
+
+    collector: Collector
+    judge: Judge | None
+    grade: Grader
+    ranks: Ranks
+    vocab_size: int
+
+    def __call__(
+        self, samples: Sequence[Sample], requests: Sequence[Request], plan: RolloutPlan, step: int
+    ) -> Rewarded:
+        """What is left of the samples, with reward and advantage. `requests`: those that the samples came from."""
+        kept, metrics = list(samples), dict[str, Metric]()
+        if plan.acceptance is not None:
+            kept, metrics = self._accept(kept, requests, plan.acceptance, step)
+        if plan.rewards is None:
+            return Rewarded(kept, metrics)
+        kept, shown = self._reward(kept, plan.rewards, plan.acceptance)
+        pairs = self.ranks.gather([(sample.prompt.id, float(sample.reward or 0.0)) for sample in kept])
+        kept = _compared(kept, pairs, self.ranks.rank, plan.rewards)
+        return Rewarded(kept, metrics | shown, _flat(pairs))
+
+    def _accept(
+        self, samples: list[Sample], requests: Sequence[Request], rule: Acceptance, step: int
+    ) -> tuple[list[Sample], dict[str, Metric]]:
+        """Verbal rejection: accepted samples, and what fills the places of the others."""
+        judged = self._judged(samples, rule)
+        by_key = {request.key: request for request in requests}
+        rejected = [sample for sample in judged if not accepted(sample, rule) and not unscored(sample)]
+        again = [by_key[sample.key] for sample in rejected]
+        extra: list[Sample] = []
+        if rule.on_reject == "resample":
+            second = self._judged(self.collector.write_again(again, step), rule)
+            extra = [sample for sample in second if accepted(sample, rule)]
+        elif rule.on_reject == "teacher" and again:
+            assert self.collector.responses is not None
+            found = self.collector.responses.find(again, step)
+            extra = [
+                self.collector.filled(item, ids) for item, ids in zip(again, found, strict=True) if ids is not None
+            ]
+        good = [sample for sample in judged if accepted(sample, rule)]
+        return [*good, *extra], self._verbal_metrics(judged, len(good), len(extra))
+
+    def _judged(self, samples: Sequence[Sample], rule: Acceptance) -> list[Sample]:
+        if not samples:
+            return []
+        assert self.judge is not None
+        verdicts = self.judge.judge(samples, score=rule.score, steps=rule.steps)
+        return [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
+
+    def _verbal_metrics(self, judged: Sequence[Sample], num_good: int, num_extra: int) -> dict[str, Metric]:
+        """Acceptance, histogram, and bytes of teacher signal a token beside those of full logits and of top-64."""
+        scored = [sample.verdict.score for sample in judged if sample.verdict and sample.verdict.score is not None]
+        num_tokens = sum(sample.num_response_tokens for sample in judged)
+        num_bytes = sum(sample.verdict.signal_bytes for sample in judged if sample.verdict)
+        metrics = {
+            "accepted": Metric(num_good, len(scored)),
+            "filled": Metric(num_extra, num_good + num_extra),
+            "unscored": Metric(len(judged) - len(scored), len(judged)),
+            "verbal_score": Metric(sum(scored), len(scored)),
+            "signal_bytes_per_token": Metric(num_bytes, num_tokens),
+            # float32 logits; 64 pairs of an int32 id and a float32 log-probability
+            "signal_bytes_per_token_full": Metric(4.0 * self.vocab_size * num_tokens, num_tokens),
+            "signal_bytes_per_token_top64": Metric(8.0 * min(64, self.vocab_size) * num_tokens, num_tokens),
+        }
+        digits = [min(int(score + 0.5), int(HIGHEST_DIGIT)) for score in scored]
+        return metrics | {
+            f"verbal/{digit}": Metric(digits.count(digit), len(digits)) for digit in range(int(HIGHEST_DIGIT) + 1)
+        }
+
+    def _reward(
+        self, samples: list[Sample], rewards: Rewards, acceptance: Acceptance | None
+    ) -> tuple[list[Sample], dict[str, Metric]]:
+        """With rewards. A sample that nobody can judge is dropped and counted, never worth 0."""
+        if rewards.source == "verbal":
+            assert acceptance is not None
+            lacking = self._judged([sample for sample in samples if sample.verdict is None], acceptance)
+            found = [*(sample for sample in samples if sample.verdict is not None), *lacking]
+            worth = [(sample, _verbal(sample.verdict)) for sample in found]
+        else:
+            graded = [replace(sample, grade=self.grade(sample.prompt, sample.text)) for sample in samples]
+            limit = self.collector.sampling.max_new_tokens
+            worth = [
+                (
+                    sample,
+                    sample.grade.score
+                    + signals.overlong_penalty(sample.num_response_tokens, limit, rewards.overlong_buffer),
+                )
+                for sample in graded
+                if sample.grade is not None
+            ]
+        kept = [replace(sample, reward=reward) for sample, reward in worth if reward is not None]
+        return kept, {"unrewarded": Metric(len(samples) - len(kept), len(samples))}
+
+
+def unscored(sample: Sample) -> bool:
+    """Whether the judge said no digit."""
+    return sample.verdict is None or sample.verdict.score is None
+
+
+def accepted(sample: Sample, rule: Acceptance) -> bool:
+    """Whether the judge's score reaches the threshold."""
+    return sample.verdict is not None and sample.verdict.score is not None and sample.verdict.score >= rule.threshold
+
+
+def _verbal(verdict: Verdict | None) -> float | None:
+    return None if verdict is None or verdict.score is None else verdict.score / HIGHEST_DIGIT
+
+
+def _compared(
+    samples: list[Sample], pairs: Sequence[Sequence[tuple[str, float]]], rank: int, rewards: Rewards
+) -> list[Sample]:
+    """With advantages against the samples of the same prompt on every rank."""
+    flat = [pair for part in pairs for pair in part]
+    if not flat:
+        return samples
+    names = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in flat))}
+    reward = torch.tensor([value for _, value in flat], dtype=torch.float64)
+    group = torch.tensor([names[name] for name, _ in flat])
+    advantage = signals.group_advantage(reward, group, normalise_std=rewards.normalise_std).tolist()
+    first = sum(len(part) for part in pairs[:rank])
+    return [replace(sample, advantage=advantage[first + index]) for index, sample in enumerate(samples)]
+
+
+def _flat(pairs: Sequence[Sequence[tuple[str, float]]]) -> frozenset[str]:
+    values: dict[str, set[float]] = {}
+    for part in pairs:
+        for name, value in part:
+            values.setdefault(name, set()).add(value)
+    return frozenset(name for name, found in values.items() if len(found) == 1)

@@ -1,0 +1,87 @@
+"""One step's samples, over as many rounds as it takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from understudy.methods import RolloutPlan
+from understudy.trainer.collect import Collector
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.prompts import PromptStream
+from understudy.trainer.rewards import Rewarded, Rewarder
+from understudy.trainer.settings import Train
+from understudy.types import Metric, Sample
+
+MAX_ROUNDS = 10
+"""Draws of further prompts in place of flat ones, after which the step goes on with what it has."""
+
+
+@dataclass
+class Gathered:
+    """The samples of a step on this rank."""
+
+    next_position: int
+    samples: list[Sample] = field(default_factory=list)
+    """To be trained on."""
+    written: list[Sample] = field(default_factory=list)
+    """All that were collected, before any was rejected."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Of this rank."""
+    num_prompts_too_long: int = 0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Draws prompts, has them answered, and rewards the answers."""
+
+    prompts: PromptStream
+    collector: Collector
+    rewarder: Rewarder
+    ranks: Ranks
+    settings: Train
+
+    def __call__(self, position: int, plan: RolloutPlan, step: int) -> Gathered:
+        """The samples of a step, from prompts at `position` on; prompts whose samples all have one reward are replaced
+        where the plan says so."""
+        found = Gathered(position)
+        refill = plan.rewards is not None and plan.rewards.dynamic_sampling
+        wanted, seen = self.settings.prompts_per_step, Counter[str]()
+        for number in range(MAX_ROUNDS if refill else 1):
+            if number:
+                found.counts["rounds_refilled"] += int(self.ranks.is_main)
+            rewarded, names = self._round(found, wanted, plan, step, seen)
+            flat = rewarded.flat_prompts if refill else frozenset()
+            found.samples += [sample for sample in rewarded.samples if sample.prompt.id not in flat]
+            wanted -= len([name for name in names if name not in flat])
+            found.counts["prompts_flat"] += len([name for name in names if name in flat]) if self.ranks.is_main else 0
+            if wanted <= 0:
+                break
+        return found
+
+    def _round(
+        self, found: Gathered, count: int, plan: RolloutPlan, step: int, seen: Counter[str]
+    ) -> tuple[Rewarded, Sequence[str]]:
+        """What `count` further prompts gave on this rank, and their names."""
+        per_prompt = self.settings.samples_per_prompt
+        drawn = self.prompts.draw(found.next_position, count)
+        requests = drawn.requests(per_prompt, seen)
+        begun = []
+        # beyond every index that a prompt can reach in this step
+        offset = per_prompt * self.settings.prompts_per_step * MAX_ROUNDS
+        if plan.prefix_share > 0 and plan.guided == "beside":
+            begun = self.ranks.mine(drawn.requests(1, Counter(dict.fromkeys(drawn.names, offset))))
+        mine = self.ranks.mine(requests)
+        written = self.collector.generate(mine, begun, plan, step)
+        rewarded = self.rewarder(written, [*mine, *begun], plan, step)
+        found.next_position = drawn.next_position
+        found.num_prompts_too_long += drawn.num_too_long
+        found.written += written
+        if self.collector.responses is not None:
+            found.counts.update(self.collector.responses.take_counts())
+        for name, metric in rewarded.metrics.items():
+            found.metrics[name] = found.metrics[name] + metric if name in found.metrics else metric
+        found.counts["samples_left_out"] += len(mine) - sum(sample.index < offset for sample in written)
+        return rewarded, drawn.names
