@@ -122,7 +122,7 @@ def test_scale_1_does_not_look_at_the_reference(reference: float | None) -> None
     same(changed(world, reference_logprob=value).evaluate(GOPD(scale=1.0)), world.evaluate(OPD()))
 
 
-@pytest.mark.parametrize("scale", [-0.5, 0.0, 0.7, 1.25, 2.0])
+@pytest.mark.parametrize("scale", [0.0, 0.7, 1.25, 2.0])
 def test_a_reference_equal_to_the_teacher_is_opd_at_every_scale(scale: float) -> None:
     for world in GUIDED:
         equal = replace(
@@ -163,7 +163,7 @@ def test_tropd_that_masks_outliers_is_opd_on_what_it_trusts() -> None:
     world = GUIDED[1]
     ratio = (world.batch.teacher_logprob - world.batch.student_logprob).exp()  # type: ignore[operator]
     kept = world.batch.mask & (~world.batch.on_policy | (world.batch.uniform < ratio))
-    share = float(kept.sum() / world.batch.mask.sum())
+    share = int(kept.sum()) / int(world.batch.mask.sum())
     assert share < 1
     same(world.evaluate(TrOPD(outlier="mask", guidance=0.0)), changed(world, mask=kept).evaluate(OPD()), share)
 
