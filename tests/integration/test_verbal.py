@@ -523,7 +523,7 @@ def test_timeouts_and_lost_servers_are_tried_again() -> None:
 )
 def test_a_refusal_fails_at_once(status: int, hint: str) -> None:
     with (
-        asked(lambda *_: refuses(status, "no such thing"), constrain="none", max_concurrency=1) as (
+        asked(lambda *_: refuses(status, "no such\x1b[2J thing"), constrain="none", max_concurrency=1) as (
             judge,
             requests,
             server,
@@ -532,6 +532,7 @@ def test_a_refusal_fails_at_once(status: int, hint: str) -> None:
     ):
         judge.judge(CASES)
     assert all(text in str(caught.value) for text in (server.url, str(status), "no such thing", hint))
+    assert "\x1b" not in str(caught.value)
     assert len(requests) == 1
 
 
