@@ -218,6 +218,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "arithmetic": {},
         "jsonl": {"path": "x", "prompt_field": "q"},
         "hub": {"dataset": "x", "prompt_field": "q"},
+        "mix": {"parts": {"sums": Arithmetic()}},
     }
     for name, task in TASKS.items():
         assert isinstance(task(**settings[name]).name, str)

@@ -19,7 +19,7 @@ def methods(name: str | None) -> None:
     """The table of methods, or the keys of one with their defaults."""
     with Console() as console:
         if name is None:
-            rows = [[key, _summary(kind), ", ".join(sorted(kind().needs))] for key, kind in METHODS.items()]
+            rows = [[key, _summary(kind), _needs(kind)] for key, kind in METHODS.items()]
             console.table("methods", ["type", "what it minimises", "asks the teacher for"], rows)
             return
         if name not in METHODS:
@@ -29,7 +29,8 @@ def methods(name: str | None) -> None:
         console.note("")
         console.note(inspect.getdoc(kind) or "")
         rows = [
-            [item.name, str(item.type), "" if item.default is MISSING else str(item.default)] for item in fields(kind)
+            [item.name, str(item.type), "required" if item.default is MISSING else str(item.default)]
+            for item in fields(kind)
         ]
         if rows:
             console.table(f"method: {{type: {name}, ...}}", ["key", "values", "default"], rows)
@@ -38,6 +39,12 @@ def methods(name: str | None) -> None:
 def _summary(kind: type[Method]) -> str:
     document = inspect.getdoc(inspect.getmodule(kind)) or ""
     return document.splitlines()[0].partition(": ")[2]
+
+
+def _needs(kind: type[Method]) -> str:
+    """What it asks for as it is by default."""
+    needs_keys = any(item.default is MISSING for item in fields(kind))
+    return "what its parts ask for" if needs_keys else ", ".join(sorted(kind().needs))
 
 
 def init(path: Path, student: str, teacher: str) -> str:
