@@ -304,31 +304,40 @@ def eopd(k: int, threshold: float, coef: float, clip: float) -> Callable[[Row], 
     return own(loss)
 
 
-def aopd(k: int, threshold: float, over: int = 1) -> Callable[[Row], Tensor]:
+def aopd(k: int, threshold: float, over: int = 1, tail: str = "none") -> Callable[[Row], Tensor]:
     def loss(row: Row) -> Tensor:
         gated = row.q[row.y] - math.exp(row.old) <= threshold
-        return row.forward_kl(k) / over if gated else row.gradient(row.d)
+        return top_k(k, "forward", "teacher", tail)(row) / over if gated else row.gradient(row.d)
 
     return own(loss)
 
 
 def tropd(
-    k: int, region: str, outlier: str, *, threshold: float = 1.0, guidance: float = 0.0, also_positive: bool = False
+    k: int,
+    region: str,
+    outlier: str,
+    *,
+    threshold: float = 1.0,
+    guidance: float = 0.0,
+    also_positive: bool = False,
+    tail: str = "none",
 ) -> Callable[[Row], Tensor]:
+    forward = top_k(k, "forward", "teacher", tail)
+
     def loss(row: Row) -> Tensor:
         if not row.own:
             return -guidance * row.logp[row.y]
         ratio = row.ratio_to_teacher
         trusted = row.u < min(ratio, 1.0) if region == "bernoulli" else ratio >= threshold
         if trusted and also_positive and ratio <= 1:
-            return row.forward_kl(k)
+            return forward(row)
         if trusted:
             return row.gradient(row.d)
         treatments: dict[str, Callable[[], Tensor]] = {
-            "forward_kl": lambda: row.forward_kl(k),
+            "forward_kl": lambda: forward(row),
             "clip": lambda: row.gradient(max(row.d, -0.7)),
             "mask": lambda: ZERO,
-            "scalar": lambda: row.gradient(-float(row.forward_kl(k).detach())),
+            "scalar": lambda: row.gradient(-float(forward(row).detach())),
         }
         return treatments[outlier]()
 
@@ -369,6 +378,7 @@ CASES: dict[str, tuple[Method, Formula]] = {
     "eopd all": (EOPD(k=V, threshold=0.0, coef=0.7, clip=0.1), each(eopd(V, 0.0, 0.7, 0.1))),
     "eopd": (EOPD(k=2, threshold=1.2), each(eopd(2, 1.2, 1.0, 0.2))),
     "aopd": (AOPD(k=3), each(aopd(3, 0.0), "sequence")),
+    "aopd bucket": (AOPD(k=2, tail="bucket"), each(aopd(2, 0.0, tail="bucket"), "sequence")),
     "aopd threshold": (AOPD(k=3, threshold=0.1, reduce="token"), each(aopd(3, 0.1))),
     "aopd mean over k": (AOPD(k=3, mean_over_k=True), each(aopd(3, 0.0, 3), "sequence")),
     "aopd k is v": (AOPD(k=V, threshold=-0.1, mean_over_k=True, reduce="token"), each(aopd(V, -0.1, V))),
@@ -386,6 +396,11 @@ CASES: dict[str, tuple[Method, Formula]] = {
     "tropd also positive ratio": (
         TrOPD(k=3, also_positive=True, outlier="clip", floor=-0.7, region="ratio", threshold=0.4, guidance=0.0),
         each(tropd(3, "ratio", "clip", threshold=0.4, also_positive=True)),
+    ),
+    "tropd bucket": (TrOPD(k=2, tail="bucket", guidance=0.0), each(tropd(2, "bernoulli", "forward_kl", tail="bucket"))),
+    "tropd bucket folded": (
+        TrOPD(k=2, tail="bucket", outlier="scalar", guidance=0.0),
+        each(tropd(2, "bernoulli", "scalar", tail="bucket")),
     ),
     "ovd": (OVD(clip=0.1, kl_coef=0.2), each(ovd(0.1, 0.2))),
     "ovd without reference": (OVD(kl_coef=0.0), each(ovd(0.2, 0.0))),
@@ -422,6 +437,10 @@ for scale in (0.0, 0.5, 1.25):
     CASES[f"gopd full {scale}"] = (
         GOPD(scale=scale, form="full"),
         each(own(lambda row, s=scale: row.reverse_kl(power_mixture(row, s)))),
+    )
+    CASES[f"gopd full sequence {scale}"] = (
+        GOPD(scale=scale, form="full", reduce="sequence"),
+        each(own(lambda row, s=scale: row.reverse_kl(power_mixture(row, s))), "sequence"),
     )
 for region, threshold in (("bernoulli", 1.0), ("ratio", 1.0), ("ratio", 0.4)):
     for outlier in ("forward_kl", "clip", "mask", "scalar"):
