@@ -1,23 +1,69 @@
-"""Every path, command and link that the README and the docs name exists. Prints what does not, and exits with 1."""
+"""What the README and the docs name exists. Prints what does not, and exits with 1.
+
+Checked are paths, commands, links and their anchors on every page; and on the pages of the methods that every method has
+one, that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import typer.main
+import yaml
 
+from understudy import config
 from understudy.cli.app import app
+from understudy.errors import RecipeError
+from understudy.methods import METHODS
+from understudy.methods.base import Method, PolicyMethod
+from understudy.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+OVERVIEW = ROOT / "docs" / "methods.md"
+METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 FOLDERS = ("src/", "tests/", "recipes/", "benchmarks/", "scripts/", "docs/", ".ci/")
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)")
 QUOTED = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```(?:console|bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+YAML_FENCE = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ANY_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+SECTIONS = (
+    "Source",
+    "Open in the sources",
+    "When to use it",
+    "Keys",
+    "What it needs",
+    "Metrics",
+    "Recipe",
+    "Limits",
+    "Evidence",
+)
+"""Headings of a method's page, in this order, after its name and its formula."""
+SHARED = frozenset(item.name for item in fields(PolicyMethod))
+"""Keys that stand in the overview, once for all methods."""
+REST_OF_RECIPE: Mapping[str, Any] = {
+    "run_dir": "runs/docs",
+    "student": {"model": "student"},
+    "task": {"type": "arithmetic"},
+    "train": {"steps": 200},
+}
+"""What a recipe on a method's page leaves out."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page: its header, and the cells of each row by the header's words."""
+
+    header: Sequence[str]
+    rows: Sequence[Mapping[str, str]]
 
 
 def commands(text: str) -> Iterator[str]:
@@ -28,18 +74,40 @@ def commands(text: str) -> Iterator[str]:
         yield from (line.partition(" #")[0] for line in prompted or lines)
 
 
+def tables(text: str) -> Iterator[Table]:
+    """The tables outside of fenced blocks."""
+    for block in re.findall(r"(?:^\|.*\n?)+", ANY_FENCE.sub("", text), re.MULTILINE):
+        cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
+        yield Table(cells[0], [dict(zip(cells[0], row, strict=False)) for row in cells[2:]])
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = HEADING.findall(ANY_FENCE.sub("", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def problems(page: Path) -> Iterator[str]:
     """What a page names that is not there."""
     text = page.read_text()
-    for target in LINK.findall(text):
-        if "://" not in target and not target.startswith("mailto:") and not (page.parent / target).exists():
+    for target, anchor in LINK.findall(text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        found = page.parent / target if target else page
+        if not found.exists():
             yield f"link to {target}"
+        elif anchor and found.suffix == ".md" and anchor not in anchors(found):
+            yield f"link to {target}#{anchor}: no such heading"
     for quoted in QUOTED.findall(text):
         path = quoted.split(":")[0]
         if path.startswith(FOLDERS) and " " not in path and "*" not in path and not (ROOT / path).exists():
             yield f"path {quoted}"
     for line in commands(text):
         yield from (f"{problem} in: {line}" for problem in command_problems(line))
+    if page in METHOD_PAGES:
+        yield from method_problems(page, text)
+    if page == OVERVIEW:
+        yield from key_problems(text, {"default": PolicyMethod})
 
 
 def command_problems(line: str) -> Iterator[str]:
@@ -61,10 +129,93 @@ def command_problems(line: str) -> Iterator[str]:
             yield f"no file {word}"
 
 
+def title_methods(page: Path) -> list[str]:
+    """The methods that a page's title names."""
+    return QUOTED.findall(page.read_text().partition("\n")[0].partition(":")[0])
+
+
+def coverage_problems() -> Iterator[str]:
+    """Methods without a page, or with two; pages that the overview does not link to."""
+    named = [name for page in METHOD_PAGES for name in title_methods(page)]
+    yield from (
+        f"docs/methods: {named.count(name)} pages have {name} in their title"
+        for name in METHODS
+        if named.count(name) != 1
+    )
+    linked = {target for target, _ in LINK.findall(OVERVIEW.read_text())}
+    yield from (
+        f"docs/methods.md: no link to {page.name}" for page in METHOD_PAGES if f"methods/{page.name}" not in linked
+    )
+
+
+def method_problems(page: Path, text: str) -> Iterator[str]:
+    """What is wrong with the page of a method, or of methods that share one."""
+    names = title_methods(page)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or page.stem not in names:
+        yield f"the title names {names}; it must name methods, {page.stem} among them"
+        return
+    sections = tuple(re.findall(r"^## (.+)$", ANY_FENCE.sub("", text), re.MULTILINE))
+    if sections != SECTIONS:
+        yield f"the headings are {sections}, not {SECTIONS}"
+    columns = {"default": METHODS[names[0]]} if len(names) == 1 else {f"`{name}`": METHODS[name] for name in names}
+    yield from key_problems(text, columns)
+    yield from metric_problems(text)
+    yield from recipe_problems(text, names)
+
+
+def key_problems(text: str, columns: Mapping[str, type[Method]]) -> Iterator[str]:
+    """Keys and defaults that differ from those of the dataclasses, each with a column of the table."""
+    rows = [row for table in tables(text) if table.header[0] == "key" for row in table.rows]
+    for column, kind in columns.items():
+        left_out = SHARED if kind is not PolicyMethod else frozenset[str]()
+        items = {item.name: item for item in fields(kind) if item.init and item.name not in left_out}
+        keys = [row["key"].strip("`") for row in rows]
+        if sorted(keys) != sorted(items):
+            yield f"the keys are {sorted(keys)}; {kind.__name__} has {sorted(items)}"
+        for row in rows:
+            item = items.get(row["key"].strip("`"))
+            cell = row.get(column, "").strip("`")
+            if item is None or (item.default is MISSING and cell == "required"):
+                continue
+            said = yaml.safe_load(cell)
+            if said != item.default or isinstance(said, bool) != isinstance(item.default, bool):
+                yield f"{row['key']} of {kind.__name__} is {cell}; the default is {item.default!r}"
+
+
+def metric_problems(text: str) -> Iterator[str]:
+    """Metrics that nothing logs: their name, or each part of it between slashes, stands in no string of the code."""
+    source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    for table in tables(text):
+        names = [name for row in table.rows if table.header[0] == "metric" for name in QUOTED.findall(row["metric"])]
+        for name in names:
+            first, _, last = name.rpartition("/")
+            if f'"{last}"' not in source and f'"{first}/' not in source:
+                yield f"metric {name}"
+
+
+def recipe_problems(text: str, names: Sequence[str]) -> Iterator[str]:
+    """Recipes that do not parse, with the rest of a recipe around them; a page without one for its method."""
+    used = set()
+    for block in YAML_FENCE.findall(text):
+        try:
+            values = yaml.safe_load(block)
+            rest = {key: value for key, value in REST_OF_RECIPE.items() if key not in values}
+            train = {**REST_OF_RECIPE["train"], **values.get("train", {})}
+            config.parse(Recipe, {**rest, **values, "train": train})
+        except (RecipeError, yaml.YAMLError) as error:
+            yield f"recipe: {error}"
+        else:
+            used.add(values["method"]["type"])
+    yield from (f"no recipe with {name}" for name in names if name not in used)
+
+
 def main() -> int:
     """Checks all pages."""
     found = [f"{page.relative_to(ROOT)}: {problem}" for page in PAGES for problem in problems(page)]
-    print("\n".join(found) or f"{len(PAGES)} pages: every path, link and command exists")
+    found += coverage_problems()
+    done = f"{len(PAGES)} pages: every path, link and command exists; {len(METHODS)} methods are as the code has them"
+    print("\n".join(found) or done)
     return bool(found)
 
 

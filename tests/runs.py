@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from torch import Tensor
 
 from understudy.tasks import build_tokenizer
+from understudy.types import Grade, Prompt
 
+SHORT = {"type": "verbal", "template": "{problem}{response}#", "step_template": "{problem}{steps};{step}#"}
+"""A judge in the alphabet of the task; it lacks the model."""
 BUILD = {"architecture": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 64}
 
 
@@ -39,11 +48,11 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def save_tiny_model(path: Path, *, seed: int, hidden_size: int = 16, family: str = "addition") -> str:
-    """A random model with the task's tokenizer, as a Hugging Face directory."""
+def save_tiny_model(path: Path, *, seed: int, hidden_size: int = 16, sharp: float = 1.0) -> str:
+    """A random model with the task's tokenizer, as a Hugging Face directory; `sharp` scales its head."""
     from understudy.models import build_causal_lm, save_hf
 
-    tokenizer = build_tokenizer(family)  # type: ignore[arg-type]
+    tokenizer = build_tokenizer("addition")
     model = build_causal_lm(
         BUILD | {"hidden_size": hidden_size},
         vocab_size=len(tokenizer),
@@ -51,6 +60,7 @@ def save_tiny_model(path: Path, *, seed: int, hidden_size: int = 16, family: str
         pad_token_id=tokenizer.pad_token_id,
         seed=seed,
     )
+    model.get_output_embeddings().weight.data.mul_(sharp)
     save_hf(model, tokenizer, path)
     return str(path)
 
@@ -69,3 +79,78 @@ def distillation(folder: Path, *, seed: int = 0, **changes: Any) -> dict[str, An
         | changes
         | {"student": {"model": student, "build": None} | changes.get("student", {})}
     )
+
+
+def train(folder: Path, *, resume: bool = False, **changes: Any) -> Path:
+    """Trains the tiny recipe in `folder`; its run directory."""
+    from understudy import config, runs
+    from understudy.recipe import Recipe
+    from understudy.trainer.console import Console
+
+    recipe = config.parse(Recipe, tiny_recipe(folder, **changes))
+    return runs.train(recipe, resume=resume, console=Console(quiet=True)).run_dir.path
+
+
+def train_in_two(folder: Path, at: int, **changes: Any) -> Path:
+    """The same, interrupted before step `at` + 1 and resumed."""
+    from understudy.trainer.loop import Trainer
+
+    plain = Trainer._take_step
+
+    def interrupted(self: Trainer) -> None:
+        if self.progress.step == at:
+            raise KeyboardInterrupt
+        plain(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_take_step", interrupted)
+        train(folder, **changes)
+    return train(folder, resume=True, **changes)
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    """Of the final student."""
+    return load_file(run_dir / "student" / "model.safetensors")
+
+
+def metric_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Everything that was logged at each step, without what a clock or the memory says."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if not name.endswith(("_s", "_gib"))} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit-equal weights, equal numbers."""
+    assert metric_rows(one) == metric_rows(other)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def assert_close_run(one: Path, other: Path, *, atol: float) -> None:
+    """Equal counts, losses and weights but for sums that round in another order."""
+    for row, like in zip(metric_rows(one), metric_rows(other), strict=True):
+        assert row.keys() == like.keys()
+        for name, value in row.items():
+            assert like[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (row["step"], name)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(other)[name], value, rtol=0, atol=atol)
+
+
+def grade_by_length(task: object, prompt: Prompt, text: str) -> Grade:
+    """A verifier that random models can please: of four scores one, by the number of characters."""
+    return Grade(len(text) % 4 / 3)
+
+
+if __name__ == "__main__":
+    # under torchrun: the recipe of each folder that is named, one after the other, graded by length
+    from understudy import runs
+    from understudy.recipe import load_recipe
+    from understudy.tasks import Arithmetic
+    from understudy.trainer.console import Console
+
+    torch.set_num_threads(1)
+    Arithmetic.grade = grade_by_length  # type: ignore[method-assign]
+    for folder in sys.argv[1:]:
+        runs.train(load_recipe(Path(folder) / "recipe.yaml"), console=Console(quiet=True))

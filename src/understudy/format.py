@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 MISSING = "not recorded"
 _RATE = re.compile(
-    r"^(avg|pass|maj)@\d+$|^(accuracy|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
+    r"^(avg|pass|maj)@\d+$|^(accuracy|greedy|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
 )
 _LABELS = {
     "avg": "mean of {} attempts",
     "pass": "at least one of {} right",
     "maj": "majority of {}",
+    "greedy": "the most likely token at every step",
     "accuracy": "",
     "mean_tokens": "response length, tokens",
     "truncated": "cut at the length limit",

@@ -258,6 +258,7 @@ def evaluator(
                 eos_ids=loaded.stop_ids,
                 template_kwargs=recipe.student.template_kwargs,
                 progress=show,
+                greedy=settings.greedy,
             )
 
     return evaluate

@@ -197,7 +197,7 @@ def test_unequal_budgets_are_told(tmp_path: Path) -> None:
     shares = [pretended(equal, lambda *_: 0.5), pretended(cells(tmp_path / "2", unequal.grid.vary), lambda *_: 0.5)]
     assert budget_warning(budgets(shares[0])) == ""
     assert "not equal" in markdown(run(cells(tmp_path / "2", unequal.grid.vary)).table)
-    assert "a: 1,152; b: 2,304" in budget_warning(budgets(shares[1]))
+    assert "They are 1,152, but b: 2,304" in budget_warning(budgets(shares[1]))
 
 
 # Runs

@@ -54,7 +54,11 @@ class Cell:
     def budget_tokens(self) -> int:
         """Response tokens that training may take at most."""
         train = self.recipe.train
-        return train.steps * train.prompts_per_step * train.samples_per_prompt * self.recipe.sampling.max_new_tokens
+        plans = [part.plan(0) for part in self.recipe.method.members]
+        # a guided sample stands beside the others of its prompt
+        guided = any(plan.prefix_share > 0 and plan.guided == "beside" for plan in plans)
+        samples = train.prompts_per_step * (train.samples_per_prompt + guided)
+        return train.steps * samples * self.recipe.sampling.max_new_tokens
 
     def state(self) -> State:
         """Raises RecipeError where the directory holds another run, or something else."""

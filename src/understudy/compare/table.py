@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,10 +224,12 @@ def budget_warning(budgets: Mapping[Combination, int]) -> str:
     """Empty where every combination may take equally many tokens."""
     if len(set(budgets.values())) <= 1:
         return ""
-    listed = "; ".join(f"{combination.name}: {number(tokens)}" for combination, tokens in budgets.items())
+    usual = Counter(budgets.values()).most_common(1)[0][0]
+    others = [(combination.name, tokens) for combination, tokens in budgets.items() if tokens != usual]
+    listed = "; ".join(f"{name}: {number(tokens)}" for name, tokens in others)
     return (
         "The token budgets (steps x prompts x samples x max_new_tokens) are not equal, so this does not compare equal "
-        f"amounts of training: {listed}."
+        f"amounts of training. They are {number(usual)}, but {listed}."
     )
 
 

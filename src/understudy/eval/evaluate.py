@@ -42,11 +42,13 @@ def run_eval(
     eos_ids: Collection[int] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    greedy: bool = False,
 ) -> EvalSummary:
     """Evaluates and, with `out_dir`, writes step_XXXXXX.jsonl and then step_XXXXXX.json there.
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
-    evaluated later gives the same numbers. `eos_ids` end a response (None: the tokenizer's EOS). `progress` is called
+    evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
+    as the metric `greedy`. `eos_ids` end a response (None: the tokenizer's EOS). `progress` is called
     with the samples done and in all. Raises DataError for prompts with equal ids and if no prompt fits the budget.
     """
     if samples_per_prompt < 1:
@@ -58,6 +60,11 @@ def run_eval(
     summary = summarise(
         samples, step=step, split=split, eos_ids=ends, too_long=len(too_long), sampling=asdict(sampling)
     )
+    if greedy:
+        once = [Request(prompt, 0, ids) for prompt, ids in fitting]
+        best = _sample_and_grade(once, task, sampler, replace(sampling, temperature=0.0), f"eval/{split}/greedy", None)
+        found = summarise(best, step=step, split=split, eos_ids=ends).metrics.get("avg@1")
+        summary = summary if found is None else replace(summary, metrics={**summary.metrics, "greedy": found})
     if out_dir is not None:
         write_eval(out_dir, summary, samples)
     return summary

@@ -90,6 +90,8 @@ class Eval:
     samples_per_prompt: int = 1
     sampling: Sampling | None = None
     """None: as in training."""
+    greedy: bool = False
+    """Also one answer to each problem at temperature 0, the metric `greedy`."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every", "problems", "samples_per_prompt")
