@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from understudy.tasks import build_tokenizer
-from understudy.types import Grade, Prompt
+from understudy.types import Grade, Prompt, Sample, Verdict
 
 SHORT = {"type": "verbal", "template": "{problem}{response}#", "step_template": "{problem}{steps};{step}#"}
 """A judge in the alphabet of the task; it lacks the model."""
@@ -48,11 +49,11 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def save_tiny_model(path: Path, *, seed: int, hidden_size: int = 16, sharp: float = 1.0) -> str:
-    """A random model with the task's tokenizer, as a Hugging Face directory; `sharp` scales its head."""
+def save_tiny_model(path: Path, *, seed: int, hidden_size: int = 16, family: str = "addition") -> str:
+    """A random model with the task's tokenizer, as a Hugging Face directory."""
     from understudy.models import build_causal_lm, save_hf
 
-    tokenizer = build_tokenizer("addition")
+    tokenizer = build_tokenizer(family)  # type: ignore[arg-type]
     model = build_causal_lm(
         BUILD | {"hidden_size": hidden_size},
         vocab_size=len(tokenizer),
@@ -60,7 +61,6 @@ def save_tiny_model(path: Path, *, seed: int, hidden_size: int = 16, sharp: floa
         pad_token_id=tokenizer.pad_token_id,
         seed=seed,
     )
-    model.get_output_embeddings().weight.data.mul_(sharp)
     save_hf(model, tokenizer, path)
     return str(path)
 
@@ -143,14 +143,23 @@ def grade_by_length(task: object, prompt: Prompt, text: str) -> Grade:
     return Grade(len(text) % 4 / 3)
 
 
+def judge_by_length(
+    judge: object, samples: Sequence[Sample], *, score: str = "argmax", steps: bool = False
+) -> list[Verdict]:
+    """A judge that uses all ten digits."""
+    return [Verdict(float(len(sample.text) * 7 % 10), signal_bytes=1) for sample in samples]
+
+
 if __name__ == "__main__":
-    # under torchrun: the recipe of each folder that is named, one after the other, graded by length
+    # under torchrun: the recipe of each folder that is named, one after the other, judged by length
     from understudy import runs
     from understudy.recipe import load_recipe
     from understudy.tasks import Arithmetic
+    from understudy.teachers.verbal import VerbalTeacher
     from understudy.trainer.console import Console
 
     torch.set_num_threads(1)
     Arithmetic.grade = grade_by_length  # type: ignore[method-assign]
+    VerbalTeacher.judge = judge_by_length  # type: ignore[method-assign]
     for folder in sys.argv[1:]:
         runs.train(load_recipe(Path(folder) / "recipe.yaml"), console=Console(quiet=True))
