@@ -135,11 +135,13 @@ class FoldedTopK:
     tail: Tail
     old_logprob: Tensor | None = None
     """[C]"""
+    weight: Tensor | None = None
+    """[C], as that of `PolicyGradient`."""
 
     def __call__(self, rows: Rows) -> Tensor:
         """[C]"""
         divergence = TopKDivergence(self.teacher_logp, "forward", self.tail)(rows).detach()
-        return PolicyGradient(-divergence, self.old_logprob)(rows)
+        return PolicyGradient(-divergence, self.old_logprob, weight=self.weight)(rows)
 
 
 @dataclass(frozen=True, eq=False)

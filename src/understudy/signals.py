@@ -47,7 +47,8 @@ def mixture_floor(mix: float, kind: Literal["mixture", "odds"]) -> float:
 @torch.no_grad()
 def top_share(value: Tensor, mask: Tensor, share: float) -> Tensor:
     """The `ceil(share N)` largest of the N values where `mask`; equal values are all in or all out (in). [T] bool."""
-    num_kept = math.ceil(share * int(mask.sum()))
+    # 0.07 * 100 is 7.000000000000001
+    num_kept = math.ceil(round(share * int(mask.sum()), 9))
     if num_kept == 0:
         return torch.zeros_like(mask)
     least = value[mask].topk(num_kept).values[-1]

@@ -55,7 +55,8 @@ def test_help_answers_at_once() -> None:
         env=os.environ | {"UNDERSTUDY_STARTED": "1"},
     )
     assert "| torch" not in done.stderr
-    assert all(name in done.stdout for name in ("train", "eval", "sample", "report", "methods", "init"))
+    commands = ("train", "eval", "sample", "record", "report", "compare", "methods", "init")
+    assert all(name in done.stdout for name in commands)
 
 
 def test_process_settings_are_for_cpus_and_leave_the_users_own() -> None:

@@ -506,14 +506,9 @@ def check(method: Method, formula: Formula, world: Enumerated) -> None:
 WORLDS = [Enumerated.make(seed, stale=seed % 2 == 1) for seed in range(4)]
 
 
-FOLDED_WITHOUT_WEIGHT = pytest.mark.xfail(
-    strict=True, reason="the outliers' policy gradient (scalar) does not take the weight for the engine's mismatch"
-)
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=FOLDED_WITHOUT_WEIGHT) if "scalar" in n and "2 " in n else n for n in CASES],
+    CASES,
 )
 def test_loss_and_gradient_are_those_of_the_formula(name: str) -> None:
     for world in WORLDS:

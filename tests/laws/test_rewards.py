@@ -191,10 +191,7 @@ def test_equal_values_stand_together() -> None:
         "0.2",
         "0.5",
         "0.25",
-        pytest.param(
-            "0.07",
-            marks=pytest.mark.xfail(strict=True, reason="0.07 * 100 is 7.000000000000001, so 8 of 100 are kept"),
-        ),
+        "0.07",
     ],
 )
 def test_a_share_is_that_of_its_decimal(share: str) -> None:

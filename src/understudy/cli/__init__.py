@@ -1,4 +1,4 @@
-"""The command line: `understudy train | eval | sample | report | methods | init`."""
+"""The command line: `understudy train | eval | sample | record | report | compare | methods | init`."""
 
 from __future__ import annotations
 

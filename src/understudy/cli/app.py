@@ -111,6 +111,37 @@ def sample(
 
 
 @app.command()
+def record(
+    recipe: RecipeFile,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where to write, or to continue.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option("--prompts", min=1, help="Training prompts, in the order of training.", show_default="as trained"),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="Samples of each prompt.", show_default="train.samples_per_prompt"),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option("--k", min=1, help="Most likely tokens of each row.", show_default="what the method needs"),
+    ] = None,
+) -> None:
+    """Store samples of the student's start with the teacher's scores, to train without the teacher.
+
+    The same command again goes on with what is missing. Train with teacher={type: stored, path: DIR}.
+    """
+    from . import recording
+
+    amount = recording.Amount(prompts=prompts, samples=samples, k=k)
+    if recording.record(recipe, overrides or [], out=out, amount=amount) != "finished":
+        raise typer.Exit(EXIT_SIGNAL)
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
     baseline: Annotated[

@@ -127,6 +127,12 @@ class PolicyMethod(Method):
     def requires(self) -> tuple[str, ...]:
         return () if self.correction == "none" else ("rollout_logprob",)
 
+    def weight(self, batch: TokenBatch) -> Tensor | None:
+        """What each token counts because the engine's numbers are not the trainer's. [T]; None without a correction."""
+        low, high = self.correction_low, self.correction_high
+        old = present(batch.student_logprob)
+        return signals.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
+
     def policy_term(
         self,
         batch: TokenBatch,
@@ -140,10 +146,9 @@ class PolicyMethod(Method):
         metrics: dict[str, Tensor] | None = None,
     ) -> Term:
         """The term "policy_gradient" of `advantage` [T], weighted for the engine's mismatch."""
-        old = present(batch.student_logprob)
-        weight = signals.importance(
-            old, batch.rollout_logprob, batch.on_policy, self.correction, self.correction_low, self.correction_high
-        )
+        old, weight = present(batch.student_logprob), self.weight(batch)
+        # a token that takes no part gets 0 times this as gradient, and d_t is -inf where the teacher excludes the token
+        advantage = advantage if mask is None else torch.where(mask, advantage, 0.0)
         shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
         loss = PolicyGradient(advantage, old, clip, baseline, weight)
         return Term("policy_gradient", loss, mask=mask, per=per, reduce=reduce, metrics=shown | (metrics or {}))

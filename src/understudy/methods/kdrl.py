@@ -44,7 +44,7 @@ class KDRL(PolicyMethod):
     def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
         return self if self.num_steps is not None else replace(self, num_steps=num_steps)
 
-    def weight(self, step: int) -> float:
+    def pull(self, step: int) -> float:
         """The weight of the teacher at a step. Raises ValueError where that depends on a run that is not known."""
         if self.anneal_to is None or step == 0:
             return self.beta
@@ -59,5 +59,5 @@ class KDRL(PolicyMethod):
         pulled = batch.on_policy & ~right if self.skip_correct else batch.on_policy
         return [
             self.policy_term(batch, advantage, batch.on_policy, clip=(self.clip, self.clip)),
-            Term("teacher", SquaredLogRatio(present(batch.teacher_logprob)), mask=pulled, coef=self.weight(step)),
+            Term("teacher", SquaredLogRatio(present(batch.teacher_logprob)), mask=pulled, coef=self.pull(step)),
         ]

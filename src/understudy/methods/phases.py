@@ -31,7 +31,7 @@ class Phases(Method):
         if not self.parts:
             raise ValueError("parts is empty; give at least one method")
         ends = self._ends
-        if ends[-1] != 1.0 or any(one >= other for one, other in pairwise([0.0, *ends])):
+        if ends[-1] != 1.0 or any(not one < other for one, other in pairwise([0.0, *ends])):
             raise ValueError(
                 f"the parts end at {ends} of the run; `until` must grow from above 0 to 1 (the last part needs none)"
             )

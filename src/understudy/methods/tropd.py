@@ -93,7 +93,7 @@ class TrOPD(PolicyMethod):
             clipped = self.policy_term(batch, ratio.clamp_min(self.floor), outliers)
             terms.append(Term("outliers", clipped.loss, mask=outliers))
         if self.outlier == "scalar":
-            folded: Loss = FoldedTopK(present(batch.topk_logprob), self.tail, batch.student_logprob)
+            folded: Loss = FoldedTopK(present(batch.topk_logprob), self.tail, batch.student_logprob, self.weight(batch))
             terms.append(Term("outliers", folded, mask=outliers))
         return [*terms, Term("prefix", NLL(), mask=~own, coef=self.guidance)]
 

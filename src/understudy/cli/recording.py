@@ -1,0 +1,214 @@
+"""`record`: what the student's start writes, with a teacher's scores of it; training replays both without the teacher.
+
+Offline on-policy distillation, arXiv 2604.13010. Samples and draws are those of the first step of training, so a student
+that takes one step on them takes the step that it would have taken beside the teacher.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from understudy import assemble, config
+from understudy.errors import DataError, RecipeError
+from understudy.files import write_atomically
+from understudy.methods import OPD, TopK
+from understudy.recipe import Recipe, load_recipe
+from understudy.tasks.render import encode_prompt
+from understudy.teachers import Chat, Privileged, Stored, Teacher, Verbal
+from understudy.teachers.recording import ScoredMeta, recorded, write_scored
+from understudy.trainer.console import Console
+from understudy.trainer.prompts import PromptStream
+from understudy.types import Need, Prompt, Request, Sample, Scores
+
+from .commands import quieten_libraries
+
+BLOCK_REQUESTS = 256
+"""Samples in one file and between two moves of the progress bar: what an interruption loses at most."""
+FIRST_STEP = 0
+ORIGIN = "recording.yaml"
+DECIDES = ("seed", "student", "teacher", "teachers", "task", "sampling")
+"""The keys of a recipe that decide a sample and its scores, kept beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How much is recorded; None: as much as the recipe's run draws."""
+
+    prompts: int | None = None
+    samples: int | None = None
+    k: int | None = None
+    """Tokens of each top-K row; None: what the method needs."""
+
+
+def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -> str:
+    """How it ended: "finished", or "stopped by a signal", after which the same call continues.
+
+    Raises RecipeError for a recipe whose teacher or method cannot be recorded, and for an `out` that holds anything but
+    this recording.
+    """
+    recipe = load_recipe(path, overrides)
+    _check_teachers(recipe)
+    k = rows_needed(recipe, amount.k)
+    _check_out(out, recipe)
+    quieten_libraries()
+    assemble.check(recipe)
+    # no reference model and no responses: neither is recorded
+    scored = replace(recipe, method=OPD() if k is None else TopK(k=k), reference=None, responses=None)
+    with Console() as console:
+        console.note(f"loading the student and {_shown(recipe)}")
+        loaded = assemble.load_student(scored)
+        judges = assemble.load_judges(scored, loaded)
+        assert judges.teacher is not None
+        meta = ScoredMeta.of(judges.teacher, assemble.teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
+        known = recorded(out, meta)
+        limit = assemble.prompt_limit(recipe, recipe.sampling, loaded.model, *judges.models)
+        requests = _requests(recipe, loaded.tokenizer, limit, amount)
+        missing = [request for request in requests if request.key not in known]
+        write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
+        pairs = _Pairs(recipe, loaded, judges.teacher, k, console)
+        try:
+            with _terminable():
+                total = write_scored(out, meta, pairs.of(missing), shard_samples=BLOCK_REQUESTS)
+        except KeyboardInterrupt:
+            console.note(f"stopped by a signal; the same command continues ({out})")
+            return "stopped by a signal"
+        console.note(f"{total:,} samples, {len(known):,} of them from before, scored by {_shown(recipe)}, in {out}")
+        console.note(f"train on them with   teacher={{type: stored, path: {out}, fingerprint: {meta.fingerprint}}}")
+    return "finished"
+
+
+def _shown(recipe: Recipe) -> str:
+    return ", ".join(section.shown for section in recipe.judges.values())
+
+
+def _check_teachers(recipe: Recipe) -> None:
+    """Raises RecipeError unless every teacher gives token scores that stay what they are."""
+    if not recipe.judges:
+        raise RecipeError("the recipe has no teacher whose scores could be recorded; add a section teacher")
+    for section in recipe.judges.values():
+        if isinstance(section, Stored):
+            raise RecipeError(f"teacher.path {section.path} is a recording already; name the teacher that is to score")
+        if isinstance(section, Verbal | Chat):
+            raise RecipeError(f"the teacher {section.shown} says digits; only scores of tokens are recorded")
+        if isinstance(section, Privileged) and section.ema is not None:
+            raise RecipeError(
+                "the teacher moves with the student (teacher.ema), so its scores do not stay; leave ema out"
+            )
+    if recipe.sampling.temperature == 0:
+        raise RecipeError("sampling.temperature is 0; the student's own samples are drawn (above 0)")
+
+
+def rows_needed(recipe: Recipe, k: int | None) -> int | None:
+    """Tokens of each top-K row: `k`, or what the method needs; None: scores of the sampled tokens alone.
+
+    Raises RecipeError for a method that cannot be trained from a recording, and for a `k` below the method's.
+    """
+    name, members = type(recipe.method).__name__, recipe.method.members
+    most = max((part.reads.k for part in members if "topk" in part.needs), default=None)
+    if k is not None:
+        if most is not None and k < most:
+            raise RecipeError(
+                f"--k is {k}, but the method {name} reads {most} tokens a row; raise --k, or lower method.k"
+            )
+        return k
+    if "full" in recipe.method.needs:
+        raise RecipeError(
+            f"the method {name} needs the teacher's whole distributions, which are not stored; choose another with "
+            "method.type=... (see: understudy methods), or store K tokens a row with --k"
+        )
+    if any(part.plan(FIRST_STEP).prefix_share > 0 for part in members):
+        raise RecipeError(
+            f"the method {name} begins samples with the teacher's own responses, which are not recorded; set "
+            "method.anneal_steps=0"
+        )
+    return most
+
+
+def _origin(recipe: Recipe) -> dict[str, Any]:
+    values = config.dump(recipe)
+    return {name: values[name] for name in DECIDES}
+
+
+def _check_out(out: Path, recipe: Recipe) -> None:
+    """Raises RecipeError unless `out` is new, empty or holds what the recipe recorded before."""
+    if not out.exists():
+        return
+    origin = out / ORIGIN
+    if not origin.is_file():
+        if not out.is_dir() or any(out.iterdir()):
+            raise RecipeError(f"--out {out} exists and holds something else; choose another directory")
+        return
+    before, now = config.flatten(config.read_yaml(origin)), config.flatten(_origin(recipe))
+    differing = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise RecipeError(f"--out {out} holds another recording: {'; '.join(differing)}. Choose another directory")
+
+
+def _requests(recipe: Recipe, tokenizer: Any, limit: int, amount: Amount) -> list[Request]:
+    """Of the first prompts that training draws, each once; those over `limit` tokens are left out.
+
+    Raises DataError where none is left.
+    """
+    prompts = recipe.task.prompts("train")
+
+    def encode(prompt: Prompt) -> Tensor:
+        return encode_prompt(tokenizer, prompt, recipe.student.template_kwargs)
+
+    order = PromptStream(prompts, encode, seed=recipe.seed, max_prompt_tokens=limit)
+    wanted = amount.prompts or recipe.train.steps * recipe.train.prompts_per_step
+    found: dict[str, tuple[Prompt, Tensor]] = {}
+    for position in range(len(prompts)):
+        if len(found) == wanted:
+            break
+        prompt = order[position]
+        ids = encode(prompt)
+        if len(ids) <= limit:
+            found.setdefault(prompt.id, (prompt, ids))
+    if not found:
+        raise DataError(f"all {len(prompts)} training prompts are longer than train.max_prompt_tokens ({limit})")
+    num_samples = amount.samples or recipe.train.samples_per_prompt
+    return [Request(prompt, index, ids) for prompt, ids in found.values() for index in range(num_samples)]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Samples with their scores, made block by block when they are asked for."""
+
+    recipe: Recipe
+    loaded: assemble.Loaded
+    teacher: Teacher
+    k: int | None
+    console: Console
+
+    def of(self, requests: Sequence[Request]) -> Iterator[tuple[Sample, Scores]]:
+        """One pair for each request, in order."""
+        need: frozenset[Need] = frozenset({"sampled"} if self.k is None else {"sampled", "topk"})
+        sampler = self.loaded.sampler(self.recipe.seed)
+        with self.console.progress("record", len(requests)) as advance:
+            for start in range(0, len(requests), BLOCK_REQUESTS):
+                block = requests[start : start + BLOCK_REQUESTS]
+                samples = sampler.generate(block, self.recipe.sampling, step=FIRST_STEP)
+                scores = self.teacher.score(samples, need, k=self.k)
+                yield from zip(samples, scores, strict=True)
+                advance(len(block))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends it as Ctrl-C does: what was made is written first."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
