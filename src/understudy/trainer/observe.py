@@ -62,8 +62,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
     given = [int((sample.author == Author.TEACHER).sum()) for sample in own]
     if any(given):
         metrics["prefix_tokens"] = Metric(float(sum(given)), float(sum(count > 0 for count in given)))
-    rewards = [sample.reward for sample in samples if sample.reward is not None]
-    return metrics | {"reward": Metric(float(sum(rewards)), float(len(rewards)))}
+    return metrics
 
 
 def peak_memory_gib() -> float:

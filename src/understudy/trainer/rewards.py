@@ -123,7 +123,9 @@ class Rewarder:
                 if sample.grade is not None
             ]
         kept = [replace(sample, reward=reward) for sample, reward in worth if reward is not None]
-        return kept, {"unrewarded": Metric(len(samples) - len(kept), len(samples))}
+        total = sum(reward for _, reward in worth if reward is not None)
+        unrewarded = Metric(len(samples) - len(kept), len(samples))
+        return kept, {"reward": Metric(total, len(kept)), "unrewarded": unrewarded}
 
 
 def unscored(sample: Sample) -> bool:
