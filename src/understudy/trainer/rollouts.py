@@ -64,7 +64,7 @@ class Rollouts:
     def _round(
         self, found: Gathered, count: int, plan: RolloutPlan, step: int, seen: Counter[str]
     ) -> tuple[Rewarded, Sequence[str]]:
-        """What `count` further prompts gave on this rank, and their names."""
+        """What `count` further prompts gave on this rank, and their names, one that was drawn twice twice."""
         per_prompt = self.settings.samples_per_prompt
         drawn = self.prompts.draw(found.next_position, count)
         requests = drawn.requests(per_prompt, seen)
@@ -84,4 +84,4 @@ class Rollouts:
         for name, metric in rewarded.metrics.items():
             found.metrics[name] = found.metrics[name] + metric if name in found.metrics else metric
         found.counts["samples_left_out"] += len(mine) - sum(sample.index < offset for sample in written)
-        return rewarded, drawn.names
+        return rewarded, [prompt.id for prompt, _ in drawn.prompts]

@@ -1,0 +1,252 @@
+"""Rewards as they are trained on: groups, replaced prompts, penalties, and a judge that accepts, rejects or says nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runs import (
+    SHORT,
+    assert_same_run,
+    distillation,
+    grade_by_length,
+    metric_rows,
+    save_tiny_model,
+    train,
+    train_in_two,
+    weights,
+)
+from understudy.tasks import Arithmetic
+from understudy.teachers.verbal import VerbalTeacher
+from understudy.trainer import loop, rollouts
+from understudy.trainer.update import MicroBatch
+from understudy.types import Author, Grade, Prompt, Sample, Verdict
+
+GROUPS = {"prompts_per_step": 4, "samples_per_prompt": 2, "steps": 2}
+Grader = Callable[[object, Prompt, str], Grade | None]
+
+
+class Seen:
+    """Every sample that an update was made of, and every denominator's batch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.updates: list[list[Sample]] = []
+        self.micros: list[list[MicroBatch]] = []
+        self.losses: list[float] = []
+        plain = loop.accumulate_gradients
+
+        def accumulate(student: Any, micros: Sequence[MicroBatch], **options: Any) -> Any:
+            self.updates.append([sample for micro in micros for sample in micro.judged.samples])
+            self.micros.append(list(micros))
+            found = plain(student, micros, **options)
+            self.losses.append(found[0])
+            return found
+
+        monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    return Seen(monkeypatch)
+
+
+def graded(monkeypatch: pytest.MonkeyPatch, grade: Grader) -> None:
+    monkeypatch.setattr(Arithmetic, "grade", grade)
+
+
+def outcome(folder: Path, method: str = "grpo", *, task: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    """Changes for a method that asks no teacher."""
+    train_keys = GROUPS | keys.pop("train", {})
+    changes = distillation(folder, teacher=None, method={"type": method} | keys, train=train_keys)
+    return changes | ({} if task is None else {"task": task})
+
+
+def events(run_dir: Path) -> str:
+    path = run_dir / "events.jsonl"
+    return path.read_text() if path.is_file() else ""
+
+
+# --- groups ------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_rewards_train_to_exactly_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graded(monkeypatch, lambda task, prompt, text: Grade(0.3))
+    changes = outcome(tmp_path)
+    run_dir = train(tmp_path, **changes)
+    assert [row["grad_norm"] for row in metric_rows(run_dir)] == [0.0, 0.0]
+    start = weights_of(changes["student"]["model"])
+    assert all(torch.equal(value, start[name]) for name, value in weights(run_dir).items())
+
+
+def weights_of(model: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(model) / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo"])
+def test_the_advantage_is_that_of_the_group(
+    tmp_path: Path, method: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graded(monkeypatch, grade_by_length)
+    train(tmp_path, **outcome(tmp_path, method, train={"samples_per_prompt": 4}))
+    for samples in seen.updates:
+        groups: dict[str, list[Sample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.prompt.id, []).append(sample)
+        assert [len(group) for group in groups.values()] == [4] * 4
+        for group in groups.values():
+            rewards = [grade_by_length(None, one.prompt, one.text).score for one in group]
+            mean = sum(rewards) / 4
+            std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / 4)
+            divisor = std + 1e-6 if method == "grpo" else 1.0
+            expected = [(reward - mean) / divisor for reward in rewards]
+            assert [one.advantage for one in group] == pytest.approx(expected, abs=1e-12)
+    for micro in (micro for part in seen.micros for micro in part):
+        sizes = [sample.num_response_tokens for sample in micro.judged.samples]
+        rows = [sample.advantage for sample, size in zip(micro.judged.samples, sizes, strict=True) for _ in range(size)]
+        assert micro.batch.outcome_advantage is not None
+        assert micro.batch.outcome_advantage.tolist() == pytest.approx(rows)
+
+
+def test_the_reward_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graded(monkeypatch, lambda task, prompt, text: Grade(0.3))
+    rows = metric_rows(train(tmp_path, **outcome(tmp_path)))
+    assert [row["reward"] for row in rows] == pytest.approx([0.3, 0.3])
+
+
+def test_one_prompt_is_a_run(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every slot of a step is the same prompt: one group, all of it distinct samples."""
+    graded(monkeypatch, grade_by_length)
+    train(tmp_path, **outcome(tmp_path, task={"num_solutions": 1}))
+    assert [len({sample.key for sample in samples}) for samples in seen.updates] == [8, 8]
+    for samples in seen.updates:
+        rewards = [sample.reward for sample in samples]
+        assert sum(sample.advantage or 0.0 for sample in samples) == pytest.approx(0.0, abs=1e-9)
+        assert len(set(rewards)) > 1
+
+
+# --- replaced prompts --------------------------------------------------------------------------------------------------
+
+
+def only_some(task: object, prompt: Prompt, text: str) -> Grade:
+    """Prompts whose sum is a multiple of four are too hard: always wrong."""
+    return Grade(0.0) if int(prompt.reference or 0) % 4 == 0 else grade_by_length(task, prompt, text)
+
+
+def test_flat_prompts_are_replaced(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    graded(monkeypatch, only_some)
+    changes = outcome(tmp_path, "dapo", train={"steps": 4})
+    whole = train(tmp_path / "whole", **changes)
+    for samples in seen.updates:
+        counts = Counter(sample.prompt.id for sample in samples)
+        assert list(counts.values()) == [2] * 4
+        for name in counts:
+            assert len({sample.reward for sample in samples if sample.prompt.id == name}) == 2
+    rows = metric_rows(whole)
+    assert all(row["prompts_flat"] > 0 and row["rounds_refilled"] > 0 for row in rows)
+    progress = json.loads(next((whole / "checkpoints").glob("*/progress.json")).read_text())
+    assert progress["position"] == 4 * 4 + sum(row["prompts_flat"] for row in rows)
+    names = [sample.prompt.id for samples in seen.updates for sample in samples]
+    assert len(set(names)) == 4 * 4
+    assert_same_run(whole, train_in_two(tmp_path / "cut", 2, **changes))
+
+
+def test_one_prompt_fills_all_slots_of_a_step(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is drawn for four slots has filled four."""
+    graded(monkeypatch, grade_by_length)
+    rows = metric_rows(train(tmp_path, **outcome(tmp_path, "dapo", task={"num_solutions": 1})))
+    assert [len(samples) for samples in seen.updates] == [8, 8]
+    assert not any(row.get("rounds_refilled") for row in rows)
+
+
+def test_a_search_without_end_ends(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    graded(monkeypatch, lambda task, prompt, text: Grade(0.0))
+    run_dir = train(tmp_path, **outcome(tmp_path, "dapo"))
+    rows = metric_rows(run_dir)
+    assert [row["prompts_flat"] for row in rows] == [4.0 * rollouts.MAX_ROUNDS] * 2
+    assert [row["rounds_refilled"] for row in rows] == [rollouts.MAX_ROUNDS - 1.0] * 2
+    assert "step 1 was skipped: no sample with a trained token is left" in events(run_dir)
+    assert "lr" not in rows[0]
+
+
+def test_long_samples_are_worth_less(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DAPO's eq. 13 with a limit of 24 and a buffer of 8: nothing up to 16 tokens, one at 24."""
+    graded(monkeypatch, lambda task, prompt, text: Grade(1.0))
+    train(tmp_path, **outcome(tmp_path, "dapo", overlong_buffer=8))
+    samples = [sample for part in seen.updates for sample in part]
+    assert any(sample.truncated for sample in samples)
+    for sample in samples:
+        penalty = max(sample.num_response_tokens - 16, 0) / 8
+        assert sample.reward == pytest.approx(1.0 - penalty)
+
+
+# --- several updates ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_pass_without_a_move_is_the_first(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    graded(monkeypatch, grade_by_length)
+    train(tmp_path, **outcome(tmp_path, train={"passes": 2, "lr": 0.0}))
+    assert len(seen.losses) == 4
+    assert seen.losses[0] == seen.losses[1]
+    assert seen.losses[2] == seen.losses[3]
+
+
+@pytest.mark.parametrize("method", ["grpo", "opd", "reopold", "gkd"])
+def test_two_minibatches_are_two_updates(
+    tmp_path: Path, method: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the updates; S_old of both is that of before the first; each is divided by its own tokens."""
+    graded(monkeypatch, grade_by_length)
+    teacher = {} if method == "grpo" else {"teacher": distillation(tmp_path)["teacher"]}
+    changes = outcome(tmp_path, method, train={"minibatches": 2, "passes": 2})
+    if method == "reopold":
+        changes["method"] |= {"switch_step": 0, "top_share": 0.25}
+    run_dir = train(tmp_path, **changes | teacher)
+    assert json.loads((run_dir / "run.json").read_text())["updates"] == 8
+    assert [len(samples) for samples in seen.updates] == [4] * 8
+    for first in (0, 4):
+        one, other, again, last = (seen.micros[first + index] for index in range(4))
+        assert all(first_pass is second_pass for first_pass, second_pass in zip(one, again, strict=True))
+        assert all(first_pass is second_pass for first_pass, second_pass in zip(other, last, strict=True))
+        assert not {sample.key for sample in seen.updates[first]} & {sample.key for sample in seen.updates[first + 1]}
+    for micro in (micro for part in seen.micros for micro in part):
+        old, sampled = micro.batch.student_logprob, micro.batch.rollout_logprob
+        assert old is not None
+        assert sampled is not None
+        # the sampler wrote with the weights that S_old is of; its cache sums in another order
+        torch.testing.assert_close(old, sampled, rtol=0, atol=1e-4)
+    if method == "reopold":
+        kept = [micro.terms.given[0].per.sum() for part in seen.micros[:2] for micro in part]  # type: ignore[union-attr]
+        trained = sum(int(micro.batch.mask.sum()) for part in seen.micros[:2] for micro in part)
+        assert int(sum(kept)) == math.ceil(0.25 * trained)
+
+
+def test_minibatches_are_each_a_mean(tmp_path: Path, seen: Seen) -> None:
+    """The loss of an update is the mean over its own tokens, also where its sizes differ."""
+    teacher = {"teacher": distillation(tmp_path)["teacher"]}
+    train(tmp_path, **outcome(tmp_path, "opd", train={"minibatches": 2, "lr": 0.0, "steps": 1}) | teacher)
+    for part, loss in zip(seen.micros, seen.losses, strict=True):
+        total, count = 0.0, 0
+        for micro in part:
+            batch = micro.batch
+            assert batch.teacher_logprob is not None
+            assert batch.student_logprob is not None
+            total -= float((batch.teacher_logprob - batch.student_logprob).sum())
+            count += len(batch)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_more_minibatches_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update without a sample is none."""
+    graded(monkeypatch, grade_by_length)
+    run_dir = train(tmp_path, **outcome(tmp_path, train={"prompts_per_step": 1, "minibatches": 3}))
+    assert json.loads((run_dir / "run.json").read_text())["updates"] == 4
+    assert all(math.isfinite(row["loss"]) for row in metric_rows(run_dir))
