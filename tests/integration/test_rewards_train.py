@@ -250,3 +250,203 @@ def test_more_minibatches_than_samples(tmp_path: Path, monkeypatch: pytest.Monke
     run_dir = train(tmp_path, **outcome(tmp_path, train={"prompts_per_step": 1, "minibatches": 3}))
     assert json.loads((run_dir / "run.json").read_text())["updates"] == 4
     assert all(math.isfinite(row["loss"]) for row in metric_rows(run_dir))
+
+
+# --- a judge -----------------------------------------------------------------------------------------------------------
+
+Judging = Callable[[Sample], Verdict]
+
+
+def verbal(folder: Path, *, responses: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    """Changes for OVD; threshold 7, filled with solutions unless told otherwise."""
+    fills = keys.get("on_reject", "teacher") == "teacher"
+    return outcome(folder, "ovd", **keys) | {
+        "teacher": SHORT | {"model": save_tiny_model(folder / "judge", seed=9)},
+        "responses": (responses or {"type": "solutions"}) if fills else None,
+        "task": {"num_solutions": 50},
+    }
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, *rounds: Judging) -> list[list[Sample]]:
+    """The judge says what the functions say, the last one from then on; returns what it was asked."""
+    asked: list[list[Sample]] = []
+
+    def judge(self: object, samples: Sequence[Sample], *, score: str = "argmax", steps: bool = False) -> list[Verdict]:
+        said = rounds[min(len(asked), len(rounds) - 1)]
+        asked.append(list(samples))
+        return [said(sample) for sample in samples]
+
+    monkeypatch.setattr(VerbalTeacher, "judge", judge)
+    return asked
+
+
+def second_is_bad(sample: Sample) -> Verdict:
+    return Verdict(9.0 if sample.index % 2 == 0 else 3.0, signal_bytes=1)
+
+
+def all_good(sample: Sample) -> Verdict:
+    return Verdict(7.0, signal_bytes=1)
+
+
+def solved(task: object, prompt: Prompt, text: str) -> Grade:
+    return Grade(float(text == prompt.solution))
+
+
+def authors(samples: Sequence[Sample]) -> list[set[int]]:
+    return [set(sample.author[sample.prompt_length :].tolist()) for sample in samples]
+
+
+def test_rejected_slots_are_the_teachers(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole responses of the teacher, trained in place of what was rejected and compared with the rest of the group."""
+    judged(monkeypatch, second_is_bad)
+    graded(monkeypatch, solved)
+    row = metric_rows(train(tmp_path, **verbal(tmp_path, train={"steps": 1})))[0]
+    (samples,) = seen.updates
+    assert len(samples) == 8
+    for sample, wrote in zip(samples, authors(samples), strict=True):
+        filled = sample.index % 2 == 1
+        assert wrote == {int(Author.TEACHER if filled else Author.STUDENT)}
+        assert (sample.text == sample.prompt.solution) is filled
+        assert int(sample.token_ids[-1]) == 1 or not filled
+        # two samples with rewards 1 and 0
+        assert sample.advantage == pytest.approx(1.0 if filled else -1.0, abs=1e-5)
+    for micro in seen.micros[0]:
+        assert bool(micro.batch.mask.all())
+        assert micro.batch.student_logprob is None
+    assert row["accepted"] == 0.5
+    assert row["filled"] == 0.5
+    assert row["unscored"] == 0.0
+    assert row["verbal_score"] == 6.0
+    assert row["reward"] == 0.5
+    assert [row[f"verbal/{digit}"] for digit in range(10)] == [0, 0, 0, 0.5, 0, 0, 0, 0, 0, 0.5]
+    # eight digits; 17 logits of four bytes; 17 pairs of eight bytes, all that there are
+    assert row["signal_bytes_per_token"] == pytest.approx(8 / (8 * row["response_tokens"]))
+    assert row["signal_bytes_per_token_full"] == 4 * 17
+    assert row["signal_bytes_per_token_top64"] == 8 * 17
+
+
+def test_rejected_samples_are_dropped(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, second_is_bad)
+    graded(monkeypatch, grade_by_length)
+    row = metric_rows(train(tmp_path, **verbal(tmp_path, on_reject="drop", train={"samples_per_prompt": 4})))[0]
+    for samples in seen.updates:
+        assert [sample.index % 2 for sample in samples] == [0] * 8
+    assert (row["accepted"], row["filled"]) == (0.5, 0.0)
+
+
+def test_rejected_samples_are_written_again(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; a second attempt that is rejected too leaves its slot empty."""
+    asked = judged(monkeypatch, second_is_bad, lambda sample: Verdict(9.0 if sample.index == 1 else 0.0))
+    graded(monkeypatch, grade_by_length)
+    changes = verbal(tmp_path, on_reject="resample", train={"samples_per_prompt": 4, "steps": 1})
+    row = metric_rows(train(tmp_path, **changes))[0]
+    first, second = asked
+    assert [sample.index for sample in second] == [1, 3] * 4
+    texts = {sample.key: sample.text for sample in first}
+    assert all(sample.text != texts[sample.key] for sample in second)
+    assert sorted(sample.index for sample in seen.updates[0]) == [0] * 4 + [1] * 4 + [2] * 4
+    again = {sample.key: sample.text for sample in second}
+    assert all(sample.text == again[sample.key] for sample in seen.updates[0] if sample.index == 1)
+    assert row["filled"] == pytest.approx(4 / 12)
+
+
+def test_what_the_judge_cannot_score_is_not_trained(
+    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither accepted nor rejected: no 0, no slot to fill, not in the mean."""
+    judged(monkeypatch, lambda sample: Verdict(None if sample.index == 0 else 8.0))
+    graded(monkeypatch, grade_by_length)
+    row = metric_rows(train(tmp_path, **verbal(tmp_path)))[0]
+    assert [sample.index for sample in seen.updates[0]] == [1] * 4
+    assert (row["unscored"], row["accepted"], row["verbal_score"], row["filled"]) == (0.5, 1.0, 8.0, 0.0)
+
+
+def test_the_digit_is_the_reward(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No verifier is asked; responses of the teacher are judged as well, and without a digit they are dropped."""
+
+    def said(sample: Sample) -> Verdict:
+        if sample.finish == "data":
+            return Verdict(None if sample.prompt.id.endswith(("1:", "3:", "5:", "7:", "9:")) else 8.0)
+        return second_is_bad(sample)
+
+    asked = judged(monkeypatch, said)
+    graded(monkeypatch, lambda task, prompt, text: pytest.fail("a verifier was asked"))
+    changes = verbal(tmp_path, reward="verbal", train={"steps": 1, "prompts_per_step": 8})
+    row = metric_rows(train(tmp_path, **changes))[0]
+    assert len(asked) == 2
+    lost = sum(said(sample).score is None for sample in asked[1])
+    assert 0 < lost < 8
+    assert row["unrewarded"] == lost / 16
+    assert len(seen.updates[0]) == 16 - lost
+    for sample in seen.updates[0]:
+        assert sample.reward == pytest.approx((8.0 if sample.finish == "data" else 9.0) / 9.0)
+
+
+def test_a_step_that_rejects_all_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, lambda sample: Verdict(0.0), all_good)
+    graded(monkeypatch, grade_by_length)
+    run_dir = train(tmp_path, **verbal(tmp_path, on_reject="drop"))
+    first, second = metric_rows(run_dir)
+    assert (first["accepted"], second["accepted"]) == (0.0, 1.0)
+    assert "filled" not in first
+    assert json.loads((run_dir / "run.json").read_text())["updates"] == 1
+    assert "step 1 was skipped" in events(run_dir)
+
+
+def test_a_slot_without_a_response_stays_empty(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, second_is_bad)
+    graded(monkeypatch, grade_by_length)
+    task = Arithmetic("addition", digits=2, num_solutions=50)
+    rows = [{"q": prompt.text, "a": prompt.solution} for prompt in list(task.prompts("train"))[::2]]
+    file = tmp_path / "responses.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"type": "jsonl", "path": str(file), "prompt_field": "q", "response_field": "a"}
+    shown = metric_rows(train(tmp_path, **verbal(tmp_path, responses=source, train={"prompts_per_step": 10})))
+    for row, samples in zip(shown, seen.updates, strict=True):
+        assert 0 < row["responses_missing"] < 10
+        assert len(samples) == 20 - row["responses_missing"]
+
+
+@pytest.mark.parametrize("method", ["sft", "ovd"])
+def test_a_response_beyond_the_positions_is_not_trained(
+    tmp_path: Path, method: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models have 64 positions. Nothing is cut."""
+    judged(monkeypatch, second_is_bad)
+    graded(monkeypatch, grade_by_length)
+    task = Arithmetic("addition", digits=2, num_solutions=50)
+    rows = [{"q": prompt.text, "a": "1" * 80} for prompt in task.prompts("train")]
+    file = tmp_path / "responses.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"type": "jsonl", "path": str(file), "prompt_field": "q", "response_field": "a"}
+    changes = verbal(tmp_path, responses=source)
+    if method == "sft":
+        changes |= {"method": {"type": "sft"}, "teacher": None}
+    shown = metric_rows(train(tmp_path, **changes))
+    assert all(sample.token_ids.numel() <= 65 for samples in seen.updates for sample in samples)
+    assert [len(samples) for samples in seen.updates] == [0 if method == "sft" else 4] * 2
+    if method == "sft":
+        assert [row["samples_left_out"] for row in shown] == [8.0] * 2
+    else:
+        assert [(row["filled"], row["responses_too_long"]) for row in shown] == [(0.0, 1.0)] * 2
+
+
+def test_one_example_is_a_run(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of one line, drawn for every slot."""
+    judged(monkeypatch, second_is_bad)
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"q": "12+34:", "a": "240=06;130=04#46", "r": "46"}) + "\n")
+    fields = {"prompt_field": "q", "solution_field": "a", "reference_field": "r", "chat": False}
+    changes = verbal(tmp_path) | {"task": {"type": "jsonl", "path": str(file), **fields}}
+    train(tmp_path, **changes)
+    for samples in seen.updates:
+        assert len(samples) == len({sample.key for sample in samples}) == 8
+        assert Counter(sample.finish == "data" for sample in samples) == {True: 4, False: 4}
+
+
+def test_a_local_judge_reads_the_samples(tmp_path: Path) -> None:
+    """Its own words, through the whole loop."""
+    rows = metric_rows(train(tmp_path, **verbal(tmp_path, threshold=0, score="expectation", steps=True)))
+    assert all(row["accepted"] == 1.0 and 0 < row["verbal_score"] < 9 for row in rows)
+    # forty bytes for the ten probabilities of each step
+    assert all(row["signal_bytes_per_token"] * row["response_tokens"] >= 40 for row in rows)

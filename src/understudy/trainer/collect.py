@@ -61,12 +61,11 @@ class Collector:
         mine = iter(written[: len(asked)])
         given = iter(self._given([r for r, by_student in zip(requests, own, strict=True) if not by_student], step))
         samples = [next(mine) if by_student else next(given) for by_student in own] + written[len(asked) :]
-        limit = self.max_tokens
-        return [
-            sample
-            for sample in samples
-            if sample is not None and (limit is None or sample.token_ids.numel() - 1 <= limit)
-        ]
+        return [sample for sample in samples if sample is not None and self.fits(sample)]
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether the models have positions for all of it."""
+        return self.max_tokens is None or sample.token_ids.numel() - 1 <= self.max_tokens
 
     def write_again(self, requests: Sequence[Request], step: int) -> list[Sample]:
         """Another attempt at each request, with other draws."""

@@ -62,17 +62,20 @@ class Rewarder:
         rejected = [sample for sample in judged if not accepted(sample, rule) and not unscored(sample)]
         again = [by_key[sample.key] for sample in rejected]
         extra: list[Sample] = []
+        shown: dict[str, Metric] = {}
         if rule.on_reject == "resample":
             second = self._judged(self.collector.write_again(again, step), rule)
             extra = [sample for sample in second if accepted(sample, rule)]
         elif rule.on_reject == "teacher" and again:
             assert self.collector.responses is not None
             found = self.collector.responses.find(again, step)
-            extra = [
+            given = [
                 self.collector.filled(item, ids) for item, ids in zip(again, found, strict=True) if ids is not None
             ]
+            extra = [sample for sample in given if self.collector.fits(sample)]
+            shown["responses_too_long"] = Metric(len(given) - len(extra), len(given))
         good = [sample for sample in judged if accepted(sample, rule)]
-        return [*good, *extra], self._verbal_metrics(judged, len(good), len(extra))
+        return [*good, *extra], shown | self._verbal_metrics(judged, len(good), len(extra))
 
     def _judged(self, samples: Sequence[Sample], rule: Acceptance) -> list[Sample]:
         if not samples:
