@@ -11,24 +11,14 @@ from . import config
 from .errors import RecipeError, nearest
 from .methods import METHODS, REFUSED, Method
 from .models import DType
+from .needs import AnyResponses, check_groups, check_needs
 from .tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
-from .tasks.responses import HubResponses, JsonlResponses, Solutions
 from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher
-from .trainer.responses import RESPONSES, TeacherResponses
+from .trainer.responses import RESPONSES
 from .trainer.settings import Eval, Train
-from .types import Need, Sampling
+from .types import Sampling
 
 AnyTask = Arithmetic | Jsonl | Hub | Mix
-AnyResponses = Solutions | JsonlResponses | HubResponses | TeacherResponses
-
-WHY: dict[Need, str] = {
-    "sampled": "log T of every sampled token, which is its reward",
-    "topk": "the teacher's K most probable tokens: its forward KL sums over them, and the score of the sampled token alone "
-    "says nothing about the tokens that were not sampled",
-    "full": "the teacher's whole next-token distribution, which only a teacher that is loaded here can give",
-    "verbal": "a digit from 0 to 9 for each sample",
-}
-"""What a method asks a teacher for, and why nothing less will do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +102,21 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.device != "auto" and self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
-        _check_teachers(self)
+        if self.teacher is not None and self.teachers:
+            raise ValueError("teacher and teachers are both given; keep one")
+        check_needs(
+            self.method,
+            self.judges,
+            several=bool(self.teachers),
+            reference=self.reference,
+            responses=self.responses,
+        )
         plans = [part.plan(0) for part in self.method.members]
         if self.sampling.temperature == 0 and any(plan.on_policy_share > 0 for plan in plans):
             raise ValueError(
                 "sampling.temperature is 0; a student that learns from its own samples has to draw them (above 0)"
             )
-        _check_groups(self)
+        check_groups(self.method, self.train)
         self.run_method  # noqa: B018 (raises for phases that no step falls into)
         if self.eval_task is not None and self.eval is None:
             raise ValueError("eval_task is given without a section eval")
@@ -137,55 +135,6 @@ class Recipe:
     def run_method(self) -> Method:
         """The method with what depends on the run filled in."""
         return self.method.for_run(self.train.steps, self.sampling.max_new_tokens)
-
-
-def _check_teachers(recipe: Recipe) -> None:
-    """Every need is met, before anything is loaded; nothing is given that nobody asks for. Raises ValueError."""
-    name = type(recipe.method).__name__
-    asked = recipe.method.needs - {"none", "reference"}
-    if recipe.teacher is not None and recipe.teachers:
-        raise ValueError("teacher and teachers are both given; keep one")
-    if asked and not recipe.judges:
-        raise ValueError(
-            f"the method {name} needs a teacher ({', '.join(sorted(asked))} scores); add a section "
-            "`teacher: {type: local, model: ...}`"
-        )
-    writes = isinstance(recipe.responses, TeacherResponses)
-    if not asked and recipe.judges and not writes:
-        raise ValueError(f"the method {name} asks no teacher; remove the section teacher")
-    for label, section in recipe.judges.items():
-        lacking = sorted(asked - section.GIVES)
-        if lacking:
-            where = "teacher" if recipe.teacher is not None else f"teachers.{label}"
-            raise ValueError(
-                f"the method {name} needs {WHY[lacking[0]]}; {where} ({section.shown}) gives only "
-                f"{', '.join(sorted(section.GIVES - {'none'}))}. Choose another teacher, or a method that asks for less "
-                "(see: understudy methods)"
-            )
-    if recipe.reference is not None and "reference" not in recipe.method.needs:
-        raise ValueError(f"the method {name} as it is set uses no reference model; remove the section reference")
-    plans = [part.plan(0) for part in recipe.method.members]
-    filled = any(plan.acceptance is not None and plan.acceptance.on_reject == "teacher" for plan in plans)
-    if recipe.responses is None and (filled or any(plan.prefix_share > 0 for plan in plans)):
-        use = (
-            "fills rejected slots with the teacher's own responses"
-            if filled
-            else "begins samples with the teacher's own"
-        )
-        raise ValueError(
-            f"the method {name} {use}; add a section `responses: {{type: teacher}}` (or solutions, jsonl, hub), or set "
-            f"{'method.on_reject: drop' if filled else 'method.anneal_steps: 0'}"
-        )
-    if recipe.responses is not None and not (filled or any(p.prefix_share > 0 or p.on_policy_share < 1 for p in plans)):
-        raise ValueError(f"the method {name} uses no responses of a teacher; remove the section responses")
-
-
-def _check_groups(recipe: Recipe) -> None:
-    """Raises ValueError where samples are compared with their group and there is none."""
-    train = recipe.train
-    for part in recipe.method.members:
-        if part.plan(0).rewards is not None and train.samples_per_prompt < 2:
-            raise ValueError("the advantage compares samples of one prompt; set train.samples_per_prompt to 2 or more")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -39,6 +39,8 @@ from .trainer.rundir import RunDir
 from .trainer.update import Student
 from .types import Prompt
 
+ENDS_ON_POLICY = 0.05
+"""Of a teacher's response in a prefix: less is a token or two."""
 MAX_COMPARED = 200_000
 """Training prompts that are compared with the evaluation's: computed tasks have millions."""
 
@@ -132,7 +134,7 @@ def _build(
     )
     prompts.draw(progress.position, 1)
     _check_eval_prompts(recipe, loaded)
-    warnings = [*loaded.warnings, *_data_warnings(recipe)]
+    warnings = [*loaded.warnings, *_data_warnings(recipe), *_schedule_warnings(recipe)]
     observer = _observer(recipe, run_dir, checkpoint, progress, ranks, console)
     for text in warnings if ranks.is_main and checkpoint is None else ():
         observer.warn(progress.step, text)
@@ -205,6 +207,16 @@ def _data_warnings(recipe: Recipe) -> list[str]:
     warnings = [overlap_message(shared, len(held_out))] if shared else []
     repeated = num_repeated(held_out)
     return [*warnings, f"{repeated} evaluation prompts repeat an earlier one"] if repeated else warnings
+
+
+def _schedule_warnings(recipe: Recipe) -> list[str]:
+    share = recipe.run_method.plan(recipe.train.steps - 1).prefix_share
+    if share < ENDS_ON_POLICY:
+        return []
+    return [
+        f"samples still begin with {share:.0%} of a teacher's response at the last step, so training does not end on the "
+        "student's own; lower method.anneal_steps or raise train.steps"
+    ]
 
 
 def _observer(

@@ -13,6 +13,8 @@ from tests.runs import distillation, save_tiny_model, tiny_recipe, write_recipe
 from understudy import config
 from understudy.assemble import check
 from understudy.cli.app import app
+from understudy.compare.cells import Cells
+from understudy.compare.grid import read_grid
 from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError, VocabularyError
 from understudy.methods import GKD, TopK
 from understudy.recipe import Recipe, differing_keys, load_recipe
@@ -120,7 +122,18 @@ def found_or_missing(recipe: Recipe) -> bool:
         return "there is no file" in str(error) or "no model directory at" in str(error)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem == "grid"], ids=lambda path: path.parent.name)
+def test_every_grid_of_the_project_parses(path: Path, tmp_path: Path) -> None:
+    """Each cell is a recipe of its own; every method that is compared is in one of them."""
+    base = config.read_yaml(path.parent / "distil.yaml")
+    cells = Cells(read_grid(path, base), base, tmp_path)
+    assert len(cells.tuning) == 2 * len(cells.grid.combinations())
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "grid"], ids=lambda path: path.stem)
 def test_every_recipe_of_the_project_parses(path: Path) -> None:
     recipe = load_recipe(path)
     if path.parent.name == "recipes":

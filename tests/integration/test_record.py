@@ -116,6 +116,36 @@ def test_the_first_step_is_that_of_training_beside_the_teacher(recipe: Path, tmp
         assert close.float().mean() > 0.99, name
 
 
+def test_several_teachers_are_recorded_into_one_directory(tmp_path: Path) -> None:
+    """Each sample is scored by its own; the replay is one teacher."""
+    made = {name: tmp_path / name for name in ("student", "one", "two")}
+    for seed, path in enumerate(made.values()):
+        save_tiny_model(path, seed=seed, family="chain")
+    task = {
+        "type": "mix",
+        "parts": {
+            "one": {"type": "arithmetic", "family": "addition", "digits": 2, "alphabet": "chain"},
+            "two": {"type": "arithmetic", "family": "chain", "operations": 3},
+        },
+    }
+    teachers = {name: {"type": "local", "model": str(made[name])} for name in ("one", "two")}
+    student, train = {"model": str(made["student"]), "build": None}, {"steps": 1, "save_samples_every": 1}
+    mixed = write_recipe(tmp_path, student=student, task=task, teachers=teachers, method={"type": "opd"}, train=train)
+    scores, live, replayed = tmp_path / "scores", tmp_path / "live", tmp_path / "replayed"
+    succeed("train", mixed, f"run_dir={live}")
+    # the prompts of a recording are drawn in an order of their own, so all of them are drawn at once
+    succeed("record", mixed, "--out", scores)
+    one = {"type": "stored", "path": str(scores)}
+    alone = write_recipe(
+        tmp_path / "alone", student=student, task=task, teacher=one, method={"type": "opd"}, train=train
+    )
+    succeed("train", alone, f"run_dir={replayed}")
+    assert trained_on(live, 1) == trained_on(replayed, 1)
+    (first,), (second,) = metrics(live), metrics(replayed)
+    for name in ("loss", "grad_norm"):
+        assert second[name] == pytest.approx(first[name], rel=1e-5), name
+
+
 def test_epochs_replay_the_same_samples_and_no_other_prompt(recipe: Path, tmp_path: Path) -> None:
     scores, run_dir = tmp_path / "scores", tmp_path / "run"
     succeed("record", recipe, "--out", scores, "--prompts", 4)

@@ -1,0 +1,132 @@
+"""Methods from end to end on a CPU: two experts become one student, and rewards alone improve one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from understudy.recipe import load_recipe
+from understudy.runs import Result, train
+from understudy.trainer.console import Console
+
+pytestmark = pytest.mark.slow
+
+ADDITION = {"type": "arithmetic", "family": "addition", "digits": 2, "alphabet": "chain"}
+CHAIN = {"type": "arithmetic", "family": "chain", "operations": 2}
+MIX = {"type": "mix", "parts": {"addition": ADDITION, "chain": CHAIN}}
+
+
+def run(folder: Path, **sections: Any) -> Result:
+    """One run of the recipe in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = {"run_dir": str(folder / "run"), "device": "cpu", "sampling": {"max_new_tokens": 24}} | sections
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with Console(quiet=True) as console:
+        return train(load_recipe(folder / "recipe.yaml"), console=console)
+
+
+def build(width: int, layers: int) -> dict[str, Any]:
+    return {
+        "build": {
+            "architecture": "llama",
+            "hidden_size": width,
+            "num_layers": layers,
+            "num_heads": 4,
+            "max_position_embeddings": 64,
+        }
+    }
+
+
+def trained_on_solutions(folder: Path, task: dict[str, Any], width: int, stop_at: float, every: int) -> str:
+    """A model that imitates solutions until it is right so often on validation problems."""
+    result = run(
+        folder,
+        student=build(width, 2),
+        task=task,
+        method={"type": "sft"},
+        train={
+            "steps": 1500,
+            "prompts_per_step": 32,
+            "lr": 3e-3,
+            "warmup_steps": 20,
+            "stop_at": stop_at,
+            "save_samples_every": 0,
+        },
+        eval={"every": every, "at_start": False, "split": "validation", "problems": 200},
+    )
+    assert result.ending == "good enough"
+    return str(result.run_dir.student)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One teacher a family, each blind to the other's problems."""
+    folder = tmp_path_factory.mktemp("experts")
+    return {
+        name: trained_on_solutions(folder / name, task, 64, 0.9, 50)
+        for name, task in {"addition": ADDITION, "chain": CHAIN}.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A student that has seen a few solutions of both families."""
+    parts = {name: part | {"num_solutions": 150} for name, part in MIX["parts"].items()}  # type: ignore[attr-defined]
+    return trained_on_solutions(tmp_path_factory.mktemp("start"), MIX | {"parts": parts}, 48, 0.25, 20)
+
+
+def accuracy_by_part(result: Result, step: int) -> dict[str, float]:
+    """Share of right answers of each part of the mix."""
+    rows = [json.loads(line) for line in (result.run_dir.eval / f"step_{step:06d}.jsonl").read_text().splitlines()]
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["prompt_id"].partition("/")[0], []).append(row["score"])
+    return {name: sum(scores) / len(scores) for name, scores in found.items()}
+
+
+def test_two_experts_are_merged_into_one_student(tmp_path: Path, experts: dict[str, str], start: str) -> None:
+    """ExOPD: each sample is judged by the expert of its family, against the student's start; the student gets better at
+    both families, and at both it is better than the expert of the other one."""
+    steps = 120
+    result = run(
+        tmp_path,
+        student={"model": start},
+        teachers={name: {"type": "local", "model": model} for name, model in experts.items()},
+        task=MIX,
+        method={"type": "gopd", "scale": 1.25, "form": "full"},
+        train={"steps": steps, "prompts_per_step": 64, "lr": 3e-3, "warmup_steps": 10, "schedule": "cosine"},
+        eval={"split": "test", "problems": 300},
+    )
+    before, after = accuracy_by_part(result, 0), accuracy_by_part(result, steps)
+    # 150 problems each: a standard error of 4 points
+    for name in experts:
+        assert after[name] > before[name] + 0.2, (name, before, after)
+    rows = [json.loads(line) for line in (result.run_dir.path / "metrics.jsonl").read_text().splitlines()]
+    for name in experts:
+        assert all(f"teacher/{name}/log_ratio" in row for row in rows)
+
+
+def test_rewards_alone_improve_the_student(tmp_path: Path, start: str) -> None:
+    """GRPO with no teacher: right answers against the other samples of the same problem."""
+    steps = 100
+    result = run(
+        tmp_path,
+        student={"model": start},
+        task=ADDITION,
+        method={"type": "grpo"},
+        train={
+            "steps": steps,
+            "prompts_per_step": 16,
+            "samples_per_prompt": 8,
+            "lr": 2e-3,
+            "warmup_steps": 5,
+            "schedule": "cosine",
+        },
+        eval={"split": "test", "problems": 300},
+    )
+    first, last = (summary.metrics["avg@1"] for summary in result.summaries)
+    assert last.low > first.high

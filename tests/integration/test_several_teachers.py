@@ -1,0 +1,368 @@
+"""Who judges in a run: several teachers, a reference, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import (
+    SHORT,
+    assert_close_run,
+    assert_same_run,
+    distillation,
+    metric_rows,
+    save_tiny_model,
+    tiny_recipe,
+    train,
+    train_in_two,
+    weights,
+)
+from understudy import assemble, config
+from understudy.errors import RecipeError, ScoreError, TrainingError
+from understudy.recipe import Recipe
+from understudy.rollout import HFSampler
+from understudy.teachers import LocalTeacher
+from understudy.trainer import loop
+from understudy.trainer.update import MicroBatch
+from understudy.types import Sample, Scores
+
+MIX = {
+    "type": "mix",
+    "parts": {
+        "short": {"type": "arithmetic", "family": "addition", "digits": 1},
+        "long": {"type": "arithmetic", "family": "addition", "digits": 2},
+    },
+}
+
+
+def mixed(folder: Path, method: str = "gkd", **keys: Any) -> dict[str, Any]:
+    """Changes for two teachers of different sizes, each for its part of a mix."""
+    changes = distillation(folder, method={"type": method} | keys.pop("method", {}), **keys)
+    second = save_tiny_model(folder / "second", seed=7, hidden_size=24)
+    first = changes.pop("teacher")
+    return changes | {"teachers": {"short": first, "long": {"type": "local", "model": second}}, "task": MIX}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Sample]]:
+    """What each teacher was given to score."""
+    found: dict[str, list[Sample]] = {}
+    plain = LocalTeacher.score
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        found.setdefault(self.name, []).extend(samples)
+        return plain(self, samples, *args, **options)
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    return found
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> list[list[MicroBatch]]:
+    seen: list[list[MicroBatch]] = []
+    plain = loop.accumulate_gradients
+
+    def accumulate(student: Any, micros: Sequence[MicroBatch], **options: Any) -> Any:
+        seen.append(list(micros))
+        return plain(student, micros, **options)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
+    return seen
+
+
+# --- several teachers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gkd", "opd", "topk", "reopold"])
+def test_each_sample_is_judged_by_its_own_teacher(
+    tmp_path: Path, method: str, asked: dict[str, list[Sample]], updates: list[list[MicroBatch]]
+) -> None:
+    changes = mixed(tmp_path, method, train={"steps": 4})
+    whole = train(tmp_path / "whole", **changes)
+    assert set(asked) == {"short", "long"}
+    for name, samples in asked.items():
+        assert len(samples) == 4 * 4
+        assert {sample.teacher for sample in samples} == {name}
+        assert all(sample.prompt.id.startswith(f"{name}/") for sample in samples)
+    for row, update in zip(metric_rows(whole), updates, strict=True):
+        assert sorted(micro.label or "" for micro in update) == ["long", "short"]
+        for micro in update:
+            assert {sample.teacher for sample in micro.judged.samples} == {micro.label}
+        sizes = {micro.label: len(micro.batch) for micro in update}
+        # the mean over all tokens is that of the teachers' means
+        for metric in ("student_entropy", "student_logprob"):
+            parts = [row[f"teacher/{name}/{metric}"] * size for name, size in sizes.items()]
+            assert row[metric] == pytest.approx(sum(parts) / sum(sizes.values()))
+    assert_same_run(whole, train_in_two(tmp_path / "cut", 2, **changes))
+
+
+def test_whole_rows_are_those_of_the_teacher(tmp_path: Path) -> None:
+    """KL(S || T) of each part is that of a run in which its teacher is the only one."""
+    changes = mixed(tmp_path, train={"steps": 1, "lr": 0.0})
+    row = metric_rows(train(tmp_path / "both", **changes))[0]
+    for name in ("short", "long"):
+        alone = changes | {"teachers": {"short": changes["teachers"][name], "long": changes["teachers"][name]}}
+        other = metric_rows(train(tmp_path / name, **alone))[0]
+        key = f"teacher/{name}/loss/divergence"
+        assert row[key] == pytest.approx(other[key], rel=1e-6)
+    assert row["teacher/short/loss/divergence"] != row["teacher/long/loss/divergence"]
+
+
+@pytest.mark.parametrize("method", ["gkd", "opd"])
+def test_one_teacher_under_two_names_is_one_teacher(tmp_path: Path, method: str) -> None:
+    """Only the cut into micro-batches differs, so sums round otherwise."""
+    changes = mixed(tmp_path, method)
+    single = changes["teachers"]["long"]
+    two = train(tmp_path / "two", **changes | {"teachers": {"short": single, "long": single}})
+    one = train(tmp_path / "one", **changes | {"teachers": None, "teacher": single})
+    for row, like in zip(metric_rows(one), metric_rows(two), strict=True):
+        assert {name: like[name] for name in row} == pytest.approx(row, rel=1e-3, abs=1e-6)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("method", ["gkd", "opd", "reopold"])
+def test_a_missing_score_shifts_nothing(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, updates: list[list[MicroBatch]]
+) -> None:
+    """A sample in the middle without a score: dropped and counted; the others keep their own scores."""
+    plain = LocalTeacher.score
+    known: dict[str, torch.Tensor] = {}
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        found = plain(self, samples, *args, **options)
+        known.update(
+            {sample.key: one.logprob for sample, one in zip(samples, found, strict=True) if one.logprob is not None}
+        )
+        bad = found[1]
+        nan = torch.full((samples[1].num_response_tokens,), float("nan"))
+        return [found[0], replace(bad, logprob=nan, hidden=None), *found[2:]]
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    changes = mixed(tmp_path, method, train={"steps": 2, "on_missing_score": "drop"})
+    rows = metric_rows(train(tmp_path, **changes))
+    assert [row["samples_dropped"] for row in rows] == [2.0, 2.0]
+    for update in updates:
+        assert sum(len(micro.judged.samples) for micro in update) == 6
+        for micro in update:
+            if method != "gkd":
+                expected = torch.cat([known[sample.key] for sample in micro.judged.samples])
+                assert micro.batch.teacher_logprob is not None
+                assert torch.equal(micro.batch.teacher_logprob, expected)
+    with pytest.raises(ScoreError, match="missing"):
+        train(tmp_path / "error", **mixed(tmp_path / "error", method))
+
+
+@pytest.mark.parametrize("method", ["opd", "reopold", "tropd"])
+def test_a_step_without_any_score_is_skipped(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher fails once."""
+    plain, calls = LocalTeacher.score, []
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        calls.append(1)
+        found = plain(self, samples, *args, **options)
+        if len(calls) > 1:
+            return found
+        return [replace(one, logprob=torch.full_like(one.logprob, float("nan"))) for one in found]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    keys = {"anneal_steps": 0} if method == "tropd" else {}
+    changes = distillation(
+        tmp_path, method={"type": method} | keys, train={"steps": 2, "on_missing_score": "drop", "minibatches": 2}
+    )
+    run_dir = train(tmp_path, **changes)
+    assert [row["samples_dropped"] for row in metric_rows(run_dir)] == [8.0, 0.0]
+    assert json.loads((run_dir / "run.json").read_text())["updates"] == 2
+    assert "step 1 was skipped: no sample with a trained token is left" in (run_dir / "events.jsonl").read_text()
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+LOCAL = {"type": "local", "model": "teacher"}
+JUDGE = SHORT | {"model": "judge"}
+CHAT = {"type": "chat", "url": "http://localhost:1/v1", "model": "judge"}
+TWO = {"prompts_per_step": 2, "samples_per_prompt": 2}
+SOLUTIONS = {"type": "solutions"}
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "tropd with a chat teacher": (
+        {"method": {"type": "tropd"}, "teacher": CHAT, "responses": SOLUTIONS},
+        r"TrOPD needs .*; teacher \(.*\) gives only verbal",
+    ),
+    "tropd with a judge": (
+        {"method": {"type": "tropd"}, "teacher": JUDGE, "responses": SOLUTIONS},
+        r"TrOPD needs .*; teacher \(judge\) gives only verbal",
+    ),
+    "tropd without responses": (
+        {"method": {"type": "tropd"}, "teacher": LOCAL},
+        r"TrOPD begins samples with the teacher's own; add a section `responses: .*anneal_steps: 0",
+    ),
+    "ovd with a teacher of scores": (
+        {"method": {"type": "ovd"}, "teacher": LOCAL, "responses": SOLUTIONS, "train": TWO},
+        r"OVD needs a digit from 0 to 9 for each sample; teacher \(teacher\) gives only",
+    ),
+    "ovd without responses": (
+        {"method": {"type": "ovd"}, "teacher": JUDGE, "train": TWO},
+        "OVD fills rejected slots with the teacher's own responses; add a section",
+    ),
+    "groups of one": (
+        {"method": {"type": "grpo"}, "train": {"samples_per_prompt": 1}},
+        "set train.samples_per_prompt to 2 or more",
+    ),
+    "grpo with a teacher": (
+        {"method": {"type": "grpo"}, "teacher": LOCAL, "train": TWO},
+        "GRPO asks no teacher; remove the section teacher",
+    ),
+    "groups of one in a phase": (
+        {"method": {"type": "phases", "parts": [{"until": 0.5, "type": "sft"}, {"type": "grpo"}]}},
+        "set train.samples_per_prompt to 2 or more",
+    ),
+    "a reference that nobody asks for": (
+        {"method": {"type": "opd"}, "teacher": LOCAL, "reference": {"type": "start"}},
+        "OPD as it is set uses no reference model; remove the section reference",
+    ),
+    "a reference at scale 1": (
+        {"method": {"type": "gopd", "scale": 1.0}, "teacher": LOCAL, "reference": {"type": "start"}},
+        "GOPD as it is set uses no reference model",
+    ),
+    "responses that nobody reads": (
+        {"method": {"type": "opd"}, "teacher": LOCAL, "responses": SOLUTIONS},
+        "OPD uses no responses of a teacher; remove the section responses",
+    ),
+    "no teacher": ({"method": {"type": "opd"}}, "OPD needs a teacher"),
+    "two sections of teachers": (
+        {"method": {"type": "opd"}, "teacher": LOCAL, "teachers": {"a": LOCAL}},
+        "teacher and teachers are both given; keep one",
+    ),
+    "one of several that cannot": (
+        {"method": {"type": "gkd"}, "teachers": {"a": LOCAL, "b": JUDGE}},
+        r"GKD needs .*; teachers\.b \(judge\) gives only verbal",
+    ),
+    "an unknown start": (
+        {"student": {"build": None, "starts": {"small": "a", "large": "b"}, "start": "smal"}},
+        "start is 'smal'; did you mean 'small'",
+    ),
+    "two starts": (
+        {"student": {"build": None, "starts": {"small": "a"}, "start": "small", "model": "b"}},
+        "model and start are both given; keep one",
+    ),
+    "one update in no part": ({"train": {"minibatches": 0}}, "minibatches is 0; it must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_recipe_that_cannot_be_run_is_refused_as_it_is_read(tmp_path: Path, case: str) -> None:
+    changes, words = REFUSALS[case]
+    with pytest.raises(RecipeError, match=words):
+        config.parse(Recipe, tiny_recipe(tmp_path, **changes))
+
+
+def test_every_method_says_no_to_the_wrong_teacher(tmp_path: Path) -> None:
+    """What a method needs and the teacher does not give is named, whatever the method."""
+    from tests.integration.test_methods_train import EXTRA
+    from understudy.methods import METHODS
+
+    for name in METHODS:
+        extra = EXTRA.get(name, {})
+        method = {"type": name} | extra.get("method", {})
+        given = LOCAL if extra.get("judge") else JUDGE
+        changes = {"method": method, "teacher": given, "responses": extra.get("responses"), "train": TWO}
+        with pytest.raises(RecipeError, match=r"gives only|asks no teacher"):
+            config.parse(Recipe, tiny_recipe(tmp_path, **changes))
+
+
+def test_gkd_on_stored_samples_of_scores(tmp_path: Path) -> None:
+    from understudy.cli.app import app
+    from typer.testing import CliRunner
+
+    changes = distillation(tmp_path)
+    del changes, app, CliRunner
+
+
+@pytest.mark.parametrize("teachers", [{"shrt": LOCAL, "long": LOCAL}, {"short": LOCAL}])
+def test_an_unknown_teacher_is_refused_before_anything_is_loaded(
+    tmp_path: Path, teachers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = mixed(tmp_path)
+    known = changes["teachers"]["short"]
+    monkeypatch.setattr(assemble, "load_student", lambda *a, **o: pytest.fail("a model was loaded"))
+    with pytest.raises(RecipeError, match=r"names the teacher '(short|long)'.*the teachers are:"):
+        train(tmp_path, **changes | {"teachers": dict.fromkeys(teachers, known)})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_by_name_is_the_model(tmp_path: Path) -> None:
+    changes = distillation(tmp_path, train={"steps": 2})
+    whole = train(tmp_path / "whole", **changes)
+    model = changes["student"].pop("model")
+    changes["student"] |= {"starts": {"small": model, "other": "nowhere"}, "start": "small"}
+    assert_same_run(whole, train(tmp_path / "named", **changes))
+
+
+# --- references --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}])
+@pytest.mark.parametrize("form", ["sampled", "full"])
+def test_the_default_reference_is_the_start(
+    tmp_path: Path, lora: dict[str, int] | None, form: str, asked: dict[str, list[Sample]]
+) -> None:
+    """Also after a resume, where the live student is not the start any more; and named by hand it is the same run."""
+    changes = distillation(tmp_path, method={"type": "gopd", "scale": 1.5, "form": form}, train={"steps": 4})
+    start = changes["student"]["model"]
+    changes["student"] |= {"lora": lora}
+    whole = train(tmp_path / "whole", **changes)
+    assert len(asked["reference"]) == len(asked["teacher"]) == 32
+    assert_same_run(whole, train_in_two(tmp_path / "cut", 2, **changes))
+    named = train(tmp_path / "named", **changes | {"reference": {"type": "local", "model": start}})
+    # adapters of zero are left out in one and added in the other
+    assert_close_run(whole, named, atol=5e-5)
+    if form == "sampled":
+        first = metric_rows(whole)[0]
+        assert first["teacher_over_reference"] != 0.0
+
+
+@pytest.mark.parametrize("form", ["sampled", "full"])
+def test_the_reference_matters(tmp_path: Path, form: str) -> None:
+    """Another reference is another run; the teacher as its own reference is OPD, and GKD with the whole rows."""
+    method = {"type": "gopd", "scale": 2.0, "form": form}
+    changes = distillation(tmp_path, method=method, train={"steps": 3})
+    default = train(tmp_path / "default", **changes)
+    teacher = train(tmp_path / "teacher-run", **changes | {"reference": changes["teacher"]})
+    assert metric_rows(default)[0]["loss"] != metric_rows(teacher)[0]["loss"]
+    plain = {"type": "opd"} if form == "sampled" else {"type": "gkd"}
+    like = train(tmp_path / "like", **changes | {"method": plain})
+    for name, value in weights(like).items():
+        torch.testing.assert_close(weights(teacher)[name], value, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("form", "method"), [("sampled", "opd"), ("full", "gkd")])
+def test_at_scale_one_there_is_no_reference(
+    tmp_path: Path, form: str, method: str, asked: dict[str, list[Sample]]
+) -> None:
+    """Bit for bit OPD, or GKD."""
+    changes = distillation(tmp_path, train={"steps": 3})
+    one = train(tmp_path / "one", **changes | {"method": {"type": "gopd", "scale": 1.0, "form": form}})
+    other = train(tmp_path / "other", **changes | {"method": {"type": method}})
+    assert_same_run(one, other)
+    assert set(asked) == {"teacher"}
+
+
+def test_a_reference_pulls_back(tmp_path: Path) -> None:
+    """GRPO's KL to the start: 0 while the student is the start, above 0 once it moves."""
+    changes = distillation(
+        tmp_path,
+        teacher=None,
+        method={"type": "grpo", "kl_coef": 0.5},
+        train={"steps": 3, "prompts_per_step": 4, "samples_per_prompt": 2},
+    )
+    rows = metric_rows(train(tmp_path, **changes))
+    # nothing is ever right, so nothing moves but what the KL moves, which is nothing
+    assert [row["loss"] for row in rows] == pytest.approx([0.0] * 3, abs=1e-9)
+    assert [row["grad_norm"] for row in rows] == pytest.approx([0.0] * 3, abs=1e-6)
