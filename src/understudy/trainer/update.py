@@ -156,9 +156,10 @@ def _score_old(student: Student, micro: MicroBatch) -> MicroBatch:
 
 def _cut_whole(method: Method, batches: list[TokenBatch], step: int, ranks: Ranks) -> list[CutTerms]:
     everywhere = ranks.gather([batch.to(torch.device("cpu")) for batch in batches] if ranks.world > 1 else [])
-    elsewhere = [batch for rank, part in enumerate(everywhere) if rank != ranks.rank for batch in part]
-    if batches:
-        elsewhere = [batch.to(batches[0].target.device) for batch in elsewhere]
+    if not batches:
+        return []
+    device = batches[0].target.device
+    elsewhere = [batch.to(device) for rank, part in enumerate(everywhere) if rank != ranks.rank for batch in part]
     return cut_terms(method, batches, step, elsewhere=elsewhere)
 
 
