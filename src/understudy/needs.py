@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .methods import Method
 from .tasks.responses import HubResponses, JsonlResponses, Solutions
-from .teachers import AnyReference, AnyTeacher, Chat, Local, Stored
+from .teachers import AnyReference, AnyTeacher, Chat, Local, Privileged, Stored
 from .trainer.responses import TeacherResponses
 from .trainer.settings import Train
 from .types import Need
@@ -41,6 +41,8 @@ def check_needs(
         )
     if not asked and teachers and not isinstance(responses, TeacherResponses):
         raise ValueError(f"the method {name} asks no teacher; remove the section teacher")
+    if several and any(not isinstance(section, Local | Privileged) for section in teachers.values()):
+        raise ValueError("several teachers are of type local or privileged; a judge or a stored teacher stands alone")
     for label, section in teachers.items():
         lacking = sorted(asked - section.GIVES)
         if lacking:

@@ -177,8 +177,15 @@ def _training_prompts(recipe: Recipe, judges: assemble.Judges) -> Sequence[Promp
     prompts = recipe.task.prompts("train")
     if not isinstance(judges.teacher, StoredTeacher):
         return prompts
-    known = judges.teacher.prompt_ids
-    found = [prompt for prompt in prompts if prompt.id in known]
+    known = set(judges.teacher.prompt_ids)
+    found = []
+    for prompt in prompts:
+        if prompt.id in known:
+            known.discard(prompt.id)
+            found.append(prompt)
+            if not known:
+                # a computed task has millions more
+                break
     if not found:
         raise DataError(f"none of the prompts of task {recipe.task.name} is among those of {judges.teacher.name}")
     return found

@@ -1,13 +1,15 @@
-"""Methods from end to end on a CPU: two experts become one student, and rewards alone improve one."""
+"""Methods from end to end on a CPU: two experts become one student, rewards alone improve one, and a judge's digits do."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.chat_server import ChatServer, Request, Response, says
 
 from understudy.recipe import load_recipe
 from understudy.runs import Result, train
@@ -122,7 +124,7 @@ def test_rewards_alone_improve_the_student(tmp_path: Path, start: str) -> None:
             "steps": steps,
             "prompts_per_step": 16,
             "samples_per_prompt": 8,
-            "lr": 2e-3,
+            "lr": 5e-4,
             "warmup_steps": 5,
             "schedule": "cosine",
         },
@@ -130,3 +132,33 @@ def test_rewards_alone_improve_the_student(tmp_path: Path, start: str) -> None:
     )
     first, last = (summary.metrics["avg@1"] for summary in result.summaries)
     assert last.low > first.high
+
+
+def grade_like_a_teacher(request: Request, before: int) -> Response:
+    """9 for the right sum, 7 for a wrong one, 1 for a response that does not come to one."""
+    problem = re.search(r"(\d+)\+(\d+):", request.question)
+    said = re.search(r"#(\d+)\s", request.question[problem.end() :] if problem else "")
+    if problem is None or said is None:
+        return says("1")
+    return says("9" if int(problem[1]) + int(problem[2]) == int(said[1]) else "7")
+
+
+def test_one_example_and_a_judge_behind_http(tmp_path: Path, start: str) -> None:
+    """OVD: a chat model says digits, the only problem is drawn again and again, and the student gets it right."""
+    with ChatServer(grade_like_a_teacher) as server:
+        result = run(
+            tmp_path,
+            student={"model": start},
+            teacher={"type": "chat", "url": server.url, "model": "judge"},
+            responses={"type": "solutions"},
+            task=ADDITION | {"num_solutions": 1, "seed": 5},
+            method={"type": "ovd"},
+            train={"steps": 30, "prompts_per_step": 2, "samples_per_prompt": 8, "lr": 1e-3},
+        )
+        assert len(server.requests) >= 30 * 16
+    rows = [json.loads(line) for line in (result.run_dir.path / "metrics.jsonl").read_text().splitlines()]
+    first, last = ([row["verbal_score"] for row in part] for part in (rows[:5], rows[-5:]))
+    assert sum(last) / 5 > sum(first) / 5 + 0.3
+    for row in rows:
+        assert row["signal_bytes_per_token"] < 0.01 * row["signal_bytes_per_token_full"]
+        assert row["unscored"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +323,20 @@ def test_longer_prompts_are_left_out(tmp_path: Path) -> None:
     succeed("record", write_recipe(tmp_path, **changes), "--out", tmp_path / "scores")
     (tensors,) = recorded_tensors(tmp_path / "scores").values()
     assert build_tokenizer("addition").decode(tensors["token_ids"][:4]) == "1+2:"
+
+
+@pytest.mark.parametrize(("prompts_per_step", "steps"), [(8, 1), (3, 4)])
+def test_a_prompt_that_is_drawn_twice_in_a_step_gives_its_samples_twice(
+    recipe: Path, tmp_path: Path, prompts_per_step: int, steps: int
+) -> None:
+    """More prompts a step than there are, or a step over the end of an epoch."""
+    scores, run_dir = tmp_path / "scores", tmp_path / "run"
+    succeed("record", recipe, "--out", scores, "--prompts", 4)
+    succeed("train", recipe, stored(scores), f"train.steps={steps}", f"train.prompts_per_step={prompts_per_step}")
+    seen = Counter(pair for step in range(1, steps + 1) for pair in trained_on(run_dir, step))
+    assert seen.total() == 2 * prompts_per_step * steps
+    # every prompt as often as every other, each sample of it as often as the other
+    assert {key.rpartition("#")[0] for key in recorded_tensors(scores)} == {f"arithmetic/addition/{p}" for p, _ in seen}
+    assert {sum(seen[pair] for pair in seen if pair[0] == prompt) for prompt, _ in seen} == {
+        2 * prompts_per_step * steps // 4
+    }

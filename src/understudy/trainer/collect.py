@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,9 @@ class Collector:
         return self.sampler.generate(requests, self.sampling, step=step)
 
     def _replay(self, teacher: StoredTeacher, requests: Sequence[Request]) -> list[Sample]:
-        found = teacher.samples_for(requests)
+        """A prompt that is drawn twice in a step gives the same samples twice, as over epochs."""
+        num = self.settings.samples_per_prompt
+        found = teacher.samples_for([replace(request, index=request.index % num) for request in requests])
         missing = [request.key for request, sample in zip(requests, found, strict=True) if sample is None]
         if missing:
             raise DataError(
