@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 MISSING = "not recorded"
 _RATE = re.compile(
-    r"^(avg|pass|maj)@\d+$|^(accuracy|greedy|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
+    r"^(avg|pass|maj|rejection)@\d+$|^(accuracy|greedy|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
 )
 _LABELS = {
     "avg": "mean of {} attempts",
     "pass": "at least one of {} right",
     "maj": "majority of {}",
+    "rejection": "drawn again while the judge rejects, at most {} times",
+    "attempts": "draws of an answer until the judge accepts",
     "greedy": "the most likely token at every step",
     "accuracy": "",
     "mean_tokens": "response length, tokens",

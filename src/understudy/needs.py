@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .methods import Method
 from .tasks.responses import HubResponses, JsonlResponses, Solutions
-from .teachers import AnyReference, AnyTeacher, Chat, Local, Privileged, Stored
+from .teachers import AnyReference, AnyTeacher, Chat, Local, Privileged, Stored, Verbal
 from .trainer.responses import TeacherResponses
 from .trainer.settings import Train
 from .types import Need
@@ -30,8 +30,12 @@ def check_needs(
     several: bool,
     reference: AnyReference | None,
     responses: AnyResponses | None,
+    rejects: bool = False,
 ) -> None:
-    """Every need of the method is met, and nothing is given that nobody asks for. Raises ValueError."""
+    """Every need of the method is met, and nothing is given that nobody asks for. Raises ValueError.
+
+    `rejects`: evaluations ask a judge.
+    """
     name = type(method).__name__
     asked = method.needs - {"none", "reference"}
     if asked and not teachers:
@@ -39,7 +43,9 @@ def check_needs(
             f"the method {name} needs a teacher ({', '.join(sorted(asked))} scores); add a section "
             "`teacher: {type: local, model: ...}`"
         )
-    if not asked and teachers and not isinstance(responses, TeacherResponses):
+    if rejects and not any(isinstance(section, Verbal | Chat) for section in teachers.values()):
+        raise ValueError("eval.reject_below needs a judge that says digits: a teacher of type verbal or chat")
+    if not asked and teachers and not rejects and not isinstance(responses, TeacherResponses):
         raise ValueError(f"the method {name} asks no teacher; remove the section teacher")
     if several and any(not isinstance(section, Local | Privileged) for section in teachers.values()):
         raise ValueError("several teachers are of type local or privileged; a judge or a stored teacher stands alone")

@@ -110,6 +110,7 @@ class Recipe:
             several=bool(self.teachers),
             reference=self.reference,
             responses=self.responses,
+            rejects=self.eval is not None and self.eval.reject_below is not None,
         )
         plans = [part.plan(0) for part in self.method.members]
         if self.sampling.temperature == 0 and any(plan.on_policy_share > 0 for plan in plans):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from . import assemble, config, facts
 from .card import model_card
 from .errors import CheckpointError, DataError
-from .eval.evaluate import run_eval
+from .eval.evaluate import Rejection, run_eval
 from .eval.summary import EvalSummary
 from .files import write_atomically, write_json
 from .models import num_positions, row_style, save_hf
@@ -23,7 +23,7 @@ from .recipe import Recipe, check_same_recipe
 from .report import write_report
 from .tasks import Arithmetic, num_repeated, overlap, overlap_message
 from .tasks.render import encode_prompt
-from .teachers import StoredTeacher
+from .teachers import Judge, StoredTeacher
 from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint, load_teacher_state, sync_tree
 from .trainer.collect import Collector
 from .trainer.console import Console
@@ -161,7 +161,7 @@ def _build(
         optimizer=optimizer,
         settings=recipe.train,
         evaluation=recipe.eval,
-        evaluate=evaluator(recipe, loaded, ranks, run_dir.eval if ranks.is_main else None, console),
+        evaluate=evaluator(recipe, loaded, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console),
         save_student=lambda path: save_hf(loaded.model, loaded.tokenizer, path, merged=False),
         observer=observer,
         run_dir=run_dir,
@@ -246,7 +246,12 @@ def _observer(
 
 
 def evaluator(
-    recipe: Recipe, loaded: assemble.Loaded, ranks: Ranks, out_dir: Path | None, console: Console
+    recipe: Recipe,
+    loaded: assemble.Loaded,
+    judge: Judge | None,
+    ranks: Ranks,
+    out_dir: Path | None,
+    console: Console,
 ) -> Callable[[int], EvalSummary]:
     """A function that evaluates the live weights at a step as the section `eval` says, and saves what it finds."""
     settings = recipe.eval
@@ -278,6 +283,9 @@ def evaluator(
                 template_kwargs=recipe.student.template_kwargs,
                 progress=show,
                 greedy=settings.greedy,
+                rejection=None
+                if settings.reject_below is None or judge is None
+                else Rejection(judge, settings.reject_below, settings.max_attempts),
             )
 
     return evaluate

@@ -6,7 +6,7 @@ import errno
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 
 from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval import EvalSummary, bootstrap_mean, evaluate, prompt_text, run_eval, summarise
+from understudy.eval.evaluate import Rejection
 from understudy.report.read import read_attempts, read_eval
 from understudy.tasks import Arithmetic, Jsonl, build_tokenizer, encode_response
-from understudy.types import Author, Finish, Prompt, Request, Sample, Sampling
+from understudy.types import Author, Finish, Prompt, Request, Sample, Sampling, Verdict
 
 TASK = Arithmetic()
 TOKENIZER = build_tokenizer("addition")
@@ -351,3 +352,30 @@ def test_real_problems_through_the_math_verifier(tmp_path: Path) -> None:
     )
     assert summary.metrics["avg@3"].value == pytest.approx(2 / 3)
     assert summary.metrics["maj@3"].value == 1.0
+
+
+@dataclass
+class Digit:
+    """A judge that always says the same, or nothing."""
+
+    digit: float | None
+    name: str = "judge"
+    fingerprint: str = "judge"
+    num_asked: int = 0
+
+    def judge(self, samples: Sequence[Sample], *, score: str = "argmax", steps: bool = False) -> list[Verdict]:
+        self.num_asked += len(samples)
+        return [Verdict(self.digit) for _ in samples]
+
+
+@pytest.mark.parametrize(("digit", "attempts"), [(9.0, 1), (7.0, 1), (6.0, 3), (None, 1)])
+def test_rejection_draws_again_what_the_judge_rejects(digit: float | None, attempts: int) -> None:
+    """Below the threshold an answer is drawn again, at most N times, each with other draws; without a digit it stands."""
+    judge, oracle = Digit(digit), Oracle(lambda request: request.prompt.solution or "")
+    summary = evaluated(sampler=oracle, rejection=Rejection(judge, 7.0, 3), greedy=True)
+    found = values(summary)
+    assert found["attempts"] == attempts
+    assert judge.num_asked == attempts * len(PROMPTS)
+    assert found["rejection@3"] == found["greedy"] == 1.0
+    streams = [stream for _, _, stream in oracle.calls]
+    assert len(set(streams)) == len(streams) == 2 + attempts

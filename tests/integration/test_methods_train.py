@@ -64,6 +64,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "kdrl_anneal": ("kdrl", {"method": {"anneal_to": 0.0}}),
     "gkd_off_policy": ("gkd", {"method": {"on_policy_share": 0.5}, "responses": SOLUTIONS}),
+    "grpo_updates": ("grpo", {"train": {"minibatches": 2, "passes": 2}}),
+    "reopold_updates": ("reopold", {"train": {"prompts_per_step": 3, "minibatches": 2}}),
     "opd_tis": ("opd", {"method": {"correction": "tis"}}),
 }
 
@@ -140,10 +142,13 @@ RANKED = {
     "reopold": {"method": {"switch_step": 1, "top_share": 0.3}},
     "grpo": {"train": {"prompts_per_step": 3, "samples_per_prompt": 3}},
     "gopd": {},
+    "grpo_updates": {},
+    "reopold_updates": {"method": {"switch_step": 0, "top_share": 0.5}},
     "dapo": {"train": {"prompts_per_step": 3, "samples_per_prompt": 3}},
     "ovd": {},
 }
-"""What is drawn for each token, cut over the step, compared in groups that lie on both ranks, or drawn anew."""
+"""What is drawn for each token, cut over the step, compared in groups that lie on both ranks, divided over several updates
+(of which one has no sample on the second rank), or drawn anew."""
 
 
 @pytest.fixture(scope="module")

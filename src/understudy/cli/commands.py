@@ -77,7 +77,8 @@ def _table(title: str, summaries: Sequence[EvalSummary]) -> tuple[str, list[str]
 
 
 def load_for_use(path: Path, overrides: Sequence[str], model: str | None) -> Recipe:
-    """The recipe whose student is `model`, or of a run directory: its final student. A teacher is not needed."""
+    """The recipe whose student is `model`, or of a run directory: its final student. Of teachers a judge is kept that
+    evaluations ask."""
     if path.is_dir():
         run_dir = RunDir(path)
         run_dir.check_started()
@@ -87,7 +88,9 @@ def load_for_use(path: Path, overrides: Sequence[str], model: str | None) -> Rec
         model = model or str(run_dir.student)
     else:
         recipe = load_recipe(path, overrides)
-    recipe = replace(recipe, teacher=None, teachers={}, reference=None, responses=None, method=SFT())
+    rejects = recipe.eval is not None and recipe.eval.reject_below is not None
+    teacher = recipe.teacher if rejects else None
+    recipe = replace(recipe, teacher=teacher, teachers={}, reference=None, responses=None, method=SFT())
     if model is None:
         return recipe
     student = replace(
@@ -108,7 +111,8 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
     with Console() as console:
         loaded = assemble.load_student(recipe)
         started = time.perf_counter()
-        summary = runs.evaluator(recipe, loaded, Ranks(), out, console)(0)
+        judge = assemble.load_judges(recipe, loaded).judge
+        summary = runs.evaluator(recipe, loaded, judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from understudy.errors import CheckpointError, DataError, VocabularyError
+from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
 from understudy.tasks.render import Rendered, encode_prompt, split_by_length
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from understudy.rollout import Sampler
     from understudy.tasks import Task
+    from understudy.teachers import Judge
 
 BLOCK_REQUESTS = 1024
 """Requests in one call of the sampler: enough to fill its batches, few enough to show progress and grade meanwhile."""
@@ -43,13 +45,15 @@ def run_eval(
     template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     greedy: bool = False,
+    rejection: Rejection | None = None,
 ) -> EvalSummary:
     """Evaluates and, with `out_dir`, writes step_XXXXXX.jsonl and then step_XXXXXX.json there.
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
     evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
-    as the metric `greedy`. `eos_ids` end a response (None: the tokenizer's EOS). `progress` is called
-    with the samples done and in all. Raises DataError for prompts with equal ids and if no prompt fits the budget.
+    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `eos_ids` end a response (None:
+    the tokenizer's EOS). `progress` is called with the samples done and in all. Raises DataError for prompts with equal ids
+    and if no prompt fits the budget.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
@@ -65,9 +69,50 @@ def run_eval(
         best = _sample_and_grade(once, task, sampler, replace(sampling, temperature=0.0), f"eval/{split}/greedy", None)
         found = summarise(best, step=step, split=split, eos_ids=ends).metrics.get("avg@1")
         summary = summary if found is None else replace(summary, metrics={**summary.metrics, "greedy": found})
+    if rejection is not None:
+        first = [Request(prompt, 0, ids) for prompt, ids in fitting]
+        rejected = rejection.metrics(first, task, sampler, sampling, f"eval/{split}/rejection")
+        summary = replace(summary, metrics={**summary.metrics, **rejected})
     if out_dir is not None:
         write_eval(out_dir, summary, samples)
     return summary
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Test-time rejection: an answer below `threshold` is drawn again. Source: OVD, arXiv 2601.21968."""
+
+    judge: Judge
+    threshold: float
+    max_attempts: int
+
+    def metrics(
+        self, requests: Sequence[Request], task: Task, sampler: Sampler, sampling: Sampling, stream: str
+    ) -> dict[str, Estimate]:
+        """`rejection@N`, the score of the answers that stand in the end, and `attempts`, draws of each.
+
+        An answer that the judge could not score stands: it is not known to be bad.
+        """
+        final: dict[str, Sample] = {}
+        attempts = dict.fromkeys((request.prompt.id for request in requests), 0)
+        left = list(requests)
+        for number in range(self.max_attempts):
+            written = sampler.generate(left, sampling, step=0, stream=f"{stream}/{number}")
+            verdicts = self.judge.judge(written)
+            again = []
+            for request, sample, verdict in zip(left, written, verdicts, strict=True):
+                final[request.prompt.id] = sample
+                attempts[request.prompt.id] += 1
+                if verdict.score is not None and verdict.score < self.threshold:
+                    again.append(request)
+            left = again
+            if not left:
+                break
+        found = {"attempts": bootstrap_mean(list(attempts.values()), "attempts")}
+        grades = [_grade(task, sample).grade for sample in final.values()]
+        scores = [grade.score for grade in grades if grade is not None]
+        name = f"rejection@{self.max_attempts}"
+        return found | ({name: bootstrap_mean(scores, name)} if scores else {})
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> Collection[int]:

@@ -92,6 +92,13 @@ class Eval:
     """None: as in training."""
     greedy: bool = False
     """Also one answer to each problem at temperature 0, the metric `greedy`."""
+    reject_below: float | None = None
+    """Also test-time rejection: an answer that the judge gives a lower digit is drawn again, the metric `rejection@N`."""
+    max_attempts: int = 4
+    """N: draws of one answer under rejection; the last counts where none was accepted."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every", "problems", "samples_per_prompt")
+        _at_least(self, 2, "max_attempts")
+        if self.reject_below is not None and not 0 <= self.reject_below <= 9:
+            raise ValueError(f"reject_below is {self.reject_below}; a judge's digits go from 0 to 9")

@@ -16,7 +16,7 @@ from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating
 from understudy.packing import RowStyle, lay_out, micro_batches, pack
-from understudy.randomness import keyed_uniform
+from understudy.randomness import hash_name, keyed_uniform
 from understudy.trainer.distributed import Ranks
 from understudy.types import Metric, Sample, Scores, TokenBatch, fill
 
@@ -105,9 +105,7 @@ def prepare(
     `fix_old`: S_old is read off now, because the student will have moved when it is needed. A method that needs the whole
     batch gets it, over all updates and ranks.
     """
-    size = len(judged.samples)
-    parts = [judged.at(range(part, size, num_minibatches)) for part in range(num_minibatches)]
-    cut = [_cut(student, part, by_teacher) for part in parts]
+    cut = [_cut(student, part, by_teacher) for part in _divide(judged, num_minibatches, ranks)]
     micros = [
         [MicroBatch(one, _pack(one, method, *draw).to(student.device), method, label) for one, label in part]
         for part in cut
@@ -120,6 +118,16 @@ def prepare(
     flat = [micro for part in micros for micro in part]
     terms = iter(_cut_whole(method, [micro.batch for micro in flat], step, ranks))
     return [[replace(micro, terms=next(terms)) for micro in part] for part in micros]
+
+
+def _divide(judged: Judged, num_parts: int, ranks: Ranks) -> list[Judged]:
+    """Parts of one size over all ranks, the samples of a prompt side by side; which ranks hold them makes no difference."""
+    if num_parts == 1:
+        return [judged]
+    names = [(hash_name(sample.prompt.id), sample.index) for sample in judged.samples]
+    everywhere = sorted(name for part in ranks.gather(names) for name in part)
+    place = {name: index * num_parts // len(everywhere) for index, name in enumerate(everywhere)}
+    return [judged.at([i for i, name in enumerate(names) if place[name] == part]) for part in range(num_parts)]
 
 
 def _cut(student: Student, judged: Judged, by_teacher: bool) -> list[tuple[Judged, str | None]]:
