@@ -130,7 +130,7 @@ def test_every_grid_of_the_project_parses(path: Path, tmp_path: Path) -> None:
     """Each cell is a recipe of its own; every method that is compared is in one of them."""
     base = config.read_yaml(path.parent / "distil.yaml")
     cells = Cells(read_grid(path, base), base, tmp_path)
-    assert len(cells.tuning) == 2 * len(cells.grid.combinations())
+    assert len(cells.tuning) == 3 * len(cells.grid.combinations())
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem != "grid"], ids=lambda path: path.stem)
