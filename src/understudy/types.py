@@ -239,6 +239,12 @@ class Metric:
         return Metric(self.total + other.total, self.count + other.count)
 
 
+def add_metrics(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The metrics of both, those of the same name added up."""
+    shared = {name: one[name] + metric for name, metric in other.items() if name in one}
+    return {**one, **other, **shared}
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One response to be sampled."""

@@ -104,6 +104,12 @@ def _ends(sample: Sample, eos_ids: Collection[int]) -> bool:
 def sample_row(sample: Sample) -> dict[str, object]:
     """A sample as one line of eval/step_XXXXXX.jsonl; `score` is null where it was not graded."""
     grade = sample.grade
+    trained = {
+        "reward": sample.reward,
+        "advantage": sample.advantage,
+        "verdict": None if sample.verdict is None else sample.verdict.score,
+        "teacher": sample.teacher,
+    }
     return {
         "prompt_id": sample.prompt.id,
         "prompt": prompt_text(sample.prompt),
@@ -114,7 +120,7 @@ def sample_row(sample: Sample) -> dict[str, object]:
         "reference": sample.prompt.reference,
         "score": None if grade is None else grade.score,
         "note": "not graded: the prompt has no reference" if grade is None else grade.note,
-    }
+    } | {name: value for name, value in trained.items() if value is not None}
 
 
 def prompt_text(prompt: Prompt) -> str:

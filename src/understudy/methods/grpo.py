@@ -26,7 +26,7 @@ class GRPO(PolicyMethod):
     kl_coef: float = 0.0
     """Weight of the KL to the reference model."""
     dynamic_sampling: bool = False
-    """Prompts whose samples are all right or all wrong are replaced by further ones."""
+    """Prompts whose samples all have the same reward are replaced by further ones."""
     distil_coef: float = 0.0
     """Above 0: OPD's log-ratio joins the advantage."""
     overlong_buffer: int = 0

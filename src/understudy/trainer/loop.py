@@ -27,7 +27,7 @@ from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import StopSignal
 from understudy.trainer.update import Judged, MicroBatch, Student, accumulate_gradients, prepare
-from understudy.types import Metric, Sample
+from understudy.types import Metric, Sample, add_metrics
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss and gradient until the run stops."""
@@ -112,7 +112,7 @@ class Trainer:
         )
         self._torn = False
         self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
-        self._save_samples(found.written)
+        self._save_samples([*found.samples, *found.rejected])
         if self.progress.skipped_in_row >= MAX_SKIPPED:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step + 1}; the "
@@ -142,8 +142,7 @@ class Trainer:
         self.rollouts.collector.sampler.push(None, self.progress.updates)
         total: dict[str, Metric] = {}
         for _, metrics in made:
-            for name, metric in metrics.items():
-                total[name] = total[name] + metric if name in total else metric
+            total = add_metrics(total, metrics)
         if not total:
             self.observer.warn(step + 1, f"step {step + 1} was skipped: no sample with a trained token is left")
         elif self.progress.updates == before.updates:
@@ -198,7 +197,9 @@ class Trainer:
             for micro in part
             for index, sample in enumerate(micro.judged.samples)
         ]
-        path = self.run_dir.path / "bad_batches" / f"step_{step + 1:06d}_rank_{self.ranks.rank}.jsonl"
+        folder, name = self.run_dir.path / "bad_batches", f"step_{step + 1:06d}_rank_{self.ranks.rank}"
+        before = len(list(folder.glob(f"{name}*.jsonl")))
+        path = folder / (f"{name}_{before + 1}.jsonl" if before else f"{name}.jsonl")
         write_json_lines(path, rows)
         self.observer.warn(
             step + 1, f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"

@@ -12,7 +12,7 @@ from understudy.methods import Acceptance, Rewards, RolloutPlan
 from understudy.teachers import Judge
 from understudy.trainer.collect import Collector
 from understudy.trainer.distributed import Ranks
-from understudy.types import Grade, Metric, Prompt, Request, Sample, Verdict
+from understudy.types import Grade, Metric, Prompt, Request, Sample, Verdict, add_metrics
 
 Grader = Callable[[Prompt, str], Grade]
 HIGHEST_DIGIT = 9.0
@@ -27,6 +27,8 @@ class Rewarded:
     """Means that add up over ranks."""
     flat_prompts: frozenset[str] = frozenset()
     """Prompts, over all ranks, whose samples all have the same reward."""
+    rejected: list[Sample] = field(default_factory=list)
+    """What the judge turned down, for people to read."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,17 @@ class Rewarder:
         self, samples: Sequence[Sample], requests: Sequence[Request], plan: RolloutPlan, step: int
     ) -> Rewarded:
         """What is left of the samples, with reward and advantage. `requests`: those that the samples came from."""
-        kept, metrics = list(samples), dict[str, Metric]()
+        found = Rewarded(list(samples))
         if plan.acceptance is not None:
-            kept, metrics = self._accept(kept, requests, plan.acceptance, step)
+            found = self._accept(samples, requests, plan.acceptance, step)
         if plan.rewards is None:
-            return Rewarded(kept, metrics)
-        kept, shown = self._reward(kept, plan.rewards, plan.acceptance)
-        pairs = self.ranks.gather([(sample.prompt.id, float(sample.reward or 0.0)) for sample in kept])
-        kept = _compared(kept, pairs, self.ranks.rank, plan.rewards)
-        return Rewarded(kept, metrics | shown, _flat(pairs))
+            return found
+        kept, shown = self._reward(found.samples, plan.rewards, plan.acceptance)
+        pairs = self.ranks.gather([(sample.prompt.id, reward) for sample, reward in kept])
+        compared = _compared(kept, pairs, self.ranks.rank, plan.rewards)
+        return Rewarded(compared, add_metrics(found.metrics, shown), _flat(pairs), found.rejected)
 
-    def _accept(
-        self, samples: list[Sample], requests: Sequence[Request], rule: Acceptance, step: int
-    ) -> tuple[list[Sample], dict[str, Metric]]:
+    def _accept(self, samples: Sequence[Sample], requests: Sequence[Request], rule: Acceptance, step: int) -> Rewarded:
         """Verbal rejection: accepted samples, and what fills the places of the others."""
         judged = self._judged(samples, rule)
         by_key = {request.key: request for request in requests}
@@ -66,6 +66,7 @@ class Rewarder:
         if rule.on_reject == "resample":
             second = self._judged(self.collector.write_again(again, step), rule)
             extra = [sample for sample in second if accepted(sample, rule)]
+            shown |= _signal(second)
         elif rule.on_reject == "teacher" and again:
             assert self.collector.responses is not None
             found = self.collector.responses.find(again, step)
@@ -75,7 +76,8 @@ class Rewarder:
             extra = [sample for sample in given if self.collector.fits(sample)]
             shown["responses_too_long"] = Metric(len(given) - len(extra), len(given))
         good = [sample for sample in judged if accepted(sample, rule)]
-        return [*good, *extra], shown | self._verbal_metrics(judged, len(good), len(extra))
+        shown = add_metrics(shown, self._verbal_metrics(judged, len(good), len(extra)))
+        return Rewarded([*good, *extra], shown, rejected=[sample for sample in judged if not accepted(sample, rule)])
 
     def _judged(self, samples: Sequence[Sample], rule: Acceptance) -> list[Sample]:
         if not samples:
@@ -88,13 +90,11 @@ class Rewarder:
         """Acceptance, histogram, and bytes of teacher signal a token beside those of full logits and of top-64."""
         scored = [sample.verdict.score for sample in judged if sample.verdict and sample.verdict.score is not None]
         num_tokens = sum(sample.num_response_tokens for sample in judged)
-        num_bytes = sum(sample.verdict.signal_bytes for sample in judged if sample.verdict)
-        metrics = {
+        metrics = _signal(judged) | {
             "accepted": Metric(num_good, len(scored)),
             "filled": Metric(num_extra, num_good + num_extra),
             "unscored": Metric(len(judged) - len(scored), len(judged)),
             "verbal_score": Metric(sum(scored), len(scored)),
-            "signal_bytes_per_token": Metric(num_bytes, num_tokens),
             # float32 logits; 64 pairs of an int32 id and a float32 log-probability
             "signal_bytes_per_token_full": Metric(4.0 * self.vocab_size * num_tokens, num_tokens),
             "signal_bytes_per_token_top64": Metric(8.0 * min(64, self.vocab_size) * num_tokens, num_tokens),
@@ -106,11 +106,13 @@ class Rewarder:
 
     def _reward(
         self, samples: list[Sample], rewards: Rewards, acceptance: Acceptance | None
-    ) -> tuple[list[Sample], dict[str, Metric]]:
-        """With rewards. A sample that nobody can judge is dropped and counted, never worth 0."""
+    ) -> tuple[list[tuple[Sample, float]], dict[str, Metric]]:
+        """With their rewards. A sample that nobody can judge is dropped and counted, never worth 0."""
+        shown: dict[str, Metric] = {}
         if rewards.source == "verbal":
             assert acceptance is not None
             lacking = self._judged([sample for sample in samples if sample.verdict is None], acceptance)
+            shown = _signal(lacking)
             found = [*(sample for sample in samples if sample.verdict is not None), *lacking]
             worth = [(sample, _verbal(sample.verdict)) for sample in found]
         else:
@@ -125,10 +127,16 @@ class Rewarder:
                 for sample in graded
                 if sample.grade is not None
             ]
-        kept = [replace(sample, reward=reward) for sample, reward in worth if reward is not None]
-        total = sum(reward for _, reward in worth if reward is not None)
+        kept = [(replace(sample, reward=reward), reward) for sample, reward in worth if reward is not None]
+        total = sum(reward for _, reward in kept)
         unrewarded = Metric(len(samples) - len(kept), len(samples))
-        return kept, {"reward": Metric(total, len(kept)), "unrewarded": unrewarded}
+        return kept, shown | {"reward": Metric(total, len(kept)), "unrewarded": unrewarded}
+
+
+def _signal(judged: Sequence[Sample]) -> dict[str, Metric]:
+    """Bytes that the judge said, over the response tokens that it read."""
+    num_bytes = sum(sample.verdict.signal_bytes for sample in judged if sample.verdict)
+    return {"signal_bytes_per_token": Metric(num_bytes, sum(sample.num_response_tokens for sample in judged))}
 
 
 def unscored(sample: Sample) -> bool:
@@ -146,18 +154,18 @@ def _verbal(verdict: Verdict | None) -> float | None:
 
 
 def _compared(
-    samples: list[Sample], pairs: Sequence[Sequence[tuple[str, float]]], rank: int, rewards: Rewards
+    kept: Sequence[tuple[Sample, float]], pairs: Sequence[Sequence[tuple[str, float]]], rank: int, rewards: Rewards
 ) -> list[Sample]:
     """With advantages against the samples of the same prompt on every rank."""
     flat = [pair for part in pairs for pair in part]
     if not flat:
-        return samples
+        return []
     names = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in flat))}
     reward = torch.tensor([value for _, value in flat], dtype=torch.float64)
     group = torch.tensor([names[name] for name, _ in flat])
     advantage = signals.group_advantage(reward, group, normalise_std=rewards.normalise_std).tolist()
     first = sum(len(part) for part in pairs[:rank])
-    return [replace(sample, advantage=advantage[first + index]) for index, sample in enumerate(samples)]
+    return [replace(sample, advantage=advantage[first + index]) for index, (sample, _) in enumerate(kept)]
 
 
 def _flat(pairs: Sequence[Sequence[tuple[str, float]]]) -> frozenset[str]:

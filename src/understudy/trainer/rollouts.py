@@ -12,7 +12,7 @@ from understudy.trainer.distributed import Ranks
 from understudy.trainer.prompts import PromptStream
 from understudy.trainer.rewards import Rewarded, Rewarder
 from understudy.trainer.settings import Train
-from understudy.types import Metric, Sample
+from understudy.types import Metric, Sample, add_metrics
 
 MAX_ROUNDS = 10
 """Draws of further prompts in place of flat ones, after which the step goes on with what it has."""
@@ -27,6 +27,8 @@ class Gathered:
     """To be trained on."""
     written: list[Sample] = field(default_factory=list)
     """All that were collected, before any was rejected."""
+    rejected: list[Sample] = field(default_factory=list)
+    """What a judge turned down."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     """Of this rank."""
@@ -79,9 +81,9 @@ class Rollouts:
         found.next_position = drawn.next_position
         found.num_prompts_too_long += drawn.num_too_long
         found.written += written
+        found.rejected += rewarded.rejected
         if self.collector.responses is not None:
             found.counts.update(self.collector.responses.take_counts())
-        for name, metric in rewarded.metrics.items():
-            found.metrics[name] = found.metrics[name] + metric if name in found.metrics else metric
+        found.metrics = add_metrics(found.metrics, rewarded.metrics)
         found.counts["samples_left_out"] += len(mine) - sum(sample.index < offset for sample in written)
         return rewarded, [prompt.id for prompt, _ in drawn.prompts]

@@ -18,7 +18,7 @@ from understudy.models.backbone import evaluating
 from understudy.packing import RowStyle, lay_out, micro_batches, pack
 from understudy.randomness import hash_name, keyed_uniform
 from understudy.trainer.distributed import Ranks
-from understudy.types import Metric, Sample, Scores, TokenBatch, fill
+from understudy.types import Metric, Sample, Scores, TokenBatch, add_metrics, fill
 
 MICRO_BATCH_TOKENS = {"cpu": 2_048}
 MICRO_BATCH_TOKENS_ELSEWHERE = 16_384
@@ -205,8 +205,7 @@ def accumulate_gradients(
         )
         evaluation.loss.backward()
         loss += float(evaluation.loss.detach())
-        for name, metric in _labelled(evaluation.metrics, micro.label).items():
-            total[name] = total[name] + metric if name in total else metric
+        total = add_metrics(total, _labelled(evaluation.metrics, micro.label))
     return ranks.sum_counts({"loss": loss})["loss"], ranks.sum_metrics(total)
 
 
