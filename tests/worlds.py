@@ -39,6 +39,7 @@ CASES: dict[str, Method] = {
     "gkd mixed": GKD(beta=0.3),
     "sft": SFT(),
     "opd truncated importance": OPD(correction="tis", correction_high=1.1),
+    "opd clipped": OPD(clip=0.2),
     "opd icepop": OPD(correction="icepop", correction_low=0.8, correction_high=1.3),
     "gopd": GOPD(),
     "gopd per sequence": GOPD(scale=0.5, reduce="sequence"),

@@ -35,24 +35,13 @@ from .tasks import Arithmetic, Hub, Mix, build_tokenizer
 from .tasks.records import Records
 from .tasks.render import encode_prompt
 from .teachers import (
-    Chat,
-    Judge,
     Local,
     Privileged,
-    RoutedTeacher,
-    Setup,
-    Start,
-    Teacher,
-    Verbal,
     check_names,
 )
-from .teachers.chat import ChatTeacher
-from .teachers.local import LocalTeacher
-from .teachers.privileged import PrivilegedTeacher
 from .trainer.loggers import check_loggers
-from .trainer.responses import Generate, ResponseSetup, ResponseStore, TeacherResponses, open_responses
 from .trainer.settings import Split
-from .types import Prompt, Request, Sampling
+from .types import Prompt, Sampling
 
 NUM_REHEARSED = 8
 """Prompts that a dry run renders."""
@@ -255,11 +244,11 @@ def _load_model(
     student: Student, tokenizer: Any, vocab_size: int, device: torch.device, seed: int, resume_from: Path | None
 ) -> nn.Module:
     adapters = student.lora is not None
-    model = _load_base(student, tokenizer, vocab_size, device, seed, None if adapters else resume_from)
+    model = load_base(student, tokenizer, vocab_size, device, seed, None if adapters else resume_from)
     return _adapt(model, student, seed, resume_from) if adapters else model
 
 
-def _load_base(
+def load_base(
     student: Student, tokenizer: Any, vocab_size: int, device: torch.device, seed: int, resume_from: Path | None
 ) -> nn.Module:
     """Without adapters."""
@@ -305,110 +294,6 @@ def _adapt(model: nn.Module, student: Student, seed: int, resume_from: Path | No
 
         set_peft_model_state_dict(adapted, load_file(resume_from / "adapter_model.safetensors"))
     return adapted
-
-
-@dataclass(frozen=True)
-class Judges:
-    """Who judges the student."""
-
-    teacher: Teacher | None = None
-    """Gives token scores; of several the one that each sample names."""
-    judge: Judge | None = None
-    """Says a digit."""
-    reference: Teacher | None = None
-    several: bool = False
-
-    @property
-    def models(self) -> list[nn.Module]:
-        """The teachers' models that read what the student reads."""
-        found = [self.teacher, self.reference]
-        return [one.model for one in found if isinstance(one, LocalTeacher | PrivilegedTeacher)]
-
-
-def load_judges(recipe: Recipe, loaded: Loaded) -> Judges:
-    """The teachers and the reference model at the student's temperature and vocabulary."""
-    opened: dict[str, Any] = {
-        name: section.open(teacher_setup(recipe, loaded, name)) for name, section in recipe.judges.items()
-    }
-    asked = recipe.method.needs
-    judge = next((opened[name] for name, section in recipe.judges.items() if isinstance(section, Verbal | Chat)), None)
-    scorers = {name: one for name, one in opened.items() if one is not judge}
-    teacher = RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None)
-    reference = None
-    if "reference" in asked:
-        section = recipe.reference or Start()
-        reference = section.open(teacher_setup(recipe, loaded, "reference"))
-    return Judges(teacher, judge, reference, several=bool(recipe.teachers))
-
-
-def teacher_setup(recipe: Recipe, loaded: Loaded, name: str) -> Setup:
-    """What a teacher is loaded into."""
-    student = recipe.student
-    return Setup(
-        name=name,
-        vocab_size=loaded.vocab_size,
-        temperature=recipe.sampling.temperature or 1.0,
-        device=loaded.device,
-        tokenizer=loaded.tokenizer,
-        template_kwargs=student.template_kwargs,
-        student=loaded.model,
-        start=student.model,
-        start_revision=student.revision,
-        fresh_student=lambda: _load_base(
-            student, loaded.tokenizer, loaded.vocab_size, loaded.device, recipe.seed, None
-        ),
-        seed=recipe.seed,
-        cache_dir=Path(recipe.run_dir) / "cache",
-    )
-
-
-def open_store(recipe: Recipe, loaded: Loaded, judges: Judges) -> ResponseStore | None:
-    """Where a teacher's own responses come from. Raises RecipeError where none fits."""
-    if recipe.responses is None:
-        return None
-    setup = ResponseSetup(
-        tokenizer=loaded.tokenizer,
-        seed=recipe.seed,
-        run_dir=Path(recipe.run_dir),
-        sampling=recipe.sampling,
-        generate=_writer(recipe, loaded, judges),
-        fingerprint=_fingerprint(judges),
-    )
-    store = open_responses(recipe.responses, setup)
-    store.check(recipe.task.prompts("train"), recipe.task.name, limit=NUM_CHECKED_NAMES)
-    return store
-
-
-def _fingerprint(judges: Judges) -> str | None:
-    teacher = judges.teacher or judges.judge
-    return None if teacher is None else teacher.fingerprint
-
-
-def _writer(recipe: Recipe, loaded: Loaded, judges: Judges) -> Generate | None:
-    """Asks the teacher for its own responses; None where it cannot write."""
-    if not isinstance(recipe.responses, TeacherResponses):
-        return None
-    sampling = recipe.responses.sampling(recipe.sampling)
-    if isinstance(judges.judge, ChatTeacher):
-        chat = judges.judge
-        return lambda prompts: chat.respond(prompts, max_new_tokens=sampling.max_new_tokens)
-    if isinstance(judges.teacher, RoutedTeacher) or not isinstance(judges.teacher, LocalTeacher):
-        return None
-    sampler = HFSampler(
-        judges.teacher.model,
-        loaded.tokenizer,
-        seed=recipe.seed,
-        stop_ids=loaded.stop_ids,
-        vocab_size=loaded.vocab_size,
-    )
-
-    def write(prompts: Sequence[Prompt]) -> list[str | None]:
-        ids = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in prompts]
-        requests = [Request(prompt, 0, row) for prompt, row in zip(prompts, ids, strict=True)]
-        written = sampler.generate(requests, sampling, step=0, stream="teacher")
-        return [None if sample.truncated else sample.text for sample in written]
-
-    return write
 
 
 def prompt_limit(recipe: Recipe, sampling: Sampling, *models: nn.Module) -> int:

@@ -18,6 +18,7 @@ from .errors import CheckpointError, DataError
 from .eval.evaluate import Rejection, run_eval
 from .eval.summary import EvalSummary
 from .files import write_atomically, write_json
+from .judges import Judges, load_judges, open_store
 from .models import num_positions, row_style, save_hf
 from .recipe import Recipe, check_same_recipe
 from .report import write_report
@@ -25,9 +26,9 @@ from .tasks import Arithmetic, num_repeated, overlap, overlap_message
 from .tasks.render import encode_prompt
 from .teachers import Judge, StoredTeacher
 from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint, load_teacher_state, sync_tree
-from .trainer.collect import Collector
+from .trainer.collect import TOKEN_SCORES, Collector
 from .trainer.console import Console
-from .trainer.distributed import Ranks, SharedSampler
+from .trainer.distributed import Ranks, SharedJudge, SharedSampler
 from .trainer.loggers import JsonLines, make_loggers
 from .trainer.loop import Ending, Trainer
 from .trainer.observe import Observer, peak_memory_gib
@@ -106,7 +107,7 @@ def _build(
     loaded = assemble.load_student(recipe, resume_from=None if checkpoint is None else checkpoint / STUDENT)
     optimizer = Optimizer(loaded.model, recipe.train)
     optimizer.load(state)
-    judges = assemble.load_judges(recipe, loaded)
+    judges = load_judges(recipe, loaded)
     if judges.teacher is not None and checkpoint is not None:
         judges.teacher.load_state(load_teacher_state(checkpoint))
     models = [loaded.model, *judges.models]
@@ -120,7 +121,7 @@ def _build(
         template_kwargs=recipe.student.template_kwargs,
         teacher=judges.teacher,
         reference=judges.reference,
-        responses=assemble.open_store(recipe, loaded, judges),
+        responses=open_store(recipe, loaded, judges),
         settings=recipe.train,
         seed=recipe.seed,
         max_tokens=min((size for model in models if (size := num_positions(model)) is not None), default=None),
@@ -144,7 +145,7 @@ def _build(
             device=loaded.device,
             vocab_size=loaded.vocab_size,
             # imitation knows no rollout temperature
-            temperature=recipe.sampling.temperature if samples_own or recipe.judges else 1.0,
+            temperature=(recipe.sampling.temperature or 1.0) if samples_own or method.needs & TOKEN_SCORES else 1.0,
             compute_dtype=loaded.compute_dtype,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             style=row_style(loaded.model),
@@ -172,7 +173,7 @@ def _build(
     return trainer, loaded
 
 
-def _training_prompts(recipe: Recipe, judges: assemble.Judges) -> Sequence[Prompt]:
+def _training_prompts(recipe: Recipe, judges: Judges) -> Sequence[Prompt]:
     """The task's, or where samples were stored those of them that have some. Raises DataError where none has."""
     prompts = recipe.task.prompts("train")
     if not isinstance(judges.teacher, StoredTeacher):
@@ -285,7 +286,7 @@ def evaluator(
                 greedy=settings.greedy,
                 rejection=None
                 if settings.reject_below is None or judge is None
-                else Rejection(judge, settings.reject_below, settings.max_attempts),
+                else Rejection(SharedJudge(judge, ranks), settings.reject_below, settings.max_attempts),
             )
 
     return evaluate

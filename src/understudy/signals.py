@@ -126,11 +126,8 @@ def return_to_go(reward: Tensor, sequence: Tensor, mask: Tensor, discount: float
     u - t counts trained tokens, so that what the environment wrote in between costs no discount. The tokens of a
     sample stand in their order; samples may be interleaved. Masked tokens give 0 and are not read.
     """
-    gain = torch.zeros_like(reward)
-    for name in sequence[mask].unique():
-        index = torch.nonzero(mask & (sequence == name)).squeeze(-1)
-        running = reward.new_zeros(())
-        for t in reversed(index.tolist()):
-            running = reward[t] + discount * running
-            gain[t] = running
-    return gain
+    rewards, names = reward.tolist(), sequence.tolist()
+    gain, running = [0.0] * len(rewards), dict[int, float]()
+    for t in reversed(mask.nonzero().squeeze(-1).tolist()):
+        running[names[t]] = gain[t] = rewards[t] + discount * running.get(names[t], 0.0)
+    return reward.new_tensor(gain)

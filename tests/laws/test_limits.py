@@ -72,6 +72,7 @@ EVERYWHERE: dict[str, tuple[Method, Method]] = {
     "dapo with grpo's clip is grpo": (DAPO(clip_high=0.2), GRPO()),
     "kdrl without a teacher is grpo": (KDRL(beta=0.0), GRPO()),
     "dr_grpo is a constant": (DrGRPO(max_tokens=9), GRPO(length="constant", max_tokens=9)),
+    "a clip that is never reached": (AOPD(k=3, clip=WIDE), AOPD(k=3)),
     "a correction cut at infinity": (
         OPD(correction="icepop", correction_low=0.0, correction_high=float("inf")),
         OPD(correction="tis", correction_high=float("inf")),
@@ -112,6 +113,15 @@ def test_a_limit_where_the_student_wrote_everything(name: str) -> None:
     for world in OWN:
         one, other = WHERE_ALL_IS_OWN[name]
         same(world.evaluate(one), world.evaluate(other))
+
+
+def test_opd_with_a_clip_is_grpo_with_nothing_but_the_teacher() -> None:
+    """Also where S has moved away from S_old, so that the clip acts."""
+    for world in GUIDED:
+        silent = changed(world, outcome_advantage=torch.zeros(len(world.batch), dtype=torch.float64))
+        same(world.evaluate(OPD(clip=0.2)), silent.evaluate(GRPO(distil_coef=1.0)))
+    stale = [world for world in GUIDED if world.batch.student_logprob is not None]
+    assert any(world.evaluate(OPD(clip=0.02))[0] != world.evaluate(OPD())[0] for world in stale)
 
 
 @pytest.mark.parametrize("reference", [None, torch.nan, -torch.inf, 0.3])

@@ -12,6 +12,7 @@ from understudy import assemble, runs
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
 from understudy.format import Interval, interval, metric_note
+from understudy.judges import load_judges
 from understudy.methods import SFT
 from understudy.recipe import Recipe, load_recipe
 from understudy.trainer.console import Console
@@ -111,7 +112,7 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
     with Console() as console:
         loaded = assemble.load_student(recipe)
         started = time.perf_counter()
-        judge = assemble.load_judges(recipe, loaded).judge
+        judge = load_judges(recipe, loaded).judge
         summary = runs.evaluator(recipe, loaded, judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))

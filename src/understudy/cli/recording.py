@@ -18,6 +18,7 @@ from torch import Tensor
 from understudy import assemble, config
 from understudy.errors import DataError, RecipeError
 from understudy.files import write_atomically
+from understudy.judges import load_judges, teacher_setup
 from understudy.methods import OPD, TopK
 from understudy.recipe import Recipe, load_recipe
 from understudy.tasks.render import encode_prompt
@@ -64,9 +65,9 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
     with Console() as console:
         console.note(f"loading the student and {_shown(recipe)}")
         loaded = assemble.load_student(scored)
-        judges = assemble.load_judges(scored, loaded)
+        judges = load_judges(scored, loaded)
         assert judges.teacher is not None
-        meta = ScoredMeta.of(judges.teacher, assemble.teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
+        meta = ScoredMeta.of(judges.teacher, teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
         known = recorded(out, meta)
         limit = assemble.prompt_limit(recipe, recipe.sampling, loaded.model, *judges.models)
         requests = _requests(recipe, loaded.tokenizer, limit, amount)

@@ -11,11 +11,11 @@ from .. import signals
 from ..divergences import Tail
 from ..losses import Reads, Reduce, Term, TopKDivergence
 from ..types import Need, TokenBatch
-from .base import PolicyMethod, only, present
+from .base import OptionallyClipped, only, present
 
 
 @dataclass(frozen=True)
-class AOPD(PolicyMethod):
+class AOPD(OptionallyClipped):
     """Tokens with `T(y_t) - S(y_t) <= threshold` (probabilities) take forward KL on the teacher's top K instead of OPD's term.
 
     Mean over the tokens of each sample, then over samples. `threshold=-1` is OPD; 1 is forward KL everywhere.

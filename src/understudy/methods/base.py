@@ -133,13 +133,17 @@ class PolicyMethod(Method):
         old = present(batch.student_logprob)
         return signals.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
 
+    @property
+    def ratio_clip(self) -> tuple[float, float] | None:
+        """How far the ratio to S_old may go below and above 1; None: as far as it likes."""
+        return None
+
     def policy_term(
         self,
         batch: TokenBatch,
         advantage: Tensor,
         mask: Tensor | None,
         *,
-        clip: tuple[float, float] | None = None,
         baseline: bool = False,
         reduce: Reduce = "token",
         per: Tensor | None = None,
@@ -150,8 +154,25 @@ class PolicyMethod(Method):
         # a token that takes no part gets 0 times this as gradient, and d_t is -inf where the teacher excludes the token
         advantage = advantage if mask is None else torch.where(mask, advantage, 0.0)
         shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
-        loss = PolicyGradient(advantage, old, clip, baseline, weight)
+        loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight)
         return Term("policy_gradient", loss, mask=mask, per=per, reduce=reduce, metrics=shown | (metrics or {}))
+
+
+@dataclass(frozen=True)
+class OptionallyClipped(PolicyMethod):
+    """A policy gradient whose source makes one update a batch, where a clip changes nothing; for several it may have one."""
+
+    clip: float | None = field(default=None, kw_only=True)
+    """PPO's: the ratio to the sampling student counts between 1 - clip and 1 + clip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip is not None:
+            self.check_range("clip", 0.0)
+
+    @property
+    def ratio_clip(self) -> tuple[float, float] | None:
+        return None if self.clip is None else (self.clip, self.clip)
 
 
 def only(value: Tensor, mask: Tensor) -> Tensor:
@@ -169,6 +190,7 @@ __all__ = [
     "Acceptance",
     "Method",
     "OnReject",
+    "OptionallyClipped",
     "PolicyMethod",
     "Reads",
     "Reduce",

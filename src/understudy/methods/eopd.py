@@ -35,6 +35,10 @@ class EOPD(PolicyMethod):
         self.check_range("clip", 0.0)
 
     @property
+    def ratio_clip(self) -> tuple[float, float]:
+        return self.clip, self.clip
+
+    @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"sampled", "topk"})
 
@@ -58,6 +62,6 @@ class EOPD(PolicyMethod):
         }
         forward = TopKDivergence(topk.log_softmax(-1), "forward", "none")
         return [
-            self.policy_term(batch, ratio, batch.on_policy, clip=(self.clip, self.clip), metrics=shown),
+            self.policy_term(batch, ratio, batch.on_policy, metrics=shown),
             Term("forward_kl", forward, mask=uncertain, coef=self.coef),
         ]

@@ -11,11 +11,11 @@ from typing import Literal
 from .. import signals
 from ..losses import FullDivergence, Reads, Reduce, Term
 from ..types import Need, TokenBatch
-from .base import PolicyMethod, only, present
+from .base import OptionallyClipped, only, present
 
 
 @dataclass(frozen=True)
-class GOPD(PolicyMethod):
+class GOPD(OptionallyClipped):
     """`A_t = sg[d_t + (scale - 1)(log T(y_t) - log R(y_t))]`; at the optimum S is `T^scale R^(1-scale)`, normalised.
 
     "full" is the reverse KL to that distribution, whose Monte-Carlo gradient "sampled" is. The reference R is the
@@ -30,8 +30,8 @@ class GOPD(PolicyMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("scale", 0.0)
-        if self.form == "full" and self.correction != "none":
-            raise ValueError("the full form has no policy gradient, so no correction; use form: sampled")
+        if self.form == "full" and (self.correction != "none" or self.clip is not None):
+            raise ValueError("the full form has no policy gradient, so neither correction nor clip; use form: sampled")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -26,7 +26,7 @@ class GRPO(PolicyMethod):
     kl_coef: float = 0.0
     """Weight of the KL to the reference model."""
     dynamic_sampling: bool = False
-    """Prompts whose samples all have the same reward are replaced by further ones."""
+    """Prompts whose samples are all equally right (whatever their length costs) are replaced by further ones."""
     distil_coef: float = 0.0
     """Above 0: OPD's log-ratio joins the advantage."""
     overlong_buffer: int = 0
@@ -36,10 +36,14 @@ class GRPO(PolicyMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("clip_low", "clip_high", "kl_coef", "overlong_buffer"):
+        for key in ("clip_low", "clip_high", "kl_coef", "distil_coef", "overlong_buffer"):
             self.check_range(key, 0.0)
         if self.max_tokens is not None:
             self.check_range("max_tokens", 1)
+
+    @property
+    def ratio_clip(self) -> tuple[float, float]:
+        return self.clip_low, self.clip_high
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -64,9 +68,8 @@ class GRPO(PolicyMethod):
         if self.distil_coef:
             ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
             advantage = advantage + self.distil_coef * ratio
-        clip = (self.clip_low, self.clip_high)
         reduce, scale = self._mean()
-        policy = self.policy_term(batch, advantage, batch.on_policy, clip=clip, reduce=reduce)
+        policy = self.policy_term(batch, advantage, batch.on_policy, reduce=reduce)
         terms = [replace(policy, coef=scale)]
         if self.kl_coef:
             loss = ReferenceKL(present(batch.reference_logprob))

@@ -31,6 +31,10 @@ class KDRL(PolicyMethod):
         self.check_range("clip", 0.0)
 
     @property
+    def ratio_clip(self) -> tuple[float, float]:
+        return self.clip, self.clip
+
+    @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"sampled"})
 
@@ -58,6 +62,6 @@ class KDRL(PolicyMethod):
         right = advantage > 0 if batch.correct is None else batch.correct
         pulled = batch.on_policy & ~right if self.skip_correct else batch.on_policy
         return [
-            self.policy_term(batch, advantage, batch.on_policy, clip=(self.clip, self.clip)),
+            self.policy_term(batch, advantage, batch.on_policy),
             Term("teacher", SquaredLogRatio(present(batch.teacher_logprob)), mask=pulled, coef=self.pull(step)),
         ]

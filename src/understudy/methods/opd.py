@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from .. import signals
 from ..losses import Reads, Reduce, Term
 from ..types import Need, TokenBatch
-from .base import PolicyMethod, Scope, present
+from .base import OptionallyClipped, Scope, present
 
 
 @dataclass(frozen=True)
-class OPD(PolicyMethod):
+class OPD(OptionallyClipped):
     """`A_t = sg[d_t]`, `d_t = log T(y_t) - log S_old(y_t)`; loss `-r_t A_t`, mean over trained tokens.
 
     At S = S_old its expected gradient is that of `KL(S || T)` at the visited prefixes.

@@ -38,6 +38,10 @@ class OVD(PolicyMethod):
         self.check_range("kl_coef", 0.0)
 
     @property
+    def ratio_clip(self) -> tuple[float, float]:
+        return self.clip, self.clip
+
+    @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"verbal", "reference"} if self.kl_coef else {"verbal"})
 
@@ -51,7 +55,7 @@ class OVD(PolicyMethod):
         return RolloutPlan(rewards=Rewards(self.reward), acceptance=acceptance)
 
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
-        terms = [self.policy_term(batch, present(batch.outcome_advantage), None, clip=(self.clip, self.clip))]
+        terms = [self.policy_term(batch, present(batch.outcome_advantage), None)]
         if self.kl_coef:
             terms.append(Term("reference_kl", ReferenceKL(present(batch.reference_logprob)), coef=self.kl_coef))
         return terms

@@ -13,11 +13,11 @@ from torch import Tensor
 from .. import signals
 from ..losses import Term
 from ..types import Need, TokenBatch
-from .base import Method, PolicyMethod, Scope, only, present
+from .base import Method, OptionallyClipped, Scope, only, present
 
 
 @dataclass(frozen=True)
-class REOPOLD(PolicyMethod):
+class REOPOLD(OptionallyClipped):
     """`sum_t r_t max(R_t, f) M_t / sum_t M_t`, `R_t = sg[d_t]`: the mean is over the kept tokens.
 
     Exploration (before `switch_step`) keeps the tokens with `R_t >= f`; refinement keeps the `top_share` of the step's

@@ -15,11 +15,11 @@ from ..divergences import Tail
 from ..losses import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
 from ..schedules import cosine_decay
 from ..types import Need, TokenBatch
-from .base import PolicyMethod, RolloutPlan, only, present
+from .base import OptionallyClipped, RolloutPlan, only, present
 
 
 @dataclass(frozen=True)
-class TrOPD(PolicyMethod):
+class TrOPD(OptionallyClipped):
     """Trusted tokens take OPD's term; a token is trusted with probability `min(T(y_t)/S(y_t), 1)`. The others: `outlier`.
 
     Guided samples begin with the first `floor(c(step) L)` tokens of a teacher's response, c a cosine from 1 to 0 over

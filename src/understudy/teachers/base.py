@@ -124,7 +124,7 @@ class Judge(Protocol):
 class Responder(Protocol):
     """A teacher that is asked for its own responses, as text."""
 
-    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str | None]:
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """The teacher's own response to each prompt; None where it gave none that is complete."""
         ...
 

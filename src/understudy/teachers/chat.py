@@ -118,7 +118,7 @@ class Chat:
 
 
 class ChatTeacher(Unmoved):
-    """A chat model as a judge that says one digit, and as a writer of responses; both at temperature 0.
+    """A chat model as a judge that says one digit, at temperature 0, and as a writer of responses.
 
     "argmax" is the digit that it says. "expectation" is `sum_d d p(d)` over the digits among the `TOP_LOGPROBS` tokens
     that the server names where it says a digit, renormalised. Questions go out side by side; order is that of the samples.
@@ -171,15 +171,15 @@ class ChatTeacher(Unmoved):
             replies += self._endpoint.each(part, lambda line, item: self._ask(line, *item, score))
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
 
-    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str | None]:
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """The model's own response to each prompt, in order; None for an empty one, one that was cut off, and a prompt that
         is too long. Raises TrainingError as `judge`."""
-        return self._endpoint.each(prompts, lambda line, prompt: self._write(line, prompt, max_new_tokens))
+        return self._endpoint.each(prompts, lambda line, prompt: self._write(line, prompt, max_new_tokens, temperature))
 
-    def _write(self, line: Line, prompt: Prompt, max_new_tokens: int) -> str | None:
+    def _write(self, line: Line, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
         messages = [dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)]
         try:
-            choice = line.send(self._body(messages, max_new_tokens), prompt.id)
+            choice = line.send(self._body(messages, max_new_tokens, temperature), prompt.id)
         except Refused as refused:
             if refused.too_long:
                 return None
@@ -211,9 +211,9 @@ class ChatTeacher(Unmoved):
         shown = self._endpoint.safe(said)[:_SHOWN_REPLY_CHARS]
         return Reply(None, attempts, f"no digit in {attempts} replies, the last of which begins {shown!r}")
 
-    def _body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+    def _body(self, messages: list[dict[str, str]], max_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
         section = self._section
-        body = {"model": section.model, "messages": messages, "temperature": 0, section.limit_key: max_tokens}
+        body = {"model": section.model, "messages": messages, "temperature": temperature, section.limit_key: max_tokens}
         return {key: value for key, value in (body | dict(section.extra_body)).items() if value is not None}
 
     def _send_constrained(self, line: Line, body: dict[str, Any], key: str) -> dict[str, Any]:

@@ -36,6 +36,8 @@ MAX_BATCH_TOKENS = {"cpu": 2_048}
 """Slots of one forward where activations should stay in a processor's cache: 1.4 times as fast as 16,384."""
 MAX_BATCH_TOKENS_ELSEWHERE = 16_384
 """0.6 GiB of activations for a 4B model in bfloat16."""
+MAX_HIDDEN_BYTES = 2 * 2**30
+"""Hidden states of a step that stay on the device; more wait in host memory for their micro-batch."""
 PROVENANCE = ("_name_or_path", "transformers_version", "architectures", "dtype")
 """Keys of a configuration that are only filled in by saving or loading; precision is told by the weights."""
 ADAPTERS = (".lora_", ".modules_to_save.")
@@ -161,7 +163,7 @@ class LocalTeacher(Unmoved):
         """Scores of every response token, one for each sample, in order; what was not asked for is None.
 
         "sampled": logprob and entropy; "topk": also the `k` most likely tokens of the full softmax, in descending
-        order; "full": hidden states, on the teacher's device. All else is on the CPU.
+        order; "full": hidden states, on the teacher's device unless they fill it. All else is on the CPU.
         Raises ScoreError for another need and for a sample longer than the teacher's positions, ValueError for "topk"
         without k.
         """
@@ -175,8 +177,9 @@ class LocalTeacher(Unmoved):
         if not need - {"none"}:
             return [Scores(sample.response_ids) for sample in samples]
         found: dict[int, Scores] = {}
+        self._keeps_hidden = self._hidden_bytes(samples) <= MAX_HIDDEN_BYTES
         lengths = [sample.token_ids.numel() - 1 for sample in samples]
-        with self._alone(), self._on_device(), evaluating(self._model):
+        with self._alone(), self.on_device(), evaluating(self._model):
             for group in micro_batches(lengths, self._max_batch_tokens, self._style):
                 chosen = [samples[index] for index in group]
                 found.update(zip(group, self._score_group(chosen, need, k), strict=True))
@@ -194,11 +197,15 @@ class LocalTeacher(Unmoved):
             rows = score_rows(hidden, head, target, k=k if "topk" in need else None)
             fields |= {name: value.cpu().split(layout.sizes) for name, value in rows.items()}
         if "full" in need:
-            fields["hidden"] = hidden.split(layout.sizes)
+            fields["hidden"] = (hidden if self._keeps_hidden else hidden.cpu()).split(layout.sizes)
         return [
             Scores(sample.response_ids, **{name: parts[index] for name, parts in fields.items()})
             for index, sample in enumerate(samples)
         ]
+
+    def _hidden_bytes(self, samples: Sequence[Sample]) -> int:
+        weight = unwrap(self._model).get_output_embeddings().weight
+        return int(sum(sample.num_response_tokens for sample in samples) * weight.shape[1] * weight.element_size())
 
     def _check_positions(self, samples: Sequence[Sample]) -> None:
         limit = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
@@ -213,7 +220,7 @@ class LocalTeacher(Unmoved):
         return nullcontext() if self._around is None else self._around()
 
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """Offloaded weights are on the device inside; the host's copy stays, so nothing is copied back."""
         if not self._offload:
             yield

@@ -129,6 +129,8 @@ class Collector:
             author=author,
             prompt_length=num_prompt,
             finish="data",
+            # nobody sampled them, which is another thing than not having been asked
+            rollout_logprob=torch.full(author.shape, float("nan")),
             text=self.tokenizer.decode(response_ids, skip_special_tokens=True),
             teacher=request.prompt.teacher,
         )

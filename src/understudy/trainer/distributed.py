@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from understudy.rollout import Sampler
-from understudy.types import Metric, Request, Sample, Sampling
+from understudy.teachers import Judge
+from understudy.teachers.base import ScoreForm
+from understudy.types import Metric, Request, Sample, Sampling, Verdict
 
 Item = TypeVar("Item")
 
@@ -95,6 +97,34 @@ def _copied(sample: Sample) -> Sample:
     tensors = ("token_ids", "author", "rollout_logprob", "policy_version")
     values = {name: getattr(sample, name) for name in tensors}
     return replace(sample, **{name: value.clone() for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class SharedJudge:
+    """A judge for evaluation: each rank asks about its part, and every rank gets the same verdicts."""
+
+    asked: Judge
+    ranks: Ranks
+
+    @property
+    def name(self) -> str:
+        """As `Judge.name`."""
+        return self.asked.name
+
+    @property
+    def fingerprint(self) -> str:
+        """As `Judge.fingerprint`."""
+        return self.asked.fingerprint
+
+    def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
+        """As `Judge.judge`."""
+        part = self.ranks.mine(samples)
+        verdicts: list[Verdict | None] = [None] * len(samples)
+        for rank, found in enumerate(
+            self.ranks.gather(self.asked.judge(part, score=score, steps=steps) if part else [])
+        ):
+            verdicts[rank :: self.ranks.world] = found
+        return [verdict for verdict in verdicts if verdict is not None]
 
 
 @dataclass(frozen=True)

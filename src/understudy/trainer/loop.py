@@ -100,7 +100,7 @@ class Trainer:
         numbers |= self.ranks.sum_counts(found.counts | {"samples_dropped": num_dropped})
         numbers |= {"prompts_too_long": float(found.num_prompts_too_long), "peak_memory_gib": peak_memory_gib()}
         if len(self.method.members) > 1:
-            numbers["phase"] = float(self.method.members.index(method))
+            numbers["phase"] = float(next(n for n, part in enumerate(self.method.members) if part is method))
         num_samples, num_tokens = int(metrics["response_tokens"].count), int(metrics["response_tokens"].total)
         self.progress = replace(
             self.progress,
@@ -159,6 +159,13 @@ class Trainer:
         names = {sample.teacher for sample in judged.samples} if self.several_teachers else {None}
         found = {name: None if collector.teacher is None else collector.teacher.head_for(name) for name in names}
         heads = {name: head for name, head in found.items() if head is not None}
+        if (
+            self.settings.minibatches * self.settings.passes > 1
+            and collector.teacher is not None
+            and collector.teacher.state()
+        ):
+            # a teacher that follows the student would change the head under the hidden states of later updates
+            heads = {name: _copied(head) for name, head in heads.items()}
         if "reference" not in method.needs or collector.reference is None:
             return heads, None
         return heads, collector.reference.head_for(None)
@@ -179,14 +186,16 @@ class Trainer:
         )
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
+        if not metrics:
+            return {}, {}
         numbers = {"loss": loss, "grad_norm": norm}
-        if math.isfinite(loss) and math.isfinite(norm) and metrics:
+        if math.isfinite(loss) and math.isfinite(norm):
             self._torn = True
             numbers["lr"] = self.optimizer.step(step)
             self.progress = replace(self.progress, updates=self.progress.updates + 1)
             if self.rollouts.collector.teacher is not None:
                 self.rollouts.collector.teacher.follow(self.student.model)
-        elif metrics:
+        else:
             self._skip(part, loss, norm, step)
         self.optimizer.zero_grad()
         return numbers, metrics
@@ -264,6 +273,10 @@ class Trainer:
                 except (CheckpointError, TrainingError, OSError) as problem:
                     self.observer.warn(self.progress.step, f"no checkpoint could be written: {problem}")
             raise
+
+
+def _copied(head: LMHead) -> LMHead:
+    return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

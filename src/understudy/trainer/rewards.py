@@ -16,6 +16,8 @@ from understudy.types import Grade, Metric, Prompt, Request, Sample, Verdict, ad
 
 Grader = Callable[[Prompt, str], Grade]
 HIGHEST_DIGIT = 9.0
+Compared = tuple[str, float, float]
+"""Of a sample: its prompt, its reward, and the reward without what its length costs."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Rewarded:
     metrics: dict[str, Metric] = field(default_factory=dict)
     """Means that add up over ranks."""
     flat_prompts: frozenset[str] = frozenset()
-    """Prompts, over all ranks, whose samples all have the same reward."""
+    """Prompts, over all ranks, whose samples are all equally right."""
     rejected: list[Sample] = field(default_factory=list)
     """What the judge turned down, for people to read."""
 
@@ -51,7 +53,7 @@ class Rewarder:
         if plan.rewards is None:
             return found
         kept, shown = self._reward(found.samples, plan.rewards, plan.acceptance)
-        pairs = self.ranks.gather([(sample.prompt.id, reward) for sample, reward in kept])
+        pairs = self.ranks.gather([(sample.prompt.id, reward, _bare(sample, reward)) for sample, reward in kept])
         compared = _compared(kept, pairs, self.ranks.rank, plan.rewards)
         return Rewarded(compared, add_metrics(found.metrics, shown), _flat(pairs), found.rejected)
 
@@ -149,28 +151,32 @@ def accepted(sample: Sample, rule: Acceptance) -> bool:
     return sample.verdict is not None and sample.verdict.score is not None and sample.verdict.score >= rule.threshold
 
 
+def _bare(sample: Sample, reward: float) -> float:
+    return reward if sample.grade is None else sample.grade.score
+
+
 def _verbal(verdict: Verdict | None) -> float | None:
     return None if verdict is None or verdict.score is None else verdict.score / HIGHEST_DIGIT
 
 
 def _compared(
-    kept: Sequence[tuple[Sample, float]], pairs: Sequence[Sequence[tuple[str, float]]], rank: int, rewards: Rewards
+    kept: Sequence[tuple[Sample, float]], pairs: Sequence[Sequence[Compared]], rank: int, rewards: Rewards
 ) -> list[Sample]:
     """With advantages against the samples of the same prompt on every rank."""
     flat = [pair for part in pairs for pair in part]
     if not flat:
         return []
-    names = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in flat))}
-    reward = torch.tensor([value for _, value in flat], dtype=torch.float64)
-    group = torch.tensor([names[name] for name, _ in flat])
+    names = {name: index for index, name in enumerate(dict.fromkeys(name for name, _, _ in flat))}
+    reward = torch.tensor([value for _, value, _ in flat], dtype=torch.float64)
+    group = torch.tensor([names[name] for name, _, _ in flat])
     advantage = signals.group_advantage(reward, group, normalise_std=rewards.normalise_std).tolist()
     first = sum(len(part) for part in pairs[:rank])
     return [replace(sample, advantage=advantage[first + index]) for index, (sample, _) in enumerate(kept)]
 
 
-def _flat(pairs: Sequence[Sequence[tuple[str, float]]]) -> frozenset[str]:
+def _flat(pairs: Sequence[Sequence[Compared]]) -> frozenset[str]:
     values: dict[str, set[float]] = {}
     for part in pairs:
-        for name, value in part:
-            values.setdefault(name, set()).add(value)
+        for name, _, bare in part:
+            values.setdefault(name, set()).add(bare)
     return frozenset(name for name, found in values.items() if len(found) == 1)
