@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import check_coverage, check_fields, check_rejection, check_source, check_training, is_here
 from .errors import RecipeError, VocabularyError
 from .models import (
     apply_lora,
@@ -31,28 +32,22 @@ from .models import (
 )
 from .recipe import Recipe, Student
 from .rollout import HFSampler
-from .tasks import Arithmetic, Hub, Mix, build_tokenizer
-from .tasks.records import Records
+from .tasks import Arithmetic, Mix, build_tokenizer
+from .tasks.mix import record_parts
 from .tasks.render import encode_prompt
-from .teachers import (
-    Local,
-    Privileged,
-    check_names,
-)
+from .teachers import Local, Privileged
 from .trainer.loggers import check_loggers
-from .trainer.settings import Split
 from .types import Prompt, Sampling
 
 NUM_REHEARSED = 8
 """Prompts that a dry run renders."""
-NUM_CHECKED_NAMES = 10_000
-"""Prompts whose teacher a dry run looks up."""
 
 
-def check(recipe: Recipe, *, training: bool = True) -> list[str]:
+def check(recipe: Recipe, *, training: bool = True, fetch: bool = False) -> list[str]:
     """Everything that can be found wrong without loading a model. Returns what was checked, a line each.
 
-    `training=False`: for an evaluation or samples, which need no solutions.
+    `training=False`: for an evaluation or samples, which need no solutions. `fetch`: data and tokenizers are read from the
+    network where they are not on this machine; else they stay unchecked.
 
     Raises RecipeError, DataError or VocabularyError.
     """
@@ -62,23 +57,12 @@ def check(recipe: Recipe, *, training: bool = True) -> list[str]:
         check_build(recipe.student.build)
     lines = [f"task: {recipe.task.name}"]
     recipe.task.check_files()
-    _check_source(recipe.task, "train", "task")
-    plans = [part.plan(0) for part in recipe.method.members]
-    imitates = training and recipe.responses is None and any(plan.on_policy_share < 1 for plan in plans)
-    if imitates and isinstance(recipe.task, Records) and not recipe.task.solution_field:
-        raise RecipeError(
-            f"the method {type(recipe.method).__name__} imitates solutions, but task.solution_field does not say where "
-            "they are"
-        )
-    graded = any(plan.rewards is not None and plan.rewards.source == "outcome" for plan in plans)
-    if graded and isinstance(recipe.task, Records) and not recipe.task.reference_field:
-        raise RecipeError(
-            f"the method {type(recipe.method).__name__} rewards right answers, but task.reference_field does not say where "
-            "they are"
-        )
+    check_source(recipe.task, "train", "task")
+    check_fields(recipe, training=training)
     if recipe.eval is not None:
         recipe.held_out.check_files()
-        _check_source(recipe.held_out, recipe.eval.split, "eval_task" if recipe.eval_task else "task")
+        check_source(recipe.held_out, recipe.eval.split, "eval_task" if recipe.eval_task else "task")
+        check_rejection(recipe)
         lines.append(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
     if recipe.train.stop_at is not None and (recipe.eval is None or recipe.eval.every is None):
         raise RecipeError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
@@ -88,11 +72,11 @@ def check(recipe: Recipe, *, training: bool = True) -> list[str]:
         lines.append(f"student: {check_model_dir(recipe.student.model)}")
     lines += [section.check() for section in recipe.judges.values()]
     lines += [section.check() for section in (recipe.reference, recipe.responses) if section is not None]
-    if recipe.teachers:
-        check_names(islice(recipe.task.prompts("train"), NUM_CHECKED_NAMES), recipe.teachers)
+    if training:
+        check_training(recipe, fetch=fetch)
     if recipe.reference is None and "reference" in recipe.method.needs:
         lines.append("reference: the student's start")
-    return [*lines, *_check_tokenizers(recipe)]
+    return [*lines, *_check_tokenizers(recipe, training=training, fetch=fetch)]
 
 
 def shared_vocabulary(recipe: Recipe) -> list[tuple[str, str | None]]:
@@ -103,34 +87,28 @@ def shared_vocabulary(recipe: Recipe) -> list[tuple[str, str | None]]:
     return [(section.model, section.revision) for section in found if section.model is not None]
 
 
-def _check_source(task: Any, split: Split, section: str) -> None:
-    if isinstance(task, Records):
-        try:
-            task.source_of(split)
-        except RecipeError as error:
-            raise RecipeError(f"{section}: {error}") from error
-
-
-def _check_tokenizers(recipe: Recipe) -> list[str]:
-    """Those that lie on this machine are loaded, compared and tried; nothing is fetched."""
+def _check_tokenizers(recipe: Recipe, *, training: bool, fetch: bool) -> list[str]:
+    """Those that lie on this machine, and with `fetch` the others, are loaded, compared and tried."""
     source = tokenizer_source(recipe)
-    if source is not None and not Path(source).expanduser().exists():
+    if source is not None and not (fetch or Path(source).expanduser().exists()):
         return [f"tokenizer: {source} is a hub name, not checked offline"]
     tokenizer = student_tokenizer(recipe)
     lines = [f"tokenizer: {len(tokenizer):,} tokens"]
-    for model, _ in shared_vocabulary(recipe):
-        if Path(model).expanduser().exists():
-            size = compare_vocabularies(tokenizer, load_tokenizer(model))
+    for model, revision in shared_vocabulary(recipe):
+        if fetch or Path(model).expanduser().exists():
+            size = compare_vocabularies(tokenizer, load_tokenizer(model, revision=revision))
             lines.append(f"the student and {model} share {size:,} tokens")
-    if not isinstance(recipe.task, Hub) or Path(recipe.task.name).is_dir():
+    if fetch or is_here(recipe.task):
         lengths = [
             len(encode_prompt(tokenizer, prompt, recipe.student.template_kwargs))
             for prompt in islice(recipe.task.prompts("train"), NUM_REHEARSED)
         ]
-        if recipe.eval is not None and (not isinstance(recipe.held_out, Hub) or Path(recipe.held_out.name).is_dir()):
+        if recipe.eval is not None and (fetch or is_here(recipe.held_out)):
             for prompt in islice(eval_prompts(recipe), NUM_REHEARSED):
                 encode_prompt(tokenizer, prompt, recipe.student.template_kwargs)
         lines.append(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
+    if training:
+        check_coverage(recipe, tokenizer, fetch=fetch)
     return lines
 
 
@@ -237,7 +215,7 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None) -> Loaded:
 
 
 def _is_chat(recipe: Recipe) -> bool:
-    return isinstance(recipe.task, Records) and recipe.task.chat
+    return any(part.chat for part in record_parts(recipe.task).values())
 
 
 def _load_model(

@@ -21,6 +21,14 @@ LOGPROB_TOLERANCE = 1e-3
 TRAINED = (Author.STUDENT, Author.TEACHER)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unscored(Scores):
+    """Scores of a sample that the teacher could not read: whatever was asked for is NaN, or id -1, in every row."""
+
+    reason: str
+    """And what to do about it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Whole sequences side by side in B rows of L slots. A free slot holds id 0 at position 0, a sequence by itself."""
@@ -172,9 +180,9 @@ def split_scored(
     Raises ScoreError for scores of other ids, and for a missing score (absent, NaN or infinite) under "error".
     """
     joined = _join_scores(samples, scores)
-    missing = _missing(joined, _written_by(_response_authors(samples), train))
+    missing = _missing(samples, scores, joined, _written_by(_response_authors(samples), train))
     if on_missing == "error":
-        _refuse_missing(samples, missing)
+        _refuse_missing(samples, scores, missing)
     sequence = _sequence(samples)
     gone = {index for rows in missing.values() for index in sequence[rows].tolist()}
     kept = [i for i in range(len(samples)) if i not in gone]
@@ -236,7 +244,7 @@ def _join_correct(samples: Sequence[Sample]) -> Tensor | None:
 def _join_checked(samples: Sequence[Sample], scores: Sequence[Scores], mask: Tensor) -> dict[str, Tensor]:
     """The scores of all response tokens by field, nothing missing and nothing impossible where `mask`."""
     joined = _join_scores(samples, scores)
-    _refuse_missing(samples, _missing(joined, mask))
+    _refuse_missing(samples, scores, _missing(samples, scores, joined, mask))
     for name in ("logprob", "topk_logprob"):
         if name in joined:
             _refuse(samples, mask & _any(joined[name] > LOGPROB_TOLERANCE), f"{name} is above 0, so no log-probability")
@@ -303,18 +311,46 @@ def _any(rows: Tensor) -> Tensor:
     return rows if rows.dim() == 1 else rows.any(-1)
 
 
-def _missing(joined: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+def _missing(
+    samples: Sequence[Sample], scores: Sequence[Scores], joined: dict[str, Tensor], mask: Tensor
+) -> dict[str, Tensor]:
     """Rows that are trained and lack a finite score, by field. [T] bool each."""
-    return {
+    missing = {
         name: mask & _any(~value.isfinite() if value.is_floating_point() else value < 0)
         for name, value in joined.items()
     }
+    if any(score.hidden is not None for score in scores):
+        missing["hidden"] = mask & ~_whole_rows(samples, scores)
+    return missing
 
 
-def _refuse_missing(samples: Sequence[Sample], missing: dict[str, Tensor]) -> None:
+def _whole_rows(samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
+    """[T] bool, on the CPU: whether the hidden states are there and finite. Teachers may differ in their sizes."""
+    device = next(score.hidden.device for score in scores if score.hidden is not None)
+    found = []
+    for sample, score in zip(samples, scores, strict=True):
+        size = sample.num_response_tokens
+        if score.hidden is None:
+            found.append(torch.zeros(size, dtype=torch.bool, device=device))
+            continue
+        if score.hidden.dim() != 2 or len(score.hidden) != size:
+            raise ScoreError(
+                f"sample {sample.key}: hidden has shape {tuple(score.hidden.shape)}; expected ({size}, H): one row for "
+                "each response token"
+            )
+        found.append(score.hidden.isfinite().all(-1).to(device))
+    return torch.cat(found).cpu()
+
+
+def _refuse_missing(samples: Sequence[Sample], scores: Sequence[Scores], missing: dict[str, Tensor]) -> None:
     for name, rows in missing.items():
-        hint = "score it again or drop such samples (train.on_missing_score: drop)"
-        _refuse(samples, rows, f"{name} is missing (absent, NaN or infinite): {hint}")
+        if not bool(rows.any()):
+            continue
+        first = scores[int(_sequence(samples)[rows][0])]
+        why = (
+            f": {first.reason}; or" if isinstance(first, Unscored) else " (absent, NaN or infinite): score it again or"
+        )
+        _refuse(samples, rows, f"{name} is missing{why} drop such samples (train.on_missing_score: drop)")
 
 
 def _refuse(samples: Sequence[Sample], rows: Tensor, problem: str) -> None:

@@ -178,9 +178,10 @@ def test_a_search_without_end_ends(tmp_path: Path, seen: Seen, monkeypatch: pyte
 
 
 def test_long_samples_are_worth_less(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DAPO's eq. 13 with a limit of 24 and a buffer of 8: nothing up to 16 tokens, one at 24."""
+    """DAPO's eq. 13 with a limit of 24 and a buffer of 8: nothing up to 16 tokens, one at 24. It makes no group differ in
+    being right, which is what dynamic sampling looks at."""
     graded(monkeypatch, lambda task, prompt, text: Grade(1.0))
-    train(tmp_path, **outcome(tmp_path, "dapo", overlong_buffer=8))
+    train(tmp_path, **outcome(tmp_path, "grpo", overlong_buffer=8))
     samples = [sample for part in seen.updates for sample in part]
     assert any(sample.truncated for sample in samples)
     for sample in samples:
@@ -294,6 +295,14 @@ def solved(task: object, prompt: Prompt, text: str) -> Grade:
 
 def authors(samples: Sequence[Sample]) -> list[set[int]]:
     return [set(sample.author[sample.prompt_length :].tolist()) for sample in samples]
+
+
+def test_a_batch_of_filled_slots_has_nothing_to_correct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine sampled its tokens, so they weigh 1; they lack no number."""
+    judged(monkeypatch, lambda sample: Verdict(0.0))
+    rows = metric_rows(train(tmp_path, **verbal(tmp_path, correction="tis")))
+    assert all(row["filled"] == 1.0 for row in rows)
+    assert all("importance" not in row for row in rows)
 
 
 def test_rejected_slots_are_the_teachers(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ from understudy import config
 from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.lazy import LazyPrompts
-from understudy.tasks.records import Hub, Jsonl, Split
+from understudy.tasks.records import Hub, Jsonl, Records, Split
 from understudy.types import Grade, Prompt
 
 PARTS: dict[str, type[Arithmetic | Jsonl | Hub]] = {"arithmetic": Arithmetic, "jsonl": Jsonl, "hub": Hub}
+SEPARATOR = "/"
+"""Between the name of a part and the part's own id of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Mix:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("parts is empty; name at least one task")
+        for name in self.parts:
+            if SEPARATOR in name:
+                raise ValueError(
+                    f"a part is named {name!r}; names have no {SEPARATOR!r}, which ends them in a prompt's id"
+                )
 
     @property
     def name(self) -> str:
@@ -42,13 +49,13 @@ class Mix:
             place, which = divmod(index, len(names))
             chosen = found[names[which]][place]
             label = names[which]
-            return replace(chosen, id=f"{label}/{chosen.id}", teacher=chosen.teacher or label)
+            return replace(chosen, id=f"{label}{SEPARATOR}{chosen.id}", teacher=chosen.teacher or label)
 
         return LazyPrompts(prompt, range(len(names) * min(len(prompts) for prompts in found.values())))
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verdict of the part that the prompt is of."""
-        part = self.parts.get(prompt.id.partition("/")[0])
+        part = self.parts.get(prompt.id.partition(SEPARATOR)[0])
         if part is None:
             raise DataError(f"prompt {prompt.id} is of none of the parts {', '.join(self.parts)}")
         return part.grade(prompt, text)
@@ -57,3 +64,15 @@ class Mix:
         """Of every part."""
         for part in self.parts.values():
             part.check_files()
+
+
+def parts_of(task: Arithmetic | Jsonl | Hub | Mix, section: str = "task") -> dict[str, Arithmetic | Jsonl | Hub]:
+    """The parts of a mix, or the task itself, by where they stand in a recipe."""
+    if isinstance(task, Mix):
+        return {f"{section}.parts.{name}": part for name, part in task.parts.items()}
+    return {section: task}
+
+
+def record_parts(task: Arithmetic | Jsonl | Hub | Mix, section: str = "task") -> dict[str, Records]:
+    """Those that read files or data sets."""
+    return {place: part for place, part in parts_of(task, section).items() if isinstance(part, Records)}

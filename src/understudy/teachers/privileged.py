@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from understudy.errors import CheckpointError, DataError, RecipeError, ScoreError
+from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.linear.head import LMHead
-from understudy.models import DType, check_model_dir, num_positions, unwrap
+from understudy.models import DType, check_model_dir, lm_head, num_positions, unwrap
+from understudy.packing import Unscored
 from understudy.tasks.render import encode_prompt
 from understudy.types import Author, Need, Prompt, Sample, Scores
 
@@ -186,6 +187,7 @@ class PrivilegedTeacher:
     ) -> None:
         self._inner = inner
         self._section = section
+        self._setup = setup
         self._tokenizer = setup.tokenizer
         self._template_kwargs = dict(setup.template_kwargs)
         self._average = average
@@ -217,12 +219,19 @@ class PrivilegedTeacher:
         return self._inner.head_for(name)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """As `LocalTeacher.score`, behind the privileged prompt.
+        """As `LocalTeacher.score`, behind the privileged prompt; `Unscored` for a sample that is then longer than the
+        teacher's positions.
 
-        Raises DataError for a prompt that lacks what the template asks for, ScoreError for a sample that is then longer
-        than the teacher's positions.
+        Raises DataError for a prompt that lacks what the template asks for.
         """
-        return self._inner.score([self._reword(sample) for sample in samples], need, k=k)
+        shown = [self._reword(sample) for sample in samples]
+        reasons = [self._too_long(sample) for sample in shown]
+        fitting = [sample for sample, reason in zip(shown, reasons, strict=True) if reason is None]
+        found = iter(self._inner.score(fitting, need, k=k))
+        return [
+            next(found) if reason is None else self._unscored(sample, need, k, reason)
+            for sample, reason in zip(shown, reasons, strict=True)
+        ]
 
     def follow(self, student: nn.Module) -> None:
         """Moves with `ema`."""
@@ -249,13 +258,6 @@ class PrivilegedTeacher:
         """The same response behind what the teacher is shown."""
         shown = reword(sample, self._section.template, self._section.system)
         prompt_ids = encode_prompt(self._tokenizer, shown, self._template_kwargs)
-        length, limit = len(prompt_ids) + sample.num_response_tokens, num_positions(self._inner.model)
-        if limit is not None and length - 1 > limit:
-            raise ScoreError(
-                f"sample {sample.key}: the privileged prompt of {len(prompt_ids)} tokens and the response make {length} "
-                f"tokens, but teacher {self.name!r} has {limit} positions (max_position_embeddings): lower max_new_tokens, "
-                "or leave out problems with long solutions"
-            )
         author = sample.author[sample.prompt_length :]
         return replace(
             sample,
@@ -266,6 +268,31 @@ class PrivilegedTeacher:
             rollout_logprob=None,
             policy_version=None,
         )
+
+    def _too_long(self, shown: Sample) -> str | None:
+        """Why the teacher cannot read it; None where it can."""
+        length, limit = shown.token_ids.numel(), num_positions(self._inner.model)
+        if limit is None or length - 1 <= limit:
+            return None
+        return (
+            f"the privileged prompt of {shown.prompt_length} tokens and the response make {length} tokens, but teacher "
+            f"{self.name!r} has {limit} positions (max_position_embeddings): lower max_new_tokens, or leave out problems "
+            "with long solutions"
+        )
+
+    def _unscored(self, sample: Sample, need: frozenset[Need], k: int | None, reason: str) -> Unscored:
+        """Of the shapes that its scores would have."""
+        size, nan = sample.num_response_tokens, float("nan")
+        fields: dict[str, Tensor] = {}
+        if need & {"sampled", "topk"}:
+            fields |= {"logprob": torch.full((size,), nan), "entropy": torch.full((size,), nan)}
+        if "topk" in need:
+            top = (size, min(k or 0, self._setup.vocab_size))
+            fields |= {"topk_ids": torch.full(top, -1), "topk_logprob": torch.full(top, nan)}
+        if "full" in need:
+            weight, device = lm_head(self._inner.model).weight, self._setup.device
+            fields["hidden"] = torch.full((size, weight.shape[1]), nan, dtype=weight.dtype, device=device)
+        return Unscored(sample.response_ids, **fields, reason=reason)
 
 
 def reword(sample: Sample, template: str, system: str | None = None) -> Prompt:

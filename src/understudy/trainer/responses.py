@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -18,6 +19,11 @@ from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.randomness import keyed_uniform
 from understudy.tasks.responses import HubResponses, JsonlResponses, Solutions, encode_faithfully
 from understudy.types import Prompt, Request, Sampling
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 Generate = Callable[[Sequence[Prompt]], list[str | None]]
 """The teacher's response to each prompt as text, without special tokens; None where it gave none, or did not end one."""
@@ -101,22 +107,33 @@ def open_responses(
         "seed": setup.seed,
     }
     folder = setup.run_dir / "responses" if section.cache is None else Path(section.cache)
-    written = WrittenOnce(setup.generate, ResponseCache(folder, identity))
-    return ResponseStore(written, setup, shown=section.shown, on_demand=True)
+    cache = ResponseCache(folder, identity)
+    written = WrittenOnce(setup.generate, cache)
+    return ResponseStore(written, setup, shown=section.shown, on_demand=True, take_damaged=cache.take_damaged)
 
 
 class ResponseStore:
     """A teacher's responses as tokens of the student.
 
     Of several responses to a prompt one is drawn by (seed, step, request). `on_demand`: every prompt can get one.
+    `take_damaged`: how many further lines of the cache could not be read.
     """
 
-    def __init__(self, texts: Texts, setup: ResponseSetup, *, shown: str, on_demand: bool = False) -> None:
+    def __init__(
+        self,
+        texts: Texts,
+        setup: ResponseSetup,
+        *,
+        shown: str,
+        on_demand: bool = False,
+        take_damaged: Callable[[], int] = int,
+    ) -> None:
         self._texts = texts
         self._tokenizer = setup.tokenizer
         self._eos_id = int(setup.tokenizer.eos_token_id)
         self._seed = setup.seed
         self._on_demand = on_demand
+        self._take_damaged = take_damaged
         self._counts: Counter[str] = Counter()
         self.shown = shown
 
@@ -141,10 +158,14 @@ class ResponseStore:
         return found
 
     def take_counts(self) -> dict[str, int]:
-        """Since the last call: requests without a response, and texts that did not survive the student's tokenizer."""
+        """Since the last call: requests without a response, and texts that did not survive the student's tokenizer.
+
+        `responses_damaged` is there where lines of the cache could not be read.
+        """
         counts = {name: self._counts[name] for name in ("responses_missing", "responses_unreadable")}
         self._counts.clear()
-        return counts
+        num_damaged = self._take_damaged()
+        return counts | {"responses_damaged": num_damaged} if num_damaged else counts
 
     def coverage(self, prompts: Sequence[Prompt]) -> tuple[int, int]:
         """How many of the prompts have a response that the student's tokenizer can say, and how many there are."""
@@ -174,8 +195,9 @@ class ResponseStore:
 
 
 class WrittenOnce:
-    """Texts of a generator, each prompt's kept as soon as it is there. The prompts of one call that lack a text are
-    generated together. A prompt to which the teacher gave nothing is asked again by the next run only."""
+    """Texts of a generator, each prompt's kept as soon as it is there. The prompts of one call that lack a text, also in
+    what other processes have written by then, are generated together. A prompt to which the teacher gave nothing is asked
+    again by the next run only."""
 
     def __init__(self, generate: Generate, cache: ResponseCache) -> None:
         self._generate = generate
@@ -185,11 +207,10 @@ class WrittenOnce:
     def __call__(self, requests: Sequence[Request]) -> list[Sequence[str]]:
         """Raises DataError where the generator returns another number of texts than it was given prompts."""
         keys = [request_key(request) for request in requests]
-        lacking = {
-            key: request.prompt
-            for key, request in zip(keys, requests, strict=True)
-            if key not in self._cache.texts and key not in self._without
-        }
+        lacking = self._lacking(keys, requests)
+        if lacking:
+            self._cache.refresh()
+            lacking = self._lacking(keys, requests)
         if lacking:
             made = self._generate(list(lacking.values()))
             if len(made) != len(lacking):
@@ -201,12 +222,19 @@ class WrittenOnce:
             self._cache.add([(key, lacking[key].id, text) for key, text in texts.items() if text is not None])
         return [(self._cache.texts[key],) if key in self._cache.texts else () for key in keys]
 
+    def _lacking(self, keys: Sequence[str], requests: Sequence[Request]) -> dict[str, Prompt]:
+        return {
+            key: request.prompt
+            for key, request in zip(keys, requests, strict=True)
+            if key not in self._cache.texts and key not in self._without
+        }
+
 
 class ResponseCache:
     """Texts by key in `folder/HASH.jsonl`, the hash being that of `identity`: all that decides a text beside its prompt.
 
     Lines are only ever appended, so several processes may share the file, and of a killed one a line is lost at most: a
-    line that is not whole is skipped. Of two texts for one key the first counts.
+    line that is not whole is skipped. Of two texts for one key the first in the file counts, for every process.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -215,42 +243,98 @@ class ResponseCache:
         self.path = folder / f"{blake2b(_line(header), digest_size=8).hexdigest()}.jsonl"
         self.texts: dict[str, str] = {}
         """By key."""
-        self.num_damaged = 0
-        if self.path.is_file():
-            self._read()
+        self._num_damaged = 0
+        self._offset = 0
+        """In the file: what lies before it has been read, and ends with a line."""
+        self.refresh()
 
-    def _read(self) -> None:
-        for line in self.path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError:
-                self.num_damaged += 1
-                continue
-            if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
-                self.texts.setdefault(row["key"], row["text"])
+    def refresh(self) -> None:
+        """Reads what was appended since. Raises CheckpointError if the file is there and cannot be read."""
+        try:
+            with self.path.open("rb") as file, _locked(file.fileno(), exclusive=False):
+                self._read(file.fileno())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}; fix permissions") from error
+
+    def take_damaged(self) -> int:
+        """Lines, found since the last call, that could not be read."""
+        num_damaged, self._num_damaged = self._num_damaged, 0
+        return num_damaged
 
     def add(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        """(key, prompt id, text) of each, on the disk when this returns. Raises CheckpointError if it cannot be written."""
-        lines = [_line({"key": key, "prompt": prompt, "text": text}) for key, prompt, text in rows]
+        """(key, prompt id, text) of each that no process has added yet, on the disk when this returns.
+
+        Raises CheckpointError if it cannot be written.
+        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+") as file:
-                size = file.seek(0, os.SEEK_END)
-                if size == 0:
-                    lines.insert(0, _line(self._header))
-                else:
-                    file.seek(size - 1)
-                    # what a killed process left unfinished becomes a line of its own
-                    lines = lines if file.read(1) == b"\n" else [b"\n", *lines]
-                file.write(b"".join(lines))
-                file.flush()
+            with self.path.open("ab+") as file, _locked(file.fileno(), exclusive=True):
+                unfinished = self._read(file.fileno())
+                lines = [
+                    _line({"key": key, "prompt": prompt, "text": text})
+                    for key, prompt, text in rows
+                    if key not in self.texts
+                ]
+                if not lines:
+                    return
+                # what a killed process left unfinished becomes a line of its own
+                first = b"\n" if unfinished else b"" if self._offset else _line(self._header)
+                _append(file.fileno(), first + b"".join(lines))
                 os.fsync(file.fileno())
+                # where there are no locks, another's text may have come before
+                self._read(file.fileno())
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.path}: {error.strerror or error}; free space, fix permissions, or set responses.cache"
             ) from error
-        for key, _, text in rows:
-            self.texts.setdefault(key, text)
+
+    def _read(self, handle: int) -> bool:
+        """Takes in everything from the offset on; whether the file ends within a line."""
+        size = os.fstat(handle).st_size
+        if size < self._offset:
+            # another file than before
+            self._offset = 0
+        data = bytearray()
+        with os.fdopen(os.dup(handle), "rb") as file:
+            file.seek(self._offset)
+            data += file.read()
+        *whole, last = bytes(data).split(b"\n")
+        for line in whole:
+            self._num_damaged += not self._take(line)
+        # a last line without its end may yet be under way: it is read again
+        self._take(last)
+        self._offset += len(data) - len(last)
+        return bool(last)
+
+    def _take(self, line: bytes) -> bool:
+        """Keeps the text of a line; False for a line that cannot be read."""
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError:
+            return False
+        if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
+            self.texts.setdefault(row["key"], row["text"])
+        return True
+
+
+@contextmanager
+def _locked(handle: int, *, exclusive: bool) -> Iterator[None]:
+    """Holds the file for one writer, or for readers. Without locks, as on some network disks, lines are still appended."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        except OSError:
+            pass
+    # closing the file gives the lock back
+    yield
+
+
+def _append(handle: int, data: bytes) -> None:
+    """In one write, unless the system takes less."""
+    while data:
+        data = data[os.write(handle, data) :]
 
 
 def request_key(request: Request) -> str:

@@ -1,0 +1,78 @@
+"""What a step must not mix up: temperatures, heads and hidden states, verdicts of several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import distillation, metric_rows, train
+from understudy.trainer.distributed import Ranks, SharedJudge
+from understudy.types import Sample, Verdict
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_imitation_knows_no_rollout_temperature(tmp_path: Path, temperature: float) -> None:
+    """What the teacher's samples are drawn at is not what the student's likelihood is taken at."""
+    rows = []
+    for folder, chosen in ((tmp_path / "one", 1.0), (tmp_path / "other", temperature)):
+        changes = distillation(
+            folder,
+            method={"type": "sft"},
+            responses={"type": "teacher", "temperature": 1.0, "cache": str(tmp_path / "cache")},
+            sampling={"max_new_tokens": 24, "temperature": chosen},
+            train={"steps": 1, "prompts_per_step": 64},
+        )
+        rows.append(metric_rows(train(folder, **changes))[0])
+    assert rows[0]["loss"] == rows[1]["loss"]
+
+
+def test_a_head_stays_with_its_hidden_states(tmp_path: Path) -> None:
+    """A teacher that becomes the student after every update is, within a step, the one that scored its samples."""
+    rows = []
+    for name, average in (("frozen", None), ("moving", 0.0)):
+        template = "{solution};{prompt}"
+        changes = distillation(
+            tmp_path / name,
+            teacher={"type": "privileged", "ema": average, "template": template},
+            train={"steps": 1, "prompts_per_step": 8, "passes": 3, "lr": 3e-2},
+        )
+        rows.append(metric_rows(train(tmp_path / name, **changes))[0])
+    assert rows[0] == rows[1]
+
+
+@dataclass(frozen=True)
+class Rank(Ranks):
+    """One of two ranks, which hears what the other has to say."""
+
+    other: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other] if self.rank == 0 else [self.other, value]
+
+
+class Asked:
+    """A judge that never says the same twice."""
+
+    name = fingerprint = "judge"
+
+    def __init__(self, first: float) -> None:
+        self.next = first
+
+    def judge(self, samples: Sequence[Sample], **_: object) -> list[Verdict]:
+        found = [Verdict(self.next + index / 10) for index in range(len(samples))]
+        self.next += 1
+        return found
+
+
+def test_ranks_share_their_verdicts() -> None:
+    """Each sample is judged once, and every rank hears the same, in the order of the samples."""
+    samples: list[Any] = list(range(5))
+    mine, others = Asked(1.0).judge(samples[0::2]), Asked(5.0).judge(samples[1::2])
+    first = SharedJudge(Asked(1.0), Rank(0, 2, others)).judge(samples)
+    second = SharedJudge(Asked(5.0), Rank(1, 2, mine)).judge(samples)
+    assert first == second
+    assert [verdict.score for verdict in first] == [1.0, 5.0, 1.1, 5.1, 1.2]
