@@ -19,8 +19,10 @@ from understudy.errors import DataError, RecipeError
 from understudy.models import load_tokenizer
 from understudy.tasks import Arithmetic, Jsonl, build_tokenizer, encode_response
 from understudy.tasks.responses import encode_faithfully
+from understudy.trainer import responses
 from understudy.trainer.responses import (
     RESPONSES,
+    ResponseCache,
     ResponseSetup,
     ResponseStore,
     TeacherResponses,
@@ -303,6 +305,125 @@ def test_runs_share_a_cache(tmp_path: Path) -> None:
         for step in range(20):
             store.find(ask([Prompt(f"{number}/{step}", text="x" * 2000)]), 0)
     assert not after.asked
+
+
+@dataclass
+class Alternating:
+    """A text of its own at every call, and `between`, which happens while the teacher writes."""
+
+    name: str
+    between: Any = None
+    calls: int = 0
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        self.calls += 1
+        if self.between is not None:
+            self.between()
+        return [self.name] * len(prompts)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_another_process_wrote_is_read_before_the_teacher_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    if not locks:
+        monkeypatch.setattr(responses, "fcntl", None)
+    one, other = Writer(), Writer()
+    first, second = (teacher_store(tmp_path, writer) for writer in (one, other))
+    first.find(ask(PROMPTS[:2]), 0)
+    assert say(second.find(ask(PROMPTS), 0)) == ["3", "6", "9"]
+    assert say(first.find(ask(PROMPTS), 1)) == ["3", "6", "9"]
+    assert (one.asked, other.asked) == ([["a", "bb"]], [["ccc"]])
+
+
+def test_the_first_text_of_the_file_counts_also_for_who_wrote_the_second(tmp_path: Path) -> None:
+    """Two processes write to one prompt at the same time: both go on with one text, which a resumed run reads too."""
+    earlier = teacher_store(tmp_path, Alternating("1"))  # type: ignore[arg-type]
+    later = teacher_store(tmp_path, Alternating("2", between=lambda: earlier.find(ask(PROMPTS), 0)))  # type: ignore[arg-type]
+    assert say(later.find(ask(PROMPTS), 0)) == ["1"] * 3
+    resumed = Writer()
+    assert say(teacher_store(tmp_path, resumed).find(ask(PROMPTS), 0)) == ["1"] * 3
+    assert not resumed.asked
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_second_text_in_the_file_counts_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    """Without locks another process may write between a look at the file and the own line."""
+    cache, other = ResponseCache(tmp_path, {}), ResponseCache(tmp_path, {})
+    cache.add([("z", "z", "0")])
+    write = responses._write
+
+    def late(file: Any, data: bytes) -> None:
+        monkeypatch.setattr(responses, "_write", write)
+        other.add([("a", "a", "1")])
+        write(file, data)
+
+    if locks:
+        other.add([("a", "a", "1")])
+    else:
+        monkeypatch.setattr(responses, "fcntl", None)
+        monkeypatch.setattr(responses, "_write", late)
+    cache.add([("a", "a", "2"), ("b", "b", "3")])
+    assert cache.texts == ResponseCache(tmp_path, {}).texts == {"z": "0", "a": "1", "b": "3"}
+    assert cache.path.read_bytes().count(b'"key": "a"') == (1 if locks else 2)
+
+
+def test_a_file_system_without_locks_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        LOCK_EX = LOCK_SH = 0
+
+        def flock(self, file: object, kind: int) -> None:
+            raise OSError(38, "not implemented")
+
+    monkeypatch.setattr(responses, "fcntl", Refusing())
+    teacher_store(tmp_path, Writer()).find(ask(PROMPTS), 0)
+    after = Writer()
+    assert say(teacher_store(tmp_path, after).find(ask(PROMPTS), 0)) == ["3", "6", "9"]
+    assert not after.asked
+
+
+def test_lines_are_written_whole_and_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    write = responses._write
+    monkeypatch.setattr(responses, "_write", lambda file, data: (written.append(data), write(file, data)))
+    cache = ResponseCache(tmp_path, {})
+    for number in range(3):
+        cache.add([(f"{number}{name}", name, "x" * 20_000) for name in "abc"])
+    assert len(written) == 3
+    assert all(data.endswith(b"\n") for data in written)
+    assert cache.path.read_bytes() == b"".join(written)
+    assert [data.count(b"\n") for data in written] == [4, 3, 3]
+
+
+def test_damaged_lines_are_told_once(tmp_path: Path) -> None:
+    teacher_store(tmp_path, Writer()).find(ask(PROMPTS), 0)
+    (file,) = (tmp_path / "run" / "responses").iterdir()
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + b'{"key": "to\n' + b"".join(lines[1:3]) + lines[3][:-9])
+    after = Writer()
+    store = teacher_store(tmp_path, after)
+    store.find(ask(PROMPTS[:2]), 0)
+    assert store.take_counts() == {"responses_missing": 0, "responses_unreadable": 0, "responses_damaged": 1}
+    # the last line might have been under way; now that another stands behind it, it was not
+    store.find(ask(PROMPTS), 1)
+    assert after.asked == [["ccc"]]
+    assert store.take_counts()["responses_damaged"] == 1
+    store.find(ask(PROMPTS), 2)
+    assert store.take_counts() == {"responses_missing": 0, "responses_unreadable": 0}
+
+
+def test_a_line_under_way_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    cache = ResponseCache(tmp_path, {})
+    cache.add([("a", "a", "1")])
+    line = b'{"key": "b", "prompt": "b", "text": "2"}\n'
+    for cut in range(1, len(line)):
+        with cache.path.open("ab") as file:
+            file.write(line[cut - 1 : cut])
+        cache.refresh()
+    assert cache.texts == {"a": "1", "b": "2"}
+    assert cache.take_damaged() == 0
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -251,8 +252,9 @@ class ResponseCache:
     def refresh(self) -> None:
         """Reads what was appended since. Raises CheckpointError if the file is there and cannot be read."""
         try:
-            with self.path.open("rb") as file, _locked(file.fileno(), exclusive=False):
-                self._read(file.fileno())
+            with self.path.open("rb", buffering=0) as file:
+                _lock(file, exclusive=False)
+                self._read(file)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -270,8 +272,9 @@ class ResponseCache:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+") as file, _locked(file.fileno(), exclusive=True):
-                unfinished = self._read(file.fileno())
+            with self.path.open("ab+", buffering=0) as file:
+                _lock(file, exclusive=True)
+                unfinished = self._read(file)
                 lines = [
                     _line({"key": key, "prompt": prompt, "text": text})
                     for key, prompt, text in rows
@@ -281,26 +284,23 @@ class ResponseCache:
                     return
                 # what a killed process left unfinished becomes a line of its own
                 first = b"\n" if unfinished else b"" if self._offset else _line(self._header)
-                _append(file.fileno(), first + b"".join(lines))
+                _write(file, first + b"".join(lines))
                 os.fsync(file.fileno())
                 # where there are no locks, another's text may have come before
-                self._read(file.fileno())
+                self._read(file)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.path}: {error.strerror or error}; free space, fix permissions, or set responses.cache"
             ) from error
 
-    def _read(self, handle: int) -> bool:
+    def _read(self, file: FileIO) -> bool:
         """Takes in everything from the offset on; whether the file ends within a line."""
-        size = os.fstat(handle).st_size
-        if size < self._offset:
+        if os.fstat(file.fileno()).st_size < self._offset:
             # another file than before
             self._offset = 0
-        data = bytearray()
-        with os.fdopen(os.dup(handle), "rb") as file:
-            file.seek(self._offset)
-            data += file.read()
-        *whole, last = bytes(data).split(b"\n")
+        file.seek(self._offset)
+        data = file.readall()
+        *whole, last = data.split(b"\n")
         for line in whole:
             self._num_damaged += not self._take(line)
         # a last line without its end may yet be under way: it is read again
@@ -319,22 +319,18 @@ class ResponseCache:
         return True
 
 
-@contextmanager
-def _locked(handle: int, *, exclusive: bool) -> Iterator[None]:
-    """Holds the file for one writer, or for readers. Without locks, as on some network disks, lines are still appended."""
+def _lock(file: FileIO, *, exclusive: bool) -> None:
+    """Until it is closed, for one writer or for readers. Without locks, as on some network disks, lines are appended all
+    the same."""
     if fcntl is not None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        except OSError:
-            pass
-    # closing the file gives the lock back
-    yield
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
 
 
-def _append(handle: int, data: bytes) -> None:
-    """In one write, unless the system takes less."""
+def _write(file: FileIO, data: bytes) -> None:
+    """In one call of the system, unless it takes less."""
     while data:
-        data = data[os.write(handle, data) :]
+        data = data[file.write(data) :]
 
 
 def request_key(request: Request) -> str:
