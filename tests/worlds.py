@@ -33,6 +33,7 @@ CASES: dict[str, Method] = {
     "opd": OPD(),
     "opd discounted": OPD(discount=0.9),
     "opd with baseline": OPD(baseline=True),
+    "opd with a baseline over k": OPD(baseline=True, baseline_k=3),
     "opd per sequence": OPD(reduce="sequence"),
     "gkd reverse": GKD(),
     "gkd forward": GKD(beta=0.0),
@@ -84,7 +85,7 @@ DISTILLATION = {name: method for name, method in CASES.items() if not isinstance
 TRUNCATED = {
     name
     for name, method in CASES.items()
-    if getattr(method, "tail", "none") == "none" and method.reads.topk is not None and method.reads.k < 7
+    if getattr(method.at(0)[0], "k", 7) < 7 and getattr(method.at(0)[0], "tail", "none") == "none" and method.reads.topk
 }
 """Forms that sum over fewer than all tokens without a bucket for the rest: no divergence, so not 0 at teacher = student."""
 

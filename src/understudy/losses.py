@@ -72,6 +72,8 @@ class PolicyGradient:
     """Add sg[KL(S || T)], the negative expectation of the log-ratio, to the advantage; reads the reverse divergence."""
     weight: Tensor | None = None
     """[C] without gradient, `signals.importance`: what the engine's draw of the token counts."""
+    baseline_logp: Tensor | None = None
+    """[C, K] log T: the baseline is summed over K tokens, `sg[sum_k S(k)(log S(k) - log T(k))]`, instead of all."""
 
     def __call__(self, rows: Rows) -> Tensor:
         """[C]"""
@@ -81,6 +83,10 @@ class PolicyGradient:
         if self.baseline:
             assert rows.divergence is not None
             advantage = advantage + rows.divergence.detach()
+        if self.baseline_logp is not None:
+            assert rows.topk_logp is not None
+            logp = rows.topk_logp.detach()
+            advantage = advantage + (logp.exp() * (logp - self.baseline_logp)).sum(-1)
         gain = ratio * advantage
         if self.clip is not None:
             low, high = self.clip

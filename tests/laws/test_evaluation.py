@@ -36,7 +36,7 @@ def test_chunks_equal_the_definition(method: Method, head: dict[str, object], ch
     world.evaluate(method, chunk_tokens=chunk_tokens).same_as(world.evaluate(method, run=evaluate_reference))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("opd with baseline", "tropd scalar")])
+@pytest.mark.parametrize("name", [name for name in CASES if "baseline" not in name and name != "tropd scalar"])
 def test_gradcheck(name: str) -> None:
     """Law 7. A policy gradient is the gradient of its surrogate with S_old held fixed, so S_old is given. (vOPD's baseline
     and a folded divergence are functions of the student that are held fixed too, which finite differences would move.)"""

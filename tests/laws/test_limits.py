@@ -72,6 +72,7 @@ EVERYWHERE: dict[str, tuple[Method, Method]] = {
     "dapo with grpo's clip is grpo": (DAPO(clip_high=0.2), GRPO()),
     "kdrl without a teacher is grpo": (KDRL(beta=0.0), GRPO()),
     "dr_grpo is a constant": (DrGRPO(max_tokens=9), GRPO(length="constant", max_tokens=9)),
+    "a baseline over all tokens": (OPD(baseline=True, baseline_k=V), OPD(baseline=True)),
     "a clip that is never reached": (AOPD(k=3, clip=WIDE), AOPD(k=3)),
     "a correction cut at infinity": (
         OPD(correction="icepop", correction_low=0.0, correction_high=float("inf")),

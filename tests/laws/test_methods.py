@@ -59,7 +59,9 @@ def reverse_kl_gradient(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "method", [OPD(), OPD(baseline=True), OPD(reduce="sequence")], ids=["plain", "baseline", "sequence"]
+    "method",
+    [OPD(), OPD(baseline=True), OPD(baseline=True, baseline_k=3), OPD(reduce="sequence")],
+    ids=["plain", "baseline", "baseline over k", "sequence"],
 )
 def test_the_expected_gradient_of_opd_is_that_of_the_reverse_kl(method: Method) -> None:
     """Law 1. It holds for the sign, the teacher and the baseline at once: none can be wrong and pass."""

@@ -145,6 +145,7 @@ class PolicyMethod(Method):
         mask: Tensor | None,
         *,
         baseline: bool = False,
+        baseline_logp: Tensor | None = None,
         reduce: Reduce = "token",
         per: Tensor | None = None,
         metrics: dict[str, Tensor] | None = None,
@@ -154,7 +155,7 @@ class PolicyMethod(Method):
         # a token that takes no part gets 0 times this as gradient, and d_t is -inf where the teacher excludes the token
         advantage = advantage if mask is None else torch.where(mask, advantage, 0.0)
         shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
-        loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight)
+        loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight, baseline_logp)
         return Term("policy_gradient", loss, mask=mask, per=per, reduce=reduce, metrics=shown | (metrics or {}))
 
 

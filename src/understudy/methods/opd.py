@@ -26,12 +26,17 @@ class OPD(OptionallyClipped):
     baseline: bool = False
     """Subtract `E_{y~S}[d] = -KL(S || T)`: the same expectation, less variance. Needs a full-vocabulary teacher."""
     reduce: Reduce = "token"
+    baseline_k: int = 0
+    """Above 0: the baseline is summed over the teacher's top K alone, which a teacher that returns those can serve."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("discount", 0.0, 1.0)
         if self.baseline and self.discount:
             raise ValueError("baseline is the expectation of d_t alone; it does not fit a discount above 0")
+        self.check_range("baseline_k", 0)
+        if self.baseline_k and not self.baseline:
+            raise ValueError("baseline_k is given without baseline: true")
 
     @property
     def requires(self) -> tuple[str, ...]:
@@ -39,7 +44,9 @@ class OPD(OptionallyClipped):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"full"} if self.baseline else {"sampled"})
+        if not self.baseline:
+            return frozenset({"sampled"})
+        return frozenset({"sampled", "topk"} if self.baseline_k else {"full"})
 
     @property
     def scope(self) -> Scope:
@@ -47,6 +54,8 @@ class OPD(OptionallyClipped):
 
     @property
     def reads(self) -> Reads:
+        if self.baseline_k:
+            return Reads(topk="teacher", k=self.baseline_k)
         return Reads(divergence=1.0 if self.baseline else None)
 
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
@@ -54,4 +63,13 @@ class OPD(OptionallyClipped):
         if self.discount:
             trained = batch.mask & batch.on_policy
             advantage = signals.return_to_go(advantage, batch.sequence, trained, self.discount)
-        return [self.policy_term(batch, advantage, batch.on_policy, baseline=self.baseline, reduce=self.reduce)]
+        return [
+            self.policy_term(
+                batch,
+                advantage,
+                batch.on_policy,
+                baseline=self.baseline and not self.baseline_k,
+                baseline_logp=present(batch.topk_logprob) if self.baseline_k else None,
+                reduce=self.reduce,
+            )
+        ]

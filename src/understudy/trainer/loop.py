@@ -149,7 +149,9 @@ class Trainer:
             self.progress = replace(self.progress, skipped_in_row=before.skipped_in_row + 1)
         else:
             self.progress = replace(self.progress, skipped_in_row=0)
-        return {name: metric.value for name, metric in total.items() if metric.count} | _means([numbers for numbers, _ in made])
+        return {name: metric.value for name, metric in total.items() if metric.count} | _means(
+            [numbers for numbers, _ in made]
+        )
 
     def _heads(self, method: Method, judged: Judged) -> tuple[Mapping[str | None, LMHead], LMHead | None]:
         """Heads of the teachers and of the reference, where whole rows are compared."""
