@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test check bench clean-quickstart
+.PHONY: quickstart evidence test check clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a teacher, warm-start a student, distil it on its own attempts, write a report"
+	@echo "make evidence     compare every method from two starts over five seeds (two hours; goes on where it stopped)"
 	@echo "make test         all tests"
 	@echo "make check        linters, types, import directions, docs"
 
@@ -26,6 +27,9 @@ quickstart: $(STAMP) clean-quickstart
 
 clean-quickstart:
 	rm -rf $(RUNS)
+
+evidence: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

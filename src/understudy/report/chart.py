@@ -47,6 +47,13 @@ class Chart:
     note: str = ""
     marks: Sequence[int] = field(default_factory=tuple)
     stacked: bool = False
+    over: str = "optimizer step"
+    """What one unit of the horizontal axis is; its last word alone is used beside numbers."""
+
+    @property
+    def point(self) -> str:
+        """As "step" in "at step 5"."""
+        return self.over.rpartition(" ")[2]
 
 
 @dataclass(frozen=True)
@@ -85,34 +92,35 @@ def draw(chart: Chart) -> Markup:
         "log": y.log,
         "percent": chart.percent,
         "stacked": chart.stacked,
+        "point": chart.point,
         "series": [{"name": name, "step": _ints(item.steps), "value": _compact(item.values)} for name, item in readout],
     }
     return Markup(  # noqa: S704 numbers, and texts that are escaped here
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" class="chart" '
         f'aria-label="{escape(describe(chart))}" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f"{_axes(chart, x, y)}{body}{_marks(chart.marks, x)}"
+        f"{_axes(chart, x, y)}{body}{_marks(chart.marks, x, chart.point)}"
         f'<g class="cursor" visibility="hidden"><line y1="{TOP}" y2="{BOTTOM}"/></g></svg>'
     )
 
 
 def describe(chart: Chart) -> str:
     """The chart in words: what a screen reader says."""
-    parts = [f"{chart.title}, {chart.unit or 'no unit'}, over optimizer steps."]
-    parts += [f"{line.name}: {summary(line.series, chart.percent)}." for line in chart.lines]
+    parts = [f"{chart.title}, {chart.unit or 'no unit'}, over {chart.over}s."]
+    parts += [f"{line.name}: {summary(line.series, chart.percent, chart.point)}." for line in chart.lines]
     return " ".join(parts)
 
 
-def summary(series: Series, percent: bool) -> str:
-    """First, last and extreme values with their steps."""
+def summary(series: Series, percent: bool, point: str = "step") -> str:
+    """First, last and extreme values, and where they are: "at step 5" for the point "step"."""
     known = np.flatnonzero(np.isfinite(series.values))
     values, steps = series.values[known], series.steps[known]
     low, high = int(values.argmin()), int(values.argmax())
     show = _percent if percent else number
     if len(values) == 1:
-        return f"{show(values[0])} at step {steps[0]:,}"
+        return f"{show(values[0])} at {point} {steps[0]:,}"
     return (
         f"{show(values[0])} \u2192 {show(values[-1])} "
-        f"(min {show(values[low])} at step {steps[low]:,}, max {show(values[high])} at step {steps[high]:,})"
+        f"(min {show(values[low])} at {point} {steps[low]:,}, max {show(values[high])} at {point} {steps[high]:,})"
     )
 
 
@@ -162,7 +170,7 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> str:
         out.append(f'<text class="tick" x="{at:.1f}" y="{BOTTOM + 16}" text-anchor="middle">{int(value):,}</text>')
     unit = f"{chart.unit}, log scale" if y.log else chart.unit
     out.append(f'<text class="label" x="{LEFT}" y="{TOP - 8}">{escape(unit.strip(", "))}</text>')
-    out.append(f'<text class="label" x="{RIGHT}" y="{HEIGHT - 6}" text-anchor="end">optimizer step</text>')
+    out.append(f'<text class="label" x="{RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart.over)}</text>')
     out.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     return "".join(out)
 
@@ -253,10 +261,10 @@ def _areas(steps: NDArray[np.int64], below: _Floats, above: _Floats, x: Scale, y
     return "".join(out)
 
 
-def _marks(steps: Sequence[int], x: Scale) -> str:
+def _marks(steps: Sequence[int], x: Scale, point: str) -> str:
     inside = sorted({step for step in steps if x.low <= step <= x.high})[:MAX_MARKS]
     return "".join(
-        f'<path class="mark" d="M{x(step):.1f} {BOTTOM - 7}l4 7h-8z"><title>warning at step {step:,}</title></path>'
+        f'<path class="mark" d="M{x(step):.1f} {BOTTOM - 7}l4 7h-8z"><title>warning at {point} {step:,}</title></path>'
         for step in inside
     )
 

@@ -99,7 +99,7 @@ def figure(chart: Chart) -> Figure:
     """The chart drawn, with its legend and its summary in words."""
     longest = max(len(line.series.steps) for line in chart.lines)
     window = 1 if chart.stacked else smooth_window(longest)
-    words = [summary(line.series, chart.percent) for line in chart.lines]
+    words = [summary(line.series, chart.percent, chart.point) for line in chart.lines]
     if len(words) > 1:
         words = [f"{line.name}: {text}" for line, text in zip(chart.lines, words, strict=True)]
     return Figure(

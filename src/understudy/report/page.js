@@ -60,7 +60,7 @@
       });
       if (data.stacked) texts.push(`together ${show(base, false)}`);
       const text = document.createElement("span");
-      text.textContent = `step ${found.toLocaleString("en")}: ${texts.join(" \u00b7 ")}`;
+      text.textContent = `${data.point} ${found.toLocaleString("en")}: ${texts.join(" \u00b7 ")}`;
       readout.replaceChildren(text);
       readout.classList.add("live");
       cursor.setAttribute("visibility", "visible");

@@ -106,17 +106,17 @@ def render(page: Page) -> str:
     folder = files("understudy.report")
     style, script = (folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src {csp_hash(style)}; script-src {csp_hash(script)}; base-uri 'none'; form-action 'none'"
     )
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finalize
     )
     template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
     html = template.render(page=page, policy=policy, style=Markup(style), script=Markup(script))  # noqa: S704 our own files
     return encodable(html)
 
 
-def _finalize(value: object) -> object:
+def finalize(value: object) -> object:
     """Every text that the template shows, before it is escaped."""
     return visible(value) if type(value) is str else value
 
@@ -290,6 +290,6 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} [{len(text) - limit:,} more characters]"
 
 
-def _hash(text: str) -> str:
+def csp_hash(text: str) -> str:
     """The source expression by which a content security policy allows one inline block."""
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
