@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both create .venv where it is missing.
+# make quickstart, make evidence, make test. Each creates .venv where it is missing.
 
 PYTHON ?= python3
 VENV := .venv

@@ -82,10 +82,13 @@ def refused(recipe: Recipe, words: str) -> None:
 def test_what_the_privileged_template_shows_is_in_every_part(tmp_path: Path, models: dict[str, str], word: str) -> None:
     teacher = {"type": "privileged", "template": f"{PLAIN}{{{word}}}"}
     without, whole = records(tmp_path, **{f"{word}_field": None}), records(tmp_path)
-    key = rf"teacher\.template shows {{{word}}}, but task{{}}\.{word}_field"
-    refused(taught(tmp_path, models, teacher=teacher, task=without), key.format(""))
-    refused(taught(tmp_path, models, teacher=teacher, task=mix(sums=SUMS, rows=without)), key.format(r"\.parts\.rows"))
-    refused(taught(tmp_path, models, teacher=teacher, task=mix(far=hub())), key.format(r"\.parts\.far"))
+    shown = rf"teacher\.template shows {{{word}}}, but task"
+    refused(taught(tmp_path, models, teacher=teacher, task=without), rf"{shown}\.{word}_field")
+    refused(
+        taught(tmp_path, models, teacher=teacher, task=mix(sums=SUMS, rows=without)),
+        rf"{shown}\.parts\.rows\.{word}_field",
+    )
+    refused(taught(tmp_path, models, teacher=teacher, task=mix(far=hub())), rf"{shown}\.parts\.far\.{word}_field")
     for task in (whole, SUMS, mix(sums=SUMS, rows=whole)):
         assert check(taught(tmp_path, models, teacher=teacher, task=task))
     assert check(taught(tmp_path, models, teacher=teacher | {"template": PLAIN}, task=without))
@@ -128,20 +131,20 @@ def test_a_system_message_needs_a_chat(tmp_path: Path, models: dict[str, str]) -
     refused(taught(tmp_path, models, teacher=teacher), r"teacher\.system.*the problems of task are plain text")
 
 
-def responding(folder: Path, **changes: Any) -> Recipe:
-    return parse(folder, **({"responses": {"type": "solutions"}} | changes))
+def responding(folder: Path, models: Mapping[str, str], **changes: Any) -> Recipe:
+    return taught(folder, models, **({"method": {"type": "sft"}, "responses": {"type": "solutions"}} | changes))
 
 
-def test_solutions_as_responses_are_there(tmp_path: Path) -> None:
+def test_solutions_as_responses_are_there(tmp_path: Path, models: dict[str, str]) -> None:
     words = r"responses\.type is solutions, but task\.solution_field does not say"
-    refused(responding(tmp_path, task=records(tmp_path, solution_field=None)), words)
-    refused(responding(tmp_path, task=mix(far=hub())), r"task\.parts\.far\.solution_field")
-    assert check(responding(tmp_path, task=records(tmp_path)))
+    refused(responding(tmp_path, models, task=records(tmp_path, solution_field=None)), words)
+    refused(responding(tmp_path, models, task=mix(far=hub())), r"task\.parts\.far\.solution_field")
+    assert check(responding(tmp_path, models, task=records(tmp_path)))
     # one part without them is counted while training, no error
-    assert check(responding(tmp_path, task=mix(sums=SUMS, rows=records(tmp_path, solution_field=None))))
+    assert check(responding(tmp_path, models, task=mix(sums=SUMS, rows=records(tmp_path, solution_field=None))))
 
 
-def test_a_file_of_responses_answers_the_first_training_prompts(tmp_path: Path) -> None:
+def test_a_file_of_responses_answers_the_first_training_prompts(tmp_path: Path, models: dict[str, str]) -> None:
     file = tmp_path / "responses.jsonl"
     section = {"type": "jsonl", "path": str(file), "prompt_field": "p", "response_field": "y"}
     for prompt, response, words in (
@@ -149,10 +152,10 @@ def test_a_file_of_responses_answers_the_first_training_prompts(tmp_path: Path) 
         ("11+22:", "thirty-three", "1 have one, but the student's tokenizer cannot say it"),
     ):
         file.write_text(json.dumps({"p": prompt, "y": response}))
-        refused(responding(tmp_path, task=records(tmp_path), responses=section), words)
+        refused(responding(tmp_path, models, task=records(tmp_path), responses=section), words)
     # the second of the prompts is enough
     file.write_text(json.dumps({"p": "10+20:", "y": "30#30"}))
-    recipe = responding(tmp_path, task=records(tmp_path), responses=section)
+    recipe = responding(tmp_path, models, task=records(tmp_path), responses=section)
     assert check(recipe)
     assert check(replace(recipe, task=config.parse(Recipe, tiny_recipe(tmp_path, task=mix(far=hub()))).task))
 
@@ -214,7 +217,7 @@ def test_every_part_of_a_mix_is_checked(tmp_path: Path) -> None:
 def test_a_part_on_the_hub_stays_unchecked(tmp_path: Path, models: dict[str, str]) -> None:
     """Nothing is read from the network, also where teachers are looked up by name."""
     task = mix(sums=SUMS, far=hub(solution_field="a"))
-    lines = check(parse(tmp_path, task=task, eval={"split": "train"}))
+    lines = check(taught(tmp_path, models, task=task, method={"type": "sft"}, eval={"split": "train"}))
     assert not any("first prompts" in line for line in lines)
     local = {"type": "local", "model": models["big"]}
     assert check(taught(tmp_path, models, task=task, teachers={"sums": local, "far": local}))
@@ -223,7 +226,7 @@ def test_a_part_on_the_hub_stays_unchecked(tmp_path: Path, models: dict[str, str
     words = r"several teachers, but task names none .*task\.teacher_field"
     refused(taught(tmp_path, models, task=hub(), teachers={"sums": local, "far": local}), words)
     with pytest.raises(AssertionError, match="nobody/nothing was read"):
-        check(parse(tmp_path, task=task), fetch=True)
+        check(taught(tmp_path, models, task=task, method={"type": "sft"}), fetch=True)
 
 
 def test_a_greedy_evaluation_cannot_redraw(tmp_path: Path, models: dict[str, str]) -> None:
@@ -240,8 +243,8 @@ def test_a_greedy_evaluation_cannot_redraw(tmp_path: Path, models: dict[str, str
     assert check(parse(tmp_path, eval={"greedy": True, "sampling": {"temperature": 0}}))
 
 
-def test_what_training_needs_an_evaluation_does_not(tmp_path: Path) -> None:
-    assert check(responding(tmp_path, task=records(tmp_path, solution_field=None)), training=False)
+def test_what_training_needs_an_evaluation_does_not(tmp_path: Path, models: dict[str, str]) -> None:
+    assert check(responding(tmp_path, models, task=records(tmp_path, solution_field=None)), training=False)
 
 
 def test_parts(tmp_path: Path) -> None:
