@@ -97,10 +97,15 @@ def _check_solutions(recipe: Recipe) -> None:
 
 
 def _check_names(recipe: Recipe, teachers: Mapping[str, Any], *, fetch: bool) -> None:
-    """Every prompt names a teacher; of data that are not here what the recipe says of them."""
+    """Every prompt names a teacher; of data that are not here, what the recipe says of them."""
+    if fetch or is_here(recipe.task):
+        check_names(islice(recipe.task.prompts("train"), NUM_CHECKED_PROMPTS), teachers)
+        return
     for place, part in parts_of(recipe.task).items():
         label = place.removeprefix("task.parts.") if isinstance(recipe.task, Mix) else None
         if isinstance(part, Jsonl | Hub) and part.teacher_field is not None:
+            if is_here(part):
+                check_names(islice(part.prompts("train"), NUM_CHECKED_PROMPTS), teachers)
             continue
         if label is None:
             raise RecipeError(
@@ -109,8 +114,6 @@ def _check_names(recipe: Recipe, teachers: Mapping[str, Any], *, fetch: bool) ->
             )
         if label not in teachers:
             raise RecipeError(f"{place} names no teacher: {nearest(label, teachers)}")
-    if fetch or is_here(recipe.task):
-        check_names(islice(recipe.task.prompts("train"), NUM_CHECKED_PROMPTS), teachers)
 
 
 def _check_privileged(recipe: Recipe, name: str, section: Privileged, *, fetch: bool) -> None:
@@ -164,8 +167,8 @@ def _check_stored(recipe: Recipe, section: Stored) -> None:
     meta, wanted = read_record(Path(section.path)).meta, recipe.sampling.temperature or 1.0
     if meta.temperature != wanted:
         raise RecipeError(
-            f"the scores in {section.path} were stored at temperature {meta.temperature}, but sampling.temperature is "
-            f"{wanted}; set it back, or record them again"
+            f"the scores in {section.path} were stored with temperature {meta.temperature}, this run has {wanted} "
+            "(sampling.temperature): set it back, or record them again"
         )
     most = max((part.reads.k for part in recipe.method.members if "topk" in part.needs), default=0)
     if meta.k is not None and meta.k < min(most, meta.vocab_size):
@@ -186,11 +189,13 @@ def _check_amount(section: Stored, num: int) -> None:
             raise RecipeError(f"{Path(section.path) / file} is damaged ({error}): record the scores again") from error
         for row in rows:
             found.setdefault(row["prompt"], set()).add(row["index"])
-    short = [prompt for prompt, indices in found.items() if not indices >= set(range(num))]
-    if short:
+    lacking = {prompt: min(missing) for prompt, has in found.items() if (missing := set(range(num)) - has)}
+    if lacking:
+        prompt, index = next(iter(lacking.items()))
         raise RecipeError(
-            f"train.samples_per_prompt is {num}, but {len(short)} of the {len(found)} prompts recorded in {section.path} "
-            f"have fewer samples, first {short[0]}; lower it, or record more samples a prompt"
+            f"train.samples_per_prompt is {num}, but the recording in {section.path} stores no sample for request "
+            f"{prompt}#{index}; {len(lacking)} of its {len(found)} prompts have too few: lower it, or record more samples a "
+            "prompt"
         )
 
 

@@ -188,11 +188,14 @@ def test_a_recording_holds_what_the_run_reads(tmp_path: Path, models: dict[str, 
     assert check(taught(tmp_path, models, teacher=whole, method={"type": "topk", "k": num_tokens + 5}))
 
     twice = {"steps": 6, "samples_per_prompt": 2}
-    words = r"train\.samples_per_prompt is 2, but 2 of the 2 prompts .* have fewer samples, first p/0"
+    words = r"train\.samples_per_prompt is 2, but .* stores no sample for request p/0#1; 2 of its 2 prompts"
     refused(taught(tmp_path, models, teacher=stored(tmp_path, num=1), train=twice), words)
     assert check(taught(tmp_path, models, teacher=stored(tmp_path, num=2), train=twice))
     warm = stored(tmp_path, num=1, temperature=0.5)
-    refused(taught(tmp_path, models, teacher=warm), r"stored at temperature 0\.5, but sampling\.temperature is 1\.0")
+    refused(
+        taught(tmp_path, models, teacher=warm),
+        r"stored with temperature 0\.5, this run has 1\.0 .*sampling\.temperature",
+    )
 
 
 def test_a_recording_with_a_damaged_file_is_refused(tmp_path: Path, models: dict[str, str]) -> None:
@@ -223,6 +226,9 @@ def test_a_part_on_the_hub_stays_unchecked(tmp_path: Path, models: dict[str, str
     assert check(taught(tmp_path, models, task=task, teachers={"sums": local, "far": local}))
     words = r"task\.parts\.far names no teacher: did you mean 'fare'"
     refused(taught(tmp_path, models, task=task, teachers={"sums": local, "fare": local}), words)
+    by_row = mix(sums=records(tmp_path, teacher_field="t"), far=hub())
+    words = r"names the teacher 'one'; the teachers are: far, sums"
+    refused(taught(tmp_path, models, task=by_row, teachers={"sums": local, "far": local}), words)
     words = r"several teachers, but task names none .*task\.teacher_field"
     refused(taught(tmp_path, models, task=hub(), teachers={"sums": local, "far": local}), words)
     with pytest.raises(AssertionError, match="nobody/nothing was read"):

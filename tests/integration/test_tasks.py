@@ -19,6 +19,7 @@ from understudy.tasks import (
     Arithmetic,
     Hub,
     Jsonl,
+    Mix,
     build_tokenizer,
     encode_prompt,
     encode_response,
@@ -222,6 +223,15 @@ def test_every_task_has_a_name_and_splits() -> None:
     }
     for name, task in TASKS.items():
         assert isinstance(task(**settings[name]).name, str)
+
+
+def test_a_prompt_of_a_mix_is_graded_by_the_part_that_it_is_of() -> None:
+    """Its id begins with the part's name, which therefore holds no separator."""
+    task = Mix(parts={"a.b": Arithmetic(digits=1), "chain": Arithmetic(family="chain")})
+    for prompt in task.prompts("train")[:4]:
+        assert task.grade(prompt, f"#{prompt.reference}").right
+    with pytest.raises(ValueError, match=r"a part is named 'a/b'; names have no '/'"):
+        Mix(parts={"a/b": Arithmetic()})
 
 
 def test_a_prompt_without_reference_cannot_be_graded(tmp_path: Path) -> None:
