@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console) -> Result:
     """
     run_dir = RunDir(Path(recipe.run_dir))
     checkpoint = _find_start(run_dir, recipe, resume)
-    assemble.check(recipe)
+    assemble.check(recipe, fetch=True)
     device = assemble.choose_device(recipe.device)
     ranks = Ranks.from_environment(device)
     console.note("loading " + " and ".join(_models(recipe)))

@@ -8,6 +8,7 @@ import random
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,20 +19,20 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.report_run import write_eval, write_lines
-from tests.runs import distillation, tiny_recipe
+from tests.runs import distillation, save_tiny_model, tiny_recipe
 from understudy import config
 from understudy.cli.app import app
-from understudy.compare.cells import Cell, Cells, budgets
+from understudy.compare.cells import Cell, Cells, budgets, parse_cell
 from understudy.compare.estimate import crossed_mean, t_quantile
 from understudy.compare.grid import Combination, Grid, apply, axis_change, read_grid, split_values
 from understudy.compare.measure import measure
 from understudy.compare.on_ray import check_ray
 from understudy.compare.outputs import cells_csv, to_json, write_outputs
 from understudy.compare.page import MAX_LINES, build_page, render
-from understudy.compare.processes import Job, run_processes
-from understudy.compare.run import Comparison, Outcome, Runner, compare, summarise
+from understudy.compare.processes import Ended, Job, run_processes
+from understudy.compare.run import SAVE_EVERY_S, Comparison, Drafts, Outcome, Runner, compare, summarise
 from understudy.compare.table import budget_warning, markdown, samples_to_target
-from understudy.errors import RecipeError
+from understudy.errors import CheckpointError, RecipeError
 from understudy.eval import bootstrap_mean
 from understudy.methods import METHODS
 from understudy.trainer.console import Console
@@ -125,6 +126,51 @@ def test_the_teacher_stays_away_from_a_method_that_asks_none(tmp_path: Path) -> 
     assert dropped == [(), ("teacher",)]
 
 
+def test_methods_that_use_other_sections_stand_in_one_grid(tmp_path: Path) -> None:
+    weak, medium = (save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("weak", "medium")))
+    student = {"build": None, "starts": {"weak": weak, "medium": medium}}
+    changes = distillation(tmp_path) | {"student": student, "responses": {"type": "solutions"}, "eval": EVAL}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tmp_path, **changes)))
+    axes = ["--vary", "method.type=opd,gkd,tropd", "--vary", "student.start=weak,medium"]
+    done = CliRunner().invoke(app, ["compare", str(recipe), *axes, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "30 runs" in done.output
+    rows = [line.split() for line in done.output.splitlines() if line.strip().startswith(("opd", "gkd", "tropd"))]
+    assert [(row[0], row[-1] == "responses") for row in rows] == [
+        ("opd,", True),
+        ("opd,", True),
+        ("gkd,", True),
+        ("gkd,", True),
+        ("tropd,", False),
+        ("tropd,", False),
+    ]
+
+
+def test_the_fewest_sections_are_left_out_and_only_those_that_the_method_never_reads(tmp_path: Path) -> None:
+    base = tiny_recipe(tmp_path, **distillation(tmp_path), train={"samples_per_prompt": 2})
+    solutions, written = {"type": "solutions"}, {"type": "teacher"}
+    several = {"teacher": None, "teachers": {"a": base["teacher"], "b": base["teacher"]}}
+
+    def dropped(method: Mapping[str, Any], **changes: Any) -> tuple[str, ...]:
+        return parse_cell({key: item for key, item in (base | {"method": method} | changes).items() if item})[1]
+
+    assert dropped({"type": "gkd"}) == ()
+    assert dropped({"type": "gkd"}, responses=solutions) == ("responses",)
+    assert dropped({"type": "gkd", "on_policy_share": 0.5}, responses=solutions) == ()
+    assert dropped({"type": "gkd"}, responses=solutions, reference=base["teacher"]) == ("reference", "responses")
+    assert dropped({"type": "sft"}, responses=solutions) == ("teacher",)
+    assert dropped({"type": "sft"}, responses=written) == ()
+    assert dropped({"type": "grpo"}, responses=written) == ("teacher", "responses")
+    assert dropped({"type": "sft"}, **several) == ("teachers",)
+    # the responses that a method reads are never exchanged for others, nor is one teacher chosen of two
+    for method in ({"type": "gkd", "on_policy_share": 0.5}, {"type": "sft"}):
+        with pytest.raises(RecipeError, match="only one teacher of type local or chat writes responses"):
+            dropped(method, responses=written, **several)
+    with pytest.raises(RecipeError, match="teacher and teachers are both given"):
+        dropped({"type": "gkd"}, teachers=several["teachers"])
+
+
 def test_command_line_and_file_say_the_same(tmp_path: Path) -> None:
     base = tiny_recipe(tmp_path, eval=EVAL)
     file = tmp_path / "grid.yaml"
@@ -198,6 +244,32 @@ def test_unequal_budgets_are_told(tmp_path: Path) -> None:
     assert budget_warning(budgets(shares[0])) == ""
     assert "not equal" in markdown(run(cells(tmp_path / "2", unequal.grid.vary)).table)
     assert "They are 1,152, but b: 2,304" in budget_warning(budgets(shares[1]))
+
+
+def test_a_budget_is_the_most_that_training_may_take(tmp_path: Path) -> None:
+    """6 steps of 8 prompts with 2 samples of 24 tokens, and what a method may draw beyond them."""
+    base = tiny_recipe(tmp_path, **distillation(tmp_path), train={"samples_per_prompt": 2})
+    judge = {"type": "verbal", "model": base["teacher"]["model"]}
+    solutions = {"type": "solutions"}
+
+    def samples(method: Mapping[str, Any], **changes: Any) -> int:
+        (cell, *_) = (found := cells(tmp_path, base=base | {"method": method} | changes)).compared(
+            {found.grid.combinations()[0]: {}}
+        )
+        assert cell.budget_tokens % 24 == 0
+        return cell.budget_tokens // 24
+
+    assert samples({"type": "gkd"}) == 6 * 8 * 2
+    assert samples({"type": "grpo"}) == 6 * 8 * 2
+    assert samples({"type": "grpo", "dynamic_sampling": True}) == 10 * 6 * 8 * 2
+    asked = {"teacher": judge, "responses": solutions}
+    assert samples({"type": "ovd"}, **asked) == 6 * 8 * 2
+    assert samples({"type": "ovd", "on_reject": "resample"}, **asked) == 2 * 6 * 8 * 2
+    # a guided sample beside the others, as long as prefixes have not faded
+    assert samples({"type": "tropd", "anneal_steps": 4}, responses=solutions) == 6 * 8 * 2 + 4 * 8
+    assert samples({"type": "tropd", "guided": "replace"}, responses=solutions) == 6 * 8 * 2
+    phases = {"type": "phases", "parts": [{"until": 0.5, "type": "grpo", "dynamic_sampling": True}, {"type": "opd"}]}
+    assert samples(phases) == 3 * 8 * 2 * 10 + 3 * 8 * 2
 
 
 # Runs
@@ -313,6 +385,72 @@ def test_the_command_and_its_exit_code(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     names = {path.name for path in (tmp_path / "run-compare").iterdir()}
     assert {"table.md", "cells.csv", "compare.json", "compare.html"} <= names
+
+
+def test_what_is_known_is_written_while_runs_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four runs of 20.5 seconds each: after the first and after the fourth. Every finished run is measured once."""
+    found = cells(tmp_path, {"variant": {"one": {}, "two": {}}}, seeds=3)
+    made = found.compared({combination: {} for combination in found.grid.combinations()})
+    for cell in made[:2]:
+        pretend(cell, {6: problems(0.5)})
+    now = [0.0]
+    measured: list[Path] = []
+
+    def one_after_the_other(jobs: Sequence[Job], num_at_once: int, stopped: object) -> Any:
+        for index, job in enumerate(jobs):
+            cell = next(cell for cell in made if str(cell.path) == job.recipe["run_dir"])
+            pretend(cell, {6: problems(0.5)})
+            now[0] += 20.5
+            yield Ended(index, "broke" if index == 0 else None)
+
+    def measure_one(cell: Cell) -> Any:
+        measured.append(cell.path)
+        return measure(cell)
+
+    monkeypatch.setattr("understudy.compare.run.run_processes", one_after_the_other)
+    monkeypatch.setattr("understudy.compare.run.measure", measure_one)
+    monkeypatch.setattr("understudy.compare.run.Drafts", partial(Drafts, clock=lambda: now[0]))
+    drafts: list[Comparison] = []
+
+    def save(draft: Comparison) -> None:
+        drafts.append(draft)
+        if len(drafts) == 1:
+            page = write_outputs(draft)
+            first = (found.out / "table.md").read_text().splitlines()[0]
+            assert first.startswith("**Unfinished: 3 of 6 runs have ended.")
+            values = json.loads((found.out / "compare.json").read_text())
+            assert (values["status"], values["unfinished"]) == ("running", draft.unfinished)
+            text = page.read_text()
+            assert text.index(draft.unfinished) < text.index("<h2>")
+            assert "1 run failed." in text
+
+    ended = compare(found, Runner(Console(quiet=True)), save=save)
+    assert [draft.unfinished.split(" runs")[0] for draft in drafts] == ["Unfinished: 3 of 6", "Unfinished: 6 of 6"]
+    assert sorted(measured) == sorted(cell.path for cell in made if cell is not made[2])
+    assert [row.num_finished for row in drafts[0].table.rows] == [2, 0]
+    assert ended.unfinished == ""
+    assert (ended.status, ended.table) == ("failed", drafts[1].table)
+    write_outputs(ended)
+    assert "Unfinished" not in "".join(path.read_text() for path in found.out.iterdir() if path.is_file())
+
+
+def test_outputs_that_cannot_be_written_stop_no_run(tmp_path: Path) -> None:
+    now = [0.0]
+    told: list[str] = []
+    console = Console(quiet=True)
+    console.warn = told.append  # type: ignore[method-assign]
+    tried: list[Comparison] = []
+
+    def save(draft: Comparison) -> None:
+        tried.append(draft)
+        raise CheckpointError("the disk is full")
+
+    drafts = Drafts(save, console, clock=lambda: now[0])
+    draft = summarise(cells(tmp_path), (), (), {}, running=True)
+    for now[0] in (0.0, SAVE_EVERY_S - 1, SAVE_EVERY_S, 2 * SAVE_EVERY_S - 1):
+        drafts(lambda: draft)
+    assert len(tried) == 2
+    assert told == ["the outputs so far were not written: the disk is full"] * 2
 
 
 def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,6 +640,53 @@ def test_what_was_not_recorded_says_so(tmp_path: Path) -> None:
     assert json.loads(json.dumps(values, allow_nan=False)) == values
 
 
+def test_tokens_are_those_that_the_student_wrote(tmp_path: Path) -> None:
+    """By the seconds of all steps; all response tokens where no others were recorded, or not at every step."""
+    found = cells(tmp_path, {"variant": {"own": {}, "all": {}, "some": {}}}, seeds=1)
+    for cell in found.compared({combination: {} for combination in found.grid.combinations()}):
+        pretend(cell, {2: problems(0.5)})
+        rows: list[dict[str, float]] = [
+            {"step": 1, "step_s": 1.0, "tokens_per_s": 100.0, "student_tokens": 60.0},
+            {"step": 2, "step_s": 3.0, "tokens_per_s": 20.0, "student_tokens": 20.0},
+        ]
+        for row in rows[: {"own": 0, "all": 2, "some": 1}[cell.combination.name]]:
+            del row["student_tokens"]
+        write_lines(cell.path / "metrics.jsonl", rows)
+    assert [row.tokens_per_s for row in run(found).table.rows] == [20.0, 40.0, 40.0]
+
+
+def test_a_skipped_step_is_not_in_the_mean_gradient_norm(tmp_path: Path) -> None:
+    found = cells(tmp_path, seeds=1)
+    (cell,) = found.compared({found.grid.combinations()[0]: {}})
+    pretend(cell, {4: problems(0.5)})
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "loss": 1.0, "grad_norm": 2.0},
+        {"step": 2},
+        {"step": 3, "loss": None, "grad_norm": 50.0},
+        {"step": 4, "loss": 1.0, "grad_norm": None},
+        {"step": 5, "loss": 1.0, "grad_norm": 4.0},
+    ]
+    write_lines(cell.path / "metrics.jsonl", rows)
+    assert measure(cell).grad_norm == 3.0
+
+
+def test_the_caption_says_what_the_numbers_rest_on(tmp_path: Path) -> None:
+    found = cells(tmp_path, {"variant": {"one": {}, "two": {}, "three": {}}}, seeds=2)
+    made = pretended(found, lambda *_: 0.5)
+    outcomes = [Outcome(cell, "finished", measured=measure(cell)) for cell in made]
+    whole = " ".join(summarise(found, outcomes, (), {}).table.caption)
+    assert "no correction for many rows" in whole
+    assert "Not every run finished" not in whole
+    outcomes[2:4] = [Outcome(made[2], "failed", "x"), Outcome(made[3], "not run")]
+    part = summarise(found, outcomes, (), {})
+    assert "rest on the seeds that did" in " ".join(part.table.caption)
+    assert "Runs failed in two (1 of 2)." in " ".join(part.table.caption)
+    assert part.unfinished.startswith("Unfinished: 5 of 6 runs have ended.")
+    pair = cells(tmp_path / "pair", {"variant": {"one": {}, "two": {}}}, seeds=1)
+    pretended(pair, lambda *_: 0.5)
+    assert "no correction" not in " ".join(run(pair).table.caption)
+
+
 def test_greedy_accuracy_is_shown_where_the_evaluation_is_greedy(tmp_path: Path) -> None:
     base = tiny_recipe(tmp_path, eval=EVAL | {"sampling": {"temperature": 0.0, "max_new_tokens": 24}})
     found = cells(tmp_path, base=base, seeds=1)
@@ -525,13 +710,15 @@ def test_what_a_run_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     page = build_page(summarise(found, outcomes, (), {}, command=hostile))
     for chart in page.charts:
         drawn = ElementTree.fromstring(chart.svg)
-        assert [text.text for text in drawn.iter("text")][-1] == "training samples"
+        assert [text.text for text in drawn.iter("text")][-1] == "training sample"
         assert any(str(path.get("class")).startswith("curve") for path in drawn.iter("path"))
     html = render(page)
     assert html.count("<script>") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "optimizer step" not in html
-    assert "`step ${" not in html
+    assert "&#34;point&#34;:&#34;sample&#34;" in html
+    assert "over training samples" in html
+    assert not [text for chart in page.charts for text in chart.summary if "at step" in text]
 
 
 def test_more_combinations_than_colours_get_more_charts(tmp_path: Path) -> None:

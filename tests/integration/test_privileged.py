@@ -18,7 +18,7 @@ from tests.tiny_models import EOS, plain_logp, tiny
 from understudy.config import dump, parse
 from understudy.errors import CheckpointError, DataError, RecipeError, ScoreError
 from understudy.models import apply_lora, load_causal_lm, save_hf
-from understudy.packing import pack
+from understudy.packing import pack, split_scored
 from understudy.tasks.render import encode_prompt
 from understudy.teachers import LocalTeacher, Setup, Teacher
 from understudy.teachers.privileged import MovingAverage, Privileged, PrivilegedTeacher, reword
@@ -180,16 +180,27 @@ def test_what_the_template_asks_for_must_be_there() -> None:
         privileged(template="{prompt}").score([silent], SAMPLED)
 
 
-def test_a_prompt_that_becomes_too_long_is_named() -> None:
-    """Exactly what fits is scored: the last token is never fed."""
+def test_a_prompt_that_becomes_too_long_leaves_its_sample_unscored() -> None:
+    """Exactly what fits is scored: the last token is never fed. The others keep their scores."""
     one = samples()[0]
+    short = replace(one, prompt=replace(one.prompt, solution=""))
     length = len("1+1=|1+1 is 2") + one.num_response_tokens
     keys = {"template": "{prompt}|{solution}"}
-    privileged(model(max_position_embeddings=length - 1), **keys).score([one], SAMPLED)
-    with pytest.raises(
-        ScoreError, match=rf"a#0: the privileged prompt of 13 tokens .* make {length} tokens.*{length - 2} "
-    ):
-        privileged(model(max_position_embeddings=length - 2), **keys).score([one], SAMPLED)
+    (fits,) = privileged(model(max_position_embeddings=length - 1), **keys).score([one], SAMPLED)
+    assert fits.logprob is not None
+    assert bool(fits.logprob.isfinite().all())
+    judge = privileged(model(max_position_embeddings=length - 2), **keys)
+    lost, kept = judge.score([one, short], EVERYTHING, k=5)
+    (alone,) = judge.score([short], EVERYTHING, k=5)
+    assert all(torch.equal(getattr(kept, name), getattr(alone, name)) for name in FIELDS)
+    assert lost.topk_ids is not None
+    assert bool((lost.topk_ids == -1).all())
+    assert all(bool(getattr(lost, name).isnan().all()) for name in FIELDS if name != "topk_ids")
+    left, _, dropped = split_scored([one, short], [lost, kept], "drop")
+    assert (left, dropped) == ([short], 1)
+    says = rf"a#0, .*the privileged prompt of 13 tokens .* make {length} tokens.*{length - 2} positions"
+    with pytest.raises(ScoreError, match=says):
+        split_scored([one, short], [lost, kept], "error")
 
 
 def test_sections() -> None:

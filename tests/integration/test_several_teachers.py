@@ -176,7 +176,7 @@ def test_missing_whole_rows_are_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         return [found[0], replace(found[1], hidden=None), *found[2:]]
 
     monkeypatch.setattr(LocalTeacher, "score", score)
-    with pytest.raises(ValueError, match="the teacher's hidden is"):
+    with pytest.raises(ScoreError, match="hidden is missing"):
         train(tmp_path, **mixed(tmp_path))
 
 

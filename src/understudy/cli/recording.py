@@ -98,6 +98,10 @@ def _check_teachers(recipe: Recipe) -> None:
             raise RecipeError(f"teacher.path {section.path} is a recording already; name the teacher that is to score")
         if isinstance(section, Verbal | Chat):
             raise RecipeError(f"the teacher {section.shown} says digits; only scores of tokens are recorded")
+        if isinstance(section, Privileged) and "feedback" in section.shows:
+            raise RecipeError(
+                "teacher.template shows {feedback}, but samples are not graded while they are recorded; change teacher.template"
+            )
         if isinstance(section, Privileged) and section.ema is not None:
             raise RecipeError(
                 "the teacher moves with the student (teacher.ema), so its scores do not stay; leave ema out"

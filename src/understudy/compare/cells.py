@@ -7,22 +7,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from understudy import assemble, config
 from understudy.compare.grid import Combination, Grid, apply, nested, slug
 from understudy.errors import RecipeError, UnderstudyError
+from understudy.methods import METHODS, REFUSED, Method, RolloutPlan
 from understudy.recipe import Recipe, check_same_recipe
 from understudy.tasks import overlap
+from understudy.trainer.rollouts import MAX_ROUNDS
 from understudy.trainer.rundir import RunDir
+from understudy.trainer.settings import Train
 
 State = Literal["new", "started", "finished"]
 
 DONE = ("finished", "good enough")
 """Values of `status` in run.json after which a run is not continued."""
-DROPPABLE = (("teacher",), ("reference",), ("teacher", "reference"))
-"""Sections that a method may have no use for, so that it can stand beside methods that do."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,14 @@ class Cell:
         """For people."""
         return f"{self.combination.name}, {self.path.name}"
 
-    @property
+    @cached_property
     def budget_tokens(self) -> int:
-        """Response tokens that training may take at most."""
-        train = self.recipe.train
-        plans = [part.plan(0) for part in self.recipe.method.members]
-        # a guided sample stands beside the others of its prompt
-        guided = any(plan.prefix_share > 0 and plan.guided == "beside" for plan in plans)
-        samples = train.prompts_per_step * (train.samples_per_prompt + guided)
-        return train.steps * samples * self.recipe.sampling.max_new_tokens
+        """Response tokens that training may take at most, were every response as long as the student's may be."""
+        train, method = self.recipe.train, self.recipe.run_method
+        moments = (method.at(step) for step in range(train.steps))
+        return (
+            sum(_most_samples(part.plan(step), train) for part, step in moments) * self.recipe.sampling.max_new_tokens
+        )
 
     def state(self) -> State:
         """Raises RecipeError where the directory holds another run, or something else."""
@@ -159,18 +160,52 @@ class Cells:
 
 
 def parse_cell(values: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe, and the sections left out of it because its method asks no such model. Raises RecipeError."""
+    """The recipe, and the sections, as few as possible, left out of it because its method has no use for them.
+
+    Raises RecipeError.
+    """
     try:
         return config.parse(Recipe, values), ()
     except RecipeError as error:
-        for names in DROPPABLE:
-            if not all(values.get(name) for name in names):
-                continue
+        unused = [name for name in _unused(values) if values.get(name)]
+        for names in (names for count in range(len(unused)) for names in combinations(unused, count + 1)):
             try:
                 return config.parse(Recipe, {key: item for key, item in values.items() if key not in names}), names
             except RecipeError:
                 continue
         raise error
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """The section `method` alone."""
+
+    method: Method = config.choice(METHODS, refused=REFUSED)
+
+
+def _unused(values: Mapping[str, Any]) -> list[str]:
+    """Sections that the method itself never reads; none where the method cannot be read."""
+    try:
+        method = config.parse(_Learning, {key: item for key, item in values.items() if key == "method"}).method
+    except RecipeError:
+        return []
+    names = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
+    names += [] if "reference" in method.needs else ["reference"]
+    return names + ([] if any(_reads_responses(part.plan(0)) for part in method.members) else ["responses"])
+
+
+def _reads_responses(plan: RolloutPlan) -> bool:
+    filled = plan.acceptance is not None and plan.acceptance.on_reject == "teacher"
+    return filled or plan.prefix_share > 0 or plan.on_policy_share < 1
+
+
+def _most_samples(plan: RolloutPlan, train: Train) -> int:
+    """That one step may ask for."""
+    # a guided sample stands beside the others of its prompt
+    guided = plan.prefix_share > 0 and plan.guided == "beside"
+    rounds = MAX_ROUNDS if plan.rewards is not None and plan.rewards.dynamic_sampling else 1
+    attempts = 2 if plan.acceptance is not None and plan.acceptance.on_reject == "resample" else 1
+    return rounds * attempts * train.prompts_per_step * (train.samples_per_prompt + guided)
 
 
 def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:

@@ -38,7 +38,7 @@ class Measured:
     tokens_per_s: float | None
     peak_memory_gib: float | None
     grad_norm: float | None
-    """Mean over steps."""
+    """Mean over the steps that were not skipped."""
     entropy_at_end: float | None
 
     def samples_until(self, target: float) -> int | None:
@@ -64,9 +64,9 @@ def measure(cell: Cell) -> Measured:
         scores={} if final is None else _scores(final),
         accuracy=_accuracy(run, metric, used),
         curves={name: _over_samples(series[name], used) for name in CURVES if name in series},
-        tokens_per_s=_rate(series.get("tokens_per_s"), series.get("step_s")),
+        tokens_per_s=_tokens_per_s(series),
         peak_memory_gib=_of(np.max, series.get("peak_memory_gib")),
-        grad_norm=_of(np.mean, series.get("grad_norm")),
+        grad_norm=_of(np.mean, _updated(series.get("grad_norm"), series.get("loss"))),
         entropy_at_end=_of(np.mean, _end(series.get("student_entropy"))),
     )
 
@@ -126,13 +126,31 @@ def _series(points: Mapping[int, float | None]) -> Series:
     return Series(np.array(list(points), dtype=np.int64), np.array(list(points.values()), dtype=np.float64))
 
 
-def _rate(per_second: Series | None, seconds: Series | None) -> float | None:
-    """Tokens of all steps by seconds of all steps; None unless both were recorded at the same steps."""
-    if per_second is None or seconds is None or not np.array_equal(per_second.steps, seconds.steps):
+def _tokens_per_s(series: Mapping[str, Series]) -> float | None:
+    """Tokens that the student wrote in all steps by their seconds; where they were not recorded, all response tokens.
+
+    None unless tokens and seconds were recorded at the same steps.
+    """
+    seconds, written, rate = (series.get(name) for name in ("step_s", "student_tokens", "tokens_per_s"))
+    if seconds is None:
+        return None
+    if written is not None and np.array_equal(written.steps, seconds.steps):
+        tokens = written.values
+    elif rate is not None and np.array_equal(rate.steps, seconds.steps):
+        tokens = rate.values * seconds.values
+    else:
         return None
     total = float(seconds.values.sum())
-    rate = float((per_second.values * seconds.values).sum()) / total if total > 0 else math.nan
-    return rate if math.isfinite(rate) else None
+    found = float(tokens.sum()) / total if total > 0 else math.nan
+    return found if math.isfinite(found) else None
+
+
+def _updated(series: Series | None, loss: Series | None) -> Series | None:
+    """Without the steps that were skipped: those without a loss, or with one that is not finite."""
+    if series is None or loss is None:
+        return series
+    kept = np.isin(series.steps, loss.steps[np.isfinite(loss.values)])
+    return Series(series.steps[kept], series.values[kept])
 
 
 def _end(series: Series | None) -> Series | None:

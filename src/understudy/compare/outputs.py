@@ -22,7 +22,7 @@ NUMBERS = ("steps", "samples", "greedy", "tokens_per_s", "peak_memory_gib", "gra
 def write_outputs(comparison: Comparison) -> Path:
     """Writes them all; the page's path. Raises CheckpointError where a file cannot be written."""
     out = comparison.cells.out
-    write_atomically(out / "table.md", markdown(comparison.table))
+    write_atomically(out / "table.md", markdown(comparison.table, comparison.unfinished))
     write_atomically(out / "cells.csv", cells_csv(comparison))
     write_json(out / "compare.json", to_json(comparison))
     return write_page(comparison, out / "compare.html")
@@ -57,8 +57,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     """Everything in numbers; null: not recorded."""
     cells = comparison.cells
     return {
+        "status": comparison.status,
+        "unfinished": comparison.unfinished,
         "command": without_secrets(comparison.command),
-        "status": comparison.ending,
         "grid": cells.grid.to_json(),
         "recipe": dict(cells.base),
         "caption": list(comparison.table.caption),

@@ -22,12 +22,13 @@ from understudy.files import write_atomically
 from understudy.format import quantity
 from understudy.report.chart import Chart, Line
 from understudy.report.charts import Figure, figure
-from understudy.report.page import _finalize, _hash
+from understudy.report.page import csp_hash, finalize
 from understudy.report.read import Series
 from understudy.text import encodable, without_secrets
 
 MAX_LINES = 8
 """In one chart: as many as there are colours. More combinations are drawn in further charts."""
+OVER = "training sample"
 BAND = "Line: mean over seeds, as far as every seed went. Band: lowest to highest seed."
 
 
@@ -66,11 +67,10 @@ def build_page(comparison: Comparison) -> Page:
     columns, tuning = tuning_rows(comparison)
     everything = [*comparison.tuning, *comparison.outcomes]
     failed = [outcome for outcome in everything if outcome.status == "failed"]
-    waiting = sum(outcome.status == "not run" for outcome in everything)
     finished = sum(outcome.status == "finished" for outcome in comparison.outcomes)
     return Page(
         title=cells.out.resolve().name,
-        alert=_alert(len(failed), waiting),
+        alert=_alert(len(failed), comparison.unfinished),
         chips=[("runs", f"{finished} of {len(comparison.outcomes)} finished"), ("seeds", str(cells.grid.seeds))],
         columns=comparison.table.columns,
         rows=comparison.table.texts,
@@ -92,28 +92,15 @@ def render(page: Page) -> str:
     """The page as HTML. Scripts and styles other than its own are forbidden by hash, network by default-src."""
     report, here = files("understudy.report"), files("understudy.compare")
     style = "\n".join(folder.joinpath("page.css").read_text(encoding="utf-8") for folder in (report, here))
-    script = over_samples(report.joinpath("page.js").read_text(encoding="utf-8"))
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    )
+    script = report.joinpath("page.js").read_text(encoding="utf-8")
+    sources = f"style-src {csp_hash(style)}; script-src {csp_hash(script)}"
+    policy = f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finalize
     )
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
     html = template.render(page=page, policy=policy, style=Markup(style), script=Markup(script))  # noqa: S704 our own files
     return encodable(html)
-
-
-def over_samples(text: str) -> str:
-    """A chart, its words or the script, counting samples where a run's report counts optimizer steps."""
-    for old, new in (
-        ("over optimizer steps", "over training samples"),
-        (">optimizer step<", ">training samples<"),
-        ("`step ${", "`sample ${"),
-        (" at step ", " at sample "),
-    ):
-        text = text.replace(old, new)
-    return text
 
 
 def tuning_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -140,10 +127,7 @@ def _charts(comparison: Comparison) -> tuple[list[Figure], list[str]]:
         parts = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
         for index, part in enumerate(parts, 1):
             title = chart.title if len(parts) == 1 else f"{chart.title} ({index} of {len(parts)})"
-            drawn = figure(replace(chart, title=title, lines=part, note=BAND))
-            words = [over_samples(text) for text in drawn.summary]
-            # what is drawn has its names escaped already; as plain text, or the exchanged words would be escaped too
-            found.append(replace(drawn, svg=Markup(over_samples(str(drawn.svg))), summary=words))  # noqa: S704
+            found.append(figure(replace(chart, title=title, lines=part, note=BAND)))
         if not lines:
             missing.append(chart.title.lower())
     return found, missing
@@ -173,18 +157,17 @@ def _curve(name: str, run: Measured) -> Series | None:
 
 
 _KINDS: Sequence[tuple[Chart, Callable[[Measured], Series | None]]] = (
-    (Chart("Accuracy", "held-out avg@k", (), percent=True), _accuracy),
-    (Chart("Gradient norm", "2-norm, before clipping", ()), partial(_curve, "grad_norm")),
-    (Chart("Entropy", "of the student, nats per token", ()), partial(_curve, "student_entropy")),
+    (Chart("Accuracy", "held-out avg@k", (), percent=True, over=OVER), _accuracy),
+    (Chart("Gradient norm", "2-norm, before clipping", (), over=OVER), partial(_curve, "grad_norm")),
+    (Chart("Entropy", "of the student, nats per token", (), over=OVER), partial(_curve, "student_entropy")),
 )
 
 
-def _alert(num_failed: int, num_waiting: int) -> tuple[str, str] | None:
-    if num_failed:
-        return f"{num_failed} runs failed.", "They are listed below; the same command tries them again."
-    if num_waiting:
-        return f"{num_waiting} runs are still to be made.", "The same command goes on."
-    return None
+def _alert(num_failed: int, unfinished: str) -> tuple[str, str] | None:
+    failed = f"{num_failed} {'run' if num_failed == 1 else 'runs'} failed." if num_failed else ""
+    if unfinished:
+        return unfinished, failed
+    return (failed, "They are listed below; the same command tries them again.") if failed else None
 
 
 def _left_out(outcomes: Sequence[Outcome]) -> str:

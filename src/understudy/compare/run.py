@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,14 @@ from understudy.compare.measure import Measured, measure
 from understudy.compare.on_ray import check_ray, run_on_ray
 from understudy.compare.processes import Ended, Job, prepare, run_processes
 from understudy.compare.table import Table, budget_warning, caption, rows, table
-from understudy.errors import RecipeError
+from understudy.errors import RecipeError, UnderstudyError
 from understudy.format import quantity
 from understudy.trainer.console import Console
 from understudy.trainer.signals import StopSignal
 
 Ending = Literal["finished", "failed", "stopped by a signal"]
+SAVE_EVERY_S = 60.0
+"""Between outputs that are written while runs are still to be made."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Comparison:
     tuned: Mapping[Combination, Mapping[str, Any]]
     table: Table
     command: str = ""
+    running: bool = False
+    """Whether further runs are being made."""
 
     @property
     def ending(self) -> Ending:
@@ -50,6 +55,22 @@ class Comparison:
         if "failed" in statuses:
             return "failed"
         return "stopped by a signal" if "not run" in statuses else "finished"
+
+    @property
+    def status(self) -> Ending | Literal["running"]:
+        """`ending`, once it has ended."""
+        return "running" if self.running else self.ending
+
+    @property
+    def unfinished(self) -> str:
+        """What is still to be made, for people; empty where nothing is."""
+        if not self.running and all(outcome.status != "not run" for outcome in (*self.tuning, *self.outcomes)):
+            return ""
+        grid = self.cells.grid
+        texts = [f"{_num_ended(self.tuning)} of {len(self.cells.tuning)} tuning runs"] if grid.tune else []
+        texts.append(f"{_num_ended(self.outcomes)} of {len(grid.combinations()) * grid.seeds} runs")
+        when = "This was written while it ran; if it runs no more, the" if self.running else "The"
+        return f"Unfinished: {' and '.join(texts)} have ended. {when} same command goes on."
 
 
 @dataclass
@@ -61,51 +82,90 @@ class Runner:
     use_ray: bool = False
     stopped: Callable[[], bool] = field(default=lambda: False)
 
-    def run(self, cells: Sequence[Cell], title: str) -> list[Outcome]:
-        """Runs what is not finished, and measures everything that is."""
+    def run(
+        self, cells: Sequence[Cell], title: str, tell: Callable[[list[Outcome]], None] = lambda _: None
+    ) -> list[Outcome]:
+        """Runs what is not finished, and measures everything that is, once. `tell` hears of all after each run that ends."""
         states = [cell.state() for cell in cells]
-        todo = [(cell, state) for cell, state in zip(cells, states, strict=True) if state != "finished"]
+        found = [
+            _outcome(cell) if state == "finished" else Outcome(cell, "not run")
+            for cell, state in zip(cells, states, strict=True)
+        ]
+        todo = [index for index, state in enumerate(states) if state != "finished"]
         if len(todo) < len(cells):
             self.console.note(f"{title}: {len(cells) - len(todo)} of {len(cells)} are finished already")
-        ended: dict[str, Ended] = {}
         if todo and not self.stopped():
-            jobs = [Job(config.dump(cell.recipe), state == "started", str(cell.log)) for cell, state in todo]
+            jobs = [Job(config.dump(cells[at].recipe), states[at] == "started", str(cells[at].log)) for at in todo]
             for job in jobs:
                 prepare(job)
             run = run_on_ray if self.use_ray else run_processes
             with self.console.progress(title, len(todo)) as advance:
                 for item in run(jobs, self.num_at_once, self.stopped):
-                    cell = todo[item.index][0]
-                    ended[str(cell.path)] = item
-                    self._tell(cell, item)
+                    at = todo[item.index]
+                    found[at] = _outcome(cells[at], item)
+                    self._show(found[at])
                     advance(1)
-        return [_outcome(cell, ended.get(str(cell.path))) for cell in cells]
+                    tell(list(found))
+        return found
 
-    def _tell(self, cell: Cell, ended: Ended) -> None:
-        if ended.error is None:
-            measured = measure(cell)
-            found = (
+    def _show(self, outcome: Outcome) -> None:
+        cell, measured = outcome.cell, outcome.measured
+        if measured is not None:
+            final = (
                 "" if measured.final is None else f": {measured.metric} {quantity('accuracy', measured.final.value)}"
             )
-            self.console.note(f"{cell.name}{found}")
-        elif not ended.stopped:
-            self.console.warn(f"{cell.name} failed: {ended.error} (log: {cell.log})")
+            self.console.note(f"{cell.name}{final}")
+        elif outcome.status == "failed":
+            self.console.warn(f"{cell.name} failed: {outcome.error} (log: {cell.log})")
 
 
-def compare(cells: Cells, runner: Runner, *, command: str = "") -> Comparison:
-    """Makes every run that is not finished. Raises RecipeError, DataError or VocabularyError before any of them starts."""
+@dataclass
+class Drafts:
+    """Saves a comparison while its runs are made, now and then: a machine that dies leaves what was known."""
+
+    save: Callable[[Comparison], object]
+    console: Console
+    clock: Callable[[], float] = time.monotonic
+    _last: float | None = None
+
+    def __call__(self, make: Callable[[], Comparison]) -> None:
+        """Nothing within `SAVE_EVERY_S` of the last time. What cannot be written is told, and stops no run."""
+        if self._last is not None and self.clock() - self._last < SAVE_EVERY_S:
+            return
+        try:
+            self.save(make())
+        except UnderstudyError as error:
+            self.console.warn(f"the outputs so far were not written: {error}")
+        self._last = self.clock()
+
+
+def compare(
+    cells: Cells, runner: Runner, *, command: str = "", save: Callable[[Comparison], object] = lambda _: None
+) -> Comparison:
+    """Makes every run that is not finished; `save` gets what is known so far, once a minute at most.
+
+    Raises RecipeError, DataError or VocabularyError before any of them starts.
+    """
     if runner.use_ray:
         check_ray()
     cells.check()
     with StopSignal() as signal:
         runner.stopped = lambda: signal.received
-        tuning = runner.run(cells.tuning, "tuning runs") if cells.tuning else []
+        drafts = Drafts(save, runner.console)
+
+        def draft_tuning(found: list[Outcome]) -> None:
+            drafts(lambda: summarise(cells, (), found, choose(cells, found), command, running=True))
+
+        def draft_runs(found: list[Outcome]) -> None:
+            drafts(lambda: summarise(cells, found, tuning, tuned, command, running=True))
+
+        tuning = runner.run(cells.tuning, "tuning runs", draft_tuning) if cells.tuning else []
         tuned = choose(cells, tuning)
         compared = cells.compared(tuned)
         warning = budget_warning(budgets(compared))
         if warning:
             runner.console.warn(warning)
-        outcomes = runner.run(compared, "runs") if compared else []
+        outcomes = runner.run(compared, "runs", draft_runs) if compared else []
     return summarise(cells, outcomes, tuning, tuned, command)
 
 
@@ -141,6 +201,8 @@ def summarise(
     tuning: Sequence[Outcome],
     tuned: Mapping[Combination, Mapping[str, Any]],
     command: str = "",
+    *,
+    running: bool = False,
 ) -> Comparison:
     """The table of runs, whatever their order."""
     measured: dict[Combination, dict[int, Measured]] = {}
@@ -153,10 +215,14 @@ def summarise(
     grid = cells.grid
     found = rows(grid, measured, failed, tuned)
     shown = table(grid, found, caption(grid, found, budgets(outcome.cell for outcome in outcomes)))
-    return Comparison(cells, outcomes, tuning, tuned, shown, command)
+    return Comparison(cells, outcomes, tuning, tuned, shown, command, running)
 
 
-def _outcome(cell: Cell, ended: Ended | None) -> Outcome:
+def _num_ended(outcomes: Sequence[Outcome]) -> int:
+    return sum(outcome.status != "not run" for outcome in outcomes)
+
+
+def _outcome(cell: Cell, ended: Ended | None = None) -> Outcome:
     if ended is not None and ended.error is not None:
         return Outcome(cell, "not run" if ended.stopped else "failed", None if ended.stopped else ended.error)
     if cell.state() != "finished":

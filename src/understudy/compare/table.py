@@ -14,6 +14,7 @@ from understudy.compare.grid import Combination, Grid
 from understudy.compare.measure import END_SHARE, Measured
 from understudy.eval import Estimate
 from understudy.format import MISSING, Interval, change, interval, number, quantity
+from understudy.trainer.rollouts import MAX_ROUNDS
 
 NOT_REACHED = "not reached"
 BASELINE = "baseline"
@@ -206,18 +207,33 @@ def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]
             "over finished seeds; evaluations are as far apart as eval.every says."
         )
     lines.append(
-        f"Tokens/s: response tokens by seconds of training steps, peak GiB: the highest of the seeds, gradient norm: mean over "
-        f"steps, before clipping, entropy: of the student, mean over the last {100 * END_SHARE:g} % of the steps."
+        "Tokens/s: response tokens that the student wrote (of runs that did not record them: all response tokens) by seconds "
+        "of training steps, peak GiB: the highest of the seeds, gradient norm: mean over steps that were not skipped, before "
+        f"clipping, entropy: of the student, mean over the last {100 * END_SHARE:g} % of the steps."
     )
     if grid.tune:
         lines.append(
             f"{', '.join(grid.tune)} tuned for each row by avg@k on the validation split with seed {grid.tune_seed}."
         )
-    counts = {row.num_finished for row in found}
-    if counts != {grid.seeds}:
-        lines.append("Not every run finished: rows with fewer seeds rest on those that did.")
-    warned = budget_warning(budgets)
-    return [*lines, warned] if warned else lines
+    if len(found) > 2:
+        lines.append(
+            "Each interval is for its row alone. There is no correction for many rows: of twenty differences that are none, "
+            "one is expected to look like one."
+        )
+    lines += [text for text in (_lacking(grid, found), budget_warning(budgets)) if text]
+    return lines
+
+
+def _lacking(grid: Grid, found: Sequence[Row]) -> str:
+    """Empty where every run finished."""
+    if all(row.num_finished == grid.seeds for row in found):
+        return ""
+    failed = [f"{row.combination.name} ({row.num_failed} of {grid.seeds})" for row in found if row.num_failed]
+    told = f" Runs failed in {'; '.join(failed)}." if failed else ""
+    return (
+        "Not every run finished: means, differences and samples to the target rest on the seeds that did, and say nothing "
+        f"about the others.{told}"
+    )
 
 
 def budget_warning(budgets: Mapping[Combination, int]) -> str:
@@ -228,14 +244,18 @@ def budget_warning(budgets: Mapping[Combination, int]) -> str:
     others = [(combination.name, tokens) for combination, tokens in budgets.items() if tokens != usual]
     listed = "; ".join(f"{name}: {number(tokens)}" for name, tokens in others)
     return (
-        "The token budgets (steps x prompts x samples x max_new_tokens) are not equal, so this does not compare equal "
-        f"amounts of training. They are {number(usual)}, but {listed}."
+        "The token budgets are not equal, so this does not compare equal amounts of training. They are "
+        f"{number(usual)}, but {listed}. (Steps x prompts x samples x max_new_tokens, the most that training may take: with "
+        f"guided samples beside the others, {MAX_ROUNDS} rounds of prompts under dynamic sampling, and two attempts under "
+        "on_reject: resample.)"
     )
 
 
-def markdown(shown: Table) -> str:
-    """A pipe table with its caption above."""
-    lines = [*shown.caption, "", _line(shown.columns), _line(["---"] * len(shown.columns)), *map(_line, shown.texts)]
+def markdown(shown: Table, unfinished: str = "") -> str:
+    """A pipe table with its caption above; `unfinished` says at the top what is still to be made."""
+    first = [f"**{unfinished}**", ""] if unfinished else []
+    lines = [*first, *shown.caption, "", _line(shown.columns), _line(["---"] * len(shown.columns))]
+    lines += map(_line, shown.texts)
     return "\n".join(lines) + "\n"
 
 

@@ -105,9 +105,8 @@ def render(page: Page) -> str:
     """The page as HTML. Scripts and styles other than its own are forbidden by hash, network by default-src."""
     folder = files("understudy.report")
     style, script = (folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; style-src {csp_hash(style)}; script-src {csp_hash(script)}; base-uri 'none'; form-action 'none'"
-    )
+    sources = f"style-src {csp_hash(style)}; script-src {csp_hash(script)}"
+    policy = f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finalize
     )
