@@ -32,7 +32,7 @@ evidence: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .
