@@ -49,7 +49,7 @@ def compare(path: Path, overrides: Sequence[str], asked: Asked) -> Ending:
             _describe(cells, asked, console)
             return "finished"
         runner = Runner(console, asked.jobs, asked.ray)
-        found = make(cells, runner, command=shlex.join(["understudy", *sys.argv[1:]]))
+        found = make(cells, runner, command=shlex.join(["understudy", *sys.argv[1:]]), save=write_outputs)
         page = write_outputs(found)
         _show(found.table, cells.grid, console)
         if found.ending != "finished":

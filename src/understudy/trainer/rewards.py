@@ -31,6 +31,8 @@ class Rewarded:
     """Prompts, over all ranks, whose samples are all equally right."""
     rejected: list[Sample] = field(default_factory=list)
     """What the judge turned down, for people to read."""
+    second: list[Sample] = field(default_factory=list)
+    """Further attempts of the student, all of them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Rewarder:
         kept, shown = self._reward(found.samples, plan.rewards, plan.acceptance)
         pairs = self.ranks.gather([(sample.prompt.id, reward, _bare(sample, reward)) for sample, reward in kept])
         compared = _compared(kept, pairs, self.ranks.rank, plan.rewards)
-        return Rewarded(compared, add_metrics(found.metrics, shown), _flat(pairs), found.rejected)
+        return replace(found, samples=compared, metrics=add_metrics(found.metrics, shown), flat_prompts=_flat(pairs))
 
     def _accept(self, samples: Sequence[Sample], requests: Sequence[Request], rule: Acceptance, step: int) -> Rewarded:
         """Verbal rejection: accepted samples, and what fills the places of the others."""
@@ -64,6 +66,7 @@ class Rewarder:
         rejected = [sample for sample in judged if not accepted(sample, rule) and not unscored(sample)]
         again = [by_key[sample.key] for sample in rejected]
         extra: list[Sample] = []
+        second: list[Sample] = []
         shown: dict[str, Metric] = {}
         if rule.on_reject == "resample":
             second = self._judged(self.collector.write_again(again, step), rule)
@@ -79,7 +82,8 @@ class Rewarder:
             shown["responses_too_long"] = Metric(len(given) - len(extra), len(given))
         good = [sample for sample in judged if accepted(sample, rule)]
         shown = add_metrics(shown, self._verbal_metrics(judged, len(good), len(extra)))
-        return Rewarded([*good, *extra], shown, rejected=[sample for sample in judged if not accepted(sample, rule)])
+        left = [sample for sample in judged if not accepted(sample, rule)]
+        return Rewarded([*good, *extra], shown, rejected=left, second=second)
 
     def _judged(self, samples: Sequence[Sample], rule: Acceptance) -> list[Sample]:
         if not samples:

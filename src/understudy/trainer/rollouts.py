@@ -12,7 +12,7 @@ from understudy.trainer.distributed import Ranks
 from understudy.trainer.prompts import PromptStream
 from understudy.trainer.rewards import Rewarded, Rewarder
 from understudy.trainer.settings import Train
-from understudy.types import Metric, Sample, add_metrics
+from understudy.types import Author, Metric, Sample, add_metrics
 
 MAX_ROUNDS = 10
 """Draws of further prompts in place of flat ones, after which the step goes on with what it has."""
@@ -81,6 +81,10 @@ class Rollouts:
         found.next_position = drawn.next_position
         found.num_prompts_too_long += drawn.num_too_long
         found.written += written
+        found.written += rewarded.second
+        own = sum(int((sample.author == Author.STUDENT).sum()) for sample in [*written, *rewarded.second])
+        if own:
+            found.counts["student_tokens"] += own
         found.rejected += rewarded.rejected
         if self.collector.responses is not None:
             found.counts.update(self.collector.responses.take_counts())
