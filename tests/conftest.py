@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 # tiny models gain nothing from a second thread, and on shared cores two threads wait for each other
 torch.set_num_threads(1)
+# a test asserts no wall time: on shared cores any example may take a second
+hypothesis.settings.register_profile("understudy", deadline=None)
+hypothesis.settings.load_profile("understudy")
 
 
 @pytest.fixture(autouse=True)
