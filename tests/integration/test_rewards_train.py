@@ -23,6 +23,7 @@ from tests.runs import (
     train_in_two,
     weights,
 )
+from understudy.errors import TrainingError
 from understudy.tasks import Arithmetic
 from understudy.teachers.verbal import VerbalTeacher
 from understudy.trainer import loop, rollouts
@@ -368,6 +369,15 @@ def test_what_the_judge_cannot_score_is_not_trained(
     row = metric_rows(train(tmp_path, **verbal(tmp_path)))[0]
     assert [sample.index for sample in seen.updates[0]] == [1] * 4
     assert (row["unscored"], row["accepted"], row["verbal_score"], row["filled"]) == (0.5, 1.0, 8.0, 0.0)
+
+
+def test_a_judge_that_accepts_nothing_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps without a sample are skipped and told; a run of nothing else does not end as if it had learnt."""
+    monkeypatch.setattr(loop, "MAX_EMPTY", 2)
+    judged(monkeypatch, lambda sample: Verdict(0.0))
+    with pytest.raises(TrainingError, match="no sample was left to train on in 2 steps in a row"):
+        train(tmp_path, **verbal(tmp_path, on_reject="drop", train={"steps": 6}))
+    assert "no sample with a trained token is left" in events(tmp_path / "run")
 
 
 def test_the_digit_is_the_reward(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

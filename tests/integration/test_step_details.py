@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.runs import distillation, metric_rows, train
+from understudy.teachers import LocalTeacher
 from understudy.trainer.distributed import Ranks, SharedJudge
-from understudy.types import Sample, Verdict
+from understudy.types import Sample, Scores, Verdict
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -76,3 +78,20 @@ def test_ranks_share_their_verdicts() -> None:
     second = SharedJudge(Asked(5.0), Rank(1, 2, mine)).judge(samples)
     assert first == second
     assert [verdict.score for verdict in first] == [1.0, 5.0, 1.1, 5.1, 1.2]
+
+
+def test_a_sample_that_the_reference_cannot_score_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the teacher said of it; the scores of the others stay with their samples."""
+    plain = LocalTeacher.score
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        found = plain(self, samples, *args, **options)
+        if self.name == "reference":
+            found[1] = replace(found[1], logprob=torch.full_like(found[1].logprob, torch.nan))
+        return found
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    changes = distillation(
+        tmp_path, method={"type": "gopd"}, train={"steps": 2, "prompts_per_step": 4, "on_missing_score": "drop"}
+    )
+    assert [row["samples_dropped"] for row in metric_rows(train(tmp_path, **changes))] == [1.0, 1.0]

@@ -44,6 +44,8 @@ class Progress:
     """Prompts passed (`PromptStream`)."""
     skipped_in_row: int = 0
     """Skipped steps since the last update."""
+    empty_in_row: int = 0
+    """Steps since the last one that had a sample to train on."""
     num_samples: int = 0
     num_tokens: int = 0
     """Samples and response tokens so far."""

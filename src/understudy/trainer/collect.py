@@ -147,5 +147,10 @@ class Collector:
         reference = None
         if "reference" in method.needs and self.reference is not None:
             form: frozenset[Need] = frozenset({"full" if "full" in need else "sampled"})
-            reference = self.reference.score(samples, form)
+            given = self.reference.score(samples, form)
+            kept, reference, lacking = split_scored(samples, given, self.settings.on_missing_score)
+            if scores is not None:
+                left = {id(sample) for sample in kept}
+                scores = [score for sample, score in zip(samples, scores, strict=True) if id(sample) in left]
+            samples, num_dropped = kept, num_dropped + lacking
         return Judged(samples, scores, reference), num_dropped

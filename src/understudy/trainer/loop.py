@@ -31,6 +31,8 @@ from understudy.types import Metric, Sample, add_metrics
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss and gradient until the run stops."""
+MAX_EMPTY = 20
+"""Steps in a row without a sample to train on until the run stops: a weak student may have a few at its start."""
 SAVED_SAMPLES = 32
 """Training samples in one file of `samples/`."""
 
@@ -113,6 +115,11 @@ class Trainer:
         self._torn = False
         self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
         self._save_samples([*found.samples, *found.rejected])
+        if self.progress.empty_in_row >= MAX_EMPTY:
+            raise TrainingError(
+                f"no sample was left to train on in {MAX_EMPTY} steps in a row, last at step {step + 1}: see accepted, "
+                f"unscored, prompts_flat and samples_dropped in {self.run_dir.path / 'metrics.jsonl'} for who turned them down"
+            )
         if self.progress.skipped_in_row >= MAX_SKIPPED:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step + 1}; the "
@@ -145,7 +152,10 @@ class Trainer:
             total = add_metrics(total, metrics)
         if not total:
             self.observer.warn(step + 1, f"step {step + 1} was skipped: no sample with a trained token is left")
-        elif self.progress.updates == before.updates:
+            self.progress = replace(self.progress, empty_in_row=before.empty_in_row + 1)
+            return {}
+        self.progress = replace(self.progress, empty_in_row=0)
+        if self.progress.updates == before.updates:
             self.progress = replace(self.progress, skipped_in_row=before.skipped_in_row + 1)
         else:
             self.progress = replace(self.progress, skipped_in_row=0)
