@@ -11,13 +11,13 @@ from typing import Any
 from .errors import CheckpointError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Written aside, synced, renamed. Raises CheckpointError, naming the path, if it cannot be written."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Written aside, synced, renamed; a text in UTF-8. Raises CheckpointError, naming the path, if it cannot be written."""
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -66,9 +66,8 @@ def check_needs(
 def _check_responses(method: Method, teacher: AnyTeacher | None, responses: AnyResponses | None) -> None:
     """A teacher's own responses are there where they are used, and from somebody who writes them."""
     name, plans = type(method).__name__, [part.plan(0) for part in method.members]
-    filled = any(plan.acceptance is not None and plan.acceptance.on_reject == "teacher" for plan in plans)
+    filled = any(plan.fills_slots for plan in plans)
     begun = any(plan.prefix_share > 0 for plan in plans)
-    given = any(plan.on_policy_share < 1 for plan in plans)
     if responses is None and (filled or begun):
         use = (
             "fills rejected slots with the teacher's own responses"
@@ -80,7 +79,7 @@ def _check_responses(method: Method, teacher: AnyTeacher | None, responses: AnyR
             f"the method {name} {use}; add a section `responses: {{type: teacher}}` (or solutions, jsonl, hub), or set "
             f"{instead}"
         )
-    if responses is not None and not (filled or begun or given):
+    if responses is not None and not any(plan.takes_responses for plan in plans):
         raise ValueError(f"the method {name} uses no responses of a teacher; remove the section responses")
     writes = isinstance(teacher, Local | Chat)
     if isinstance(responses, TeacherResponses) and not writes:

@@ -92,7 +92,7 @@ def accuracy_by_part(result: Result, step: int) -> dict[str, float]:
 
 def test_two_experts_are_merged_into_one_student(tmp_path: Path, experts: dict[str, str], start: str) -> None:
     """ExOPD: each sample is judged by the expert of its family, against the student's start; the student gets better at
-    both families, and at both it is better than the expert of the other one."""
+    both families, each of which one of the experts has never seen."""
     steps = 120
     result = run(
         tmp_path,

@@ -191,12 +191,7 @@ def _unused(values: Mapping[str, Any]) -> list[str]:
         return []
     names = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
     names += [] if "reference" in method.needs else ["reference"]
-    return names + ([] if any(_reads_responses(part.plan(0)) for part in method.members) else ["responses"])
-
-
-def _reads_responses(plan: RolloutPlan) -> bool:
-    filled = plan.acceptance is not None and plan.acceptance.on_reject == "teacher"
-    return filled or plan.prefix_share > 0 or plan.on_policy_share < 1
+    return names + ([] if any(part.plan(0).takes_responses for part in method.members) else ["responses"])
 
 
 def _most_samples(plan: RolloutPlan, train: Train) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
@@ -22,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from understudy.errors import CheckpointError, RecipeError, ScoreError
-from understudy.files import write_json
+from understudy.errors import RecipeError, ScoreError
+from understudy.files import write_atomically, write_json
 from understudy.types import Need, Sample, Scores
 
 from .base import Setup, Teacher
@@ -169,26 +168,10 @@ def _add_file(path: Path, record: Record, pairs: Sequence[tuple[Sample, Scores]]
         rows.append({"prompt": sample.prompt.id} | {name: getattr(sample, name) for name in FACTS})
     data = save(tensors, {"samples": json.dumps(rows)})
     name = f"scores_{len(record.files):05d}.safetensors"
-    _write(path / name, data)
+    write_atomically(path / name, data)
     entry = (len(data), hashlib.sha256(data).hexdigest())
     files = {**record.files, name: entry}
     return _save(path, replace(record, files=files, num_samples=record.num_samples + len(pairs)))
-
-
-def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; free space, then record again"
-        ) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _save(path: Path, record: Record) -> Record:
