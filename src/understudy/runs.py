@@ -114,18 +114,7 @@ def _build(
     method = recipe.run_method
     samples_own = any(part.plan(0).on_policy_share > 0 for part in method.members)
     limit = assemble.prompt_limit(recipe, recipe.sampling, *models) if samples_own else recipe.train.max_prompt_tokens
-    collector = Collector(
-        sampler=loaded.sampler(recipe.seed),
-        sampling=recipe.sampling,
-        tokenizer=loaded.tokenizer,
-        template_kwargs=recipe.student.template_kwargs,
-        teacher=judges.teacher,
-        reference=judges.reference,
-        responses=open_store(recipe, loaded, judges),
-        settings=recipe.train,
-        seed=recipe.seed,
-        max_tokens=min((size for model in models if (size := num_positions(model)) is not None), default=None),
-    )
+    collector = _collector(recipe, loaded, judges)
     collector.sampler.push(None, progress.updates)
     prompts = PromptStream(
         _training_prompts(recipe, judges),
@@ -171,6 +160,22 @@ def _build(
         progress=progress,
     )
     return trainer, loaded
+
+
+def _collector(recipe: Recipe, loaded: assemble.Loaded, judges: Judges) -> Collector:
+    sizes = [num_positions(model) for model in (loaded.model, *judges.models)]
+    return Collector(
+        sampler=loaded.sampler(recipe.seed),
+        sampling=recipe.sampling,
+        tokenizer=loaded.tokenizer,
+        template_kwargs=recipe.student.template_kwargs,
+        teacher=judges.teacher,
+        reference=judges.reference,
+        responses=open_store(recipe, loaded, judges),
+        settings=recipe.train,
+        seed=recipe.seed,
+        max_tokens=min((size for size in sizes if size is not None), default=None),
+    )
 
 
 def _training_prompts(recipe: Recipe, judges: Judges) -> Sequence[Prompt]:
