@@ -34,6 +34,10 @@ class TrainingError(UnderstudyError):
     """Training cannot go on (non-finite losses in a row, an empty batch)."""
 
 
+class EngineError(TrainingError):
+    """A rollout engine, a served teacher or a judge does not answer, or not what was asked; the message names the server."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for an unknown name: the nearest known one, or all of them."""
     options = sorted(known)
