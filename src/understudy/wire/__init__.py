@@ -1,7 +1,9 @@
-"""HTTP to engines, teachers and judges: many requests in flight, patience with what may pass, an end with what nothing mends."""
+"""HTTP to engines, teachers and judges: many requests in flight, patience with what may pass, an end where nothing mends."""
 
 from __future__ import annotations
 
-from .client import BadReply, Patience, Refused, Reply, Wire
+from .address import check_address, read_key
+from .client import Patience, Wire
+from .reply import BadReply, Refused, Reply
 
-__all__ = ["BadReply", "Patience", "Refused", "Reply", "Wire"]
+__all__ = ["BadReply", "Patience", "Refused", "Reply", "Wire", "check_address", "read_key"]
