@@ -1,1 +1,9 @@
-"""A teacher as a service."""
+"""A teacher as a service: exact scores at any temperature, as binary, from one copy of the weights."""
+
+from __future__ import annotations
+
+from .scorer import Refusal, Scorer
+from .server import Running, check_installed, load, run, serve_beside
+from .settings import Settings
+
+__all__ = ["Refusal", "Running", "Scorer", "Settings", "check_installed", "load", "run", "serve_beside"]

@@ -1,0 +1,162 @@
+"""A served teacher from its settings to its end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from understudy.errors import EngineError, RecipeError
+from understudy.models import check_model_dir, load_causal_lm, load_tokenizer, probe_head
+from understudy.teachers.frames import About
+
+from .app import build_app
+from .scorer import Scorer
+from .settings import Settings
+from .worker import Worker
+
+if TYPE_CHECKING:
+    import uvicorn
+
+START_S = 30.0
+STOP_S = 10
+"""How long requests under way may take when the server is told to stop."""
+BACKLOG = 1_024
+
+
+def check_installed() -> None:
+    """Raises RecipeError where the extra is missing."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(
+            f"serving a teacher needs {error.name or 'more packages'}: pip install 'understudy[serve]'"
+        ) from error
+
+
+def load(settings: Settings) -> Scorer:
+    """Raises RecipeError where the model cannot be loaded, or its head is of a kind that is not known."""
+    check_model_dir(settings.model)
+    tokenizer = load_tokenizer(settings.tokenizer or settings.model, revision=settings.revision)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_causal_lm(settings.model, dtype=settings.dtype, device=device, revision=settings.revision)
+    probe_head(model)
+    return Scorer(
+        model,
+        tokenizer,
+        name=settings.model,
+        hidden_dtype=settings.hidden_dtype,
+        max_batch_tokens=settings.max_batch_tokens,
+        share_prompts=settings.share_prompts,
+    )
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    url: str
+    about: About
+
+
+def run(settings: Settings, note: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM. Raises RecipeError before anything is loaded where it cannot be served."""
+    check_installed()
+    settings.check()
+    with closing(_bind(settings)) as listening:
+        scorer = load(settings)
+        with _serving(scorer, settings, listening, note) as (server, running):
+            about = running.about
+            how = "with a token" if settings.token_env else "without a token"
+            note(f"{about.model} ({about.dtype}, {about.num_rows:,} rows) answers at {running.url}, {how}")
+            note(f"fingerprint {about.fingerprint}")
+            with _signals_end_quietly():
+                server.run(sockets=[listening])
+    note("stopped")
+
+
+@contextmanager
+def serve_beside(scorer: Scorer, settings: Settings) -> Iterator[Running]:
+    """A server in a thread of this process, for as long as the block runs. Raises RecipeError as `run`."""
+    check_installed()
+    settings.check()
+    with (
+        closing(_bind(settings)) as listening,
+        _serving(scorer, settings, listening, None) as (server, running),
+    ):
+        thread = Thread(target=server.run, kwargs={"sockets": [listening]}, name="understudy-serve", daemon=True)
+        thread.start()
+        try:
+            deadline = time.monotonic() + START_S
+            while not server.started:
+                if time.monotonic() > deadline or not thread.is_alive():
+                    raise EngineError(f"the server at {running.url} did not start within {START_S:.0f} s")
+                time.sleep(0.005)
+            yield running
+        finally:
+            server.should_exit = True
+            thread.join(2 * STOP_S)
+
+
+@contextmanager
+def _serving(
+    scorer: Scorer, settings: Settings, listening: socket.socket, note: Callable[[str], None] | None
+) -> Iterator[tuple[uvicorn.Server, Running]]:
+    """Worker and application around a listening socket; the worker ends with the block."""
+    import uvicorn
+
+    about = scorer.about(request_bytes=settings.max_request_bytes, reply_bytes=settings.max_reply_bytes)
+    worker = Worker(scorer, reply_bytes=settings.max_reply_bytes, note=note)
+    try:
+        config = uvicorn.Config(
+            build_app(scorer, worker, about, token=settings.token()),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=STOP_S,
+        )
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        yield uvicorn.Server(config), Running(f"http://{shown}:{port}", about)
+    finally:
+        worker.close()
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Raises RecipeError for an address that is taken or not of this machine."""
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, address = found[0][0], found[0][4]
+        return socket.create_server((address[0], address[1]), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot listen at {settings.host} port {settings.port} ({error.strerror or error}); choose another --port "
+            "(0: any that is free) or --host"
+        ) from error
+
+
+@contextmanager
+def _signals_end_quietly() -> Iterator[None]:
+    """The signal that ended the server is raised by it once more, for whoever is outside; it has done its work."""
+
+    def done(number: int, frame: FrameType | None) -> None:
+        """Nothing."""
+
+    before: dict[int, Any] = {number: signal.signal(number, done) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
