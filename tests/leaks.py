@@ -1,0 +1,75 @@
+"""Whether something is left behind: threads, child processes, listening ports, segments of shared memory."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+WAIT_S = 5.0
+"""For what is on its way out."""
+_LOOK_S = 0.05
+_THREADS_OF_OTHERS = re.compile(r"tqdm|TMonitor|execnet|pydev|Dummy|_run_read|SubprocPool|QueueFeeder|asyncio_\d+$")
+"""Started once by a library and kept: progress bars, test workers, compilers, the loop that reads remote files."""
+_PROCESSES_OF_OTHERS = re.compile(r"multiprocessing[./](resource_tracker|forkserver)|compile_worker")
+_SHM = Path("/dev/shm")
+
+
+@contextmanager
+def nothing_left(wait_s: float = WAIT_S) -> Iterator[None]:
+    """Raises AssertionError with the names of what a block has started and not ended within `wait_s` of its end.
+
+    An error of the block goes before.
+    """
+    before = existing()
+    yield
+    until = time.monotonic() + wait_s
+    while (left := _new(before)) and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+    assert not left, "left behind: " + "; ".join(left)
+
+
+def _new(before: Mapping[str, str]) -> list[str]:
+    return [name for key, name in existing().items() if key not in before]
+
+
+def existing() -> dict[str, str]:
+    """Everything that could be left, by what identifies it: its name."""
+    tree = _processes()
+    found: dict[str, str] = {
+        f"thread {id(thread)} {thread.name}": f"thread {thread.name}"
+        for thread in threading.enumerate()
+        if not _THREADS_OF_OTHERS.search(thread.name)
+    }
+    for process in tree:
+        with suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if process.pid != psutil.Process().pid and not _PROCESSES_OF_OTHERS.search(command):
+                found[f"process {process.pid} {process.create_time()}"] = (
+                    f"process {process.pid} ({process.status()}) {command}"
+                )
+        with suppress(psutil.Error):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    port = connection.laddr.port
+                    found[f"port {process.pid} {port}"] = f"process {process.pid} listens on port {port}"
+    if _SHM.is_dir():
+        found |= {f"shm {entry.name}": str(entry) for entry in _SHM.iterdir() if not _of_others(entry.name, tree)}
+    return found
+
+
+def _processes() -> list[psutil.Process]:
+    """This one and all below it."""
+    this = psutil.Process()
+    return [this, *this.children(recursive=True)]
+
+
+def _of_others(name: str, tree: list[psutil.Process]) -> bool:
+    """Whether a name carries the number of a living process outside this one's tree, which may be writing it now."""
+    own = {process.pid for process in tree}
+    return any(int(number) not in own and psutil.pid_exists(int(number)) for number in re.findall(r"\d{2,9}", name))
