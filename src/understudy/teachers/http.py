@@ -1,0 +1,425 @@
+"""A teacher behind an engine's HTTP interface: tokens go out, their log-probabilities come back."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from understudy.errors import EngineError, RecipeError, ScoreError
+from understudy.linear.head import LMHead
+from understudy.types import Need, Sample, Scores
+from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_address, read_key
+
+from .base import Setup, Unmoved
+from .cache import CachedTeacher
+from .prompt_scores import (
+    VLLM,
+    Answer,
+    Completions,
+    Format,
+    Raw,
+    SGLang,
+    check,
+    check_at,
+    group_by_prompt,
+    spellings_of,
+    unscored,
+)
+
+Api = Literal["vllm", "sglang", "completions"]
+DEFAULT_K_MAX = {"vllm": 20}
+"""What a server gives unless told otherwise: vLLM's `--max-logprobs`; SGLang has no limit."""
+ASKED_AGAIN = 2
+"""Times that a sample whose scores are not finite is scored anew, after all others; a number that stays away comes from the
+weights, and no patience brings it."""
+SPARE = 4
+"""Tokens asked for beyond K, at least, once a row of K held one that the student lacks."""
+CACHE_FILE = "scores.sqlite3"
+_VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
+_UNKNOWN_FIELD = (400, 422)
+_SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What reading a reply of another shape runs into; torch reports a number that is too large as a RuntimeError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Http:
+    """The section of a recipe for a teacher behind vLLM, SGLang or a completions server that echoes log-probabilities."""
+
+    url: str | tuple[str, ...]
+    """The base, such as http://host:8000 (a /v1 behind it is no matter), or those of several replicas of one server."""
+    model: str
+    """Its name at the server."""
+    api: Api
+    """How the server is asked: by vLLM's `prompt_logprobs`, SGLang's /generate, or `echo` of the first completions."""
+    api_key_env: str = ""
+    """The NAME of the environment variable with the key; empty: none is sent."""
+    k_max: int | None = None
+    """The most likeliest tokens that the server gives; None: vLLM's 20, which its `--max-logprobs` raises."""
+    batch_tokens: int = 16_384
+    """Of all samples in one request."""
+    tokenizer: str | None = None
+    """The teacher's, a directory or hub name, which is compared with the student's; None: they are taken to be the same."""
+    cache: str | None = None
+    """A directory on a local disk, where scores are kept for the next run."""
+    revision: str = ""
+    """Whatever tells these weights from others of the same name; a cache keeps their scores apart."""
+    timeout_s: float = 120.0
+    """Of one attempt."""
+    deadline_s: float = 600.0
+    """Of one request with all its attempts and waits."""
+    max_retries: int = 5
+    """Of a request that timed out, lost its connection, met status 429 or 500 and above, or got a wrong reply."""
+    backoff_s: float = 0.5
+    """Before the first retry; doubled with each, up to a minute."""
+    max_concurrency: int = 16
+    """Requests in flight over all replicas."""
+
+    def __post_init__(self) -> None:
+        _ = self.patience
+        if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env must be the NAME of an environment variable, not the key itself")
+        for key, value in (("batch_tokens", self.batch_tokens), ("k_max", self.k_max)):
+            if value is not None and value < 1:
+                raise ValueError(f"{key} is {value}; it must be at least 1")
+        if not self.bases:
+            raise ValueError("url is an empty list; give the address of the server")
+
+    @property
+    def GIVES(self) -> frozenset[Need]:  # noqa: N802 (the name that every section has)
+        """No top-K from a completions server: it names tokens by text, and several tokens may share one."""
+        return frozenset({"none", "sampled"} if self.api == "completions" else {"none", "sampled", "topk"})
+
+    @property
+    def patience(self) -> Patience:
+        """Of all its requests."""
+        return Patience(
+            timeout_s=self.timeout_s,
+            deadline_s=self.deadline_s,
+            max_retries=self.max_retries,
+            backoff_s=self.backoff_s,
+            max_concurrency=self.max_concurrency,
+        )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """As they stand in the recipe."""
+        return (self.url,) if isinstance(self.url, str) else tuple(self.url)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """What paths are added to, with their own /v1."""
+        return tuple(url.rstrip("/").removesuffix("/v1") for url in self.urls)
+
+    @property
+    def shown(self) -> str:
+        """The model and where it is."""
+        return f"{self.model} at {', '.join(self.urls)}"
+
+    def check(self) -> str:
+        """Raises RecipeError for an address or a model name that cannot be one; nothing is sent."""
+        for url in self.urls:
+            check_address(url, "teacher.url")
+            if url.rstrip("/").endswith(("/completions", "/generate")):
+                raise RecipeError(
+                    f"teacher.url is {url!r}; give the base that paths are added to, such as http://host:8000"
+                )
+        if not self.model.strip():
+            raise RecipeError("teacher.model is empty; give the model's name at the server (see its /v1/models)")
+        return f"teacher: {self.shown}, not asked yet"
+
+    def open(self, setup: Setup) -> HttpTeacher | CachedTeacher:
+        """Nothing is sent yet. Raises RecipeError as `check`, for a key that no header can carry, a cache that cannot be
+        opened, and a temperature at which these servers give no scores."""
+        self.check()
+        read_key(self.api_key_env)
+        if setup.temperature != 1.0:
+            raise RecipeError(
+                f"sampling.temperature is {setup.temperature:g}, but {self.api} scores given tokens at temperature 1 whatever "
+                "a request says, and both sides must be at one: set sampling.temperature: 1, or serve the teacher with "
+                "`understudy serve-teacher`, which scores at any"
+            )
+        teacher = HttpTeacher(self, setup)
+        return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
+
+
+class HttpTeacher(Unmoved):
+    """log T(y_t) and the K likeliest tokens by the server's softmax, over its whole head, at temperature 1.
+
+    Each scored sequence needs one position more than it has tokens at vLLM (`--max-model-len`), which generates a token.
+    """
+
+    def __init__(self, section: Http, setup: Setup) -> None:
+        self._section = section
+        self._name = setup.name
+        self._vocab_size = setup.vocab_size
+        self._temperature = setup.temperature
+        self._format = _format(section, setup.tokenizer)
+        self._spare = 0
+        self._wire = Wire(
+            section.bases,
+            name=f"teacher {setup.name!r}",
+            patience=section.patience,
+            api_key_env=section.api_key_env,
+            seed=setup.seed,
+        )
+
+    @property
+    def name(self) -> str:
+        """As prompts name it."""
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of interface, model, revision, temperature and vocabulary size. The weights behind the name are unseen."""
+        section = self._section
+        facts = [section.api, section.model, section.revision, float(self._temperature), self._vocab_size]
+        return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def head_for(self, name: str | None) -> LMHead | None:
+        """None: a server gives no head."""
+        return None
+
+    def close(self) -> None:
+        """Gives up what is in flight."""
+        self._wire.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Requests, retries, failures and bytes."""
+        return self._wire.stats()
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """One for each sample, in order; `Unscored` where a number is not finite after all. Entropies are not given.
+
+        Raises ScoreError for another need, for more tokens than the server gives and for a sample that is too long for it,
+        ValueError for "topk" without k, EngineError where the server does not answer or not what was asked.
+        """
+        if need - self._section.GIVES:
+            raise ScoreError(
+                f"teacher {self._name!r} ({self._section.shown}) cannot give {sorted(need - self._section.GIVES)}; behind "
+                f"{self._section.api} it gives {sorted(self._section.GIVES)}"
+            )
+        if "topk" in need and (k is None or k < 1):
+            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
+        if not need - {"none"}:
+            return [Scores(sample.response_ids) for sample in samples]
+        kept = min(k, self._vocab_size) if "topk" in need and k is not None else None
+        if kept is not None and kept > self._most:
+            raise ScoreError(
+                f"the method asks for k = {kept}, teacher {self._name!r} gives {self._most:.0f}: start vLLM with "
+                f"--max-logprobs {kept} and set teacher.k_max to it, or lower method.k"
+            )
+        answers = self._ask_until_scored(samples, kept)
+        return [
+            unscored(sample, kept, f"teacher {self._name!r} ({self._section.shown}): {answer.missing}")
+            if answer.scores is None
+            else answer.scores
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+
+    def score_at(self, samples: Sequence[Sample], ids: Sequence[Tensor]) -> list[Scores]:
+        """`log T` at given ids [R, K] of each sample, as `topk_ids` and `topk_logprob`, beside `logprob`.
+
+        Raises ScoreError for a server that cannot be asked for given ids, else as `score`.
+        """
+        form = self._format
+        if not isinstance(form, SGLang):
+            raise ScoreError(
+                f"teacher {self._name!r} ({self._section.shown}) cannot be asked for the scores of given tokens: the routes of "
+                f"{self._section.api} name none; serve it with SGLang (teacher.api: sglang) or `understudy serve-teacher`"
+            )
+        for sample, rows in zip(samples, ids, strict=True):
+            if rows.dim() != 2 or len(rows) != sample.num_response_tokens or not rows.shape[1]:
+                raise ValueError(
+                    f"sample {sample.key}: ids have shape {tuple(rows.shape)}, not ({len(sample.response_ids)}, K)"
+                )
+
+        def ask(group: list[int]) -> list[Answer]:
+            asked, rows = [samples[index] for index in group], [ids[index] for index in group]
+            return self._send(
+                form.path,
+                form.body_at(asked, rows),
+                asked,
+                form.read_at,
+                lambda number, sample, raw: check_at(sample, raw, rows[number]),
+            )
+
+        found = self._spread(samples, range(len(samples)), ask)
+        return [
+            found[index].scores
+            or unscored(sample, ids[index].shape[1], f"teacher {self._name!r}: {found[index].missing}")
+            for index, sample in enumerate(samples)
+        ]
+
+    def info(self) -> dict[str, Any]:
+        """`models` that every replica has, `max_length` in tokens and `version`, None where none is told.
+
+        Raises EngineError for a replica that does not answer, and one that lacks the model.
+        """
+        seen = [self._look(number, url) for number, url in enumerate(self._wire.urls)]
+        lengths = [found["max_length"] for found in seen if found["max_length"] is not None]
+        versions = sorted({str(found["version"]) for found in seen if found["version"] is not None})
+        return {
+            "models": [name for name in seen[0]["models"] if all(name in found["models"] for found in seen)],
+            "max_length": min(lengths, default=None),
+            "version": ", ".join(versions) or None,
+        }
+
+    @property
+    def _most(self) -> float:
+        """Tokens of a top-K row that the server gives."""
+        limit = self._section.k_max or DEFAULT_K_MAX.get(self._section.api)
+        return math.inf if limit is None else float(limit)
+
+    def _ask_until_scored(self, samples: Sequence[Sample], k: int | None) -> list[Answer]:
+        found: dict[int, Answer] = {}
+        waiting = list(range(len(samples)))
+        for _ in range(1 + ASKED_AGAIN):
+            num_top = 0 if k is None else int(min(k + self._spare, self._most))
+            found |= self._spread(samples, waiting, partial(self._ask, samples, k, num_top))
+            waiting = [index for index in waiting if found[index].scores is None]
+            short = max((found[index].short for index in waiting), default=0)
+            if short and num_top >= self._most:
+                raise ScoreError(
+                    f"sample {samples[waiting[0]].key}: {short} of the {num_top} likeliest tokens of teacher {self._name!r} "
+                    f"are past the student's {self._vocab_size} tokens, and the server gives no more: raise its "
+                    "--max-logprobs and teacher.k_max with it, or lower method.k"
+                )
+            if short:
+                self._spare += max(short, SPARE)
+        return [found[index] for index in range(len(samples))]
+
+    def _ask(self, samples: Sequence[Sample], k: int | None, num_top: int, group: list[int]) -> list[Answer]:
+        """One request, a second one where a server does not know a field."""
+        form, asked = self._format, [samples[index] for index in group]
+
+        def judge(number: int, sample: Sample, raw: Raw) -> Answer:
+            return check(sample, raw, k=k, num_top=num_top, vocab_size=self._vocab_size)
+
+        try:
+            return self._send(form.path, form.body(asked, num_top), asked, form.read, judge)
+        except Refused as refused:
+            if not (isinstance(form, Completions) and form.as_ids and refused.status in _UNKNOWN_FIELD):
+                raise
+            plain = replace(form, as_ids=False)
+        answers = self._send(plain.path, plain.body(asked, num_top), asked, plain.read, judge)
+        self._format = plain
+        return answers
+
+    def _send(
+        self,
+        path: str,
+        body: dict[str, Any],
+        samples: Sequence[Sample],
+        read: Callable[[Any, Sequence[Sample]], list[Raw]],
+        judge: Callable[[int, Sample, Raw], Answer],
+    ) -> list[Answer]:
+        def answers(reply: Reply) -> list[Answer]:
+            try:
+                raws = read(reply.json(), samples)
+                return [judge(number, *pair) for number, pair in enumerate(zip(samples, raws, strict=True))]
+            except BadReply as error:
+                raise BadReply(f"{reply.url}{path}, {_named(samples)}: {error}") from None
+            except _SHAPE_ERRORS as error:
+                raise BadReply(
+                    f"{reply.url}{path}, {_named(samples)}: no reply of {self._section.api} ({type(error).__name__} {error})"
+                ) from None
+
+        return self._wire.request(path, answers, key=_named(samples), json=body)
+
+    def _spread(
+        self, samples: Sequence[Sample], chosen: Sequence[int], ask: Callable[[list[int]], list[Answer]]
+    ) -> dict[int, Answer]:
+        """Answers by index. Raises ScoreError, EngineError."""
+
+        def run(group: list[int]) -> list[Answer]:
+            try:
+                return ask(group)
+            except Refused as refused:
+                raise self._refusal(refused, [samples[index] for index in group]) from None
+
+        groups = group_by_prompt(samples, chosen, max_tokens=self._section.batch_tokens)
+        found: dict[int, Answer] = {}
+        for group, answers in zip(groups, self._wire.each(groups, run), strict=True):
+            found.update(zip(group, answers, strict=True))
+        # a response without a token needs no server
+        found.update({index: Answer(Scores(samples[index].response_ids)) for index in chosen if index not in found})
+        return found
+
+    def _refusal(self, refused: Refused, samples: Sequence[Sample]) -> Exception:
+        """What to do about a status that stays."""
+        section = self._section
+        longest = max(samples, key=lambda sample: sample.token_ids.numel())
+        if refused.too_long:
+            return ScoreError(
+                f"sample {longest.key} has {longest.token_ids.numel()} tokens, which teacher {self._name!r} ({section.shown}) "
+                f"refuses as too long ({refused.message}): raise its --max-model-len (one more than the longest sample), or "
+                "lower max_new_tokens"
+            )
+        env = section.api_key_env
+        hints = {
+            401: f"the key in {env} is not accepted" if env else "set teacher.api_key_env",
+            403: f"the key in {env} may not use this model" if env else "set teacher.api_key_env",
+            404: "check teacher.url, teacher.api, and that the server has that model (see its /v1/models)",
+        }
+        hint = hints.get(
+            refused.status, "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer"
+        )
+        return EngineError(f"teacher {self._name!r} ({section.shown}) refuses {_named(samples)} with {refused}; {hint}")
+
+    def _look(self, number: int, url: str) -> dict[str, Any]:
+        def read(reply: Reply) -> dict[str, Any]:
+            try:
+                cards = reply.json()["data"]
+                lengths = [card.get("max_model_len") for card in cards if card["id"] == self._section.model]
+                return {"models": [card["id"] for card in cards], "max_length": lengths[0] if lengths else None}
+            except _SHAPE_ERRORS:
+                raise BadReply("/v1/models lists no models") from None
+
+        try:
+            found = self._wire.request("/v1/models", read, key="/v1/models", method="GET", replica=number)
+        except Refused as refused:
+            raise EngineError(
+                f"{url} refuses /v1/models with {refused}; check teacher.url and teacher.api_key_env"
+            ) from None
+        if self._section.model not in found["models"]:
+            raise EngineError(
+                f"{url} has no model {self._section.model!r}; it has: {', '.join(map(str, found['models'])) or 'none'}"
+            )
+        return found | {"version": self._version(number)}
+
+    def _version(self, number: int) -> str | None:
+        """What it says of itself; None where it says nothing."""
+
+        def read(reply: Reply) -> str | None:
+            try:
+                return str(reply.json()["version"])
+            except (BadReply, *_SHAPE_ERRORS):
+                return None
+
+        path = _VERSIONS.get(self._section.api)
+        try:
+            return None if path is None else self._wire.request(path, read, key=path, method="GET", replica=number)
+        except Refused:
+            return None
+
+
+def _format(section: Http, tokenizer: Any) -> Format:
+    if section.api == "vllm":
+        return cast(Format, VLLM(section.model))
+    if section.api == "sglang":
+        return cast(Format, SGLang())
+    return cast(Format, Completions(section.model, None if tokenizer is None else spellings_of(tokenizer)))
+
+
+def _named(samples: Sequence[Sample]) -> str:
+    rest = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
+    return f"sample {samples[0].key}{rest}"
