@@ -696,14 +696,3 @@ def test_a_chat_section_reads_back_and_says_where_it_asks() -> None:
     prints = [one.open(SETUP).fingerprint for one in (section, *others)]
     assert len(set(prints)) == 3
     assert replace(section, timeout_s=1.0).open(SETUP).fingerprint == prints[0]
-
-
-@given(st.integers(1, 8), st.text(max_size=8))
-def test_waiting_doubles_with_jitter_and_is_drawn_anew_by_nobody(attempt: int, key: str) -> None:
-    from understudy.teachers.endpoint import MAX_BACKOFF_S, Line
-
-    endpoint = Chat(url="http://h/v1", model="m").open(SETUP)._endpoint
-    line = Line(endpoint, None, None)  # type: ignore[arg-type]
-    full = min(MAX_BACKOFF_S, 0.5 * 2 ** (attempt - 1))
-    assert full / 2 <= line._backoff_s(key, attempt) <= full
-    assert line._backoff_s(key, attempt) == line._backoff_s(key, attempt)

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from understudy.errors import RecipeError
 from understudy.types import Need, Prompt, Sample, Verdict
+from understudy.wire import Patience, Refused, Wire, check_address, read_key
 
 from .base import ScoreForm, Setup, Unmoved
-from .endpoint import UNKNOWN_FIELD, Endpoint, Line, Refused, read_key
+from .endpoint import UNKNOWN_FIELD, Endpoint, complete
 from .wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
 
 Constrain = Literal["auto", "guided_choice", "structured_outputs", "none"]
@@ -57,8 +57,11 @@ class Chat:
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Added to every request, such as `chat_template_kwargs: {enable_thinking: false}`; null takes a key out."""
     timeout_s: float = 120.0
+    """Of one attempt."""
+    deadline_s: float = 600.0
+    """Of one request with all its attempts and waits."""
     max_retries: int = 5
-    """Of a request that timed out, lost its connection, or met status 429 or 500 and above."""
+    """Of a request that timed out, lost its connection, met status 429 or 500 and above, or got no chat completion."""
     backoff_s: float = 0.5
     """Before the first retry; doubled with each, up to a minute."""
     max_parse_retries: int = 2
@@ -68,14 +71,12 @@ class Chat:
     GIVES: ClassVar[frozenset[Need]] = frozenset({"none", "verbal"})
 
     def __post_init__(self) -> None:
-        _ = self.wording
+        _ = self.wording, self.patience
         if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise ValueError("api_key_env must be the NAME of an environment variable, not the key itself")
-        for key, low in (("max_tokens", 1), ("max_retries", 0), ("max_parse_retries", 0), ("max_concurrency", 1)):
+        for key, low in (("max_tokens", 1), ("max_parse_retries", 0)):
             if getattr(self, key) < low:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
-        if not (0 < self.timeout_s < math.inf and 0 <= self.backoff_s < math.inf):
-            raise ValueError("timeout_s must be above 0, and backoff_s at least 0")
         if taken := sorted(_OWN_KEYS & self.extra_body.keys()):
             raise ValueError(f"extra_body sets {', '.join(taken)}, which this section sets itself")
 
@@ -85,24 +86,25 @@ class Chat:
         return Wording.of(self.template, self.step_template, self.step_separator)
 
     @property
+    def patience(self) -> Patience:
+        """How long and how often the server is asked."""
+        return Patience(
+            timeout_s=self.timeout_s,
+            deadline_s=self.deadline_s,
+            max_retries=self.max_retries,
+            backoff_s=self.backoff_s,
+            max_concurrency=self.max_concurrency,
+        )
+
+    @property
     def shown(self) -> str:
         """The model and where it is."""
         return f"{self.model} at {self.url}"
 
     def check(self) -> str:
         """Raises RecipeError for an address or a model name that cannot be one; nothing is sent."""
-        try:
-            parts = urlsplit(self.url)
-            host, _ = parts.hostname, parts.port
-        except ValueError as error:
-            raise RecipeError("teacher.url is no address; write it as http://host:8000/v1") from error
-        if parts.username is not None or parts.password is not None:
-            raise RecipeError(
-                "teacher.url holds a user or password; put a key into the variable of teacher.api_key_env"
-            )
-        if parts.scheme not in ("http", "https") or not host or not self.url.isprintable() or " " in self.url:
-            raise RecipeError(f"teacher.url is {self.url!r}; write it as http://host:8000/v1")
-        if parts.query or parts.fragment or parts.path.rstrip("/").endswith("/completions"):
+        check_address(self.url, "teacher.url", "http://host:8000/v1")
+        if self.url.rstrip("/").endswith("/completions"):
             raise RecipeError(
                 f"teacher.url is {self.url!r}; give the base that /chat/completions is added to, such as http://host:8000/v1"
             )
@@ -128,13 +130,7 @@ class ChatTeacher(Unmoved):
     def __init__(self, section: Chat, *, name: str, seed: int = 0) -> None:
         self._section = section
         self._endpoint = Endpoint(
-            base=section.url,
-            api_key_env=section.api_key_env,
-            timeout_s=section.timeout_s,
-            max_retries=section.max_retries,
-            backoff_s=section.backoff_s,
-            max_concurrency=section.max_concurrency,
-            seed=seed,
+            base=section.url, api_key_env=section.api_key_env, patience=section.patience, seed=seed
         )
         self._name = name
         self._constrain: Constrain = section.constrain
@@ -155,7 +151,7 @@ class ChatTeacher(Unmoved):
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
         """One for each sample, in order; no digit after all retries, or a question too long for the model: no score.
 
-        Raises TrainingError where the server refuses or does not answer, RecipeError for "expectation" at a server that
+        Raises EngineError where the server refuses or does not answer, RecipeError for "expectation" at a server that
         gives no probabilities.
         """
         asked = [self._section.wording.questions(sample, steps=steps) for sample in samples]
@@ -167,26 +163,28 @@ class ChatTeacher(Unmoved):
         # whether a constraint is understood is found out by one question before the others are sent
         first = named[:1] if self._constrain == "auto" else []
         replies: list[Reply] = []
-        for part in (first, named[len(first) :]):
-            replies += self._endpoint.each(part, lambda line, item: self._ask(line, *item, score))
+        with self._endpoint.open() as wire:
+            for part in (first, named[len(first) :]):
+                replies += wire.each(part, lambda item: self._ask(wire, *item, score))
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """The model's own response to each prompt, in order; None for an empty one, one that was cut off, and a prompt that
-        is too long. Raises TrainingError as `judge`."""
-        return self._endpoint.each(prompts, lambda line, prompt: self._write(line, prompt, max_new_tokens, temperature))
+        is too long. Raises EngineError as `judge`."""
+        with self._endpoint.open() as wire:
+            return wire.each(prompts, lambda prompt: self._write(wire, prompt, max_new_tokens, temperature))
 
-    def _write(self, line: Line, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
+    def _write(self, wire: Wire, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
         messages = [dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)]
         try:
-            choice = line.send(self._body(messages, max_new_tokens, temperature), prompt.id)
+            choice = complete(wire, self._body(messages, max_new_tokens, temperature), prompt.id)
         except Refused as refused:
             if refused.too_long:
                 return None
             raise self._endpoint.error(refused) from None
         return None if choice.get("finish_reason") == "length" else _content(choice) or None
 
-    def _ask(self, line: Line, key: str, question: str, score: ScoreForm) -> Reply:
+    def _ask(self, wire: Wire, key: str, question: str, score: ScoreForm) -> Reply:
         messages = [{"role": "user", "content": question}]
         said = ""
         attempts = 1 + self._section.max_parse_retries
@@ -195,7 +193,7 @@ class ChatTeacher(Unmoved):
             if score == "expectation":
                 body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
-                choice = self._send_constrained(line, body, f"{key}/{attempt}")
+                choice = self._send_constrained(wire, body, f"{key}/{attempt}")
             except Refused as refused:
                 if refused.too_long:
                     return Reply(None, attempt, f"the server refuses the question as too long: {refused.message}")
@@ -216,15 +214,15 @@ class ChatTeacher(Unmoved):
         body = {"model": section.model, "messages": messages, "temperature": temperature, section.limit_key: max_tokens}
         return {key: value for key, value in (body | dict(section.extra_body)).items() if value is not None}
 
-    def _send_constrained(self, line: Line, body: dict[str, Any], key: str) -> dict[str, Any]:
+    def _send_constrained(self, wire: Wire, body: dict[str, Any], key: str) -> dict[str, Any]:
         if self._constrain != "auto":
-            return line.send(body | _CONSTRAINTS[self._constrain], key)
+            return complete(wire, body | _CONSTRAINTS[self._constrain], key)
         try:
-            choice = line.send(body | _CONSTRAINTS["structured_outputs"], key)
+            choice = complete(wire, body | _CONSTRAINTS["structured_outputs"], key)
         except Refused as refused:
             if refused.too_long or refused.status not in UNKNOWN_FIELD:
                 raise
-            choice = line.send(body, key)
+            choice = complete(wire, body, key)
             self._constrain = "none"
             return choice
         self._constrain = "structured_outputs"

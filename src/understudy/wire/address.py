@@ -11,19 +11,19 @@ from understudy.text import HIDDEN, visible
 _SHOWN_CHARS = 300
 
 
-def check_address(url: str, what: str) -> None:
+def check_address(url: str, what: str, example: str = "http://host:8000") -> None:
     """Raises RecipeError for what is no address of HTTP, or holds a password. `what`: how the recipe names it."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise RecipeError(f"{what} is no address; write it as http://host:8000") from error
+        raise RecipeError(f"{what} is no address; write it as {example}") from error
     if parts.username is not None or parts.password is not None:
         raise RecipeError(f"{what} holds a user or password; put a key into an environment variable and name that")
     if parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
-        raise RecipeError(f"{what} is {url!r}; write it as http://host:8000")
+        raise RecipeError(f"{what} is {url!r}; write it as {example}")
     if parts.query or parts.fragment:
-        raise RecipeError(f"{what} is {url!r}; give the base that paths are added to, such as http://host:8000")
+        raise RecipeError(f"{what} is {url!r}; give the base that paths are added to, such as {example}")
 
 
 def read_key(variable: str) -> str:
