@@ -63,14 +63,14 @@ def status(code: int, *, retry_after_s: float = 0.0) -> Fault:
     return Fault(f"status_{code}", retry_after_s, code)
 
 
-Plan = Callable[[int], Fault]
-"""From the number of a request that the proxy may touch to what happens to it."""
+Plan = Callable[[int, bytes], Fault]
+"""From the number of a request that the proxy may touch, and its body, to what happens to it."""
 
 
 def seeded(seed: int, faults: Sequence[Fault], *, share: float) -> Plan:
     """Each request meets one of the faults with probability `share`."""
 
-    def plan(number: int) -> Fault:
+    def plan(number: int, _: bytes) -> Fault:
         draw = random.Random(f"{seed}/{number}")
         return draw.choice(faults) if draw.random() < share else PASS
 
@@ -79,7 +79,7 @@ def seeded(seed: int, faults: Sequence[Fault], *, share: float) -> Plan:
 
 def scripted(faults: Sequence[Fault]) -> Plan:
     """One after the other, then all pass."""
-    return lambda number: faults[number] if number < len(faults) else PASS
+    return lambda number, _: faults[number] if number < len(faults) else PASS
 
 
 class FaultProxy:
@@ -140,13 +140,13 @@ class FaultProxy:
             self.closing.clear()
             self._server = Loopback(self._handler, self.port).start()
 
-    def next_fault(self, path: str) -> Fault:
+    def next_fault(self, path: str, body: bytes) -> Fault:
         """Of the next request."""
         if self.only not in path:
             return PASS
         with self._lock:
             number, self._number = self._number, self._number + 1
-            fault = self.plan(number)
+            fault = self.plan(number, body)
             self.seen[fault.kind] += 1
             if fault.kind == "dead" and self._dying is None:
                 # by another thread, since the one that answers is waited for
@@ -174,7 +174,7 @@ class _Handler(JSONHandler):
 
     def _answer(self) -> None:
         body = self.read_body()
-        fault = self.proxy.next_fault(self.path)
+        fault = self.proxy.next_fault(self.path, body)
         if fault.kind in ("latency", "hang", "dead"):
             looks = 0
             while (fault.kind != "latency" or looks * _LOOK_S < fault.seconds) and not has_left(self.connection):

@@ -59,7 +59,7 @@ def existing() -> dict[str, str]:
                     port = connection.laddr.port
                     found[f"port {process.pid} {port}"] = f"process {process.pid} listens on port {port}"
     if _SHM.is_dir():
-        found |= {f"shm {entry.name}": str(entry) for entry in _SHM.iterdir() if not _of_others(entry.name, tree)}
+        found |= {f"shm {entry.name}": str(entry) for entry in _SHM.iterdir() if not _of_others(entry, tree)}
     return found
 
 
@@ -69,7 +69,12 @@ def _processes() -> list[psutil.Process]:
     return [this, *this.children(recursive=True)]
 
 
-def _of_others(name: str, tree: list[psutil.Process]) -> bool:
-    """Whether a name carries the number of a living process outside this one's tree, which may be writing it now."""
+def _of_others(entry: Path, tree: list[psutil.Process]) -> bool:
+    """Whether a living process outside this one's tree owns it: by a number in its name, or by a lock that it holds."""
     own = {process.pid for process in tree}
-    return any(int(number) not in own and psutil.pid_exists(int(number)) for number in re.findall(r"\d{2,9}", name))
+    owners = [int(number) for number in re.findall(r"\d{2,9}", entry.name)]
+    with suppress(OSError):
+        inode = f":{(entry / 'lock').stat().st_ino}"
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        owners += [int(words[4]) for words in held if words[5].endswith(inode)]
+    return any(owner not in own and psutil.pid_exists(owner) for owner in owners)

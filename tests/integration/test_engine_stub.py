@@ -399,8 +399,8 @@ def test_a_server_that_is_not_there_is_a_502(client: httpx.Client) -> None:
 
 def test_seeded_faults_come_again() -> None:
     plan = seeded(3, [reset(), HALF], share=0.4)
-    assert [plan(n) for n in range(50)] == [plan(n) for n in range(50)]
-    kinds = [plan(n).kind for n in range(500)]
+    assert [plan(n, b"") for n in range(50)] == [plan(n, b"") for n in range(50)]
+    kinds = [plan(n, b"").kind for n in range(500)]
     assert 0.3 < 1 - kinds.count("pass") / 500 < 0.5
     assert kinds.count("reset") > 50 < kinds.count("half")
 
