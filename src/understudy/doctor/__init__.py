@@ -1,1 +1,23 @@
 """What is checked before a run."""
+
+from __future__ import annotations
+
+from .examine import Build, examine, examine_parts
+from .findings import Finding, errors_of, refuse, show, show_briefly, verdict, write_findings
+from .parts import Healthy
+from .static import before_loading
+
+__all__ = [
+    "Build",
+    "Finding",
+    "Healthy",
+    "before_loading",
+    "errors_of",
+    "examine",
+    "examine_parts",
+    "refuse",
+    "show",
+    "show_briefly",
+    "verdict",
+    "write_findings",
+]

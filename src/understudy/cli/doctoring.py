@@ -1,0 +1,43 @@
+"""`doctor`: whether a recipe can be trained, and what it would train."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from understudy import assemble, doctor, runs
+from understudy.assemble import Loaded
+from understudy.recipe import Recipe, load_recipe
+from understudy.trainer.console import Console
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.loop import Trainer
+from understudy.trainer.rundir import RunDir
+
+from .commands import quieten_libraries
+
+
+def examine(path: Path, overrides: Sequence[str]) -> int:
+    """Prints every finding; how many of them are errors. Nothing is written."""
+    recipe = load_recipe(path, overrides)
+    quieten_libraries()
+    with Console() as console:
+        found = doctor.examine(recipe, lambda recipe: loaded(recipe, console))
+        doctor.show(console, found)
+    return len(doctor.errors_of(found))
+
+
+@contextmanager
+def loaded(recipe: Recipe, console: Console) -> Iterator[tuple[Loaded, Trainer]]:
+    """As for a new run, in a directory that is thrown away."""
+    console.note("loading as for training")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = replace(recipe, run_dir=folder, loggers=())
+        device = assemble.choose_device(recipe.device)
+        trainer, loaded = runs._build(scratch, RunDir(Path(folder)), None, Ranks(), Console(quiet=True), device)
+        try:
+            yield loaded, trainer
+        finally:
+            trainer.observer.close()
