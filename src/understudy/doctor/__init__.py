@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .examine import Build, examine, examine_parts
+from .examine import Build, examine, examine_parts, judges_of
 from .findings import Finding, errors_of, refuse, show, show_briefly, verdict, write_findings
 from .parts import Healthy
 from .static import before_loading
@@ -15,6 +15,7 @@ __all__ = [
     "errors_of",
     "examine",
     "examine_parts",
+    "judges_of",
     "refuse",
     "show",
     "show_briefly",

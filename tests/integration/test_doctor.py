@@ -1,0 +1,548 @@
+"""What is checked before a run: every check can fail, none changes the run, and a healthy one passes all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.runs import (
+    BUILD,
+    SHORT,
+    assert_same_run,
+    distillation,
+    grade_by_length,
+    judge_by_length,
+    save_tiny_model,
+    tiny_recipe,
+    train,
+)
+from understudy import config, doctor, runs
+from understudy.assemble import Loaded
+from understudy.cli import doctoring
+from understudy.doctor import Finding, findings, probes, sides, sizes, static
+from understudy.doctor.examine import judges_of
+from understudy.doctor.parts import Parts
+from understudy.errors import EngineError, RecipeError
+from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
+from understudy.recipe import Recipe
+from understudy.rollout import HFSampler
+from understudy.tasks import Arithmetic, build_tokenizer
+from understudy.teachers import LocalTeacher
+from understudy.teachers.verbal import VerbalTeacher
+from understudy.trainer.console import Console
+from understudy.trainer.loop import Trainer
+from understudy.types import Sample, Scores
+
+QUIET = Console(quiet=True)
+
+
+def recipe_of(folder: Path, **changes: Any) -> Recipe:
+    return config.parse(Recipe, tiny_recipe(folder, **changes))
+
+
+@contextmanager
+def built(recipe: Recipe) -> Iterator[tuple[Loaded, Trainer]]:
+    with doctoring.loaded(recipe, QUIET) as pair:
+        yield pair
+
+
+def examined(recipe: Recipe) -> dict[str, Finding]:
+    """By name."""
+    return {item.name: item for item in doctor.examine(recipe, built)}
+
+
+def levels(found: dict[str, Finding]) -> dict[str, str]:
+    return {name: item.level for name, item in found.items() if item.level != "ok"}
+
+
+@contextmanager
+def parts_of(recipe: Recipe) -> Iterator[Parts]:
+    with built(recipe) as (loaded, trainer):
+        yield Parts(recipe, loaded, judges_of(trainer), trainer)
+
+
+def test_a_healthy_distillation_passes_every_check(tmp_path: Path) -> None:
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path)))
+    assert levels(found) == {}
+    assert list(found) == [
+        "recipe",
+        "disk",
+        "memory",
+        "tokenizer",
+        "vocabulary",
+        "end of a response",
+        "temperature",
+        "lengths",
+        "rehearsal",
+        "teacher's scores",
+        "log-probabilities",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": {"type": "opd"}, "sampling": {"temperature": 0.7, "max_new_tokens": 24}},
+        {"method": {"type": "kdrl"}, "train": {"samples_per_prompt": 2, "minibatches": 2}},
+        {"method": {"type": "phases", "parts": [{"type": "gkd", "until": 0.5}, {"type": "topk", "k": 3}]}},
+        {"responses": {"type": "teacher"}, "method": {"type": "tropd"}},
+        {"train": {"compute_dtype": "bfloat16"}},
+    ],
+    ids=["gkd", "opd at 0.7", "kdrl", "phases", "tropd", "bfloat16"],
+)
+def test_no_method_of_a_healthy_run_has_an_error(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Arithmetic, "grade", grade_by_length)
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path, **changes)))
+    assert not doctor.errors_of(found.values()), levels(found)
+    assert "rehearsal" in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_apply_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imitation = examined(recipe_of(tmp_path))
+    assert levels(imitation) == {}
+    assert not {"tokenizer", "temperature", "teacher's scores", "log-probabilities"} & imitation.keys()
+    monkeypatch.setattr(Arithmetic, "grade", grade_by_length)
+    alone = examined(recipe_of(tmp_path, method={"type": "grpo"}, train={"samples_per_prompt": 4}))
+    assert levels(alone) == {}
+    assert "mean reward" in alone["rehearsal"].found
+    assert "sampler and trainer" in alone["log-probabilities"].found
+    assert "of a teacher that is" not in alone["log-probabilities"].found
+
+
+def test_a_judge_is_asked_for_the_rehearsed_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def judge(self: object, samples: Sequence[Sample], **options: Any) -> Any:
+        asked.append(len(samples))
+        return judge_by_length(self, samples)
+
+    monkeypatch.setattr(VerbalTeacher, "judge", judge)
+    model = save_tiny_model(tmp_path / "judge", seed=5)
+    method = {"type": "ovd", "on_reject": "drop"}
+    found = examined(
+        recipe_of(tmp_path, teacher=SHORT | {"model": model}, method=method, train={"samples_per_prompt": 2})
+    )
+    assert asked == [4]
+    assert not doctor.errors_of(found.values())
+
+
+def hashed(model: torch.nn.Module) -> list[Tensor]:
+    return [value.detach().clone() for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("method", ["gkd", "grpo", "sft", "tropd"])
+def test_nothing_is_changed(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradients, modes, generators, optimizer, progress and files are as before."""
+    monkeypatch.setattr(Arithmetic, "grade", grade_by_length)
+    changes = distillation(tmp_path, method={"type": method})
+    changes |= {"teacher": None} if method in ("grpo", "sft") else {}
+    changes |= {"train": {"samples_per_prompt": 2}}
+    changes |= {"responses": {"type": "teacher", "cache": str(tmp_path / "cache")}} if method == "tropd" else {}
+    with parts_of(recipe_of(tmp_path, **changes)) as parts:
+        trainer, model = parts.trainer, parts.loaded.model
+        next(module for module in model.modules() if not list(module.children())).eval()
+        before = hashed(model), [module.training for module in model.modules()], torch.get_rng_state()
+        progress = trainer.progress
+        files = sorted(tmp_path.rglob("*"))
+        found = doctor.examine_parts(parts.recipe, parts.loaded, parts.judges, trainer)
+        assert "rehearsal" in {item.name for item in found}
+        assert not doctor.errors_of(found)
+        after = hashed(model), [module.training for module in model.modules()], torch.get_rng_state()
+        assert all(torch.equal(one, other) for one, other in zip(before[0], after[0], strict=True))
+        assert before[1] == after[1]
+        assert torch.equal(before[2], after[2])
+        assert all(value.grad is None for value in model.parameters())
+        assert trainer.progress is progress
+        assert trainer.optimizer.state() == {}
+        assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("method", ["gkd", "opd", "tropd", "sft"])
+def test_a_run_after_it_is_the_same_to_the_last_bit(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = distillation(tmp_path, method={"type": method}, train={"steps": 3, "samples_per_prompt": 2})
+    changes |= {"teacher": None} if method == "sft" else {}
+    changes |= {"responses": {"type": "teacher"}} if method == "tropd" else {}
+    plain = train(tmp_path / "plain", **changes)
+    build = runs._build
+    seen: list[Finding] = []
+
+    def looked_at(recipe: Recipe, *args: Any) -> Any:
+        made = build(recipe, *args)
+        trainer, loaded = made[:2]
+        seen.extend(doctor.examine_parts(recipe, loaded, judges_of(trainer), trainer))
+        return made
+
+    monkeypatch.setattr(runs, "_build", looked_at)
+    assert_same_run(plain, train(tmp_path / "looked at", **changes))
+    assert "rehearsal" in {item.name for item in seen}
+    assert not doctor.errors_of(seen)
+
+
+class Noise:
+    """`LocalTeacher.score` and a change of every log-probability, larger with each call."""
+
+    def __init__(self, size: float) -> None:
+        self.size, self.calls, self.plain = size, 0, LocalTeacher.score
+
+    def __call__(self, teacher: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        scores = self.plain(teacher, samples, *args, **options)
+        if teacher.name == "the student":
+            return scores
+        self.calls += 1
+        return [replace(one, logprob=one.logprob - self.size * self.calls) for one in scores if one.logprob is not None]
+
+
+@pytest.mark.parametrize(("size", "level"), [(0.0, None), (0.003, "warning"), (0.5, "error")])
+def test_a_teacher_that_does_not_repeat_itself_is_found(
+    tmp_path: Path, size: float, level: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = Noise(size)
+    monkeypatch.setattr(LocalTeacher, "score", lambda *args, **options: noise(*args, **options))
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path, method={"type": "opd"})))
+    assert levels(found) == ({} if level is None else {"teacher's scores": level})
+
+
+def test_a_teacher_that_depends_on_its_neighbours_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same batch again gives the same, another order does not."""
+    plain = LocalTeacher.score
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        scores = plain(self, samples, *args, **options)
+        shift = 0.0 if self.name == "the student" else 0.01 * samples[0].num_response_tokens + 0.1 * len(samples)
+        return [replace(one, logprob=one.logprob - shift) for one in scores if one.logprob is not None]
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path, method={"type": "opd"})))
+    assert levels(found) == {"teacher's scores": "error"}
+    assert "again 0.0e+00 nats" in found["teacher's scores"].found
+
+
+def test_a_teacher_without_numbers_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LocalTeacher.score
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        scores = plain(self, samples, *args, **options)
+        return [replace(one, logprob=one.logprob * torch.nan) for one in scores if one.logprob is not None]
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path, method={"type": "opd"})))
+    assert found["rehearsal"].level == "error"
+    assert "logprob is missing" in found["rehearsal"].found
+
+
+def test_a_sampler_at_another_temperature_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = HFSampler.generate
+
+    def generate(self: HFSampler, requests: Any, sampling: Any, **options: Any) -> list[Sample]:
+        return plain(self, requests, replace(sampling, temperature=0.25), **options)
+
+    changes = distillation(tmp_path)
+    sharpen(tmp_path / "student")
+    assert levels(examined(recipe_of(tmp_path, **changes))) == {}
+    monkeypatch.setattr(HFSampler, "generate", generate)
+    found = examined(recipe_of(tmp_path, **changes))
+    assert levels(found) == {"log-probabilities": "error"}
+    assert "temperature" in found["log-probabilities"].advice
+
+
+def sharpen(path: Path) -> None:
+    """A random model's rows are nearly uniform, where a temperature says little."""
+    model, tokenizer = load_causal_lm(str(path)), load_tokenizer(str(path))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    save_hf(model, tokenizer, path)
+
+
+def test_a_scorer_that_disagrees_with_the_trainer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher = student: its log-ratio is 0."""
+    plain = LocalTeacher.score
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        scores = plain(self, samples, *args, **options)
+        return [replace(one, logprob=None if one.logprob is None else one.logprob - 0.1) for one in scores]
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path)))
+    assert levels(found) == {"log-probabilities": "error"}
+    assert "should be 0: 1.0e-01 nats" in found["log-probabilities"].found
+
+
+def test_gaps_are_judged_by_precision() -> None:
+    """gap = mean |difference|; a number that is missing is never a small difference."""
+    base = torch.zeros(4)
+    gap = probes.Gap.of(base, torch.tensor([0.0, 0.02, -0.02, 0.0]))
+    assert (gap.mean, gap.largest) == pytest.approx((0.01, 0.02))
+    by_precision = {dtype: gap.level(dtype) for dtype in probes.LIMITS}
+    assert by_precision == {
+        torch.float64: "error",
+        torch.float32: "warning",
+        torch.float16: "ok",
+        torch.bfloat16: "ok",
+    }
+    assert probes.Gap.of(base, torch.tensor([0.0, torch.nan, 0.0, 0.0])).level(torch.bfloat16) == "error"
+    assert probes.Gap.of(base, base * torch.nan).level(torch.bfloat16) == "error"
+
+
+def save_padded(path: Path, extra: int, weight: float) -> str:
+    """A tiny model with `extra` rows past its tokens, whose head is `weight` times a random one there."""
+    tokenizer = build_tokenizer("addition")
+    size = len(tokenizer)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = build_causal_lm(BUILD, vocab_size=size + extra, seed=3, **ends)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[size:] *= weight
+    save_hf(model, tokenizer, path)
+    return str(path)
+
+
+def test_padding_is_counted_and_weighed(tmp_path: Path) -> None:
+    changes = distillation(tmp_path)
+    padded = save_padded(tmp_path / "padded", 7, 1.0)
+    found = examined(recipe_of(tmp_path, **changes | {"student": {"model": padded, "build": None}}))
+    size = len(build_tokenizer("addition"))
+    assert levels(found) == {"vocabulary": "warning"}
+    assert f"the student has {size + 7} rows, 7 past the {size} tokens" in found["vocabulary"].found
+    assert f"the teacher has a row for each of {size} tokens" in found["vocabulary"].found
+
+
+@pytest.mark.parametrize(("ends", "level"), [([1, 5], "warning"), ([5], "error")])
+def test_an_end_that_the_student_never_writes_is_found(tmp_path: Path, ends: list[int], level: str) -> None:
+    changes = distillation(tmp_path)
+    folder = tmp_path / "teacher"
+    eos = load_tokenizer(str(folder)).eos_token_id
+    ends = [eos if index == 1 else index for index in ends]
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text()) | {"eos_token_id": ends}
+        (folder / name).write_text(json.dumps(values))
+    found = examined(recipe_of(tmp_path, **changes))
+    assert levels(found) == {"end of a response": level}
+    assert "(5)" in found["end of a response"].found
+
+
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_the_first_difference_of_the_templates_is_shown(tmp_path: Path) -> None:
+    changes = distillation(tmp_path)
+    rows = [{"prompt": f"{n}+1:", "answer": str(n + 1)} for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"type": "jsonl", "path": str(tmp_path / "rows.jsonl"), "prompt_field": "prompt", "chat": True}
+    for name, template in (("student", CHAT), ("teacher", CHAT + "=")):
+        tokenizer = load_tokenizer(str(tmp_path / name))
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+    recipe = recipe_of(tmp_path, **changes, task=task)
+    found = examined(recipe)
+    assert levels(found) == {"chat template": "warning"}
+    text = found["chat template"].found
+    assert "has 4 tokens for the student and 5 for the teacher; the first that differs is token 4" in text
+    assert "the end for the student" in text
+    shutil.copytree(tmp_path / "student", tmp_path / "like", dirs_exist_ok=True)
+    same = recipe_of(tmp_path, **changes | {"teacher": {"type": "local", "model": str(tmp_path / "like")}}, task=task)
+    assert examined(same)["chat template"].level == "ok"
+
+
+def test_scores_at_another_temperature_are_found(tmp_path: Path) -> None:
+    with parts_of(recipe_of(tmp_path, **distillation(tmp_path))) as parts:
+        teacher: Any = parts.judges.teacher
+        teacher._temperature = 2.0
+        (found,) = sides._temperature(parts)
+    assert found.level == "error"
+    assert "the student samples at 1; the teacher scores at 2" in found.found
+
+
+def test_prompts_and_responses_have_to_fit(tmp_path: Path) -> None:
+    changes = distillation(tmp_path)
+    recipe = recipe_of(tmp_path, **changes)
+    with parts_of(recipe) as parts:
+        longest = max(len(ids) for _, ids in parts.prompts)
+        shortest = min(len(ids) for _, ids in parts.prompts)
+        (fits,) = sides._lengths(parts)
+        assert fits.level == "ok"
+        assert f"{longest} prompt tokens and 24 new ones make {longest + 24}" in fits.found
+        engine: Any = parts.collector.sampler
+        engine.num_positions = longest + 23
+        (short,) = sides._lengths(parts)
+        assert short.level == "error"
+        assert "rollout engine" in short.advice
+        engine.num_positions = longest + 24
+        assert next(sides._lengths(parts)).level == "ok"
+        tight = replace(recipe, train=replace(recipe.train, max_prompt_tokens=shortest - 1))
+        assert next(sides._lengths(replace(parts, recipe=tight))).level == "error"
+    # no prompt fits beside so many new tokens
+    long = examined(recipe_of(tmp_path, **changes, sampling={"max_new_tokens": 64}))
+    assert long["loading"].level == "error"
+    assert "positions" in long["loading"].found
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.5, "error"), (100.0, "ok")])
+def test_checkpoints_have_to_fit_on_the_disk(
+    tmp_path: Path, share: float, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(keep_last + 1) * (weights + two moments) + the student."""
+    recipe = recipe_of(tmp_path, **distillation(tmp_path), train={"keep_last": 3})
+    size = sizes.size_on_disk(recipe.student.model, "float32")
+    assert size is not None
+    need = 4 * 3 * size.weights + size.weights
+    usage = SimpleNamespace(free=int(share * need))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (found,) = [item for item in static.before_loading(recipe) if item.name == "disk"]
+    assert found.level == level
+    assert "4 checkpoints" in found.found
+    assert ("run_dir" in found.advice) == (level == "error")
+
+
+def test_weights_gradients_and_optimizer_have_to_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = distillation(tmp_path)
+    recipe = recipe_of(tmp_path, **changes)
+    student, teacher = (sizes.size_on_disk(str(tmp_path / name), "float32") for name in ("student", "teacher"))
+    assert student is not None
+    assert teacher is not None
+    certain = 4 * student.weights + teacher.weights
+    for free, level in ((certain - 1, "error"), (certain, "warning"), (2**40, "ok")):
+        monkeypatch.setattr(static, "free_memory", lambda device, free=free: free)
+        (found,) = [item for item in static.before_loading(recipe) if item.name == "memory"]
+        assert found.level == level
+        for part in ("student", "teacher", "gradients", "optimizer", "activations", "generation cache"):
+            assert part in found.found
+    monkeypatch.setattr(static, "free_memory", lambda device: 1)
+    # nothing is loaded where it cannot fit
+    assert list(examined(recipe)) == ["recipe", "disk", "memory"]
+
+
+def test_sizes_on_disk_are_those_loaded(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path / "model", seed=1)
+    model = load_causal_lm(path)
+    assert sizes.size_on_disk(path, "auto") == sizes.size_of(model)
+    half = sizes.size_on_disk(path, "bfloat16")
+    assert half is not None
+    assert half.weights * 2 == sizes.size_of(model).weights
+    assert sizes.size_on_disk("org/name", "auto") is None
+
+
+def test_a_server_is_asked_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"health": lambda self: "ready, version 0.32"}
+    monkeypatch.setattr(HFSampler, "health", said["health"], raising=False)
+    recipe = recipe_of(tmp_path, **distillation(tmp_path))
+    found = examined(recipe)
+    assert found["rollout engine: health"] == Finding(
+        "rollout engine: health", "ok", "whether its server answers", "ready, version 0.32"
+    )
+
+    def gone(self: object) -> str:
+        raise EngineError("http://host:1 does not answer: start it")
+
+    monkeypatch.setattr(HFSampler, "health", gone, raising=False)
+    assert examined(recipe)["rollout engine: health"].found == "http://host:1 does not answer: start it"
+
+
+def test_a_server_that_hangs_is_given_up() -> None:
+    released = threading.Event()
+    with pytest.raises(EngineError, match=r"the engine has not answered in 0\.05 s"):
+        findings.within(0.05, "the engine", lambda: released.wait(20.0))
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name == "doctor: the engine":
+            thread.join(20.0)
+            assert not thread.is_alive()
+    assert findings.within(20.0, "the engine", lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        findings.within(20.0, "the engine", lambda: 1 // 0)
+
+
+def test_one_check_that_raises_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(parts: Parts) -> Any:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(sides, "_ends", broken)
+    monkeypatch.setattr(probes, "_rehearse", lambda *args: iter([1 // 0]))
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path)))
+    assert levels(found) == {"end of a response": "error", "rehearsal": "error"}
+    assert found["end of a response"].found == "KeyError: 'surprise'"
+    assert found["lengths"].level == "ok"
+
+
+def test_refusal_lists_errors_and_nothing_else() -> None:
+    lines = [
+        Finding("disk", "error", "c", "nothing is free", "free some"),
+        Finding("memory", "warning", "c", "tight"),
+        Finding("lengths", "error", "c", "too long"),
+    ]
+    doctor.refuse(lines[1:2])
+    with pytest.raises(RecipeError) as raised:
+        doctor.refuse(lines)
+    text = str(raised.value)
+    assert text.startswith("2 errors: the run would")
+    assert "disk: nothing is free; free some" in text
+    assert "lengths: too long" in text
+    assert "tight" not in text
+    assert "--no-doctor" in text
+
+
+def test_findings_are_written_as_json(tmp_path: Path) -> None:
+    doctor.write_findings(tmp_path / "doctor.json", [Finding("disk", "ok", "space", "enough")])
+    values = json.loads((tmp_path / "doctor.json").read_text())
+    expected = {"name": "disk", "level": "ok", "checked": "space", "found": "enough", "advice": ""}
+    assert values == {"findings": [expected]}
+
+
+def test_the_command_prints_every_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import yaml
+
+    changes = distillation(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(tmp_path, **changes)))
+    assert doctoring.examine(path, ["train.steps=3"]) == 0
+    told = capsys.readouterr().out
+    for name in ("recipe", "disk", "memory", "tokenizer", "vocabulary", "lengths", "rehearsal", "log-probabilities"):
+        assert name in told
+    assert "nothing is wrong" in told
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    assert doctoring.examine(path, []) == 1
+    told = capsys.readouterr().out
+    assert told.rstrip().endswith("1 error: the run would stop, or learn something else than the recipe says")
+    assert "choose another run_dir" in " ".join(told.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_get_what_the_first_found(tmp_path: Path) -> None:
+    with built(recipe_of(tmp_path, **distillation(tmp_path))) as (loaded, trainer):
+        told: list[object] = []
+
+        class Second:
+            rank, world, is_main = 1, 2, False
+
+            def gather(self, value: object) -> list[object]:
+                told.append(value)
+                return [["from the first"], value]
+
+        trainer.ranks = Second()  # type: ignore[assignment]
+        found: Any = doctor.examine_parts(recipe_of(tmp_path), loaded, judges_of(trainer), trainer)
+    assert told == [[]]
+    assert found == ["from the first"]
+
+
+def test_a_recipe_that_does_not_fit_together_is_the_first_error(tmp_path: Path) -> None:
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path, student={"model": str(tmp_path / "nowhere")})))
+    assert list(found) == ["recipe"]
+    assert "nowhere" in found["recipe"].found
