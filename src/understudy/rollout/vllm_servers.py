@@ -1,0 +1,274 @@
+"""vLLM's servers: started or found, and what must happen to all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from understudy.errors import EngineError, RecipeError
+from understudy.wire import BadReply, Patience, Refused, Reply, Wire
+from understudy.wire.launch import ServerProcess, free_port
+
+from .engines import VLLM, Launch
+from .vllm_replies import read_scores
+
+Result = TypeVar("Result")
+
+SERVED_NAME = "student"
+DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+"""The first opens the routes that pause a server and replace its weights."""
+CONTROL_RETRIES = 3
+"""Of what is said to one server; its failures are not those of a crowded one."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server says about itself; None: it does not say."""
+
+    model: str
+    max_length: int | None
+    logprobs_mode: str | None
+
+
+class Servers:
+    """Servers that are asked for samples through `wire`, and told about weights one by one.
+
+    `start` comes before everything else. Raises EngineError, naming the server, for what fails.
+    """
+
+    def __init__(self, section: VLLM, run_dir: Path, *, dtype: str, mode: str, seed: int) -> None:
+        """`dtype` and `mode` (of log-probabilities): for servers that are started here."""
+        self._section = section
+        self._run_dir = run_dir
+        self._dtype = dtype
+        self._mode = mode
+        self._seed = seed
+        self._processes: list[ServerProcess] = []
+        self._can_pause = True
+        self.wire: Wire | None = None
+        self._control: Wire | None = None
+        self.facts: Facts | None = None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of the servers, in the order of their numbers."""
+        return () if self._control is None else self._control.urls
+
+    @property
+    def launches(self) -> bool:
+        """Whether the servers are ours, so that their first weights are those that they are started with."""
+        return self._section.launch is not None
+
+    def start(self, model_dir: Path | None) -> None:
+        """Starts the servers with the weights in `model_dir`, or finds those of the user. Ends with all of them known."""
+        try:
+            self._start(model_dir)
+        except BaseException:
+            self.close()
+            self._processes = []
+            raise
+
+    def _start(self, model_dir: Path | None) -> None:
+        if self._section.launch is not None:
+            assert model_dir is not None
+            self._start_processes(self._section.launch, model_dir)
+        urls = [process.url for process in self._processes] or list(self._section.urls)
+        section, patience = self._section, self._section.patience
+        # what is said to a server must not wait behind the samples that it is to end
+        control = Patience(
+            timeout_s=patience.timeout_s,
+            deadline_s=patience.deadline_s,
+            max_retries=min(CONTROL_RETRIES, patience.max_retries),
+            max_concurrency=max(8, len(urls)),
+        )
+        key = section.api_key_env
+        self.wire = Wire(urls, name="rollout engine", patience=patience, api_key_env=key, seed=self._seed)
+        self._control = Wire(urls, name="rollout engine", patience=control, api_key_env=key, seed=self._seed)
+        self.facts = self._agree(self._each(self._read_facts))
+
+    def check(self) -> None:
+        """Raises EngineError, with the end of its log, for a server of ours that does not run any more."""
+        for process in self._processes:
+            process.check()
+
+    def health(self) -> list[str]:
+        """By server: that it answers."""
+        self.check()
+        return self._each(lambda server: self._get(server, "/health", lambda reply: f"{reply.url}: well"))
+
+    def pause(self) -> None:
+        """Ends what every server is writing: the replies come with what is there, and "abort". What comes later waits.
+
+        Where a server cannot (no route), its requests run to their end.
+        """
+        if not self._can_pause:
+            return
+        try:
+            self._each(lambda server: self._post(server, f"/pause?{urlencode({'mode': 'abort'})}", _nothing))
+        except _NoRouteError:
+            self._can_pause = False
+
+    def reload(self, directory: Path) -> None:
+        """Every server reads its weights from a directory."""
+        kwargs = {"weights_path": str(directory)}
+        self._each(lambda server: self.call(server, "reload_weights", kwargs))
+
+    def call(self, server: int, method: str, kwargs: dict[str, Any]) -> None:
+        """A method of the workers of one server."""
+        self._post(server, "/collective_rpc", _nothing, {"method": method, "kwargs": kwargs})
+
+    def post_all(self, path: str, body: dict[str, Any]) -> None:
+        """The same to every server, side by side."""
+        self._each(lambda server: self._post(server, path, _nothing, body))
+
+    def forget(self) -> None:
+        """Every server drops what it computed with the old weights; a prefix that it kept would be read without a word."""
+        self._each(lambda server: self._post(server, "/reset_prefix_cache", _success))
+
+    def resume(self) -> None:
+        """Every server goes on."""
+        if self._can_pause:
+            self._each(lambda server: self._post(server, "/resume", _nothing))
+
+    def score(self, sequences: Sequence[list[int]]) -> dict[str, list[list[float]]]:
+        """By server: of each sequence the log-probabilities of all tokens but the first, at temperature 1."""
+        assert self.facts is not None
+        body = {"model": self.facts.model, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "n": 1}
+
+        def ask(server: int) -> list[list[float]]:
+            return [
+                self._post(
+                    server,
+                    "/v1/completions",
+                    lambda reply, ids=ids: read_scores(reply, ids),  # type: ignore[misc]
+                    body | {"prompt": ids},
+                )
+                for ids in sequences
+            ]
+
+        return dict(zip(self.urls, self._each(ask), strict=True))
+
+    def close(self) -> None:
+        """Gives up what is in flight, and stops the servers that are ours."""
+        with ExitStack() as stack:
+            for process in self._processes:
+                stack.callback(process.stop)
+            # all are told before any is waited for
+            for process in self._processes:
+                stack.callback(process.ask_to_stop)
+            for wire in (self._control, self.wire):
+                if wire is not None:
+                    stack.callback(wire.close)
+
+    def _start_processes(self, launch: Launch, model_dir: Path) -> None:
+        for number in range(launch.num_servers):
+            port = launch.port + number if launch.port else free_port()
+            process = ServerProcess(
+                self._command(launch, model_dir, port),
+                name=f"rollout engine {number}",
+                port=port,
+                log=self._run_dir / f"engine_{number}.log",
+                env=DEV_MODE | dict(launch.env),
+                ready_timeout_s=launch.ready_timeout_s,
+            )
+            self._processes.append(process)
+            process.start()
+        for process in self._processes:
+            process.wait_ready()
+
+    def _command(self, launch: Launch, model_dir: Path, port: int) -> list[str]:
+        if launch.command is not None:
+            return [word.replace("{model}", str(model_dir)).replace("{port}", str(port)) for word in launch.command]
+        options = {
+            "model": str(model_dir),
+            "served-model-name": SERVED_NAME,
+            "host": "127.0.0.1",
+            "port": str(port),
+            "dtype": self._dtype,
+            "logprobs-mode": self._mode,
+            # else the model's own temperature, penalties and so on would join those of the recipe
+            "generation-config": "vllm",
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        # ids go in and out, so no text is ever made
+        start = [launch.python, "-m", "vllm.entrypoints.openai.api_server", "--skip-tokenizer-init"]
+        return [*start, *words, *launch.args]
+
+    def _read_facts(self, server: int) -> Facts:
+        def read(reply: Reply) -> Facts:
+            cards = reply.json().get("data") or []
+            names = [card.get("id") for card in cards]
+            wanted = self._section.model or (names[0] if names else None)
+            if wanted not in names:
+                raise RecipeError(
+                    f"{reply.url} has no model {wanted!r}; it has {', '.join(map(repr, names)) or 'none'}"
+                )
+            return Facts(str(wanted), cards[names.index(wanted)].get("max_model_len"), None)
+
+        found = self._get(server, "/v1/models", read)
+        launch = self._section.launch
+        if launch is not None and launch.command is None and "--logprobs-mode" not in launch.args:
+            return Facts(found.model, found.max_length, self._mode)
+        mode = None
+        with suppress(_NoRouteError):
+            mode = self._get(server, "/server_info?config_format=json", _mode)
+        return Facts(found.model, found.max_length, mode)
+
+    def _agree(self, found: Sequence[Facts]) -> Facts:
+        """What holds for all servers."""
+        for url, facts in zip(self.urls, found, strict=True):
+            if (facts.model, facts.logprobs_mode) != (found[0].model, found[0].logprobs_mode):
+                raise RecipeError(
+                    f"{url} serves {facts.model!r} with logprobs mode {facts.logprobs_mode}, {self.urls[0]} serves "
+                    f"{found[0].model!r} with {found[0].logprobs_mode}; start all rollout engines alike"
+                )
+        lengths = [facts.max_length for facts in found if facts.max_length is not None]
+        return Facts(found[0].model, min(lengths, default=None), found[0].logprobs_mode)
+
+    def _each(self, ask: Callable[[int], Result]) -> list[Result]:
+        assert self._control is not None
+        return self._control.each(range(len(self.urls)), ask)
+
+    def _get(self, server: int, path: str, read: Callable[[Reply], Result]) -> Result:
+        return self._ask(server, path, read, None, "GET")
+
+    def _post(self, server: int, path: str, read: Callable[[Reply], Result], body: Any = None) -> Result:
+        return self._ask(server, path, read, body, "POST")
+
+    def _ask(self, server: int, path: str, read: Callable[[Reply], Result], body: Any, method: str) -> Result:
+        assert self._control is not None
+        name = path.partition("?")[0]
+        key = f"{method} {name}" + (f" ({body['method']})" if name == "/collective_rpc" else "")
+        try:
+            return self._control.request(path, read, key=key, json=body, method=method, replica=server)
+        except Refused as refused:
+            kind = _NoRouteError if refused.status in (404, 405) else EngineError
+            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if kind is _NoRouteError else ""
+            raise kind(f"rollout engine {self.urls[server]}: {key} was refused: {refused}{hint}") from refused
+
+
+class _NoRouteError(EngineError):
+    """The server does not know the path."""
+
+
+def _nothing(reply: Reply) -> None:
+    """The status says it all."""
+
+
+def _success(reply: Reply) -> None:
+    """`{"success": false}`: something still holds blocks. Before that existed the reply was empty."""
+    if reply.content.strip() and reply.json().get("success") is False:
+        raise BadReply("the prefix cache is still in use")
+
+
+def _mode(reply: Reply) -> str | None:
+    values: Any = json.loads(reply.content)
+    with suppress(KeyError, TypeError):
+        found = values["vllm_config"]["model_config"]["logprobs_mode"]
+        return found if isinstance(found, str) else None
+    return None
