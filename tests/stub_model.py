@@ -110,12 +110,13 @@ class Response:
 def draw(logits: Tensor, body: dict[str, Any], uniform: float) -> tuple[int, Tensor]:
     """A token, and the log-probabilities [V] that a server in the mode of `body` reports for its place."""
     plain = logits.log_softmax(-1)
+    if bias := body.get("logit_bias"):
+        logits = logits.index_add(0, torch.tensor([int(id_) for id_ in bias]), torch.tensor([*bias.values()]).float())
     temperature = 1.0 if body.get("temperature") is None else float(body["temperature"])
-    if temperature < GREEDY_BELOW:
-        return int(logits.argmax()), plain
-    processed = _filter(logits / temperature, body).log_softmax(-1)
+    greedy = temperature < GREEDY_BELOW
+    processed = (logits if greedy else _filter(logits / temperature, body)).log_softmax(-1)
     cumulative = processed.double().exp().cumsum(-1)
-    token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    token = int(processed.argmax() if greedy else torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     return token, processed if body["logprobs_mode"] == "processed_logprobs" else plain
 
 

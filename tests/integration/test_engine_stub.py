@@ -161,6 +161,15 @@ def test_sampling_follows_the_distribution(model_dir: str, stub: EngineStub, cli
     assert bool(((found - wanted).abs() < 6 * (wanted * (1 - wanted) / count).sqrt() + 1e-9).all())
 
 
+def test_a_bias_forbids_a_token(stub: EngineStub, client: httpx.Client) -> None:
+    """vLLM's raw log-probabilities do not see it, its processed ones do."""
+    free = post(stub.url, client, temperature=0.0)["choices"][0]
+    first = free["token_ids"][0]
+    biased = post(stub.url, client, temperature=0.0, logit_bias={str(first): -100.0}, logprobs=1)["choices"][0]
+    assert biased["token_ids"][0] != first
+    assert max(biased["logprobs"]["top_logprobs"][0].values()) == pytest.approx(free["logprobs"]["token_logprobs"][0])
+
+
 def test_how_responses_end(stub: EngineStub, client: httpx.Client) -> None:
     whole = post(stub.url, client, ignore_eos=True)["choices"][0]
     assert (whole["finish_reason"], len(whole["token_ids"])) == ("length", 12)
