@@ -15,7 +15,7 @@ from understudy.linear.products import project
 from understudy.models import lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
 from understudy.teachers import LocalTeacher
-from understudy.teachers.frames import About, Answer, Ask, Limits, Tokens, fields_of, write_head
+from understudy.teachers.frames import About, Answer, Ask, Limits, Tokens, fields_of, row_bytes, write_head
 from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE
 from understudy.teachers.recording import tokenizer_digest
 from understudy.teachers.rows import CHUNK_ELEMENTS, score_rows
@@ -28,7 +28,6 @@ NUM_VIEWS = 16
 """Temperatures and vocabularies that are kept ready."""
 NEEDED: tuple[Need, ...] = ("sampled", "topk", "full")
 """What `LocalTeacher` gives; "given" is made of "full"."""
-_ID_BYTES = 4
 
 
 class Refusal(Exception):  # noqa: N818 (an answer with a status, raised where it is known)
@@ -121,17 +120,14 @@ class Scorer:
 
     def reply_bytes(self, ask: Ask) -> int:
         """What the tensors of the answer will take, at the most."""
-        score = torch.promote_types(unwrap(self._model).dtype, torch.float32).itemsize
-        row = _ID_BYTES
-        names = fields_of(ask.need)
-        if "logprob" in names:
-            row += 2 * score
-        if "topk_ids" in names:
-            row += min(ask.k or 0, ask.vocab_size) * (score + _ID_BYTES)
-        if "hidden" in names:
-            row += lm_head(self._model).weight.shape[1] * self._hidden_dtype.itemsize
-        if ask.ids is not None:
-            row += ask.ids.shape[1] * score
+        row = row_bytes(
+            ask.need,
+            scores=unwrap(self._model).dtype,
+            hidden=self._hidden_dtype,
+            hidden_size=lm_head(self._model).weight.shape[1],
+            num_top=min(ask.k or 0, ask.vocab_size),
+            num_given=0 if ask.ids is None else ask.ids.shape[1],
+        )
         return row * ask.num_rows
 
     @torch.no_grad()

@@ -77,10 +77,8 @@ def run(settings: Settings, note: Callable[[str], None]) -> None:
     with closing(_bind(settings)) as listening:
         scorer = load(settings)
         with _serving(scorer, settings, listening, note) as (server, running):
-            about = running.about
-            how = "with a token" if settings.token_env else "without a token"
-            note(f"{about.model} ({about.dtype}, {about.num_rows:,} rows) answers at {running.url}, {how}")
-            note(f"fingerprint {about.fingerprint}")
+            about, guard = running.about, "asks for a token" if settings.token_env else "asks for no token"
+            note(f"{running.url} serves {about.model} ({about.dtype}, {guard}), fingerprint {about.fingerprint}")
             with _signals_end_quietly():
                 server.run(sockets=[listening])
     note("stopped")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from dataclasses import dataclass
 
 from understudy.errors import RecipeError
 from understudy.models import DType
+from understudy.wire import read_key
 
 from .scorer import HiddenDType
 
@@ -61,13 +61,9 @@ class Settings:
         carry."""
         if not self.token_env:
             return ""
-        token = os.environ.get(self.token_env, "").strip()
+        token = read_key(self.token_env)
         if not token:
             raise RecipeError(f"--token-env {self.token_env}: that environment variable is not set, or empty")
-        if not (token.isascii() and token.isprintable()):
-            raise RecipeError(
-                f"the environment variable {self.token_env} holds characters that no token has; set it again"
-            )
         return token
 
 

@@ -263,6 +263,21 @@ def fields_of(need: Collection[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+def row_bytes(
+    need: Collection[str], *, scores: torch.dtype, hidden: torch.dtype, hidden_size: int, num_top: int, num_given: int
+) -> int:
+    """Of an answer's tensors, for each response token."""
+    names, size = fields_of(need), torch.promote_types(scores, torch.float32).itemsize
+    row = torch.int32.itemsize
+    if "logprob" in names:
+        row += 2 * size
+    if "topk_ids" in names:
+        row += num_top * (size + torch.int32.itemsize)
+    if "hidden" in names:
+        row += hidden_size * hidden.itemsize
+    return row + num_given * size
+
+
 def write_head(head: LMHead, fingerprint: str) -> bytes:
     """Weight and bias as they are, every row; temperature and vocabulary are the client's."""
     tensors = {"weight": head.weight.detach()}

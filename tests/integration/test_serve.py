@@ -1,0 +1,897 @@
+"""A served teacher says what the same weights say in this process, to the last bit, and survives whatever is sent to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from tests.leaks import nothing_left
+from tests.tiny_models import ARCHITECTURES, NUM_ROWS, letters, plain_logp, sample, tiny
+from understudy.config import parse
+from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
+from understudy.linear import LMHead, evaluate
+from understudy.methods import GKD
+from understudy.models import save_hf
+from understudy.packing import Unscored, pack
+from understudy.serve import Refusal, Scorer, Settings, serve_beside
+from understudy.serve import app as serve_app
+from understudy.serve import prompts as serve_prompts
+from understudy.serve import worker as serve_worker
+from understudy.teachers import LocalTeacher, Setup
+from understudy.teachers.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
+from understudy.teachers.served import Served, ServedTeacher
+from understudy.types import Need, Sample, Scores
+
+ROUNDING = 1e-12
+"""float64: another order of sums."""
+IN_FLOAT32 = 1e-6
+"""Gemma 2 computes norms and the softmax of its attention in float32, whatever its weights are in."""
+VOCABULARY = 37
+TEMPERATURE = 0.7
+WAIT_S = 60.0
+QUICK: dict[str, Any] = {"max_retries": 1, "backoff_s": 0.01, "timeout_s": 20.0, "deadline_s": 30.0}
+FIELDS = ("logprob", "entropy", "topk_ids", "topk_logprob", "hidden")
+NEEDS: dict[str, frozenset[Need]] = {
+    "sampled": frozenset({"sampled"}),
+    "topk": frozenset({"topk"}),
+    "full": frozenset({"full"}),
+    "all": frozenset({"sampled", "topk", "full"}),
+}
+
+
+def samples(seed: int = 1) -> list[Sample]:
+    """Prompts and responses of many lengths, one response empty, one prompt of a single token; no prompt twice."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = [(3, 5), (1, 4), (9, 2), (4, 0), (2, 11), (7, 1), (3, 6)]
+    return [
+        sample(f"p{i}", *(torch.randint(2, VOCABULARY, (n,), generator=draw).tolist() for n in pair))
+        for i, pair in enumerate(lengths)
+    ]
+
+
+def group(num_prompt: int = 30, lengths: Sequence[int] = (4, 5, 1, 0, 5, 9), seed: int = 2) -> list[Sample]:
+    """Responses to one prompt."""
+    draw = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(2, VOCABULARY, (num_prompt,), generator=draw).tolist()
+    return [
+        replace(sample("g", prompt, torch.randint(2, VOCABULARY, (n,), generator=draw).tolist()), index=i)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def setup(**options: Any) -> Setup:
+    facts = {"name": "t", "vocab_size": VOCABULARY, "temperature": TEMPERATURE, "tokenizer": letters()}
+    return Setup(**facts | options)
+
+
+@contextmanager
+def serving(model: Any, *, beside: dict[str, Any] | None = None, **options: Any) -> Iterator[str]:
+    """The address of a server of this process. `beside`: settings; `options`: of the scorer."""
+    scorer = Scorer(model, letters(), name="tiny", **options)
+    with serve_beside(scorer, Settings(model="tiny", **{"port": 0} | (beside or {}))) as running:
+        yield running.url
+
+
+@contextmanager
+def opened(*urls: str, into: Setup | None = None, **keys: Any) -> Iterator[ServedTeacher]:
+    teacher = Served(url=urls, **QUICK | keys).open(into or setup())
+    try:
+        yield teacher
+    finally:
+        teacher.close()
+
+
+def local(model: Any, **options: Any) -> LocalTeacher:
+    return LocalTeacher(model, **{"name": "t", "vocab_size": VOCABULARY, "temperature": TEMPERATURE} | options)
+
+
+def ask(some: Sequence[Sample], **options: Any) -> Ask:
+    facts: dict[str, Any] = {"need": frozenset({"sampled"}), "temperature": TEMPERATURE, "vocab_size": VOCABULARY}
+    return Ask(
+        tokens=torch.cat([one.token_ids for one in some]).int(),
+        lengths=torch.tensor([len(one.token_ids) for one in some], dtype=torch.int32),
+        prompt_lengths=torch.tensor([one.prompt_length for one in some], dtype=torch.int32),
+        **facts | options,
+    )
+
+
+def post(url: str, body: bytes, **headers: str) -> httpx.Response:
+    said = {"Content-Type": CONTENT_TYPE} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(url + SCORE, content=body, headers=said, timeout=WAIT_S)
+
+
+def message(response: httpx.Response) -> str:
+    """The one shape of an error."""
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message"]
+    return str(body["error"]["message"])
+
+
+def same(found: Sequence[Scores], expected: Sequence[Scores], atol: float = 0.0) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+        for name in FIELDS:
+            ours, theirs = getattr(one, name), getattr(other, name)
+            assert (ours is None) == (theirs is None), name
+            if ours is not None:
+                torch.testing.assert_close(
+                    ours, theirs, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+                )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("need", NEEDS)
+def test_scores_are_the_local_teachers_to_the_last_bit(dtype: str, need: str) -> None:
+    """At a temperature and over a cut vocabulary, in the precision of the weights; the wire rounds nothing."""
+    model = tiny(dtype=dtype, sharp=4.0)
+    with serving(model) as url, opened(url) as teacher:
+        found = teacher.score(samples(), NEEDS[need], k=5)
+        same(found, local(model).score(samples(), NEEDS[need], k=5))
+        if found[0].hidden is not None:
+            mine, theirs = teacher.head_for(None), local(model).head_for(None)
+            assert torch.equal(mine.logits(found[0].hidden), theirs.logits(found[0].hidden))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_hidden_states_and_the_head_are_the_whole_row(name: str) -> None:
+    """Soft-cap, scale and bias arrive; prompts that several samples share are read once, and it is not seen."""
+    model = tiny(name, sharp=4.0)
+    some = [*samples(), *group()]
+    with serving(model) as url, opened(url) as teacher:
+        found = teacher.score(some, NEEDS["all"], k=4)
+        head = teacher.head_for(None)
+        for one, scores in zip(some, found, strict=True):
+            expected = plain_logp(model, one.token_ids, TEMPERATURE, VOCABULARY)[one.prompt_length - 1 :]
+            assert scores.hidden is not None
+            atol = IN_FLOAT32 if name == "gemma2" else ROUNDING
+            torch.testing.assert_close(head.logits(scores.hidden).log_softmax(-1), expected, rtol=0, atol=atol)
+        same(found, local(model).score(some, NEEDS["all"], k=4), atol=atol)
+
+
+def test_loss_and_gradient_through_served_states_are_those_through_local_ones() -> None:
+    model, method = tiny(sharp=4.0), GKD(beta=0.3)
+    draw = torch.Generator().manual_seed(3)
+    batch = pack(samples(), None)
+    student = torch.randn(len(batch), 8, dtype=torch.float64, generator=draw)
+    weight = torch.randn(NUM_ROWS, 8, dtype=torch.float64, generator=draw)
+
+    def outcome(teacher: LocalTeacher | ServedTeacher) -> tuple[Tensor, Tensor, Tensor]:
+        states = torch.cat(
+            [score.hidden for score in teacher.score(samples(), NEEDS["full"]) if score.hidden is not None]
+        )
+        hidden, rows = student.clone().requires_grad_(), weight.clone().requires_grad_()
+        head = LMHead(rows, temperature=TEMPERATURE, vocab_size=VOCABULARY)
+        found = evaluate(method, batch, hidden, head, teacher=(states, teacher.head_for(None)))
+        found.loss.backward()
+        assert hidden.grad is not None
+        assert rows.grad is not None
+        return found.loss.detach(), hidden.grad, rows.grad
+
+    with serving(model) as url, opened(url) as teacher:
+        for served, expected in zip(outcome(teacher), outcome(local(model)), strict=True):
+            assert expected.abs().max() > 0
+            assert torch.equal(served, expected)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_given_ids_are_gathered_from_the_whole_softmax(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from understudy.serve import scorer
+
+    monkeypatch.setattr(scorer, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    model, some = tiny("cohere", sharp=4.0), [*samples(), *group()]
+    draw = torch.Generator().manual_seed(4)
+    ids = [torch.randint(0, VOCABULARY, (one.num_response_tokens, 6), generator=draw) for one in some]
+    with serving(model, share_prompts=share) as url, opened(url) as teacher:
+        for one, rows, scores in zip(some, ids, teacher.score_at(some, ids), strict=True):
+            logp = plain_logp(model, one.token_ids, TEMPERATURE, VOCABULARY)[one.prompt_length - 1 :]
+            assert scores.topk_ids is not None
+            assert torch.equal(scores.topk_ids, rows)
+            torch.testing.assert_close(scores.topk_logprob, logp.gather(-1, rows), rtol=0, atol=ROUNDING)
+
+
+def test_hidden_states_may_be_sent_in_bfloat16() -> None:
+    """Half the bytes; another fingerprint, because scores differ."""
+    model = tiny(dtype="float32", sharp=4.0)
+    expected = local(model).score(samples(), NEEDS["full"])
+    with serving(model) as url, opened(url) as teacher:
+        exact = teacher.fingerprint
+    with serving(model, hidden_dtype="bfloat16") as url, opened(url) as teacher:
+        assert teacher.fingerprint != exact
+        for one, other in zip(teacher.score(samples(), NEEDS["full"]), expected, strict=True):
+            assert one.hidden is not None
+            assert other.hidden is not None
+            assert torch.equal(one.hidden, other.hidden.bfloat16())
+
+
+def test_the_fingerprint_changes_with_weights_temperature_and_vocabulary() -> None:
+    model = tiny()
+    with serving(model) as url, opened(url) as one, opened(url) as again:
+        assert one.fingerprint == again.fingerprint
+        for changed in ({"temperature": 1.0}, {"vocab_size": 36}):
+            with opened(url, into=setup(**changed)) as other:
+                assert other.fingerprint != one.fingerprint
+        before = one.fingerprint
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-9
+    with serving(model) as url, opened(url) as other:
+        assert other.fingerprint != before
+
+
+# prompts that are read once
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("max_tokens", [40, 90, 10_000])
+def test_continuing_from_a_prompt_is_reading_every_sequence_whole(name: str, max_tokens: int) -> None:
+    """Sliding windows (4 tokens) that end inside the prompt and inside the response; batches of one and of all."""
+    model, some = tiny(name, sharp=4.0), group()
+    prompt, responses = some[0].token_ids[:30], [one.response_ids for one in some]
+    assert serve_prompts.can_continue(model)
+    found = serve_prompts.continued_hidden(model, prompt, responses, max_tokens, torch.device("cpu"))
+    expected = local(model).score(some, NEEDS["full"])
+    for states, other in zip(found, expected, strict=True):
+        assert other.hidden is not None
+        torch.testing.assert_close(states, other.hidden, rtol=0, atol=IN_FLOAT32 if name == "gemma2" else ROUNDING)
+
+
+def test_a_shared_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    scorer, slots = Scorer(model, letters(), name="tiny"), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: slots.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    scorer.score([ask(group(200, [4] * 8))])
+    shared, slots[:] = sum(slots), []
+    monkeypatch.setattr(scorer, "_shares", False)
+    scorer.score([ask(group(200, [4] * 8))])
+    # the probe of a new view aside, 200 + 8 * 3 slots against 8 * 203
+    assert shared <= 224 + 16
+    assert sum(slots) >= 8 * 203
+
+
+def test_a_cache_that_cannot_be_continued_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the cache raises or gets wrong, whole sequences are read."""
+    from transformers.cache_utils import DynamicCache
+
+    model = tiny()
+    for broken in (lambda self, repeats: 1 / 0, lambda self, repeats: self.layers[0].keys.zero_()):
+        with monkeypatch.context() as patch:
+            patch.setattr(DynamicCache, "batch_repeat_interleave", broken)
+            scorer = Scorer(model, letters(), name="tiny")
+        assert not scorer.shares_prompts
+    assert Scorer(model, letters(), name="tiny").shares_prompts
+
+
+def test_batches_that_continue_keep_to_the_budget() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        prompt, budget = draw.randint(1, 50), draw.randint(1, 300)
+        lengths = [draw.randint(0, 60) for _ in range(draw.randint(1, 12))]
+        batches = serve_prompts.continued_batches(prompt, lengths, budget)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * (prompt + lengths[batch[0]]) <= budget
+
+
+# many at once
+
+
+def test_requests_that_wait_together_are_answered_together_and_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one kind, in any order of arrival, each gets its own answer; of another kind, none is mixed in."""
+    model, calls = tiny(sharp=4.0), []
+    scorer = Scorer(model, letters(), name="tiny")
+    plain = scorer.score
+    gate = threading.Event()
+
+    def held(asks: Sequence[Ask]) -> list[Answer]:
+        assert gate.wait(WAIT_S)
+        calls.append([one.kind for one in asks])
+        return plain(asks)
+
+    monkeypatch.setattr(scorer, "score", held)
+    worker = serve_worker.Worker(scorer, reply_bytes=2**30)
+    try:
+        asks = []
+        for index in range(24):
+            some = [*samples(seed=index)[:3], *group(seed=index)[:2]]
+            asks.append(ask(some, need=frozenset({"topk"}), k=3) if index % 3 else ask(some, temperature=1.3))
+        futures = [worker.submit(one) for one in asks]
+        gate.set()
+        answers = [future.result(WAIT_S) for future in futures]
+    finally:
+        gate.set()
+        worker.close()
+    assert all(len(set(kinds)) == 1 for kinds in calls)
+    assert len(calls) <= 4, "24 requests of two kinds wait: the first alone perhaps, then each kind at once"
+    for one, answer in zip(asks, answers, strict=True):
+        (alone,) = plain([one])
+        assert torch.equal(alone.token_ids, answer.token_ids)
+        for name, value in alone.fields.items():
+            torch.testing.assert_close(answer.fields[name], value, rtol=0, atol=ROUNDING)
+
+
+def test_a_request_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(tiny(), letters(), name="tiny")
+    plain, gate = scorer.score, threading.Event()
+    bad = ask(samples()[:1])
+
+    def fails(asks: Sequence[Ask]) -> list[Answer]:
+        assert gate.wait(WAIT_S)
+        if bad in asks:
+            raise RuntimeError("a kernel failed")
+        return plain(asks)
+
+    monkeypatch.setattr(scorer, "score", fails)
+    worker = serve_worker.Worker(scorer, reply_bytes=2**30)
+    try:
+        futures = [worker.submit(one) for one in (ask(samples()), bad, ask(samples()))]
+        gate.set()
+        assert len(futures[0].result(WAIT_S).token_ids) == len(futures[2].result(WAIT_S).token_ids) > 0
+        with pytest.raises(RuntimeError, match="kernel"):
+            futures[1].result(WAIT_S)
+    finally:
+        gate.set()
+        worker.close()
+
+
+def test_a_full_queue_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """429 with Retry-After to whom does not fit; who waits is answered; what waits at the end is told so."""
+    monkeypatch.setattr(serve_worker, "MAX_WAITING", 2)
+    scorer, gate, began = Scorer(tiny(), letters(), name="tiny"), threading.Event(), threading.Event()
+    plain = scorer.score
+
+    def held(asks: Sequence[Ask]) -> list[Answer]:
+        began.set()
+        assert gate.wait(WAIT_S)
+        return plain(asks)
+
+    monkeypatch.setattr(scorer, "score", held)
+    worker = serve_worker.Worker(scorer, reply_bytes=2**30)
+    try:
+        # one is under way, two wait
+        futures = [worker.submit(ask(samples()))]
+        assert began.wait(WAIT_S)
+        futures += [worker.submit(ask(samples())) for _ in range(2)]
+        with pytest.raises(Refusal, match="later") as caught:
+            worker.submit(ask(samples()))
+        assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "1"})
+        gate.set()
+        assert all(len(future.result(WAIT_S).token_ids) for future in futures)
+        gate.clear()
+        began.clear()
+        under_way = worker.submit(ask(samples()))
+        assert began.wait(WAIT_S)
+        waits = worker.submit(ask(samples()))
+        ends = threading.Thread(target=worker.close)
+        ends.start()
+        with pytest.raises(Refusal, match="stopping"):
+            waits.result(WAIT_S)
+        gate.set()
+        ends.join(WAIT_S)
+        assert len(under_way.result(WAIT_S).token_ids)
+        with pytest.raises(Refusal, match="stopping"):
+            worker.submit(ask(samples()))
+    finally:
+        gate.set()
+        worker.close()
+
+
+def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """429 and Retry-After over the wire: the client waits as long and gets its scores."""
+    model, plain, count = tiny(sharp=4.0), serve_worker.Worker.submit, []
+
+    def busy_once(self: serve_worker.Worker, one: Ask) -> Any:
+        count.append(time.monotonic())
+        if len(count) == 1:
+            raise Refusal(429, "ask later", {"Retry-After": "1"})
+        return plain(self, one)
+
+    monkeypatch.setattr(serve_worker.Worker, "submit", busy_once)
+    with serving(model) as url, opened(url) as teacher:
+        same(teacher.score(samples(), NEEDS["sampled"]), local(model).score(samples(), NEEDS["sampled"]))
+    assert len(count) == 2
+    assert count[1] - count[0] >= 1.0
+
+
+def test_many_clients_at_once_get_their_own() -> None:
+    model = tiny(sharp=4.0)
+    wanted = [samples(seed) for seed in range(8)]
+    expected = [local(model).score(some, NEEDS["topk"], k=3) for some in wanted]
+    with serving(model) as url, opened(url, batch_tokens=20) as teacher:
+        found: dict[int, list[Scores]] = {}
+
+        def fetch(index: int) -> None:
+            found[index] = teacher.score(wanted[index], NEEDS["topk"], k=3)
+
+        threads = [threading.Thread(target=fetch, args=(index,)) for index in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        for index, scores in enumerate(expected):
+            same(found[index], scores, atol=ROUNDING)
+
+
+# what is refused
+
+
+def test_a_token_is_asked_for_everywhere_but_health(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEACHER_TOKEN", "s3cret-of-many-letters")
+    monkeypatch.setenv("WRONG_TOKEN", "another-of-many-letters")
+    with serving(tiny(), beside={"token_env": "TEACHER_TOKEN"}) as url:
+        assert httpx.get(url + "/health").json() == {"status": "ok"}
+        for said in (
+            {},
+            {"Authorization": "Bearer"},
+            {"Authorization": "s3cret-of-many-letters"},
+            {"Authorization": b"Bearer \xff"},
+        ):
+            for answer in (
+                httpx.get(url + ABOUT, headers=said),
+                httpx.get(url + HEAD, headers=said),
+                httpx.post(url + SCORE, content=b"", headers=said),
+            ):
+                assert answer.status_code == 401
+                assert "token" in message(answer)
+        with opened(url, token_env="TEACHER_TOKEN") as teacher:
+            assert len(teacher.score(samples(), NEEDS["sampled"])) == 7
+            assert "s3cret" not in repr(teacher) + repr(vars(teacher))
+        for wrong in ("WRONG_TOKEN", ""):
+            with pytest.raises(EngineError, match="token_env") as caught:
+                Served(url=url, token_env=wrong, **QUICK).open(setup())
+            assert "many-letters" not in str(caught.value)
+    assert "many-letters" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "::", "teacher.example.org", ""])
+def test_others_reach_it_only_with_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="--token-env"):
+        Settings(model="m", host=host).check()
+    monkeypatch.setenv("TEACHER_TOKEN", "s3cret")
+    Settings(model="m", host=host, token_env="TEACHER_TOKEN").check()
+    monkeypatch.setenv("TEACHER_TOKEN", "  ")
+    with pytest.raises(RecipeError, match="not set"):
+        Settings(model="m", host=host, token_env="TEACHER_TOKEN").check()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_loopback_needs_no_token(host: str) -> None:
+    Settings(model="m", host=host).check()
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"port": 70_000}, "--port"),
+        ({"max_batch_tokens": 0}, "--max-batch-tokens"),
+        ({"max_request_bytes": 0}, "--max-request"),
+    ],
+)
+def test_options_that_cannot_be(option: dict[str, int], match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        Settings(model="m", **option).check()
+
+
+def test_a_port_that_is_taken_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RecipeError, match=f"port {port}"), serving(tiny(), beside={"port": port}):
+            pass
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from understudy.serve import check_installed
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(RecipeError, match=r"pip install 'understudy\[serve\]'"):
+        check_installed()
+
+
+def test_requests_over_a_limit_are_refused_with_what_to_do() -> None:
+    """A body's size before it is read, an answer's before it is computed, a sequence's with its number."""
+    model = tiny(max_position_embeddings=32)
+    small = samples()
+    with serving(model, beside={"max_request_bytes": 2_000, "max_reply_bytes": 2_000}) as url:
+        assert post(url, ask(small).encode()).status_code == 200
+        too_large = post(url, bytes(3_000))
+        assert too_large.status_code == 413
+        assert "2,000 bytes" in message(too_large)
+        reply = post(url, ask(small, need=frozenset({"full"})).encode())
+        assert reply.status_code == 413
+        assert "--max-reply-bytes" in message(reply)
+        long = [small[0], sample("long", [2] * 4, [3] * 30)]
+        refused = post(url, ask(long).encode())
+        assert refused.status_code == 422
+        assert "sample 1" in message(refused)
+        assert "32 positions" in message(refused)
+        assert post(url, ask([sample("fits", [2] * 4, [3] * 29)]).encode()).status_code == 200
+
+
+def test_a_body_without_a_length_is_cut_at_the_limit() -> None:
+    """No more is read than the limit, whatever is announced; a body that never comes is given up."""
+    with serving(tiny(), beside={"max_request_bytes": 10_000}) as url:
+        sent = []
+
+        def endless() -> Iterator[bytes]:
+            for _ in range(100_000):
+                sent.append(1)
+                yield bytes(1_000)
+
+        # the server closes the line while the client still writes, which may hide the answer
+        with suppress(httpx.TransportError):
+            response = httpx.post(
+                url + SCORE, content=endless(), headers={"Content-Type": CONTENT_TYPE}, timeout=WAIT_S
+            )
+            assert response.status_code == 413
+        assert len(sent) < 100_000
+        assert httpx.get(url + "/health").status_code == 200
+
+
+def test_a_body_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_app, "BODY_S", 0.1)
+    with serving(tiny()) as url:
+        host, port = re.findall(r"//(.*):(\d+)", url)[0]
+        with socket.create_connection((host, int(port)), timeout=WAIT_S) as line:
+            line.sendall(
+                f"POST {SCORE} HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 50\r\n\r\nhalf".encode()
+            )
+            assert b" 408 " in line.recv(1_000)
+
+
+def test_what_is_not_well_formed_is_named() -> None:
+    some = samples()
+    right = ask(some)
+    wrong: dict[str, Ask] = {
+        "prompt length 0": replace(right, prompt_lengths=torch.zeros_like(right.prompt_lengths)),
+        "add up": replace(right, tokens=right.tokens[1:]),
+        "one of each": replace(right, lengths=right.lengths[1:]),
+        "longer": replace(right, prompt_lengths=right.lengths + 1),
+        "need is": replace(right, need=frozenset({"everything"})),
+        "temperature is": replace(right, temperature=0.0),
+        "temperature is 'nan'": replace(right, temperature=float("nan")),
+        "k is": replace(right, need=frozenset({"topk"})),
+        "ids come": replace(right, need=frozenset({"given"})),
+        "a row for each": replace(right, need=frozenset({"given"}), ids=torch.zeros(2, 2, dtype=torch.int32)),
+        "tokens is int64": replace(right, tokens=right.tokens.long()),
+        "vocab_size is 41": replace(right, vocab_size=41),
+        "must lie in [0, 40)": replace(right, tokens=right.tokens - 3),
+        "vocab_size is 30": replace(right, vocab_size=30),
+    }
+    with serving(tiny()) as url:
+        for words, one in wrong.items():
+            response = post(url, one.encode())
+            assert response.status_code in (400, 422), words
+            assert words in message(response)
+        assert post(url, right.encode(), Content_Type="application/json").status_code == 415
+        for response in (httpx.get(url + "/v1/nothing"), httpx.get(url + SCORE)):
+            assert response.status_code in (404, 405)
+            assert message(response)
+
+
+def test_no_body_makes_the_server_fail() -> None:
+    """Random, truncated, bit-flipped bodies and headers with other facts: an answer or a refusal, never a 500, and the
+    server says afterwards what it said before."""
+    draw = random.Random(7)
+    right = ask([*samples(), *group()], need=frozenset({"topk", "full"}), k=3).encode()
+    given = ask(samples()[:1], need=frozenset({"given"}), ids=torch.ones(5, 2, dtype=torch.int32)).encode()
+    size = int.from_bytes(right[:8], "little")
+    bodies = [
+        b"",
+        right[:7],
+        right[:8],
+        bytes(8),
+        b"\xff" * 8,
+        b"\xff" * 64,
+        right + b"x",
+        save({}),
+        right[:8] + b"{" * size,
+    ]
+    for _ in range(200):
+        bodies.append(draw.randbytes(draw.randint(0, 400)))
+        source = draw.choice([right, given])
+        bodies.append(source[: draw.randint(0, len(source))])
+        flipped = bytearray(source)
+        for _ in range(draw.randint(1, 4)):
+            flipped[draw.randrange(len(flipped))] = draw.randrange(256)
+        bodies.append(bytes(flipped))
+    values = [-(2**31), -1, 0, 1, 2, 5, 2**31 - 1]
+    for _ in range(100):
+        pieces = {
+            name: torch.tensor([draw.choice(values) for _ in range(draw.randint(0, 4))], dtype=torch.int32)
+            for name in draw.sample(["tokens", "lengths", "prompt_lengths", "ids"], draw.randint(1, 4))
+        }
+        bodies.append(
+            save(
+                pieces,
+                {
+                    "need": draw.choice(["sampled", "given", "topk"]),
+                    "temperature": "1e3",
+                    "vocab_size": "37",
+                    "k": "9999999999",
+                },
+            )
+        )
+    with serving(tiny()) as url, httpx.Client(timeout=WAIT_S) as client:
+        headers = {"Content-Type": CONTENT_TYPE}
+        before = client.post(url + SCORE, content=right, headers=headers).content
+        for body in bodies:
+            response = client.post(url + SCORE, content=body, headers=headers)
+            assert response.status_code in (200, 400, 422), (response.status_code, response.content, body)
+            if response.status_code != 200:
+                assert message(response)
+        assert client.post(url + SCORE, content=right, headers=headers).content == before
+
+
+def test_no_reply_makes_the_client_fail() -> None:
+    """Half a reply, and one with a few other bytes, is told apart or is a well-formed answer."""
+    draw = random.Random(8)
+    right = Answer(
+        fingerprint="f", token_ids=torch.arange(5).int(), fields={"logprob": torch.zeros(5), "entropy": torch.ones(5)}
+    ).encode()
+    for _ in range(500):
+        flipped = bytearray(right[: draw.choice([len(right), draw.randint(0, len(right))])])
+        for _ in range(draw.randint(0, 3) if flipped else 0):
+            flipped[draw.randrange(len(flipped))] = draw.randrange(256)
+        try:
+            found = Answer.decode(bytes(flipped))
+        except FrameError:
+            continue
+        assert all(len(value) == len(found.token_ids) for value in found.fields.values())
+
+
+# the client
+
+
+WRONG = {
+    "other tokens": lambda a: replace(a, token_ids=a.token_ids + 1),
+    "of 4 tokens": lambda a: replace(a, token_ids=a.token_ids[1:], fields={n: v[1:] for n, v in a.fields.items()}),
+    "above 0": lambda a: replace(a, fields={**a.fields, "logprob": a.fields["logprob"] + 100.0}),
+    "names a token twice": lambda a: replace(a, fields={**a.fields, "topk_ids": a.fields["topk_ids"] * 0}),
+    "does not exist": lambda a: replace(a, fields={**a.fields, "topk_ids": a.fields["topk_ids"] + 30}),
+    "asked for": lambda a: replace(a, fields={"logprob": a.fields["logprob"]}),
+    "has shape": lambda a: replace(a, fields={**a.fields, "topk_logprob": a.fields["topk_logprob"][:, :1]}),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_reply_is_asked_for_again_and_then_an_error_that_names_the_sample(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, one = tiny(sharp=4.0), samples()[:1]
+    with serving(model) as url, opened(url) as teacher:
+        plain, count = Scorer.score, []
+        bad = WRONG[what]
+
+        def twice(self: Scorer, asks: Sequence[Ask]) -> list[Answer]:
+            count.append(1)
+            answers = plain(self, asks)
+            return [bad(answer) if len(count) % 2 or always else answer for answer in answers]
+
+        monkeypatch.setattr(Scorer, "score", twice)
+        always = False
+        same(teacher.score(one, NEEDS["topk"], k=3), local(model).score(one, NEEDS["topk"], k=3))
+        assert len(count) == 2
+        always = True
+        with pytest.raises(EngineError, match=what) as caught:
+            teacher.score(one, NEEDS["topk"], k=3)
+        assert "p0#0" in str(caught.value)
+        assert url in str(caught.value)
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_a_score_that_stays_no_number_leaves_its_sample_unscored(need: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a number; the other samples keep theirs; a NaN that passes is not seen."""
+    model, plain, count = tiny(sharp=4.0), Scorer.score, []
+
+    def broken(self: Scorer, asks: Sequence[Ask]) -> list[Answer]:
+        count.append(1)
+        answers = plain(self, asks)
+        for answer in answers if always or len(count) == 1 else []:
+            for name, value in answer.fields.items():
+                if name != "topk_ids":
+                    value[2] = float("nan")
+        return answers
+
+    expected = local(model).score(samples(), NEEDS[need], k=3)
+    with serving(model) as url, opened(url) as teacher:
+        monkeypatch.setattr(Scorer, "score", broken)
+        always = False
+        same(teacher.score(samples(), NEEDS[need], k=3), expected)
+        always = True
+        found = teacher.score(samples(), NEEDS[need], k=3)
+    assert isinstance(found[0], Unscored)
+    assert "NaN" in found[0].reason
+    for name in ("logprob", "entropy", "topk_logprob", "hidden"):
+        value = getattr(found[0], name)
+        assert value is None or bool(value.isnan().all())
+    same(found[1:], expected[1:])
+
+
+def test_a_teacher_that_changes_in_the_middle_is_an_error() -> None:
+    model = tiny()
+    with serving(model) as url:
+        port = int(url.rpartition(":")[2])
+        teacher = Served(url=url, **QUICK).open(setup())
+    try:
+        with (
+            serving(tiny("qwen3"), beside={"port": port}),
+            pytest.raises(EngineError, match="another than when this run began"),
+        ):
+            teacher.score(samples(), NEEDS["sampled"])
+    finally:
+        teacher.close()
+
+
+def test_replicas_share_the_load_and_one_may_be_dead() -> None:
+    model = tiny(sharp=4.0)
+    expected = local(model).score(samples(), NEEDS["sampled"])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with serving(model) as one, serving(model) as other:
+        with opened(one, other, batch_tokens=10) as teacher:
+            same(teacher.score(samples(), NEEDS["sampled"]), expected, atol=ROUNDING)
+            asked = teacher.stats()["replicas"]
+            assert all(asked[url]["requests"] > 0 for url in (one, other))
+        for urls in ((dead, one), (one, dead)):
+            with opened(*urls, batch_tokens=10, max_retries=3) as teacher:
+                same(teacher.score(samples(), NEEDS["sampled"]), expected, atol=ROUNDING)
+    with pytest.raises(EngineError, match="serve-teacher"), opened(dead, one):
+        pass
+
+
+def test_replicas_of_different_teachers_are_refused() -> None:
+    with (
+        serving(tiny()) as one,
+        serving(tiny("qwen3")) as other,
+        pytest.raises(EngineError, match="different teachers"),
+        opened(one, other),
+    ):
+        pass
+
+
+def test_another_tokenizer_is_refused_and_padding_rows_are_not() -> None:
+    """The tables of ids are compared, not their sizes; rows past the student's tokens are padding."""
+    shifted = letters(NUM_ROWS)
+    shifted.eos_token = "<unk>"
+    with serving(tiny(num_rows=48)) as url:
+        with opened(url) as teacher:
+            assert teacher.about.num_rows == 48
+        with pytest.raises(VocabularyError, match="38 tokens"), opened(url, into=setup(tokenizer=letters(38))):
+            pass
+        with pytest.raises(VocabularyError, match="EOS is id 0"), opened(url, into=setup(tokenizer=shifted)):
+            pass
+        with pytest.raises(RecipeError, match="48 rows"), opened(url, into=setup(vocab_size=49)):
+            pass
+
+
+def test_what_cannot_be_asked_is_said_before_anything_is_sent() -> None:
+    with serving(tiny(max_position_embeddings=16)) as url, opened(url) as teacher:
+        before = teacher.stats()["requests"]
+        with pytest.raises(ScoreError, match="p2#0 has"):
+            teacher.score([replace(one, token_ids=one.token_ids.repeat(2)) for one in samples()], NEEDS["sampled"])
+        with pytest.raises(ScoreError, match="verbal"):
+            teacher.score(samples(), frozenset({"verbal"}))
+        with pytest.raises(ValueError, match="k of at least 1"):
+            teacher.score(samples(), NEEDS["topk"])
+        none = teacher.score(samples(), frozenset({"none"}))
+        assert [len(one.token_ids) for one in none] == [one.num_response_tokens for one in samples()]
+        assert teacher.score([], NEEDS["sampled"]) == []
+        assert teacher.stats()["requests"] == before
+
+
+def test_batches_keep_to_the_servers_limits() -> None:
+    """Whatever the client's own budget is, no request is refused for its size or its answer's."""
+    model = tiny(sharp=4.0)
+    some = [one for seed in range(5) for one in samples(seed)]
+    limits = {"max_request_bytes": 2**16 + 400, "max_reply_bytes": 4_000}
+    with serving(model, beside=limits) as url, opened(url) as teacher:
+        found = teacher.score(some, NEEDS["full"])
+        same(found, local(model).score(some, NEEDS["full"]), atol=ROUNDING)
+
+
+def test_the_section_reads_from_a_recipe() -> None:
+    section = parse(Served, {"url": ["http://a:1", "http://b:2/"], "token_env": "T", "max_retries": 2})
+    assert section.urls == ("http://a:1", "http://b:2/")
+    assert parse(Served, {"url": "http://a:1"}).urls == ("http://a:1",)
+    for keys, match in (
+        ({"url": []}, "url is empty"),
+        ({"url": "http://a:1", "token_env": "not a name"}, "NAME"),
+        ({"url": "http://a:1", "batch_tokens": 0}, "batch_tokens"),
+        ({"url": "http://a:1", "max_retries": -1}, "max_retries"),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            parse(Served, keys)
+    for url in ("a:1", "http://user:word@a", "ftp://a"):
+        with pytest.raises(RecipeError, match=r"teacher\.url"):
+            Served(url=url).check()
+
+
+def test_another_format_is_told_apart() -> None:
+    with serving(tiny()) as url:
+        said = httpx.get(url + ABOUT).json()
+    assert About.decode(said).encode() == said
+    assert About.decode(said | {"more": 1}) == About.decode(said)
+    for wrong in (
+        [],
+        {},
+        said | {"format": 2},
+        said | {"tokenizer": None},
+        {k: v for k, v in said.items() if k != "dtype"},
+    ):
+        with pytest.raises(FrameError):
+            About.decode(json.loads(json.dumps(wrong)))
+
+
+# the process
+
+
+def test_nothing_is_left_behind() -> None:
+    model = tiny()
+    with nothing_left(), serving(model) as url, opened(url) as teacher:
+        teacher.score(samples(), NEEDS["sampled"])
+    with nothing_left(), pytest.raises(EngineError), serving(model), opened("http://127.0.0.1:9"):
+        pass
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher")
+    save_hf(tiny(dtype="float32"), letters(), path)
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_serves_until_a_signal(number: int, on_disk: Path) -> None:
+    """It prints where it is and what it serves, answers, and ends by itself, leaving nothing."""
+    code = "from understudy.cli.serving import serve; import sys; serve(sys.argv[1], port=0, max_batch_tokens=512)"
+    with nothing_left():
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(on_disk)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        watchdog = threading.Timer(WAIT_S, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            found = re.search(r"(http://127\.0\.0\.1:\d+) .* fingerprint ([0-9a-f]{32})", said)
+            assert found is not None, said + process.stdout.read()
+            with opened(found[1]) as teacher:
+                assert teacher.about.fingerprint == found[2]
+                assert len(teacher.score(samples(), NEEDS["full"])) == 7
+            process.send_signal(number)
+            rest = process.stdout.read()
+            assert process.wait(WAIT_S) == 0, rest
+            assert "Traceback" not in rest
+            assert "stopped" in rest
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.wait(WAIT_S)
+            watchdog.join(WAIT_S)
