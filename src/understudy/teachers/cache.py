@@ -113,12 +113,16 @@ class CachedTeacher:
         """The teacher's."""
         self.teacher.load_state(state)
 
+    @property
+    def apart(self) -> bool:
+        """The teacher's."""
+        return self.teacher.apart
+
     def close(self) -> None:
-        """Closes the file, and the teacher where it can be."""
+        """Closes the file and the teacher."""
         with self._lock:
             self._file.close()
-        if callable(close := getattr(self.teacher, "close", None)):
-            close()
+        self.teacher.close()
 
     def stats(self) -> dict[str, int]:
         """Since it was opened: samples that the teacher was not asked about (`hits`) and those that it was (`misses`), and the

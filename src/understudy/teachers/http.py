@@ -21,19 +21,8 @@ from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_addr
 
 from .base import Setup, Unmoved
 from .cache import CachedTeacher
-from .prompt_scores import (
-    VLLM,
-    Answer,
-    Completions,
-    Format,
-    Raw,
-    SGLang,
-    check,
-    check_at,
-    group_by_prompt,
-    spellings_of,
-    unscored,
-)
+from .prompt_scores import VLLM, Completions, Format, SGLang, group_by_prompt, named, read_reply, spellings_of
+from .score_check import Answer, Raw, check, check_at, no_rows, unscored
 
 Api = Literal["vllm", "sglang", "completions"]
 DEFAULT_K_MAX = {"vllm": 20}
@@ -45,9 +34,7 @@ SPARE = 4
 """Tokens asked for beyond K, at least, once a row of K held one that the student lacks."""
 CACHE_FILE = "scores.sqlite3"
 _VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
-_UNKNOWN_FIELD = (400, 422)
-_SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
-"""What reading a reply of another shape runs into; torch reports a number that is too large as a RuntimeError."""
+_UNKNOWN_FIELD = frozenset({400, 422})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +194,11 @@ class HttpTeacher(Unmoved):
                 f"teacher {self._name!r} ({self._section.shown}) cannot give {sorted(need - self._section.GIVES)}; behind "
                 f"{self._section.api} it gives {sorted(self._section.GIVES)}"
             )
-        if "topk" in need and (k is None or k < 1):
-            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
         if not need - {"none"}:
             return [Scores(sample.response_ids) for sample in samples]
-        kept = min(k, self._vocab_size) if "topk" in need and k is not None else None
+        if "topk" in need and (k is None or k < 1):
+            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
+        kept = min(k, self._vocab_size) if k is not None and "topk" in need else None
         if kept is not None and kept > self._most:
             raise ScoreError(
                 f"the method asks for k = {kept}, teacher {self._name!r} gives {self._most:.0f}: start vLLM with "
@@ -252,7 +239,8 @@ class HttpTeacher(Unmoved):
                 lambda number, sample, raw: check_at(sample, raw, rows[number]),
             )
 
-        found = self._spread(samples, range(len(samples)), ask)
+        found = {index: Answer(no_rows(sample, ids[index].shape[1])) for index, sample in enumerate(samples)}
+        found |= self._spread(samples, range(len(samples)), ask)
         return [
             found[index].scores
             or unscored(sample, ids[index].shape[1], f"teacher {self._name!r}: {found[index].missing}")
@@ -280,8 +268,8 @@ class HttpTeacher(Unmoved):
         return math.inf if limit is None else float(limit)
 
     def _ask_until_scored(self, samples: Sequence[Sample], k: int | None) -> list[Answer]:
-        found: dict[int, Answer] = {}
-        waiting = list(range(len(samples)))
+        found = {index: Answer(no_rows(sample, k)) for index, sample in enumerate(samples)}
+        waiting: Sequence[int] = range(len(samples))
         for _ in range(1 + ASKED_AGAIN):
             num_top = 0 if k is None else int(min(k + self._spare, self._most))
             found |= self._spread(samples, waiting, partial(self._ask, samples, k, num_top))
@@ -324,16 +312,11 @@ class HttpTeacher(Unmoved):
     ) -> list[Answer]:
         def answers(reply: Reply) -> list[Answer]:
             try:
-                raws = read(reply.json(), samples)
-                return [judge(number, *pair) for number, pair in enumerate(zip(samples, raws, strict=True))]
+                return read_reply(reply.json(), samples, read, judge)
             except BadReply as error:
-                raise BadReply(f"{reply.url}{path}, {_named(samples)}: {error}") from None
-            except _SHAPE_ERRORS as error:
-                raise BadReply(
-                    f"{reply.url}{path}, {_named(samples)}: no reply of {self._section.api} ({type(error).__name__} {error})"
-                ) from None
+                raise BadReply(f"{reply.url}{path}, {named(samples)}: {error}") from None
 
-        return self._wire.request(path, answers, key=_named(samples), json=body)
+        return self._wire.request(path, answers, key=named(samples), json=body)
 
     def _spread(
         self, samples: Sequence[Sample], chosen: Sequence[int], ask: Callable[[list[int]], list[Answer]]
@@ -350,8 +333,6 @@ class HttpTeacher(Unmoved):
         found: dict[int, Answer] = {}
         for group, answers in zip(groups, self._wire.each(groups, run), strict=True):
             found.update(zip(group, answers, strict=True))
-        # a response without a token needs no server
-        found.update({index: Answer(Scores(samples[index].response_ids)) for index in chosen if index not in found})
         return found
 
     def _refusal(self, refused: Refused, samples: Sequence[Sample]) -> Exception:
@@ -373,7 +354,7 @@ class HttpTeacher(Unmoved):
         hint = hints.get(
             refused.status, "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer"
         )
-        return EngineError(f"teacher {self._name!r} ({section.shown}) refuses {_named(samples)} with {refused}; {hint}")
+        return EngineError(f"teacher {self._name!r} ({section.shown}) refuses {named(samples)} with {refused}; {hint}")
 
     def _look(self, number: int, url: str) -> dict[str, Any]:
         def read(reply: Reply) -> dict[str, Any]:
@@ -381,15 +362,14 @@ class HttpTeacher(Unmoved):
                 cards = reply.json()["data"]
                 lengths = [card.get("max_model_len") for card in cards if card["id"] == self._section.model]
                 return {"models": [card["id"] for card in cards], "max_length": lengths[0] if lengths else None}
-            except _SHAPE_ERRORS:
+            except (LookupError, TypeError, AttributeError):
                 raise BadReply("/v1/models lists no models") from None
 
         try:
             found = self._wire.request("/v1/models", read, key="/v1/models", method="GET", replica=number)
         except Refused as refused:
-            raise EngineError(
-                f"{url} refuses /v1/models with {refused}; check teacher.url and teacher.api_key_env"
-            ) from None
+            hint = "check teacher.url and teacher.api_key_env"
+            raise EngineError(f"{url} refuses /v1/models with {refused}; {hint}") from None
         if self._section.model not in found["models"]:
             raise EngineError(
                 f"{url} has no model {self._section.model!r}; it has: {', '.join(map(str, found['models'])) or 'none'}"
@@ -402,7 +382,7 @@ class HttpTeacher(Unmoved):
         def read(reply: Reply) -> str | None:
             try:
                 return str(reply.json()["version"])
-            except (BadReply, *_SHAPE_ERRORS):
+            except (BadReply, LookupError, TypeError):
                 return None
 
         path = _VERSIONS.get(self._section.api)
@@ -418,8 +398,3 @@ def _format(section: Http, tokenizer: Any) -> Format:
     if section.api == "sglang":
         return cast(Format, SGLang())
     return cast(Format, Completions(section.model, None if tokenizer is None else spellings_of(tokenizer)))
-
-
-def _named(samples: Sequence[Sample]) -> str:
-    rest = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
-    return f"sample {samples[0].key}{rest}"

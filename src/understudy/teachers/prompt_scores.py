@@ -4,7 +4,7 @@
     sglang       POST /generate with `return_logprob`
     completions  POST /v1/completions with `echo` and `logprobs`, as OpenAI had it
 
-Each reads a reply into `Raw`; one `check` decides what of it is a score.
+Each reads a reply into `Raw`; `score_check` decides what of it is a score.
 """
 
 from __future__ import annotations
@@ -14,55 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from understudy.errors import DataError
-from understudy.packing import Unscored
-from understudy.types import Sample, Scores
+from understudy.types import Sample
 from understudy.wire import BadReply
 
-TOLERANCE = 1e-4
-"""How far above 0 a log-probability may lie, which is then taken as 0: a float32 log-softmax rounds by less."""
-AGREEMENT = 1e-3
-"""How far two numbers for one token in one reply may lie apart; more, and the rows belong to other tokens."""
-LEAST_LOGPROB = -9999.0
-"""What vLLM writes for minus infinity, which JSON has not (`clamp_prompt_logprobs`): no score either."""
-MAX_FOREIGN_MASS = 0.01
-"""Of a teacher's probability on ids that the student lacks, at any one token.
+from .score_check import Answer, Raw, number
 
-Padding rows hold some e^-10, so scores are left as the server's softmax has them: what all such ids hold together is not
-known from a top-K reply, and a top-K that is scaled up beside a sampled score that is not would be two distributions. A
-teacher that means such an id is no teacher of that token.
-"""
 MAX_SAMPLES = 512
 """Of one request; vLLM takes 1,024 prompts (`VLLM_MAX_COMPLETION_PROMPTS`)."""
+_SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What reading a reply of another shape runs into; torch reports a number that is too large as a RuntimeError."""
 
 Spellings = Callable[[int], frozenset[str]]
 """Every text that a server may write for a token."""
-
-
-@dataclass(frozen=True, eq=False)
-class Raw:
-    """What a server says about one sample, one row for each response token."""
-
-    token_ids: Sequence[int]
-    """[R] the ids that it scored."""
-    logprob: Sequence[Any]
-    """[R] numbers; None where there is none."""
-    top: Sequence[Sequence[tuple[int, Any]]] | None = None
-    """[R] its likeliest tokens in its order, beside their numbers; or those that were asked for by id."""
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What became of one sample of a reply."""
-
-    scores: Scores | None
-    missing: str = ""
-    """Why there are none."""
-    short: int = 0
-    """Entries of a top-K row that fell to ids past the student's vocabulary and must be asked for beyond K."""
 
 
 class Format(Protocol):
@@ -120,7 +86,7 @@ class VLLM:
 
 def _read_rows(ids: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Raw:
     """Likeliest first, the sampled token, which every row holds, among them; a number that is missing is never cut off."""
-    values = [{int(token): _number(entry["logprob"]) for token, entry in row.items()} for row in rows]
+    values = [{int(token): number(entry["logprob"]) for token, entry in row.items()} for row in rows]
     if lacking := [token for token, row in zip(ids, values, strict=True) if token not in row]:
         raise BadReply(f"token {lacking[0]} was sent, and other tokens were scored in its place")
     top = [sorted(row.items(), key=lambda item: -math.inf if math.isnan(item[1]) else -item[1]) for row in values]
@@ -176,8 +142,10 @@ class SGLang:
             found.append(
                 Raw(
                     [place[1] for place in places[1:]],
-                    [_number(place[0]) for place in places[1:]],
-                    None if rows is None else [[(entry[1], _number(entry[0])) for entry in row] for row in rows[1:]],
+                    [number(place[0]) for place in places[1:]],
+                    None
+                    if rows is None
+                    else [[(entry[1], number(entry[0])) for entry in row or ()] for row in rows[1:]],
                 )
             )
         return found
@@ -220,7 +188,7 @@ class Completions:
             for token, said in zip(ids, tokens, strict=False):
                 if not self._is(token, said):
                     raise BadReply(f"token {token} was sent, and {said!r} was scored in its place")
-            found.append(Raw(ids[start:], [_number(number) for number in numbers[start : len(ids)]]))
+            found.append(Raw(ids[start:], [number(value) for value in numbers[start : len(ids)]]))
         return found
 
     def _is(self, token: int, said: str) -> bool:
@@ -247,137 +215,12 @@ def spellings_of(tokenizer: Any) -> Spellings:
     return spell
 
 
-def check(sample: Sample, raw: Raw, *, k: int | None, num_top: int, vocab_size: int) -> Answer:
-    """Scores of the ids that were sent, finite, at most 0, with `k` distinct likeliest tokens in descending order.
-
-    `num_top`: how many were asked for, at least `k`. Ids past `vocab_size` are dropped (see `MAX_FOREIGN_MASS`).
-    Raises BadReply for what no honest reply holds; a score that is missing is no number but a reason.
-    """
-    wanted = sample.response_ids
-    said = torch.tensor(list(raw.token_ids), dtype=torch.int64)
-    if not torch.equal(said, wanted):
-        raise BadReply(
-            f"sample {sample.key}: {len(said)} tokens came back that are not the {len(wanted)} that were sent"
-        )
-    logprob = _numbers(raw.logprob)
-    if len(logprob) != len(wanted):
-        raise BadReply(f"sample {sample.key}: {len(logprob)} scores for {len(wanted)} response tokens")
-    _check_sign(sample, logprob)
-    if k is None:
-        return _lacking("logprob", logprob) or Answer(Scores(wanted, logprob.clamp(max=0).float()))
-    ids, values = _top_rows(sample, raw, num_top)
-    if lacking := _lacking("logprob", logprob) or _lacking("topk_logprob", values):
-        return lacking
-    _check_top(sample, wanted, logprob, ids, values)
-    foreign = ids >= vocab_size
-    mass = (values.exp() * foreign).sum(-1)
-    if bool((mass > MAX_FOREIGN_MASS).any()):
-        row = int(mass.argmax())
-        return Answer(
-            None,
-            f"the teacher gives {float(mass[row]):.2g} of its probability at response token {row} to ids past the student's "
-            f"{vocab_size} tokens, such as {int(ids[row][foreign[row]][0])}: its vocabulary is another",
-        )
-    short = int((k - (~foreign).sum(-1)).max()) if len(ids) else 0
-    if short > 0:
-        return Answer(None, f"{short} of {num_top} likeliest tokens are past the student's vocabulary", short)
-    # what is kept moves to the front in its order
-    order = foreign.to(torch.int8).argsort(dim=-1, stable=True)[:, :k]
-    top = values.gather(-1, order).clamp(max=0).float()
-    return Answer(Scores(wanted, logprob.clamp(max=0).float(), ids.gather(-1, order), top))
-
-
-def check_at(sample: Sample, raw: Raw, ids: Tensor) -> Answer:
-    """The same with the numbers of given ids [R, K] in their order."""
-    answer = check(sample, Raw(raw.token_ids, raw.logprob), k=None, num_top=0, vocab_size=0)
-    if answer.scores is None:
-        return answer
-    rows = [dict(row) for row in raw.top or ()]
-    if len(rows) != len(ids) or any(
-        int(token) not in row for row, asked in zip(rows, ids, strict=True) for token in asked
-    ):
-        raise BadReply(f"sample {sample.key}: not all of the ids that were asked for came back")
-    values = _numbers([row[int(token)] for row, asked in zip(rows, ids, strict=True) for token in asked])
-    values = values.reshape(ids.shape)
-    _check_sign(sample, values)
-    scores = Scores(answer.scores.token_ids, answer.scores.logprob, ids, values.clamp(max=0).float())
-    return _lacking("topk_logprob", values) or Answer(scores)
-
-
-def _lacking(name: str, values: Tensor) -> Answer | None:
-    """What is wrong with numbers [R] or [R, K] that are not all finite; None where they are."""
-    missing = ~values.isfinite() | (values <= LEAST_LOGPROB)
-    rows = missing.reshape(len(values), -1).any(-1).nonzero()
-    if not len(rows):
-        return None
-    return Answer(None, f"{name} of response token {int(rows[0])} (and {len(rows) - 1} more) is not finite")
-
-
-def _check_sign(sample: Sample, values: Tensor) -> None:
-    if bool((values > TOLERANCE).any()):
-        raise BadReply(f"sample {sample.key}: {float(values[values > TOLERANCE][0])} is above 0, so no log-probability")
-
-
-def _top_rows(sample: Sample, raw: Raw, num_top: int) -> tuple[Tensor, Tensor]:
-    """[R, num_top] ids and numbers, cut to what was asked for: vLLM adds the sampled token to its likeliest."""
-    rows = raw.top
-    if rows is None or len(rows) != len(raw.token_ids):
-        raise BadReply(f"sample {sample.key}: {0 if rows is None else len(rows)} rows for {len(raw.token_ids)} tokens")
-    if few := [row for row in rows if len(row) < num_top]:
-        raise BadReply(f"sample {sample.key}: {len(few[0])} likeliest tokens came back where {num_top} were asked for")
-    ids = torch.tensor([[token for token, _ in row[:num_top]] for row in rows], dtype=torch.int64)
-    values = _numbers([number for row in rows for _, number in row[:num_top]])
-    ids, values = ids.reshape(len(rows), num_top), values.reshape(len(rows), num_top)
-    if bool((ids < 0).any()) or (num_top > 1 and bool((ids.sort(-1).values.diff(dim=-1) == 0).any())):
-        raise BadReply(f"sample {sample.key}: a row of likeliest tokens names a token twice, or none")
-    _check_sign(sample, values)
-    return ids, values
-
-
-def _check_top(sample: Sample, wanted: Tensor, logprob: Tensor, ids: Tensor, values: Tensor) -> None:
-    """Rows are descending, and the sampled token agrees with them: it is among them, or below them all."""
-    if bool((values.diff(dim=-1) > 0).any()):
-        raise BadReply(f"sample {sample.key}: the likeliest tokens are not in descending order")
-    same = ids == wanted[:, None]
-    other = torch.where(same, values, 0.0).sum(-1)
-    wrong = torch.where(same.any(-1), (other - logprob).abs() > AGREEMENT, logprob > values[:, -1] + AGREEMENT)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise BadReply(
-            f"sample {sample.key}, response token {row}: its log-probability {float(logprob[row]):.4f} contradicts the row of "
-            "likeliest tokens beside it"
-        )
-
-
-def _numbers(values: Sequence[Any]) -> Tensor:
-    """float64: rounding is left to the end."""
-    return torch.tensor([_number(value) for value in values], dtype=torch.float64)
-
-
-def _number(value: Any) -> float:
-    """NaN for what is not there. Raises TypeError for what is no number."""
-    if value is None:
-        return math.nan
-    if type(value) not in (float, int):
-        raise TypeError(f"{value!r} stands where a number should")
-    return float(value)
-
-
 def _choices(value: Any, count: int) -> list[Any]:
     """`choices` in the order of the prompts."""
     choices = sorted(value["choices"], key=lambda choice: choice["index"])
     if [choice["index"] for choice in choices] != list(range(count)):
         raise BadReply(f"{len(choices)} choices came back for {count} samples")
     return choices
-
-
-def unscored(sample: Sample, k: int | None, reason: str) -> Unscored:
-    """NaN, and id -1, in every row; `k`: of a top-K row, None for none. Entropies, which no server gives, stay absent."""
-    size, nan = sample.num_response_tokens, math.nan
-    if k is None:
-        return Unscored(sample.response_ids, torch.full((size,), nan), reason=reason)
-    ids, values = torch.full((size, k), -1), torch.full((size, k), nan)
-    return Unscored(sample.response_ids, torch.full((size,), nan), ids, values, reason=reason)
 
 
 def group_by_prompt(samples: Sequence[Sample], chosen: Sequence[int], *, max_tokens: int) -> list[list[int]]:
@@ -402,3 +245,23 @@ def group_by_prompt(samples: Sequence[Sample], chosen: Sequence[int], *, max_tok
         groups[-1].append(index)
         room -= size
     return groups
+
+
+def read_reply(
+    value: Any,
+    samples: Sequence[Sample],
+    read: Callable[[Any, Sequence[Sample]], list[Raw]],
+    judge: Callable[[int, Sample, Raw], Answer],
+) -> list[Answer]:
+    """`judge(index, sample, raw)` of what `read` finds. Raises BadReply for everything that is no such reply."""
+    try:
+        raws = read(value, samples)
+        return [judge(index, *pair) for index, pair in enumerate(zip(samples, raws, strict=True))]
+    except _SHAPE_ERRORS as error:
+        raise BadReply(f"a reply of another shape ({type(error).__name__} {error})") from None
+
+
+def named(samples: Sequence[Sample]) -> str:
+    """The first by its key, and how many more."""
+    rest = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
+    return f"sample {samples[0].key}{rest}"

@@ -1,0 +1,353 @@
+"""Scores on the disk: nothing is asked twice, nothing is lost, and no teacher answers for another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.leaks import nothing_left
+from tests.tiny_models import NUM_ROWS, sample, tiny
+from understudy.errors import RecipeError, ScoreError
+from understudy.packing import Unscored
+from understudy.teachers.cache import DRIFT, CachedTeacher
+from understudy.teachers.local import LocalTeacher
+from understudy.types import Need, Sample, Scores
+
+NONE: frozenset[Need] = frozenset({"none"})
+SAMPLED: frozenset[Need] = frozenset({"sampled"})
+TOPK: frozenset[Need] = frozenset({"topk"})
+FULL: frozenset[Need] = frozenset({"full"})
+WAIT_S = 60.0
+
+
+class Counted(LocalTeacher):
+    """Knows which samples it was asked about; `fails_at` counts them, `drift` moves its scores behind its fingerprint."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **{"name": "t", "vocab_size": NUM_ROWS} | options)
+        self.asked: list[str] = []
+        self.fails_at = 10**9
+        self.drift = 0.0
+        self.unscored: set[str] = set()
+        self.closed = False
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        self.asked += [one.key for one in samples]
+        if len(self.asked) > self.fails_at:
+            raise ScoreError("the server is gone")
+        return [self._changed(*pair) for pair in zip(samples, super().score(samples, need, k=k), strict=True)]
+
+    def _changed(self, one: Sample, scores: Scores) -> Scores:
+        if one.key in self.unscored:
+            return Unscored(one.response_ids, torch.full((len(one.response_ids),), float("nan")), reason="no reason")
+        if scores.logprob is None:
+            return scores
+        return Scores(
+            scores.token_ids,
+            scores.logprob - self.drift,
+            scores.topk_ids,
+            scores.topk_logprob,
+            scores.entropy,
+            scores.hidden,
+        )
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def samples() -> list[Sample]:
+    return [sample(f"p{i}", [3 + i, 4], [5, 6 + i, *[7] * i]) for i in range(6)]
+
+
+@contextmanager
+def opened(judge: LocalTeacher, folder: Path, **options: Any) -> Iterator[CachedTeacher]:
+    with closing(CachedTeacher(judge, folder / "scores.sqlite3", **options)) as cached:
+        yield cached
+
+
+def equal(one: Scores, other: Scores) -> None:
+    """To the last bit, types too."""
+    for name in ("token_ids", "logprob", "topk_ids", "topk_logprob", "entropy", "hidden"):
+        first, second = getattr(one, name), getattr(other, name)
+        assert (first is None) == (second is None), name
+        if isinstance(first, Tensor):
+            assert first.dtype == second.dtype, name
+            assert torch.equal(first, second), name
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize(("need", "k"), [(SAMPLED, None), (TOPK, 4), (TOPK | SAMPLED | NONE, 4)])
+def test_what_was_scored_once_is_not_asked_again(
+    tmp_path: Path, dtype: str, need: frozenset[Need], k: int | None
+) -> None:
+    judge = Counted(tiny(dtype=dtype, sharp=4.0))
+    with opened(judge, tmp_path) as cached:
+        first = cached.score(samples()[:4], need, k=k)
+        assert judge.asked == ["p0#0", "p1#0", "p2#0", "p3#0"]
+        second = cached.score(samples()[:4], need, k=k)
+        assert (cached.stats()["hits"], cached.stats()["misses"]) == (4, 4)
+        assert cached.stats()["bytes_read"] == cached.stats()["bytes_written"] > 0
+    assert judge.closed
+    again = Counted(tiny(dtype=dtype, sharp=4.0))
+    with nothing_left(), opened(again, tmp_path) as cached:
+        third = cached.score(samples()[:4], need, k=k)
+        assert again.asked == []
+        for one, other, another in zip(first, second, third, strict=True):
+            equal(one, other)
+            equal(one, another)
+        # one that is stored is scored again before the first that is not
+        cached.score(samples(), need, k=k)
+        assert again.asked == ["stored#0", "p4#0", "p5#0"]
+        cached.score([sample("q", [9], [8])], need, k=k)
+        assert again.asked[3:] == ["q#0"]
+
+
+def test_an_entry_is_of_its_teacher_tokens_need_and_k(tmp_path: Path) -> None:
+    """Whatever a score depends on: none of these requests is answered by another's."""
+    judge = Counted(tiny())
+    one = sample("p", [3, 4], [5, 6])
+    other_split = sample("p", [3, 4, 5], [6])
+    asked: list[tuple[Sample, frozenset[Need], int | None]] = [
+        (one, SAMPLED, None),
+        (one, TOPK, 2),
+        (one, TOPK, 3),
+        (other_split, SAMPLED, None),
+        (sample("p", [3, 4], [5, 7]), SAMPLED, None),
+    ]
+    with opened(judge, tmp_path) as cached:
+        for number, (made, need, k) in enumerate(asked):
+            found = cached.score([made], need, k=k)[0]
+            equal(found, LocalTeacher.score(judge, [made], need, k=k)[0])
+            assert cached.stats()["misses"] == number + 1
+    for other in (Counted(tiny(), temperature=0.5), Counted(tiny(), vocab_size=39), Counted(tiny(sharp=2.0))):
+        with opened(other, tmp_path) as cached:
+            equal(cached.score([one], SAMPLED)[0], LocalTeacher.score(other, [one], SAMPLED)[0])
+            assert other.asked == ["p#0"]
+
+
+def test_equal_samples_are_asked_once(tmp_path: Path) -> None:
+    judge = Counted(tiny())
+    with opened(judge, tmp_path) as cached:
+        made = [sample(name, [3], [4, 5]) for name in "abc"]
+        found = cached.score([*made, sample("d", [3], [4, 6])], SAMPLED)
+        assert len(judge.asked) == 2
+        assert cached.stats() | {"bytes_read": 0, "bytes_written": 0} == {
+            "hits": 2,
+            "misses": 2,
+            "bytes_read": 0,
+            "bytes_written": 0,
+        }
+        for one in found[:3]:
+            equal(one, found[0])
+
+
+def test_other_needs_go_to_the_teacher(tmp_path: Path) -> None:
+    judge = Counted(tiny())
+    with opened(judge, tmp_path) as cached:
+        for _ in range(2):
+            assert cached.score(samples()[:1], FULL)[0].hidden is not None
+            assert cached.score(samples()[:1], NONE)[0].logprob is None
+        assert len(judge.asked) == 4
+        with pytest.raises(ValueError, match="k of at least 1"):
+            cached.score(samples()[:1], TOPK)
+        with pytest.raises(ScoreError, match="verbal"):
+            cached.score(samples()[:1], frozenset({"verbal"}))
+        assert cached.score([], SAMPLED) == []
+        assert cached.stats()["misses"] == 0
+        assert (cached.name, cached.fingerprint, cached.state()) == ("t", judge.fingerprint, {})
+        assert cached.head_for("t") is not None
+        assert cached.apart == judge.apart
+
+
+def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:
+    judge = Counted(tiny())
+    judge.fails_at = 3
+    with opened(judge, tmp_path, chunk_tokens=1) as cached:
+        with pytest.raises(ScoreError, match="gone"):
+            cached.score(samples(), SAMPLED)
+        judge.asked.clear()
+        judge.fails_at = 10**9
+        cached.score(samples(), SAMPLED)
+        assert judge.asked == ["p3#0", "p4#0", "p5#0"]
+
+
+def test_a_missing_score_is_asked_for_again(tmp_path: Path) -> None:
+    judge = Counted(tiny())
+    judge.unscored = {"p1#0"}
+    with opened(judge, tmp_path) as cached:
+        assert isinstance(cached.score(samples()[:3], SAMPLED)[1], Unscored)
+        judge.unscored = set()
+        judge.asked.clear()
+        assert not isinstance(cached.score(samples()[:3], SAMPLED)[1], Unscored)
+        assert judge.asked == ["p1#0"]
+
+
+@pytest.mark.parametrize("need", [SAMPLED, TOPK])
+def test_a_teacher_that_changed_behind_its_name_is_found_out(tmp_path: Path, need: frozenset[Need]) -> None:
+    with opened(Counted(tiny()), tmp_path) as cached:
+        cached.score(samples()[:3], need, k=2)
+    near, far = Counted(tiny()), Counted(tiny())
+    near.drift, far.drift = DRIFT / 2, DRIFT * 2
+    with opened(far, tmp_path) as cached:
+        # what is stored is still given: it is what the run began with
+        cached.score(samples()[:3], need, k=2)
+        for _ in range(2):
+            with pytest.raises(ScoreError, match=r"not the one that filled .*teacher.revision"):
+                cached.score(samples(), need, k=2)
+        assert set(far.asked) == {"stored#0"}
+    with opened(near, tmp_path) as cached:
+        cached.score(samples(), need, k=2)
+        assert near.asked == ["stored#0", "p3#0", "p4#0", "p5#0"]
+    gone = Counted(tiny())
+    gone.unscored = {"stored#0"}
+    with opened(gone, tmp_path) as cached, pytest.raises(ScoreError, match="not the one"):
+        cached.score([sample("q", [9], [8])], need, k=2)
+
+
+def test_a_teacher_that_moves_leaves_its_entries_behind(tmp_path: Path) -> None:
+    model = tiny()
+    judge = Counted(model)
+    with opened(judge, tmp_path) as cached:
+        before = cached.score(samples()[:1], SAMPLED)[0]
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(3.0)
+        del judge.fingerprint
+        after = cached.score(samples()[:1], SAMPLED)[0]
+        assert judge.asked == ["p0#0", "p0#0"]
+        assert not torch.equal(before.logprob, after.logprob)  # type: ignore[arg-type]
+
+
+def test_threads_share_a_cache(tmp_path: Path) -> None:
+    judge = Counted(tiny())
+    with opened(judge, tmp_path, chunk_tokens=5) as cached:
+        found: list[list[Scores]] = []
+        threads = [Thread(target=lambda: found.append(cached.score(samples(), SAMPLED))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert len(judge.asked) == len(samples())
+        for scores in found:
+            for one, other in zip(scores, found[0], strict=True):
+                equal(one, other)
+
+
+# --- files
+
+
+@pytest.mark.parametrize(
+    ("damage", "shown"),
+    [
+        (lambda path: path.write_bytes(b"no database" * 100), "delete the file"),
+        (lambda path: sqlite3.connect(path).execute("PRAGMA user_version=9").connection.close(), "format 9"),
+    ],
+)
+def test_a_file_that_is_no_cache_is_refused(tmp_path: Path, damage: Callable[[Path], Any], shown: str) -> None:
+    path = tmp_path / "scores.sqlite3"
+    CachedTeacher(Counted(tiny()), path).close()
+    damage(path)
+    with pytest.raises(RecipeError, match=shown):
+        CachedTeacher(Counted(tiny()), path)
+    with pytest.raises(RecipeError, match="teacher.cache"):
+        CachedTeacher(Counted(tiny()), path / "below" / "scores.sqlite3")
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        CachedTeacher(Counted(tiny()), tmp_path / "other", chunk_tokens=0)
+
+
+@pytest.mark.parametrize("column", ["value", "key"])
+def test_a_damaged_entry_is_no_score(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "scores.sqlite3"
+    with opened(Counted(tiny()), tmp_path) as cached:
+        cached.score(samples()[:2], SAMPLED)
+    with closing(sqlite3.connect(path)) as file, file:
+        if column == "value":
+            file.execute("UPDATE scores SET value = substr(value, 1, 20)")
+        else:
+            keys = [row[0] for row in file.execute("SELECT key FROM scores")]
+            file.execute("UPDATE scores SET key = x'00' WHERE key = ?", [keys[0]])
+            file.execute("UPDATE scores SET key = ? WHERE key = ?", keys)
+            file.execute("UPDATE scores SET key = ? WHERE key = x'00'", keys[1:])
+    judge = Counted(tiny())
+    with opened(judge, tmp_path) as cached, pytest.raises(ScoreError, match=r"damaged .*delete it"):
+        cached.score(samples()[:2], SAMPLED)
+    assert not judge.asked
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+import torch
+from tests.integration.test_score_cache import SAMPLED, Counted
+from tests.tiny_models import sample, tiny
+from understudy.teachers.cache import CachedTeacher
+torch.set_num_threads(1)
+torch.manual_seed(0)
+cached = CachedTeacher(Counted(tiny()), Path(sys.argv[1]) / "scores.sqlite3", chunk_tokens=1)
+first, last = int(sys.argv[2]), int(sys.argv[3])
+print("open", flush=True)
+sys.stdin.readline()
+for start in range(first, last, 10):
+    made = [sample(str(i), [2 + i % 30, 2 + i // 30], [3, 4]) for i in range(start, min(start + 10, last))]
+    cached.score(made, SAMPLED)
+    print(start, flush=True)
+cached.close()
+"""
+
+
+def writer(folder: Path, first: int, last: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder), str(first), str(last)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    """Once it has opened the file, which the other opens at the same time."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_two_processes_fill_one_file_and_a_kill_loses_nothing_that_was_written(tmp_path: Path) -> None:
+    """Their ranges overlap; the one that is killed had at least one chunk on the disk."""
+    with nothing_left():
+        one, killed = writer(tmp_path, 0, 100), writer(tmp_path, 50, 100_000)
+        try:
+            go(one)
+            go(killed)
+            assert killed.stdout is not None
+            assert killed.stdout.readline() == "50\n"
+            killed.send_signal(signal.SIGKILL)
+            assert one.communicate(timeout=WAIT_S)[0].split()[-1] == "90"
+            assert one.returncode == 0
+            killed.communicate(timeout=WAIT_S)
+        finally:
+            for process in (one, killed):
+                process.kill()
+                process.wait(WAIT_S)
+    torch.manual_seed(0)
+    judge = Counted(tiny())
+    with opened(judge, tmp_path) as cached:
+        made = [sample(str(i), [2 + i % 30, 2 + i // 30], [3, 4]) for i in range(100)]
+        for one_of, found in zip(made, cached.score(made, SAMPLED), strict=True):
+            equal(found, LocalTeacher.score(judge, [one_of], SAMPLED)[0])
+        assert not judge.asked
+    with closing(sqlite3.connect(tmp_path / "scores.sqlite3")) as file:
+        assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
