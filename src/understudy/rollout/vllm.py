@@ -106,6 +106,12 @@ class VLLMSampler:
         """Tokens of prompt and response together; None where no server says, or none is started yet."""
         return None if self._servers.facts is None else self._servers.facts.max_length
 
+    def health(self) -> str:
+        """A line about the servers. Raises EngineError for one that does not answer."""
+        if self._servers.facts is None:
+            raise EngineError("the rollout engine has no weights yet")
+        return self._servers.health()
+
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:

@@ -96,10 +96,10 @@ class Servers:
         for process in self._processes:
             process.check()
 
-    def health(self) -> list[str]:
-        """By server: that it answers."""
+    def health(self) -> str:
+        """Which of them answer: all, else it raises."""
         self.check()
-        return self._each(lambda server: self._get(server, "/health", lambda reply: f"{reply.url}: well"))
+        return "vLLM at " + ", ".join(self._each(lambda server: self._get(server, "/health", lambda reply: reply.url)))
 
     def pause(self) -> None:
         """Ends what every server is writing: the replies come with what is there, and "abort". What comes later waits.
