@@ -68,6 +68,8 @@ def check(recipe: Recipe, *, training: bool = True, fetch: bool = False) -> list
         raise RecipeError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
     if recipe.student.lora is not None and importlib.util.find_spec("peft") is None:
         raise RecipeError("student.lora needs the package peft; run: pip install 'understudy[lora]'")
+    if recipe.rollout is not None:
+        lines.append(recipe.rollout.check())
     if recipe.student.model is not None:
         lines.append(f"student: {check_model_dir(recipe.student.model)}")
     lines += [section.check() for section in recipe.judges.values()]
@@ -174,10 +176,10 @@ class Loaded:
     compute_dtype: torch.dtype | None
     warnings: tuple[str, ...]
 
-    def sampler(self, seed: int) -> HFSampler:
-        """Samples with the live weights."""
+    def sampler(self, seed: int, model: nn.Module | None = None) -> HFSampler:
+        """Samples with the live weights, or with those of a `model` like it."""
         return HFSampler(
-            self.model,
+            model or self.model,
             self.tokenizer,
             seed=seed,
             stop_ids=self.stop_ids,

@@ -101,23 +101,28 @@ def parse(section: type[Section], values: object, path: str = "") -> Section:
     """The dataclass filled from a mapping. Raises RecipeError with the path, the value, and what is allowed."""
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path or 'the recipe'} is {brief(values)}; it must be a mapping of keys")
-    known = {item.name: item for item in fields(cast(Any, section)) if item.init}
+    known = {_key(item): item for item in fields(cast(Any, section)) if item.init}
     for key in values:
         if key not in known:
             raise RecipeError(f"{_join(path, key)}: unknown key; {nearest(str(key), known)}")
     hints = get_type_hints(section)
     found = {
-        name: _parse_field(item, hints[name], values[name], _join(path, name))
-        for name, item in known.items()
-        if name in values
+        item.name: _parse_field(item, hints[item.name], values[key], _join(path, key))
+        for key, item in known.items()
+        if key in values
     }
-    for name, item in known.items():
-        if name not in found and item.default is MISSING and item.default_factory is MISSING:
-            raise RecipeError(f"{_join(path, name)} is missing{_expected(item, hints[name])}")
+    for key, item in known.items():
+        if key not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise RecipeError(f"{_join(path, key)} is missing{_expected(item, hints[item.name])}")
     try:
         return section(**found)
     except ValueError as error:
         raise RecipeError(f"{path or 'the recipe'}: {error}") from error
+
+
+def _key(item: Field[Any]) -> str:
+    """What a recipe calls a field: `async_` is `async` there, which Python keeps for itself."""
+    return item.name.rstrip("_")
 
 
 def _parse_field(item: Field[Any], hint: Any, value: object, path: str) -> Any:
@@ -160,11 +165,11 @@ def dump(section: Any) -> dict[str, Any]:
         value = getattr(section, item.name)
         chosen: Choice | None = item.metadata.get("choice")
         if chosen is not None and chosen.named:
-            values[item.name] = {name: _dump_choice(chosen, section) for name, section in value.items()}
+            values[_key(item)] = {name: _dump_choice(chosen, section) for name, section in value.items()}
         elif chosen is not None and value is not None:
-            values[item.name] = _dump_choice(chosen, value)
+            values[_key(item)] = _dump_choice(chosen, value)
         else:
-            values[item.name] = dump(value) if is_dataclass(value) else _plain(value)
+            values[_key(item)] = dump(value) if is_dataclass(value) else _plain(value)
     return values
 
 

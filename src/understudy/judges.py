@@ -35,6 +35,12 @@ class Judges:
     reference: Teacher | None = None
     several: bool = False
 
+    def close(self) -> None:
+        """Ends connections."""
+        for one in (self.teacher, self.reference):
+            if one is not None:
+                one.close()
+
     @property
     def models(self) -> list[nn.Module]:
         """The teachers' models that read what the student reads."""

@@ -12,10 +12,11 @@ from .errors import RecipeError, nearest
 from .methods import METHODS, REFUSED, Method
 from .models import DType
 from .needs import AnyResponses, check_groups, check_needs
+from .rollout import HF, ROLLOUTS, AnyRollout
 from .tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
-from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher
+from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Stored
 from .trainer.responses import RESPONSES
-from .trainer.settings import Eval, Train
+from .trainer.settings import Async, Eval, Train
 from .types import Sampling
 
 AnyTask = Arithmetic | Jsonl | Hub | Mix
@@ -94,7 +95,11 @@ class Recipe:
     task: AnyTask = config.choice(TASKS)
     method: Method = config.choice(METHODS, refused=REFUSED)
     sampling: Sampling = Sampling()
+    rollout: AnyRollout | None = config.choice(ROLLOUTS, optional=True)
+    """The engine that writes samples; None: `hf`, the student itself."""
     train: Train
+    async_: Async | None = None
+    """Generation, scoring and updates at the same time; None: one after the other."""
     eval: Eval | None = None
     eval_task: AnyTask | None = config.choice(TASKS, optional=True)
     """Where evaluation problems come from; None: `task`."""
@@ -118,9 +123,27 @@ class Recipe:
                 "sampling.temperature is 0; a student that learns from its own samples has to draw them (above 0)"
             )
         check_groups(self.method, self.train)
+        self._check_async()
         self.run_method  # noqa: B018 (raises for phases that no step falls into)
         if self.eval_task is not None and self.eval is None:
             raise ValueError("eval_task is given without a section eval")
+
+    def _check_async(self) -> None:
+        if self.async_ is None:
+            return
+        if isinstance(self.engine, HF) and not self.engine.copy:
+            raise ValueError(
+                "async has samples written beside the update, but they are written with the weights that are updated; set "
+                "rollout: {type: hf, copy: true}, which takes the memory of the weights once more, or use an engine "
+                "(rollout.type: vllm)"
+            )
+        if any(isinstance(section, Stored) for section in self.judges.values()):
+            raise ValueError("async has nothing to overlap where samples are stored; remove the section async")
+
+    @property
+    def engine(self) -> AnyRollout:
+        """What writes samples."""
+        return self.rollout or HF()
 
     @property
     def held_out(self) -> AnyTask:
@@ -156,13 +179,21 @@ RESUMABLE = ("run_dir", "loggers", "device", "train.save_every", "train.keep_las
 """Keys that may change when a run is resumed: they do not change what it computes."""
 
 
+RESUMABLE_SECTIONS = ("loggers", "rollout")
+RESUMABLE_ENDS = (
+    *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),
+    *(".max_concurrency", ".batch_tokens", ".cache"),
+)
+"""Where a server is and how patiently it is asked."""
+
+
+def _is_resumable(key: str) -> bool:
+    return key in RESUMABLE or key.split(".")[0] in RESUMABLE_SECTIONS or key.endswith(RESUMABLE_ENDS)
+
+
 def check_same_recipe(saved: Recipe, given: Recipe) -> None:
     """Raises RecipeError that lists the keys in which a resumed run would differ from its start."""
-    changed = {
-        key: pair
-        for key, pair in differing_keys(saved, given).items()
-        if key not in RESUMABLE and not key.startswith("loggers")
-    }
+    changed = {key: pair for key, pair in differing_keys(saved, given).items() if not _is_resumable(key)}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         raise RecipeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from safetensors import SafetensorError
 
 from . import assemble, config, facts
 from .card import model_card
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError, DataError, RecipeError
 from .eval.evaluate import Rejection, run_eval
 from .eval.summary import EvalSummary
 from .files import write_atomically, write_json
 from .judges import Judges, load_judges, open_store
+from .methods import Method
 from .models import num_positions, row_style, save_hf
 from .recipe import Recipe, check_same_recipe
 from .report import write_report
+from .rollout import Sampler
+from .sampler import open_sampler
 from .tasks import Arithmetic, num_repeated, overlap, overlap_message
 from .tasks.render import encode_prompt
 from .teachers import Judge, StoredTeacher
@@ -33,12 +37,14 @@ from .trainer.loggers import JsonLines, make_loggers
 from .trainer.loop import Ending, Trainer
 from .trainer.observe import Observer, peak_memory_gib
 from .trainer.optimizer import Optimizer
+from .trainer.overlap import Overlapped
 from .trainer.prompts import PromptStream
+from .trainer.publish import NUM_PROBED, Publisher
 from .trainer.rewards import Rewarder
 from .trainer.rollouts import Rollouts
 from .trainer.rundir import RunDir
 from .trainer.update import Student
-from .types import Prompt
+from .types import Prompt, Sample
 
 ENDS_ON_POLICY = 0.05
 """Of a teacher's response in a prefix: less is a token or two."""
@@ -69,18 +75,20 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console) -> Result:
     device = assemble.choose_device(recipe.device)
     ranks = Ranks.from_environment(device)
     console.note("loading " + " and ".join(_models(recipe)))
-    trainer, loaded = _build(recipe, run_dir, checkpoint, ranks, console, device)
-    started = time.time()
-    status: str = "failed"
-    try:
-        ending = trainer.run()
-        status = ending
-        if ranks.is_main and ending != "stopped by a signal":
-            _export(recipe, run_dir, loaded, trainer)
-    finally:
-        if ranks.is_main:
-            _write_facts(recipe, run_dir, loaded, trainer.progress, status, started)
-        trainer.observer.close()
+    with ExitStack() as opened:
+        trainer, loaded = _build(recipe, run_dir, checkpoint, ranks, console, device, opened)
+        opened.callback(trainer.rollouts.close)
+        started = time.time()
+        status: str = "failed"
+        try:
+            ending = trainer.run()
+            status = ending
+            if ranks.is_main and ending != "stopped by a signal":
+                _export(recipe, run_dir, loaded, trainer)
+        finally:
+            if ranks.is_main:
+                _write_facts(recipe, run_dir, loaded, trainer.progress, status, started)
+            trainer.observer.close()
     report = write_report(run_dir.path) if ranks.is_main else None
     return Result(run_dir, ending, tuple(trainer.observer.summaries), report)
 
@@ -101,21 +109,30 @@ def _models(recipe: Recipe) -> list[str]:
 
 
 def _build(
-    recipe: Recipe, run_dir: RunDir, checkpoint: Path | None, ranks: Ranks, console: Console, device: torch.device
+    recipe: Recipe,
+    run_dir: RunDir,
+    checkpoint: Path | None,
+    ranks: Ranks,
+    console: Console,
+    device: torch.device,
+    opened: ExitStack,
 ) -> tuple[Trainer, assemble.Loaded]:
+    """What is `opened` is closed by the caller, also where this fails."""
     progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, device)
     loaded = assemble.load_student(recipe, resume_from=None if checkpoint is None else checkpoint / STUDENT)
     optimizer = Optimizer(loaded.model, recipe.train)
     optimizer.load(state)
     judges = load_judges(recipe, loaded)
+    opened.callback(judges.close)
     if judges.teacher is not None and checkpoint is not None:
         judges.teacher.load_state(load_teacher_state(checkpoint))
     models = [loaded.model, *judges.models]
     method = recipe.run_method
     samples_own = any(part.plan(0).on_policy_share > 0 for part in method.members)
     limit = assemble.prompt_limit(recipe, recipe.sampling, *models) if samples_own else recipe.train.max_prompt_tokens
-    collector = _collector(recipe, loaded, judges)
-    collector.sampler.push(None, progress.updates)
+    sampler, weights = open_sampler(recipe, loaded)
+    opened.callback(sampler.close)
+    collector = _collector(recipe, loaded, judges, sampler)
     prompts = PromptStream(
         _training_prompts(recipe, judges),
         lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
@@ -125,28 +142,34 @@ def _build(
     prompts.draw(progress.position, 1)
     _check_eval_prompts(recipe, loaded)
     warnings = [*loaded.warnings, *_data_warnings(recipe), *_schedule_warnings(recipe)]
+    student = Student(
+        model=loaded.model,
+        device=loaded.device,
+        vocab_size=loaded.vocab_size,
+        # imitation knows no rollout temperature
+        temperature=(recipe.sampling.temperature or 1.0) if samples_own or method.needs & TOKEN_SCORES else 1.0,
+        compute_dtype=loaded.compute_dtype,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        style=row_style(loaded.model),
+    )
+    publish = Publisher(sampler, student, weights, ranks, _probed(prompts, progress.position))
+    publish(progress.updates, ())
+    rollouts = Rollouts(
+        prompts=prompts,
+        collector=collector,
+        rewarder=Rewarder(collector, judges.judge, recipe.task.grade, ranks, loaded.vocab_size),
+        ranks=ranks,
+        settings=recipe.train,
+    )
+    collected = rollouts if recipe.async_ is None else _overlapped(recipe, rollouts, method)
     observer = _observer(recipe, run_dir, checkpoint, progress, ranks, console)
     for text in warnings if ranks.is_main and checkpoint is None else ():
         observer.warn(progress.step, text)
     trainer = Trainer(
-        student=Student(
-            model=loaded.model,
-            device=loaded.device,
-            vocab_size=loaded.vocab_size,
-            # imitation knows no rollout temperature
-            temperature=(recipe.sampling.temperature or 1.0) if samples_own or method.needs & TOKEN_SCORES else 1.0,
-            compute_dtype=loaded.compute_dtype,
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
-            style=row_style(loaded.model),
-        ),
+        student=student,
         method=method,
-        rollouts=Rollouts(
-            prompts=prompts,
-            collector=collector,
-            rewarder=Rewarder(collector, judges.judge, recipe.task.grade, ranks, loaded.vocab_size),
-            ranks=ranks,
-            settings=recipe.train,
-        ),
+        rollouts=collected,
+        publish=publish,
         several_teachers=judges.several,
         optimizer=optimizer,
         settings=recipe.train,
@@ -162,10 +185,30 @@ def _build(
     return trainer, loaded
 
 
-def _collector(recipe: Recipe, loaded: assemble.Loaded, judges: Judges) -> Collector:
+def _overlapped(recipe: Recipe, rollouts: Rollouts, method: Method) -> Overlapped:
+    """Raises RecipeError where something that scores would run on weights that are being updated."""
+    assert recipe.async_ is not None
+    for name, one in (("teacher", rollouts.collector.teacher), ("reference", rollouts.collector.reference)):
+        if one is not None and not one.apart:
+            raise RecipeError(
+                f"async has the {name} score beside the update, but it runs on the student's own weights or follows them; "
+                f"give the {name} a model of its own, or remove the section async"
+            )
+    return Overlapped(rollouts, method, recipe.async_)
+
+
+def _probed(prompts: PromptStream, position: int) -> list[Sample]:
+    """The next prompts, for a sampler that is compared with the trainer before there are samples."""
+    return [
+        Sample(prompt, 0, ids, torch.zeros(ids.numel(), dtype=torch.uint8), 1, "data", "")
+        for prompt, ids in prompts.draw(position, NUM_PROBED).prompts
+    ]
+
+
+def _collector(recipe: Recipe, loaded: assemble.Loaded, judges: Judges, sampler: Sampler) -> Collector:
     sizes = [num_positions(model) for model in (loaded.model, *judges.models)]
     return Collector(
-        sampler=loaded.sampler(recipe.seed),
+        sampler=sampler,
         sampling=recipe.sampling,
         tokenizer=loaded.tokenizer,
         template_kwargs=recipe.student.template_kwargs,
@@ -246,9 +289,12 @@ def _observer(
     write_atomically(run_dir.recipe, config.write_yaml(plain))
     loggers = make_loggers(run_dir.path, recipe.loggers, plain, resume_step=resume_step, warn=console.warn)
     events = JsonLines(run_dir.path / "events.jsonl")
+    consumed = None if recipe.async_ is None else JsonLines(run_dir.path / "consumed.jsonl")
     if resume_step is not None:
-        events.truncate_after(progress.step)
-    return Observer(console, loggers, events)
+        for lines in (events, consumed):
+            if lines is not None:
+                lines.truncate_after(progress.step)
+    return Observer(console, loggers, events, consumed)
 
 
 def evaluator(

@@ -164,6 +164,10 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
             tally.add(name, number, ~number.isnan())
     tally.add("student_entropy", rows.entropy.detach())
     tally.add("student_logprob", rows.logprob.detach())
+    if batch.rollout_logprob is not None:
+        sampled = batch.on_policy & ~batch.rollout_logprob.isnan()
+        gap = torch.where(sampled, batch.rollout_logprob - rows.logprob.detach(), 0.0)
+        tally.add("sampler_gap", gap.abs(), sampled)
     if batch.teacher_logprob is not None:
         known = batch.on_policy & ~batch.teacher_logprob.isnan()
         ratio = torch.where(known, batch.teacher_logprob - rows.logprob.detach(), 0.0)

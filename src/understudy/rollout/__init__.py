@@ -9,7 +9,10 @@ from torch import Tensor
 
 from understudy.types import Request, Sample, Sampling
 
+from .copied import CopySampler
+from .engines import HF, ROLLOUTS, VLLM, AnyRollout
 from .hf import HFSampler
+from .probe import Probe
 
 Weights = Iterable[tuple[str, Tensor]]
 """Names and tensors, as in a state dict."""
@@ -24,9 +27,24 @@ class Sampler(Protocol):
         """One sample for each request, in their order. The same (stream, step, request) draws the same numbers."""
         ...
 
-    def push(self, weights: Weights | None, version: int) -> None:
-        """New weights, after `version` optimizer updates; None where the sampler shares the live model."""
+    @property
+    def concurrency(self) -> int:
+        """Calls of `generate` that may run at the same time, each in a thread of its own."""
+        ...
+
+    @property
+    def compares(self) -> bool:
+        """Whether `push` uses a probe."""
+        ...
+
+    def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> float | None:
+        """New weights, after `version` optimizer updates; None where the sampler shares the live model, or where another
+        rank has pushed them. Returns the mean gap to the probe in nats; raises EngineError where it is too large."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is in flight; nothing is left of threads, processes and connections."""
         ...
 
 
-__all__ = ["HFSampler", "Sampler", "Weights"]
+__all__ = ["HF", "ROLLOUTS", "VLLM", "AnyRollout", "CopySampler", "HFSampler", "Probe", "Sampler", "Weights"]

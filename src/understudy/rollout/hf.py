@@ -16,6 +16,7 @@ from understudy.types import Request, Sample, Sampling
 
 from .assemble import prefix_length, to_samples
 from .decode import Decoded, Decoder
+from .probe import Probe
 
 MAX_BATCH_TOKENS = 65_536
 """Slots of the key-value cache at a time: 64 responses of 1,024 tokens; 9 GiB for a 4B model in bfloat16."""
@@ -48,7 +49,20 @@ class HFSampler:
         self._autocast = autocast
         self._version = 0
 
-    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
+    @property
+    def concurrency(self) -> int:
+        """One batch at a time."""
+        return 1
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    @property
+    def compares(self) -> bool:
+        """The weights are the trainer's."""
+        return False
+
+    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int, probe: Probe | None = None) -> None:
         """Notes the version; the weights are the live ones."""
         self._version = version
 

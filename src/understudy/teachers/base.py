@@ -99,6 +99,15 @@ class Teacher(Protocol):
         """Continues from `state()`."""
         ...
 
+    @property
+    def apart(self) -> bool:
+        """Whether it may score while the student learns: not where it runs on the student's weights or follows them."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is in flight; nothing is left of threads and connections."""
+        ...
+
 
 class Judge(Protocol):
     """A teacher that shows no probabilities: it reads a response and says a number."""
@@ -141,3 +150,11 @@ class Unmoved:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to restore."""
+
+    @property
+    def apart(self) -> bool:
+        """It has weights of its own."""
+        return True
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -128,6 +128,11 @@ class LocalTeacher(Unmoved):
         return self._name
 
     @property
+    def apart(self) -> bool:
+        """Not where someone else trains the model."""
+        return self._around is None
+
+    @property
     def model(self) -> nn.Module:
         """The model, frozen unless someone else trains it."""
         return self._model

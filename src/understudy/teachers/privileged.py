@@ -233,6 +233,14 @@ class PrivilegedTeacher:
             for sample, reason in zip(shown, reasons, strict=True)
         ]
 
+    @property
+    def apart(self) -> bool:
+        """Not with `ema`, nor where the student runs it."""
+        return self._average is None and self._inner.apart
+
+    def close(self) -> None:
+        """Nothing is open."""
+
     def follow(self, student: nn.Module) -> None:
         """Moves with `ema`."""
         if self._average is not None:

@@ -84,6 +84,16 @@ class RoutedTeacher:
             found.update(zip(group, scores, strict=True))
         return [found[index] for index in range(len(samples))]
 
+    @property
+    def apart(self) -> bool:
+        """All of them."""
+        return all(teacher.apart for teacher in self._teachers.values())
+
+    def close(self) -> None:
+        """All of them."""
+        for teacher in self._teachers.values():
+            teacher.close()
+
     def follow(self, student: nn.Module) -> None:
         """Every teacher that moves with the student moves."""
         for teacher in self._teachers.values():

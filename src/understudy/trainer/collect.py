@@ -42,6 +42,17 @@ class Collector:
     max_tokens: int | None = None
     """The longest sequence that the models take; longer solutions are left out and counted, never cut."""
 
+    @property
+    def num_scorers(self) -> int:
+        """Batches that the teacher can score at the same time."""
+        return getattr(self.teacher, "concurrency", 1)
+
+    def close(self) -> None:
+        """Ends connections, servers that the run started, and what they have in flight."""
+        for part in (self.sampler, self.teacher, self.reference):
+            if part is not None:
+                part.close()
+
     def generate(
         self, requests: Sequence[Request], guided: Sequence[Request], plan: RolloutPlan, step: int
     ) -> list[Sample]:

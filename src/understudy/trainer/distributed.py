@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from understudy.rollout import Sampler
+from understudy.rollout import Probe, Sampler
 from understudy.teachers import Judge
 from understudy.teachers.base import ScoreForm
 from understudy.types import Metric, Request, Sample, Sampling, Verdict
@@ -148,6 +148,22 @@ class SharedSampler:
             samples[rank :: self.ranks.world] = found
         return [sample for sample in samples if sample is not None]
 
-    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
+    @property
+    def concurrency(self) -> int:
+        """Ranks wait for each other."""
+        return 1
+
+    def close(self) -> None:
+        """As `Sampler.close`."""
+        self.sampler.close()
+
+    @property
+    def compares(self) -> bool:
+        """As `Sampler.compares`."""
+        return self.sampler.compares
+
+    def push(
+        self, weights: Iterable[tuple[str, Tensor]] | None, version: int, probe: Probe | None = None
+    ) -> float | None:
         """As `Sampler.push`."""
-        self.sampler.push(weights, version)
+        return self.sampler.push(weights, version, probe)

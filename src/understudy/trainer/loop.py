@@ -20,8 +20,9 @@ from understudy.methods import Method
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.observe import Clock, Observer, nonfinite_record, peak_memory_gib, sample_metrics
+from understudy.trainer.observe import Clock, Observer, age_metrics, nonfinite_record, peak_memory_gib, sample_metrics
 from understudy.trainer.optimizer import Optimizer
+from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
@@ -45,7 +46,9 @@ class Trainer:
 
     student: Student
     method: Method
-    rollouts: Rollouts
+    rollouts: Rollouts | Overlapped
+    publish: Callable[[int, Sequence[Sample]], dict[str, float]]
+    """Gives the weights after so many updates to the sampler, and may compare the two on samples; what was measured."""
     optimizer: Optimizer
     settings: Train
     evaluation: Eval | None
@@ -91,15 +94,15 @@ class Trainer:
         # what draws from torch's own generator (dropout) is a function of the step, as everything else is
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
-        with clock("generate_s"):
-            found = self.rollouts(self.progress.position, method.plan(own_step), step)
-        with clock("score_s"):
-            judged, num_dropped = self.rollouts.collector.score(found.samples, method)
+        found = self.rollouts.collect(self.progress, method, own_step, clock)
+        ages = age_metrics(found.samples, self.progress.updates)
         with clock("update_s"):
-            numbers = self._update(judged, method, own_step)
-        metrics = self.ranks.sum_metrics(sample_metrics(found.written) | found.metrics)
+            numbers = self._update(found.judged, method, own_step)
+        with clock("push_s"):
+            numbers |= self.publish(self.progress.updates, found.samples)
+        metrics = self.ranks.sum_metrics(sample_metrics(found.written) | ages | found.metrics)
         numbers |= {name: metric.value for name, metric in metrics.items() if metric.count}
-        numbers |= self.ranks.sum_counts(found.counts | {"samples_dropped": num_dropped})
+        numbers |= self.ranks.sum_counts(found.counts | {"samples_dropped": found.num_dropped})
         numbers |= {"prompts_too_long": float(found.num_prompts_too_long), "peak_memory_gib": peak_memory_gib()}
         if len(self.method.members) > 1:
             numbers["phase"] = float(next(n for n, part in enumerate(self.method.members) if part is method))
@@ -114,6 +117,7 @@ class Trainer:
         )
         self._torn = False
         self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
+        self.observer.used(step + 1, found.positions)
         self._save_samples([*found.samples, *found.rejected])
         if self.progress.empty_in_row >= MAX_EMPTY:
             raise TrainingError(
@@ -146,7 +150,6 @@ class Trainer:
             for _ in range(settings.passes)
             for part in parts
         ]
-        self.rollouts.collector.sampler.push(None, self.progress.updates)
         total: dict[str, Metric] = {}
         for _, metrics in made:
             total = add_metrics(total, metrics)

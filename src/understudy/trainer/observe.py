@@ -65,6 +65,16 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
     return metrics
 
 
+def age_metrics(samples: Sequence[Sample], updates: int) -> dict[str, Metric]:
+    """`staleness`: updates since the weights that wrote each of the student's tokens."""
+    versions = [sample.policy_version for sample in samples if sample.policy_version is not None]
+    if not versions:
+        return {}
+    known = torch.cat(versions)
+    known = known[known >= 0]
+    return {"staleness": Metric(float((updates - known).sum()), float(known.numel()))}
+
+
 def peak_memory_gib() -> float:
     """Since the process began: of the GPU where there is one, else of the process (resident set)."""
     if torch.cuda.is_available():
@@ -105,6 +115,8 @@ class Observer:
     console: Console
     loggers: Sequence[MetricLogger]
     events: JsonLines | None
+    consumed: JsonLines | None = None
+    """Which prompts each step used."""
     evaluated_at: int | None = None
     """Step of the last evaluation in this process."""
     summaries: list[EvalSummary] = field(default_factory=list)
@@ -142,9 +154,14 @@ class Observer:
         self.console.warn(text)
         self._event(step, "warning", text)
 
+    def used(self, step: int, positions: Sequence[int]) -> None:
+        """The prompts of a step, by their position in the order of training; nothing where none are named."""
+        if self.consumed is not None and positions:
+            self.consumed.write({"step": step, "positions": list(positions)})
+
     def sync(self) -> None:
         """Waits until all lines are on the disk."""
-        for lines in (*self.loggers, self.events):
+        for lines in (*self.loggers, self.events, self.consumed):
             if isinstance(lines, JsonLines):
                 lines.sync()
 
@@ -152,8 +169,9 @@ class Observer:
         """Ends loggers and console."""
         for logger in self.loggers:
             logger.close()
-        if self.events is not None:
-            self.events.close()
+        for lines in (self.events, self.consumed):
+            if lines is not None:
+                lines.close()
         self.console.close()
 
     def _event(self, step: int, kind: str, text: str) -> None:

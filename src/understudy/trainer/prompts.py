@@ -21,6 +21,8 @@ class Drawn:
     """Each with its token ids."""
     next_position: int
     num_too_long: int
+    positions: tuple[int, ...] = ()
+    """Of the prompts."""
 
     @property
     def names(self) -> list[str]:
@@ -58,6 +60,7 @@ class PromptStream:
     def draw(self, position: int, count: int) -> Drawn:
         """The next `count` prompts that fit the token budget. Raises DataError when a whole epoch has none."""
         found: list[tuple[Prompt, Tensor]] = []
+        places: list[int] = []
         too_long_in_row = num_too_long = 0
         while len(found) < count:
             prompt = self[position]
@@ -65,6 +68,7 @@ class PromptStream:
             position += 1
             if len(ids) <= self._limit:
                 found.append((prompt, ids))
+                places.append(position - 1)
                 too_long_in_row = 0
                 continue
             num_too_long += 1
@@ -74,4 +78,4 @@ class PromptStream:
                 raise DataError(
                     f"all {len(self._prompts)} training prompts are longer than train.max_prompt_tokens ({self._limit})"
                 )
-        return Drawn(tuple(found), position, num_too_long)
+        return Drawn(tuple(found), position, num_too_long, tuple(places))

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from io import FileIO
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -136,6 +137,8 @@ class ResponseStore:
         self._on_demand = on_demand
         self._take_damaged = take_damaged
         self._counts: Counter[str] = Counter()
+        # several threads generate where generation overlaps with the update
+        self._lock = Lock()
         self.shown = shown
 
     def find(self, requests: Sequence[Request], step: int) -> list[Tensor | None]:
@@ -145,6 +148,10 @@ class ResponseStore:
         """
         if not requests:
             return []
+        with self._lock:
+            return self._find(requests, step)
+
+    def _find(self, requests: Sequence[Request], step: int) -> list[Tensor | None]:
         draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0]
         encoded: dict[str, Tensor | None] = {}
         found: list[Tensor | None] = []
@@ -163,8 +170,9 @@ class ResponseStore:
 
         `responses_damaged` is there where lines of the cache could not be read.
         """
-        counts = {name: self._counts[name] for name in ("responses_missing", "responses_unreadable")}
-        self._counts.clear()
+        with self._lock:
+            counts = {name: self._counts[name] for name in ("responses_missing", "responses_unreadable")}
+            self._counts.clear()
         num_damaged = self._take_damaged()
         return counts | {"responses_damaged": num_damaged} if num_damaged else counts
 

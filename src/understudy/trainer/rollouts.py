@@ -1,4 +1,4 @@
-"""One step's samples, over as many rounds as it takes."""
+"""One step's samples, over as many rounds as it takes, and what the teacher says of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from understudy.methods import RolloutPlan
+from understudy.methods import Method, RolloutPlan
+from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collector
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.prompts import PromptStream
+from understudy.trainer.observe import Clock
+from understudy.trainer.prompts import Drawn, PromptStream
 from understudy.trainer.rewards import Rewarded, Rewarder
 from understudy.trainer.settings import Train
-from understudy.types import Author, Metric, Sample, add_metrics
+from understudy.trainer.update import Judged
+from understudy.types import Author, Metric, Request, Sample, add_metrics
 
 MAX_ROUNDS = 10
 """Draws of further prompts in place of flat ones, after which the step goes on with what it has."""
@@ -33,6 +36,23 @@ class Gathered:
     counts: Counter[str] = field(default_factory=Counter)
     """Of this rank."""
     num_prompts_too_long: int = 0
+    judged: Judged = field(default_factory=lambda: Judged([]))
+    """`samples` with their scores, without those that were dropped."""
+    num_dropped: int = 0
+    """Samples that the teacher could not score."""
+    positions: list[int] = field(default_factory=list)
+    """Of the prompts that were used, where that is recorded."""
+
+    def add(self, other: Gathered) -> None:
+        """All but what was judged, and where the next step begins."""
+        self.samples += other.samples
+        self.written += other.written
+        self.rejected += other.rejected
+        self.metrics = add_metrics(self.metrics, other.metrics)
+        # not +=, which forgets what was counted as 0
+        self.counts.update(other.counts)
+        self.num_prompts_too_long += other.num_prompts_too_long
+        self.num_dropped += other.num_dropped
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,18 @@ class Rollouts:
     rewarder: Rewarder
     ranks: Ranks
     settings: Train
+
+    def collect(self, progress: Progress, method: Method, own_step: int, clock: Clock) -> Gathered:
+        """The judged samples of a step: all are written, then all are scored."""
+        with clock("generate_s"):
+            found = self(progress.position, method.plan(own_step), progress.step)
+        with clock("score_s"):
+            found.judged, found.num_dropped = self.collector.score(found.samples, method)
+        return found
+
+    def close(self) -> None:
+        """Ends what the collector holds open."""
+        self.collector.close()
 
     def __call__(self, position: int, plan: RolloutPlan, step: int) -> Gathered:
         """The samples of a step, from prompts at `position` on; prompts whose samples all have one reward are replaced
@@ -67,9 +99,18 @@ class Rollouts:
         self, found: Gathered, count: int, plan: RolloutPlan, step: int, seen: Counter[str]
     ) -> tuple[Rewarded, Sequence[str]]:
         """What `count` further prompts gave on this rank, and their names, one that was drawn twice twice."""
-        per_prompt = self.settings.samples_per_prompt
         drawn = self.prompts.draw(found.next_position, count)
-        requests = drawn.requests(per_prompt, seen)
+        found.next_position = drawn.next_position
+        found.num_prompts_too_long += drawn.num_too_long
+        rewarded = self.answer(found, drawn, drawn.requests(self.settings.samples_per_prompt, seen), plan, step)
+        return rewarded, [prompt.id for prompt, _ in drawn.prompts]
+
+    def answer(
+        self, found: Gathered, drawn: Drawn, requests: Sequence[Request], plan: RolloutPlan, step: int
+    ) -> Rewarded:
+        """This rank's part of the `requests` of some prompts, answered and rewarded; `found` is told of everything but
+        what is to be trained on."""
+        per_prompt = self.settings.samples_per_prompt
         begun = []
         # beyond every index that a prompt can reach in this step
         offset = per_prompt * self.settings.prompts_per_step * MAX_ROUNDS
@@ -78,8 +119,6 @@ class Rollouts:
         mine = self.ranks.mine(requests)
         written = self.collector.generate(mine, begun, plan, step)
         rewarded = self.rewarder(written, [*mine, *begun], plan, step)
-        found.next_position = drawn.next_position
-        found.num_prompts_too_long += drawn.num_too_long
         found.written += written
         found.written += rewarded.second
         own = sum(int((sample.author == Author.STUDENT).sum()) for sample in [*written, *rewarded.second])
@@ -90,4 +129,4 @@ class Rollouts:
             found.counts.update(self.collector.responses.take_counts())
         found.metrics = add_metrics(found.metrics, rewarded.metrics)
         found.counts["samples_left_out"] += len(mine) - sum(sample.index < offset for sample in written)
-        return rewarded, [prompt.id for prompt, _ in drawn.prompts]
+        return rewarded

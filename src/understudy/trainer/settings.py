@@ -78,6 +78,21 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Async:
+    """The section `async`: generation, scoring and updates at the same time. Without it they take turns."""
+
+    max_staleness: int = 0
+    """Steps that samples may be older than the weights that learn from them. 0: strictly on-policy; only scoring overlaps
+    with generation."""
+    timeout_s: float = 1800.0
+    """Without a finished sample until the run stops."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "max_staleness")
+        _at_least(self, 1, "timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     """The section `eval`: held-out problems, before, while and after training."""
 

@@ -66,6 +66,17 @@ class Judged:
         """Some of them."""
         return Judged(*(None if part is None else [part[i] for i in index] for part in self._parts))  # type: ignore[arg-type]
 
+    @staticmethod
+    def join(parts: Sequence[Judged]) -> Judged:
+        """All of them, in order."""
+        scores = [part.scores for part in parts if part.scores is not None]
+        reference = [part.reference for part in parts if part.reference is not None]
+        return Judged(
+            [sample for part in parts for sample in part.samples],
+            [score for part in scores for score in part] if scores else None,
+            [score for part in reference for score in part] if reference else None,
+        )
+
     @property
     def _parts(self) -> tuple[Sequence[object] | None, ...]:
         return self.samples, self.scores, self.reference

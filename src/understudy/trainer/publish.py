@@ -1,0 +1,64 @@
+"""The student's weights on their way to the sampler, and whether they arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from understudy.linear import score
+from understudy.models import lm_head
+from understudy.models.backbone import evaluating
+from understudy.rollout import Probe, Sampler
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.update import Student
+from understudy.types import Sample
+
+NUM_PROBED = 4
+"""Sequences that sampler and trainer are compared on after every push."""
+PROBE_TOKENS = 256
+"""Of each, from its start."""
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Pushes the live weights; with a sampler that has weights of its own the first rank speaks for all."""
+
+    sampler: Sampler
+    student: Student
+    weights: Callable[[], Iterable[tuple[str, Tensor]]] | None
+    """By the names that the sampler reads; None where it shares the live model."""
+    ranks: Ranks
+    first: Sequence[Sample]
+    """To be compared on before there are samples."""
+
+    def __call__(self, version: int, samples: Sequence[Sample]) -> dict[str, float]:
+        """`push_gap`: mean |log S_sampler - log S_trainer|, nats, where the sampler compares. Raises EngineError where that
+        is more than the precision explains."""
+        if self.weights is None or not self.ranks.is_main:
+            self.ranks.barrier()
+            self.sampler.push(None, version)
+            return {}
+        probe = probe_of(self.student, samples or self.first) if self.sampler.compares else None
+        gap = self.sampler.push(self.weights(), version, probe)
+        self.ranks.barrier()
+        return {} if gap is None else {"push_gap": gap}
+
+
+@torch.no_grad()
+def probe_of(student: Student, samples: Sequence[Sample]) -> Probe:
+    """What the live model says of some sequences, at temperature 1 and over all rows of its head."""
+    # the shortest are cheap, and as telling as others
+    chosen = sorted(samples, key=lambda sample: sample.token_ids.numel())[:NUM_PROBED]
+    # one token as the prompt: every other one is scored
+    cut = [replace(sample, token_ids=sample.token_ids[:PROBE_TOKENS], prompt_length=1) for sample in chosen]
+    cut = [sample for sample in cut if sample.token_ids.numel() > 1]
+    if not cut:
+        return Probe((), ())
+    target = torch.cat([sample.response_ids for sample in cut]).to(student.device)
+    with evaluating(student.model):
+        logprob, _ = score(student.hidden(cut), lm_head(student.model), target)
+    sizes = [sample.num_response_tokens for sample in cut]
+    return Probe(tuple(sample.token_ids for sample in cut), logprob.cpu().split(sizes))
