@@ -13,7 +13,7 @@ from understudy.recipe import Recipe
 from understudy.trainer.loop import Trainer
 
 from . import probes, sides, static
-from .findings import Finding, attempt, errors_of, latest
+from .findings import AS_SAID, Finding, attempt, errors_of, latest
 from .parts import Check, Parts, rollouts_of
 
 Build = Callable[[Recipe], AbstractContextManager[tuple[Loaded, Trainer]]]
@@ -37,7 +37,7 @@ def examine(recipe: Recipe, build: Build) -> list[Finding]:
         with build(recipe) as (loaded, trainer):
             return latest([*found, *examine_parts(recipe, loaded, judges_of(trainer), trainer)])
     except (UnderstudyError, RuntimeError, MemoryError) as error:
-        return [*found, Finding("loading", "error", "models, data and the first prompts", str(error), "see there")]
+        return [*found, Finding("loading", "error", "models, data and the first prompts", str(error), AS_SAID)]
 
 
 def examine_parts(recipe: Recipe, loaded: Loaded, judges: Judges, trainer: Trainer) -> list[Finding]:

@@ -14,6 +14,7 @@ from understudy.trainer.console import Console
 
 Level = Literal["ok", "warning", "error"]
 Found = TypeVar("Found")
+AS_SAID = "as the message says"
 UNEXPECTED = "this check itself failed; report it, or skip all checks with --no-doctor"
 
 
@@ -34,7 +35,7 @@ def attempt(name: str, checked: str, check: Callable[[], Iterable[Finding]]) -> 
     try:
         return list(check())
     except UnderstudyError as error:
-        return [Finding(name, "error", checked, str(error), "see there")]
+        return [Finding(name, "error", checked, str(error), AS_SAID)]
     except Exception as error:  # one check that fails must not hide what the others find
         return [Finding(name, "error", checked, f"{type(error).__name__}: {error}", UNEXPECTED)]
 
@@ -77,7 +78,7 @@ def refuse(findings: Iterable[Finding]) -> None:
     """Raises RecipeError that lists the errors, if there are any."""
     errors = errors_of(findings)
     if errors:
-        lines = [f"{item.name}: {item.found}" + (f"; {item.advice}" if item.advice else "") for item in errors]
+        lines = [_line(item) for item in errors]
         raise RecipeError("\n  ".join([f"{verdict(errors)} (--no-doctor trains all the same)", *lines]))
 
 
@@ -85,6 +86,11 @@ def verdict(errors: Sequence[Finding]) -> str:
     """The last line of a report that has errors."""
     count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     return f"{count}: the run would stop, or learn something else than the recipe says"
+
+
+def _line(item: Finding) -> str:
+    advice = "" if item.advice in ("", AS_SAID) else f"; {item.advice}"
+    return f"{item.name}: {item.found}{advice}"
 
 
 def write_findings(path: Path, findings: Iterable[Finding]) -> None:
@@ -109,6 +115,6 @@ def show_briefly(console: Console, findings: Sequence[Finding]) -> None:
     """A line, and one more for each warning."""
     for item in findings:
         if item.level == "warning":
-            console.warn(f"{item.name}: {item.found}" + (f"; {item.advice}" if item.advice else ""))
+            console.warn(_line(item))
     num_ok = sum(item.level == "ok" for item in findings)
     console.note(f"doctor: {num_ok} of {len(findings)} checks are fine")

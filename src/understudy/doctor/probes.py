@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from understudy.judges import open_store
+from understudy import judges
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
@@ -20,7 +21,7 @@ from understudy.rollout import HFSampler
 from understudy.teachers import LocalTeacher, StoredTeacher, Teacher
 from understudy.trainer.collect import TOKEN_SCORES, Collector
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.responses import TeacherResponses
+from understudy.trainer.responses import ResponseSetup, TeacherResponses, open_responses
 from understudy.trainer.rollouts import Gathered
 from understudy.trainer.update import Judged, accumulate_gradients, prepare
 from understudy.types import Author, Sample, Scores
@@ -138,7 +139,15 @@ def _store(parts: Parts) -> Iterator[Collector]:
         return
     with tempfile.TemporaryDirectory() as folder:
         section = replace(parts.recipe.responses, cache=folder)
-        store = open_store(replace(parts.recipe, responses=section), parts.loaded, parts.judges)
+        setup = ResponseSetup(
+            tokenizer=collector.tokenizer,
+            seed=collector.seed,
+            run_dir=Path(folder),
+            sampling=collector.sampling,
+            generate=judges._writer(parts.recipe, parts.loaded, parts.judges),
+            fingerprint="rehearsal",
+        )
+        store = open_responses(section, setup)
         yield replace(changed, responses=store)
 
 

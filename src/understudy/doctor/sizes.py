@@ -130,5 +130,7 @@ def used_by(folder: Path) -> int:
 
 
 def amount(size: float) -> str:
-    """As "1.25 GiB" or "3.1 MiB"."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+    """As "1.25 GiB", "3.1 MiB" or "12 KiB"."""
+    if size >= GIB / 10:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.0f} KiB"
