@@ -141,16 +141,16 @@ def same(found: Sequence[Scores], expected: Sequence[Scores], atol: float = 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("need", NEEDS)
-def test_scores_are_the_local_teachers_to_the_last_bit(dtype: str, need: str) -> None:
+def test_scores_are_the_local_teachers_to_the_last_bit(dtype: str) -> None:
     """At a temperature and over a cut vocabulary, in the precision of the weights; the wire rounds nothing."""
     model = tiny(dtype=dtype, sharp=4.0)
     with serving(model) as url, opened(url) as teacher:
-        found = teacher.score(samples(), NEEDS[need], k=5)
-        same(found, local(model).score(samples(), NEEDS[need], k=5))
-        if found[0].hidden is not None:
-            mine, theirs = teacher.head_for(None), local(model).head_for(None)
-            assert torch.equal(mine.logits(found[0].hidden), theirs.logits(found[0].hidden))
+        for need in NEEDS.values():
+            found = teacher.score(samples(), need, k=5)
+            same(found, local(model).score(samples(), need, k=5))
+            if found[0].hidden is not None:
+                mine, theirs = teacher.head_for(None), local(model).head_for(None)
+                assert torch.equal(mine.logits(found[0].hidden), theirs.logits(found[0].hidden))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -433,6 +433,39 @@ def test_many_clients_at_once_get_their_own() -> None:
             same(found[index], scores, atol=ROUNDING)
 
 
+def test_what_nobody_waits_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that goes away while its request waits: no forward is made for it."""
+    scorer, gate, began, calls = Scorer(tiny(), letters(), name="tiny"), threading.Event(), threading.Event(), []
+    plain = scorer.score
+
+    def held(asks: Sequence[Ask]) -> list[Answer]:
+        calls.extend(one.temperature for one in asks)
+        began.set()
+        assert gate.wait(WAIT_S)
+        return plain(asks)
+
+    monkeypatch.setattr(scorer, "score", held)
+    headers = {"Content-Type": CONTENT_TYPE}
+    with serve_beside(scorer, Settings(model="tiny", port=0)) as running, httpx.Client(timeout=WAIT_S) as client:
+        first = threading.Thread(
+            target=client.post,
+            args=(running.url + SCORE,),
+            kwargs={"content": ask(samples()).encode(), "headers": headers},
+        )
+        first.start()
+        assert began.wait(WAIT_S)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                running.url + SCORE, content=ask(samples(), temperature=1.5).encode(), headers=headers, timeout=0.3
+            )
+        # the loop that sees it go is the one that answers this
+        assert httpx.get(running.url + "/health").status_code == 200
+        gate.set()
+        first.join(WAIT_S)
+        assert post(running.url, ask(samples(), temperature=0.9).encode()).status_code == 200
+    assert calls == [TEMPERATURE, 0.9]
+
+
 # what is refused
 
 
@@ -569,6 +602,9 @@ def test_what_is_not_well_formed_is_named() -> None:
         "add up": replace(right, tokens=right.tokens[1:]),
         "one of each": replace(right, lengths=right.lengths[1:]),
         "longer": replace(right, prompt_lengths=right.lengths + 1),
+        "at most 65,536": replace(
+            right, lengths=torch.ones(70_000, dtype=torch.int32), prompt_lengths=torch.ones(70_000, dtype=torch.int32)
+        ),
         "need is": replace(right, need=frozenset({"everything"})),
         "temperature is": replace(right, temperature=0.0),
         "temperature is 'nan'": replace(right, temperature=float("nan")),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
+
+import transformers
+import typer
 
 from understudy.errors import RecipeError, nearest
-from understudy.models import DType
 from understudy.serve import Settings, run
-from understudy.serve.scorer import HiddenDType
-from understudy.trainer.console import Console
+from understudy.text import visible
 
-from .commands import quieten_libraries
-
-WORDS = {"dtype": get_args(DType), "hidden_dtype": get_args(HiddenDType)}
+CHOICES = ("dtype", "hidden_dtype")
 
 
 def serve(model: str, **options: Any) -> None:
@@ -21,9 +20,12 @@ def serve(model: str, **options: Any) -> None:
     Raises RecipeError for an option that cannot be, and where the model cannot be served.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    for name, words in WORDS.items():
-        if given.get(name, words[0]) not in words:
-            raise RecipeError(f"--{name.replace('_', '-')} is {given[name]!r}; {nearest(given[name], words)}")
-    quieten_libraries()
-    with Console() as console:
-        run(Settings(model=model, **given), console.note)
+    hints = get_type_hints(Settings)
+    for name in CHOICES:
+        known = get_args(hints[name])
+        if given.get(name, known[0]) not in known:
+            raise RecipeError(f"--{name.replace('_', '-')} is {given[name]!r}; {nearest(given[name], known)}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # plain lines: a server's log has no display that is redrawn
+    run(Settings(model=model, **given), lambda line: typer.echo(visible(line)))

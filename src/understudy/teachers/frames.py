@@ -28,6 +28,8 @@ ABOUT, HEAD, SCORE = "/v1/teacher", "/v1/head", "/v1/score"
 NEEDS = frozenset({"sampled", "topk", "full", "given"})
 """What can be asked; "given" are log-probabilities at the client's own ids."""
 TEMPERATURES = (1e-3, 1e3)
+MAX_SAMPLES = 65_536
+"""In one request."""
 _INTEGERS = (torch.int32,)
 _NUMBERS = (torch.float32, torch.float64)
 _STATES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -195,6 +197,8 @@ def _check_lengths(ask: Ask) -> None:
         raise FrameError(
             f"{lengths.numel()} lengths and {prompts.numel()} prompt_lengths; there must be one of each a sample"
         )
+    if lengths.numel() > MAX_SAMPLES:
+        raise FrameError(f"{lengths.numel():,} samples; one request holds at most {MAX_SAMPLES:,}")
     wrong = ((prompts < 1) | (prompts > lengths)).nonzero()
     if len(wrong):
         at = int(wrong[0])

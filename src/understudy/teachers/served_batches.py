@@ -12,7 +12,7 @@ from understudy.packing import LOGPROB_TOLERANCE, Unscored
 from understudy.types import Sample, Scores
 from understudy.wire import BadReply
 
-from .frames import About, Answer, Ask, fields_of, row_bytes
+from .frames import MAX_SAMPLES, About, Answer, Ask, fields_of, row_bytes
 
 _HEADER_BYTES = 64 * 1024
 """Room in a request beside its ids."""
@@ -63,7 +63,7 @@ class Questions:
             sent += (length + 2 + rows * self.num_given) * _ID_BYTES
             received += rows * row
             over = tokens > max_tokens or sent > limits.request_bytes - _HEADER_BYTES or received > limits.reply_bytes
-            if not batches or over:
+            if not batches or over or len(batches[-1]) == MAX_SAMPLES:
                 batches.append([])
                 tokens, received = length, rows * row
                 sent = (length + 2 + rows * self.num_given) * _ID_BYTES
