@@ -174,7 +174,9 @@ def _build(
         optimizer=optimizer,
         settings=recipe.train,
         evaluation=recipe.eval,
-        evaluate=evaluator(recipe, loaded, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console),
+        evaluate=evaluator(
+            recipe, loaded, sampler, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console
+        ),
         save_student=lambda path: save_hf(loaded.model, loaded.tokenizer, path, merged=False),
         observer=observer,
         run_dir=run_dir,
@@ -300,14 +302,15 @@ def _observer(
 def evaluator(
     recipe: Recipe,
     loaded: assemble.Loaded,
+    sampler: Sampler,
     judge: Judge | None,
     ranks: Ranks,
     out_dir: Path | None,
     console: Console,
 ) -> Callable[[int], EvalSummary]:
-    """A function that evaluates the live weights at a step as the section `eval` says, and saves what it finds."""
+    """A function that evaluates the sampler's weights at a step as the section `eval` says, and saves what it finds."""
     settings = recipe.eval
-    sampler = SharedSampler(loaded.sampler(recipe.seed), ranks)
+    shared = SharedSampler(sampler, ranks)
 
     def evaluate(step: int) -> EvalSummary:
         assert settings is not None
@@ -324,7 +327,7 @@ def evaluator(
                 prompts=prompts,
                 task=recipe.held_out,
                 tokenizer=loaded.tokenizer,
-                sampler=sampler,
+                sampler=shared,
                 sampling=settings.sampling or recipe.sampling,
                 samples_per_prompt=settings.samples_per_prompt,
                 step=step,

@@ -15,6 +15,7 @@ from understudy.format import Interval, interval, metric_note
 from understudy.judges import load_judges
 from understudy.methods import SFT
 from understudy.recipe import Recipe, load_recipe
+from understudy.sampler import sampling_with
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.rundir import RunDir
@@ -113,7 +114,8 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
         loaded = assemble.load_student(recipe)
         started = time.perf_counter()
         judge = load_judges(recipe, loaded).judge
-        summary = runs.evaluator(recipe, loaded, judge, Ranks(), out, console)(0)
+        with sampling_with(recipe, loaded) as sampler:
+            summary = runs.evaluator(recipe, loaded, sampler, judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary

@@ -21,6 +21,7 @@ from understudy.files import write_atomically
 from understudy.judges import load_judges, teacher_setup
 from understudy.methods import OPD, TopK
 from understudy.recipe import Recipe, load_recipe
+from understudy.sampler import sampling_with
 from understudy.tasks.render import encode_prompt
 from understudy.teachers import Chat, Privileged, Stored, Teacher, Verbal
 from understudy.teachers.recording import ScoredMeta, recorded, write_scored
@@ -199,8 +200,10 @@ class _Pairs:
     def of(self, requests: Sequence[Request]) -> Iterator[tuple[Sample, Scores]]:
         """One pair for each request, in order."""
         need: frozenset[Need] = frozenset({"sampled"} if self.k is None else {"sampled", "topk"})
-        sampler = self.loaded.sampler(self.recipe.seed)
-        with self.console.progress("record", len(requests)) as advance:
+        with (
+            sampling_with(self.recipe, self.loaded) as sampler,
+            self.console.progress("record", len(requests)) as advance,
+        ):
             for start in range(0, len(requests), BLOCK_REQUESTS):
                 block = requests[start : start + BLOCK_REQUESTS]
                 samples = sampler.generate(block, self.recipe.sampling, step=FIRST_STEP)

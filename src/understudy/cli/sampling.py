@@ -13,6 +13,7 @@ from understudy.errors import RecipeError
 from understudy.eval.summary import prompt_text
 from understudy.files import write_json_lines
 from understudy.recipe import Recipe
+from understudy.sampler import sampling_with
 from understudy.tasks.render import encode_prompt
 from understudy.trainer.console import Console
 from understudy.trainer.settings import Split
@@ -54,8 +55,7 @@ def sample(
             for index in range(num_samples)
         ]
         samples: list[Sample] = []
-        sampler = loaded.sampler(recipe.seed)
-        with console.progress("sample", len(requests)) as advance:
+        with sampling_with(recipe, loaded) as sampler, console.progress("sample", len(requests)) as advance:
             for start in range(0, len(requests), BLOCK_REQUESTS):
                 block = requests[start : start + BLOCK_REQUESTS]
                 samples += sampler.generate(block, recipe.sampling, step=0, stream="sample/cli")

@@ -45,8 +45,8 @@ class RunDir:
         return self.path / "student"
 
     def check_new(self) -> None:
-        """Raises RecipeError where a run, or anything else, is there already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """Raises RecipeError where a run, or anything else but logs of engines that did not start, is there already."""
+        if self.path.exists() and (not self.path.is_dir() or any(not _is_log(item) for item in self.path.iterdir())):
             raise RecipeError(
                 f"run_dir {self.path} exists and is not empty; continue it with --resume, or choose another run_dir"
             )
@@ -63,3 +63,7 @@ class RunDir:
                 # a killed process may leave a file that it was writing aside
                 if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
                     file.unlink()
+
+
+def _is_log(path: Path) -> bool:
+    return path.name.startswith("engine_") and path.suffix == ".log"
