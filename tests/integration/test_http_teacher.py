@@ -17,13 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.engine_stub import EngineStub
+from tests.faults import HALF, TRUNCATED, WRONG_IDS, FaultProxy, reset, seeded, status
 from tests.leaks import nothing_left
 from tests.loopback import JSONHandler, Loopback
+from tests.runs import save_tiny_model
 from tests.tiny_models import NUM_ROWS, letters, plain_logp, sample, tiny
 from understudy import config
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError
+from understudy.models import load_causal_lm
 from understudy.packing import Unscored, pack, split_scored
-from understudy.teachers import Setup
+from understudy.teachers import Setup, prompt_scores
 from understudy.teachers.cache import CachedTeacher
 from understudy.teachers.http import Http, HttpTeacher
 from understudy.teachers.local import LocalTeacher
@@ -413,6 +417,14 @@ def test_a_wrong_reply_is_asked_again_and_never_believed(api: str, kind: str) ->
         assert "sample p0" in str(caught.value)
 
 
+def test_an_error_names_the_sample_whose_scores_are_wrong() -> None:
+    with (
+        Server(tiny(), lambda reply, number: each_logprob(reply, lambda value: 0.2, only=2)) as server,
+        pytest.raises(EngineError, match=f"{server.url}, sample p1#0: 0.2 is above 0"),
+    ):
+        scored(server, "vllm", SAMPLED)
+
+
 def shifted_rows(reply: Any) -> Any:
     """The rows of the likeliest tokens belong to the places before theirs."""
     for one in reply["choices"] if isinstance(reply, dict) else reply:
@@ -598,10 +610,13 @@ def test_foreign_probability_is_left_out_up_to_a_bound(mass: float, lost: bool) 
 # --- given ids
 
 
-def test_scores_of_given_tokens() -> None:
+@pytest.mark.parametrize("most", [10, 40, 2**18])
+def test_scores_of_given_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a response is cut so that no reply is too large."""
+    monkeypatch.setattr(prompt_scores, "MAX_GIVEN", most)
     model = tiny(sharp=4.0)
-    made = [one for one in samples() if one.num_response_tokens]
-    ids = [torch.stack([torch.randperm(NUM_ROWS)[:5] for _ in one.response_ids]) for one in made]
+    made = samples()
+    ids = [torch.rand(one.num_response_tokens, NUM_ROWS).argsort(-1)[:, :5] for one in made]
     with Server(model) as server:
         judge = HttpTeacher(section(server, "sglang"), setup())
         for one, rows, found in zip(made, ids, judge.score_at(made, ids), strict=True):
@@ -614,6 +629,9 @@ def test_scores_of_given_tokens() -> None:
         with pytest.raises(ValueError, match="not \\(5, K\\)"):
             judge.score_at(made[:1], [ids[0][:2]])
         judge.close()
+        for body in (asked.body for asked in server.asked):
+            pieces = zip(body["input_ids"], body["logprob_start_len"], body["token_ids_logprob"], strict=True)
+            assert all(len(given) * (len(ids) - 1 - start) <= max(most, 5) for ids, start, given in pieces)
         other = HttpTeacher(section(server, "vllm"), setup())
         with pytest.raises(ScoreError, match="sglang"):
             other.score_at(made, ids)
@@ -685,6 +703,7 @@ def refuses(status: int, message: str) -> Callable[[Any, int], Any]:
             ScoreError,
             "p5#0 has 10 tokens.*--max-model-len",
         ),
+        (refuses(400, "max_tokens must be at least 1, got 0."), ScoreError, "p5#0 has 10 tokens.*--max-model-len"),
         (refuses(400, "token id 99 is out of vocabulary"), EngineError, "out of vocabulary"),
     ],
 )
@@ -705,7 +724,7 @@ def test_the_key_is_sent_and_never_said(monkeypatch: pytest.MonkeyPatch) -> None
         sent = {name.lower(): value for name, value in server.asked[0].headers.items()}
         assert sent["authorization"] == "Bearer sk-very-secret"
         server.mangle = refuses(403, "the key sk-very-secret is not for this")
-        with pytest.raises(EngineError, match="TEACHER_KEY may not") as caught:
+        with pytest.raises(EngineError, match="TEACHER_KEY is not accepted") as caught:
             judge.score(samples(), SAMPLED)
         judge.close()
         assert "very-secret" not in str(caught.value)
@@ -724,6 +743,31 @@ def test_a_server_says_what_it_is(api: str, version: str | None) -> None:
         judge.close()
     with pytest.raises(EngineError):
         HttpTeacher(section(server, max_retries=0), setup()).info()
+
+
+def test_a_network_of_faults_changes_no_score(tmp_path: Any) -> None:
+    """Resets, overload, half replies, other ids, NaN and null on the way to a stand-in for vLLM's server."""
+    folder = save_tiny_model(tmp_path / "model", seed=3, hidden_size=32)
+    model = load_causal_lm(folder, dtype="float32", device="cpu")
+    size = model.config.vocab_size
+    made = [
+        sample(
+            f"p{i}",
+            [3 + i // 4, 4],
+            torch.randint(0, size, (1 + i,), generator=torch.Generator().manual_seed(i)).tolist(),
+        )
+        for i in range(24)
+    ]
+    expected = LocalTeacher(model, name="t", vocab_size=size).score(made, TOPK, k=3)
+    kinds = [reset(), reset(middle=True), status(429), HALF, TRUNCATED, WRONG_IDS]
+    with nothing_left(), EngineStub(folder) as stub, FaultProxy(stub.url, seeded(7, kinds, share=0.4)) as proxy:
+        judge = HttpTeacher(
+            section(proxy.url, model=stub.name, batch_tokens=40, max_retries=20), setup(vocab_size=size)
+        )
+        for one, like in zip(judge.score(made, TOPK, k=3), expected, strict=True):
+            same(one, like, top=True)
+        judge.close()
+        assert len(proxy.seen) > len(kinds) / 2
 
 
 # --- the section

@@ -25,6 +25,8 @@ from understudy.types import Author, Need, Prompt, Sample, Scores
 from .base import Teacher
 
 FORMAT = 1
+CACHE_FILE = "scores.sqlite3"
+"""In the directory that a recipe names."""
 DRIFT = 0.05
 """Nats per token by which a stored sample's scores may differ, on the mean, when it is scored again.
 

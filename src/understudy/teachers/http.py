@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -20,9 +20,21 @@ from understudy.types import Need, Sample, Scores
 from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_address, read_key
 
 from .base import Setup, Unmoved
-from .cache import CachedTeacher
-from .prompt_scores import VLLM, Completions, Format, SGLang, group_by_prompt, named, read_reply, spellings_of
-from .score_check import Answer, Raw, check, check_at, no_rows, unscored
+from .cache import CACHE_FILE, CachedTeacher
+from .prompt_scores import (
+    VLLM,
+    Completions,
+    Format,
+    SGLang,
+    cut_given,
+    group_by_prompt,
+    join_given,
+    named,
+    read_reply,
+    refusal,
+    spellings_of,
+)
+from .score_check import Answer, check, check_at, no_rows, unscored
 
 Api = Literal["vllm", "sglang", "completions"]
 DEFAULT_K_MAX = {"vllm": 20}
@@ -32,7 +44,6 @@ ASKED_AGAIN = 2
 weights, and no patience brings it."""
 SPARE = 4
 """Tokens asked for beyond K, at least, once a row of K held one that the student lacks."""
-CACHE_FILE = "scores.sqlite3"
 _VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
 _UNKNOWN_FIELD = frozenset({400, 422})
 
@@ -175,6 +186,11 @@ class HttpTeacher(Unmoved):
         """None: a server gives no head."""
         return None
 
+    @property
+    def concurrency(self) -> int:
+        """As many as may be in flight: one batch that waits holds up no other."""
+        return self._section.max_concurrency
+
     def close(self) -> None:
         """Gives up what is in flight."""
         self._wire.close()
@@ -191,7 +207,7 @@ class HttpTeacher(Unmoved):
         """
         if need - self._section.GIVES:
             raise ScoreError(
-                f"teacher {self._name!r} ({self._section.shown}) cannot give {sorted(need - self._section.GIVES)}; behind "
+                f"{self._who} cannot give {sorted(need - self._section.GIVES)}; behind "
                 f"{self._section.api} it gives {sorted(self._section.GIVES)}"
             )
         if not need - {"none"}:
@@ -206,9 +222,7 @@ class HttpTeacher(Unmoved):
             )
         answers = self._ask_until_scored(samples, kept)
         return [
-            unscored(sample, kept, f"teacher {self._name!r} ({self._section.shown}): {answer.missing}")
-            if answer.scores is None
-            else answer.scores
+            unscored(sample, kept, f"{self._who}: {answer.missing}") if answer.scores is None else answer.scores
             for sample, answer in zip(samples, answers, strict=True)
         ]
 
@@ -220,7 +234,7 @@ class HttpTeacher(Unmoved):
         form = self._format
         if not isinstance(form, SGLang):
             raise ScoreError(
-                f"teacher {self._name!r} ({self._section.shown}) cannot be asked for the scores of given tokens: the routes of "
+                f"{self._who} cannot be asked for the scores of given tokens: the routes of "
                 f"{self._section.api} name none; serve it with SGLang (teacher.api: sglang) or `understudy serve-teacher`"
             )
         for sample, rows in zip(samples, ids, strict=True):
@@ -229,23 +243,36 @@ class HttpTeacher(Unmoved):
                     f"sample {sample.key}: ids have shape {tuple(rows.shape)}, not ({len(sample.response_ids)}, K)"
                 )
 
+        pieces = [
+            (index, *piece) for index, pair in enumerate(zip(samples, ids, strict=True)) for piece in cut_given(*pair)
+        ]
+        asked = [piece for _, piece, _ in pieces]
+
         def ask(group: list[int]) -> list[Answer]:
-            asked, rows = [samples[index] for index in group], [ids[index] for index in group]
+            part, rows = [asked[index] for index in group], [pieces[index][2] for index in group]
             return self._send(
                 form.path,
-                form.body_at(asked, rows),
-                asked,
-                form.read_at,
-                lambda number, sample, raw: check_at(sample, raw, rows[number]),
+                form.body_at(part, rows),
+                part,
+                form.parts,
+                lambda index, sample, said: check_at(sample, form.read_at(sample, said), rows[index]),
             )
 
-        found = {index: Answer(no_rows(sample, ids[index].shape[1])) for index, sample in enumerate(samples)}
-        found |= self._spread(samples, range(len(samples)), ask)
-        return [
-            found[index].scores
-            or unscored(sample, ids[index].shape[1], f"teacher {self._name!r}: {found[index].missing}")
-            for index, sample in enumerate(samples)
-        ]
+        found = self._spread(asked, range(len(asked)), ask)
+        by_sample: list[list[Answer]] = [[] for _ in samples]
+        for number, (index, _, _) in enumerate(pieces):
+            by_sample[index].append(found[number])
+        return [self._join(*item) for item in zip(samples, ids, by_sample, strict=True)]
+
+    def _join(self, sample: Sample, ids: Tensor, answers: Sequence[Answer]) -> Scores:
+        for answer in answers:
+            if answer.scores is None:
+                return unscored(sample, ids.shape[1], f"{self._who}: {answer.missing}")
+        return (
+            join_given([answer.scores for answer in answers if answer.scores])
+            if answers
+            else no_rows(sample, ids.shape[1])
+        )
 
     def info(self) -> dict[str, Any]:
         """`models` that every replica has, `max_length` in tokens and `version`, None where none is told.
@@ -260,6 +287,10 @@ class HttpTeacher(Unmoved):
             "max_length": min(lengths, default=None),
             "version": ", ".join(versions) or None,
         }
+
+    @property
+    def _who(self) -> str:
+        return f"teacher {self._name!r} ({self._section.shown})"
 
     @property
     def _most(self) -> float:
@@ -289,16 +320,17 @@ class HttpTeacher(Unmoved):
         """One request, a second one where a server does not know a field."""
         form, asked = self._format, [samples[index] for index in group]
 
-        def judge(number: int, sample: Sample, raw: Raw) -> Answer:
-            return check(sample, raw, k=k, num_top=num_top, vocab_size=self._vocab_size)
+        def judge(index: int, sample: Sample, said: Any) -> Answer:
+            return check(sample, form.read(sample, said), k=k, num_top=num_top, vocab_size=self._vocab_size)
 
         try:
-            return self._send(form.path, form.body(asked, num_top), asked, form.read, judge)
+            return self._send(form.path, form.body(asked, num_top), asked, form.parts, judge)
         except Refused as refused:
             if not (isinstance(form, Completions) and form.as_ids and refused.status in _UNKNOWN_FIELD):
                 raise
-            plain = replace(form, as_ids=False)
-        answers = self._send(plain.path, plain.body(asked, num_top), asked, plain.read, judge)
+        # whether tokens come as ids or as text is told by the reply, so it is read as before
+        plain = replace(form, as_ids=False)
+        answers = self._send(plain.path, plain.body(asked, num_top), asked, form.parts, judge)
         self._format = plain
         return answers
 
@@ -307,16 +339,12 @@ class HttpTeacher(Unmoved):
         path: str,
         body: dict[str, Any],
         samples: Sequence[Sample],
-        read: Callable[[Any, Sequence[Sample]], list[Raw]],
-        judge: Callable[[int, Sample, Raw], Answer],
+        parts: Callable[[Any], list[Any]],
+        judge: Callable[[int, Sample, Any], Answer],
     ) -> list[Answer]:
-        def answers(reply: Reply) -> list[Answer]:
-            try:
-                return read_reply(reply.json(), samples, read, judge)
-            except BadReply as error:
-                raise BadReply(f"{reply.url}{path}, {named(samples)}: {error}") from None
-
-        return self._wire.request(path, answers, key=named(samples), json=body)
+        return self._wire.request(
+            path, lambda reply: read_reply(reply, samples, parts, judge), key=named(samples), json=body
+        )
 
     def _spread(
         self, samples: Sequence[Sample], chosen: Sequence[int], ask: Callable[[list[int]], list[Answer]]
@@ -327,34 +355,14 @@ class HttpTeacher(Unmoved):
             try:
                 return ask(group)
             except Refused as refused:
-                raise self._refusal(refused, [samples[index] for index in group]) from None
+                asked = [samples[index] for index in group]
+                raise refusal(refused, asked, who=self._who, api_key_env=self._section.api_key_env) from None
 
         groups = group_by_prompt(samples, chosen, max_tokens=self._section.batch_tokens)
         found: dict[int, Answer] = {}
         for group, answers in zip(groups, self._wire.each(groups, run), strict=True):
             found.update(zip(group, answers, strict=True))
         return found
-
-    def _refusal(self, refused: Refused, samples: Sequence[Sample]) -> Exception:
-        """What to do about a status that stays."""
-        section = self._section
-        longest = max(samples, key=lambda sample: sample.token_ids.numel())
-        if refused.too_long:
-            return ScoreError(
-                f"sample {longest.key} has {longest.token_ids.numel()} tokens, which teacher {self._name!r} ({section.shown}) "
-                f"refuses as too long ({refused.message}): raise its --max-model-len (one more than the longest sample), or "
-                "lower max_new_tokens"
-            )
-        env = section.api_key_env
-        hints = {
-            401: f"the key in {env} is not accepted" if env else "set teacher.api_key_env",
-            403: f"the key in {env} may not use this model" if env else "set teacher.api_key_env",
-            404: "check teacher.url, teacher.api, and that the server has that model (see its /v1/models)",
-        }
-        hint = hints.get(
-            refused.status, "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer"
-        )
-        return EngineError(f"teacher {self._name!r} ({section.shown}) refuses {named(samples)} with {refused}; {hint}")
 
     def _look(self, number: int, url: str) -> dict[str, Any]:
         def read(reply: Reply) -> dict[str, Any]:
@@ -393,8 +401,6 @@ class HttpTeacher(Unmoved):
 
 
 def _format(section: Http, tokenizer: Any) -> Format:
-    if section.api == "vllm":
-        return cast(Format, VLLM(section.model))
-    if section.api == "sglang":
-        return cast(Format, SGLang())
-    return cast(Format, Completions(section.model, None if tokenizer is None else spellings_of(tokenizer)))
+    if section.api == "completions":
+        return Completions(section.model, None if tokenizer is None else spellings_of(tokenizer))
+    return VLLM(section.model) if section.api == "vllm" else SGLang()

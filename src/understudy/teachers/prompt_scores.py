@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from understudy.errors import DataError
-from understudy.types import Sample
-from understudy.wire import BadReply
+from understudy.errors import DataError, EngineError, ScoreError
+from understudy.types import Sample, Scores
+from understudy.wire import BadReply, Refused, Reply
 
 from .score_check import Answer, Raw, number
 
 MAX_SAMPLES = 512
 """Of one request; vLLM takes 1,024 prompts (`VLLM_MAX_COMPLETION_PROMPTS`)."""
+MAX_GIVEN = 2**18
+"""Numbers in a reply about given ids of one sample: 5 MB of JSON."""
 _SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 """What reading a reply of another shape runs into; torch reports a number that is too large as a RuntimeError."""
 
@@ -43,8 +46,12 @@ class Format(Protocol):
         """`num_top`: likeliest tokens of each place; 0: the sampled token alone."""
         ...
 
-    def read(self, value: Any, samples: Sequence[Sample]) -> list[Raw]:
-        """One for each sample. Raises BadReply, and LookupError, TypeError, ValueError or AttributeError for another shape."""
+    def parts(self, value: Any) -> list[Any]:
+        """Of the reply, one for each sample, in order."""
+        ...
+
+    def read(self, sample: Sample, part: Any) -> Raw:
+        """Raises BadReply, or LookupError, TypeError, ValueError or AttributeError for another shape."""
         ...
 
 
@@ -70,18 +77,19 @@ class VLLM:
             "return_token_ids": True,
         }
 
-    def read(self, value: Any, samples: Sequence[Sample]) -> list[Raw]:
+    def parts(self, value: Any) -> list[Any]:
+        """`choices`."""
+        return _choices(value)
+
+    def read(self, sample: Sample, part: Any) -> Raw:
         """`prompt_logprobs`: None, then for each token a mapping of ids that holds its own and the likeliest."""
-        found = []
-        for sample, choice in zip(samples, _choices(value, len(samples)), strict=True):
-            ids, start = sample.token_ids.tolist(), sample.prompt_length
-            if (said := choice.get("prompt_token_ids")) is not None and said != ids:
-                raise BadReply("the prompt that was scored is not the one that was sent")
-            rows = choice["prompt_logprobs"]
-            if len(rows) != len(ids):
-                raise BadReply(f"{len(rows)} places for {len(ids)} tokens")
-            found.append(_read_rows(ids[start:], rows[start:]))
-        return found
+        ids, start = sample.token_ids.tolist(), sample.prompt_length
+        if (said := part.get("prompt_token_ids")) is not None and said != ids:
+            raise BadReply("the prompt that was scored is not the one that was sent")
+        rows = part["prompt_logprobs"]
+        if len(rows) != len(ids):
+            raise BadReply(f"{len(rows)} places for {len(ids)} tokens")
+        return _read_rows(ids[start:], rows[start:])
 
 
 def _read_rows(ids: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Raw:
@@ -116,41 +124,35 @@ class SGLang:
         """With the numbers of given ids [R, K]; a server takes one list for all places of a sample, so it is their union."""
         return self.body(samples, 0) | {"token_ids_logprob": [rows.unique().tolist() for rows in ids]}
 
-    def read(self, value: Any, samples: Sequence[Sample]) -> list[Raw]:
+    def parts(self, value: Any) -> list[Any]:
+        """A list where a list was asked for, which is always."""
+        return list(value)
+
+    def read(self, sample: Sample, part: Any) -> Raw:
         """`meta_info`: lists of [logprob, id, text]."""
-        return self._read(value, samples, "input_top_logprobs")
+        return self._read(sample, part["meta_info"], "input_top_logprobs")
 
-    def read_at(self, value: Any, samples: Sequence[Sample]) -> list[Raw]:
+    def read_at(self, sample: Sample, part: Any) -> Raw:
         """The same with the numbers of the ids that were given."""
-        return self._read(value, samples, "input_token_ids_logprobs")
+        return self._read(sample, part["meta_info"], "input_token_ids_logprobs")
 
-    def _read(self, value: Any, samples: Sequence[Sample], beside: str) -> list[Raw]:
-        replies = value if isinstance(value, list) else [value]
-        if len(replies) != len(samples):
-            raise BadReply(f"{len(replies)} replies to {len(samples)} samples")
-        found = []
-        for sample, reply in zip(samples, replies, strict=True):
-            facts, size = reply["meta_info"], sample.num_response_tokens
-            if facts.get("prompt_tokens", sample.token_ids.numel()) != sample.token_ids.numel():
-                raise BadReply(f"{facts['prompt_tokens']} tokens were read of {sample.token_ids.numel()}")
-            places = facts["input_token_logprobs"]
-            if len(places) != size + 1:
-                raise BadReply(f"{len(places) - 1} places for {size} response tokens")
-            rows = facts.get(beside) or None
-            if rows is not None and len(rows) != size + 1:
-                raise BadReply(f"{beside} has {len(rows) - 1} places for {size} response tokens")
-            found.append(
-                Raw(
-                    [place[1] for place in places[1:]],
-                    [number(place[0]) for place in places[1:]],
-                    None
-                    if rows is None
-                    else [[(entry[1], number(entry[0])) for entry in row or ()] for row in rows[1:]],
-                )
-            )
-        return found
+    def _read(self, sample: Sample, facts: Mapping[str, Any], beside: str) -> Raw:
+        length, size = sample.token_ids.numel(), sample.num_response_tokens
+        if facts.get("prompt_tokens", length) != length:
+            raise BadReply(f"{facts['prompt_tokens']} tokens were read of {length}")
+        places, rows = facts["input_token_logprobs"], facts.get(beside) or None
+        for name, found in (("input_token_logprobs", places), (beside, rows)):
+            if found is not None and len(found) != size + 1:
+                raise BadReply(f"{name} has {len(found) - 1} places for {size} response tokens")
+        return Raw(
+            [place[1] for place in places[1:]],
+            [number(place[0]) for place in places[1:]],
+            None if rows is None else [[(entry[1], number(entry[0])) for entry in row or ()] for row in rows[1:]],
+        )
 
 
+_NO_ROOM = "max_tokens must be at least 1"
+"""What vLLM says to a sequence that leaves no position for the one token that is generated."""
 _TOKEN_ID = "token_id:"  # noqa: S105 (a prefix of vLLM's)
 _UNPRINTABLE = "bytes:"
 
@@ -177,19 +179,20 @@ class Completions:
             "logprobs": 1,
         } | ({"return_tokens_as_token_ids": True} if self.as_ids else {})
 
-    def read(self, value: Any, samples: Sequence[Sample]) -> list[Raw]:
+    def parts(self, value: Any) -> list[Any]:
+        """`choices`."""
+        return _choices(value)
+
+    def read(self, sample: Sample, part: Any) -> Raw:
         """`logprobs`: `tokens` and `token_logprobs`, the first of which is None."""
-        found = []
-        for sample, choice in zip(samples, _choices(value, len(samples)), strict=True):
-            ids, start = sample.token_ids.tolist(), sample.prompt_length
-            tokens, numbers = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
-            if len(tokens) not in (len(ids), len(ids) + 1) or len(numbers) != len(tokens):
-                raise BadReply(f"{len(tokens)} tokens and {len(numbers)} numbers came back for {len(ids)} tokens")
-            for token, said in zip(ids, tokens, strict=False):
-                if not self._is(token, said):
-                    raise BadReply(f"token {token} was sent, and {said!r} was scored in its place")
-            found.append(Raw(ids[start:], [number(value) for value in numbers[start : len(ids)]]))
-        return found
+        ids, start = sample.token_ids.tolist(), sample.prompt_length
+        tokens, numbers = part["logprobs"]["tokens"], part["logprobs"]["token_logprobs"]
+        if len(tokens) not in (len(ids), len(ids) + 1) or len(numbers) != len(tokens):
+            raise BadReply(f"{len(tokens)} tokens and {len(numbers)} numbers came back for {len(ids)} tokens")
+        for token, said in zip(ids, tokens, strict=False):
+            if not self._is(token, said):
+                raise BadReply(f"token {token} was sent, and {said!r} was scored in its place")
+        return Raw(ids[start:], [number(value) for value in numbers[start : len(ids)]])
 
     def _is(self, token: int, said: str) -> bool:
         """Whether a server may write the token so. A part of a character has no text of its own, and any will do."""
@@ -215,11 +218,11 @@ def spellings_of(tokenizer: Any) -> Spellings:
     return spell
 
 
-def _choices(value: Any, count: int) -> list[Any]:
-    """`choices` in the order of the prompts."""
+def _choices(value: Any) -> list[Any]:
+    """In the order of the prompts."""
     choices = sorted(value["choices"], key=lambda choice: choice["index"])
-    if [choice["index"] for choice in choices] != list(range(count)):
-        raise BadReply(f"{len(choices)} choices came back for {count} samples")
+    if [choice["index"] for choice in choices] != list(range(len(choices))):
+        raise BadReply("choices are numbered otherwise than the samples")
     return choices
 
 
@@ -248,20 +251,68 @@ def group_by_prompt(samples: Sequence[Sample], chosen: Sequence[int], *, max_tok
 
 
 def read_reply(
-    value: Any,
+    reply: Reply,
     samples: Sequence[Sample],
-    read: Callable[[Any, Sequence[Sample]], list[Raw]],
-    judge: Callable[[int, Sample, Raw], Answer],
+    parts: Callable[[Any], list[Any]],
+    judge: Callable[[int, Sample, Any], Answer],
 ) -> list[Answer]:
-    """`judge(index, sample, raw)` of what `read` finds. Raises BadReply for everything that is no such reply."""
+    """`judge(index, sample, part)` of each part. Raises BadReply, with server and sample, for everything else."""
+    who = reply.url
     try:
-        raws = read(value, samples)
-        return [judge(index, *pair) for index, pair in enumerate(zip(samples, raws, strict=True))]
+        found = parts(reply.json())
+        if len(found) != len(samples):
+            raise BadReply(f"{len(found)} samples came back for {len(samples)}")
+        answers = []
+        for index, (sample, part) in enumerate(zip(samples, found, strict=True)):
+            who = f"{reply.url}, sample {sample.key}"
+            answers.append(judge(index, sample, part))
+        return answers
+    except BadReply as error:
+        raise BadReply(f"{who}: {error}") from None
     except _SHAPE_ERRORS as error:
-        raise BadReply(f"a reply of another shape ({type(error).__name__} {error})") from None
+        raise BadReply(f"{who}: a reply of another shape ({type(error).__name__} {error})") from None
+
+
+def cut_given(sample: Sample, ids: Tensor) -> list[tuple[Sample, Tensor]]:
+    """Its rows [R, K] in pieces, as samples whose prompts reach up to them: their union is asked for at every place, so that
+    numbers grow with the square of the rows."""
+    rows = max(1, math.isqrt(MAX_GIVEN // ids.shape[1]))
+    starts = range(0, len(ids), rows)
+    begun = sample.prompt_length
+    return [
+        (
+            replace(sample, token_ids=sample.token_ids[: begun + start + rows], prompt_length=begun + start),
+            ids[start : start + rows],
+        )
+        for start in starts
+    ]
+
+
+def join_given(pieces: Sequence[Scores]) -> Scores:
+    """The pieces of one sample, in order."""
+    names = ("token_ids", "logprob", "topk_ids", "topk_logprob")
+    return Scores(**{name: torch.cat([getattr(piece, name) for piece in pieces]) for name in names})
 
 
 def named(samples: Sequence[Sample]) -> str:
     """The first by its key, and how many more."""
     rest = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
     return f"sample {samples[0].key}{rest}"
+
+
+def refusal(refused: Refused, samples: Sequence[Sample], *, who: str, api_key_env: str) -> ScoreError | EngineError:
+    """What to do about a status that stays."""
+    longest = max(samples, key=lambda sample: sample.token_ids.numel())
+    if refused.too_long or _NO_ROOM in refused.message:
+        return ScoreError(
+            f"sample {longest.key} has {longest.token_ids.numel()} tokens, which {who} refuses as too long "
+            f"({refused.message}): raise its --max-model-len (one more than the longest sample), or lower max_new_tokens"
+        )
+    locked = f"the key in {api_key_env} is not accepted" if api_key_env else "set teacher.api_key_env"
+    hints = {
+        401: locked,
+        403: locked,
+        404: "check teacher.url, teacher.api, and that the server has that model (see its /v1/models)",
+    }
+    hint = hints.get(refused.status, "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer")
+    return EngineError(f"{who} refuses {named(samples)} with {refused}; {hint}")

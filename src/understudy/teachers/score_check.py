@@ -61,12 +61,10 @@ def check(sample: Sample, raw: Raw, *, k: int | None, num_top: int, vocab_size: 
     wanted = sample.response_ids
     said = torch.tensor(list(raw.token_ids), dtype=torch.int64)
     if not torch.equal(said, wanted):
-        raise BadReply(
-            f"sample {sample.key}: {len(said)} tokens came back that are not the {len(wanted)} that were sent"
-        )
+        raise BadReply(f"{len(said)} tokens came back that are not the {len(wanted)} that were sent")
     logprob = _numbers(raw.logprob)
     if len(logprob) != len(wanted):
-        raise BadReply(f"sample {sample.key}: {len(logprob)} scores for {len(wanted)} response tokens")
+        raise BadReply(f"{len(logprob)} scores for {len(wanted)} response tokens")
     _check_sign(sample, logprob)
     if k is None:
         return _lacking("logprob", logprob) or Answer(Scores(wanted, logprob.clamp(max=0).float()))
@@ -101,7 +99,7 @@ def check_at(sample: Sample, raw: Raw, ids: Tensor) -> Answer:
     if len(rows) != len(ids) or any(
         int(token) not in row for row, asked in zip(rows, ids, strict=True) for token in asked
     ):
-        raise BadReply(f"sample {sample.key}: not all of the ids that were asked for came back")
+        raise BadReply("not all of the ids that were asked for came back")
     values = _numbers([row[int(token)] for row, asked in zip(rows, ids, strict=True) for token in asked])
     values = values.reshape(ids.shape)
     _check_sign(sample, values)
@@ -120,21 +118,21 @@ def _lacking(name: str, values: Tensor) -> Answer | None:
 
 def _check_sign(sample: Sample, values: Tensor) -> None:
     if bool((values > TOLERANCE).any()):
-        raise BadReply(f"sample {sample.key}: {float(values[values > TOLERANCE][0])} is above 0, so no log-probability")
+        raise BadReply(f"{float(values[values > TOLERANCE][0])} is above 0, so no log-probability")
 
 
 def _top_rows(sample: Sample, raw: Raw, num_top: int) -> tuple[Tensor, Tensor]:
     """[R, num_top] ids and numbers, cut to what was asked for: vLLM adds the sampled token to its likeliest."""
     rows = raw.top
     if rows is None or len(rows) != len(raw.token_ids):
-        raise BadReply(f"sample {sample.key}: {0 if rows is None else len(rows)} rows for {len(raw.token_ids)} tokens")
+        raise BadReply(f"{0 if rows is None else len(rows)} rows for {len(raw.token_ids)} tokens")
     if few := [row for row in rows if len(row) < num_top]:
-        raise BadReply(f"sample {sample.key}: {len(few[0])} likeliest tokens came back where {num_top} were asked for")
+        raise BadReply(f"{len(few[0])} likeliest tokens came back where {num_top} were asked for")
     ids = torch.tensor([[token for token, _ in row[:num_top]] for row in rows], dtype=torch.int64)
     values = _numbers([number for row in rows for _, number in row[:num_top]])
     ids, values = ids.reshape(len(rows), num_top), values.reshape(len(rows), num_top)
     if bool((ids < 0).any()) or (num_top > 1 and bool((ids.sort(-1).values.diff(dim=-1) == 0).any())):
-        raise BadReply(f"sample {sample.key}: a row of likeliest tokens names a token twice, or none")
+        raise BadReply("a row of likeliest tokens names a token twice, or none")
     _check_sign(sample, values)
     return ids, values
 
@@ -142,14 +140,14 @@ def _top_rows(sample: Sample, raw: Raw, num_top: int) -> tuple[Tensor, Tensor]:
 def _check_top(sample: Sample, wanted: Tensor, logprob: Tensor, ids: Tensor, values: Tensor) -> None:
     """Rows are descending, and the sampled token agrees with them: it is among them, or below them all."""
     if bool((values.diff(dim=-1) > 0).any()):
-        raise BadReply(f"sample {sample.key}: the likeliest tokens are not in descending order")
+        raise BadReply("the likeliest tokens are not in descending order")
     same = ids == wanted[:, None]
     other = torch.where(same, values, 0.0).sum(-1)
     wrong = torch.where(same.any(-1), (other - logprob).abs() > AGREEMENT, logprob > values[:, -1] + AGREEMENT)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise BadReply(
-            f"sample {sample.key}, response token {row}: its log-probability {float(logprob[row]):.4f} contradicts the row of "
+            f"response token {row}: its log-probability {float(logprob[row]):.4f} contradicts the row of "
             "likeliest tokens beside it"
         )
 
