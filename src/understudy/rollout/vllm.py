@@ -136,7 +136,8 @@ class VLLMSampler:
                 wire.each(left, lambda group: self._write(group, sampling, f"{self._seed}/{stream}/{step}"))
                 left = [[draft] for group in left for draft in group if draft.finish is None]
         except EngineError:
-            self._servers.check()
+            if not self._closed:
+                self._servers.explain()
             raise
         return to_samples(drafts, self._tokenizer, with_logprob=promises(facts.logprobs_mode, sampling))
 
@@ -160,9 +161,9 @@ class VLLMSampler:
                 gap = None if probe is None or weights is None else self._compare(probe, version)
             except BaseException as error:
                 self._gate.break_with(f"the rollout engine did not get version {version} of the weights: {error}")
-                if isinstance(error, EngineError):
+                if isinstance(error, EngineError) and not self._closed:
                     # that it died says more than that it gave no answer
-                    self._servers.check()
+                    self._servers.explain()
                 raise
             self._gate.open(version)
             return gap

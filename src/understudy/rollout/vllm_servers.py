@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 SERVED_NAME = "student"
 DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 """The first opens the routes that pause a server and replace its weights."""
+DYING_S = 3.0
+"""Between a server's last reply and the end of its process."""
 CONTROL_RETRIES = 3
 """Of what is said to one server; its failures are not those of a crowded one."""
 
@@ -95,6 +97,11 @@ class Servers:
         """Raises EngineError, with the end of its log, for a server of ours that does not run any more."""
         for process in self._processes:
             process.check()
+
+    def explain(self) -> None:
+        """After a failure: raises EngineError for a server that died of it, perhaps a moment ago."""
+        for process in self._processes:
+            process.check(DYING_S)
 
     def health(self) -> str:
         """Which of them answer: all, else it raises."""

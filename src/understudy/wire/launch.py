@@ -104,11 +104,13 @@ class ServerProcess:
                 )
             time.sleep(POLL_S)
 
-    def check(self) -> None:
-        """Raises EngineError, with the end of its log, for a server that does not run."""
+    def check(self, within_s: float = 0.0) -> None:
+        """Raises EngineError, with the end of its log, for a server that does not run, or ends within so many seconds."""
         if self._process is None:
             raise EngineError(f"{self.name} is not started")
-        status = self._process.poll()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        status = self._process.returncode
         if status is not None:
             how = f"was killed by signal {status - 128}" if 128 < status < 193 else f"ended with status {status}"
             raise EngineError(f"{self.name} {how}.\n{self._tail()}")

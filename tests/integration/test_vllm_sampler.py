@@ -1,0 +1,622 @@
+"""The sampler of vLLM servers, on a stub that computes with a real tiny model: what it writes is that model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine_stub import EngineStub
+from tests.leaks import nothing_left
+from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
+from understudy.config import parse
+from understudy.errors import DataError, EngineError, RecipeError
+from understudy.models.saving import merged_state_dict
+from understudy.rollout import HFSampler
+from understudy.rollout.engines import VLLM, Launch, logprobs_mode
+from understudy.rollout.probe import Probe
+from understudy.rollout.vllm import FLOAT32_GAP, VLLMSampler
+from understudy.rollout.vllm_weights import SHARED_MEMORY, WeightStore
+from understudy.types import Author, Request, Sample, Sampling
+
+TOLERANCE = 1e-5
+"""The stub's forward with a cache against one without, in float32."""
+PATIENCE = {"timeout_s": 20.0, "deadline_s": 20.0, "max_retries": 0}
+LONG = Sampling(max_new_tokens=24)
+PROMPTS = [[5], [6, 7, 8, 9], [3, 4]]
+
+
+def model_of(tied: bool = False, sharp: float = 3.0) -> Any:
+    return tiny(dtype="float32", tie_word_embeddings=tied, sharp=sharp)
+
+
+def saved(model: Any, path: Path) -> Path:
+    model.save_pretrained(path)
+    letters(model.config.vocab_size).save_pretrained(path)
+    return path
+
+
+def requests(per_prompt: int = 3) -> list[Request]:
+    return [request(f"p{number}", ids, index) for number, ids in enumerate(PROMPTS) for index in range(per_prompt)]
+
+
+@contextmanager
+def engine(
+    model: Any,
+    tmp_path: Path,
+    *,
+    stubs: int = 1,
+    stub: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+    stop_ids: tuple[int, ...] = (EOS,),
+    sampling: Sampling = LONG,
+    **section: Any,
+) -> Iterator[tuple[VLLMSampler, list[EngineStub]]]:
+    """A sampler before its first push, and its servers, which start with the weights of `model`."""
+    start = saved(model, tmp_path / "start")
+    with nothing_left(), ExitStack() as stack:
+        servers = [stack.enter_context(EngineStub(start, **(stub or {}))) for _ in range(stubs)]
+        for server in servers:
+            server.logprobs_mode = section.get("mode", "raw_logprobs")
+        section.pop("mode", None)
+        given = {"url": tuple(server.url for server in servers)} | PATIENCE | section
+        made = VLLMSampler(
+            VLLM(**given),
+            model,
+            letters(vocab_size or NUM_ROWS),
+            seed=0,
+            stop_ids=stop_ids,
+            vocab_size=vocab_size or NUM_ROWS,
+            sampling=sampling,
+            run_dir=tmp_path / "run",
+        )
+        yield stack.enter_context(made), servers
+
+
+@torch.no_grad()
+def probe_of(model: Any) -> Probe:
+    ids = [torch.tensor([5, 6, 7, 8, 9, 10, 11]), torch.tensor([3, 4, 5])]
+    logprob = [plain_logp(model, row).gather(-1, row[1:, None]).squeeze(-1) for row in ids]
+    return Probe(tuple(ids), tuple(logprob))
+
+
+def moved(model: Any, seed: int = 1, size: float = 0.3) -> Any:
+    """The same model with other weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(size * weight.std() * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def push(sampler: VLLMSampler, model: Any, version: int = 0) -> float:
+    gap = sampler.push(merged_state_dict(model).items(), version, probe_of(model))
+    assert gap is not None
+    return gap
+
+
+def check_logprob(model: Any, sample: Sample, temperature: float = 1.0, vocab_size: int | None = None) -> None:
+    assert sample.rollout_logprob is not None
+    logp = plain_logp(model, sample.token_ids, temperature, vocab_size)
+    expected = logp.gather(-1, sample.token_ids[1:, None]).squeeze(-1).float()
+    student = sample.author == Author.STUDENT
+    torch.testing.assert_close(sample.rollout_logprob[student], expected[student[1:]], rtol=0, atol=TOLERANCE)
+    assert bool(sample.rollout_logprob[~student].isnan().all())
+
+
+def facts(samples: list[Sample]) -> list[tuple[list[int], str, str]]:
+    return [(sample.token_ids.tolist(), sample.finish, sample.text) for sample in samples]
+
+
+def test_samples_are_the_models(tmp_path: Path) -> None:
+    """Log-probabilities, authors, versions, ends and texts; the same (stream, step, request) draws the same."""
+    model = model_of()
+    with engine(model, tmp_path, stubs=2) as (sampler, servers):
+        assert push(sampler, model, 3) < TOLERANCE
+        samples = sampler.generate(requests(), LONG, step=0)
+        for asked, sample in zip(requests(), samples, strict=True):
+            check_logprob(model, sample)
+            assert sample.key == asked.key
+            assert sample.token_ids[: sample.prompt_length].tolist() == asked.token_ids.tolist()
+            student = sample.author == Author.STUDENT
+            assert torch.equal(sample.policy_version, torch.where(student, 3, -1))
+            ended = sample.response_ids[-1].item() == EOS
+            assert sample.finish == ("stop" if ended else "length")
+            assert ended or sample.num_response_tokens == LONG.max_new_tokens
+            assert EOS not in sample.response_ids[:-1]
+            shown = sample.response_ids[:-1] if ended else sample.response_ids
+            assert sample.text == letters().decode(shown, skip_special_tokens=True)
+        assert {sample.finish for sample in samples} == {"stop", "length"}
+        assert len({tuple(sample.token_ids.tolist()) for sample in samples}) > len(PROMPTS)
+        assert facts(sampler.generate(requests()[::-1], LONG, step=0)) == facts(samples)[::-1]
+        assert facts(sampler.generate(requests(), LONG, step=1)) != facts(samples)
+        assert facts(sampler.generate(requests(), LONG, step=0, stream="eval")) != facts(samples)
+        assert all(len(server.asked("/v1/completions")) > 3 for server in servers)
+
+
+def test_greedy_is_that_of_the_hf_engine_prefixes_included(tmp_path: Path) -> None:
+    model = model_of()
+    greedy = Sampling(temperature=0.0, max_new_tokens=9)
+    asked = [*requests(1), request("g", [5, 6], prefix=[7, 8, 9]), request("h", [5, 6], prefix=[7] * 8)]
+    own = HFSampler(model, letters(), seed=0, stop_ids=(EOS,), vocab_size=NUM_ROWS)
+    with engine(model, tmp_path) as (sampler, _):
+        push(sampler, model)
+        found = sampler.generate(asked, greedy, step=0)
+    expected = own.generate(asked, greedy, step=0)
+    assert facts(found) == facts(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.author, other.author)
+        assert one.author.dtype == other.author.dtype
+        assert one.policy_version is not None
+        assert torch.equal(one.policy_version, other.policy_version)
+        torch.testing.assert_close(one.rollout_logprob, other.rollout_logprob, rtol=0, atol=TOLERANCE, equal_nan=True)
+
+
+def test_stop_tokens_are_the_trainers(tmp_path: Path) -> None:
+    """Neither the model's EOS nor another end than the trainer's counts."""
+    model = model_of()
+    ends = tuple(range(20, 30))
+    with engine(model, tmp_path, stop_ids=ends) as (sampler, _):
+        push(sampler, model)
+        samples = sampler.generate(requests(8), LONG, step=0)
+    assert any(EOS in sample.response_ids for sample in samples)
+    for sample in samples:
+        inside = [token in ends for token in sample.response_ids.tolist()]
+        assert not any(inside[:-1])
+        assert sample.finish == ("stop" if inside[-1] else "length")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_push_arrives(tied: bool, tmp_path: Path) -> None:
+    """The head of a tied model too, where the server keeps a copy of its own; nothing lies around afterwards."""
+    model = model_of(tied)
+    before = sorted(SHARED_MEMORY.iterdir())
+    with engine(model, tmp_path, stubs=2, stub={"stale_tied_head": tied}) as (sampler, servers):
+        push(sampler, model)
+        old = facts(sampler.generate(requests(), LONG, step=0))
+        assert push(sampler, moved(model), 1) < TOLERANCE
+        assert sampler.last_gap < TOLERANCE
+        samples = sampler.generate(requests(), LONG, step=0)
+        assert facts(samples) != old
+        for sample in samples:
+            check_logprob(model, sample)
+        (folder,) = set(SHARED_MEMORY.iterdir()) - set(before)
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+        for server in servers:
+            paths = [one.path for one in server.requests if one.path not in ("/v1/completions", "/v1/models")]
+            routes = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
+            assert [path for path in paths if path in routes] == routes * 2
+    assert sorted(SHARED_MEMORY.iterdir()) == before
+
+
+def test_weights_of_an_adapter_arrive_merged(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from understudy.models import apply_lora
+
+    model = apply_lora(model_of(), rank=2, alpha=8.0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    plain = model_of()
+    plain.load_state_dict(merged_state_dict(model))
+    with engine(model_of(), tmp_path) as (sampler, _):
+        sampler.push(merged_state_dict(model).items(), 1, probe_of(plain))
+        assert sampler.last_gap < TOLERANCE
+
+
+def test_a_push_that_is_ignored_ends_the_run(tmp_path: Path) -> None:
+    model = model_of()
+    with engine(model, tmp_path, stubs=2) as (sampler, servers):
+        push(sampler, model)
+        servers[1].ignore_pushes = True
+        with pytest.raises(EngineError, match="version 1(.|\n)*did not arrive") as caught:
+            push(sampler, moved(model), 1)
+        assert servers[1].url in str(caught.value)
+        assert sampler.last_gap > FLOAT32_GAP
+        with pytest.raises(EngineError, match="did not get version 1"):
+            sampler.generate(requests(), LONG, step=0)
+
+
+def test_a_stale_tied_head_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be if the head were left out, which `save_pretrained` does."""
+    model = model_of(tied=True)
+    monkeypatch.setattr(
+        WeightStore, "_with_head", lambda _, weights: (one for one in weights if one[0] != "lm_head.weight")
+    )
+    with engine(model, tmp_path, stub={"stale_tied_head": True}) as (sampler, _):
+        push(sampler, model)
+        with pytest.raises(EngineError, match="tied output layer"):
+            push(sampler, moved(model), 1)
+
+
+def test_a_head_that_is_not_among_the_weights_is_added(tmp_path: Path) -> None:
+    model = model_of(tied=True)
+    with engine(model, tmp_path, stub={"stale_tied_head": True}) as (sampler, _):
+        state = merged_state_dict(moved(model))
+        del state["lm_head.weight"]
+        gap = sampler.push(state.items(), 1, probe_of(model))
+        assert gap is not None
+        assert gap < TOLERANCE
+
+
+def test_one_server_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    model = model_of()
+    with engine(model, tmp_path, stubs=2) as (sampler, servers):
+        push(sampler, model)
+
+        def fail(_: object) -> None:
+            raise MemoryError("no room for the weights")
+
+        servers[1].model.reload = fail  # type: ignore[assignment]
+        with pytest.raises(EngineError, match="reload_weights(.|\n)*no room") as caught:
+            push(sampler, moved(model), 1)
+        assert servers[1].url in str(caught.value)
+        assert servers[0].url not in str(caught.value)
+        assert [server.scheduler.paused for server in servers] == [None, None]
+
+
+def test_a_push_in_the_middle_splits_a_response_by_version(tmp_path: Path) -> None:
+    """Old tokens keep the old version and the old model's log-probabilities, new ones are the new model's."""
+    model = model_of()
+    old = model_of()
+    long = Sampling(max_new_tokens=60)
+    # no token ends a response
+    options: dict[str, Any] = {"stop_ids": (), "sampling": long, "stub": {"token_latency": lambda _: 0.02}}
+    with engine(model, tmp_path, **options) as (sampler, _), ThreadPoolExecutor() as threads:
+        push(sampler, model)
+        writing = threads.submit(sampler.generate, requests(1), long, step=0)
+        time.sleep(0.4)
+        assert push(sampler, moved(model), 1) < TOLERANCE
+        samples = writing.result(timeout=30)
+    split = 0
+    for sample in samples:
+        assert sample.finish == "length"
+        assert sample.num_response_tokens == 60
+        assert sample.policy_version is not None
+        assert sample.rollout_logprob is not None
+        versions = sample.policy_version[sample.prompt_length :]
+        assert bool((versions.diff() >= 0).all())
+        assert versions[-1] == 1
+        split += int(versions[0] == 0)
+        for version, author in ((0, old), (1, model)):
+            expected = plain_logp(author, sample.token_ids).gather(-1, sample.token_ids[1:, None]).squeeze(-1)
+            here = sample.policy_version == version
+            torch.testing.assert_close(sample.rollout_logprob[here], expected[here[1:]].float(), rtol=0, atol=TOLERANCE)
+    assert split == len(samples)
+
+
+def test_requests_that_come_while_it_is_paused_end_on_the_new_weights(tmp_path: Path) -> None:
+    """A request may reach the server after the pause did; it must not be told apart by luck."""
+    model = model_of()
+    with (
+        engine(model, tmp_path, stub={"token_latency": lambda _: 0.005, "concurrency": 1}) as (sampler, _),
+        ThreadPoolExecutor() as threads,
+    ):
+        push(sampler, model)
+        models = {0: model_of()}
+        writing = [threads.submit(sampler.generate, requests(4), LONG, step=step) for step in range(2)]
+        for version in (1, 2, 3):
+            time.sleep(0.15)
+            push(sampler, moved(model, seed=version), version)
+            models[version] = model_of()
+            models[version].load_state_dict(model.state_dict())
+        samples = [sample for one in writing for sample in one.result(timeout=30)]
+    assert len({int(sample.policy_version.max()) for sample in samples if sample.policy_version is not None}) > 1
+    for sample in samples:
+        assert sample.policy_version is not None
+        assert sample.rollout_logprob is not None
+        for version, author in models.items():
+            expected = plain_logp(author, sample.token_ids).gather(-1, sample.token_ids[1:, None]).squeeze(-1)
+            here = sample.policy_version == version
+            torch.testing.assert_close(sample.rollout_logprob[here], expected[here[1:]].float(), rtol=0, atol=TOLERANCE)
+
+
+def test_tokens_that_do_not_exist_are_forbidden(tmp_path: Path) -> None:
+    """Rows 36 to 39 are padding. In the mode of what is drawn from, their share is missing from the log-probabilities too."""
+    model = model_of(sharp=0.1)
+    options: dict[str, Any] = {"vocab_size": 36, "stop_ids": (), "mode": "processed_logprobs"}
+    with engine(model, tmp_path, **options) as (sampler, servers):
+        push(sampler, model)
+        samples = sampler.generate(requests(8), LONG, step=0)
+        body = servers[0].asked("/v1/completions")[-1].body
+    assert body["logit_bias"] == {str(row): -100.0 for row in range(36, 40)}
+    for sample in samples:
+        assert int(sample.token_ids.max()) < 36
+        assert sample.num_response_tokens == LONG.max_new_tokens
+        check_logprob(model, sample, vocab_size=36)
+
+
+def test_a_response_ends_before_a_token_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are too many to forbid; it is truncated, and never empty."""
+    monkeypatch.setattr("understudy.rollout.vllm.MAX_BIASED", 3)
+    model = model_of(sharp=0.1)
+    with engine(model, tmp_path, vocab_size=36, stop_ids=()) as (sampler, servers):
+        push(sampler, model)
+        samples = sampler.generate(requests(8), LONG, step=0)
+        assert "logit_bias" not in servers[0].asked("/v1/completions")[-1].body
+    assert all(int(sample.token_ids.max()) < 36 and sample.num_response_tokens > 0 for sample in samples)
+    short = [sample for sample in samples if sample.num_response_tokens < LONG.max_new_tokens]
+    # a tenth of the tokens is padding
+    assert len(short) > len(samples) // 2
+    assert all(sample.truncated for sample in short)
+
+
+def test_a_group_is_one_request(tmp_path: Path) -> None:
+    model = model_of()
+    with engine(model, tmp_path, grouped=True) as (sampler, servers):
+        push(sampler, model)
+        asked = [*requests(4), request("g", [5], 9, prefix=[7])]
+        samples = sampler.generate(asked, LONG, step=0)
+        bodies = [one.body for one in servers[0].asked("/v1/completions") if "prompt_logprobs" not in one.body]
+        assert [body["n"] for body in bodies] == [4, 4, 4, 1] or sorted(body["n"] for body in bodies) == [1, 4, 4, 4]
+        assert [sample.key for sample in samples] == [one.key for one in asked]
+        assert len({tuple(sample.token_ids.tolist()) for sample in samples[:4]}) > 1
+        for sample in samples:
+            check_logprob(model, sample)
+
+
+def test_a_group_that_is_interrupted_goes_on_one_by_one(tmp_path: Path) -> None:
+    model = model_of()
+    options: dict[str, Any] = {"grouped": True, "stop_ids": (), "stub": {"token_latency": lambda _: 0.02}}
+    with engine(model, tmp_path, **options) as (sampler, _), ThreadPoolExecutor() as threads:
+        push(sampler, model)
+        writing = threads.submit(sampler.generate, requests(3), LONG, step=0)
+        time.sleep(0.2)
+        push(sampler, moved(model), 1)
+        samples = writing.result(timeout=30)
+    assert all(sample.num_response_tokens == 24 and int(sample.policy_version[-1]) == 1 for sample in samples)  # type: ignore[index]
+    assert any(int(sample.policy_version[sample.prompt_length]) == 0 for sample in samples)  # type: ignore[index]
+
+
+def test_tempered_log_probabilities_need_the_servers_mode(tmp_path: Path) -> None:
+    model = model_of()
+    warm = Sampling(temperature=0.7, max_new_tokens=8)
+    with engine(model, tmp_path / "processed", sampling=warm, mode="processed_logprobs") as (sampler, _):
+        push(sampler, model)
+        for sample in sampler.generate(requests(), warm, step=0):
+            check_logprob(model, sample, temperature=0.7)
+        # evaluation may draw as it likes; a number that would be another's is not given
+        filtered = dataclasses.replace(warm, top_p=0.9)
+        assert all(one.rollout_logprob is None for one in sampler.generate(requests(), filtered, step=0))
+    with (
+        engine(model, tmp_path / "raw", sampling=warm) as (sampler, _),
+        pytest.raises(RecipeError, match="raw_logprobs(.|\n)*needs processed_logprobs"),
+    ):
+        push(sampler, model)
+
+
+def test_filters_at_temperature_1_refer_to_the_whole_distribution(tmp_path: Path) -> None:
+    model = model_of()
+    filtered = Sampling(top_p=0.8, top_k=5, max_new_tokens=8)
+    with engine(model, tmp_path, sampling=filtered) as (sampler, _):
+        push(sampler, model)
+        for sample in sampler.generate(requests(), filtered, step=0):
+            check_logprob(model, sample)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), None),
+        (Sampling(temperature=0.0), None),
+        (Sampling(temperature=0.6), "processed_logprobs"),
+        (Sampling(top_p=0.9), "raw_logprobs"),
+        (Sampling(temperature=0.6, top_k=5), RecipeError),
+        (Sampling(temperature=0.6, min_p=0.1), RecipeError),
+    ],
+)
+def test_which_mode_a_recipe_needs(sampling: Sampling, expected: object) -> None:
+    if expected is RecipeError:
+        with pytest.raises(RecipeError, match="never of the unfiltered distribution"):
+            logprobs_mode(sampling)
+    else:
+        assert logprobs_mode(sampling) == expected
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    model = model_of()
+    with engine(model, tmp_path) as (sampler, servers):
+        push(sampler, model)
+        sent = len(servers[0].requests)
+        limit = sampler.num_positions
+        assert limit == model.config.max_position_embeddings
+        assert limit is not None
+        with pytest.raises(RecipeError, match=f"make {limit + 1}, but the rollout engine takes {limit}"):
+            sampler.generate([request("a", [5] * 8)], Sampling(max_new_tokens=limit - 7), step=0)
+        with pytest.raises(DataError, match="no prompt token"):
+            sampler.generate([request("a", [])], LONG, step=0)
+        with pytest.raises(DataError, match="leaves nothing"):
+            sampler.generate([request("a", [5], prefix=[6] * 24)], LONG, step=0)
+        with pytest.raises(RecipeError, match="draws at 0.01"):
+            sampler.generate(requests(), Sampling(temperature=0.005), step=0)
+        assert len(servers[0].requests) == sent
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda choice: choice["logprobs"]["token_logprobs"].pop(), "log-probabilities for"),
+        (lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(1, None), "is None"),
+        (lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(1, float("nan")), "is nan"),
+        (lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(1, 0.5), "is 0.5"),
+        (lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(1, -9999.0), "is -9999"),
+        (lambda choice: choice.update(logprobs=None), "no log-probabilities"),
+        (lambda choice: choice.update(token_ids=None), "no token ids"),
+        (lambda choice: choice.update(prompt_token_ids=[1, 5]), "other prompt tokens"),
+        (lambda choice: choice.update(finish_reason="stop"), "stopped at a token that ends no response"),
+        (lambda choice: choice.update(finish_reason="repetition"), "repetition"),
+        (lambda choice: choice["token_ids"].__setitem__(1, EOS), "went on after"),
+        (lambda choice: choice.update(index=3), "choices"),
+    ],
+)
+def test_a_wrong_reply_is_never_a_sample(
+    change: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of()
+    short = Sampling(max_new_tokens=3)
+    with engine(model, tmp_path) as (sampler, servers):
+        push(sampler, model)
+        right = servers[0]._completions
+
+        def wrong(*args: Any) -> tuple[int, Any]:
+            status, body = right(*args)
+            ids = [7, 8, 9]
+            given = {"token_ids": list(ids), "finish_reason": "length"}
+            given["logprobs"] = {"token_logprobs": [-1.0, -2.0, -3.0]}
+            body = json.loads(json.dumps(body))
+            body["choices"][0].update(given)
+            change(body["choices"][0])
+            return status, body
+
+        monkeypatch.setattr(servers[0], "_completions", wrong)
+        with pytest.raises(EngineError, match=message):
+            sampler.generate([request("a", [5])], short, step=0)
+
+
+def test_nothing_is_left_when_it_ends_in_the_middle(tmp_path: Path) -> None:
+    """`close` from another thread: whoever waits gets an error, and the server has nothing to do."""
+    model = model_of()
+    options: dict[str, Any] = {"stop_ids": (), "stub": {"token_latency": lambda _: 0.2}}
+    with engine(model, tmp_path, **options) as (sampler, servers), ThreadPoolExecutor() as threads:
+        push(sampler, model)
+        writing = threads.submit(sampler.generate, requests(), LONG, step=0)
+        time.sleep(0.3)
+        assert servers[0].scheduler.running
+        sampler.close()
+        with pytest.raises(EngineError, match="closed"):
+            writing.result(timeout=10)
+        until = time.monotonic() + 10
+        while servers[0].scheduler.running:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        with pytest.raises(EngineError, match="closed"):
+            push(sampler, model, 1)
+
+
+def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_path: Path) -> None:
+    model = model_of()
+    options: dict[str, Any] = {"dtype": torch.float32, "place": "shm"}
+    store = WeightStore(model, letters(), tmp_path, **options)
+    left = store.write(merged_state_dict(model).items(), "v7")
+    try:
+        with pytest.raises(RecipeError, match="another run is at work"):
+            WeightStore(model, letters(), tmp_path, **options)
+        assert store._lock is not None
+        store._lock.close()  # as the kernel does when a process ends
+        again = WeightStore(model, letters(), tmp_path, **options)
+        assert not left.exists()
+        again.close()
+    finally:
+        store.close()
+    assert not store.folder.exists()
+
+
+def test_weights_without_room_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory that is full sends them to the run directory; a place that was asked for is an error."""
+    model = model_of()
+    monkeypatch.setattr(
+        "understudy.rollout.vllm_weights._free", lambda folder: 0 if SHARED_MEMORY in (folder, folder.parent) else 10**9
+    )
+    store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place=None)
+    assert store.folder.is_relative_to(tmp_path)
+    store.close()
+    store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place="shm")
+    with pytest.raises(EngineError, match="GiB free"):
+        store.write(merged_state_dict(model).items(), "v0")
+    store.close()
+
+
+def test_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And read back equal, in the engine's precision."""
+    from transformers import AutoModelForCausalLM
+
+    model = model_of(tied=True)
+    monkeypatch.setattr("understudy.rollout.vllm_weights.SHARD_BYTES", 5000)
+    store = WeightStore(model, letters(), tmp_path, dtype=torch.bfloat16, place=tmp_path)
+    written = store.write(merged_state_dict(model).items(), "v0")
+    assert len(list(written.glob("*.safetensors"))) > 2
+    read: Mapping[str, Tensor] = AutoModelForCausalLM.from_pretrained(written, dtype="auto").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(read[name], value.bfloat16())
+    store.close()
+
+
+def test_another_rank_finds_the_servers_and_pushes_nothing(tmp_path: Path) -> None:
+    model = model_of()
+    with engine(model, tmp_path, stubs=1) as (sampler, servers):
+        assert sampler.push(None, 4) is None
+        (sample,) = sampler.generate(requests()[:1], LONG, step=0)
+        assert sample.policy_version is not None
+        assert int(sample.policy_version[-1]) == 4
+        assert not servers[0].asked("/collective_rpc")
+
+
+def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
+    """The recipe's own command, `{model}` and `{port}` filled in; the log lies in the run directory; its death is told."""
+    model = moved(model_of(tied=True))
+    command = (sys.executable, "-m", "tests.engine_stub", "{model}", "--port", "{port}")
+    launch = Launch(command=command, env={"OMP_NUM_THREADS": "1"}, ready_timeout_s=60.0, num_servers=1)
+    sampler = VLLMSampler(
+        VLLM(**{"launch": launch} | PATIENCE),  # type: ignore[arg-type]
+        model,
+        letters(),
+        seed=0,
+        stop_ids=(EOS,),
+        vocab_size=NUM_ROWS,
+        sampling=LONG,
+        run_dir=tmp_path / "run",
+    )
+    with nothing_left(), sampler:
+        assert push(sampler, model) < TOLERANCE
+        assert push(sampler, moved(model, seed=2), 1) < TOLERANCE
+        for sample in sampler.generate(requests(1), LONG, step=0):
+            check_logprob(model, sample)
+        assert "vLLM at http://127.0.0.1" in sampler.health()
+        assert "ready" in (tmp_path / "run" / "engine_0.log").read_text()
+        (process,) = sampler._servers._processes
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="rollout engine 0 was killed by signal 9"):
+            sampler.generate(requests(1), LONG, step=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "either url .* or launch"),
+        ({"url": "http://a:1", "launch": {}}, "either url .* or launch"),
+        ({"url": "localhost:8000"}, "http://host:8000"),
+        ({"url": "http://far:8000", "weights": "shm"}, "need not be on this machine"),
+        ({"url": "http://localhost:1", "weights": "shm", "weights_dir": "w"}, "keep one"),
+        ({"launch": {"command": ["serve", "{model}"]}}, "{port}"),
+        ({"launch": {"num_servers": 0}}, "at least 1"),
+        ({"url": "http://localhost:1", "check_tolerance": 0}, "above 0"),
+        ({"url": "http://localhost:1", "weight": "shm"}, "did you mean 'weights'"),
+    ],
+)
+def test_impossible_sections_are_refused(values: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse(VLLM, values, "rollout")
+
+
+def test_a_section_as_a_recipe_writes_it() -> None:
+    section = parse(
+        VLLM, {"url": ["http://localhost:8000/v1", "http://127.0.0.1:8001/"], "timeout_s": 5, "dtype": "bfloat16"}
+    )
+    assert section.urls == ("http://localhost:8000", "http://127.0.0.1:8001")
+    assert section.patience.timeout_s == 5
+    assert section.is_local
+    with pytest.raises(RecipeError, match="there is no program"):
+        parse(VLLM, {"launch": {"python": "/nowhere/python"}}).check()
