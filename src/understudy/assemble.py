@@ -35,7 +35,7 @@ from .rollout import HFSampler
 from .tasks import Arithmetic, Mix, build_tokenizer
 from .tasks.mix import record_parts
 from .tasks.render import encode_prompt
-from .teachers import Local, Privileged
+from .teachers import Http, Local, Privileged, Served
 from .trainer.loggers import check_loggers
 from .types import Prompt, Sampling
 
@@ -83,10 +83,13 @@ def check(recipe: Recipe, *, training: bool = True, fetch: bool = False) -> list
 
 def shared_vocabulary(recipe: Recipe) -> list[tuple[str, str | None]]:
     """The models, with their revisions, that must share the student's tokens: those whose probabilities are compared."""
-    found = [
-        section for section in (*recipe.judges.values(), recipe.reference) if isinstance(section, Local | Privileged)
+    sections = (*recipe.judges.values(), recipe.reference)
+    here = [section for section in sections if isinstance(section, Local | Privileged)]
+    there = [section.tokenizer for section in sections if isinstance(section, Http | Served)]
+    return [
+        *((section.model, section.revision) for section in here if section.model is not None),
+        *((name, None) for name in there if name is not None),
     ]
-    return [(section.model, section.revision) for section in found if section.model is not None]
 
 
 def _check_tokenizers(recipe: Recipe, *, training: bool, fetch: bool) -> list[str]:

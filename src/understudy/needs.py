@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .methods import Method
 from .tasks.responses import HubResponses, JsonlResponses, Solutions
-from .teachers import AnyReference, AnyTeacher, Chat, Local, Privileged, Stored, Verbal
+from .teachers import AnyReference, AnyTeacher, Chat, Local, Stored, Verbal
 from .trainer.responses import TeacherResponses
 from .trainer.settings import Train
 from .types import Need
@@ -17,7 +17,8 @@ WHY: dict[Need, str] = {
     "sampled": "log T of every sampled token, which is its reward",
     "topk": "the teacher's K most probable tokens: its forward KL sums over them, and the score of the sampled token alone "
     "says nothing about the tokens that were not sampled",
-    "full": "the teacher's whole next-token distribution, which only a teacher that is loaded here can give",
+    "full": "the teacher's whole next-token distribution, which a teacher gives that is loaded here (local) or served by "
+    "`understudy serve-teacher` (served)",
     "verbal": "a digit from 0 to 9 for each sample",
 }
 """What a method asks a teacher for, and why nothing less will do."""
@@ -47,8 +48,8 @@ def check_needs(
         raise ValueError("eval.reject_below needs a judge that says digits: a teacher of type verbal or chat")
     if not asked and teachers and not rejects and not isinstance(responses, TeacherResponses):
         raise ValueError(f"the method {name} asks no teacher; remove the section teacher")
-    if several and any(not isinstance(section, Local | Privileged) for section in teachers.values()):
-        raise ValueError("several teachers are of type local or privileged; a judge or a stored teacher stands alone")
+    if several and any(isinstance(section, Verbal | Chat | Stored) for section in teachers.values()):
+        raise ValueError("several teachers score tokens; a judge (verbal, chat) or a stored teacher stands alone")
     for label, section in teachers.items():
         lacking = sorted(asked - section.GIVES)
         if lacking:

@@ -260,7 +260,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one of several that cannot": (
         {"method": {"type": "gkd"}, "teachers": {"a": LOCAL, "b": JUDGE}},
-        "a judge or a stored teacher stands alone",
+        "or a stored teacher stands alone",
     ),
     "an unknown start": (
         {"student": {"build": None, "starts": {"small": "a", "large": "b"}, "start": "smal"}},

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from .base import Judge, Section, Setup, Teacher, Unmoved
 from .chat import Chat
+from .http import Http
 from .local import Local, LocalTeacher
 from .privileged import Privileged
 from .reference import REFERENCES, Start
 from .router import RoutedTeacher, check_names
+from .served import Served
 from .stored import Stored, StoredTeacher
 from .verbal import Verbal
 
-AnyTeacher = Local | Privileged | Stored | Verbal | Chat
+AnyTeacher = Local | Http | Served | Privileged | Stored | Verbal | Chat
 AnyReference = Start | Local
 
 TEACHERS: dict[str, type[AnyTeacher]] = {
     "local": Local,
+    "http": Http,
+    "served": Served,
     "privileged": Privileged,
     "stored": Stored,
     "verbal": Verbal,
@@ -29,12 +33,14 @@ __all__ = [
     "AnyReference",
     "AnyTeacher",
     "Chat",
+    "Http",
     "Judge",
     "Local",
     "LocalTeacher",
     "Privileged",
     "RoutedTeacher",
     "Section",
+    "Served",
     "Setup",
     "Start",
     "Stored",

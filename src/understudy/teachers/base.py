@@ -100,6 +100,11 @@ class Teacher(Protocol):
         ...
 
     @property
+    def concurrency(self) -> int:
+        """Calls of `score` that may run at the same time, each in a thread of its own."""
+        ...
+
+    @property
     def apart(self) -> bool:
         """Whether it may score while the student learns: not where it runs on the student's weights or follows them."""
         ...
@@ -150,6 +155,11 @@ class Unmoved:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to restore."""
+
+    @property
+    def concurrency(self) -> int:
+        """One batch at a time."""
+        return 1
 
     @property
     def apart(self) -> bool:

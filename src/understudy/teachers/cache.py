@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
-from threading import Lock
+from threading import Condition
 from typing import Any
 
 import torch
@@ -80,7 +80,9 @@ class CachedTeacher:
         self._max_drift = max_drift
         self._counts = _Counts()
         self._same: set[str] = set()
-        self._lock = Lock()
+        self._asked: set[bytes] = set()
+        """What some thread is asking the teacher for."""
+        self._lock = Condition()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = _connect(path)
@@ -116,15 +118,20 @@ class CachedTeacher:
         self.teacher.load_state(state)
 
     @property
+    def concurrency(self) -> int:
+        """The teacher's."""
+        return self.teacher.concurrency
+
+    @property
     def apart(self) -> bool:
         """The teacher's."""
         return self.teacher.apart
 
     def close(self) -> None:
-        """Closes the file and the teacher."""
+        """Closes the teacher, which ends what is waited for, and the file."""
+        self.teacher.close()
         with self._lock:
             self._file.close()
-        self.teacher.close()
 
     def stats(self) -> dict[str, int]:
         """Since it was opened: samples that the teacher was not asked about (`hits`) and those that it was (`misses`), and the
@@ -143,18 +150,43 @@ class CachedTeacher:
         asked = "sampled" if "topk" not in need else f"topk/{k}"
         keys = [_key(fingerprint, sample, asked) for sample in samples]
         by_key = dict(zip(keys, samples, strict=True))
-        with self._lock:
-            found: dict[bytes, Scores] = self._read(by_key)
-            missing = [(key, sample) for key, sample in by_key.items() if key not in found]
-            self._counts.hits += len(samples) - len(missing)
-            self._counts.misses += len(missing)
-            if missing:
-                self._compare(fingerprint)
-            for chunk in _chunks(missing, self._chunk_tokens):
-                scores = self.teacher.score([sample for _, sample in chunk], need, k=k)
-                self._write(fingerprint, chunk, scores)
-                found.update(zip((key for key, _ in chunk), scores, strict=True))
+        self._counts.hits += len(samples) - len(by_key)
+        found: dict[bytes, Scores] = {}
+        while len(found) < len(by_key):
+            mine = self._look(by_key, found, fingerprint)
+            try:
+                for chunk in _chunks(mine, self._chunk_tokens):
+                    # outside the lock: other threads ask for other samples meanwhile
+                    scores = self.teacher.score([sample for _, sample in chunk], need, k=k)
+                    with self._lock:
+                        self._write(fingerprint, chunk, scores)
+                    found.update(zip((key for key, _ in chunk), scores, strict=True))
+            finally:
+                with self._lock:
+                    self._asked -= {key for key, _ in mine}
+                    self._lock.notify_all()
         return [found[key] for key in keys]
+
+    def _look(
+        self, by_key: Mapping[bytes, Sample], found: dict[bytes, Scores], fingerprint: str
+    ) -> list[tuple[bytes, Sample]]:
+        """Adds what is stored to `found`; what is left to this thread to ask for. Waits where others ask for all of it."""
+        with self._lock:
+            first = not found
+            while True:
+                lacking = {key: sample for key, sample in by_key.items() if key not in found}
+                found.update(self._read(lacking))
+                mine = [(key, sample) for key, sample in lacking.items() if key not in found and key not in self._asked]
+                if mine or len(found) == len(by_key):
+                    break
+                # each asker leaves when its teacher has answered or given up, which has a deadline of its own
+                self._lock.wait()
+            self._counts.misses += len(mine)
+            self._counts.hits += len(by_key) - len(mine) if first else 0
+            if mine:
+                self._compare(fingerprint)
+            self._asked |= {key for key, _ in mine}
+            return mine
 
     def _read(self, samples: Mapping[bytes, Sample]) -> dict[bytes, Scores]:
         found: dict[bytes, Scores] = {}

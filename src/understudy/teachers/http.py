@@ -242,7 +242,6 @@ class HttpTeacher(Unmoved):
                 raise ValueError(
                     f"sample {sample.key}: ids have shape {tuple(rows.shape)}, not ({len(sample.response_ids)}, K)"
                 )
-
         pieces = [
             (index, *piece) for index, pair in enumerate(zip(samples, ids, strict=True)) for piece in cut_given(*pair)
         ]
@@ -262,17 +261,7 @@ class HttpTeacher(Unmoved):
         by_sample: list[list[Answer]] = [[] for _ in samples]
         for number, (index, _, _) in enumerate(pieces):
             by_sample[index].append(found[number])
-        return [self._join(*item) for item in zip(samples, ids, by_sample, strict=True)]
-
-    def _join(self, sample: Sample, ids: Tensor, answers: Sequence[Answer]) -> Scores:
-        for answer in answers:
-            if answer.scores is None:
-                return unscored(sample, ids.shape[1], f"{self._who}: {answer.missing}")
-        return (
-            join_given([answer.scores for answer in answers if answer.scores])
-            if answers
-            else no_rows(sample, ids.shape[1])
-        )
+        return [join_given(*item, who=self._who) for item in zip(samples, ids, by_sample, strict=True)]
 
     def info(self) -> dict[str, Any]:
         """`models` that every replica has, `max_length` in tokens and `version`, None where none is told.

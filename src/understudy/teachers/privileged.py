@@ -234,6 +234,11 @@ class PrivilegedTeacher:
         ]
 
     @property
+    def concurrency(self) -> int:
+        """One batch at a time."""
+        return 1
+
+    @property
     def apart(self) -> bool:
         """Not with `ema`, nor where the student runs it."""
         return self._average is None and self._inner.apart

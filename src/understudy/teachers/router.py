@@ -85,6 +85,11 @@ class RoutedTeacher:
         return [found[index] for index in range(len(samples))]
 
     @property
+    def concurrency(self) -> int:
+        """What all of them can."""
+        return min(teacher.concurrency for teacher in self._teachers.values())
+
+    @property
     def apart(self) -> bool:
         """All of them."""
         return all(teacher.apart for teacher in self._teachers.values())

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from understudy.types import Need, Sample, Scores
 from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_address, read_key
 
 from .base import Setup, Unmoved
+from .cache import CACHE_FILE, CachedTeacher
 from .frames import ABOUT, HEAD, SCORE, TEMPERATURES, About, Answer, FrameError, read_head
 from .recording import tokenizer_digest
 from .served_batches import Questions
@@ -102,7 +104,7 @@ class Served:
             check_address(url, "teacher.url")
         return f"teacher: {self.shown}, not asked yet"
 
-    def open(self, setup: Setup) -> ServedTeacher:
+    def open(self, setup: Setup) -> ServedTeacher | CachedTeacher:
         """Asks every replica what it is.
 
         Raises EngineError where none answers, and for replicas of different teachers, VocabularyError for another
@@ -112,7 +114,8 @@ class Served:
         _ = read_key(self.token_env)
         about = self._ask_about(setup)
         _compare(about, setup, self.shown)
-        return ServedTeacher(self, about, setup)
+        teacher = ServedTeacher(self, about, setup)
+        return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
 
     def _wire(self, setup: Setup, patience: Patience) -> Wire:
         name = f"teacher {setup.name}"
@@ -335,6 +338,11 @@ class ServedTeacher(Unmoved):
     def stats(self) -> Mapping[str, Any]:
         """Of the connections (`Wire.stats`)."""
         return self._wire.stats()
+
+    @property
+    def concurrency(self) -> int:
+        """As many as may be in flight: one batch that waits holds up no other."""
+        return self._section.max_concurrency
 
     def close(self) -> None:
         """Gives up what is in flight."""

@@ -45,7 +45,8 @@ class Collector:
     @property
     def num_scorers(self) -> int:
         """Batches that the teacher can score at the same time."""
-        return getattr(self.teacher, "concurrency", 1)
+        scoring = [one.concurrency for one in (self.teacher, self.reference) if one is not None]
+        return min(scoring, default=1)
 
     def close(self) -> None:
         """Ends connections, servers that the run started, and what they have in flight."""
