@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -230,6 +229,7 @@ def test_a_teacher_that_moves_leaves_its_entries_behind(tmp_path: Path) -> None:
 
 
 def test_threads_share_a_cache(tmp_path: Path) -> None:
+    """All get the same scores, and what one of them has stored is asked no more."""
     judge = Counted(tiny())
     with opened(judge, tmp_path, chunk_tokens=5) as cached:
         found: list[list[Scores]] = []
@@ -238,10 +238,13 @@ def test_threads_share_a_cache(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join(WAIT_S)
-        assert len(judge.asked) == len(samples())
+        assert len(found) == len(threads)
         for scores in found:
             for one, other in zip(scores, found[0], strict=True):
                 equal(one, other)
+        judge.asked.clear()
+        cached.score(samples(), SAMPLED)
+        assert not judge.asked
 
 
 # --- files
@@ -285,67 +288,50 @@ def test_a_damaged_entry_is_no_score(tmp_path: Path, column: str) -> None:
     assert not judge.asked
 
 
-WRITER = """
-import os, sys
-from pathlib import Path
-import torch
-from tests.integration.test_score_cache import SAMPLED, Counted
-from tests.tiny_models import sample, tiny
-from understudy.teachers.cache import CachedTeacher
-torch.set_num_threads(1)
-torch.manual_seed(0)
-cached = CachedTeacher(Counted(tiny()), Path(sys.argv[1]) / "scores.sqlite3", chunk_tokens=1)
-first, last = int(sys.argv[2]), int(sys.argv[3])
-print("open", flush=True)
-sys.stdin.readline()
-for start in range(first, last, 10):
-    made = [sample(str(i), [2 + i % 30, 2 + i // 30], [3, 4]) for i in range(start, min(start + 10, last))]
-    cached.score(made, SAMPLED)
-    print(start, flush=True)
-cached.close()
-"""
+def numbered(first: int, last: int) -> list[Sample]:
+    return [sample(str(i), [2 + i % 30, 2 + i // 30 % 30, 2 + i // 900 % 30], [3, 4]) for i in range(first, last)]
 
 
-def writer(folder: Path, first: int, last: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder), str(first), str(last)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    """Once it has opened the file, which the other opens at the same time."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stdout.readline() == "open\n"
-    process.stdin.write("\n")
-    process.stdin.flush()
+def fill(folder: Path, first: int, last: int, opening: Any, pipe: Any) -> None:
+    """Says which samples are stored, ten at a time."""
+    torch.manual_seed(0)
+    judge = Counted(tiny())
+    opening.wait(WAIT_S)
+    with opened(judge, folder, chunk_tokens=1) as cached:
+        for start in range(first, last, 10):
+            cached.score(numbered(start, start + 10), SAMPLED)
+            pipe.send(start)
 
 
 def test_two_processes_fill_one_file_and_a_kill_loses_nothing_that_was_written(tmp_path: Path) -> None:
-    """Their ranges overlap; the one that is killed had at least one chunk on the disk."""
+    """They open it at the same time, and their ranges overlap; the one that is killed has said what it had written."""
+    context = multiprocessing.get_context("fork")
+    opening = context.Barrier(2)
+    ends = [context.Pipe(duplex=False) for _ in range(2)]
+    ranges = [(0, 100), (50, 20_000)]
     with nothing_left():
-        one, killed = writer(tmp_path, 0, 100), writer(tmp_path, 50, 100_000)
+        one, killed = (
+            context.Process(target=fill, args=(tmp_path, *bounds, opening, end[1]))
+            for bounds, end in zip(ranges, ends, strict=True)
+        )
         try:
-            go(one)
-            go(killed)
-            assert killed.stdout is not None
-            assert killed.stdout.readline() == "50\n"
-            killed.send_signal(signal.SIGKILL)
-            assert one.communicate(timeout=WAIT_S)[0].split()[-1] == "90"
-            assert one.returncode == 0
-            killed.communicate(timeout=WAIT_S)
+            one.start()
+            killed.start()
+            assert ends[1][0].poll(WAIT_S)
+            assert ends[1][0].recv() == 50
+            os.kill(killed.pid or 0, signal.SIGKILL)
+            one.join(WAIT_S)
+            assert one.exitcode == 0
         finally:
             for process in (one, killed):
                 process.kill()
-                process.wait(WAIT_S)
+                process.join(WAIT_S)
+            for end in (*ends[0], *ends[1]):
+                end.close()
     torch.manual_seed(0)
     judge = Counted(tiny())
     with opened(judge, tmp_path) as cached:
-        made = [sample(str(i), [2 + i % 30, 2 + i // 30], [3, 4]) for i in range(100)]
+        made = numbered(0, 100)
         for one_of, found in zip(made, cached.score(made, SAMPLED), strict=True):
             equal(found, LocalTeacher.score(judge, [one_of], SAMPLED)[0])
         assert not judge.asked

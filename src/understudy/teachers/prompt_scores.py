@@ -21,12 +21,12 @@ from understudy.errors import DataError, EngineError, ScoreError
 from understudy.types import Sample, Scores
 from understudy.wire import BadReply, Refused, Reply
 
-from .score_check import Answer, Raw, number
+from .score_check import Answer, Raw, no_rows, number, unscored
 
 MAX_SAMPLES = 512
 """Of one request; vLLM takes 1,024 prompts (`VLLM_MAX_COMPLETION_PROMPTS`)."""
 MAX_GIVEN = 2**18
-"""Numbers in a reply about given ids of one sample: 5 MB of JSON."""
+"""Numbers in a reply about given ids of one sample: some 8 MB of JSON."""
 _SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 """What reading a reply of another shape runs into; torch reports a number that is too large as a RuntimeError."""
 
@@ -60,7 +60,8 @@ class VLLM:
     """vLLM's own `prompt_logprobs`. Tested with 0.32; nothing in it is younger than 0.20.
 
     The route `/inference/v1/generate` could do without detokenisation, but takes one sequence a request and is not in
-    every version; a server that only scores is started with `--skip-tokenizer-init`, which spares it for all.
+    every version. A server that only scores may be started with `--skip-tokenizer-init`, which spares it for all; it then
+    no longer refuses ids past its vocabulary but dies of them.
     """
 
     model: str
@@ -288,10 +289,14 @@ def cut_given(sample: Sample, ids: Tensor) -> list[tuple[Sample, Tensor]]:
     ]
 
 
-def join_given(pieces: Sequence[Scores]) -> Scores:
-    """The pieces of one sample, in order."""
+def join_given(sample: Sample, ids: Tensor, answers: Sequence[Answer], *, who: str) -> Scores:
+    """The pieces of one sample, in order; `Unscored` where one of them is."""
+    for answer in answers:
+        if answer.scores is None:
+            return unscored(sample, ids.shape[1], f"{who}: {answer.missing}")
+    found = [answer.scores for answer in answers if answer.scores is not None] or [no_rows(sample, ids.shape[1])]
     names = ("token_ids", "logprob", "topk_ids", "topk_logprob")
-    return Scores(**{name: torch.cat([getattr(piece, name) for piece in pieces]) for name in names})
+    return Scores(**{name: torch.cat([getattr(piece, name) for piece in found]) for name in names})
 
 
 def named(samples: Sequence[Sample]) -> str:
