@@ -23,6 +23,8 @@ RETRY_AFTER_S = 1
 OUT_OF_MEMORY = "the teacher ran out of memory: lower its --max-batch-tokens, or ask for fewer samples at a time"
 CLOSE_S = 30.0
 """How long a forward that is under way may take to end."""
+IDLE_S = 60.0
+"""Between two looks for work that nobody has announced."""
 NOTE_EVERY_S = 60.0
 
 
@@ -87,7 +89,7 @@ class Worker:
         while True:
             with self._changed:
                 while not self._jobs and not self._closed:
-                    self._changed.wait()
+                    self._changed.wait(IDLE_S)
                 if self._closed:
                     return
                 jobs = self._take()
