@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +31,16 @@ def examine(path: Path, overrides: Sequence[str]) -> int:
 
 @contextmanager
 def loaded(recipe: Recipe, console: Console) -> Iterator[tuple[Loaded, Trainer]]:
-    """As for a new run, in a directory that is thrown away."""
+    """As for a new run, in a directory beside that of the run that is thrown away: engines elsewhere may have to see it."""
     console.note("loading as for training")
-    with tempfile.TemporaryDirectory() as folder:
+    beside = Path(recipe.run_dir).absolute().parent
+    while not beside.is_dir():
+        beside = beside.parent
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=beside) as folder, ExitStack() as opened:
         scratch = replace(recipe, run_dir=folder, loggers=())
         device = assemble.choose_device(recipe.device)
-        trainer, loaded = runs._build(scratch, RunDir(Path(folder)), None, Ranks(), Console(quiet=True), device)
-        try:
-            yield loaded, trainer
-        finally:
-            trainer.observer.close()
+        quiet = Console(quiet=True)
+        trainer, made = runs._build(scratch, RunDir(Path(folder)), None, Ranks(), quiet, device, opened)
+        opened.callback(trainer.observer.close)
+        opened.callback(trainer.rollouts.close)
+        yield made, trainer

@@ -36,7 +36,7 @@ def examine(recipe: Recipe, build: Build) -> list[Finding]:
     try:
         with build(recipe) as (loaded, trainer):
             return latest([*found, *examine_parts(recipe, loaded, judges_of(trainer), trainer)])
-    except (UnderstudyError, RuntimeError, MemoryError) as error:
+    except (UnderstudyError, RuntimeError, MemoryError, OSError) as error:
         return [*found, Finding("loading", "error", "models, data and the first prompts", str(error), AS_SAID)]
 
 

@@ -64,6 +64,12 @@ def within(limit_s: float, what: str, call: Callable[[], Found]) -> Found:
     return results[0]
 
 
+def worst(levels: Iterable[Level]) -> Level:
+    """The most serious; "ok" where there is none."""
+    found = set(levels)
+    return "error" if "error" in found else "warning" if "warning" in found else "ok"
+
+
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:
     """Those that no run should start with."""
     return [finding for finding in findings if finding.level == "error"]

@@ -15,7 +15,7 @@ from understudy.judges import Judges
 from understudy.models import load_tokenizer
 from understudy.recipe import Recipe
 from understudy.tasks.render import encode_prompt
-from understudy.teachers import Local, LocalTeacher, Privileged, RoutedTeacher, Teacher
+from understudy.teachers import Local, LocalTeacher, Privileged, RoutedTeacher, StoredTeacher, Teacher
 from understudy.teachers.chat import ChatTeacher
 from understudy.teachers.privileged import PrivilegedTeacher
 from understudy.trainer.collect import Collector
@@ -25,6 +25,8 @@ from understudy.types import Prompt
 
 NUM_PROMPTS = 32
 """Of those that are drawn first, to be rendered and measured."""
+HEALTH_S = 30.0
+"""Until a server that says nothing is taken to be gone."""
 NUM_COMPARED = 4
 """Of those, to be rendered with every side's chat template."""
 
@@ -47,7 +49,7 @@ class Side:
     name: str | None
     """As samples name it; None: the only one, or the reference."""
     source: str | None
-    """Its directory or hub name; None where the student's own start is meant, or nothing is loaded here."""
+    """Directory or hub name of its tokenizer; None where that is the student's, or nobody says."""
     revision: str | None
 
     @property
@@ -85,15 +87,9 @@ class Parts:
         """Every teacher that gives token scores, and the reference."""
         found = []
         for label, name, teacher in _members(self.judges.teacher):
-            section: Any = self.recipe.judges.get(name or "teacher")
-            known = isinstance(section, Local | Privileged)
-            source, revision = (section.model, section.revision) if known else (None, None)
-            found.append(Side(label, teacher, name, source, revision))
+            found.append(Side(label, teacher, name, *_source(self.recipe.judges.get(name or "teacher"))))
         if self.judges.reference is not None:
-            section = self.recipe.reference
-            known = isinstance(section, Local)
-            source, revision = (section.model, section.revision) if known else (None, None)
-            found.append(Side("reference", self.judges.reference, None, source, revision))
+            found.append(Side("reference", self.judges.reference, None, *_source(self.recipe.reference)))
         return found
 
     @cached_property
@@ -130,7 +126,16 @@ class Parts:
     @property
     def waits(self) -> bool:
         """Whether samples, scores or verdicts come from servers."""
-        return bool(self.servers) or isinstance(self.judges.judge, ChatTeacher)
+        away = any(side.model is None and not isinstance(side.teacher, StoredTeacher) for side in self.sides)
+        return bool(self.servers) or away or isinstance(self.judges.judge, ChatTeacher)
+
+
+def _source(section: Any) -> tuple[str | None, str | None]:
+    """Where the tokenizer is, and its revision: with the model, or as a served teacher's section says."""
+    if isinstance(section, Local | Privileged):
+        return section.model, section.revision
+    # a judge has a tokenizer of its own, which need not be the student's
+    return getattr(section, "tokenizer", None), None
 
 
 def _members(teacher: Teacher | None) -> Iterator[tuple[str, str | None, Teacher]]:

@@ -17,7 +17,6 @@ from understudy import judges
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
-from understudy.rollout import HFSampler
 from understudy.teachers import LocalTeacher, StoredTeacher, Teacher
 from understudy.trainer.collect import TOKEN_SCORES, Collector
 from understudy.trainer.distributed import Ranks
@@ -26,7 +25,7 @@ from understudy.trainer.rollouts import Gathered
 from understudy.trainer.update import Judged, accumulate_gradients, prepare
 from understudy.types import Author, Sample, Scores
 
-from .findings import Finding, Level, attempt, within
+from .findings import Finding, Level, attempt, within, worst
 from .parts import Parts, precision, uncached
 
 NUM_PROMPTS = 2
@@ -74,12 +73,12 @@ class Gap:
         apart = (one.double() - other.double()).abs()[known]
         return Gap(float(apart.mean()), float(apart.max()), int((~known).sum()))
 
-    def level(self, dtype: torch.dtype) -> Level:
-        """By what the precision explains."""
+    def level(self, dtype: torch.dtype, *, may_lack: bool = False) -> Level:
+        """By what the precision explains. `may_lack`: a run goes on without what is missing."""
         limit = LIMITS[dtype]
-        if self.num_missing or not self.mean <= GROSS * limit:
+        if (self.num_missing and not may_lack) or self.mean > GROSS * limit:
             return "error"
-        return "ok" if self.mean <= limit else "warning"
+        return "ok" if self.mean <= limit and not self.num_missing else "warning"
 
     def __str__(self) -> str:
         missing = f", {self.num_missing} tokens without a finite number" if self.num_missing else ""
@@ -245,8 +244,8 @@ def _determinism(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[F
     dtype = max(
         (precision(side.model) for side in parts.sides if side.label != "reference"), key=lambda one: LIMITS[one]
     )
-    levels = {gap.level(dtype) for gap in (again, order, alone)}
-    level: Level = "error" if "error" in levels else "warning" if "warning" in levels else "ok"
+    may_lack = parts.trainer.settings.on_missing_score == "drop"
+    level = worst([gap.level(dtype, may_lack=may_lack) for gap in (again, order, alone)])
     advice = f"more than {str(dtype).removeprefix('torch.')} explains, so the student would chase noise: is there dropout or "
     advice += "sampling in the teacher, do replicas hold other weights, are sequences mixed up in a batch?"
     text = f"differences of log T: again {again}; in another order {order}; alone {alone}"
@@ -296,10 +295,7 @@ def _own_scores(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Fi
             advice.append("scoring and training do not compute the same distribution for this model; report it")
     if not isinstance(parts.judges.teacher, StoredTeacher):
         sampled = torch.cat([_sampled(sample) for sample in samples])[wrote]
-        wide = dtype
-        if not isinstance(parts.collector.sampler, HFSampler):
-            # an engine may compute in less
-            wide = max(dtype, torch.bfloat16, key=LIMITS.__getitem__)
+        wide = max(dtype, _engine_precision(parts), key=LIMITS.__getitem__)
         gap = Gap.of(trained, sampled)
         lines.append(f"between sampler and trainer: {gap}")
         levels.append(gap.level(wide))
@@ -309,8 +305,14 @@ def _own_scores(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Fi
                 "log-probabilities refer to (before or after temperature and filters)"
             )
     if lines:
-        level: Level = "error" if "error" in levels else "warning" if "warning" in levels else "ok"
-        yield Finding("log-probabilities", level, checked, "; ".join(lines), "; ".join(advice))
+        yield Finding("log-probabilities", worst(levels), checked, "; ".join(lines), "; ".join(advice))
+
+
+def _engine_precision(parts: Parts) -> torch.dtype:
+    """Of the sampler: the student's, unless its section says otherwise."""
+    named = getattr(parts.recipe.engine, "dtype", "auto")
+    found: torch.dtype = precision(parts.loaded.model) if named == "auto" else getattr(torch, named)
+    return found
 
 
 def _sampled(sample: Sample) -> Tensor:

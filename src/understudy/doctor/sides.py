@@ -17,10 +17,11 @@ from understudy.tasks.render import encode_prompt
 from understudy.teachers import Privileged
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.privileged import reword
+from understudy.trainer.collect import TOKEN_SCORES
 from understudy.types import Author, Prompt, Sample
 
-from .findings import Finding, Level
-from .parts import NUM_COMPARED, Check, Parts, Side
+from .findings import Finding, Level, within
+from .parts import HEALTH_S, NUM_COMPARED, Check, Parts, Side, uncached
 
 PADDING_MASS = 1e-3
 """Probability on tokens that do not exist, above which somebody should know."""
@@ -41,7 +42,7 @@ def checks(parts: Parts) -> list[Check]:
         found.append(
             ("chat template", f"{NUM_COMPARED} prompts in the template of every side", lambda: _templates(parts))
         )
-    if parts.sides:
+    if parts.sides and parts.recipe.method.needs & (TOKEN_SCORES | {"reference"}):
         found.append(("temperature", "that of the scores against the student's", lambda: _temperature(parts)))
     found.append(("lengths", "first prompts and max_new_tokens against all positions", lambda: _lengths(parts)))
     return found
@@ -62,7 +63,8 @@ def _models(parts: Parts) -> dict[str, nn.Module]:
 
 
 def _padding(parts: Parts) -> Iterator[Finding]:
-    size, level, lines = parts.loaded.vocab_size, "ok", []
+    size, lines = parts.loaded.vocab_size, list[str]()
+    level: Level = "ok"
     for label, model in _models(parts).items():
         base = unwrap(model)
         rows = {int(base.get_input_embeddings().weight.shape[0]), int(base.get_output_embeddings().weight.shape[0])}
@@ -87,15 +89,11 @@ def _padding(parts: Parts) -> Iterator[Finding]:
     }
     yield Finding(
         "vocabulary",
-        _level(level),
+        level,
         "rows of embedding and head against the tokens that exist",
         "; ".join(lines),
         advice[level],
     )
-
-
-def _level(text: str) -> Level:
-    return "error" if text == "error" else "warning" if text == "warning" else "ok"
 
 
 @torch.no_grad()
@@ -137,7 +135,8 @@ def own_ends(model: nn.Module) -> set[int]:
 def _ends(parts: Parts) -> Iterator[Finding]:
     tokenizer, stops = parts.loaded.tokenizer, set(parts.loaded.stop_ids)
     named = _named(tokenizer, stops)
-    level, advice = "ok", ""
+    level: Level = "ok"
+    advice = ""
     lines = [
         f"the student's tokenizer ends with {_named(tokenizer, {tokenizer.eos_token_id})}, its responses at {named}"
     ]
@@ -162,9 +161,7 @@ def _ends(parts: Parts) -> Iterator[Finding]:
                 f"the student does not stop at {_named(tokenizer, ends - stops)}; where the {side.label} wants that token "
                 "next, the student writes on: add it to eos_token_id of the student's generation_config.json"
             )
-    yield Finding(
-        "end of a response", _level(level), "tokens that end a response, on every side", "; ".join(lines), advice
-    )
+    yield Finding("end of a response", level, "tokens that end a response, on every side", "; ".join(lines), advice)
 
 
 def _named(tokenizer: Any, ids: set[int]) -> str:
@@ -172,7 +169,8 @@ def _named(tokenizer: Any, ids: set[int]) -> str:
 
 
 def _templates(parts: Parts) -> Iterator[Finding]:
-    checked, lines, level = f"{NUM_COMPARED} prompts in the template of every side", [], "ok"
+    checked, lines = f"{NUM_COMPARED} prompts in the template of every side", list[str]()
+    level: Level = "ok"
     for label, tokenizer in parts.tokenizers.items():
         difference = None
         for prompt, ids in parts.prompts[:NUM_COMPARED]:
@@ -186,7 +184,7 @@ def _templates(parts: Parts) -> Iterator[Finding]:
         "prompts are rendered with the student's, so the teacher judges text in a form that it may not know, which can cost "
         "tenths of a nat per token: use models of one family, or the teacher's tokenizer (student.tokenizer)"
     )
-    yield Finding("chat template", _level(level), checked, "; ".join(lines), "" if level == "ok" else advice)
+    yield Finding("chat template", level, checked, "; ".join(lines), "" if level == "ok" else advice)
 
 
 def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
@@ -213,7 +211,8 @@ def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label
 
 
 def _temperature(parts: Parts) -> Iterator[Finding]:
-    wanted, lines, level = parts.trainer.student.temperature, [], "ok"
+    wanted, lines = parts.trainer.student.temperature, list[str]()
+    level: Level = "ok"
     for side in parts.sides:
         found = _temperature_of(side)
         if found is None:
@@ -223,7 +222,7 @@ def _temperature(parts: Parts) -> Iterator[Finding]:
             lines.append(f"the {side.label} scores at {found:g}")
     advice = "" if level == "ok" else "log-ratios compare distributions at one temperature; score at the student's"
     text = f"the student samples at {wanted:g}; {'; '.join(lines)}"
-    yield Finding("temperature", _level(level), "that of the scores against the student's", text, advice)
+    yield Finding("temperature", level, "that of the scores against the student's", text, advice)
 
 
 def _temperature_of(side: Side) -> float | None:
@@ -247,10 +246,11 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
         yield Finding("lengths", "error", checked, f"all are longer than {limit} tokens, the shortest {min(lengths)}",
                       "raise train.max_prompt_tokens, or lower sampling.max_new_tokens")  # fmt: skip
         return
-    need, level, advice = max(kept) + new, "ok", ""
+    need, advice = max(kept) + new, ""
+    level: Level = "ok"
     rooms = {label: num_positions(model) for label, model in models.items()}
     # a served teacher or an engine may say how much it takes
-    rooms |= {side.label: _room(side.teacher) for side in parts.sides if side.model is None}
+    rooms |= {side.label: _room(uncached(side.teacher)) for side in parts.sides if side.model is None}
     rooms["rollout engine"] = _room(parts.collector.sampler)
     lines = [f"{max(kept)} prompt tokens and {new} new ones make {need}"]
     lines += [f"the {label} has {room:,} positions" for label, room in rooms.items() if room is not None]
@@ -273,12 +273,14 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
             "error",
             f"too little room in: {', '.join(short)}; lower sampling.max_new_tokens or train.max_prompt_tokens",
         )
-    yield Finding("lengths", _level(level), checked, "; ".join(lines), advice)
+    yield Finding("lengths", level, checked, "; ".join(lines), advice)
 
 
-def _room(one: object) -> int | None:
-    """`num_positions` of an engine or a served teacher that says it."""
+def _room(one: Any) -> int | None:
+    """`num_positions` of an engine, or `max_length` of a served teacher's `info()`; None where nobody says."""
     found = getattr(one, "num_positions", None)
+    if found is None and callable(info := getattr(one, "info", None)):
+        found = within(HEALTH_S, "a server", info).get("max_length")
     return found if isinstance(found, int) else None
 
 

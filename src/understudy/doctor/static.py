@@ -13,6 +13,7 @@ from understudy import assemble
 from understudy.linear.chunked import CHUNK_ELEMENTS
 from understudy.models import num_positions
 from understudy.recipe import Recipe
+from understudy.rollout import HF
 from understudy.rollout.hf import MAX_BATCH_TOKENS
 from understudy.teachers import Local, Privileged, Verbal
 from understudy.teachers.verbal import VerbalTeacher
@@ -20,12 +21,10 @@ from understudy.trainer.loop import SAVED_SAMPLES
 from understudy.trainer.responses import TeacherResponses
 from understudy.trainer.update import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_ELSEWHERE
 
-from .findings import Finding, attempt, within
-from .parts import Check, Parts
+from .findings import Finding, Level, attempt, within
+from .parts import HEALTH_S, Check, Parts
 from .sizes import Size, amount, free_disk, free_memory, size_of, size_on_disk, used_by
 
-HEALTH_S = 30.0
-"""Until a server that says nothing is taken to be gone."""
 TEXT_BYTES = 6
 """Of a token in a file of samples: its text, and what JSON adds."""
 ADAM_MOMENTS = 2
@@ -134,11 +133,11 @@ def _disk(run: Run) -> Iterator[Finding]:
         f"{count} checkpoints of {amount(checkpoint)}, the student {amount(student.weights)}, at most {amount(samples)} of "
         f"samples; {amount(free)} are free at {recipe.run_dir}"
     )
-    level = "error" if exact > free else "warning" if sum(need.values()) > free else "ok"
+    level: Level = "error" if exact > free else "warning" if sum(need.values()) > free else "ok"
     advice = "free space, choose another run_dir, or lower train.keep_last" if level != "ok" else ""
     # a warning's: files of samples are bounded above, not known
     advice += "; raise train.save_samples_every and eval.every" if level == "warning" else ""
-    yield Finding("disk", level, "free space against checkpoints, student and samples", found, advice)  # type: ignore[arg-type]
+    yield Finding("disk", level, "free space against checkpoints, student and samples", found, advice)
 
 
 def _memory(run: Run) -> Iterator[Finding]:
@@ -153,7 +152,7 @@ def _memory(run: Run) -> Iterator[Finding]:
     listed = ", ".join(f"{name} {amount(value)}" for name, value in shown.items() if value)
     after = " beside the weights, which are loaded" if run.is_loaded else ""
     found = f"{listed}; at most {amount(estimate)} at a time{after}; {amount(free)} are free on {run.device}"
-    level = "error" if certain > free else "warning" if estimate > free else "ok"
+    level: Level = "error" if certain > free else "warning" if estimate > free else "ok"
     advice = {
         "ok": "",
         "warning": "this is an estimate; where memory runs out, lower train.micro_batch_tokens or set "
@@ -161,12 +160,15 @@ def _memory(run: Run) -> Iterator[Finding]:
         "error": "weights, gradients and optimizer alone do not fit: take a smaller model, student.lora, student.dtype "
         "bfloat16, or teacher.offload",
     }
-    yield Finding("memory", level, checked, found, advice[level])  # type: ignore[arg-type]
+    yield Finding("memory", level, checked, found, advice[level])
 
 
 def _persistent(run: Run) -> dict[str, int]:
     """What is there all the time."""
     weights = {} if run.is_loaded else {"student": run.student.weights}
+    engine = run.recipe.engine
+    if isinstance(engine, HF) and engine.copy and not run.is_loaded:
+        weights["the sampler's copy"] = run.student.weights
     weights |= {} if run.is_loaded else {label: size.weights for label, size in run.others.items()}
     return weights | {"optimizer": ADAM_MOMENTS * run.student.trained}
 
@@ -189,7 +191,8 @@ def _update(run: Run) -> dict[str, int]:
 
 def _cache(run: Run) -> int:
     """Keys and values of what is written at a time."""
-    if all(part.plan(0).on_policy_share == 0 for part in run.recipe.method.members):
+    own = any(part.plan(0).on_policy_share > 0 for part in run.recipe.method.members)
+    if not own or not isinstance(run.recipe.engine, HF):
         return 0
     tokens = min(MAX_BATCH_TOKENS, run.num_samples * run.longest)
     return tokens * run.student.cache_elements * run.student.number_bytes
