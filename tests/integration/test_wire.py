@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -291,8 +292,15 @@ def test_the_deadline_ends_what_the_timeout_would_not() -> None:
             free.set()
 
 
-def test_a_wait_beyond_the_deadline_is_not_waited_for() -> None:
-    """The server asks for a minute, a backoff is of a minute, and the test does not take one."""
+def test_a_wait_beyond_the_deadline_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server asks for a minute, a backoff is of a minute, and nobody begins to sleep."""
+    sleep, slept = asyncio.sleep, [0.0]
+
+    async def seen(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", seen)
     busy = Says(b"busy", 429, {"Retry-After": "60"})
     with wired(lambda *_: busy, deadline_s=30.0) as (wire, (server,)):
         with pytest.raises(EngineError, match="1 attempt within deadline_s = 30.*busy"):
@@ -303,6 +311,7 @@ def test_a_wait_beyond_the_deadline_is_not_waited_for() -> None:
         pytest.raises(EngineError, match="1 attempt within deadline_s = 25.*down"),
     ):
         wire.request("/x", number, key="k")
+    assert max(slept) < 1.0
 
 
 @pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-1", "nan", "0.01"])
@@ -490,6 +499,26 @@ def test_a_breaker_opens_is_tried_and_closes() -> None:
     assert urls_asked(one) == {"http://r0": 3, "http://r1": 3}
 
 
+def test_a_retry_is_another_replicas_whoever_asked_between() -> None:
+    one, asker = replicas(Clock()), Asker()
+    first = one.take(asker)
+    assert isinstance(first, Turn)
+    end(one, first, right=False)
+    end(one, ask(one), right=True)
+    second = one.take(asker)
+    assert isinstance(second, Turn)
+    assert second.replica is not first.replica
+
+
+def test_the_next_is_the_one_with_the_fewest_in_flight() -> None:
+    one = replicas(Clock(), num=3)
+    held = [ask(one) for _ in range(6)]
+    for turn in held:
+        if turn.replica.url == "http://r1":
+            end(one, turn, right=True)
+    assert [ask(one).replica.url for _ in range(2)] == ["http://r1"] * 2
+
+
 def test_a_trial_that_was_given_up_leaves_place_for_another() -> None:
     clock = Clock()
     one = replicas(clock, break_after=1)
@@ -630,16 +659,20 @@ def stuck() -> Iterator[tuple[Event, Callable[[Asked, int], Says]]]:
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_error_gives_up_the_requests_of_all_others(nested: bool) -> None:
     with stuck() as (_, answer), wired(answer, max_concurrency=4) as (wire, (server,)):
+        answered: list[str] = []
 
         def one(path: str) -> int:
             if nested and path == "/hang":
-                return sum(wire.each([path, path], lambda path: wire.request(path, number, key=path)))
+                total = sum(wire.each([path, path], lambda path: wire.request(path, number, key=path)))
+                answered.append(path)
+                return total
             found: int = wire.request(path, number, key=path)
             return found
 
         with pytest.raises(Refused, match="404"):
             wire.each(["/hang", "/bad", "/hang", *["/late"] * 50], one)
         assert [thread for thread in wires() if not thread.name.startswith("wire-")] == []
+        assert answered == []
         assert sum(asked.path == "/late" for asked in server.asked) < 50
         # the places of those that were given up are free again
         assert wire.each(["/ok"] * 8, one) == [1] * 8
