@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine_stub import EngineStub
+from tests.leaks import nothing_left
 from tests.runs import (
     BUILD,
     SHORT,
@@ -37,6 +39,7 @@ from understudy.errors import EngineError, RecipeError
 from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import Recipe
 from understudy.rollout import HFSampler
+from understudy.rollout.vllm import VLLMSampler
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers import LocalTeacher
 from understudy.teachers.verbal import VerbalTeacher
@@ -299,6 +302,9 @@ def test_gaps_are_judged_by_precision() -> None:
     }
     assert probes.Gap.of(base, torch.tensor([0.0, torch.nan, 0.0, 0.0])).level(torch.bfloat16) == "error"
     assert probes.Gap.of(base, base * torch.nan).level(torch.bfloat16) == "error"
+    lacking = probes.Gap.of(base, torch.tensor([0.0, torch.nan, 0.0, 0.0]))
+    assert (lacking.mean, lacking.level(torch.float32, may_lack=True)) == (0.0, "warning")
+    assert probes.Gap.of(base, base + 1.0).level(torch.float32, may_lack=True) == "error"
 
 
 def save_padded(path: Path, extra: int, weight: float) -> str:
@@ -452,6 +458,59 @@ def test_a_server_is_asked_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(HFSampler, "health", gone, raising=False)
     assert examined(recipe)["rollout engine: health"].found == "http://host:1 does not answer: start it"
+
+
+@contextmanager
+def served(folder: Path, **changes: Any) -> Iterator[tuple[EngineStub, EngineStub, Recipe]]:
+    """An engine that writes, and one that scores."""
+    models = distillation(folder, method={"type": "opd"})
+    student, teacher = models["student"]["model"], models["teacher"]["model"]
+    patient = {"timeout_s": 10.0, "deadline_s": 20.0, "max_retries": 0}
+    with nothing_left(), EngineStub(student) as engine, EngineStub(teacher) as scorer:
+        asked = {"type": "http", "api": "vllm", "url": scorer.url, "model": teacher, "tokenizer": teacher}
+        rollout = {"type": "vllm", "url": engine.url, "weights": "directory", "dtype": "float32"}
+        changed = models | {"teacher": asked | patient, "rollout": rollout | patient} | changes
+        yield engine, scorer, recipe_of(folder, **changed)
+
+
+def test_engines_and_served_teachers_are_examined(tmp_path: Path) -> None:
+    with served(tmp_path) as (engine, scorer, recipe):
+        found = examined(recipe)
+        assert levels(found) == {}
+        assert "rollout engine: health" in found
+        assert "version" in found["teacher: health"].found
+        assert "the teacher has 64 positions; the rollout engine has 64 positions" in found["lengths"].found
+        assert "sampler and trainer" in found["log-probabilities"].found
+        assert "rehearsal" in found
+        # what was written for it is gone
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+        assert engine.asked("/v1/completions")
+        assert scorer.asked("/v1/completions")
+
+
+def test_an_engine_with_other_log_probabilities_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = VLLMSampler.generate
+
+    def generate(self: VLLMSampler, *args: Any, **options: Any) -> list[Sample]:
+        samples = plain(self, *args, **options)
+        return [
+            replace(one, rollout_logprob=one.rollout_logprob / 0.7)
+            for one in samples
+            if one.rollout_logprob is not None
+        ]
+
+    monkeypatch.setattr(VLLMSampler, "generate", generate)
+    with served(tmp_path) as (_, _, recipe):
+        assert levels(examined(recipe)) == {"log-probabilities": "error"}
+
+
+def test_an_engine_that_is_gone_is_one_clear_error(tmp_path: Path) -> None:
+    with served(tmp_path) as (_, _, recipe):
+        with EngineStub(str(tmp_path / "student")) as other:
+            gone = other.url
+        found = examined(replace(recipe, rollout=replace(recipe.rollout, url=gone)))  # type: ignore[type-var]
+    (error,) = doctor.errors_of(found.values())
+    assert gone in error.found
 
 
 def test_a_server_that_hangs_is_given_up() -> None:
