@@ -329,18 +329,23 @@ def test_padding_is_counted_and_weighed(tmp_path: Path) -> None:
     assert f"the teacher has a row for each of {size} tokens" in found["vocabulary"].found
 
 
-@pytest.mark.parametrize(("ends", "level"), [([1, 5], "warning"), ([5], "error")])
-def test_an_end_that_the_student_never_writes_is_found(tmp_path: Path, ends: list[int], level: str) -> None:
+@pytest.mark.parametrize(
+    ("others", "keeps_eos", "chosen", "level"),
+    [([], True, True, None), ([5], True, True, "warning"), ([5], False, True, "error"), ([5], False, False, "warning")],
+)
+def test_an_end_that_the_student_never_writes_is_found(
+    tmp_path: Path, others: list[int], keeps_eos: bool, chosen: bool, level: str | None
+) -> None:
+    """`chosen`: there are generation settings; a configuration alone may hold what its architecture has by default."""
     changes = distillation(tmp_path)
     folder = tmp_path / "teacher"
-    eos = load_tokenizer(str(folder)).eos_token_id
-    ends = [eos if index == 1 else index for index in ends]
+    ends = others + [load_tokenizer(str(folder)).eos_token_id] * keeps_eos
     for name in ("config.json", "generation_config.json"):
-        values = json.loads((folder / name).read_text()) | {"eos_token_id": ends}
+        values = json.loads((folder / name).read_text()) | {"eos_token_id": ends, "_from_model_config": not chosen}
         (folder / name).write_text(json.dumps(values))
     found = examined(recipe_of(tmp_path, **changes))
-    assert levels(found) == {"end of a response": level}
-    assert "(5)" in found["end of a response"].found
+    assert levels(found) == ({} if level is None else {"end of a response": level})
+    assert ("(5)" in found["end of a response"].found) == bool(others)
 
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

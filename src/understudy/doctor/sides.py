@@ -20,7 +20,7 @@ from understudy.teachers.privileged import reword
 from understudy.trainer.collect import TOKEN_SCORES
 from understudy.types import Author, Prompt, Sample
 
-from .findings import Finding, Level, within
+from .findings import Finding, Level, within, worst
 from .parts import HEALTH_S, NUM_COMPARED, Check, Parts, Side, uncached
 
 PADDING_MASS = 1e-3
@@ -132,6 +132,12 @@ def own_ends(model: nn.Module) -> set[int]:
     return found
 
 
+def _chose_ends(model: nn.Module) -> bool:
+    """Whether there are generation settings of its own, not made of its configuration."""
+    settings = getattr(unwrap(model), "generation_config", None)
+    return getattr(settings, "_from_model_config", True) is False
+
+
 def _ends(parts: Parts) -> Iterator[Finding]:
     tokenizer, stops = parts.loaded.tokenizer, set(parts.loaded.stop_ids)
     named = _named(tokenizer, stops)
@@ -150,10 +156,12 @@ def _ends(parts: Parts) -> Iterator[Finding]:
             f"the {side.label}'s at {_named(tokenizer, ends) if ends else 'no token that its configuration names'}"
         )
         if ends and not ends & stops:
-            level = "error"
+            # a configuration alone may hold its architecture's default, which nobody chose
+            level = "error" if _chose_ends(side.model) else worst([level, "warning"])
             advice = (
                 f"the {side.label} ends with tokens that the student never writes, so it would disapprove of every ending and "
-                "lengths would explode: take the teacher's tokenizer (student.tokenizer), or a teacher of the student's kind"
+                "lengths would explode: take the teacher's tokenizer (student.tokenizer), a teacher of the student's kind, or "
+                "correct eos_token_id in its configuration"
             )
         elif ends - stops and level == "ok":
             level = "warning"
