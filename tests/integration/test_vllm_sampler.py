@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 import time
+from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from understudy.rollout import HFSampler
 from understudy.rollout.engines import VLLM, Launch, logprobs_mode
 from understudy.rollout.probe import Probe
 from understudy.rollout.vllm import FLOAT32_GAP, VLLMSampler
+from understudy.rollout.vllm_nccl import NCCLTransfer
 from understudy.rollout.vllm_weights import SHARED_MEMORY, WeightStore
 from understudy.types import Author, Request, Sample, Sampling
 
@@ -233,7 +236,7 @@ def test_a_stale_tied_head_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """As it would be if the head were left out, which `save_pretrained` does."""
     model = model_of(tied=True)
     monkeypatch.setattr(
-        WeightStore, "_with_head", lambda _, weights: (one for one in weights if one[0] != "lm_head.weight")
+        "understudy.rollout.vllm.with_head", lambda _, weights: (one for one in weights if one[0] != "lm_head.weight")
     )
     with engine(model, tmp_path, stub={"stale_tied_head": True}) as (sampler, _):
         push(sampler, model)
@@ -620,3 +623,100 @@ def test_a_section_as_a_recipe_writes_it() -> None:
     assert section.is_local
     with pytest.raises(RecipeError, match="there is no program"):
         parse(VLLM, {"launch": {"python": "/nowhere/python"}}).check()
+
+
+class Pipe:
+    """What NCCL does, between threads: `broadcast` reaches every server that waits in `update_weights`."""
+
+    def __init__(self, num_servers: int) -> None:
+        self.queues: list[SimpleQueue[Tensor]] = [SimpleQueue() for _ in range(num_servers)]
+
+    def broadcast(self, tensor: Tensor) -> None:
+        for queue in self.queues:
+            queue.put(tensor.clone())
+
+    def is_done(self) -> bool:
+        return all(queue.empty() for queue in self.queues)
+
+
+class OverNCCL:
+    """The routes of vLLM 0.32 for weights that come by NCCL, in front of a stub."""
+
+    def __init__(self, stub: EngineStub, queue: SimpleQueue[Tensor], world_size: int) -> None:
+        self.stub, self.queue, self.world_size = stub, queue, world_size
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self._routes = stub._routes
+        stub._routes = self.routes  # type: ignore[method-assign]
+
+    def routes(self) -> dict[tuple[str, str], Any]:
+        def note(request: Any, _: object) -> tuple[int, Any]:
+            self.told.append((request.path, request.body))
+            return 200, {"message": "done"}
+
+        def update(request: Any, _: object) -> tuple[int, Any]:
+            note(request, None)
+            info = request.body["update_info"]
+            own = dict(self.stub.model.model.named_parameters(remove_duplicate=False))
+            for name, shape in zip(info["names"], info["shapes"], strict=True):
+                tensor = self.queue.get(timeout=2)
+                assert list(tensor.shape) == shape
+                with torch.no_grad():
+                    own[name].copy_(tensor)
+            return 200, {"message": "done"}
+
+        posts = ("/init_weight_transfer_engine", "/start_weight_update", "/finish_weight_update")
+        return (
+            self._routes()
+            | {("POST", path): note for path in posts}
+            | {
+                ("POST", "/update_weights"): update,
+                ("GET", "/get_world_size"): lambda *_: (200, {"world_size": self.world_size}),
+            }
+        )
+
+
+def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
+    """Ranks: the trainer, then the workers of each server. A tied head is among what is sent; no file is written."""
+    model = model_of(tied=True)
+    before = sorted(SHARED_MEMORY.iterdir())
+    with engine(model, tmp_path, stubs=2, stub={"stale_tied_head": True}) as (sampler, servers):
+        pipe, opened = Pipe(2), []
+
+        def open_group(unique_id: bytes, num_ranks: int) -> Pipe:
+            opened.append((unique_id, num_ranks))
+            return pipe
+
+        routes = [OverNCCL(server, pipe.queues[number], 2 + number) for number, server in enumerate(servers)]
+        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, 10.0, open_group)
+        assert push(sampler, moved(model), 0) < TOLERANCE
+        assert push(sampler, moved(model, seed=2), 1) < TOLERANCE
+        assert sorted(SHARED_MEMORY.iterdir()) == before
+    assert [number for _, number in opened] == [1 + 2 + 3]
+    for route, offset in zip(routes, (1, 3), strict=True):
+        paths = [path for path, _ in route.told]
+        update = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+        assert paths == ["/init_weight_transfer_engine", *update, *update]
+        info = route.told[0][1]["init_info"]
+        assert (info["rank_offset"], info["world_size"], info["packed"]) == (offset, 6, False)
+        assert len(b64decode(info["nccl_unique_id_b64"])) == 128
+        assert "lm_head.weight" in route.told[2][1]["update_info"]["names"]
+
+
+def test_a_server_that_fails_over_nccl_ends_the_push(tmp_path: Path) -> None:
+    """Not configured for it, or lost on the way: an error in time, not a collective that waits for ever."""
+    model = model_of()
+    with engine(model, tmp_path) as (sampler, _):
+        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, 0.5, lambda *_: Pipe(1))
+        with pytest.raises(EngineError, match="get_world_size was refused"):
+            push(sampler, model)
+    with engine(model, tmp_path / "lost") as (sampler, servers):
+        OverNCCL(servers[0], SimpleQueue(), 1)
+        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, 0.5, lambda *_: Pipe(1))
+        with pytest.raises(EngineError, match="did not pass"):
+            push(sampler, model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the trainer has no GPU"), engine(model_of(), tmp_path, weights="nccl"):
+        pass

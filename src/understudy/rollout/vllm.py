@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -23,9 +23,10 @@ from .engines import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, pro
 from .hf import _context, _room
 from .probe import Probe
 from .vllm_gate import Gate
+from .vllm_nccl import NCCLTransfer
 from .vllm_replies import Draft, Part, read_parts, to_samples
 from .vllm_servers import Servers
-from .vllm_weights import WeightStore, engine_dtype
+from .vllm_weights import WeightStore, engine_dtype, with_head
 
 FLOAT32_GAP = 1e-3
 """Nats between two engines of the same weights in float32, on average: 5e-7 was measured, other kernels may add up to 1e-4."""
@@ -61,8 +62,6 @@ class VLLMSampler:
     ) -> None:
         """`sampling`: of the samples that are trained on; those for evaluation may differ, and have no log-probability where
         the servers do not give the one that is promised. Raises RecipeError for what vLLM cannot do."""
-        if section.weights == "nccl":
-            raise RecipeError("rollout.weights is nccl: both sides need GPUs; use auto, shm or directory")
         check_temperature(sampling)
         needed = logprobs_mode(sampling)
         self._section = section
@@ -86,10 +85,11 @@ class VLLMSampler:
         self._closed = False
         self.last_gap = float("nan")
         """Nats: the largest mean distance of a server's log-probabilities from the trainer's, after the last push."""
+        self._with_head = partial(with_head, model)
+        self._transfer = NCCLTransfer(self._servers, dtype, section.deadline_s) if section.weights == "nccl" else None
         # made by the rank that pushes, which is the only one to write there
         self._make_store = partial(WeightStore, model, tokenizer, run_dir, dtype=dtype, place=_place(section, run_dir))
         self._store: WeightStore | None = None
-        self._model_dir: Path | None = None
 
     @property
     def concurrency(self) -> int:
@@ -199,30 +199,52 @@ class VLLMSampler:
 
     def _replace(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Puts the weights in place of the old ones, everywhere, while nothing is written."""
-        if self._store is None:
-            self._store = self._make_store()
-        directory = self._store.write(weights, f"v{version}")
-        try:
-            if self._servers.facts is None:
-                self._start(directory)
-                if self._servers.launches:
-                    self._model_dir = directory
-                    self._store.drop_tensors(directory)
-                    return
+        weights = self._with_head(weights)
+        if self._servers.facts is None:
+            if self._servers.launches:
+                self._launch(weights, version)
+                return
+            self._start(None)
+        with self._prepared(weights, version) as deliver:
             self._gate.close()
             self._servers.pause()
             try:
                 self._gate.drain(self._servers.pause)
-                self._servers.reload(directory)
+                deliver()
                 self._servers.forget()
             except BaseException:
                 with suppress(EngineError):
                     self._servers.resume()
                 raise
             self._servers.resume()
+
+    @contextmanager
+    def _prepared(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Iterator[Callable[[], None]]:
+        """What gives the weights to the servers, as far as possible before they stand still."""
+        if self._transfer is not None:
+            yield partial(self._transfer.send, weights)
+            return
+        directory = self._write_files(weights, version)
+        try:
+            yield partial(self._servers.reload, directory)
         finally:
-            if directory != self._model_dir:
-                self._store.drop(directory)
+            self._open_store().drop(directory)
+
+    def _launch(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Servers of our own begin with the weights; configuration and tokenizer stay where they have read them."""
+        directory = self._write_files(weights, version)
+        try:
+            self._start(directory)
+        finally:
+            self._open_store().drop_tensors(directory)
+
+    def _write_files(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Path:
+        return self._open_store().write(weights, f"v{version}")
+
+    def _open_store(self) -> WeightStore:
+        if self._store is None:
+            self._store = self._make_store()
+        return self._store
 
     def _start(self, directory: Path | None) -> None:
         self._servers.start(directory)

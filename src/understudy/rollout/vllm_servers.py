@@ -122,16 +122,17 @@ class Servers:
 
     def reload(self, directory: Path) -> None:
         """Every server reads its weights from a directory."""
-        kwargs = {"weights_path": str(directory)}
-        self._each(lambda server: self.call(server, "reload_weights", kwargs))
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        self.post_all("/collective_rpc", body)
 
-    def call(self, server: int, method: str, kwargs: dict[str, Any]) -> None:
-        """A method of the workers of one server."""
-        self._post(server, "/collective_rpc", _nothing, {"method": method, "kwargs": kwargs})
+    def post_all(self, path: str, body: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """To every server, side by side: the same, or to each its own."""
+        bodies = [body] * len(self.urls) if isinstance(body, dict) else body
+        self._each(lambda server: self._post(server, path, _nothing, bodies[server]))
 
-    def post_all(self, path: str, body: dict[str, Any]) -> None:
-        """The same to every server, side by side."""
-        self._each(lambda server: self._post(server, path, _nothing, body))
+    def world_sizes(self) -> list[int]:
+        """GPUs of each server."""
+        return self._each(lambda server: self._get(server, "/get_world_size", _world_size))
 
     def forget(self) -> None:
         """Every server drops what it computed with the old weights; a prefix that it kept would be read without a word."""
@@ -204,6 +205,8 @@ class Servers:
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         # ids go in and out, so no text is ever made
         start = [launch.python, "-m", "vllm.entrypoints.openai.api_server", "--skip-tokenizer-init"]
+        if self._section.weights == "nccl":
+            start += ["--weight-transfer-config", '{"backend": "nccl"}']
         return [*start, *words, *launch.args]
 
     def _read_facts(self, server: int) -> Facts:
@@ -271,6 +274,13 @@ def _success(reply: Reply) -> None:
     """`{"success": false}`: something still holds blocks. Before that existed the reply was empty."""
     if reply.content.strip() and reply.json().get("success") is False:
         raise BadReply("the prefix cache is still in use")
+
+
+def _world_size(reply: Reply) -> int:
+    size = reply.json().get("world_size")
+    if not isinstance(size, int) or size < 1:
+        raise BadReply(f"the world size {size!r}")
+    return size
 
 
 def _mode(reply: Reply) -> str | None:

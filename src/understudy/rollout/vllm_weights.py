@@ -139,7 +139,7 @@ class WeightStore:
         index: dict[str, str] = {}
         shard: dict[str, Tensor] = {}
         size = 0
-        for name, tensor in self._with_head(weights):
+        for name, tensor in weights:
             value = tensor.detach().to("cpu", self._dtype if tensor.is_floating_point() else None)
             # safetensors refuses tensors that share memory
             shard[name] = value.clone() if value.data_ptr() == tensor.data_ptr() else value
@@ -151,19 +151,6 @@ class WeightStore:
         _flush(shard, directory, index)
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
-    def _with_head(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The head also where it is the embedding: an engine may keep a copy of its own (vLLM's on CPUs packs one)."""
-        tied = self._tied
-        found: dict[str, Tensor] = {}
-        for name, tensor in weights:
-            if tied is not None and name in (tied.embedding, tied.head):
-                found[name] = tensor
-            yield name, tensor
-        if tied is not None and tied.head not in found:
-            if tied.embedding not in found:
-                raise ValueError(f"the weights have no {tied.embedding}, which is also the head")
-            yield tied.head, found[tied.embedding]
-
     def _describe(self, directory: Path) -> None:
         """Configuration and tokenizer. The precision is that of the files."""
         config: Any = type(self._model.config).from_dict(self._model.config.to_dict())
@@ -171,6 +158,20 @@ class WeightStore:
         config.architectures = [type(self._model).__name__]
         config.save_pretrained(directory)
         self._tokenizer.save_pretrained(directory)
+
+
+def with_head(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The head also where it is the embedding: an engine may keep a copy of its own (vLLM's on CPUs packs one)."""
+    tied = _tied_head(unwrap(model))
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        if tied is not None and name in (tied.embedding, tied.head):
+            found[name] = tensor
+        yield name, tensor
+    if tied is not None and tied.head not in found:
+        if tied.embedding not in found:
+            raise ValueError(f"the weights have no {tied.embedding}, which is also the head")
+        yield tied.head, found[tied.embedding]
 
 
 def engine_dtype(asked: str, model: nn.Module) -> torch.dtype:
