@@ -221,6 +221,69 @@ def compare(
         raise typer.Exit(EXIT_FAILED if ending == "failed" else EXIT_SIGNAL)
 
 
+@app.command(name="serve-teacher")
+def serve_teacher(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub name.", show_default=False)],
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen at.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="0: any that is free.", show_default="8100")] = None,
+    token_env: Annotated[
+        str | None,
+        typer.Option(
+            "--token-env",
+            metavar="NAME",
+            help="Environment variable with the token that clients must send; needed beyond this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Precision of the weights.", show_default="the checkpoint's")
+    ] = None,
+    hidden_dtype: Annotated[
+        str | None,
+        typer.Option("--hidden-dtype", help="bfloat16 or float32: hidden states as sent.", show_default="the weights'"),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Such as cuda:1.", show_default="a GPU if any")] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option("--max-batch-tokens", min=1, help="Tokens of one forward.", show_default="2048 (CPU), 16384"),
+    ] = None,
+    max_request_bytes: Annotated[
+        int | None, typer.Option("--max-request-bytes", min=1, help="Of one request.", show_default="64 MiB")
+    ] = None,
+    max_reply_bytes: Annotated[
+        int | None, typer.Option("--max-reply-bytes", min=1, help="Of one answer.", show_default="1 GiB")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.", show_default=False)] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="DIR", help="Of the model.", show_default="the model's own")
+    ] = None,
+    share_prompts: Annotated[
+        bool, typer.Option("--share-prompts/--no-share-prompts", help="Read the prompt of several responses once.")
+    ] = True,
+) -> None:
+    """Serve a model's exact scores to training runs elsewhere (teacher={type: served, url: ...}).
+
+    Hidden states and the head give whole rows at a few KB a token. It ends with Ctrl-C.
+    """
+    from . import serving
+
+    serving.serve(
+        model,
+        host=host,
+        port=port,
+        token_env=token_env,
+        dtype=dtype,
+        hidden_dtype=hidden_dtype,
+        device=device,
+        max_batch_tokens=max_batch_tokens,
+        max_request_bytes=max_request_bytes,
+        max_reply_bytes=max_reply_bytes,
+        revision=revision,
+        tokenizer=tokenizer,
+        share_prompts=share_prompts,
+    )
+
+
 @app.command()
 def methods(
     name: Annotated[
