@@ -1,4 +1,4 @@
-# make quickstart, make evidence, make test. Each creates .venv where it is missing.
+# make quickstart, make evidence, make vllm, make test. Each creates .venv where it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence test check clean-quickstart
+.PHONY: quickstart evidence vllm test check clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a teacher, warm-start a student, distil it on its own attempts, write a report"
 	@echo "make evidence     compare every method from two starts over five seeds (two hours; goes on where it stopped)"
+	@echo "make vllm         vLLM for CPUs in an environment of its own, for the tests that need a real engine (two minutes)"
 	@echo "make test         all tests"
 	@echo "make check        linters, types, import directions, docs"
 
@@ -30,6 +31,9 @@ clean-quickstart:
 
 evidence: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
+
+vllm:
+	@$(PYTHON) scripts/install_vllm.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
