@@ -245,6 +245,13 @@ def test_requests_hold_every_response_once_and_stay_below_their_tokens(
     assert len([1 for a, b in pairwise(order) if a != b]) == max(0, len(set(order)) - 1)
 
 
+def test_a_request_holds_no_more_samples_than_a_server_takes() -> None:
+    made = [sample(f"p{i}", [3], [4]) for i in range(1200)]
+    sizes = [len(group) for group in group_by_prompt(made, range(1200), max_tokens=10**6)]
+    assert sum(sizes) == 1200
+    assert max(sizes) <= 1024
+
+
 def test_nothing_is_sent_for_no_need_and_an_unknown_one() -> None:
     with Server(tiny()) as server:
         assert all(one.logprob is None for one in scored(server, "vllm", frozenset({"none"})))
