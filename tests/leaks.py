@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import psutil
 
 WAIT_S = 5.0
 """For what is on its way out."""
+OWN_SEGMENTS = "understudy"
 _LOOK_S = 0.05
 _THREADS_OF_OTHERS = re.compile(r"tqdm|TMonitor|execnet|pydev|Dummy|_run_read|SubprocPool|QueueFeeder|asyncio_\d+$")
 """Started once by a library and kept: progress bars, test workers, compilers, the loop that reads remote files."""
@@ -21,24 +22,23 @@ _SHM = Path("/dev/shm")
 
 
 @contextmanager
-def nothing_left(wait_s: float = WAIT_S) -> Iterator[None]:
+def nothing_left(wait_s: float = WAIT_S, segments: str = OWN_SEGMENTS) -> Iterator[None]:
     """Raises AssertionError with the names of what a block has started and not ended within `wait_s` of its end.
 
-    An error of the block goes before.
+    `segments`: of which shared memory, a pattern of names; nobody can say whose one without an owner is, and tests run side
+    by side. An error of the block goes before.
     """
-    before = existing()
+    before = existing(segments)
     yield
     until = time.monotonic() + wait_s
-    while (left := _new(before)) and time.monotonic() < until:
+    while (
+        left := [name for key, name in existing(segments).items() if key not in before]
+    ) and time.monotonic() < until:
         time.sleep(_LOOK_S)
     assert not left, "left behind: " + "; ".join(left)
 
 
-def _new(before: Mapping[str, str]) -> list[str]:
-    return [name for key, name in existing().items() if key not in before]
-
-
-def existing() -> dict[str, str]:
+def existing(segments: str = OWN_SEGMENTS) -> dict[str, str]:
     """Everything that could be left, by what identifies it: its name."""
     tree = _processes()
     found: dict[str, str] = {
@@ -59,7 +59,8 @@ def existing() -> dict[str, str]:
                     port = connection.laddr.port
                     found[f"port {process.pid} {port}"] = f"process {process.pid} listens on port {port}"
     if _SHM.is_dir():
-        found |= {f"shm {entry.name}": str(entry) for entry in _SHM.iterdir() if not _of_others(entry, tree)}
+        named = [entry for entry in _SHM.iterdir() if re.match(segments, entry.name)]
+        found |= {f"shm {entry.name}": str(entry) for entry in named if not _of_others(entry, tree)}
     return found
 
 
@@ -72,7 +73,7 @@ def _processes() -> list[psutil.Process]:
 def _of_others(entry: Path, tree: list[psutil.Process]) -> bool:
     """Whether a living process outside this one's tree owns it: by a number in its name, or by a lock that it holds."""
     own = {process.pid for process in tree}
-    owners = [int(number) for number in re.findall(r"\d{2,9}", entry.name)]
+    owners = [int(part) for part in re.split(r"[-_.]", entry.name) if part.isdecimal() and len(part) < 10]
     with suppress(OSError):
         inode = f":{(entry / 'lock').stat().st_ino}"
         held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 
 class Server:
@@ -30,7 +30,8 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
+        """`wait`: until it answers, as the first start has to."""
         command = [part.replace("{port}", str(self._port)) for part in self._command]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -41,6 +42,11 @@ class Server:
                 cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
+        if wait:
+            self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        assert self._process is not None
         until = time.monotonic() + PATIENCE_S
         while (found := self._ready.search(self._log.read_text(errors="replace"))) is None:
             if self._process.poll() is not None or time.monotonic() > until:

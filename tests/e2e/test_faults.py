@@ -1,0 +1,231 @@
+"""A teacher and a judge behind a network that fails: the same losses where a run can go on, one clear error where not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.chat_server import ChatServer, Request, Response, says
+from tests.engine_stub import EngineStub
+from tests.faults import (
+    DEAD,
+    HALF,
+    HANG,
+    NAN,
+    NULL,
+    PASS,
+    TRUNCATED,
+    WRONG_IDS,
+    Fault,
+    FaultProxy,
+    Plan,
+    latency,
+    reset,
+    seeded,
+    status,
+)
+from tests.leaks import nothing_left
+from tests.runs import assert_same_run, distillation, metric_rows, train
+
+from understudy.errors import EngineError, ScoreError
+
+STEPS = 4
+TRAIN = {"steps": STEPS, "prompts_per_step": 4, "save_every": 1}
+PATIENT = {"timeout_s": 1.0, "deadline_s": 60.0, "max_retries": 8, "backoff_s": 0.01}
+SHORT = PATIENT | {"max_retries": 2}
+PASSING = [
+    latency(0.05),
+    reset(),
+    reset(middle=True),
+    status(429, retry_after_s=0.1),
+    status(500),
+    status(503),
+    HALF,
+    TRUNCATED,
+    HANG,
+]
+OF_SCORES = [WRONG_IDS, NAN, NULL]
+"""What a judge that says a digit has no place for."""
+
+
+def name_of(fault: Fault) -> str:
+    return fault.kind
+
+
+def every_third(fault: Fault) -> Plan:
+    return lambda number, _: fault if number % 3 == 0 else PASS
+
+
+def digit(request: Request, _: int) -> Response:
+    """A function of the question alone."""
+    return says(str(hashlib.sha256(request.question.encode()).digest()[0] % 10))
+
+
+@dataclass(frozen=True)
+class World:
+    """A served teacher, a judge, and the changes of a recipe that uses one of them."""
+
+    folder: Path
+    served: str
+    judge: str
+    models: dict[str, Any]
+
+    def http(self, *urls: str, **keys: Any) -> dict[str, Any]:
+        section = {
+            "type": "http",
+            "api": "vllm",
+            "url": list(urls or [self.served]),
+            "model": self.models["teacher"]["model"],
+        }
+        return self.models | {"teacher": section | PATIENT | keys, "method": {"type": "opd"}, "train": TRAIN}
+
+    def chat(self, url: str = "", **keys: Any) -> dict[str, Any]:
+        section = {"type": "chat", "url": url or self.judge, "model": "judge", "constrain": "none"}
+        return self.models | {
+            "teacher": section | PATIENT | keys,
+            "method": {"type": "ovd"},
+            "responses": {"type": "solutions"},
+            "task": {"num_solutions": 50},
+            "train": TRAIN | {"samples_per_prompt": 2},
+        }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    models = distillation(folder)
+    with EngineStub(models["teacher"]["model"]) as stub, ChatServer(digit) as judge:
+        yield World(folder, stub.url, judge.url, models)
+
+
+@pytest.fixture(scope="module")
+def scored(world: World) -> Path:
+    """The run with the teacher that nothing disturbs."""
+    return train(world.folder / "scored", **world.http())
+
+
+@pytest.fixture(scope="module")
+def judged(world: World) -> Path:
+    """The same with the judge."""
+    return train(world.folder / "judged", **world.chat())
+
+
+@contextmanager
+def behind(plan: Plan, upstream: str) -> Iterator[FaultProxy]:
+    """A proxy, and nothing left of it or of what was run in the block."""
+    with nothing_left(), FaultProxy(upstream, plan, only="completions") as proxy:
+        yield proxy
+
+
+# --- what passes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [*PASSING, *OF_SCORES], ids=name_of)
+def test_a_teachers_passing_fault_changes_nothing(fault: Fault, world: World, scored: Path, tmp_path: Path) -> None:
+    with behind(every_third(fault), world.served) as proxy:
+        run = train(tmp_path, **world.http(proxy.url))
+    assert proxy.seen[fault.kind] > 1
+    assert_same_run(run, scored)
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=name_of)
+def test_a_judges_passing_fault_changes_nothing(fault: Fault, world: World, judged: Path, tmp_path: Path) -> None:
+    with behind(every_third(fault), world.judge) as proxy:
+        run = train(tmp_path, **world.chat(proxy.url))
+    assert proxy.seen[fault.kind] > 1
+    assert_same_run(run, judged)
+
+
+def test_all_of_them_at_once(world: World, scored: Path, tmp_path: Path) -> None:
+    """One request for each sample, many in flight."""
+    with behind(seeded(5, [*PASSING, WRONG_IDS], share=0.5), world.served) as proxy:
+        run = train(tmp_path, **world.http(proxy.url, batch_tokens=1, max_retries=30))
+    assert len(proxy.seen) > 5
+    assert_same_run(run, scored)
+
+
+@pytest.mark.parametrize("dies_at", [0, 2])
+def test_one_dead_replica_of_two(dies_at: int, world: World, scored: Path, tmp_path: Path) -> None:
+    with nothing_left(), FaultProxy(world.served) as other, FaultProxy(world.served) as dying:
+        dying.plan = lambda number, _: DEAD if number >= dies_at else PASS
+        run = train(tmp_path, **world.http(dying.url, other.url, batch_tokens=1))
+    assert dying.seen["dead"] > 0
+    assert dying.seen["pass"] == dies_at
+    assert other.seen["pass"] == 4 * STEPS - dies_at
+    assert_same_run(run, scored)
+
+
+# --- what does not -----------------------------------------------------------------------------------------------------
+
+
+def check_end(error: BaseException, *urls: str) -> None:
+    """One error, which names every server and shows no traceback of another."""
+    assert all(url in str(error) for url in urls), str(error)
+    assert error.__cause__ is None
+    assert error.__suppress_context__ or error.__context__ is None
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_all_dead_and_alive_again(replicas: int, world: World, scored: Path, tmp_path: Path) -> None:
+    with nothing_left(), ExitStack() as stack:
+        plan: Plan = lambda number, _: DEAD if number >= 2 // replicas else PASS  # noqa: E731
+        proxies = [stack.enter_context(FaultProxy(world.served, plan)) for _ in range(replicas)]
+        changes = world.http(*(proxy.url for proxy in proxies), **SHORT)
+        with pytest.raises(EngineError) as caught:
+            train(tmp_path, **changes)
+        check_end(caught.value, *(proxy.url for proxy in proxies))
+        assert len(metric_rows(tmp_path / "run")) == 2
+        for proxy in proxies:
+            proxy.plan = lambda *_: PASS
+            proxy.revive()
+        run = train(tmp_path, resume=True, **changes)
+    assert_same_run(run, scored)
+
+
+def test_a_dead_judge_and_alive_again(world: World, judged: Path, tmp_path: Path) -> None:
+    with behind(lambda number, _: DEAD if number >= 20 else PASS, world.judge) as proxy:
+        changes = world.chat(proxy.url, **SHORT)
+        with pytest.raises(EngineError) as caught:
+            train(tmp_path, **changes)
+        check_end(caught.value, proxy.url)
+        assert 0 < len(metric_rows(tmp_path / "run")) < STEPS
+        proxy.plan = lambda *_: PASS
+        proxy.revive()
+        run = train(tmp_path, resume=True, **changes)
+    assert_same_run(run, judged)
+
+
+@pytest.mark.parametrize("fault", [WRONG_IDS, TRUNCATED, HALF, status(500), reset()], ids=name_of)
+def test_what_stays_is_one_error(fault: Fault, world: World, tmp_path: Path) -> None:
+    with behind(lambda *_: fault, world.served) as proxy:
+        with pytest.raises(EngineError) as caught:
+            train(tmp_path, **world.http(proxy.url, **SHORT))
+        check_end(caught.value, proxy.url)
+    assert proxy.seen[fault.kind] == 3
+
+
+def test_numbers_that_stay_wrong_are_an_error(world: World, tmp_path: Path) -> None:
+    with behind(lambda *_: NAN, world.served) as proxy, pytest.raises(ScoreError, match=r"sample .*not finite"):
+        train(tmp_path, **world.http(proxy.url))
+
+
+def by_content(share: int) -> Plan:
+    """NaN for the same samples, however often they are asked about."""
+    return lambda _, body: NAN if hashlib.sha256(body).digest()[0] % share == 0 else PASS
+
+
+def test_or_are_dropped_and_counted(world: World, scored: Path, tmp_path: Path) -> None:
+    with behind(by_content(3), world.served) as proxy:
+        changes = world.http(proxy.url, batch_tokens=1)
+        changes["train"] = TRAIN | {"on_missing_score": "drop"}
+        rows = metric_rows(train(tmp_path, **changes))
+    dropped = [row["samples_dropped"] for row in rows]
+    assert 0 < sum(dropped) < STEPS * 4
+    assert proxy.seen["nan"] == 3 * sum(dropped)
+    first = next(step for step, number in enumerate(dropped) if number)
+    assert [row["loss"] for row in rows[:first]] == [row["loss"] for row in metric_rows(scored)[:first]]
