@@ -487,8 +487,11 @@ def test_a_breaker_opens_is_tried_and_closes() -> None:
         assert urls_asked(one) == {"http://r1": 6}
         clock.now += 2e-3
         trial = ask(one, "http://r0")
-        # one trial, however many ask
-        assert urls_asked(one) == {"http://r1": 6}
+        # one trial, however many ask and however busy the others are
+        held = [ask(one) for _ in range(3)]
+        assert {turn.replica.url for turn in held} == {"http://r1"}
+        for turn in held:
+            end(one, turn, right=True)
         end(one, trial, right=False)
     clock.now += 61
     end(one, ask(one, "http://r0"), right=True)
@@ -762,6 +765,12 @@ def test_an_interrupt_ends_a_request(many: int) -> None:
                 wire.each(["/hang"] * many, lambda path: wire.request(path, number, key=path))
         thread.join(WAIT_S)
         assert [one for one in wires() if not one.name.startswith("wire-")] == []
+        pause = Event()
+        for _ in range(500):
+            if wire._replicas._all[0].in_flight == 0:
+                break
+            pause.wait(0.01)
+        assert wire._replicas._all[0].in_flight == 0
         assert wire.each(["/ok"] * 3, lambda path: wire.request(path, number, key=path)) == [1] * 3
 
 
