@@ -81,8 +81,8 @@ def distillation(folder: Path, *, seed: int = 0, **changes: Any) -> dict[str, An
     )
 
 
-def train(folder: Path, *, resume: bool = False, **changes: Any) -> Path:
-    """Trains the tiny recipe in `folder`; its run directory."""
+def train(folder: Path, *, resume: bool = False, examine: bool = False, **changes: Any) -> Path:
+    """Trains the tiny recipe in `folder`; its run directory. `examine`: after the doctor, whose rehearsal counts as calls."""
     from understudy import config, runs
     from understudy.recipe import Recipe
     from understudy.trainer import checkpoint
@@ -93,7 +93,7 @@ def train(folder: Path, *, resume: bool = False, **changes: Any) -> Path:
         # neither a page nor a safe disk is what these runs are for
         patch.setattr(runs, "write_report", lambda path: path)
         patch.setattr(checkpoint, "_sync", lambda path: None)
-        return runs.train(recipe, resume=resume, console=Console(quiet=True)).run_dir.path
+        return runs.train(recipe, resume=resume, examine=examine, console=Console(quiet=True)).run_dir.path
 
 
 def train_in_two(folder: Path, at: int, **changes: Any) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from . import assemble, config, facts
+from . import assemble, config, doctor, facts
 from .card import model_card
 from .errors import CheckpointError, DataError, RecipeError
 from .eval.evaluate import Rejection, run_eval
@@ -63,8 +63,8 @@ class Result:
     report: Path | None
 
 
-def train(recipe: Recipe, *, resume: bool = False, console: Console) -> Result:
-    """Runs a recipe. Nothing is written before everything is checked and loaded.
+def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console: Console) -> Result:
+    """Runs a recipe. Nothing is written before everything is checked and loaded; `examine`: and the doctor has seen it.
 
     Raises RecipeError, DataError or VocabularyError for bad input, CheckpointError when the run cannot be saved or
     resumed, TrainingError when it cannot go on.
@@ -74,10 +74,16 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console) -> Result:
     assemble.check(recipe, fetch=True)
     device = assemble.choose_device(recipe.device)
     ranks = Ranks.from_environment(device)
+    if examine:
+        doctor.refuse(ranks.gather(doctor.before_loading(recipe) if ranks.is_main else [])[0])
     console.note("loading " + " and ".join(_models(recipe)))
     with ExitStack() as opened:
         trainer, loaded = _build(recipe, run_dir, checkpoint, ranks, console, device, opened)
         opened.callback(trainer.rollouts.close)
+        found = _examine(recipe, loaded, trainer, console) if examine else []
+        _observe(recipe, checkpoint, trainer, loaded, console)
+        if ranks.is_main and examine:
+            doctor.write_findings(run_dir.doctor, found)
         started = time.time()
         status: str = "failed"
         try:
@@ -141,7 +147,6 @@ def _build(
     )
     prompts.draw(progress.position, 1)
     _check_eval_prompts(recipe, loaded)
-    warnings = [*loaded.warnings, *_data_warnings(recipe), *_schedule_warnings(recipe)]
     student = Student(
         model=loaded.model,
         device=loaded.device,
@@ -162,9 +167,6 @@ def _build(
         settings=recipe.train,
     )
     collected = rollouts if recipe.async_ is None else _overlapped(recipe, rollouts, method)
-    observer = _observer(recipe, run_dir, checkpoint, progress, ranks, console)
-    for text in warnings if ranks.is_main and checkpoint is None else ():
-        observer.warn(progress.step, text)
     trainer = Trainer(
         student=student,
         method=method,
@@ -178,13 +180,32 @@ def _build(
             recipe, loaded, sampler, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console
         ),
         save_student=lambda path: save_hf(loaded.model, loaded.tokenizer, path, merged=False),
-        observer=observer,
+        observer=Observer(console, (), None),
         run_dir=run_dir,
         ranks=ranks,
         seed=recipe.seed,
         progress=progress,
     )
     return trainer, loaded
+
+
+def _examine(recipe: Recipe, loaded: assemble.Loaded, trainer: Trainer, console: Console) -> list[doctor.Finding]:
+    """What the doctor finds. Raises RecipeError for an error."""
+    found = doctor.examine_parts(recipe, loaded, doctor.judges_of(trainer), trainer)
+    doctor.refuse(found)
+    doctor.show_briefly(console, found)
+    return found
+
+
+def _observe(
+    recipe: Recipe, checkpoint: Path | None, trainer: Trainer, loaded: assemble.Loaded, console: Console
+) -> None:
+    """From here on the run directory is written."""
+    progress, ranks = trainer.progress, trainer.ranks
+    warnings = [*loaded.warnings, *_data_warnings(recipe), *_schedule_warnings(recipe)]
+    trainer.observer = _observer(recipe, trainer.run_dir, checkpoint, progress, ranks, console)
+    for text in warnings if ranks.is_main and checkpoint is None else ():
+        trainer.observer.warn(progress.step, text)
 
 
 def _overlapped(recipe: Recipe, rollouts: Rollouts, method: Method) -> Overlapped:
@@ -280,7 +301,6 @@ def _schedule_warnings(recipe: Recipe) -> list[str]:
 def _observer(
     recipe: Recipe, run_dir: RunDir, checkpoint: Path | None, progress: Progress, ranks: Ranks, console: Console
 ) -> Observer:
-    """From here on the run directory is written."""
     if not ranks.is_main:
         return Observer(console, (), None)
     plain = config.dump(recipe)

@@ -55,7 +55,7 @@ def test_help_answers_at_once() -> None:
         env=os.environ | {"UNDERSTUDY_STARTED": "1"},
     )
     assert "| torch" not in done.stderr
-    commands = ("train", "eval", "sample", "record", "report", "compare", "methods", "init", "serve-teacher")
+    commands = ("train", "eval", "sample", "record", "report", "compare", "methods", "init", "doctor", "serve-teacher")
     assert all(name in done.stdout for name in commands)
 
 

@@ -45,6 +45,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in run_dir from its last checkpoint.")
     ] = False,
+    no_doctor: Annotated[bool, typer.Option("--no-doctor", help="Skip the checks of `understudy doctor`.")] = False,
 ) -> None:
     """Train a student as a recipe says.
 
@@ -52,9 +53,21 @@ def train(
     """
     from . import commands
 
-    ending = commands.train(recipe, overrides or [], dry_run=dry_run, resume=resume)
+    ending = commands.train(recipe, overrides or [], dry_run=dry_run, resume=resume, examine=not no_doctor)
     if ending == "stopped by a signal":
         raise typer.Exit(EXIT_SIGNAL)
+
+
+@app.command()
+def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check everything that a run depends on, and take two prompts through the whole loop. Nothing is written.
+
+    Exit code 2 where something is wrong; `train` runs the same checks first.
+    """
+    from . import doctoring
+
+    if doctoring.examine(recipe, overrides or []):
+        raise typer.Exit(EXIT_BAD_INPUT)
 
 
 @app.command(name="eval")

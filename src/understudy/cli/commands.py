@@ -32,7 +32,7 @@ def quieten_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool) -> str:
+def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, examine: bool = True) -> str:
     """How the run ended; "checked" for a dry run."""
     recipe = load_recipe(path, overrides)
     quieten_libraries()
@@ -45,7 +45,7 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool) 
                 console.note(line)
             console.note(f"{path} is fine; nothing was loaded or written")
             return "checked"
-        result = runs.train(recipe, resume=resume, console=console)
+        result = runs.train(recipe, resume=resume, examine=examine, console=console)
         _show_result(console, result)
     return result.ending
 

@@ -12,7 +12,7 @@ from understudy.errors import RecipeError
 class RunDir:
     """Paths under one run.
 
-    recipe.yaml  run.json  metrics.jsonl  events.jsonl  report.html
+    recipe.yaml  doctor.json  run.json  metrics.jsonl  events.jsonl  report.html
     eval/step_000100.json  eval/step_000100.jsonl  samples/step_000100.jsonl
     checkpoints/step_000100/  student/  bad_batches/
     """
@@ -28,6 +28,11 @@ class RunDir:
     def facts(self) -> Path:
         """What is known of the run beside its recipe: versions, device, sizes, how it ended."""
         return self.path / "run.json"
+
+    @property
+    def doctor(self) -> Path:
+        """What was checked before the first step of the process that wrote it last."""
+        return self.path / "doctor.json"
 
     @property
     def eval(self) -> Path:
