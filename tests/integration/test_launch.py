@@ -25,7 +25,9 @@ SERVER = """
 import http.server, os, signal, subprocess, sys, time
 port, behaviour = int(sys.argv[1]), sys.argv[2]
 print("hello from", os.environ.get("WHO", "nobody"), flush=True)
-if behaviour == "dies":
+if behaviour == "talks":
+    print("RuntimeError: out of memory", *range(100), "done", sep="\\n", flush=True)
+if behaviour in ("dies", "talks"):
     sys.exit("there is no such model")
 if behaviour == "late":
     time.sleep(60)
@@ -94,6 +96,16 @@ def test_its_death_at_the_start_shows_the_log(tmp_path: Path) -> None:
         server(tmp_path, "dies"),
     ):
         pass
+
+
+def test_what_went_wrong_is_shown_though_much_is_said_after_it(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught, server(tmp_path, "talks"):
+        pass
+    lines = str(caught.value).splitlines()
+    assert lines[2] == "RuntimeError: out of memory"
+    assert lines[-1] == "there is no such model"
+    assert "50" not in lines
+    assert "99" in lines
 
 
 def test_a_late_server_is_ended(tmp_path: Path) -> None:

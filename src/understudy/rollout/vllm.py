@@ -202,7 +202,7 @@ class VLLMSampler:
         weights = self._with_head(weights)
         if self._servers.facts is None:
             if self._servers.launches:
-                self._launch(weights, version)
+                self._launch(weights)
                 return
             self._start(None)
         with self._prepared(weights, version) as deliver:
@@ -224,22 +224,19 @@ class VLLMSampler:
         if self._transfer is not None:
             yield partial(self._transfer.send, weights)
             return
-        directory = self._write_files(weights, version)
+        directory = self._open_store().write(weights, f"v{version}")
         try:
             yield partial(self._servers.reload, directory)
         finally:
             self._open_store().drop(directory)
 
-    def _launch(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def _launch(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Servers of our own begin with the weights; configuration and tokenizer stay where they have read them."""
-        directory = self._write_files(weights, version)
+        directory = self._open_store().write(weights, "start")
         try:
             self._start(directory)
         finally:
             self._open_store().drop_tensors(directory)
-
-    def _write_files(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Path:
-        return self._open_store().write(weights, f"v{version}")
 
     def _open_store(self) -> WeightStore:
         if self._store is None:

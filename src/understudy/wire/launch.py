@@ -28,6 +28,8 @@ from .supervisor import KILL_S, POLL_S, signal_group
 STOP_S = 15.0
 """From SIGTERM to SIGKILL: vLLM on a GPU frees its memory in 2 to 5 seconds."""
 TAIL_LINES = 20
+ERROR_LINES = 10
+LINE_BYTES = 500
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells the ranks of a trainer; a server that reads it takes itself for one of them."""
 
@@ -170,11 +172,17 @@ class ServerProcess:
                 return False
 
     def _tail(self) -> str:
+        """The last lines of the log, and before them those that speak of an error: a server says more while it goes down."""
+        last: deque[bytes] = deque(maxlen=TAIL_LINES)
+        errors: deque[bytes] = deque(maxlen=ERROR_LINES)
         with self._log.open("rb") as log:
             log.seek(self._log_start)
-            lines = deque(log, maxlen=TAIL_LINES)
-        text = b"".join(lines).decode(errors="replace").rstrip()
-        return f"The end of {self._log}:\n{text}" if text else f"{self._log} is empty"
+            for line in log:
+                if len(last) == TAIL_LINES and b"error" in last[0].lower():
+                    errors.append(last[0])
+                last.append(line[:LINE_BYTES].rstrip() + b"\n")
+        text = b"".join([*errors, *last]).decode(errors="replace").rstrip()
+        return f"From the end of {self._log}:\n{text}" if text else f"{self._log} is empty"
 
 
 def port_is_free(port: int) -> bool:
