@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -35,6 +39,7 @@ from tests.runs import assert_same_run, distillation, metric_rows, train
 from understudy.errors import EngineError, ScoreError
 
 STEPS = 4
+PATIENCE_S = 60.0
 TRAIN = {"steps": STEPS, "prompts_per_step": 4, "save_every": 1}
 PATIENT = {"timeout_s": 1.0, "deadline_s": 60.0, "max_retries": 8, "backoff_s": 0.01}
 SHORT = PATIENT | {"max_retries": 2}
@@ -72,6 +77,8 @@ class World:
 
     folder: Path
     served: str
+    written: str
+    """Address of the engine."""
     judge: str
     models: dict[str, Any]
 
@@ -83,6 +90,12 @@ class World:
             "model": self.models["teacher"]["model"],
         }
         return self.models | {"teacher": section | PATIENT | keys, "method": {"type": "opd"}, "train": TRAIN}
+
+    def engine(self, url: str = "", **keys: Any) -> dict[str, Any]:
+        """Samples by an engine, scores by the teacher."""
+        section = {"type": "vllm", "url": url or self.written, "weights": "directory"} | PATIENT
+        del section["backoff_s"]
+        return self.http() | {"rollout": section | keys}
 
     def chat(self, url: str = "", **keys: Any) -> dict[str, Any]:
         section = {"type": "chat", "url": url or self.judge, "model": "judge", "constrain": "none"}
@@ -99,8 +112,12 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     models = distillation(folder)
-    with EngineStub(models["teacher"]["model"]) as stub, ChatServer(digit) as judge:
-        yield World(folder, stub.url, judge.url, models)
+    with (
+        EngineStub(models["teacher"]["model"]) as teacher,
+        EngineStub(models["student"]["model"]) as engine,
+        ChatServer(digit) as judge,
+    ):
+        yield World(folder, teacher.url, engine.url, judge.url, models)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +130,12 @@ def scored(world: World) -> Path:
 def judged(world: World) -> Path:
     """The same with the judge."""
     return train(world.folder / "judged", **world.chat())
+
+
+@pytest.fixture(scope="module")
+def written(world: World) -> Path:
+    """The same with an engine that writes the samples."""
+    return train(world.folder / "written", **world.engine())
 
 
 @contextmanager
@@ -139,6 +162,14 @@ def test_a_judges_passing_fault_changes_nothing(fault: Fault, world: World, judg
         run = train(tmp_path, **world.chat(proxy.url))
     assert proxy.seen[fault.kind] > 1
     assert_same_run(run, judged)
+
+
+@pytest.mark.parametrize("fault", [reset(), HALF, WRONG_IDS], ids=name_of)
+def test_an_engines_passing_fault_changes_nothing(fault: Fault, world: World, written: Path, tmp_path: Path) -> None:
+    with behind(every_third(fault), world.written) as proxy:
+        run = train(tmp_path, **world.engine(proxy.url))
+    assert proxy.seen[fault.kind] > 1
+    assert_same_run(run, written)
 
 
 def test_all_of_them_at_once(world: World, scored: Path, tmp_path: Path) -> None:
@@ -229,3 +260,33 @@ def test_or_are_dropped_and_counted(world: World, scored: Path, tmp_path: Path) 
     assert proxy.seen["nan"] == 3 * sum(dropped)
     first = next(step for step, number in enumerate(dropped) if number)
     assert [row["loss"] for row in rows[:first]] == [row["loss"] for row in metric_rows(scored)[:first]]
+
+
+# --- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [None, {"max_staleness": 0}], ids=["in turns", "overlapped"])
+def test_an_interrupt_while_all_hangs_leaves_nothing(
+    overlap: dict[str, Any] | None, world: World, tmp_path: Path
+) -> None:
+    """The first one asks for the end of the step, the second one does not wait for it."""
+
+    def press() -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not proxy.seen["hang"] and time.monotonic() < until:
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    with nothing_left(), FaultProxy(world.served, lambda number, _: HANG if number >= 2 else PASS) as proxy:
+        changes = world.engine() | {"async": overlap}
+        changes["teacher"] = world.http(proxy.url, timeout_s=PATIENCE_S)["teacher"]
+        thread = Thread(target=press)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, **changes)
+        thread.join()
+        proxy.plan = lambda *_: PASS
+        run = train(tmp_path, resume=True, **changes)
+    assert_same_run(run, train(tmp_path / "undisturbed", **world.engine() | {"async": overlap}))
