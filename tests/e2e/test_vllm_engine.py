@@ -88,7 +88,8 @@ class Engine:
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Started once for each model: that takes most of the time."""
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = Launch(python=vllm_python(), env=env, args=("--max-num-seqs", "16", "--enforce-eager"))
+    args = ("--max-num-seqs", "16", "--enforce-eager", "--no-enable-chunked-prefill")
+    launch = Launch(python=vllm_python(), env=env, args=args)
     model = build(request.param)
     sampler = VLLMSampler(
         VLLM(launch=launch, grouped=not request.param),

@@ -428,6 +428,22 @@ def test_which_mode_a_recipe_needs(sampling: Sampling, expected: object) -> None
         assert logprobs_mode(sampling) == expected
 
 
+def test_a_server_that_would_die_of_a_seed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.32 on a CPU, where a prompt with a seed is read in chunks: RuntimeError, CPU Generator does not use offset."""
+    model = model_of()
+    with engine(model, tmp_path) as (sampler, servers):
+        info = servers[0]._server_info
+
+        def on_cpu(*args: Any) -> tuple[int, Any]:
+            status, body = info(*args)
+            more = {"device_config": {"device_type": "cpu"}, "scheduler_config": {"enable_chunked_prefill": True}}
+            return status, body | {"vllm_config": body["vllm_config"] | more}
+
+        monkeypatch.setattr(servers[0], "_server_info", on_cpu)
+        with pytest.raises(RecipeError, match="--no-enable-chunked-prefill"):
+            push(sampler, model)
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     model = model_of()
     with engine(model, tmp_path) as (sampler, servers):

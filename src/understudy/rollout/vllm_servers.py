@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +34,8 @@ class Facts:
     model: str
     max_length: int | None
     logprobs_mode: str | None
+    cuts_prompts_on_cpu: bool = False
+    """Whether it computes on a CPU and reads long prompts in chunks."""
 
 
 class Servers:
@@ -221,13 +222,14 @@ class Servers:
             return Facts(str(wanted), cards[names.index(wanted)].get("max_model_len"), None)
 
         found = self._get(server, "/v1/models", read)
-        launch = self._section.launch
-        if launch is not None and launch.command is None and "--logprobs-mode" not in launch.args:
-            return Facts(found.model, found.max_length, self._mode)
-        mode = None
-        with suppress(_NoRouteError):
-            mode = self._get(server, "/server_info?config_format=json", _mode)
-        return Facts(found.model, found.max_length, mode)
+        try:
+            config = self._get(server, "/server_info?config_format=json", _config)
+        except _NoRouteError:
+            return found
+        mode = _inside(config, "model_config", "logprobs_mode")
+        on_cpu = _inside(config, "device_config", "device_type") == "cpu"
+        chunks = _inside(config, "scheduler_config", "enable_chunked_prefill") is True
+        return Facts(found.model, found.max_length, mode if isinstance(mode, str) else None, on_cpu and chunks)
 
     def _agree(self, found: Sequence[Facts]) -> Facts:
         """What holds for all servers."""
@@ -236,6 +238,12 @@ class Servers:
                 raise RecipeError(
                     f"{url} serves {facts.model!r} with logprobs mode {facts.logprobs_mode}, {self.urls[0]} serves "
                     f"{found[0].model!r} with {found[0].logprobs_mode}; start all rollout engines alike"
+                )
+            if facts.cuts_prompts_on_cpu:
+                # its worker rewinds the generator of a seeded request after each chunk, which a CPU's cannot
+                raise RecipeError(
+                    f"{url}: vLLM on a CPU dies of a request with a seed whose prompt it reads in chunks; start it with "
+                    "--no-enable-chunked-prefill (rollout.launch.args)"
                 )
         lengths = [facts.max_length for facts in found if facts.max_length is not None]
         return Facts(found[0].model, min(lengths, default=None), found[0].logprobs_mode)
@@ -283,9 +291,13 @@ def _world_size(reply: Reply) -> int:
     return size
 
 
-def _mode(reply: Reply) -> str | None:
-    values: Any = json.loads(reply.content)
-    with suppress(KeyError, TypeError):
-        found = values["vllm_config"]["model_config"]["logprobs_mode"]
-        return found if isinstance(found, str) else None
-    return None
+def _config(reply: Reply) -> Any:
+    values = reply.json()
+    return values.get("vllm_config") if isinstance(values, dict) else None
+
+
+def _inside(values: Any, *names: str) -> Any:
+    """None where there is no such entry."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values

@@ -7,6 +7,7 @@ group when its pipe to this process closes: also when this process is killed.
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import socket
@@ -30,6 +31,7 @@ STOP_S = 15.0
 TAIL_LINES = 20
 ERROR_LINES = 10
 LINE_BYTES = 500
+_ERROR = re.compile(rb"\w*(?:Error|Exception): .*")
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells the ranks of a trainer; a server that reads it takes itself for one of them."""
 
@@ -172,16 +174,16 @@ class ServerProcess:
                 return False
 
     def _tail(self) -> str:
-        """The last lines of the log, and before them those that speak of an error: a server says more while it goes down."""
+        """The last lines of the log, and before them the errors that it speaks of: a server says more while it goes down."""
         last: deque[bytes] = deque(maxlen=TAIL_LINES)
-        errors: deque[bytes] = deque(maxlen=ERROR_LINES)
+        errors: dict[bytes, None] = {}
         with self._log.open("rb") as log:
             log.seek(self._log_start)
             for line in log:
-                if len(last) == TAIL_LINES and b"error" in last[0].lower():
-                    errors.append(last[0])
+                if len(last) == TAIL_LINES and (found := _ERROR.search(last[0])):
+                    errors[found[0] + b"\n"] = None
                 last.append(line[:LINE_BYTES].rstrip() + b"\n")
-        text = b"".join([*errors, *last]).decode(errors="replace").rstrip()
+        text = b"".join([*list(errors)[-ERROR_LINES:], *last]).decode(errors="replace").rstrip()
         return f"From the end of {self._log}:\n{text}" if text else f"{self._log} is empty"
 
 
