@@ -37,6 +37,7 @@ from understudy.types import Author, Request, Sample, Sampling
 TOLERANCE = 1e-5
 """The stub's forward with a cache against one without, in float32."""
 PATIENCE = {"timeout_s": 20.0, "deadline_s": 20.0, "max_retries": 0}
+CPU = torch.device("cpu")
 LONG = Sampling(max_new_tokens=24)
 PROMPTS = [[5], [6, 7, 8, 9], [3, 4]]
 
@@ -698,12 +699,12 @@ def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
     with engine(model, tmp_path, stubs=2, stub={"stale_tied_head": True}) as (sampler, servers):
         pipe, opened = Pipe(2), []
 
-        def open_group(unique_id: bytes, num_ranks: int) -> Pipe:
+        def open_group(unique_id: bytes, num_ranks: int, _: torch.device) -> Pipe:
             opened.append((unique_id, num_ranks))
             return pipe
 
         routes = [OverNCCL(server, pipe.queues[number], 2 + number) for number, server in enumerate(servers)]
-        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, 10.0, open_group)
+        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, CPU, 10.0, open_group)
         assert push(sampler, moved(model), 0) < TOLERANCE
         assert push(sampler, moved(model, seed=2), 1) < TOLERANCE
         assert sorted(SHARED_MEMORY.iterdir()) == before
@@ -722,17 +723,16 @@ def test_a_server_that_fails_over_nccl_ends_the_push(tmp_path: Path) -> None:
     """Not configured for it, or lost on the way: an error in time, not a collective that waits for ever."""
     model = model_of()
     with engine(model, tmp_path) as (sampler, _):
-        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, 0.5, lambda *_: Pipe(1))
+        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
         with pytest.raises(EngineError, match="get_world_size was refused"):
             push(sampler, model)
     with engine(model, tmp_path / "lost") as (sampler, servers):
         OverNCCL(servers[0], SimpleQueue(), 1)
-        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, 0.5, lambda *_: Pipe(1))
+        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
         with pytest.raises(EngineError, match="did not pass"):
             push(sampler, model)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_nccl_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the trainer has no GPU"), engine(model_of(), tmp_path, weights="nccl"):
         pass

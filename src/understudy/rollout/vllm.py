@@ -86,7 +86,10 @@ class VLLMSampler:
         self.last_gap = float("nan")
         """Nats: the largest mean distance of a server's log-probabilities from the trainer's, after the last push."""
         self._with_head = partial(with_head, model)
-        self._transfer = NCCLTransfer(self._servers, dtype, section.deadline_s) if section.weights == "nccl" else None
+        self._transfer: NCCLTransfer | None = None
+        if section.weights == "nccl":
+            device = next(model.parameters()).device
+            self._transfer = NCCLTransfer(self._servers, dtype, device, section.deadline_s)
         # made by the rank that pushes, which is the only one to write there
         self._make_store = partial(WeightStore, model, tokenizer, run_dir, dtype=dtype, place=_place(section, run_dir))
         self._store: WeightStore | None = None

@@ -38,20 +38,23 @@ class Group(Protocol):
 
 
 class NCCLGroup:
-    """A group on the current GPU, by torch's own bindings. Returns when all ranks are there."""
+    """A group on one GPU, by torch's own bindings. Returns when all ranks are there."""
 
-    def __init__(self, unique_id: bytes, num_ranks: int) -> None:
-        self._comm = [torch.cuda.nccl.init_rank(num_ranks, unique_id, 0)]
-        # vLLM's ranks begin with the sum of one number each
-        torch.cuda.nccl.all_reduce([torch.zeros(1, device="cuda")], comms=self._comm)
+    def __init__(self, unique_id: bytes, num_ranks: int, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._comm = [torch.cuda.nccl.init_rank(num_ranks, unique_id, 0)]
+            # vLLM's ranks begin with the sum of one number each
+            torch.cuda.nccl.all_reduce([torch.zeros(1, device=device)], comms=self._comm)
 
     def broadcast(self, tensor: Tensor) -> None:
         """On the current stream."""
-        torch.cuda.nccl.broadcast([tensor], comms=self._comm)
+        with torch.cuda.device(self._device):
+            torch.cuda.nccl.broadcast([tensor], comms=self._comm)
 
     def is_done(self) -> bool:
         """Whether the current stream is idle."""
-        return torch.cuda.current_stream().query()
+        return torch.cuda.current_stream(self._device).query()
 
 
 class NCCLTransfer:
@@ -61,14 +64,16 @@ class NCCLTransfer:
         self,
         servers: Servers,
         dtype: torch.dtype,
+        device: torch.device,
         patience_s: float,
-        open_group: Callable[[bytes, int], Group] | None = None,
+        open_group: Callable[[bytes, int, torch.device], Group] | None = None,
     ) -> None:
-        """`open_group`: from id and number of ranks. Raises RecipeError where this machine has no GPU."""
-        if open_group is None and not torch.cuda.is_available():
+        """`dtype`: of the engine; `device`: of the weights. Raises RecipeError where that is no GPU."""
+        if open_group is None and device.type != "cuda":
             raise RecipeError("rollout.weights is nccl, but the trainer has no GPU; use auto, shm or directory")
         self._servers = servers
         self._dtype = dtype
+        self._device = device
         self._patience_s = patience_s
         self._open_group = open_group or NCCLGroup
         self._new_id = torch.cuda.nccl.unique_id if open_group is None else lambda: bytes(128)
@@ -89,7 +94,7 @@ class NCCLTransfer:
             lambda: self._servers.post_all("/update_weights", [{"update_info": told}] * self._num_servers)
         )
         # kept until they have been sent
-        sent = [tensor.detach().to(self._dtype).contiguous() for _, tensor in given]
+        sent = [tensor.detach().to(self._device, self._dtype).contiguous() for _, tensor in given]
         for tensor in sent:
             group.broadcast(tensor)
         self._wait(received.done, received)
@@ -108,7 +113,7 @@ class NCCLTransfer:
         common = {"nccl_unique_id_b64": b64encode(unique_id).decode(), "world_size": num_ranks, "packed": False}
         told = [{"init_info": common | {"rank_offset": 1 + sum(sizes[:server])}} for server in range(self._num_servers)]
         joined = _begin(lambda: self._servers.post_all("/init_weight_transfer_engine", told))
-        opened = _begin(lambda: self._open_group(unique_id, num_ranks))
+        opened = _begin(lambda: self._open_group(unique_id, num_ranks, self._device))
         self._wait(lambda: joined.done() and opened.done(), joined, opened)
         return opened.result()
 
