@@ -40,7 +40,7 @@ class Training:
         resume = ["--resume"] if (self.run_dir / "recipe.yaml").is_file() else []
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "understudy", "train", str(self._recipe), *resume],
+                [sys.executable, "-m", "understudy", "train", str(self._recipe), "--no-doctor", *resume],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
