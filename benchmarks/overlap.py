@@ -62,7 +62,6 @@ def run(folder: Path, models: dict[str, Any], urls: tuple[str, str], steps: int,
     }
     if staleness is not None:
         recipe["async"] = {"max_staleness": staleness}
-    folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with Console(quiet=True) as console:
         return runs.train(load_recipe(folder / "recipe.yaml"), console=console).run_dir.path
@@ -70,21 +69,19 @@ def run(folder: Path, models: dict[str, Any], urls: tuple[str, str], steps: int,
 
 def measure(folder: Path, models: dict[str, Any], case: tuple[int, int], steps: int) -> dict[str, Any]:
     """Seconds of a step in turn and overlapped, each with servers of its own."""
-    from tests.engine_stub import StubProcess
+    from tests.processes import stub
 
     token_ms, score_ms = case
     found: dict[str, Any] = {}
     for staleness in (None, 0, 1, 2):
         with contextlib.ExitStack() as stack:
-            per_token = f"lognormal:{token_ms / 1000}:0.3"
-            engine = stack.enter_context(
-                StubProcess(models["student"]["model"], token_latency=per_token, concurrency=PROMPTS, seed=1)
-            )
-            teacher = stack.enter_context(
-                StubProcess(models["teacher"]["model"], latency=f"lognormal:{score_ms / 1000}:0.3", seed=2)
-            )
-            name = "in turn" if staleness is None else f"max_staleness {staleness}"
             place = folder / f"{token_ms}-{score_ms}-{staleness}"
+            place.mkdir(parents=True)
+            options = ["--token-latency", f"lognormal:{token_ms / 1000}:0.3:1", "--concurrency", str(PROMPTS)]
+            engine = stack.enter_context(stub(models["student"]["model"], place / "engine.log", *options))
+            delay = f"lognormal:{score_ms / 1000}:0.3:2"
+            teacher = stack.enter_context(stub(models["teacher"]["model"], place / "teacher.log", "--latency", delay))
+            name = "in turn" if staleness is None else f"max_staleness {staleness}"
             found[name] = seconds_of(run(place, models, (engine.url, teacher.url), steps, staleness))
     return found
 

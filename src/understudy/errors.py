@@ -38,6 +38,10 @@ class EngineError(TrainingError):
     """A rollout engine, a served teacher or a judge does not answer, or not what was asked; the message names the server."""
 
 
+class WeightsLostError(EngineError):
+    """A rollout engine no longer has the weights that were pushed to it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for an unknown name: the nearest known one, or all of them."""
     options = sorted(known)

@@ -27,9 +27,9 @@ from understudy.trainer.loop import Trainer
 DETERMINISTIC = ("loss", "grad_norm", "log_ratio", "student_entropy", "response_tokens", "lr", "num_samples")
 
 
-def train(folder: Path, *, resume: bool = False, **changes: Any) -> runs.Result:
+def train(folder: Path, *, resume: bool = False, examine: bool = True, **changes: Any) -> runs.Result:
     recipe = config.parse(Recipe, tiny_recipe(folder, **changes))
-    return runs.train(recipe, resume=resume, console=Console(quiet=True))
+    return runs.train(recipe, resume=resume, examine=examine, console=Console(quiet=True))
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -342,7 +342,8 @@ def test_a_generation_per_step_and_not_per_micro_batch(tmp_path: Path, monkeypat
         return plain(self, requests, *args, **options)
 
     monkeypatch.setattr(HFSampler, "generate", counting)
-    train(tmp_path, **distillation(tmp_path, train={"micro_batch_tokens": 40, "samples_per_prompt": 2}))
+    changes = distillation(tmp_path, train={"micro_batch_tokens": 40, "samples_per_prompt": 2})
+    train(tmp_path, examine=False, **changes)
     assert sizes == [16] * 6
 
 

@@ -42,6 +42,10 @@ class Sampler(Protocol):
         rank has pushed them. Returns the mean gap to the probe in nats; raises EngineError where it is too large."""
         ...
 
+    def verify(self) -> None:
+        """Raises WeightsLostError where an engine no longer has the weights of the last push: one that was started again."""
+        ...
+
     def close(self) -> None:
         """Gives up what is in flight; nothing is left of threads, processes and connections."""
         ...

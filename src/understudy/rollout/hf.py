@@ -54,6 +54,9 @@ class HFSampler:
         """One batch at a time."""
         return 1
 
+    def verify(self) -> None:
+        """The weights are the trainer's."""
+
     def close(self) -> None:
         """Nothing is open."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from understudy.errors import EngineError, RecipeError
+from understudy.errors import EngineError, RecipeError, WeightsLostError
 from understudy.models import unwrap
 from understudy.randomness import hash_name
 from understudy.types import Request, Sample, Sampling
@@ -83,6 +83,9 @@ class VLLMSampler:
         self._gate = Gate(section.deadline_s)
         self._pushing = Lock()
         self._closed = False
+        self._last_probe: Probe | None = None
+        self._written = False
+        """Since the weights were last compared."""
         self.last_gap = float("nan")
         """Nats: the largest mean distance of a server's log-probabilities from the trainer's, after the last push."""
         self._with_head = partial(with_head, model)
@@ -133,6 +136,7 @@ class VLLMSampler:
         wire, facts = self._servers.wire, self._servers.facts
         assert wire is not None
         assert facts is not None
+        self._written = True
         left = self._groups(drafts)
         try:
             while left:
@@ -153,6 +157,7 @@ class VLLMSampler:
         nothing to compare. None for weights: another rank has pushed them, and only the version is noted.
         Raises EngineError, after which nothing can be generated, for a server that fails or disagrees.
         """
+        self.verify()
         with self._pushing:
             if self._closed:
                 raise EngineError("the rollout engine is closed")
@@ -162,6 +167,7 @@ class VLLMSampler:
                 else:
                     self._replace(weights, version)
                 gap = None if probe is None or weights is None else self._compare(probe, version)
+                self._last_probe = None if weights is None else probe
             except BaseException as error:
                 self._gate.break_with(f"the rollout engine did not get version {version} of the weights: {error}")
                 if isinstance(error, EngineError) and not self._closed:
@@ -170,6 +176,20 @@ class VLLMSampler:
                 raise
             self._gate.open(version)
             return gap
+
+    def verify(self) -> None:
+        """Compares with the last probe again, where something was written since: a server that was started again has the
+        weights that it was started with, and answers as if nothing had been."""
+        with self._pushing:
+            if self._last_probe is None or not self._written or self._closed:
+                return
+            self._written = False
+            try:
+                self._compare(self._last_probe, self._gate.version)
+            except _DisagreesError as error:
+                raise WeightsLostError(
+                    f"the rollout engine lost its weights after they were pushed; was a server started again? {error}"
+                ) from error
 
     def close(self) -> None:
         """Gives up what is in flight, stops the servers that are ours, and removes the weights. Twice does no harm."""
@@ -271,7 +291,7 @@ class VLLMSampler:
         self.last_gap = max(gaps.values())
         if not self.last_gap <= self._tolerance:
             said = ", ".join(f"{url}: {gap:.2g}" for url, gap in gaps.items())
-            raise EngineError(
+            raise _DisagreesError(
                 f"after the push of version {version} the rollout engine's log-probabilities are not the trainer's: they "
                 f"differ by {said} nats on average over {chosen.num_compared} tokens, and the precision explains "
                 f"{self._tolerance:g}. The weights did not arrive, or a tied output layer kept its old copy, or the engine "
@@ -349,6 +369,10 @@ class VLLMSampler:
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
+
+
+class _DisagreesError(EngineError):
+    """Log-probabilities are not the trainer's."""
 
 
 def _place(section: VLLM, run_dir: Path) -> Path | Literal["shm"] | None:

@@ -180,7 +180,7 @@ class CachedTeacher:
                 if mine or len(found) == len(by_key):
                     break
                 # each asker leaves when its teacher has answered or given up, which has a deadline of its own
-                self._lock.wait()
+                self._lock.wait(WAIT_S)
             self._counts.misses += len(mine)
             self._counts.hits += len(by_key) - len(mine) if first else 0
             if mine:

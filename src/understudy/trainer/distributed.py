@@ -153,6 +153,10 @@ class SharedSampler:
         """Ranks wait for each other."""
         return 1
 
+    def verify(self) -> None:
+        """As `Sampler.verify`."""
+        self.sampler.verify()
+
     def close(self) -> None:
         """As `Sampler.close`."""
         self.sampler.close()

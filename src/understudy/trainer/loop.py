@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
-from understudy.errors import CheckpointError, TrainingError
+from understudy.errors import CheckpointError, TrainingError, WeightsLostError
 from understudy.eval.summary import EvalSummary, sample_row
 from understudy.files import write_json_lines
 from understudy.linear import LMHead
@@ -34,9 +34,12 @@ MAX_SKIPPED = 3
 """Steps in a row without a finite loss and gradient until the run stops."""
 MAX_EMPTY = 20
 """Steps in a row without a sample to train on until the run stops: a weak student may have a few at its start."""
+MAX_HEALED = 3
+"""Times in one step that an engine is given weights which it has lost."""
 SAVED_SAMPLES = 32
 """Training samples in one file of `samples/`."""
 
+Result = TypeVar("Result")
 Ending = Literal["finished", "good enough", "stopped by a signal"]
 
 
@@ -94,12 +97,12 @@ class Trainer:
         # what draws from torch's own generator (dropout) is a function of the step, as everything else is
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
-        found = self.rollouts.collect(self.progress, method, own_step, clock)
+        found = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
         ages = age_metrics(found.samples, self.progress.updates)
         with clock("update_s"):
             numbers = self._update(found.judged, method, own_step)
         with clock("push_s"):
-            numbers |= self.publish(self.progress.updates, found.samples)
+            numbers |= self._healed(lambda: self.publish(self.progress.updates, found.samples))
         metrics = self.ranks.sum_metrics(sample_metrics(found.written) | ages | found.metrics)
         numbers |= {name: metric.value for name, metric in metrics.items() if metric.count}
         numbers |= self.ranks.sum_counts(found.counts | {"samples_dropped": found.num_dropped})
@@ -129,6 +132,19 @@ class Trainer:
                 f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step + 1}; the "
                 f"batches are in {self.run_dir.path / 'bad_batches'}. Lower train.lr, or look there for what is special"
             )
+
+    def _healed(self, do: Callable[[], Result]) -> Result:
+        """What `do` returns; where an engine has lost its weights it gets them again, and what it wrote is forgotten."""
+        for _ in range(MAX_HEALED):
+            try:
+                return do()
+            except WeightsLostError as error:
+                self.observer.warn(
+                    self.progress.step, f"{error}. It gets them again, and what it wrote since is written anew"
+                )
+                self.rollouts.reset()
+                self.publish(self.progress.updates, ())
+        return do()
 
     def _update(self, judged: Judged, method: Method, own_step: int) -> dict[str, float]:
         """The updates of one step: their mean loss and gradient norm, and the metrics of all of them."""

@@ -99,6 +99,7 @@ class Overlapped:
         """
         with clock("wait_s"):
             found = self._take(progress, method)
+            self.collector.sampler.verify()
             self._send(progress.step, 0)
         return found
 
@@ -232,6 +233,11 @@ class Overlapped:
                 piece.parcel.waiting -= 1
             self._last_news = time.monotonic()
             self._changed.notify_all()
+
+    def reset(self) -> None:
+        """Forgets what was written ahead; the next step sends its prompts again."""
+        self._parcels.clear()
+        self._next_position = None
 
     def close(self) -> None:
         """Gives up what is in flight and ends the threads."""
