@@ -10,7 +10,7 @@ import sys
 import time
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -111,10 +111,10 @@ def push(sampler: VLLMSampler, model: Any, version: int = 0) -> float:
     return gap
 
 
-def wait_until_writing(server: EngineStub) -> None:
-    """Requests have come, and there was time for some tokens."""
+def wait_until_writing(server: EngineStub, *writing: Future[Any]) -> None:
+    """Requests have come, and there was time for some tokens; or everything is written."""
     until = time.monotonic() + PATIENCE["timeout_s"]
-    while not server.scheduler.running:
+    while not server.scheduler.running and not (writing and all(one.done() for one in writing)):
         assert time.monotonic() < until
         time.sleep(0.01)
     time.sleep(0.15)
@@ -315,14 +315,14 @@ def test_requests_that_come_while_it_is_paused_end_on_the_new_weights(tmp_path: 
     """A request may reach the server after the pause did; it must not be told apart by luck."""
     model = model_of()
     with (
-        engine(model, tmp_path, stub={"token_latency": lambda _: 0.005, "concurrency": 1}) as (sampler, servers),
+        engine(model, tmp_path, stub={"token_latency": lambda _: 0.01, "concurrency": 1}) as (sampler, servers),
         ThreadPoolExecutor() as threads,
     ):
         push(sampler, model)
         models = {0: model_of()}
         writing = [threads.submit(sampler.generate, requests(4), LONG, step=step) for step in range(2)]
         for version in (1, 2, 3):
-            wait_until_writing(servers[0])
+            wait_until_writing(servers[0], *writing)
             push(sampler, moved(model, seed=version), version)
             models[version] = model_of()
             models[version].load_state_dict(model.state_dict())
