@@ -270,6 +270,9 @@ def _join_scores(samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[st
         ("topk_ids", -1),
     ):
         values = [getattr(score, name) for score in scores]
+        if name == "entropy" and any(value is None for value in values):
+            # a server gives none; what a method reads of it, it estimates
+            continue
         shape = next((value.shape[1:] for value in values if value is not None), None)
         if shape is None:
             continue

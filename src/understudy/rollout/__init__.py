@@ -33,8 +33,8 @@ class Sampler(Protocol):
         ...
 
     @property
-    def compares(self) -> bool:
-        """Whether `push` uses a probe."""
+    def remote(self) -> bool:
+        """Whether it is servers that all ranks share: one rank pushes for all, and compares the weights by a probe."""
         ...
 
     def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> float | None:

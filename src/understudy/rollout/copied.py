@@ -28,7 +28,7 @@ class CopySampler:
         return 1
 
     @property
-    def compares(self) -> bool:
+    def remote(self) -> bool:
         """A copy in memory arrives."""
         return False
 

@@ -61,7 +61,7 @@ class HFSampler:
         """Nothing is open."""
 
     @property
-    def compares(self) -> bool:
+    def remote(self) -> bool:
         """The weights are the trainer's."""
         return False
 

@@ -103,8 +103,8 @@ class VLLMSampler:
         return self._section.max_concurrency
 
     @property
-    def compares(self) -> bool:
-        """Whether `push` wants a probe."""
+    def remote(self) -> bool:
+        """Servers."""
         return True
 
     @property
@@ -184,12 +184,14 @@ class VLLMSampler:
             if self._last_probe is None or not self._written or self._closed:
                 return
             self._written = False
+            probe, self._last_probe = self._last_probe, None
             try:
-                self._compare(self._last_probe, self._gate.version)
+                self._compare(probe, self._gate.version)
             except _DisagreesError as error:
                 raise WeightsLostError(
                     f"the rollout engine lost its weights after they were pushed; was a server started again? {error}"
                 ) from error
+            self._last_probe = probe
 
     def close(self) -> None:
         """Gives up what is in flight, stops the servers that are ours, and removes the weights. Twice does no harm."""

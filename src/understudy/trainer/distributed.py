@@ -162,9 +162,9 @@ class SharedSampler:
         self.sampler.close()
 
     @property
-    def compares(self) -> bool:
-        """As `Sampler.compares`."""
-        return self.sampler.compares
+    def remote(self) -> bool:
+        """As `Sampler.remote`."""
+        return self.sampler.remote
 
     def push(
         self, weights: Iterable[tuple[str, Tensor]] | None, version: int, probe: Probe | None = None

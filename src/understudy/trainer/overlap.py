@@ -51,6 +51,8 @@ class _Parcel:
     found: Gathered = field(default_factory=lambda: Gathered(0))
     judged: dict[int, Judged] = field(default_factory=dict)
     """By piece."""
+    dropped: bool = False
+    """Nobody waits for it."""
 
 
 @dataclass(eq=False)
@@ -201,6 +203,8 @@ class Overlapped:
 
     def _generate(self, piece: _Piece) -> None:
         parcel, found = piece.parcel, Gathered(0)
+        if parcel.dropped:
+            return
         # the position names the draws: a prompt that comes again in another epoch draws other numbers
         rewarded = self._rollouts.answer(found, parcel.mine, piece.requests, parcel.plan, parcel.start)
         flat = rewarded.flat_prompts if _refills(parcel.plan) else frozenset()
@@ -236,6 +240,8 @@ class Overlapped:
 
     def reset(self) -> None:
         """Forgets what was written ahead; the next step sends its prompts again."""
+        for parcel in self._parcels:
+            parcel.dropped = True
         self._parcels.clear()
         self._next_position = None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from understudy.errors import WeightsLostError
 from understudy.linear import score
 from understudy.models import lm_head
 from understudy.models.backbone import evaluating
@@ -24,7 +25,7 @@ PROBE_TOKENS = 256
 
 @dataclass(frozen=True)
 class Publisher:
-    """Pushes the live weights; with a sampler that has weights of its own the first rank speaks for all."""
+    """Pushes the live weights; to servers that ranks share the first rank does."""
 
     sampler: Sampler
     student: Student
@@ -35,15 +36,23 @@ class Publisher:
     """To be compared on before there are samples."""
 
     def __call__(self, version: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """`push_gap`: mean |log S_sampler - log S_trainer|, nats, where the sampler compares. Raises EngineError where that
-        is more than the precision explains."""
-        if self.weights is None or not self.ranks.is_main:
-            self.ranks.barrier()
-            self.sampler.push(None, version)
+        """`push_gap`: mean |log S_sampler - log S_trainer|, nats, of servers. Raises EngineError where that is more than the
+        precision explains, and WeightsLostError, on every rank, as `Sampler.verify`."""
+        if not self.sampler.remote:
+            self.sampler.push(None if self.weights is None else self.weights(), version)
             return {}
-        probe = probe_of(self.student, samples or self.first) if self.sampler.compares else None
-        gap = self.sampler.push(self.weights(), version, probe)
-        self.ranks.barrier()
+        gap, lost = None, None
+        if self.ranks.is_main:
+            assert self.weights is not None
+            try:
+                gap = self.sampler.push(self.weights(), version, probe_of(self.student, samples or self.first))
+            except WeightsLostError as error:
+                lost = error
+        # every rank hears of it, so that all do what follows
+        if self.ranks.any(lost is not None):
+            raise lost or WeightsLostError("the rollout engine lost its weights, the first rank says")
+        if not self.ranks.is_main:
+            self.sampler.push(None, version)
         return {} if gap is None else {"push_gap": gap}
 
 

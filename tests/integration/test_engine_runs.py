@@ -1,0 +1,158 @@
+"""Whole runs with an engine and a teacher behind HTTP, on stand-ins that compute with real tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.engine_stub import EngineStub
+from tests.leaks import nothing_left
+from tests.runs import assert_close_run, distillation, metric_rows, train, weights, write_recipe
+from tests.stub_model import StubModel
+from understudy.models import load_causal_lm
+from understudy.serve import Scorer, Settings, serve_beside
+
+TOP = {"type": "topk", "k": 4}
+
+
+def with_engine(models: dict[str, Any], url: str, **changes: Any) -> dict[str, Any]:
+    return models | {"rollout": {"type": "vllm", "url": url, "dtype": "float32"}} | changes
+
+
+def over_http(models: dict[str, Any], url: str, api: str = "vllm") -> dict[str, Any]:
+    return {"type": "http", "api": api, "url": url, "model": models["teacher"]["model"]}
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in metric_rows(run_dir)]
+
+
+def consumed(run_dir: Path) -> list[int]:
+    rows = [json.loads(line) for line in (run_dir / "consumed.jsonl").read_text().splitlines()]
+    return [at for row in rows for at in row["positions"]]
+
+
+def test_a_teacher_over_http_is_the_local_one(tmp_path: Path) -> None:
+    """The same samples, the same scores to rounding: the same run."""
+    models = distillation(tmp_path / "m", method=TOP)
+    with nothing_left(), EngineStub(models["teacher"]["model"]) as stub:
+        here = train(tmp_path / "here", **models)
+        there = train(tmp_path / "there", **(models | {"teacher": over_http(models, stub.url)}))
+    assert losses(there) == pytest.approx(losses(here), rel=1e-4)
+
+
+def test_a_served_teacher_gives_whole_rows(tmp_path: Path) -> None:
+    """A full-vocabulary divergence from hidden states and the head equals that of the model here."""
+    models = distillation(tmp_path / "m", method={"type": "gkd"})
+    path = models["teacher"]["model"]
+    scorer = Scorer(load_causal_lm(path, dtype="float32", device="cpu"), AutoTokenizer.from_pretrained(path), name="t")
+    with nothing_left(), serve_beside(scorer, Settings(model=path, port=0)) as running:
+        here = train(tmp_path / "here", **models)
+        there = train(tmp_path / "there", **(models | {"teacher": {"type": "served", "url": running.url}}))
+    assert_close_run(here, there, atol=1e-4)
+
+
+def test_experts_of_several_kinds(tmp_path: Path) -> None:
+    """Each teacher by its name, one here and one over HTTP."""
+    models = distillation(tmp_path / "m", method=TOP)
+    parts = {name: {"type": "arithmetic", "family": "addition", "digits": 2, "seed": n} for n, name in enumerate("ab")}
+    with EngineStub(models["teacher"]["model"]) as stub:
+        teachers = {"a": models["teacher"], "b": over_http(models, stub.url)}
+        changes = models | {"teacher": None, "teachers": teachers, "task": {"type": "mix", "parts": parts}}
+        row = metric_rows(train(tmp_path / "run", **changes))[0]
+        assert stub.asked("/v1/completions")
+    assert {"teacher/a/log_ratio", "teacher/b/log_ratio"} <= row.keys()
+
+
+def test_scores_are_asked_for_once(tmp_path: Path) -> None:
+    """A rerun with a cache asks the teacher for nothing, also where it is gone."""
+    models = distillation(tmp_path / "m", method=TOP)
+    with EngineStub(models["teacher"]["model"]) as stub:
+        cached = models | {"teacher": over_http(models, stub.url) | {"cache": str(tmp_path / "cache")}}
+        first = train(tmp_path / "first", **cached)
+        asked = len(stub.asked("/v1/completions"))
+    again = train(tmp_path / "again", **cached)
+    assert asked > 0
+    assert losses(first) == losses(again)
+
+
+@pytest.mark.parametrize("overlap", [{}, {"async": {"max_staleness": 0}}])
+def test_an_engine_writes_what_the_student_would(tmp_path: Path, overlap: dict[str, Any]) -> None:
+    models = distillation(tmp_path / "m")
+    with nothing_left(), EngineStub(models["student"]["model"]) as stub:
+        rows = metric_rows(train(tmp_path / "run", **with_engine(models, stub.url, **overlap)))
+        assert stub.num_pushes == 7, "the first weights, and those of six updates"
+    assert all(row["sampler_gap"] < 1e-5 and row["push_gap"] < 1e-5 and row["staleness"] == 0 for row in rows)
+
+
+def test_a_resumed_engine_has_the_resumed_weights(tmp_path: Path) -> None:
+    from tests.runs import train_in_two
+
+    models = distillation(tmp_path / "m")
+    with nothing_left(), EngineStub(models["student"]["model"]) as stub:
+        changes = with_engine(models, stub.url, **{"async": {"max_staleness": 1}})
+        run_dir = train_in_two(tmp_path / "run", 3, **changes)
+    assert consumed(run_dir) == list(range(48))
+    assert all(row["sampler_gap"] < 1e-5 for row in metric_rows(run_dir) if row["staleness"] == 0)
+
+
+@pytest.mark.parametrize("overlap", [{}, {"async": {"max_staleness": 0}}, {"async": {"max_staleness": 2}}])
+def test_an_engine_that_was_started_again_gets_its_weights_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: dict[str, Any]
+) -> None:
+    """Its weights are those of the start, and nothing says so: what it wrote with them is written again."""
+    from understudy.rollout.vllm import VLLMSampler
+
+    models = distillation(tmp_path / "m", train={"lr": 3e-2, "steps": 6})
+    plain, calls = VLLMSampler._ask, []
+    with nothing_left(), EngineStub(models["student"]["model"]) as stub:
+
+        def restarted(self: VLLMSampler, body: dict[str, Any], key: str) -> Any:
+            calls.append(key)
+            if len(calls) == 28:
+                # between two pushes, as somebody who looks after servers would
+                stub.model = StubModel(models["student"]["model"])
+            return plain(self, body, key)
+
+        monkeypatch.setattr(VLLMSampler, "_ask", restarted)
+        run_dir = train(tmp_path / "run", **with_engine(models, stub.url, **overlap))
+    told = [json.loads(line)["text"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert sum("lost its weights" in text for text in told) == 1
+    fresh = [row["sampler_gap"] for row in metric_rows(run_dir) if row["staleness"] == 0]
+    assert fresh
+    assert max(fresh) < 1e-4, "the student learnt from what it had not written"
+    if overlap:
+        assert consumed(run_dir) == list(range(48))
+
+
+def test_two_ranks_overlap_as_one(tmp_path: Path) -> None:
+    """Prompts are split over ranks, every one is used once, and the loss is that of one process."""
+    changes = {"rollout": {"type": "hf", "copy": True}, "async": {"max_staleness": 0}, "train": {"steps": 3}}
+    for name in ("one", "two"):
+        write_recipe(tmp_path / name, **distillation(tmp_path / "m", **changes))
+    one = train(tmp_path / "one", **distillation(tmp_path / "m", **changes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tests.runs"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "two" / "run"
+    assert consumed(two) == consumed(one) == list(range(24))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    for name, value in weights(one).items():
+        # Adam divides gradients by their size, so a rounding moves a weight by up to lr where the gradient is one
+        torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=3 * 3e-3)
