@@ -12,7 +12,8 @@ from .errors import RecipeError, nearest
 from .methods import METHODS, REFUSED, Method
 from .models import DType
 from .needs import AnyResponses, check_groups, check_needs
-from .rollout import HF, ROLLOUTS, AnyRollout
+from .rollout import HF, ROLLOUTS, VLLM, AnyRollout
+from .rollout.engines import check_temperature, logprobs_mode
 from .tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
 from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Stored
 from .trainer.responses import RESPONSES
@@ -124,9 +125,16 @@ class Recipe:
             )
         check_groups(self.method, self.train)
         self._check_async()
+        self._check_engine()
         self.run_method  # noqa: B018 (raises for phases that no step falls into)
         if self.eval_task is not None and self.eval is None:
             raise ValueError("eval_task is given without a section eval")
+
+    def _check_engine(self) -> None:
+        """Raises RecipeError for sampling that the engine cannot do."""
+        if isinstance(self.engine, VLLM):
+            check_temperature(self.sampling)
+            logprobs_mode(self.sampling)
 
     def _check_async(self) -> None:
         if self.async_ is None:

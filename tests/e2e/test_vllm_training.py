@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 SIZES = {"architecture": "llama", "hidden_size": 64, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 64}
 STEPS, SEEDS = 12, (0, 1, 2)
 ARGS = ("--max-model-len", "64", "--max-num-seqs", "64", "--enforce-eager", "--dtype", "float32")
+ARGS += ("--no-enable-chunked-prefill",)
 ENV = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -79,8 +79,8 @@ class HFSampler:
         RecipeError for a response that would leave the model's positions, all before anything is sampled, and
         TrainingError for logits that are not finite.
         """
-        contexts = [_context(request) for request in requests]
-        rooms = [_room(request, sampling.max_new_tokens) for request in requests]
+        contexts = [context_of(request) for request in requests]
+        rooms = [room_of(request, sampling.max_new_tokens) for request in requests]
         self._check_positions(requests, sampling.max_new_tokens)
         head = lm_head(self._model, temperature=sampling.temperature or 1.0, vocab_size=self._vocab_size)
         decoder = Decoder(self._model, head, self._stop_ids, self._autocast)
@@ -143,7 +143,7 @@ def _refuse_nan(requests: Sequence[Request], decoded: Decoded) -> None:
         )
 
 
-def _context(request: Request) -> Tensor:
+def context_of(request: Request) -> Tensor:
     """[P + F] int64 on the CPU."""
     if request.token_ids.numel() == 0:
         raise DataError(f"request {request.key} has no prompt token; a prompt needs at least one (a BOS will do)")
@@ -152,7 +152,7 @@ def _context(request: Request) -> Tensor:
     return torch.cat([request.token_ids, request.prefix_ids])
 
 
-def _room(request: Request, max_new_tokens: int) -> int:
+def room_of(request: Request, max_new_tokens: int) -> int:
     """Tokens that are left to the student."""
     room = max_new_tokens - prefix_length(request)
     if room < 1:

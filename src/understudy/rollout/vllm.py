@@ -20,7 +20,7 @@ from understudy.types import Request, Sample, Sampling
 from understudy.wire import Refused
 
 from .engines import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
-from .hf import _context, _room
+from .hf import context_of, room_of
 from .probe import Probe
 from .vllm_gate import Gate
 from .vllm_nccl import NCCLTransfer
@@ -128,7 +128,8 @@ class VLLMSampler:
         """
         check_temperature(sampling)
         drafts = [
-            Draft(request, _context(request).tolist(), _room(request, sampling.max_new_tokens)) for request in requests
+            Draft(request, context_of(request).tolist(), room_of(request, sampling.max_new_tokens))
+            for request in requests
         ]
         with self._gate.passing():
             # the facts are there once weights are

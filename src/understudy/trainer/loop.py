@@ -135,15 +135,21 @@ class Trainer:
 
     def _healed(self, do: Callable[[], Result]) -> Result:
         """What `do` returns; where an engine has lost its weights it gets them again, and what it wrote is forgotten."""
+        if not self.rollouts.collector.sampler.remote:
+            return do()
         for _ in range(MAX_HEALED):
+            lost: WeightsLostError | None = None
             try:
-                return do()
+                found = do()
             except WeightsLostError as error:
-                self.observer.warn(
-                    self.progress.step, f"{error}. It gets them again, and what it wrote since is written anew"
-                )
-                self.rollouts.reset()
-                self.publish(self.progress.updates, ())
+                lost = error
+            if not self.ranks.any(lost is not None):
+                return found
+            said = lost or "the rollout engine lost its weights, another rank says"
+            text = f"{said}. It gets them again, and what it wrote since is written anew"
+            self.observer.warn(self.progress.step, text)
+            self.rollouts.reset()
+            self.publish(self.progress.updates, ())
         return do()
 
     def _update(self, judged: Judged, method: Method, own_step: int) -> dict[str, float]:
