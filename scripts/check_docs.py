@@ -1,7 +1,8 @@
 """What the README and the docs name exists. Prints what does not, and exits with 1.
 
-Checked are paths, commands, links and their anchors on every page; and on the pages of the methods that every method has
-one, that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse.
+Checked are paths, commands, links and their anchors on every page; on the pages of the methods that every method has one,
+that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse; on those
+of teachers and engines the keys and defaults of their sections, and that recipes parse.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ from understudy import config
 from understudy.cli.app import app
 from understudy.errors import RecipeError
 from understudy.methods import METHODS
-from understudy.methods.base import Method, PolicyMethod
+from understudy.methods.base import PolicyMethod
 from understudy.recipe import Recipe
+from understudy.rollout import ROLLOUTS
+from understudy.rollout.engines import Launch
+from understudy.teachers import TEACHERS
+from understudy.trainer.settings import Async
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 OVERVIEW = ROOT / "docs" / "methods.md"
+SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
+    ROOT / "README.md": {},
+    ROOT / "docs" / "teachers.md": TEACHERS,
+    ROOT / "docs" / "engines.md": {**ROLLOUTS, "launch": Launch, "async": Async},
+}
+"""What a heading with such a name describes in the tables below it."""
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 FOLDERS = ("src/", "tests/", "recipes/", "benchmarks/", "scripts/", "docs/", ".ci/")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)")
@@ -49,13 +60,17 @@ SECTIONS = (
 """Headings of a method's page, in this order, after its name and its formula."""
 SHARED = frozenset(item.name for item in fields(PolicyMethod))
 """Keys that stand in the overview, once for all methods."""
+ELSEWHERE = "see below"
+"""In place of a default that is too long for a table."""
 REST_OF_RECIPE: Mapping[str, Any] = {
     "run_dir": "runs/docs",
     "student": {"model": "student"},
     "task": {"type": "arithmetic"},
     "train": {"steps": 200},
 }
-"""What a recipe on a method's page leaves out."""
+"""What a recipe on a page leaves out."""
+REST_OF_SECTION: Mapping[str, Any] = {"method": {"type": "opd"}, "teacher": {"type": "local", "model": "teacher"}}
+"""The same where the page is not a method's."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,8 @@ def problems(page: Path) -> Iterator[str]:
         yield from (f"{problem} in: {line}" for problem in command_problems(line))
     if page in METHOD_PAGES:
         yield from method_problems(page, text)
+    if page in SECTION_PAGES:
+        yield from section_problems(text, SECTION_PAGES[page])
     if page == OVERVIEW:
         yield from key_problems(text, {"default": PolicyMethod})
         yield from metric_problems(text)
@@ -165,11 +182,37 @@ def method_problems(page: Path, text: str) -> Iterator[str]:
     yield from recipe_problems(text, names)
 
 
-def key_problems(text: str, columns: Mapping[str, type[Method]]) -> Iterator[str]:
+def section_problems(text: str, kinds: Mapping[str, type[Any]]) -> Iterator[str]:
+    """Sections of a recipe without a heading, or with other keys and defaults; recipes that do not parse."""
+    headings, parts = HEADING.findall(ANY_FENCE.sub("", text)), HEADING.split(ANY_FENCE.sub("", text))[2::2]
+    found = {name: part for heading, part in zip(headings, parts, strict=True) for name in QUOTED.findall(heading)}
+    for name, kind in kinds.items():
+        yield from key_problems(found[name], {"default": kind}) if name in found else (f"no heading with `{name}`",)
+    yield from (problem for _, problem in recipes(text, REST_OF_SECTION) if problem)
+
+
+def recipes(text: str, rest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of each recipe of a page, once the rest is filled in, the type of its method and what is wrong, empty for nothing."""
+    for block in YAML_FENCE.findall(text):
+        try:
+            values = {**REST_OF_RECIPE, **rest} | yaml.safe_load(block)
+            values["train"] = {**REST_OF_RECIPE["train"], **values["train"]}
+            if "teachers" in values:
+                values.pop("teacher", None)
+            # a stored teacher is read where it is named
+            if values.get("teacher", {}).get("type") != "stored":
+                config.parse(Recipe, values)
+        except (RecipeError, yaml.YAMLError) as error:
+            yield "", f"recipe: {error}"
+        else:
+            yield values["method"]["type"], ""
+
+
+def key_problems(text: str, columns: Mapping[str, type[Any]]) -> Iterator[str]:
     """Keys and defaults that differ from those of the dataclasses, each with a column of the table."""
     rows = [row for table in tables(text) if table.header[0] == "key" for row in table.rows]
     for column, kind in columns.items():
-        left_out = SHARED if kind is not PolicyMethod else frozenset[str]()
+        left_out = SHARED if issubclass(kind, PolicyMethod) and kind is not PolicyMethod else frozenset[str]()
         items = {item.name: item for item in fields(kind) if item.init and item.name not in left_out}
         keys = [row["key"].strip("`") for row in rows]
         if sorted(keys) != sorted(items):
@@ -177,11 +220,15 @@ def key_problems(text: str, columns: Mapping[str, type[Method]]) -> Iterator[str
         for row in rows:
             item = items.get(row["key"].strip("`"))
             cell = row.get(column, "").strip("`")
-            if item is None or (item.default is MISSING and cell == "required"):
+            if item is None:
+                continue
+            default: Any = item.default if item.default_factory is MISSING else item.default_factory()
+            if (default is MISSING and cell == "required") or cell == ELSEWHERE:
                 continue
             said = yaml.safe_load(cell)
-            if said != item.default or isinstance(said, bool) != isinstance(item.default, bool):
-                yield f"{row['key']} of {kind.__name__} is {cell}; the default is {item.default!r}"
+            default = list(default) if isinstance(default, tuple) else default
+            if said != default or isinstance(said, bool) != isinstance(default, bool):
+                yield f"{row['key']} of {kind.__name__} is {cell}; the default is {default!r}"
 
 
 def metric_problems(text: str) -> Iterator[str]:
@@ -197,17 +244,9 @@ def metric_problems(text: str) -> Iterator[str]:
 
 def recipe_problems(text: str, names: Sequence[str]) -> Iterator[str]:
     """Recipes that do not parse, with the rest of a recipe around them; a page without one for its method."""
-    used = set()
-    for block in YAML_FENCE.findall(text):
-        try:
-            values = yaml.safe_load(block)
-            rest = {key: value for key, value in REST_OF_RECIPE.items() if key not in values}
-            train = {**REST_OF_RECIPE["train"], **values.get("train", {})}
-            config.parse(Recipe, {**rest, **values, "train": train})
-        except (RecipeError, yaml.YAMLError) as error:
-            yield f"recipe: {error}"
-        else:
-            used.add(values["method"]["type"])
+    found = list(recipes(text, {}))
+    yield from (problem for _, problem in found if problem)
+    used = {method for method, _ in found}
     yield from (f"no recipe with {name}" for name in names if name not in used)
 
 
