@@ -99,6 +99,10 @@ def _check_tokenizers(recipe: Recipe, *, training: bool, fetch: bool) -> list[st
         return [f"tokenizer: {source} is a hub name, not checked offline"]
     tokenizer = student_tokenizer(recipe)
     lines = [f"tokenizer: {len(tokenizer):,} tokens"]
+    for section in recipe.judges.values():
+        if isinstance(section, Http):
+            asked = [part.reads.k for part in recipe.method.members if "topk" in part.needs]
+            section.check_k(min(max(asked, default=1), len(tokenizer)))
     for model, revision in shared_vocabulary(recipe):
         if fetch or Path(model).expanduser().exists():
             size = compare_vocabularies(tokenizer, load_tokenizer(model, revision=revision))

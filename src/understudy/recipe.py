@@ -15,7 +15,7 @@ from .needs import AnyResponses, check_groups, check_needs
 from .rollout import HF, ROLLOUTS, VLLM, AnyRollout
 from .rollout.engines import check_temperature, logprobs_mode
 from .tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
-from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Stored
+from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Http, Stored
 from .trainer.responses import RESPONSES
 from .trainer.settings import Async, Eval, Train
 from .types import Sampling
@@ -131,10 +131,13 @@ class Recipe:
             raise ValueError("eval_task is given without a section eval")
 
     def _check_engine(self) -> None:
-        """Raises RecipeError for sampling that the engine cannot do."""
+        """Raises RecipeError for sampling that the engine, or a teacher's, cannot do."""
         if isinstance(self.engine, VLLM):
             check_temperature(self.sampling)
             logprobs_mode(self.sampling)
+        for section in self.judges.values():
+            if isinstance(section, Http):
+                section.check_temperature(self.sampling.temperature or 1.0)
 
     def _check_async(self) -> None:
         if self.async_ is None:
@@ -190,7 +193,7 @@ RESUMABLE = ("run_dir", "loggers", "device", "train.save_every", "train.keep_las
 RESUMABLE_SECTIONS = ("loggers", "rollout")
 RESUMABLE_ENDS = (
     *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),
-    *(".max_concurrency", ".batch_tokens", ".cache"),
+    *(".max_concurrency", ".break_after", ".batch_tokens", ".cache"),
 )
 """Where a server is and how patiently it is asked."""
 

@@ -17,6 +17,7 @@ from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.runs import assert_close_run, distillation, metric_rows, train, weights, write_recipe
 from tests.stub_model import StubModel
+from understudy.errors import EngineError
 from understudy.models import load_causal_lm
 from understudy.serve import Scorer, Settings, serve_beside
 
@@ -156,3 +157,53 @@ def test_two_ranks_overlap_as_one(tmp_path: Path) -> None:
     for name, value in weights(one).items():
         # Adam divides gradients by their size, so a rounding moves a weight by up to lr where the gradient is one
         torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=3 * 3e-3)
+
+
+@pytest.mark.parametrize("overlap", [{}, {"async": {"max_staleness": 1}}])
+def test_a_push_that_does_not_arrive_ends_the_run_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: dict[str, Any]
+) -> None:
+    """One sentence that says so; the step whose weights were pushed is in the checkpoint, and resume goes on behind it."""
+    from understudy.trainer.publish import Publisher
+
+    models = distillation(tmp_path / "m", train={"lr": 3e-2})
+    plain = Publisher.__call__
+    with nothing_left(), EngineStub(models["student"]["model"]) as stub:
+
+        def deaf(self: Publisher, version: int, samples: Any) -> Any:
+            stub.ignore_pushes = version == 4
+            return plain(self, version, samples)
+
+        changes = with_engine(models, stub.url, **overlap)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineError, match="after the push of version 4"):
+            patch.setattr(Publisher, "__call__", deaf)
+            train(tmp_path, **changes)
+        stub.ignore_pushes = False
+        assert (tmp_path / "run" / "checkpoints" / "step_000004").is_dir()
+        run_dir = train(tmp_path, resume=True, **changes)
+    rows = metric_rows(run_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["sampler_gap"] < 1e-4 for row in rows if row["staleness"] == 0)
+    if overlap:
+        assert consumed(run_dir) == list(range(48))
+
+
+def test_an_evaluation_is_by_the_pushed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that was started again just before is given its weights first; then the evaluation counts."""
+    from understudy.trainer.loop import Trainer
+
+    models = distillation(tmp_path / "m", train={"lr": 3e-2, "steps": 4})
+    held_out = {"eval": {"problems": 8, "at_start": False, "split": "test"}}
+    plain = Trainer._evaluate
+    with nothing_left(), EngineStub(models["student"]["model"]) as stub:
+        changes = with_engine(models, stub.url, **held_out)
+        whole = train(tmp_path / "whole", **changes)
+
+        def restarted(self: Trainer) -> None:
+            stub.model = StubModel(models["student"]["model"])
+            plain(self)
+
+        monkeypatch.setattr(Trainer, "_evaluate", restarted)
+        other = train(tmp_path / "other", **changes)
+    files = [sorted((path / "eval").glob("*.jsonl"))[-1].read_text() for path in (whole, other)]
+    assert files[0] == files[1]

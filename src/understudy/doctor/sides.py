@@ -15,7 +15,6 @@ from understudy.models import backbone_hidden, compare_vocabularies, lm_head, nu
 from understudy.models.backbone import evaluating
 from understudy.tasks.render import encode_prompt
 from understudy.teachers import Privileged
-from understudy.teachers.local import LocalTeacher
 from understudy.teachers.privileged import reword
 from understudy.trainer.collect import TOKEN_SCORES
 from understudy.types import Author, Prompt, Sample
@@ -234,10 +233,11 @@ def _temperature(parts: Parts) -> Iterator[Finding]:
 
 
 def _temperature_of(side: Side) -> float | None:
-    if isinstance(side.teacher, LocalTeacher):
-        return side.teacher.head_for(side.name).temperature
-    head = side.teacher.head_for(side.name)
-    known = getattr(side.teacher, "temperature", None) if head is None else head.temperature
+    teacher = uncached(side.teacher)
+    known = getattr(teacher, "temperature", None)
+    if known is None:
+        head = teacher.head_for(side.name)
+        known = None if head is None else head.temperature
     return None if known is None else float(known)
 
 

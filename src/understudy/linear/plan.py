@@ -95,7 +95,7 @@ def choose_trained(
     if reads.divergence is not None and teacher is None:
         raise ScoreError(
             f"{type(method).__name__} needs the teacher's whole next-token distribution: pass teacher=(hidden, LMHead), "
-            "from a teacher that is loaded here (`teacher.type: local`)"
+            "from a teacher that is loaded here or served (`teacher.type: local` or `served`)"
         )
     if reads.extrapolate is not None and reference is None:
         raise ScoreError(

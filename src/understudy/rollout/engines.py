@@ -39,9 +39,9 @@ class Launch:
     python: str = "python"
     """An interpreter that has vLLM, which as a rule is in an environment of its own."""
     command: tuple[str, ...] | None = None
-    """The whole command in its place, `{model}` and `{port}` filled in."""
+    """The whole command in its place, `{model}`, `{port}` and `{server}`, the number from 0, filled in."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Beside the environment of the run, such as `CUDA_VISIBLE_DEVICES`."""
+    """Beside the environment of the run, such as `CUDA_VISIBLE_DEVICES: "{server}"`; the server's number is filled in."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM, such as `[--max-model-len, "4096"]`."""
     port: int = 0

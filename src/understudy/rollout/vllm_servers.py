@@ -178,11 +178,11 @@ class Servers:
         for number in range(launch.num_servers):
             port = launch.port + number if launch.port else free_port()
             process = ServerProcess(
-                self._command(launch, model_dir, port),
+                self._command(launch, model_dir, port, number),
                 name=f"rollout engine {number}",
                 port=port,
                 log=self._run_dir / f"engine_{number}.log",
-                env=DEV_MODE | dict(launch.env),
+                env=DEV_MODE | {name: value.replace("{server}", str(number)) for name, value in launch.env.items()},
                 ready_timeout_s=launch.ready_timeout_s,
             )
             self._processes.append(process)
@@ -190,9 +190,13 @@ class Servers:
         for process in self._processes:
             process.wait_ready()
 
-    def _command(self, launch: Launch, model_dir: Path, port: int) -> list[str]:
+    def _command(self, launch: Launch, model_dir: Path, port: int, number: int) -> list[str]:
         if launch.command is not None:
-            return [word.replace("{model}", str(model_dir)).replace("{port}", str(port)) for word in launch.command]
+            known = {"{model}": str(model_dir), "{port}": str(port), "{server}": str(number)}
+            words = [str(Path(launch.command[0]).expanduser()), *launch.command[1:]]
+            for name, value in known.items():
+                words = [word.replace(name, value) for word in words]
+            return words
         options = {
             "model": str(model_dir),
             "served-model-name": SERVED_NAME,
@@ -205,7 +209,12 @@ class Servers:
         }
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         # ids go in and out, so no text is ever made
-        start = [launch.python, "-m", "vllm.entrypoints.openai.api_server", "--skip-tokenizer-init"]
+        start = [
+            str(Path(launch.python).expanduser()),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--skip-tokenizer-init",
+        ]
         if self._section.weights == "nccl":
             start += ["--weight-transfer-config", '{"backend": "nccl"}']
         return [*start, *words, *launch.args]

@@ -134,17 +134,30 @@ class Http:
             raise RecipeError("teacher.model is empty; give the model's name at the server (see its /v1/models)")
         return f"teacher: {self.shown}, not asked yet"
 
+    def check_temperature(self, temperature: float) -> None:
+        """Raises RecipeError for another than 1."""
+        if temperature != 1.0:
+            raise RecipeError(
+                f"sampling.temperature is {temperature:g}, but {self.api} scores given tokens at temperature 1 whatever "
+                "a request says, and both sides must be at one: set sampling.temperature: 1, or serve the teacher with "
+                "`understudy serve-teacher`, which scores at any"
+            )
+
+    def check_k(self, k: int) -> None:
+        """Raises RecipeError for more tokens of a row than the server gives."""
+        limit = self.k_max or DEFAULT_K_MAX.get(self.api)
+        if limit is not None and k > limit:
+            raise RecipeError(
+                f"the method asks for k = {k}, the teacher {self.shown} gives {limit}: start vLLM with --max-logprobs {k} and "
+                f"set teacher.k_max: {k}, or lower method.k"
+            )
+
     def open(self, setup: Setup) -> HttpTeacher | CachedTeacher:
         """Nothing is sent yet. Raises RecipeError as `check`, for a key that no header can carry, a cache that cannot be
         opened, and a temperature at which these servers give no scores."""
         self.check()
         read_key(self.api_key_env)
-        if setup.temperature != 1.0:
-            raise RecipeError(
-                f"sampling.temperature is {setup.temperature:g}, but {self.api} scores given tokens at temperature 1 whatever "
-                "a request says, and both sides must be at one: set sampling.temperature: 1, or serve the teacher with "
-                "`understudy serve-teacher`, which scores at any"
-            )
+        self.check_temperature(setup.temperature)
         teacher = HttpTeacher(self, setup)
         return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
 
@@ -174,6 +187,11 @@ class HttpTeacher(Unmoved):
     def name(self) -> str:
         """As prompts name it."""
         return self._name
+
+    @property
+    def temperature(self) -> float:
+        """Of its scores."""
+        return self._temperature
 
     @property
     def fingerprint(self) -> str:

@@ -209,6 +209,11 @@ class ServedTeacher(Unmoved):
         return self._setup.name
 
     @property
+    def temperature(self) -> float:
+        """Of its scores, which every request names."""
+        return self._setup.temperature
+
+    @property
     def about(self) -> About:
         """What the server said when it was asked first."""
         return self._about

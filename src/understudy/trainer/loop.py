@@ -101,8 +101,6 @@ class Trainer:
         ages = age_metrics(found.samples, self.progress.updates)
         with clock("update_s"):
             numbers = self._update(found.judged, method, own_step)
-        with clock("push_s"):
-            numbers |= self._healed(lambda: self.publish(self.progress.updates, found.samples))
         metrics = self.ranks.sum_metrics(sample_metrics(found.written) | ages | found.metrics)
         numbers |= {name: metric.value for name, metric in metrics.items() if metric.count}
         numbers |= self.ranks.sum_counts(found.counts | {"samples_dropped": found.num_dropped})
@@ -116,12 +114,22 @@ class Trainer:
             position=found.next_position,
             num_samples=self.progress.num_samples + num_samples,
             num_tokens=self.progress.num_tokens + num_tokens,
-            elapsed_s=self.progress.elapsed_s + clock.total_s(),
         )
+        # the step is done: a failure from here on, that of the push too, loses nothing of it
         self._torn = False
-        self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
-        self.observer.used(step + 1, found.positions)
+        try:
+            with clock("push_s"):
+                numbers |= self._healed(lambda: self.publish(self.progress.updates, found.samples))
+        finally:
+            self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
+            self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
+            self.observer.used(step + 1, found.positions)
         self._save_samples([*found.samples, *found.rejected])
+        self._check_progress()
+
+    def _check_progress(self) -> None:
+        """Raises TrainingError where nothing has been learnt for too long."""
+        step = self.progress.step - 1
         if self.progress.empty_in_row >= MAX_EMPTY:
             raise TrainingError(
                 f"no sample was left to train on in {MAX_EMPTY} steps in a row, last at step {step + 1}: see accepted, "
@@ -262,7 +270,7 @@ class Trainer:
         if self.observer.evaluated_at == self.progress.step:
             return
         started = time.perf_counter()
-        summary = self.evaluate(self.progress.step)
+        summary = self._healed(self._evaluated)
         shown = self.observer.evaluation(summary, time.perf_counter() - started)
         # the first rank's: a grader's time limit may strike on one rank and not on another
         value = self.ranks.gather((shown,))[0][0]
@@ -270,6 +278,11 @@ class Trainer:
             self.progress = self.progress.evaluated(value)
             if self.settings.keep_best and self.progress.best_step == self.progress.step:
                 self._checkpoint()
+
+    def _evaluated(self) -> EvalSummary:
+        summary = self.evaluate(self.progress.step)
+        self.rollouts.collector.sampler.verify()
+        return summary
 
     def _checkpoint(self) -> None:
         broken = [name for name, value in self.student.model.named_parameters() if not bool(value.isfinite().all())]
