@@ -355,6 +355,52 @@ def test_a_request_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyP
         worker.close()
 
 
+class Panic(BaseException):
+    """As extensions raise."""
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("nobody reads"), ValueError("closed file"), Panic("panic")])
+def test_lines_that_nobody_reads_end_no_server(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def note(line: str) -> None:
+        raise error
+
+    monkeypatch.setattr(serve_worker, "NOTE_EVERY_S", 0.0)
+    worker = serve_worker.Worker(Scorer(tiny(), letters(), name="tiny"), reply_bytes=2**30, note=note)
+    try:
+        for _ in range(3):
+            assert len(worker.submit(ask(samples())).result(WAIT_S).token_ids)
+            assert worker.alive
+    finally:
+        worker.close()
+
+
+def test_an_error_that_is_no_exception_is_told_and_ends_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(tiny(), letters(), name="tiny")
+    plain, errors = scorer.score, [Panic("a kernel panicked")]
+
+    def fails(asks: Sequence[Ask]) -> list[Answer]:
+        if errors:
+            raise errors.pop()
+        return plain(asks)
+
+    monkeypatch.setattr(scorer, "score", fails)
+    worker = serve_worker.Worker(scorer, reply_bytes=2**30)
+    try:
+        with pytest.raises(RuntimeError, match="a kernel panicked"):
+            worker.submit(ask(samples())).result(WAIT_S)
+        assert len(worker.submit(ask(samples())).result(WAIT_S).token_ids)
+    finally:
+        worker.close()
+
+
+def test_a_server_whose_worker_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_worker.Worker, "_run", lambda self: None)
+    with serving(tiny()) as url:
+        for response in (httpx.get(url + "/health"), post(url, ask(samples()).encode())):
+            assert response.status_code == 503
+            assert "restart" in message(response)
+
+
 def test_a_full_queue_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """429 with Retry-After to whom does not fit; who waits is answered; what waits at the end is told so."""
     monkeypatch.setattr(serve_worker, "MAX_WAITING", 2)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from understudy.teachers.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Ask, FrameError
 
 from .scorer import Refusal, Scorer
-from .worker import Worker
+from .worker import DEAD, Worker
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -50,6 +50,8 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
         return JSONResponse({"error": {"message": refusal.message}}, refusal.status, refusal.headers)
 
     async def health(request: Request) -> Response:
+        if not worker.alive:
+            return refused(Refusal(503, DEAD))
         return JSONResponse({"status": "ok"})
 
     async def teacher(request: Request) -> Response:

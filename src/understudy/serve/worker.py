@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 
@@ -21,6 +22,7 @@ MAX_WAITING_TOKENS = 16 * 2**20
 """64 MiB of ids; one request more is always taken where none waits."""
 RETRY_AFTER_S = 1
 OUT_OF_MEMORY = "the teacher ran out of memory: lower its --max-batch-tokens, or ask for fewer samples at a time"
+DEAD = "the thread that answers has ended: restart the teacher"
 CLOSE_S = 30.0
 """How long a forward that is under way may take to end."""
 IDLE_S = 60.0
@@ -51,7 +53,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, ask: Ask) -> Future[Answer]:
-        """Raises Refusal for a request that the model cannot answer, with 429 where too much waits, 503 after `close`."""
+        """Raises Refusal for a request that the model cannot answer, with 429 where too much waits, 503 where nobody answers."""
         self._scorer.check(ask)
         job = _Job(ask, self._scorer.reply_bytes(ask))
         if job.reply_bytes > self._reply_bytes:
@@ -63,6 +65,8 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise Refusal(503, "the server is stopping")
+            if not self.alive:
+                raise Refusal(503, DEAD)
             full = len(self._jobs) >= MAX_WAITING or self._waiting_tokens + ask.num_tokens > MAX_WAITING_TOKENS
             if self._jobs and full:
                 raise Refusal(
@@ -72,6 +76,11 @@ class Worker:
             self._waiting_tokens += ask.num_tokens
             self._changed.notify()
         return job.answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether what is submitted will be answered."""
+        return self._thread.is_alive() and not self._closed
 
     def close(self) -> None:
         """What waits is told so; the forward under way ends first, or is left behind after `CLOSE_S`."""
@@ -94,8 +103,13 @@ class Worker:
                     return
                 jobs = self._take()
             alive = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
-            if alive:
-                self._answer(alive)
+            try:
+                if alive:
+                    self._answer(alive)
+            except BaseException as error:  # nobody else can answer, so this thread does not end before `close`
+                for job in alive:
+                    if not job.answer.done():
+                        job.answer.set_exception(_told(error))
 
     def _take(self) -> list[_Job]:
         """The first that waits, and those of its kind that fit beside it."""
@@ -116,21 +130,28 @@ class Worker:
         started = time.perf_counter()
         try:
             answers = self._scorer.score([job.ask for job in jobs])
-        except Exception as error:  # whatever the model raises is told to who asked, and the server goes on
+        except BaseException as error:  # whatever the model raises is told to who asked, and the server goes on
             if len(jobs) > 1:
                 # nobody's request may fail for another's
                 for job in jobs:
                     self._answer([job])
                 return
             memory = isinstance(error, torch.OutOfMemoryError)
-            jobs[0].answer.set_exception(Refusal(503, OUT_OF_MEMORY) if memory else error)
+            jobs[0].answer.set_exception(Refusal(503, OUT_OF_MEMORY) if memory else _told(error))
             return
         for job, answer in zip(jobs, answers, strict=True):
             job.answer.set_result(answer)
         self._served.add(len(jobs), sum(job.ask.num_tokens for job in jobs), time.perf_counter() - started)
         line = self._served.line()
         if line is not None and self._note is not None:
-            self._note(line)
+            # whoever read the lines may be gone, or the disk full
+            with suppress(OSError, ValueError):
+                self._note(line)
+
+
+def _told(error: BaseException) -> Exception:
+    """What a future and an event loop can carry: an error of an extension may be no Exception."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class _Served:
