@@ -283,6 +283,32 @@ def test_a_cache_that_cannot_be_continued_is_not_used(monkeypatch: pytest.Monkey
     assert Scorer(model, letters(), name="tiny").shares_prompts
 
 
+LENGTHS: dict[str, dict[str, Any]] = {
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "dynamic": {"factor": 4.0},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_positions_that_depend_on_the_length_are_not_continued(kind: str) -> None:
+    """The length at which they change (32 tokens) lies inside the responses, beyond every probe."""
+    rope = {"rope_type": kind, "rope_theta": 100.0} | LENGTHS[kind]
+    models = [tiny(max_position_embeddings=128, rope_parameters=rope, sharp=4.0) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    some = ask(group(lengths=(20, 18, 20, 19)))
+    shared, whole = (Scorer(model, letters(), name="t", share_prompts=model is models[0]) for model in models)
+    assert shared.shares_prompts == (kind not in ("longrope", "dynamic"))
+    found, expected = (one.score([some])[0].fields["logprob"] for one in (shared, whole))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_batches_that_continue_keep_to_the_budget() -> None:
     draw = random.Random(0)
     for _ in range(200):

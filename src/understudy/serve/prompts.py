@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -17,6 +17,9 @@ FILL = 0.75
 """A response shorter than this share of the longest beside it goes into another batch: padding is computed too."""
 WORTH = 0.9
 """Slots, as a share of those of whole sequences, below which continuing from a cache is worth its copies."""
+_BY_LENGTH = ("longrope", "dynamic")
+"""Rotary embeddings whose frequencies follow the length of what is read: a prompt that was read alone has others than the
+same prompt before its response."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Error of a hidden state over the largest, in the probe: another kernel adds up in another order."""
 
@@ -73,8 +76,10 @@ def continued_hidden(
 
 def can_continue(model: nn.Module) -> bool:
     """Whether continuing gives the hidden states of whole sequences, found out with a few tokens: the caches of some
-    architectures do not allow it."""
+    architectures do not allow it, and the lengths at which some rotary embeddings change are longer than any probe."""
     base = unwrap(model)
+    if _depends_on_length(base):
+        return False
     weight = base.get_output_embeddings().weight
     ids = torch.arange(1, 17).remainder(weight.shape[0])
     prompt, responses = ids[:7], [ids[7:14], ids[10:13]]
@@ -91,6 +96,22 @@ def can_continue(model: nn.Module) -> bool:
             if not error <= _TOLERANCE[base.dtype]:
                 return False
     return True
+
+
+def _depends_on_length(model: nn.Module) -> bool:
+    """Whether a rotary embedding, of a layer or of the configuration, has other frequencies for other lengths."""
+    config: Any = model.config
+    said = [getattr(module, "rope_type", None) for module in model.modules()]
+    said += [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    return any(name in word for word in _words(said) for name in _BY_LENGTH)
+
+
+def _words(said: Any) -> list[str]:
+    """Every string in nested mappings and lists."""
+    if isinstance(said, str):
+        return [said]
+    values = said.values() if isinstance(said, Mapping) else said if isinstance(said, list) else ()
+    return [word for value in values for word in _words(value)]
 
 
 def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:

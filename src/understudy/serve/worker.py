@@ -53,7 +53,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, ask: Ask) -> Future[Answer]:
-        """Raises Refusal for a request that the model cannot answer, with 429 where too much waits, 503 where nobody answers."""
+        """Raises Refusal for what the model cannot answer, with 429 where too much waits, 503 where nobody answers."""
         self._scorer.check(ask)
         job = _Job(ask, self._scorer.reply_bytes(ask))
         if job.reply_bytes > self._reply_bytes:
