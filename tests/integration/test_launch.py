@@ -17,7 +17,7 @@ import pytest
 from tests.leaks import nothing_left
 from understudy.errors import EngineError
 from understudy.wire import supervisor
-from understudy.wire.launch import ServerProcess, free_port, port_is_free
+from understudy.wire.launch import ServerProcess, free_port, free_ports, port_is_free
 
 PATIENCE_S = 20.0
 
@@ -132,6 +132,12 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         taken.listen()
         with pytest.raises(EngineError, match="port .* in use"):
             server(tmp_path, port=taken.getsockname()[1]).start()
+
+
+def test_ports_for_several_servers_are_different() -> None:
+    ports = free_ports(100)
+    assert len(set(ports)) == 100
+    assert all(port_is_free(port) for port in ports)
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:

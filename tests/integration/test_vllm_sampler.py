@@ -24,11 +24,12 @@ from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.config import parse
-from understudy.errors import DataError, EngineError, RecipeError
+from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
 from understudy.models.saving import merged_state_dict
 from understudy.rollout import HFSampler
 from understudy.rollout.engines import VLLM, Launch, logprobs_mode
 from understudy.rollout.probe import Probe
+from understudy.rollout.shared_memory import memory_left
 from understudy.rollout.vllm import FLOAT32_GAP, VLLMSampler
 from understudy.rollout.vllm_nccl import NCCLTransfer
 from understudy.rollout.vllm_weights import SHARED_MEMORY, WeightStore
@@ -90,8 +91,8 @@ def engine(
 
 
 @torch.no_grad()
-def probe_of(model: Any) -> Probe:
-    ids = [torch.tensor([5, 6, 7, 8, 9, 10, 11]), torch.tensor([3, 4, 5])]
+def probe_of(model: Any, *sequences: list[int]) -> Probe:
+    ids = [torch.tensor(one) for one in sequences or ([5, 6, 7, 8, 9, 10, 11], [3, 4, 5])]
     logprob = [plain_logp(model, row).gather(-1, row[1:, None]).squeeze(-1) for row in ids]
     return Probe(tuple(ids), tuple(logprob))
 
@@ -243,6 +244,71 @@ def test_a_push_that_is_ignored_ends_the_run(tmp_path: Path) -> None:
             sampler.generate(requests(), LONG, step=0)
 
 
+LOOSE: dict[str, Any] = {"check_tolerance": 0.05}
+"""As for an engine in 16 bits: what one update moves is far below it."""
+
+
+def push_little(sampler: VLLMSampler, model: Any, version: int, size: float = 1e-5, length: int = 20) -> None:
+    """Other weights by about 1e-5 of their size, compared on sequences that differ each time."""
+    moved(model, seed=version, size=size)
+    ids = [[5 + (7 * place + version + row) % 30 for place in range(length)] for row in range(2)]
+    gap = sampler.push(merged_state_dict(model).items(), version, probe_of(model, *ids))
+    assert gap is not None
+    assert gap < LOOSE["check_tolerance"] / 10
+
+
+def test_pushes_that_are_lost_are_seen_though_they_are_small(tmp_path: Path) -> None:
+    """Within three, by the server's own numbers, which stay as they are to the last bit."""
+    model = model_of()
+    with engine(model, tmp_path, stubs=2, **LOOSE) as (sampler, servers):
+        for version in range(3):
+            push_little(sampler, model, version)
+        servers[1].ignore_pushes = True
+        for version in range(3, 5):
+            push_little(sampler, model, version)
+        with pytest.raises(EngineError, match="version 5(.|\n)*to the last bit") as caught:
+            push_little(sampler, model, 5)
+        assert servers[1].url in str(caught.value)
+        assert servers[0].url not in str(caught.value)
+        with pytest.raises(EngineError, match="did not get version 5"):
+            sampler.generate(requests(), LONG, step=0)
+
+
+def test_small_pushes_that_arrive_are_no_error(tmp_path: Path) -> None:
+    """Nor is one that comes late, nor weights that did not change, nor a probe of too few tokens to tell."""
+    model = model_of()
+    with engine(model, tmp_path, **LOOSE) as (sampler, servers):
+        for version in range(8):
+            push_little(sampler, model, version)
+        for version in range(8, 17):
+            servers[0].ignore_pushes = version % 3 != 0
+            push_little(sampler, model, version)
+        servers[0].ignore_pushes = False
+        for version in range(17, 22):
+            push_little(sampler, model, version, size=0.0)
+    with engine(model, tmp_path / "few", **LOOSE) as (sampler, servers):
+        servers[0].ignore_pushes = True
+        for version in range(6):
+            push_little(sampler, model, version, length=4)
+
+
+def test_weights_are_told_apart_in_the_engines_precision(tmp_path: Path) -> None:
+    """What 16 bits round away is no other weight there."""
+    model = model_of()
+    model.load_state_dict({name: weight.bfloat16().float() for name, weight in model.state_dict().items()})
+    with engine(model, tmp_path, dtype="bfloat16", **LOOSE) as (sampler, servers):
+        for version in range(6):
+            servers[0].ignore_pushes = version > 0
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1.00001)
+            push_little(sampler, model, version, size=0.0)
+        for version in range(6, 8):
+            push_little(sampler, model, version, size=1e-3)
+        with pytest.raises(EngineError, match="to the last bit"):
+            push_little(sampler, model, 8, size=1e-3)
+
+
 def test_a_stale_tied_head_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it would be if the head were left out, which `save_pretrained` does."""
     model = model_of(tied=True)
@@ -279,6 +345,48 @@ def test_one_server_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> 
         assert servers[1].url in str(caught.value)
         assert servers[0].url not in str(caught.value)
         assert [server.scheduler.paused for server in servers] == [None, None]
+
+
+@pytest.mark.parametrize("stubs", [2, 3])
+def test_who_was_paused_goes_on_where_another_cannot_be(
+    stubs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that has no such route writes to the end; one that fails ends the push."""
+    model = model_of()
+    with engine(model, tmp_path, stubs=stubs) as (sampler, servers):
+        push(sampler, model)
+        routes = servers[1]._routes
+        without = {path: route for path, route in routes().items() if path[1] not in ("/pause", "/resume")}
+        with monkeypatch.context() as patch:
+            patch.setattr(servers[1], "_routes", lambda: without)
+            assert push(sampler, moved(model), 1) < TOLERANCE
+            for sample in sampler.generate(requests(), LONG, step=0):
+                check_logprob(model, sample)
+        assert [server.scheduler.paused for server in servers] == [None] * stubs
+        assert [len(server.asked("/resume")) for server in servers] == [2, 1, 2][:stubs]
+    with engine(model, tmp_path / "fails", stubs=stubs) as (sampler, servers):
+        push(sampler, model)
+        monkeypatch.setattr(servers[1], "_pause", lambda *_: (500, {"error": {"message": "no"}}))
+        with pytest.raises(EngineError, match="/pause"):
+            push(sampler, moved(model), 1)
+        assert [server.scheduler.paused for server in servers] == [None] * stubs
+
+
+def test_a_check_that_could_not_be_made_is_made_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that gives no answer has not lost its weights, and may have. That it has is said once."""
+    model = model_of()
+    with engine(model, tmp_path) as (sampler, servers):
+        push(sampler, model)
+        sampler.generate(requests(), LONG, step=0)
+        servers[0].model.model.load_state_dict(moved(model_of(), seed=5).state_dict())
+        with monkeypatch.context() as patch:
+            patch.setattr(servers[0], "_completions", lambda *_: (500, {"error": {"message": "no"}}))
+            with pytest.raises(EngineError, match="gave no answer"):
+                sampler.verify()
+        with pytest.raises(WeightsLostError):
+            sampler.verify()
+        sampler.verify()
+        assert push(sampler, model, 1) < TOLERANCE
 
 
 def test_a_push_in_the_middle_splits_a_response_by_version(tmp_path: Path) -> None:
@@ -380,6 +488,17 @@ def test_a_group_is_one_request(tmp_path: Path) -> None:
         assert len({tuple(sample.token_ids.tolist()) for sample in samples[:4]}) > 1
         for sample in samples:
             check_logprob(model, sample)
+
+
+def test_a_group_has_one_room(tmp_path: Path) -> None:
+    """The same context, once as a prompt and once with a prefix, which takes of what may be written."""
+    model = model_of()
+    with engine(model, tmp_path, grouped=True, stop_ids=()) as (sampler, _):
+        push(sampler, model)
+        asked = [request("a", [5, 7]), request("b", [5], prefix=[7])]
+        for order in (asked, asked[::-1]):
+            samples = sampler.generate(order, LONG, step=0)
+            assert {sample.num_response_tokens for sample in samples} == {LONG.max_new_tokens}
 
 
 def test_a_group_that_is_interrupted_goes_on_one_by_one(tmp_path: Path) -> None:
@@ -553,6 +672,83 @@ def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_pat
     assert not store.folder.exists()
 
 
+def shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a store of `tmp_path` lies in a shared memory of the test's own."""
+    monkeypatch.setattr("understudy.rollout.vllm_weights.SHARED_MEMORY", tmp_path / "shm")
+    (tmp_path / "shm").mkdir()
+    store = WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
+    store.close()
+    return store.folder
+
+
+@pytest.mark.parametrize("way", ["link", "lock", "open", "foreign"])
+def test_a_folder_that_another_user_prepared_is_refused(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name can be guessed. Nothing behind a link is changed or removed."""
+    folder = shared_folder(tmp_path, monkeypatch)
+    victim = tmp_path / "home" / "documents" / "precious"
+    victim.parent.mkdir(parents=True)
+    victim.write_text("precious")
+    if way == "link":
+        folder.symlink_to(tmp_path / "home")
+    else:
+        folder.mkdir(mode=0o700)
+    if way == "lock":
+        (folder / "lock").symlink_to(victim)
+    if way == "open":
+        folder.chmod(0o777)
+    if way == "foreign":
+        mine = os.geteuid()
+        monkeypatch.setattr("understudy.rollout.shared_memory.os.geteuid", lambda: mine + 1)
+    says = {"link": "is a link", "lock": "cannot open", "open": "written to by others", "foreign": "another user"}
+    with pytest.raises(RecipeError, match=says[way]):
+        WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
+    assert victim.read_text() == "precious"
+
+
+def test_a_folder_of_weights_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a link in it leads to is not removed with what a killed run left."""
+    folder = shared_folder(tmp_path, monkeypatch)
+    folder.mkdir(mode=0o700)
+    (tmp_path / "home" / "documents").mkdir(parents=True)
+    (folder / "v3").symlink_to(tmp_path / "home")
+    store = WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
+    assert (tmp_path / "home" / "documents").is_dir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "lock").stat().st_mode & 0o777 == 0o600
+    store.close()
+    assert not folder.exists()
+    assert (tmp_path / "home" / "documents").is_dir()
+
+
+def test_memory_that_is_left(tmp_path: Path) -> None:
+    """The least of the machine's and of what each control group leaves, cached files counted as free."""
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (groups / "job" / "task").mkdir(parents=True)
+    assert memory_left(proc, groups) is None
+    (proc / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\nHugePages_Total: 0\n")
+    assert memory_left(proc, groups) == 5000 * 1024
+    (proc / "self" / "cgroup").write_text("4:memory:/other\n0::/job/task\n")
+    for folder, limit, used in ((groups / "job", "4000000", 1_000_000), (groups / "job" / "task", "max", 5)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 7\nactive_file 200\ninactive_file 30\n")
+    assert memory_left(proc, groups) == 3_000_230
+    (groups / "job" / "task" / "memory.max").write_text("20\n")
+    assert memory_left(proc, groups) == 245
+
+
+def test_shared_memory_is_not_taken_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    monkeypatch.setattr("understudy.rollout.vllm_weights.memory_left", lambda: 1000)
+    store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place=None)
+    assert store.folder.is_relative_to(tmp_path)
+    store.write(merged_state_dict(model).items(), "v0")
+    store.close()
+
+
 def test_weights_without_room_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared memory that is full sends them to the run directory; a place that was asked for is an error."""
     model = model_of()
@@ -628,6 +824,7 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
         ({}, "either url .* or launch"),
         ({"url": "http://a:1", "launch": {}}, "either url .* or launch"),
         ({"url": "localhost:8000"}, "http://host:8000"),
+        ({"url": []}, "at least one"),
         ({"url": "http://far:8000", "weights": "shm"}, "need not be on this machine"),
         ({"url": "http://localhost:1", "weights": "shm", "weights_dir": "w"}, "keep one"),
         ({"launch": {"command": ["serve", "{model}"]}}, "{port}"),
@@ -650,6 +847,36 @@ def test_a_section_as_a_recipe_writes_it() -> None:
     assert section.is_local
     with pytest.raises(RecipeError, match="there is no program"):
         parse(VLLM, {"launch": {"python": "/nowhere/python"}}).check()
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(RecipeError, match=r"rollout\.url holds a user or password") as caught:
+        parse(VLLM, {"url": ["http://localhost:1", "http://me:sesame@localhost:8000"]}, "rollout")
+    assert "sesame" not in str(caught.value)
+
+
+def test_patience_grows_with_the_longest_response(tmp_path: Path) -> None:
+    """32,768 tokens at 10 a second; what the recipe says stays."""
+
+    def patience(length: int, **given: float) -> tuple[float, float]:
+        found = parse(VLLM, {"url": "http://localhost:1", **given}).for_responses(length).patience
+        return found.timeout_s, found.deadline_s
+
+    assert patience(512) == (900.0, 3600.0)
+    assert patience(32_768) == (3276.8, 13_107.2)
+    assert patience(32_768, timeout_s=5.0) == (5.0, 20.0)
+    assert patience(32_768, timeout_s=5.0, deadline_s=6.0) == (5.0, 6.0)
+    assert patience(32_768, deadline_s=6.0) == (3276.8, 6.0)
+    long = Sampling(max_new_tokens=32_768)
+    with engine(model_of(), tmp_path, sampling=long, timeout_s=None, deadline_s=None) as (sampler, _):
+        assert sampler._section.patience.timeout_s == 3276.8
+
+
+def test_a_server_of_its_own_writes_no_line_for_each_request(tmp_path: Path) -> None:
+    with engine(model_of(), tmp_path) as (sampler, _):
+        command = sampler._servers._command(Launch(), tmp_path, 8000, 0)
+    assert "--disable-uvicorn-access-log" in command
+    assert command[command.index("--host") + 1] == "127.0.0.1"
 
 
 class Pipe:

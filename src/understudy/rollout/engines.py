@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from understudy.errors import RecipeError
 from understudy.types import Sampling
-from understudy.wire import Patience
+from understudy.wire import Patience, check_address
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
 """Modes of vLLM: of the distribution that tokens are drawn from, and of the model's own at temperature 1."""
 LOWEST_TEMPERATURE = 0.01
 """vLLM draws at this temperature whatever is below."""
+PATIENCE_S = 900.0
+"""For a response of any length, which may wait behind others."""
+SLOWEST = 10.0
+"""Tokens a second of one response in a large batch, beneath which something is wrong: 36 are usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +88,10 @@ class VLLM:
     """Whether samples of one prompt are one request with `n`. Their draws then depend on which samples are written together."""
     api_key_env: str = ""
     """The environment variable that holds the key, where the server wants one."""
-    timeout_s: float = 900.0
-    """Of one response, whole."""
-    deadline_s: float = 1800.0
-    """Of one request with all its attempts."""
+    timeout_s: float | None = None
+    """Of one response, whole; None: 900, or a second for every 10 tokens of `max_new_tokens` where that is more."""
+    deadline_s: float | None = None
+    """Of one request with all its attempts; None: four times `timeout_s`."""
     max_retries: int = 5
     max_concurrency: int = 256
     """Requests in flight over all servers; they batch what they get."""
@@ -95,9 +99,10 @@ class VLLM:
     def __post_init__(self) -> None:
         if (self.url is None) == (self.launch is None):
             raise ValueError("give either url (servers that you start) or launch (servers of the run's own)")
+        if self.launch is None and not self.urls:
+            raise ValueError("url is an empty list; give at least one")
         for url in self.urls:
-            if urlsplit(url).scheme not in ("http", "https") or urlsplit(url).hostname is None:
-                raise ValueError(f"url is {url!r}; it must look like http://host:8000")
+            check_address(url, "rollout.url")
         far = next((url for url in self.urls if urlsplit(url).hostname not in LOOPBACK), None)
         if self.weights == "shm" and far is not None:
             raise ValueError(
@@ -127,13 +132,20 @@ class VLLM:
 
     @property
     def patience(self) -> Patience:
-        """For requests to the servers."""
+        """For requests to the servers; without `for_responses` for short ones."""
+        timeout_s = PATIENCE_S if self.timeout_s is None else self.timeout_s
         return Patience(
-            timeout_s=self.timeout_s,
-            deadline_s=self.deadline_s,
+            timeout_s=timeout_s,
+            deadline_s=4 * timeout_s if self.deadline_s is None else self.deadline_s,
             max_retries=self.max_retries,
             max_concurrency=self.max_concurrency,
         )
+
+    def for_responses(self, max_new_tokens: int) -> VLLM:
+        """With a patience that responses of this length need, where none is given."""
+        if self.timeout_s is not None:
+            return self
+        return replace(self, timeout_s=max(PATIENCE_S, max_new_tokens / SLOWEST))
 
     def check(self) -> str:
         """What the engine is, for a dry run. Raises RecipeError for a program that is not there."""

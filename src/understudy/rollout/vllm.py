@@ -22,6 +22,7 @@ from understudy.wire import Refused
 from .engines import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
 from .hf import context_of, room_of
 from .probe import Probe
+from .vllm_check import DisagreesError, PushCheck
 from .vllm_gate import Gate
 from .vllm_nccl import NCCLTransfer
 from .vllm_replies import Draft, Part, read_parts, to_samples
@@ -64,6 +65,7 @@ class VLLMSampler:
         the servers do not give the one that is promised. Raises RecipeError for what vLLM cannot do."""
         check_temperature(sampling)
         needed = logprobs_mode(sampling)
+        section = section.for_responses(sampling.max_new_tokens)
         self._section = section
         self._tokenizer = tokenizer
         self._seed = seed
@@ -75,24 +77,24 @@ class VLLMSampler:
         self._bias = {str(row): FORBID for row in padding} if 0 < len(padding) <= MAX_BIASED else {}
         dtype = engine_dtype(section.dtype, model)
         exact = dtype == torch.float32 and unwrap(model).dtype == dtype and autocast in (None, torch.float32)
-        self._tolerance = section.check_tolerance or (FLOAT32_GAP if exact else HALF_GAP)
         # a bias shows in the log-probabilities of what is drawn, and in no others
         mode = needed or (PROCESSED if self._bias else RAW)
         precision = str(dtype).removeprefix("torch.")
         self._servers = Servers(section, run_dir, dtype=precision, mode=mode, seed=seed)
-        self._gate = Gate(section.deadline_s)
+        tolerance = section.check_tolerance or (FLOAT32_GAP if exact else HALF_GAP)
+        self._check = PushCheck(self._servers, dtype, tolerance, section.probe_tokens)
+        deadline_s = section.patience.deadline_s
+        self._gate = Gate(deadline_s)
         self._pushing = Lock()
         self._closed = False
         self._last_probe: Probe | None = None
         self._written = False
         """Since the weights were last compared."""
-        self.last_gap = float("nan")
-        """Nats: the largest mean distance of a server's log-probabilities from the trainer's, after the last push."""
         self._with_head = partial(with_head, model)
         self._transfer: NCCLTransfer | None = None
         if section.weights == "nccl":
             device = next(model.parameters()).device
-            self._transfer = NCCLTransfer(self._servers, dtype, device, section.deadline_s)
+            self._transfer = NCCLTransfer(self._servers, dtype, device, deadline_s)
         # made by the rank that pushes, which is the only one to write there
         self._make_store = partial(WeightStore, model, tokenizer, run_dir, dtype=dtype, place=_place(section, run_dir))
         self._store: WeightStore | None = None
@@ -111,6 +113,11 @@ class VLLMSampler:
     def num_positions(self) -> int | None:
         """Tokens of prompt and response together; None where no server says, or none is started yet."""
         return None if self._servers.facts is None else self._servers.facts.max_length
+
+    @property
+    def last_gap(self) -> float:
+        """Nats: the largest mean distance of a server's log-probabilities from the trainer's, when they were last compared."""
+        return self._check.last_gap
 
     def health(self) -> str:
         """A line about the servers. Raises EngineError for one that does not answer."""
@@ -167,7 +174,7 @@ class VLLMSampler:
                     self._join()
                 else:
                     self._replace(weights, version)
-                gap = None if probe is None or weights is None else self._compare(probe, version)
+                gap = None if probe is None or weights is None else self._check.after_push(probe, version)
                 self._last_probe = None if weights is None else probe
             except BaseException as error:
                 self._gate.break_with(f"the rollout engine did not get version {version} of the weights: {error}")
@@ -185,14 +192,18 @@ class VLLMSampler:
             if self._last_probe is None or not self._written or self._closed:
                 return
             self._written = False
-            probe, self._last_probe = self._last_probe, None
             try:
-                self._compare(probe, self._gate.version)
-            except _DisagreesError as error:
+                self._check.again(self._last_probe, self._gate.version)
+            except DisagreesError as error:
+                # said once: the push that follows is not to fail of it
+                self._last_probe = None
                 raise WeightsLostError(
                     f"the rollout engine lost its weights after they were pushed; was a server started again? {error}"
                 ) from error
-            self._last_probe = probe
+            except BaseException:
+                # nobody knows, so it is asked again
+                self._written = True
+                raise
 
     def close(self) -> None:
         """Gives up what is in flight, stops the servers that are ours, and removes the weights. Twice does no harm."""
@@ -225,7 +236,7 @@ class VLLMSampler:
 
     def _replace(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Puts the weights in place of the old ones, everywhere, while nothing is written."""
-        weights = self._with_head(weights)
+        weights = self._check.watch(self._with_head(weights))
         if self._servers.facts is None:
             if self._servers.launches:
                 self._launch(weights)
@@ -233,8 +244,8 @@ class VLLMSampler:
             self._start(None)
         with self._prepared(weights, version) as deliver:
             self._gate.close()
-            self._servers.pause()
             try:
+                self._servers.pause()
                 self._gate.drain(self._servers.pause)
                 deliver()
                 self._servers.forget()
@@ -279,29 +290,6 @@ class VLLMSampler:
                 f"sampling needs {logprobs_mode(self._sampling) or RAW}: start it with --logprobs-mode"
             )
 
-    def _compare(self, probe: Probe, version: int) -> float | None:
-        """Raises EngineError where a server disagrees by more than the precision explains."""
-        longest = (self.num_positions or 2**31) - 1
-        chosen = probe.first(self._section.probe_tokens, longest)
-        if chosen.num_compared == 0:
-            return None
-        own = torch.cat([row.double() for row in chosen.logprob])
-        there = ~own.isnan()
-        gaps = {
-            url: float((torch.tensor([value for row in rows for value in row]).double() - own)[there].abs().mean())
-            for url, rows in self._servers.score([row.tolist() for row in chosen.token_ids]).items()
-        }
-        self.last_gap = max(gaps.values())
-        if not self.last_gap <= self._tolerance:
-            said = ", ".join(f"{url}: {gap:.2g}" for url, gap in gaps.items())
-            raise _DisagreesError(
-                f"after the push of version {version} the rollout engine's log-probabilities are not the trainer's: they "
-                f"differ by {said} nats on average over {chosen.num_compared} tokens, and the precision explains "
-                f"{self._tolerance:g}. The weights did not arrive, or a tied output layer kept its old copy, or the engine "
-                "computes in another precision (rollout.dtype) or reports another kind of number (its --logprobs-mode)"
-            )
-        return self.last_gap
-
     def _check_positions(self, requests: Sequence[Request], max_new_tokens: int) -> None:
         limit = self.num_positions
         for request in requests:
@@ -314,12 +302,12 @@ class VLLMSampler:
                 )
 
     def _groups(self, drafts: Sequence[Draft]) -> list[list[Draft]]:
-        """Drafts that one request asks for: alone, or with those of the same context."""
+        """Drafts that one request asks for: alone, or with those of the same context and room."""
         if not self._section.grouped:
             return [[draft] for draft in drafts]
         groups: dict[tuple[int, ...], list[Draft]] = {}
         for draft in drafts:
-            groups.setdefault(tuple(draft.context), []).append(draft)
+            groups.setdefault((draft.room, *draft.context), []).append(draft)
         return list(groups.values())
 
     def _write(self, group: list[Draft], sampling: Sampling, stream: str) -> None:
@@ -327,6 +315,8 @@ class VLLMSampler:
         while True:
             with self._gate.passing() as version:
                 parts = self._ask(self._body(group, sampling, stream), group[0].request.key)
+            # also what was begun before the last comparison
+            self._written = True
             for draft, part in zip(group, parts, strict=True):
                 draft.add(part, version, self._vocab_size)
                 if draft.num_fruitless > MAX_FRUITLESS:
@@ -372,10 +362,6 @@ class VLLMSampler:
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
-
-
-class _DisagreesError(EngineError):
-    """Log-probabilities are not the trainer's."""
 
 
 def _place(section: VLLM, run_dir: Path) -> Path | Literal["shm"] | None:

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from understudy.errors import EngineError, RecipeError
 from understudy.wire import BadReply, Patience, Refused, Reply, Wire
-from understudy.wire.launch import ServerProcess, free_port
+from understudy.wire.launch import ServerProcess, free_ports
 
 from .engines import VLLM, Launch
 from .vllm_replies import read_scores
@@ -52,7 +52,9 @@ class Servers:
         self._mode = mode
         self._seed = seed
         self._processes: list[ServerProcess] = []
-        self._can_pause = True
+        self._unpausable: set[int] = set()
+        self._paused: set[int] = set()
+        """Servers that were asked to, whether they answered or not."""
         self.wire: Wire | None = None
         self._control: Wire | None = None
         self.facts: Facts | None = None
@@ -114,12 +116,18 @@ class Servers:
 
         Where a server cannot (no route), its requests run to their end.
         """
-        if not self._can_pause:
-            return
-        try:
-            self._each(lambda server: self._post(server, f"/pause?{urlencode({'mode': 'abort'})}", _nothing))
-        except _NoRouteError:
-            self._can_pause = False
+
+        def ask(server: int) -> None:
+            if server in self._unpausable:
+                return
+            self._paused.add(server)
+            try:
+                self._post(server, f"/pause?{urlencode({'mode': 'abort'})}", _nothing)
+            except _NoRouteError:
+                self._paused.discard(server)
+                self._unpausable.add(server)
+
+        self._each_to_the_end(ask)
 
     def reload(self, directory: Path) -> None:
         """Every server reads its weights from a directory."""
@@ -140,9 +148,14 @@ class Servers:
         self._each(lambda server: self._post(server, "/reset_prefix_cache", _success))
 
     def resume(self) -> None:
-        """Every server goes on."""
-        if self._can_pause:
-            self._each(lambda server: self._post(server, "/resume", _nothing))
+        """Every server that was paused goes on, also where another fails."""
+
+        def ask(server: int) -> None:
+            if server in self._paused:
+                self._post(server, "/resume", _nothing)
+                self._paused.discard(server)
+
+        self._each_to_the_end(ask)
 
     def score(self, sequences: Sequence[list[int]]) -> dict[str, list[list[float]]]:
         """By server: of each sequence the log-probabilities of all tokens but the first, at temperature 1."""
@@ -175,8 +188,8 @@ class Servers:
                     stack.callback(wire.close)
 
     def _start_processes(self, launch: Launch, model_dir: Path) -> None:
-        for number in range(launch.num_servers):
-            port = launch.port + number if launch.port else free_port()
+        given = range(launch.port, launch.port + launch.num_servers)
+        for number, port in enumerate(given if launch.port else free_ports(launch.num_servers)):
             process = ServerProcess(
                 self._command(launch, model_dir, port, number),
                 name=f"rollout engine {number}",
@@ -214,6 +227,8 @@ class Servers:
             "-m",
             "vllm.entrypoints.openai.api_server",
             "--skip-tokenizer-init",
+            # else a line for each request, in a log that nobody cuts
+            "--disable-uvicorn-access-log",
         ]
         if self._section.weights == "nccl":
             start += ["--weight-transfer-config", '{"backend": "nccl"}']
@@ -260,6 +275,20 @@ class Servers:
     def _each(self, ask: Callable[[int], Result]) -> list[Result]:
         assert self._control is not None
         return self._control.each(range(len(self.urls)), ask)
+
+    def _each_to_the_end(self, ask: Callable[[int], None]) -> None:
+        """The first error is raised when all were asked: a request that is given up may still be obeyed."""
+
+        def attempt(server: int) -> EngineError | None:
+            try:
+                ask(server)
+            except EngineError as error:
+                return error
+            return None
+
+        errors = [error for error in self._each(attempt) if error is not None]
+        if errors:
+            raise errors[0]
 
     def _get(self, server: int, path: str, read: Callable[[Reply], Result]) -> Result:
         return self._ask(server, path, read, None, "GET")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from understudy.errors import EngineError, RecipeError
 from understudy.models import unwrap
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where the kernel keeps it)
+from .shared_memory import SHARED_MEMORY, make_private, memory_left, open_lock
+
 SHARD_BYTES = 4 * 2**30
 """Of one file: what is copied to the CPU at a time."""
 ROOM = 1.05
@@ -43,7 +44,7 @@ class WeightStore:
         place: Path | Literal["shm"] | None,
     ) -> None:
         """`place`: None for shared memory where it has room and `run_dir` where it has not. Raises RecipeError for another
-        run that is at work there."""
+        run that is at work there, and for a folder there that others can write to."""
         self._model = unwrap(model)
         self._tokenizer = tokenizer
         self._dtype = dtype
@@ -113,8 +114,8 @@ class WeightStore:
 
     def _take(self) -> IO[bytes]:
         """Ours alone while the file is open: the kernel gives it free when this process ends, however it ends."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (self._folder / "lock").open("wb")
+        make_private(self._folder)
+        lock = open_lock(self._folder / "lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -123,7 +124,7 @@ class WeightStore:
                 f"another run is at work with the same run_dir (it holds {self._folder}); wait for it, or choose another"
             ) from error
         for path in self._folder.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
         return lock
 
@@ -207,11 +208,14 @@ def _flush(shard: dict[str, Tensor], directory: Path, index: dict[str, str]) -> 
 
 
 def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
+    # what is free in shared memory is a limit, and no memory that is set aside
+    left = memory_left() if folder.is_relative_to(SHARED_MEMORY) else None
+    return free if left is None else min(free, left)
 
 
 def _size(folder: Path) -> int:
     total = 0
     with suppress(OSError):
-        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        total = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     return total
