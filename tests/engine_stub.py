@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from types import TracebackType
@@ -73,6 +73,8 @@ class EngineStub:
         self.seed, self.latency, self.token_latency = seed, latency, token_latency
         self.logprobs_mode = "raw_logprobs"
         self.max_logprobs = 20
+        self.scale_out = False
+        """`--enable-scale-out`: opens the route for token ids."""
         self.api_key = ""
         self.healthy = True
         self.ignore_pushes = False
@@ -108,7 +110,7 @@ class EngineStub:
             self.requests.append(request)
         if (
             self.api_key
-            and request.path.startswith("/v1")
+            and request.path.startswith(("/v1", "/inference"))
             and request.headers.get("Authorization") != (f"Bearer {self.api_key}")
         ):
             return 401, {"error": "Unauthorized"}
@@ -131,6 +133,7 @@ class EngineStub:
             ("POST", "/reset_prefix_cache"): lambda *_: (200, {"success": not self.scheduler.running}),
             ("POST", "/collective_rpc"): self._collective_rpc,
             ("POST", "/v1/completions"): self._completions,
+            ("POST", "/inference/v1/generate"): self._generate,
         }
 
     def _server_info(self, request: Request, _: object) -> tuple[int, Any]:
@@ -206,6 +209,27 @@ class EngineStub:
         reply = {"id": f"cmpl-{number}", "object": "text_completion", "created": int(time.time()), "model": self.name}
         numbered = [{"index": index} | choice for index, choice in enumerate(choices)]
         return 200, reply | {"choices": numbered, "usage": usage}
+
+    def _generate(self, request: Request, gone: Callable[[], bool]) -> tuple[int, Any]:
+        """One sequence in and out as token ids; scores of given ids need the V2 model runner, which no CPU has."""
+        if not self.scale_out:
+            message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
+            raise Refused(403, message, "PermissionDeniedError")
+        params = request.body["sampling_params"]
+        if params.get("prompt_logprob_token_ids") is not None:
+            message = "prompt_logprob_token_ids requires the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)."
+            raise Refused(400, message, param="prompt_logprob_token_ids")
+        body = {"model": request.body.get("model"), "prompt": request.body["token_ids"], "return_token_ids": True}
+        status, reply = self._completions(replace(request, body=params | body), gone)
+        scores = reply["choices"][0]["prompt_logprobs"]
+        if not params.get("detokenize", True):
+            scores = [
+                row and {id_: entry | {"decoded_token": None} for id_, entry in row.items()} for row in scores or ()
+            ]
+        echoed = reply["choices"][0]["prompt_token_ids"] if request.body.get("return_token_ids") else None
+        choices = [{name: one[name] for name in ("index", "finish_reason", "token_ids")} for one in reply["choices"]]
+        found = {"choices": choices, "prompt_logprobs": scores or None, "prompt_token_ids": echoed}
+        return status, found | {"prompt_token_id_logprobs": None, "model": self.name, "usage": reply["usage"]}
 
     def _seed(self, body: dict[str, Any], number: int, place: int) -> int:
         """vLLM gives every prompt of a request the same seed, and its n-th response that seed plus n."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import pairwise
 from threading import Lock
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -51,9 +55,14 @@ class Asked:
     headers: dict[str, str]
 
 
+TOKENS = "/inference/v1/generate"
+
+
 class Server:
-    """The three interfaces around one model. `mangle(reply, number of the request)` changes a reply; it may return bytes,
-    or a pair of a status and a body."""
+    """The interfaces around one model; vLLM's for token ids where `tokens` says so, which else refuses with `closed`.
+
+    `mangle(reply, number of the request)` changes a reply; it may return bytes, or a pair of a status and a body.
+    """
 
     def __init__(self, model: Any, mangle: Callable[[Any, int], Any] | None = None) -> None:
         self.model = model
@@ -61,6 +70,9 @@ class Server:
         self.shift = torch.zeros(NUM_ROWS, dtype=torch.float64)
         self.as_text = False
         self.strict = False
+        self.tokens = self.given = False
+        self.closed = 404
+        self.num_closed = 0
         self.asked: list[Asked] = []
         self.models = [{"id": MODEL, "max_model_len": 64}]
         lock, server = Lock(), self
@@ -76,6 +88,11 @@ class Server:
 
             def do_POST(self) -> None:  # noqa: N802
                 body = json.loads(self.read_body())
+                if self.path == TOKENS and not server.tokens:
+                    with lock:
+                        server.num_closed += 1
+                    self.send(server.closed, {"error": {"message": "no such route"}})
+                    return
                 with lock:
                     number = len(server.asked)
                     server.asked.append(Asked(self.path, body, dict(self.headers)))
@@ -103,6 +120,8 @@ class Server:
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         if path == "/generate":
             return self._sglang(body)
+        if path == TOKENS:
+            return self._token_ids(body)
         if self.strict and "return_tokens_as_token_ids" in body:
             return 400, {"error": {"message": "unrecognized argument: return_tokens_as_token_ids"}}
         if body["model"] != MODEL:
@@ -126,6 +145,21 @@ class Server:
             places.append({str(i): {"logprob": float(logp[j, i]), "rank": 1} for i in listed})
         return {"prompt_token_ids": ids, "prompt_logprobs": places}
 
+    def _token_ids(self, body: dict[str, Any]) -> Any:
+        """As vLLM 0.32, with its V2 model runner where `given`."""
+        ids, params = body["token_ids"], body["sampling_params"]
+        assert (params["max_tokens"], params["detokenize"]) == (1, False)
+        found = self._choice({"prompt_logprobs": params["prompt_logprobs"]}, ids)
+        found |= {"choices": [{"index": 0, "token_ids": [5]}], "prompt_token_id_logprobs": None}
+        if asked := params.get("prompt_logprob_token_ids"):
+            if not self.given:
+                message = "prompt_logprob_token_ids requires the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)."
+                return 400, {"error": {"message": message, "param": "prompt_logprob_token_ids"}}
+            start = params["prompt_logprob_start"]
+            assert len(asked) == len(ids) - 1 - start
+            found["prompt_token_id_logprobs"] = npy(self.rows(ids)[start:].gather(-1, torch.tensor(asked)).float())
+        return found
+
     def _spell(self, token: int) -> str:
         return str(letters().decode([token]))
 
@@ -145,6 +179,13 @@ class Server:
             facts |= {"input_token_ids_logprobs": at} if "token_ids_logprob" in body else {}
             replies.append({"text": "", "meta_info": facts})
         return replies
+
+
+def npy(values: Tensor) -> str:
+    """As vLLM's `numpy2base64` writes an array."""
+    stream = BytesIO()
+    np.save(stream, values.numpy(), allow_pickle=False)
+    return b64encode(stream.getvalue()).decode("ascii")
 
 
 def samples() -> list[Sample]:
@@ -648,6 +689,166 @@ def test_scores_of_given_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert check_at(sample("p", [1], [2]), Raw([2], [-0.1], [[(3, None)]]), torch.tensor([[3]])).scores is None
 
 
+def test_two_numbers_for_one_token_do_not_contradict() -> None:
+    ids = torch.tensor([[3, 2]])
+    assert check_at(sample("p", [1], [2]), Raw([2], [-0.1], [[(3, -0.2), (2, -0.1)]]), ids).scores is not None
+    with pytest.raises(BadReply, match="contradict"):
+        check_at(sample("p", [1], [2]), Raw([2], [-0.1], [[(3, -0.2), (2, -0.2)]]), ids)
+
+
+# --- vLLM's route for token ids
+
+
+def test_the_route_for_token_ids_gives_the_same_scores() -> None:
+    """One sequence a request, no text written."""
+    model = tiny(sharp=4.0)
+    expected = local(model).score(samples(), TOPK, k=6)
+    with nothing_left(), Server(model) as server:
+        server.tokens = True
+        for one, like in zip(scored(server, "vllm", SAMPLED), expected, strict=True):
+            same(one, like, top=False)
+        for one, like in zip(scored(server, "vllm", TOPK, 6), expected, strict=True):
+            same(one, like, top=True)
+        assert {asked.path for asked in server.asked} == {TOKENS}
+        assert len(server.asked) == 2 * sum(one.num_response_tokens > 0 for one in samples())
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 422])
+def test_a_server_without_the_route_is_found_out_once(status: int) -> None:
+    """Also by many threads at once; batches are those of the completions."""
+    model = tiny(sharp=2.0)
+    expected = local(model).score(samples(), SAMPLED)
+    with nothing_left(), Server(model) as server, ThreadPoolExecutor(8) as pool:
+        server.closed = status
+        judge = HttpTeacher(section(server), setup())
+        for found in pool.map(lambda _: judge.score(samples(), SAMPLED), range(8), timeout=60):
+            for one, like in zip(found, expected, strict=True):
+                same(one, like, top=False)
+        judge.close()
+        assert server.num_closed == 1
+        assert [asked.path for asked in server.asked] == ["/v1/completions"] * 8
+
+
+@pytest.mark.parametrize("status", [401, 418])
+def test_another_refusal_is_none_of_the_route(status: int) -> None:
+    with Server(tiny()) as server:
+        server.closed = status
+        with pytest.raises(EngineError, match=f"status {status}"):
+            scored(server, "vllm", SAMPLED)
+        assert not server.asked
+
+
+def test_a_sample_that_is_too_long_is_no_missing_route() -> None:
+    long = "The decoder prompt (length 9) is longer than the maximum model length of 8."
+    with Server(tiny(), refuses(400, long)) as server:
+        server.tokens = True
+        with pytest.raises(ScoreError, match="p0#0 has 8 tokens.*--max-model-len"):
+            scored(server, "vllm", SAMPLED)
+        assert [asked.path for asked in server.asked] == [TOKENS]
+
+
+TOKEN_KINDS = ("other ids", "a place less", "another prompt", "above 0", "text for numbers", "half of it", "null")
+
+
+@pytest.mark.parametrize("kind", TOKEN_KINDS)
+def test_a_wrong_reply_of_the_route_is_asked_again_and_never_believed(kind: str) -> None:
+    def wrong(reply: Any) -> Any:
+        found = WRONG[kind](reply if kind in ("half of it", "null") else [reply])
+        return found[0] if isinstance(found, list) else found
+
+    model = tiny(sharp=2.0)
+    with Server(model, lambda reply, number: wrong(reply) if number in (0, 3) else reply) as server:
+        server.tokens = True
+        for one, like in zip(scored(server, "vllm", SAMPLED), local(model).score(samples(), SAMPLED), strict=True):
+            same(one, like, top=False)
+        assert len(server.asked) == 8
+        server.mangle = lambda reply, number: wrong(reply)
+        with pytest.raises(EngineError, match=r"3 attempts.*sample p0|sample p0.*3 attempts"):
+            scored(server, "vllm", SAMPLED)
+
+
+def test_given_tokens_are_asked_of_vllm_row_by_row() -> None:
+    """Equal to the log-softmax at these ids."""
+    model = tiny(sharp=4.0)
+    made = samples()
+    ids = [torch.rand(one.num_response_tokens, NUM_ROWS).argsort(-1)[:, :5] for one in made]
+    with Server(model) as server:
+        server.tokens = server.given = True
+        judge = HttpTeacher(section(server), setup())
+        for one, rows, found in zip(made, ids, judge.score_at(made, ids), strict=True):
+            logp = plain_logp(model, one.token_ids)[one.prompt_length - 1 :]
+            assert found.topk_ids is not None
+            assert torch.equal(found.topk_ids, rows)
+            torch.testing.assert_close(found.topk_logprob, logp.gather(-1, rows).float(), rtol=0, atol=ATOL)
+            own = logp.gather(-1, one.response_ids[:, None]).squeeze(-1)
+            torch.testing.assert_close(found.logprob, own.float(), rtol=0, atol=ATOL)
+        with pytest.raises(ScoreError, match="--max-logprobs 21"):
+            judge.score_at(made[:1], [torch.zeros(5, 21, dtype=torch.int64)])
+        judge.close()
+
+
+def other_scores(change: Callable[[Tensor], Any]) -> Callable[[Any, int], Any]:
+    def mangle(reply: Any, number: int) -> Any:
+        stored = BytesIO(b64decode(reply["prompt_token_id_logprobs"]))
+        found = change(torch.from_numpy(np.load(stored)))
+        return reply | {"prompt_token_id_logprobs": npy(found) if isinstance(found, Tensor) else found}
+
+    return mangle
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values[1:],
+        lambda values: values.T,
+        lambda values: values.to(torch.int64),
+        lambda values: values + 50.0,
+        lambda values: values.roll(1, 0),
+        lambda values: None,
+        lambda values: "no base64",
+        lambda values: npy(values)[:40],
+        lambda values: npy(values)[:-8],
+    ],
+    ids=["a row less", "transposed", "integers", "above 0", "other rows", "null", "text", "a head alone", "cut off"],
+)
+def test_wrong_scores_of_given_tokens_are_refused(change: Callable[[Tensor], Any]) -> None:
+    one = samples()[0]
+    ids = torch.stack([one.response_ids, (one.response_ids + 1) % NUM_ROWS], dim=-1)
+    with Server(tiny(sharp=4.0), other_scores(change)) as server:
+        server.tokens = server.given = True
+        judge = HttpTeacher(section(server), setup())
+        with pytest.raises(EngineError, match="3 attempts"):
+            judge.score_at([one], [ids])
+        judge.close()
+
+
+def test_a_given_score_that_is_not_finite_is_no_score() -> None:
+    one = samples()[0]
+    with Server(tiny(), other_scores(lambda values: values.fill_(-math.inf))) as server:
+        server.tokens = server.given = True
+        judge = HttpTeacher(section(server), setup())
+        (found,) = judge.score_at([one], [one.response_ids[:, None]])
+        judge.close()
+    assert isinstance(found, Unscored)
+
+
+@pytest.mark.parametrize("kind", ["closed", "earlier", "V1"])
+def test_a_vllm_that_knows_no_given_tokens_is_said_so(kind: str) -> None:
+    def without(reply: Any, number: int) -> Any:
+        return {name: value for name, value in reply.items() if name != "prompt_token_id_logprobs"}
+
+    model, one = tiny(sharp=2.0), samples()[0]
+    with Server(model, without if kind == "earlier" else None) as server:
+        server.tokens, server.given = kind != "closed", kind == "earlier"
+        judge = HttpTeacher(section(server), setup())
+        for _ in range(2):
+            with pytest.raises(ScoreError, match=r"0\.32"):
+                judge.score_at([one], [one.response_ids[:, None]])
+            # what it does know is asked as before
+            same(judge.score([one], SAMPLED)[0], local(model).score([one], SAMPLED)[0], top=False)
+        judge.close()
+
+
 # --- tokens as text
 
 
@@ -693,7 +894,7 @@ def test_a_dead_replica_costs_nothing_but_attempts() -> None:
             for one, like in zip(found, local(model).score(samples(), SAMPLED), strict=True):
                 same(one, like, top=False)
     with nothing_left(), pytest.raises(EngineError, match="teacher 't'"):
-        scored(gone, "vllm", SAMPLED, max_retries=1)
+        scored(gone, "vllm", SAMPLED, max_retries=1, deadline_s=1.0)
 
 
 def refuses(status: int, message: str) -> Callable[[Any, int], Any]:
@@ -752,7 +953,8 @@ def test_a_server_says_what_it_is(api: str, version: str | None) -> None:
         HttpTeacher(section(server, max_retries=0), setup()).info()
 
 
-def test_a_network_of_faults_changes_no_score(tmp_path: Any) -> None:
+@pytest.mark.parametrize("scale_out", [False, True])
+def test_a_network_of_faults_changes_no_score(tmp_path: Any, scale_out: bool) -> None:
     """Resets, overload, half replies, other ids, NaN and null on the way to a stand-in for vLLM's server."""
     folder = save_tiny_model(tmp_path / "model", seed=3, hidden_size=32)
     model = load_causal_lm(folder, dtype="float32", device="cpu")
@@ -768,6 +970,7 @@ def test_a_network_of_faults_changes_no_score(tmp_path: Any) -> None:
     expected = LocalTeacher(model, name="t", vocab_size=size).score(made, TOPK, k=3)
     kinds = [reset(), reset(middle=True), status(429), HALF, TRUNCATED, WRONG_IDS]
     with nothing_left(), EngineStub(folder) as stub, FaultProxy(stub.url, seeded(7, kinds, share=0.4)) as proxy:
+        stub.scale_out = scale_out
         judge = HttpTeacher(
             section(proxy.url, model=stub.name, batch_tokens=40, max_retries=20), setup(vocab_size=size)
         )
@@ -775,6 +978,7 @@ def test_a_network_of_faults_changes_no_score(tmp_path: Any) -> None:
             same(one, like, top=True)
         judge.close()
         assert len(proxy.seen) > len(kinds) / 2
+        assert bool(stub.asked("/v1/completions")) != scale_out
 
 
 # --- the section

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from torch import Tensor
 
-from understudy.errors import EngineError, RecipeError, ScoreError
+from understudy.errors import RecipeError, ScoreError
 from understudy.linear.head import LMHead
 from understudy.types import Need, Sample, Scores
-from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_address, read_key
+from understudy.wire import Patience, Refused, Wire, check_address, read_key
 
 from .base import Setup, Unmoved
 from .cache import CACHE_FILE, CachedTeacher
@@ -26,8 +27,9 @@ from .prompt_scores import (
     Completions,
     Format,
     SGLang,
-    cut_given,
+    VLLMTokens,
     group_by_prompt,
+    is_too_long,
     join_given,
     named,
     read_reply,
@@ -35,6 +37,7 @@ from .prompt_scores import (
     spellings_of,
 )
 from .score_check import Answer, check, check_at, no_rows, unscored
+from .server_info import look
 
 Api = Literal["vllm", "sglang", "completions"]
 DEFAULT_K_MAX = {"vllm": 20}
@@ -46,6 +49,8 @@ SPARE = 4
 """Tokens asked for beyond K, at least, once a row of K held one that the student lacks."""
 _VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
 _UNKNOWN_FIELD = frozenset({400, 422})
+_NO_ROUTE = frozenset({403, 404, 405})
+"""Of a path that is not there, or that a server was not told to open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +62,14 @@ class Http:
     model: str
     """Its name at the server."""
     api: Api
-    """How the server is asked: by vLLM's `prompt_logprobs`, SGLang's /generate, or `echo` of the first completions."""
+    """How the server is asked: by vLLM's `prompt_logprobs` (of its route for token ids where `--enable-scale-out` opened it),
+    SGLang's /generate, or `echo` of the first completions."""
     api_key_env: str = ""
     """The NAME of the environment variable with the key; empty: none is sent."""
     k_max: int | None = None
     """The most likeliest tokens that the server gives; None: vLLM's 20, which its `--max-logprobs` raises."""
     batch_tokens: int = 16_384
-    """Of all samples in one request."""
+    """Of all samples in one request; vLLM's route for token ids takes one sample each, `max_concurrency` at a time."""
     tokenizer: str | None = None
     """The teacher's, a directory or hub name, which is compared with the student's; None: they are taken to be the same."""
     cache: str | None = None
@@ -175,6 +181,8 @@ class HttpTeacher(Unmoved):
         self._temperature = setup.temperature
         self._format = _format(section, setup.tokenizer)
         self._spare = 0
+        self._finding = Lock()
+        self._unsure = isinstance(self._format, VLLMTokens)
         self._wire = Wire(
             section.bases,
             name=f"teacher {setup.name!r}",
@@ -234,10 +242,7 @@ class HttpTeacher(Unmoved):
             raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
         kept = min(k, self._vocab_size) if k is not None and "topk" in need else None
         if kept is not None and kept > self._most:
-            raise ScoreError(
-                f"the method asks for k = {kept}, teacher {self._name!r} gives {self._most:.0f}: start vLLM with "
-                f"--max-logprobs {kept} and set teacher.k_max to it, or lower method.k"
-            )
+            raise self._too_many(kept)
         answers = self._ask_until_scored(samples, kept)
         return [
             unscored(sample, kept, f"{self._who}: {answer.missing}") if answer.scores is None else answer.scores
@@ -250,30 +255,34 @@ class HttpTeacher(Unmoved):
         Raises ScoreError for a server that cannot be asked for given ids, else as `score`.
         """
         form = self._format
-        if not isinstance(form, SGLang):
-            raise ScoreError(
-                f"{self._who} cannot be asked for the scores of given tokens: the routes of "
-                f"{self._section.api} name none; serve it with SGLang (teacher.api: sglang) or `understudy serve-teacher`"
-            )
+        if not isinstance(form, SGLang | VLLMTokens):
+            raise self._no_given(f"the route {form.path} names none")
         for sample, rows in zip(samples, ids, strict=True):
             if rows.dim() != 2 or len(rows) != sample.num_response_tokens or not rows.shape[1]:
                 raise ValueError(
                     f"sample {sample.key}: ids have shape {tuple(rows.shape)}, not ({len(sample.response_ids)}, K)"
                 )
+            if rows.shape[1] > self._most:
+                raise self._too_many(rows.shape[1])
         pieces = [
-            (index, *piece) for index, pair in enumerate(zip(samples, ids, strict=True)) for piece in cut_given(*pair)
+            (index, *piece) for index, pair in enumerate(zip(samples, ids, strict=True)) for piece in form.cut(*pair)
         ]
         asked = [piece for _, piece, _ in pieces]
 
         def ask(group: list[int]) -> list[Answer]:
             part, rows = [asked[index] for index in group], [pieces[index][2] for index in group]
-            return self._send(
-                form.path,
-                form.body_at(part, rows),
-                part,
-                form.parts,
-                lambda index, sample, said: check_at(sample, form.read_at(sample, said), rows[index]),
-            )
+            try:
+                return self._send(
+                    form.path,
+                    form.body_at(part, rows),
+                    part,
+                    form.parts,
+                    lambda index, sample, said: check_at(sample, form.read_at(sample, said, rows[index]), rows[index]),
+                )
+            except Refused as refused:
+                if isinstance(form, VLLMTokens) and (refused.status in _NO_ROUTE or form.given in refused.message):
+                    raise self._no_given(str(refused)) from None
+                raise
 
         found = self._spread(asked, range(len(asked)), ask)
         by_sample: list[list[Answer]] = [[] for _ in samples]
@@ -286,14 +295,7 @@ class HttpTeacher(Unmoved):
 
         Raises EngineError for a replica that does not answer, and one that lacks the model.
         """
-        seen = [self._look(number, url) for number, url in enumerate(self._wire.urls)]
-        lengths = [found["max_length"] for found in seen if found["max_length"] is not None]
-        versions = sorted({str(found["version"]) for found in seen if found["version"] is not None})
-        return {
-            "models": [name for name in seen[0]["models"] if all(name in found["models"] for found in seen)],
-            "max_length": min(lengths, default=None),
-            "version": ", ".join(versions) or None,
-        }
+        return look(self._wire, self._section.model, _VERSIONS.get(self._section.api))
 
     @property
     def _who(self) -> str:
@@ -304,6 +306,18 @@ class HttpTeacher(Unmoved):
         """Tokens of a top-K row that the server gives."""
         limit = self._section.k_max or DEFAULT_K_MAX.get(self._section.api)
         return math.inf if limit is None else float(limit)
+
+    def _too_many(self, k: int) -> ScoreError:
+        return ScoreError(
+            f"the method asks for k = {k}, teacher {self._name!r} gives {self._most:.0f}: start vLLM with "
+            f"--max-logprobs {k} and set teacher.k_max to it, or lower method.k"
+        )
+
+    def _no_given(self, why: str) -> ScoreError:
+        return ScoreError(
+            f"{self._who} cannot be asked for the scores of given tokens ({why}): start vLLM 0.32 with --enable-scale-out "
+            "(and its V2 model runner), or serve it with SGLang (teacher.api: sglang) or `understudy serve-teacher`"
+        )
 
     def _ask_until_scored(self, samples: Sequence[Sample], k: int | None) -> list[Answer]:
         found = {index: Answer(no_rows(sample, k)) for index, sample in enumerate(samples)}
@@ -362,52 +376,41 @@ class HttpTeacher(Unmoved):
             try:
                 return ask(group)
             except Refused as refused:
-                asked = [samples[index] for index in group]
-                raise refusal(refused, asked, who=self._who, api_key_env=self._section.api_key_env) from None
+                raise self._refusal(refused, samples, group) from None
 
-        groups = group_by_prompt(samples, chosen, max_tokens=self._section.batch_tokens)
         found: dict[int, Answer] = {}
+        with self._finding:
+            if self._unsure:
+                found = self._find_route(samples, chosen, ask)
+        left = [index for index in chosen if index not in found]
+        one_each = isinstance(self._format, VLLMTokens)
+        groups = group_by_prompt(samples, left, max_tokens=1 if one_each else self._section.batch_tokens)
         for group, answers in zip(groups, self._wire.each(groups, run), strict=True):
             found.update(zip(group, answers, strict=True))
         return found
 
-    def _look(self, number: int, url: str) -> dict[str, Any]:
-        def read(reply: Reply) -> dict[str, Any]:
+    def _refusal(self, refused: Refused, samples: Sequence[Sample], group: list[int]) -> Exception:
+        asked = [samples[index] for index in group]
+        return refusal(refused, asked, who=self._who, api_key_env=self._section.api_key_env)
+
+    def _find_route(
+        self, samples: Sequence[Sample], chosen: Sequence[int], ask: Callable[[list[int]], list[Answer]]
+    ) -> dict[int, Answer]:
+        """The first sample's answer by vLLM's route for token ids; none where the server lacks it, and another is asked."""
+        for first in group_by_prompt(samples, chosen, max_tokens=1)[:1]:
             try:
-                cards = reply.json()["data"]
-                lengths = [card.get("max_model_len") for card in cards if card["id"] == self._section.model]
-                return {"models": [card["id"] for card in cards], "max_length": lengths[0] if lengths else None}
-            except (LookupError, TypeError, AttributeError):
-                raise BadReply("/v1/models lists no models") from None
-
-        try:
-            found = self._wire.request("/v1/models", read, key="/v1/models", method="GET", replica=number)
-        except Refused as refused:
-            hint = "check teacher.url and teacher.api_key_env"
-            raise EngineError(f"{url} refuses /v1/models with {refused}; {hint}") from None
-        if self._section.model not in found["models"]:
-            raise EngineError(
-                f"{url} has no model {self._section.model!r}; it has: {', '.join(map(str, found['models'])) or 'none'}"
-            )
-        return found | {"version": self._version(number)}
-
-    def _version(self, number: int) -> str | None:
-        """What it says of itself; None where it says nothing."""
-
-        def read(reply: Reply) -> str | None:
-            try:
-                return str(reply.json()["version"])
-            except (BadReply, LookupError, TypeError):
-                return None
-
-        path = _VERSIONS.get(self._section.api)
-        try:
-            return None if path is None else self._wire.request(path, read, key=path, method="GET", replica=number)
-        except Refused:
-            return None
+                answers = ask(first)
+            except Refused as refused:
+                if is_too_long(refused) or refused.status not in _NO_ROUTE | _UNKNOWN_FIELD:
+                    raise self._refusal(refused, samples, first) from None
+                self._format = VLLM(self._section.model)
+                answers = []
+            self._unsure = False
+            return dict(zip(first, answers, strict=False))
+        return {}
 
 
 def _format(section: Http, tokenizer: Any) -> Format:
     if section.api == "completions":
         return Completions(section.model, None if tokenizer is None else spellings_of(tokenizer))
-    return VLLM(section.model) if section.api == "vllm" else SGLang()
+    return VLLMTokens(section.model) if section.api == "vllm" else SGLang()

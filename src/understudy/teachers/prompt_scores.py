@@ -1,6 +1,6 @@
 """What servers are asked for the scores of given tokens, and what they reply: no network and no model.
 
-    vllm         POST /v1/completions with `prompt_logprobs`
+    vllm         POST /inference/v1/generate with `prompt_logprobs` where the server opens it, else POST /v1/completions
     sglang       POST /generate with `return_logprob`
     completions  POST /v1/completions with `echo` and `logprobs`, as OpenAI had it
 
@@ -10,10 +10,13 @@ Each reads a reply into `Raw`; `score_check` decides what of it is a score.
 from __future__ import annotations
 
 import math
+from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from io import BytesIO
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,9 +62,8 @@ class Format(Protocol):
 class VLLM:
     """vLLM's own `prompt_logprobs`. Tested with 0.32; nothing in it is younger than 0.20.
 
-    The route `/inference/v1/generate` could do without detokenisation, but takes one sequence a request and is not in
-    every version. A server that only scores may be started with `--skip-tokenizer-init`, which spares it for all; it then
-    no longer refuses ids past its vocabulary but dies of them.
+    It writes the text of every token of every row. A server that only scores may be started with `--skip-tokenizer-init`,
+    which spares that; it then no longer refuses ids past its vocabulary but dies of them.
     """
 
     model: str
@@ -103,6 +105,67 @@ def _read_rows(ids: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Raw:
 
 
 @dataclass(frozen=True)
+class VLLMTokens(VLLM):
+    """vLLM's route for token ids, open with `--enable-scale-out`: one sequence a request, and no text is written.
+
+    `prompt_logprobs` is that of the completions. Given ids are `prompt_logprob_token_ids` of 0.32's V2 model runner; earlier
+    versions take no notice of them.
+    """
+
+    path: str = "/inference/v1/generate"
+    given: ClassVar[str] = "prompt_logprob_token_ids"
+
+    def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
+        """Of the one sample."""
+        (sample,) = samples
+        return {
+            "model": self.model,
+            "token_ids": sample.token_ids.tolist(),
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "prompt_logprobs": num_top},
+            "return_token_ids": True,
+        }
+
+    def body_at(self, samples: Sequence[Sample], ids: Sequence[Tensor]) -> dict[str, Any]:
+        """With given ids [R, K]: row i of them belongs to the token behind place `prompt_logprob_start + i`."""
+        (sample,), (rows,) = samples, ids
+        body = self.body(samples, 0)
+        body["sampling_params"] |= {self.given: rows.tolist(), "prompt_logprob_start": sample.prompt_length - 1}
+        return body
+
+    def cut(self, sample: Sample, ids: Tensor) -> list[tuple[Sample, Tensor]]:
+        """Every row has ids of its own, so nothing is cut; a response without a token is not asked for."""
+        return [(sample, ids)] if len(ids) else []
+
+    def parts(self, value: Any) -> list[Any]:
+        """The reply is of one sample."""
+        return [dict(value)]
+
+    def read_at(self, sample: Sample, part: Any, ids: Tensor) -> Raw:
+        """`prompt_token_id_logprobs`: [R, K] in numpy's file format. Raises ScoreError for a server that knows none."""
+        if _GIVEN_SCORES not in part:
+            raise ScoreError(f"the server took no notice of {self.given}, which vLLM knows from 0.32 on")
+        raw = self.read(sample, part)
+        values = _read_array(part[_GIVEN_SCORES], tuple(ids.shape))
+        return replace(raw, top=[list(zip(*row, strict=True)) for row in zip(ids.tolist(), values, strict=True)])
+
+
+_GIVEN_SCORES = "prompt_token_id_logprobs"
+
+
+def _read_array(text: str, shape: tuple[int, ...]) -> list[list[float]]:
+    """Raises BadReply for another shape before anything of its size is made, ValueError for what is no array of floats."""
+    stream = BytesIO(b64decode(text, validate=True))
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise BadReply("the scores of given ids are in an unknown format")
+    said, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if said != shape or dtype.kind != "f":
+        raise BadReply(f"scores of given ids have shape {said} of {dtype}, not {shape} of floats")
+    values = np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran else "C")
+    found: list[list[float]] = values.tolist()
+    return found
+
+
+@dataclass(frozen=True)
 class SGLang:
     """SGLang's native route (`GenerateReqInput` in its io_struct.py): scores begin behind the prompt, whose keys and values
     its prefix cache shares among the samples of a group."""
@@ -133,7 +196,11 @@ class SGLang:
         """`meta_info`: lists of [logprob, id, text]."""
         return self._read(sample, part["meta_info"], "input_top_logprobs")
 
-    def read_at(self, sample: Sample, part: Any) -> Raw:
+    def cut(self, sample: Sample, ids: Tensor) -> list[tuple[Sample, Tensor]]:
+        """So that the union of a piece stays small."""
+        return cut_given(sample, ids)
+
+    def read_at(self, sample: Sample, part: Any, ids: Tensor) -> Raw:
         """The same with the numbers of the ids that were given."""
         return self._read(sample, part["meta_info"], "input_token_ids_logprobs")
 
@@ -152,7 +219,7 @@ class SGLang:
         )
 
 
-_NO_ROOM = "max_tokens must be at least 1"
+_NO_ROOM = ("max_tokens must be at least 1", "maximum model length")
 """What vLLM says to a sequence that leaves no position for the one token that is generated."""
 _TOKEN_ID = "token_id:"  # noqa: S105 (a prefix of vLLM's)
 _UNPRINTABLE = "bytes:"
@@ -305,10 +372,15 @@ def named(samples: Sequence[Sample]) -> str:
     return f"sample {samples[0].key}{rest}"
 
 
+def is_too_long(refused: Refused) -> bool:
+    """Whether a sample does not fit the model."""
+    return refused.too_long or any(text in refused.message for text in _NO_ROOM)
+
+
 def refusal(refused: Refused, samples: Sequence[Sample], *, who: str, api_key_env: str) -> ScoreError | EngineError:
     """What to do about a status that stays."""
     longest = max(samples, key=lambda sample: sample.token_ids.numel())
-    if refused.too_long or _NO_ROOM in refused.message:
+    if is_too_long(refused):
         return ScoreError(
             f"sample {longest.key} has {longest.token_ids.numel()} tokens, which {who} refuses as too long "
             f"({refused.message}): raise its --max-model-len (one more than the longest sample), or lower max_new_tokens"

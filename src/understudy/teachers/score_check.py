@@ -103,6 +103,10 @@ def check_at(sample: Sample, raw: Raw, ids: Tensor) -> Answer:
     values = _numbers([row[int(token)] for row, asked in zip(rows, ids, strict=True) for token in asked])
     values = values.reshape(ids.shape)
     _check_sign(sample, values)
+    apart = (values - _numbers(raw.logprob)[:, None]).abs()
+    wrong = (ids == sample.response_ids[:, None]) & values.isfinite() & (apart > AGREEMENT)
+    if bool(wrong.any()):
+        raise BadReply(f"response token {int(wrong.nonzero()[0, 0])}: two numbers for it contradict each other")
     scores = Scores(answer.scores.token_ids, answer.scores.logprob, ids, values.clamp(max=0).float())
     return _lacking("topk_logprob", values) or Answer(scores)
 
