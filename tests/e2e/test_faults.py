@@ -42,7 +42,7 @@ STEPS = 4
 PATIENCE_S = 60.0
 TRAIN = {"steps": STEPS, "prompts_per_step": 4, "save_every": 1}
 PATIENT = {"timeout_s": 1.0, "deadline_s": 60.0, "max_retries": 8, "backoff_s": 0.01}
-SHORT = PATIENT | {"max_retries": 2}
+SHORT = PATIENT | {"max_retries": 2, "deadline_s": 8.0}
 PASSING = [
     latency(0.05),
     reset(),

@@ -500,7 +500,7 @@ def test_what_passes_is_tried_again(name: str) -> None:
         assert len(requests) == 3
 
 
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", [name for name in FAILURES if name != "429"])
 def test_what_does_not_pass_is_an_error_after_all_retries(name: str) -> None:
     with asked(lambda *_: FAILURES[name], max_retries=2, max_concurrency=1) as (judge, requests, server):
         with pytest.raises(TrainingError, match="3 attempts") as caught:
@@ -514,8 +514,8 @@ def test_timeouts_and_lost_servers_are_tried_again() -> None:
     with asked(lambda _, before: slow if before == 0 else says("8"), timeout_s=0.1) as (judge, requests, _):
         assert judge.judge(CASES[:1])[0].score == 8.0
         assert len(requests) == 2
-    with pytest.raises(TrainingError, match="2 attempts"):
-        Chat(url="http://127.0.0.1:9/v1", model="m", max_retries=1, backoff_s=0.001).open(SETUP).judge(CASES[:1])
+    with pytest.raises(TrainingError, match="within deadline_s = 0.5"):
+        Chat(url="http://127.0.0.1:9/v1", model="m", deadline_s=0.5, backoff_s=0.001).open(SETUP).judge(CASES[:1])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import signal
 import socket
@@ -23,7 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from understudy.errors import EngineError, RecipeError
-from understudy.wire import BadReply, Patience, Refused, Reply, Wire
+from understudy.wire import BadReply, Patience, Refused, Reply, Wire, client
+from understudy.wire.client import MAX_ERROR_BYTES
 from understudy.wire.replicas import Asker, Replicas, Turn
 from understudy.wire.reply import MAX_WAIT_S
 
@@ -40,6 +42,7 @@ class Says:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     claims: int | None = None
+    chunked: bool = False
     resets: bool = False
 
 
@@ -56,7 +59,7 @@ class Asked:
 class Server:
     """On loopback, inside a `with`. `answer`: from a request and how many came before it to what is said."""
 
-    def __init__(self, answer: Callable[[Asked, int], Says]) -> None:
+    def __init__(self, answer: Callable[[Asked, int], Says], port: int = 0) -> None:
         self.asked: list[Asked] = []
         self.peers: set[int] = set()
         """Ports of the connections."""
@@ -88,9 +91,18 @@ class Server:
                 self.send_response(said.status)
                 for name, value in said.headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(said.body) if said.claims is None else said.claims))
+                if said.chunked:
+                    self.send_header("Transfer-Encoding", "chunked")
+                else:
+                    self.send_header("Content-Length", str(len(said.body) if said.claims is None else said.claims))
                 self.end_headers()
-                self.wfile.write(said.body)
+                if said.chunked:
+                    for at in range(0, len(said.body), 1_000):
+                        part = said.body[at : at + 1_000]
+                        self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                    self.wfile.write(b"0\r\n\r\n")
+                else:
+                    self.wfile.write(said.body)
                 self.close_connection = said.claims is not None
 
             def log_message(self, *_: object) -> None:
@@ -103,7 +115,7 @@ class Server:
             def handle_error(self, *_: object) -> None:
                 """Silent."""
 
-        self._server = Http(("127.0.0.1", 0), Handler)
+        self._server = Http(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Server:
@@ -209,13 +221,117 @@ def test_what_may_pass_is_tried_again(name: str) -> None:
         assert (found["requests"], found["retries"], found["failures"]) == (3, 2, 2)
 
 
-@pytest.mark.parametrize("name", PASSING)
+WAITED_FOR = ("429", "503")
+
+
+@pytest.mark.parametrize("name", [name for name in PASSING if name not in WAITED_FOR])
 def test_what_does_not_pass_ends_with_all_that_is_known(name: str) -> None:
     with wired(lambda *_: PASSING[name], max_retries=2) as (wire, (server,)):
         with pytest.raises(EngineError, match="3 attempts") as caught:
             wire.request("/x", number, key="sample-7", json={})
         assert all(text in str(caught.value) for text in ("teacher", server.url, "sample-7", "max_retries"))
         assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("name", WAITED_FOR)
+def test_a_busy_server_is_asked_until_the_deadline(name: str) -> None:
+    """However few retries there are; other failures between count alone."""
+    with wired(lambda _, before: PASSING[name] if before < 30 else FAIR, max_retries=1, backoff_s=1e-12) as (wire, _):
+        assert wire.request("/x", number, key="k") == 1
+        assert wire.stats()["retries"] == 30
+    with (
+        wired(lambda *_: PASSING[name], max_retries=1, deadline_s=0.3) as (wire, _),
+        pytest.raises(EngineError, match="within deadline_s = 0.3"),
+    ):
+        wire.request("/x", number, key="k")
+    mixed = [PASSING[name], Says(b"down", 500)]
+    with (
+        wired(lambda _, before: mixed[before % 2], max_retries=2) as (wire, (server,)),
+        pytest.raises(EngineError, match="6 attempts, the last time: status 500"),
+    ):
+        wire.request("/x", number, key="k")
+    for keys in ({"waits": False, "max_retries": 2}, {"max_retries": 0}):
+        with wired(lambda *_: PASSING[name], **keys) as (wire, (server,)), pytest.raises(EngineError):
+            wire.request("/x", number, key="k")
+        assert len(server.asked) == keys["max_retries"] + 1
+
+
+def test_a_server_that_restarts_is_waited_for() -> None:
+    """For longer than its retries would last; nobody listens meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    patience = Patience(max_retries=1, backoff_s=1e-4, deadline_s=WAIT_S)
+    with Wire([f"http://127.0.0.1:{port}"], name="teacher", patience=patience) as wire:
+        found: list[int] = []
+        asks = Thread(target=lambda: found.append(wire.request("/x", number, key="k")), name="teacher-asks")
+        asks.start()
+        try:
+            pause = Event()
+            for _ in range(int(WAIT_S / 0.01)):
+                if wire.stats()["requests"] > 5:
+                    break
+                pause.wait(0.01)
+            with Server(lambda *_: FAIR, port=port) as server:
+                asks.join(WAIT_S)
+                assert found == [1]
+                assert len(server.asked) == 1
+        finally:
+            wire.close()
+            asks.join(WAIT_S)
+
+
+def test_a_certificate_is_not_waited_for() -> None:
+    """It stays what it is: a server that does not speak TLS is no server that is not there yet."""
+    with wired(echo) as (_, (server,)):
+        url = server.url.replace("http:", "https:")
+        patience = Patience(max_retries=1, backoff_s=0.001, deadline_s=WAIT_S)
+        with Wire([url], name="teacher", patience=patience) as wire, pytest.raises(EngineError, match="2 attempts, "):
+            wire.request("/x", number, key="k")
+
+
+# --- how much is read
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_a_reply_beyond_the_limit_is_not_read(claims: bool) -> None:
+    """Announced or in chunks without a length: what came is counted, and no more comes."""
+    sent = bytes(50_000_000)
+    with Server(lambda *_: Says(sent, chunked=not claims)) as server:
+        patience = Patience(max_retries=1, backoff_s=0.001, timeout_s=WAIT_S)
+        with Wire([server.url], name="teacher", patience=patience, max_reply_bytes=1_000) as wire:
+            with pytest.raises(EngineError, match=r"2 attempts.*more than 1,000 bytes") as caught:
+                wire.request("/x", number, key="k")
+            assert server.url in str(caught.value)
+            received = wire.stats()["bytes_received"]
+            assert received == 0 if claims else 1_000 < received < len(sent)
+    fits = Says(json.dumps({"n": 1, "more": "x" * 900}).encode(), chunked=not claims)
+    with Server(lambda *_: fits) as server:
+        patience = Patience(max_retries=0)
+        with Wire([server.url], name="t", patience=patience, max_reply_bytes=len(fits.body)) as wire:
+            assert wire.request("/x", number, key="k") == 1
+            assert wire.stats()["bytes_received"] == len(fits.body)
+
+
+def test_nothing_is_unpacked() -> None:
+    bomb = gzip.compress(bytes(10_000_000))
+    with wired(lambda *_: Says(bomb, headers={"Content-Encoding": "gzip"}), max_retries=0) as (wire, (server,)):
+        with pytest.raises(EngineError, match="compressed with gzip"):
+            wire.request("/x", number, key="k")
+        assert server.asked[0].headers["Accept-Encoding"] == "identity"
+
+
+def test_of_an_error_the_beginning_is_read() -> None:
+    with wired(lambda *_: Says(b"no " * 2_000_000, 404)) as (wire, _):
+        with pytest.raises(Refused, match="no no"):
+            wire.request("/x", number, key="k")
+        assert 0 < wire.stats()["bytes_received"] < 2 * MAX_ERROR_BYTES
+
+
+def test_half_a_reply_is_counted() -> None:
+    with wired(lambda *_: Says(b'{"n": ', claims=99), max_retries=0) as (wire, _):
+        with pytest.raises(EngineError):
+            wire.request("/x", number, key="k")
+        assert wire.stats()["bytes_received"] == 6
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 413, 422])
@@ -403,8 +519,14 @@ def test_one_replica_that_is_gone_costs_nothing_but_attempts(refusing: Callable[
 def test_all_that_are_gone_are_named(refusing: Callable[[], str]) -> None:
     urls = [refusing() for _ in range(3)]
     with (
-        Wire(urls, name="teacher", patience=Patience(backoff_s=0.001)) as wire,
+        Wire(urls, name="teacher", patience=Patience(backoff_s=0.001, waits=False)) as wire,
         pytest.raises(EngineError, match="6 attempts") as caught,
+    ):
+        wire.request("/x", number, key="k")
+    assert all(url in str(caught.value) for url in urls)
+    with (
+        Wire(urls, name="teacher", patience=Patience(backoff_s=0.001, deadline_s=0.5)) as wire,
+        pytest.raises(EngineError, match=r"within deadline_s = 0.5.*ConnectError") as caught,
     ):
         wire.request("/x", number, key="k")
     assert all(url in str(caught.value) for url in urls)
@@ -434,6 +556,38 @@ def test_a_pinned_request_asks_one_only() -> None:
         assert [len(server.asked) for server in servers] == [0, 4, 9]
 
 
+def test_a_replica_that_hangs_is_probed_and_holds_up_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for its health until it has one; then it gets requests again."""
+    monkeypatch.setattr(client, "PROBE_S", WAIT_S)
+    free, well = Event(), Event()
+
+    def sick(asked: Asked, _: int) -> Says:
+        if not well.is_set():
+            free.wait(WAIT_S)
+        return FAIR if asked.path != "/ready" else Says(b"no such path", 404)
+
+    with ExitStack() as stack:
+        stack.callback(free.set)
+        one, other = (stack.enter_context(Server(answer)) for answer in (sick, lambda *_: FAIR))
+        patience = Patience(timeout_s=0.2, backoff_s=0.001, break_after=1)
+        wire = stack.enter_context(Wire([one.url, other.url], name="teacher", patience=patience, probe_path="/ready"))
+
+        def asked(path: str, when: Callable[[], bool]) -> int:
+            for i in range(2_000):
+                if when():
+                    break
+                assert wire.request("/x", number, key=str(i)) == 1
+            return sum(asked.path == path for asked in one.asked)
+
+        assert asked("/x", lambda: any(asked.path == "/ready" for asked in one.asked)) == 1
+        for i in range(50):
+            assert wire.request("/x", number, key=str(i)) == 1
+        assert [asked.path for asked in one.asked] == ["/x", "/ready"]
+        well.set()
+        free.set()
+        assert asked("/x", lambda: sum(asked.path == "/x" for asked in one.asked) > 3) > 3
+
+
 # --- the breaker, by a clock that the test moves -----------------------------------------------------------------------
 
 
@@ -461,6 +615,13 @@ def ask(one: Replicas, url: str | None = None) -> Turn:
     raise AssertionError(f"{url} is not asked")
 
 
+def probe(one: Replicas, url: str, alive: bool | None = True) -> None:
+    """The one that is due."""
+    (replica,) = one.due()
+    assert replica.url == url
+    one.probed(replica, alive=alive)
+
+
 def end(one: Replicas, turn: Turn, right: bool | None) -> None:
     one.arrive(turn, sent=0, received=0)
     one.settle(turn, right=right)
@@ -486,6 +647,11 @@ def test_a_breaker_opens_is_tried_and_closes() -> None:
         clock.now += cool_down_s - 1e-3
         assert urls_asked(one) == {"http://r1": 6}
         clock.now += 2e-3
+        # a probe comes first, once, and nothing else goes there meanwhile
+        assert [replica.url for replica in one.due()] == ["http://r0"]
+        assert one.due() == []
+        assert urls_asked(one) == {"http://r1": 6}
+        one.probed(one._all[0], alive=True)
         trial = ask(one, "http://r0")
         # one trial, however many ask and however busy the others are
         held = [ask(one) for _ in range(3)]
@@ -494,12 +660,31 @@ def test_a_breaker_opens_is_tried_and_closes() -> None:
             end(one, turn, right=True)
         end(one, trial, right=False)
     clock.now += 61
+    probe(one, "http://r0")
     end(one, ask(one, "http://r0"), right=True)
     assert urls_asked(one) == {"http://r0": 3, "http://r1": 3}
     # and needs as many failures as before
     for _ in range(2):
         end(one, ask(one, "http://r0"), right=False)
     assert urls_asked(one) == {"http://r0": 3, "http://r1": 3}
+
+
+def test_a_replica_whose_probe_fails_gets_no_request() -> None:
+    clock = Clock()
+    one = replicas(clock, break_after=1)
+    end(one, ask(one, "http://r0"), right=False)
+    for cool_down_s in (1, 2, 4, 8):
+        clock.now += cool_down_s - 1e-3
+        assert one.due() == []
+        clock.now += 2e-3
+        probe(one, "http://r0", alive=False)
+        assert one.due() == []
+        assert urls_asked(one) == {"http://r1": 6}
+    clock.now += 61
+    probe(one, "http://r0", alive=None)
+    # a probe that was given up leaves place for another
+    probe(one, "http://r0")
+    assert ask(one, "http://r0").trial
 
 
 def test_a_retry_is_another_replicas_whoever_asked_between() -> None:
@@ -527,6 +712,7 @@ def test_a_trial_that_was_given_up_leaves_place_for_another() -> None:
     one = replicas(clock, break_after=1)
     end(one, ask(one, "http://r0"), right=False)
     clock.now += 1.5
+    probe(one, "http://r0")
     end(one, ask(one, "http://r0"), right=None)
     end(one, ask(one, "http://r0"), right=True)
     assert urls_asked(one) == {"http://r0": 3, "http://r1": 3}
@@ -540,6 +726,7 @@ def test_what_was_sent_before_a_breaker_opened_does_not_hold_it_open() -> None:
         assert isinstance(turn, Turn)
         end(one, turn, right=False)
     clock.now += 1.001
+    probe(one, "http://r0")
     assert ask(one, "http://r0").trial
 
 

@@ -102,8 +102,11 @@ class About:
             about: About = _known(About, {**values, **inner})
         except (TypeError, KeyError, AttributeError) as error:
             raise FrameError(f"its description lacks something ({error})") from error
-        if not (isinstance(about.fingerprint, str) and isinstance(about.num_rows, int)):
-            raise FrameError("its description has a fingerprint or a number of rows that is none")
+        sizes = about.num_rows, about.hidden_size, about.limits.request_bytes, about.limits.reply_bytes
+        if not isinstance(about.fingerprint, str) or not all(type(size) is int and size > 0 for size in sizes):
+            raise FrameError("its description has a fingerprint, a size or a limit that is none")
+        if not {about.dtype, about.hidden_dtype} <= {str(dtype).removeprefix("torch.") for dtype in _STATES}:
+            raise FrameError(f"it has weights in {about.dtype!r} and sends {about.hidden_dtype!r}, which are not known")
         return about
 
 

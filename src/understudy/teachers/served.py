@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
@@ -29,6 +30,10 @@ from .served_batches import Questions
 CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 OPENING_S = 30.0
 """How long a replica may take to say what it is."""
+ABOUT_BYTES = 2**20
+"""Of what it says."""
+_HEADER_BYTES = 64 * 1024
+"""Of a reply beside its tensors."""
 NOT_FINITE_TRIES = 2
 """How often a score that is no number is asked for again before its sample goes without."""
 _HINTS = {
@@ -58,6 +63,7 @@ class Served:
     deadline_s: float = 600.0
     """Of one request with all its attempts and waits."""
     max_retries: int = 5
+    """Of a request; not where nobody listens or the server is busy, which ends at `deadline_s`."""
     backoff_s: float = 0.5
     """Before the first retry; doubled with each, up to a minute."""
     max_concurrency: int = 16
@@ -117,9 +123,15 @@ class Served:
         teacher = ServedTeacher(self, about, setup)
         return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
 
-    def _wire(self, setup: Setup, patience: Patience) -> Wire:
-        name = f"teacher {setup.name}"
-        return Wire(self.urls, name=name, patience=patience, api_key_env=self.token_env, seed=setup.seed)
+    def _wire(self, setup: Setup, patience: Patience, max_reply_bytes: int) -> Wire:
+        return Wire(
+            self.urls,
+            name=f"teacher {setup.name}",
+            patience=patience,
+            api_key_env=self.token_env,
+            seed=setup.seed,
+            max_reply_bytes=max_reply_bytes,
+        )
 
     def _ask_about(self, setup: Setup) -> About:
         """Of the replicas that answer; one that does not is found out by whoever asks it later."""
@@ -128,10 +140,12 @@ class Served:
             deadline_s=min(self.deadline_s, OPENING_S),
             timeout_s=min(self.timeout_s, OPENING_S),
             max_retries=min(self.max_retries, 1),
+            # a replica that is not there holds up no beginning
+            waits=False,
         )
         found: dict[str, About] = {}
         last: EngineError | None = None
-        with self._wire(setup, patience) as wire:
+        with self._wire(setup, patience, ABOUT_BYTES) as wire:
             for number, url in enumerate(wire.urls):
                 try:
                     read = lambda reply: _read_about(reply, url)  # noqa: B023, E731 (called in this turn)
@@ -192,6 +206,12 @@ def _refusal(section: Served, refused: Refused) -> EngineError:
     return EngineError(f"{section.shown} refuses with {refused}" + (f"; {hint}" if hint else ""))
 
 
+def _reply_bytes(about: About) -> int:
+    """Of the longest: the scores of one request, or the head with its bias."""
+    head = about.num_rows * (about.hidden_size + 1) * getattr(torch, about.dtype).itemsize
+    return max(about.limits.reply_bytes, int(head)) + _HEADER_BYTES
+
+
 class ServedTeacher(Unmoved):
     """Scores as a local teacher's, to rounding: which sequences the server reads together is up to who else asks."""
 
@@ -199,7 +219,7 @@ class ServedTeacher(Unmoved):
         self._section = section
         self._about = about
         self._setup = setup
-        self._wire = section._wire(setup, section.patience)
+        self._wire = section._wire(setup, section.patience, _reply_bytes(about))
         self._head: LMHead | None = None
         self._lock = Lock()
 

@@ -9,6 +9,8 @@ from understudy.errors import RecipeError
 from understudy.text import HIDDEN, visible
 
 _SHOWN_CHARS = 300
+_READ_CHARS = 65_536
+"""Of a text that is clipped; the rest of a long reply is not looked through."""
 
 
 def check_address(url: str, what: str, example: str = "http://host:8000") -> None:
@@ -43,4 +45,4 @@ def without_key(text: str, variable: str) -> str:
 
 def clip(text: str, variable: str) -> str:
     """The beginning of `without_key`, on one line."""
-    return " ".join(without_key(text, variable).split())[:_SHOWN_CHARS]
+    return " ".join(without_key(text[:_READ_CHARS], variable).split())[:_SHOWN_CHARS]

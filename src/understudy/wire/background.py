@@ -71,6 +71,14 @@ class Line:
     def __init__(self, client: httpx.AsyncClient, slots: int) -> None:
         self.client = client
         self.slots = asyncio.Semaphore(slots)
+        self._beside: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs beside the requests, in their loop, and is given up with it."""
+        task = asyncio.ensure_future(work)
+        # the loop itself holds no task
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
 
 class Background:

@@ -10,21 +10,43 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from json import dumps
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from understudy.errors import EngineError
 from understudy.randomness import keyed_uniform
 
 from .address import check_address, clip, read_key
 from .background import SCOPE, Background, Closed, Line, Scope, Stopped
-from .replicas import Asker, Replicas, Turn
-from .reply import MAX_WAIT_S, BadReply, Refused, Reply, Trouble, asked_to_wait_s, message_of, passes
+from .replicas import Asker, Replica, Replicas, Turn
+from .reply import (
+    MAX_WAIT_S,
+    BadReply,
+    Refused,
+    Reply,
+    Trouble,
+    asked_to_wait_s,
+    check_size,
+    is_alive,
+    message_of,
+    not_there,
+    passes,
+    read_body,
+)
+
+if TYPE_CHECKING:
+    import httpx
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _GRACE_S = 10.0
 """Beyond its deadline, for a request to say that it has passed."""
+MAX_REPLY_BYTES = 4 * 2**30
+"""Of one reply, where nobody knows better: several heads of the largest vocabularies."""
+MAX_ERROR_BYTES = 2**20
+"""Of what a server says beside a status that is an error; no more is read."""
+PROBE_S = 5.0
+"""How long a replica that was left alone may take to say that it is there."""
 _LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
@@ -37,13 +59,16 @@ class Patience:
     deadline_s: float = 600.0
     """Of one request with all its attempts and waits."""
     max_retries: int = 5
-    """Of a request that timed out, lost its connection, met status 429 or 500 and above, or got a wrong reply."""
+    """Of a request that timed out, lost its connection, met status 500 and above, or got a wrong reply; 0: asked once."""
     backoff_s: float = 0.5
     """Before the first retry; doubled with each, up to a minute, with jitter."""
     max_concurrency: int = 16
     """Requests in flight over all replicas."""
     break_after: int = 3
     """Failures in a row after which a replica is left alone for a while, where there are others."""
+    waits: bool = True
+    """Whether a server that is not there (nobody listens) or busy (429, 503) is asked until `deadline_s`, because it may be
+    starting again; else that counts against `max_retries`."""
 
     def __post_init__(self) -> None:
         for key, low in (("max_retries", 0), ("max_concurrency", 1), ("break_after", 1)):
@@ -89,8 +114,17 @@ class Wire:
     """
 
     def __init__(
-        self, urls: Sequence[str], *, name: str, patience: Patience, api_key_env: str = "", seed: int = 0
+        self,
+        urls: Sequence[str],
+        *,
+        name: str,
+        patience: Patience,
+        api_key_env: str = "",
+        seed: int = 0,
+        max_reply_bytes: int = MAX_REPLY_BYTES,
+        probe_path: str = "/health",
     ) -> None:
+        """`probe_path`: what a replica that was left alone is asked before it gets requests again."""
         if not urls:
             raise ValueError(f"{name} has no address")
         for url in urls:
@@ -100,6 +134,8 @@ class Wire:
         self._patience = patience
         self._api_key_env = api_key_env
         self._seed = seed
+        self._max_reply_bytes = max_reply_bytes
+        self._probe_path = probe_path
         self._replicas = Replicas(
             self.urls, break_after=patience.break_after, cool_down_s=patience.backoff_s, clock=time.monotonic
         )
@@ -135,7 +171,8 @@ class Wire:
         end = time.monotonic() + self._patience.deadline_s
         question = _Question(key, method, path, content or b"", kind, end, Asker(replica))
         trouble = Trouble("nothing was sent: all places were taken")
-        for attempt in range(self._patience.max_retries + 1):
+        attempt = counted = 0
+        while counted <= self._patience.max_retries:
             try:
                 outcome = self._attempt(question, attempt)
             except _Late:
@@ -152,6 +189,8 @@ class Wire:
                 finally:
                     self._replicas.settle(turn, right=None)
             trouble = outcome
+            attempt += 1
+            counted += trouble.counts or not (self._patience.waits and self._patience.max_retries)
         raise self._error(question, trouble, late=question.left_s <= 0)
 
     def _attempt(self, question: _Question, attempt: int) -> Reply | Trouble:
@@ -179,15 +218,14 @@ class Wire:
 
     async def _in_turn(self, line: Line, question: _Question, pause_s: float) -> Reply | Refused | Trouble:
         turn = await self._turn(line, question, pause_s)
-        received = 0
         try:
-            outcome, received = await self._send(line, question, turn)
+            outcome = await self._send(line, question, turn)
         except BaseException:
             self._replicas.settle(turn, right=None)
             raise
         finally:
             line.slots.release()
-            self._replicas.arrive(turn, sent=len(question.content), received=received)
+            self._replicas.arrive(turn, sent=len(question.content), received=turn.received)
         if isinstance(outcome, Trouble):
             self._replicas.settle(turn, right=False)
             question.asker.not_before[turn.replica.url] = time.monotonic() + outcome.wait_s
@@ -202,6 +240,8 @@ class Wire:
                 await asyncio.sleep(pause_s)
                 while True:
                     await line.slots.acquire()
+                    for replica in self._replicas.due():
+                        line.start(self._probe(line, replica))
                     found = self._replicas.take(question.asker)
                     if isinstance(found, Turn):
                         return found
@@ -212,32 +252,54 @@ class Wire:
         except TimeoutError:
             raise _Late from None
 
-    async def _send(self, line: Line, question: _Question, turn: Turn) -> tuple[Reply | Refused | Trouble, int]:
-        """What came, and the bytes of its body."""
+    async def _send(self, line: Line, question: _Question, turn: Turn) -> Reply | Refused | Trouble:
         import httpx
 
-        url = turn.replica.url
-        key = read_key(self._api_key_env)
-        headers = {"Content-Type": question.content_type} | ({"Authorization": f"Bearer {key}"} if key else {})
         seconds = max(0.0, min(self._patience.timeout_s, question.left_s))
         try:
             async with asyncio.timeout(seconds):
-                address = f"{url}/{question.path.lstrip('/')}"
-                response = await line.client.request(
-                    question.method, address, content=question.content, headers=headers
-                )
+                reply = await self._exchange(line.client, question, turn)
         except TimeoutError:
-            return Trouble(f"nothing came within {seconds:.3g} s"), 0
+            return Trouble(f"nothing came within {seconds:.3g} s")
+        except BadReply as error:
+            return Trouble(f"{turn.replica.url} sent {error}")
         except httpx.RequestError as error:
-            return Trouble(self._clip(f"{type(error).__name__} {error}")), 0
-        reply = Reply(url, response.status_code, response.headers, response.content)
-        received = response.num_bytes_downloaded
-        if response.is_success:
-            return reply, received
+            return Trouble(self._clip(f"{type(error).__name__} {error}"), counts=not not_there(error))
+        if reply.is_success:
+            return reply
         message = self._clip(message_of(reply))
         if passes(reply.status):
-            return Trouble(f"status {reply.status}: {message}", asked_to_wait_s(reply)), received
-        return Refused(reply.status, message), received
+            return Trouble(f"status {reply.status}: {message}", asked_to_wait_s(reply), counts=not reply.is_busy)
+        return Refused(reply.status, message)
+
+    async def _exchange(self, client: httpx.AsyncClient, question: _Question, turn: Turn) -> Reply:
+        """Raises BadReply for a body that is too long or compressed: it would be let grow without end."""
+        url = turn.replica.url
+        headers = self._headers() | {"Content-Type": question.content_type}
+        address = f"{url}/{question.path.lstrip('/')}"
+        async with client.stream(question.method, address, content=question.content, headers=headers) as response:
+            limit = self._max_reply_bytes if response.is_success else MAX_ERROR_BYTES
+            if response.is_success:
+                check_size(response.headers, limit)
+            content = await read_body(response.aiter_raw(), limit, cut=not response.is_success, count=turn.receive)
+        return Reply(url, response.status_code, response.headers, content)
+
+    async def _probe(self, line: Line, replica: Replica) -> None:
+        """Whether a replica that was left alone is there again."""
+        alive: bool | None = None
+        try:
+            async with asyncio.timeout(PROBE_S):
+                address = f"{replica.url}/{self._probe_path.lstrip('/')}"
+                async with line.client.stream("GET", address, headers=self._headers()) as response:
+                    alive = is_alive(response.status_code)
+        except Exception:  # a task that fails has nobody to tell
+            alive = False
+        finally:
+            self._replicas.probed(replica, alive=alive)
+
+    def _headers(self) -> dict[str, str]:
+        key = read_key(self._api_key_env)
+        return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def _make_line(self) -> Line:
         import httpx
@@ -245,7 +307,8 @@ class Wire:
         slots = self._patience.max_concurrency
         client = httpx.AsyncClient(
             timeout=None,  # noqa: S113 (each attempt has one as a whole)
-            limits=httpx.Limits(max_connections=slots, max_keepalive_connections=slots),
+            # a probe waits for no request
+            limits=httpx.Limits(max_connections=slots + len(self.urls), max_keepalive_connections=slots),
             # no proxy of the environment leads to this machine
             mounts=dict.fromkeys(_LOOPBACK),
             # certificates take a while to read
@@ -295,7 +358,7 @@ class Wire:
                 outer.remove(scope)
 
     def stats(self) -> dict[str, Any]:
-        """HTTP requests, retries and failures among them, and bytes of bodies sent and received; by url under "replicas"."""
+        """HTTP requests (no probes), retries and failures among them, bytes of bodies sent and received; "replicas": by url."""
         return self._replicas.stats()
 
     def close(self) -> None:

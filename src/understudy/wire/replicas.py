@@ -9,6 +9,9 @@ from typing import Any
 
 from .reply import MAX_WAIT_S
 
+PROBE_PAUSE_S = 0.05
+"""Between two looks at a probe, for who has no other replica to ask."""
+
 
 @dataclass
 class Counts:
@@ -33,6 +36,9 @@ class Replica:
     """Of its circuit breaker since the last success; 0: closed."""
     open_until: float = 0.0
     on_trial: bool = False
+    probing: bool = False
+    proven: bool = False
+    """Whether a probe has found it alive since its breaker opened."""
     counts: Counts = field(default_factory=Counts)
 
 
@@ -44,6 +50,12 @@ class Turn:
     trial: bool
     arrived: bool = False
     settled: bool = False
+    received: int = 0
+    """Bytes of a body, whole or not."""
+
+    def receive(self, size: int) -> None:
+        """As much more has come."""
+        self.received += size
 
 
 @dataclass
@@ -68,9 +80,10 @@ class Asker:
 class Replicas:
     """The ready replica that was asked least by this request, then that with the fewest in flight, then in turn.
 
-    After `break_after` failures in a row a breaker opens for `cool_down_s`; then one trial closes it, or opens it for twice
-    as long, at most `MAX_WAIT_S`. It keeps requests away only while another replica can be asked: a single replica and
-    a pinned one are always asked, and when all are open the first to be ready is asked by all who wait.
+    After `break_after` failures in a row a breaker opens for `cool_down_s`; then a probe, which is no request and holds none
+    up, and after it one trial close it, or open it for twice as long, at most `MAX_WAIT_S`. It keeps requests away only
+    while another replica can be asked: a single replica and a pinned one are always asked, and when all are open the first
+    to be ready is asked by all who wait, without a probe.
     """
 
     def __init__(
@@ -92,12 +105,43 @@ class Replicas:
             if len(among) > 1:
                 for replica in among:
                     if replica.openings:
-                        from_s[replica.url] = max(from_s[replica.url], replica.open_until)
+                        from_s[replica.url] = max(from_s[replica.url], self._open_until(replica, now))
             ready = [replica for replica in among if from_s[replica.url] <= now]
             if not ready:
                 return min(from_s.values()) - now
             alone = [replica for replica in ready if not replica.on_trial]
             return self._give(self._best(alone or ready, asker), asker)
+
+    def _open_until(self, replica: Replica, now: float) -> float:
+        unproven = replica.open_until <= now and not replica.proven and self._some_closed()
+        return now + PROBE_PAUSE_S if unproven else replica.open_until
+
+    def _some_closed(self) -> bool:
+        return any(not replica.openings for replica in self._all)
+
+    def due(self) -> list[Replica]:
+        """That are to be probed now, each by whoever is told so; `probed` says what came of it."""
+        with self._lock:
+            now = self._clock()
+            found = [
+                replica
+                for replica in self._all
+                if replica.openings and not (replica.probing or replica.proven) and replica.open_until <= now
+            ]
+            if not self._some_closed():
+                return []
+            for replica in found:
+                replica.probing = True
+            return found
+
+    def probed(self, replica: Replica, *, alive: bool | None) -> None:
+        """None: nobody knows, because the probe was given up."""
+        with self._lock:
+            replica.probing = False
+            if alive:
+                replica.proven = True
+            elif alive is False and replica.openings:
+                self._open(replica)
 
     def _best(self, ready: list[Replica], asker: Asker) -> Replica:
         def order(replica: Replica) -> tuple[int, int, int]:
@@ -146,6 +190,7 @@ class Replicas:
 
     def _open(self, replica: Replica) -> None:
         replica.openings += 1
+        replica.proven = False
         full: float = self._cool_down_s * 2.0 ** min(replica.openings - 1, 60)
         replica.open_until = self._clock() + min(MAX_WAIT_S, full)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from json import loads
+from ssl import SSLError
 from typing import Any
 
 MAX_WAIT_S = 60.0
@@ -16,15 +17,28 @@ _DOES_NOT_FIT = frozenset({400, 413, 422})
 _TOO_LONG = re.compile(r"context.?length|maximum context|too long|too many tokens", re.IGNORECASE)
 
 
+_BUSY = frozenset({429, 503})
+
+
 @dataclass(frozen=True)
 class Reply:
-    """What a server said, status 200 to 299."""
+    """What a server said; who reads one has status 200 to 299."""
 
     url: str
     """Of the replica that said it."""
     status: int
     headers: Mapping[str, str]
     content: bytes
+
+    @property
+    def is_success(self) -> bool:
+        """200 to 299."""
+        return 200 <= self.status < 300
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the server is there, and will answer later."""
+        return self.status in _BUSY
 
     def json(self) -> Any:
         """Raises BadReply for what is no JSON."""
@@ -64,11 +78,58 @@ class Trouble:
     text: str
     wait_s: float = 0.0
     """As the server asks."""
+    counts: bool = True
+    """Against the retries; not where the server is busy, or not there yet."""
 
 
 def passes(status: int) -> bool:
     """Whether another attempt may get another status."""
     return status in _PASSING or status >= 500
+
+
+def is_alive(status: int) -> bool:
+    """Of a replica that was asked for its health; many servers have no such path, or another way to ask."""
+    return status < 500 or status == 501
+
+
+def not_there(error: BaseException) -> bool:
+    """Whether no connection was made, for another reason than a certificate, which stays as it is."""
+    import httpx
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SSLError):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, httpx.ConnectError)
+
+
+def check_size(headers: Mapping[str, str], limit: int) -> None:
+    """Raises BadReply for a body that announces more than `limit` bytes, and for a compressed one."""
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise BadReply(f"a body compressed with {coding[:20]}, which nobody asked for")
+    length = headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+        raise _too_long(limit)
+
+
+async def read_body(parts: AsyncIterator[bytes], limit: int, *, cut: bool, count: Callable[[int], None]) -> bytes:
+    """The body as it was sent. Beyond `limit` bytes it is cut, or raises BadReply; `count` is told all that came."""
+    found, size = [], 0
+    async for part in parts:
+        count(len(part))
+        size += len(part)
+        found.append(part)
+        if size > limit:
+            if not cut:
+                raise _too_long(limit)
+            break
+    return b"".join(found)[:limit]
+
+
+def _too_long(limit: int) -> BadReply:
+    return BadReply(f"a reply of more than {limit:,} bytes, the most that are read")
 
 
 def message_of(reply: Reply) -> str:
