@@ -20,6 +20,7 @@ from tests.leaks import nothing_left
 from tests.tiny_models import NUM_ROWS, sample, tiny
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import Unscored
+from understudy.teachers import cache
 from understudy.teachers.cache import DRIFT, CachedTeacher
 from understudy.teachers.local import LocalTeacher
 from understudy.types import Need, Sample, Scores
@@ -106,11 +107,11 @@ def test_what_was_scored_once_is_not_asked_again(
         for one, other, another in zip(first, second, third, strict=True):
             equal(one, other)
             equal(one, another)
-        # one that is stored is scored again before the first that is not
+        # the longest that are stored are scored again before the first that is not
         cached.score(samples(), need, k=k)
-        assert again.asked == ["stored#0", "p4#0", "p5#0"]
+        assert again.asked == ["stored#3", "stored#2", "stored#1", "p4#0", "p5#0"]
         cached.score([sample("q", [9], [8])], need, k=k)
-        assert again.asked[3:] == ["q#0"]
+        assert again.asked[5:] == ["q#0"]
 
 
 def test_an_entry_is_of_its_teacher_tokens_need_and_k(tmp_path: Path) -> None:
@@ -205,14 +206,79 @@ def test_a_teacher_that_changed_behind_its_name_is_found_out(tmp_path: Path, nee
         for _ in range(2):
             with pytest.raises(ScoreError, match=r"not the one that filled .*teacher.revision"):
                 cached.score(samples(), need, k=2)
-        assert set(far.asked) == {"stored#0"}
+        assert set(far.asked) == {"stored#0", "stored#1", "stored#2"}
     with opened(near, tmp_path) as cached:
         cached.score(samples(), need, k=2)
-        assert near.asked == ["stored#0", "p3#0", "p4#0", "p5#0"]
+        assert near.asked == ["stored#2", "stored#1", "stored#0", "p3#0", "p4#0", "p5#0"]
+
+
+def test_a_teacher_that_scores_nothing_is_not_called_another(tmp_path: Path) -> None:
+    with opened(Counted(tiny()), tmp_path) as cached:
+        cached.score(samples()[:3], SAMPLED)
     gone = Counted(tiny())
-    gone.unscored = {"stored#0"}
-    with opened(gone, tmp_path) as cached, pytest.raises(ScoreError, match="not the one"):
-        cached.score([sample("q", [9], [8])], need, k=2)
+    gone.unscored = {"stored#1"}
+    with (
+        opened(gone, tmp_path) as cached,
+        pytest.raises(ScoreError, match=r"cannot tell whether .*no reason") as caught,
+    ):
+        cached.score([sample("q", [9], [8])], SAMPLED)
+    assert "nan" not in str(caught.value)
+
+
+def test_the_longest_responses_are_compared_as_few_as_are_enough(tmp_path: Path) -> None:
+    """A first entry of one token says nothing about a teacher."""
+    made = [sample("short", [3], [4])] + [sample(f"p{n}", [3] * (90 - n), [5] * n) for n in (20, 70, 10, 30)]
+    with opened(Counted(tiny()), tmp_path) as cached:
+        cached.score(made, SAMPLED)
+    for most, expected in ((70, ["stored#2"]), (30, ["stored#4", "stored#1", "stored#3"])):
+        judge = Counted(tiny())
+        with opened(judge, tmp_path / str(most)) as cached:
+            cached.score([one for one in made if one.num_response_tokens <= most], SAMPLED)
+        with opened(judge, tmp_path / str(most)) as cached:
+            judge.asked.clear()
+            cached.score([sample("q", [9], [8])], SAMPLED)
+        kept = [one for one in made if one.num_response_tokens <= most]
+        named = [f"stored#{kept.index(made[int(name[-1])])}" for name in expected]
+        assert judge.asked == [*named, "q#0"]
+
+
+def test_a_teacher_that_changes_in_the_middle_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "COMPARE_EVERY", 5)
+    judge = Counted(tiny())
+    with opened(judge, tmp_path) as cached:
+        cached.score(samples(), SAMPLED)
+        judge.drift = 2 * DRIFT
+        with pytest.raises(ScoreError, match="not the one"):
+            cached.score([sample("q", [9], [8])], SAMPLED)
+        judge.drift = 0.0
+        cached.score([sample("q", [9], [8])], SAMPLED)
+        judge.asked.clear()
+        cached.score([sample("r", [9], [8, 8])], SAMPLED)
+        assert judge.asked == ["r#0"]
+
+
+def test_close_while_a_teacher_scores_says_so(tmp_path: Path) -> None:
+    """The file is whole, and nothing is to be deleted."""
+    judge = Counted(tiny())
+    cached = CachedTeacher(judge, tmp_path / "scores.sqlite3")
+    score = LocalTeacher.score
+
+    def closing_score(*args: Any, **keys: Any) -> list[Scores]:
+        cached.close()
+        return score(judge, *args, **keys)
+
+    judge.score = closing_score  # type: ignore[method-assign]
+    with pytest.raises(ScoreError, match="is closed") as caught:
+        cached.score(samples()[:1], SAMPLED)
+    assert "damaged" not in str(caught.value)
+
+
+def test_nobody_else_reads_the_file(tmp_path: Path) -> None:
+    with opened(Counted(tiny()), tmp_path) as cached:
+        cached.score(samples()[:1], SAMPLED)
+        modes = {one.name: one.stat().st_mode & 0o777 for one in tmp_path.iterdir()}
+    assert modes["scores.sqlite3"] == 0o600
+    assert set(modes.values()) == {0o600}
 
 
 def test_a_teacher_that_moves_leaves_its_entries_behind(tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ Other batches and other kernels move bfloat16 scores by about 0.005 a token (mea
 update of the weights that anybody would call another teacher moves them by more than 0.05. A single unlikely token may
 move by more than either, so the mean over the sample is compared.
 """
+COMPARED = 3
+"""Stored entries, at most, that are scored again: their tokens count, and two more than one make up for short ones."""
+COMPARED_TOKENS = 64
+"""Enough of them. A token that is certain, such as the end of a short answer, scores 0 by any teacher; of 64 some are not."""
+COMPARED_OF = 200
+"""Oldest entries, among which the longest responses are looked for: to read all of a large file would take minutes."""
+COMPARE_EVERY = 1_000
+"""Misses after which it is compared again: a server may change its weights during a run. It costs at most 3 in 1,000."""
 CHUNK_TOKENS = 262_144
 """Scored between two writes: what a kill costs at most, and 16 requests of 16,384 tokens in flight."""
 WAIT_S = 60.0
@@ -65,8 +73,9 @@ class CachedTeacher:
     shared memory, so it belongs on a local disk. Whole rows ("full") are not kept: hidden states of one sample are
     megabytes, and their head moves with the teacher. What was not scored (`Unscored`) is asked again.
 
-    Where every sample is in the file the teacher is never asked. Before it is asked first, one stored entry of its
-    fingerprint is scored again: a server shows no weights, so a fingerprint cannot tell that they changed behind a name.
+    Where every sample is in the file the teacher is never asked. Before it is asked first, and after every `COMPARE_EVERY`
+    samples, some stored entries of its fingerprint are scored again: a server shows no weights, so a fingerprint cannot tell
+    that they changed behind a name.
     """
 
     def __init__(
@@ -79,12 +88,15 @@ class CachedTeacher:
         self._chunk_tokens = chunk_tokens
         self._max_drift = max_drift
         self._counts = _Counts()
-        self._same: set[str] = set()
+        self._since: dict[str, int] = {}
+        """Misses since each fingerprint was compared."""
         self._asked: set[bytes] = set()
         """What some thread is asking the teacher for."""
         self._lock = Condition()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # prompts and responses are nobody else's; SQLite gives its log the same mode
+            path.touch(mode=0o600)
             self._file = _connect(path)
         except (OSError, sqlite3.Error) as error:
             raise RecipeError(
@@ -185,6 +197,7 @@ class CachedTeacher:
             self._counts.hits += len(by_key) - len(mine) if first else 0
             if mine:
                 self._compare(fingerprint)
+                self._since[fingerprint] += len(mine)
             self._asked |= {key for key, _ in mine}
             return mine
 
@@ -220,25 +233,50 @@ class CachedTeacher:
             raise
 
     def _compare(self, fingerprint: str) -> None:
-        """Raises ScoreError where the teacher does not give what is stored under its fingerprint; once for each."""
-        if fingerprint in self._same:
+        """Raises ScoreError where the teacher does not give what is stored under its fingerprint."""
+        if self._since.get(fingerprint, COMPARE_EVERY) < COMPARE_EVERY:
             return
-        query = "SELECT teacher, prompt_length, value FROM scores WHERE fingerprint = ? ORDER BY rowid LIMIT 1"
-        for teacher, prompt_length, value in self._run(query, [fingerprint]):
-            tensors = self._unpack(value)
-            sample = _sample(tensors["token_ids"], prompt_length, teacher)
-            now = self.teacher.score([sample], frozenset({"sampled"}))[0]
-            drift = float("nan")
-            if now.logprob is not None:
-                drift = float((now.logprob.double() - tensors["logprob"].double()).abs().mean())
+        stored = self._longest(fingerprint)
+        if stored:
+            samples = [sample for sample, _ in stored]
+            drift = self._drift(self.teacher.score(samples, frozenset({"sampled"})), [before for _, before in stored])
             if not drift <= self._max_drift:
+                tokens = sum(sample.num_response_tokens for sample in samples)
                 raise ScoreError(
-                    f"teacher {self.name!r} is not the one that filled {self._path}: a sample of {len(sample.response_ids)} "
-                    f"response tokens that is stored there now scores {drift:.3g} nats a token otherwise (at most "
-                    f"{self._max_drift:g}). Serve the model that filled it, or change teacher.revision (scores are then "
-                    "stored apart), or delete the file"
+                    f"teacher {self.name!r} is not the one that filled {self._path}: {tokens} response tokens that are "
+                    f"stored there now score {drift:.3g} nats a token otherwise (at most {self._max_drift:g}). Serve the "
+                    "model that filled it, or change teacher.revision (scores are then stored apart), or delete the file"
                 )
-        self._same.add(fingerprint)
+        self._since[fingerprint] = 0
+
+    def _longest(self, fingerprint: str) -> list[tuple[Sample, Tensor]]:
+        """Up to `COMPARED` stored samples with the most response tokens, as few as have `COMPARED_TOKENS`; their scores."""
+        query = "SELECT teacher, prompt_length, value FROM scores WHERE fingerprint = ? ORDER BY rowid LIMIT ?"
+        found: list[tuple[Sample, Tensor]] = []
+        for index, (teacher, prompt_length, value) in enumerate(self._run(query, [fingerprint, COMPARED_OF])):
+            tensors = self._unpack(value)
+            found.append((_sample(tensors["token_ids"], prompt_length, teacher, index), tensors["logprob"]))
+        found.sort(key=lambda pair: -pair[0].num_response_tokens)
+        chosen = found[:COMPARED]
+        while sum(len(before) for _, before in chosen[:-1]) >= COMPARED_TOKENS:
+            chosen.pop()
+        return chosen
+
+    def _drift(self, now: Sequence[Scores], before: Sequence[Tensor]) -> float:
+        """Mean over all tokens. Raises ScoreError where there is no score to compare."""
+        for scores in now:
+            if isinstance(scores, Unscored) or scores.logprob is None:
+                reason = scores.reason if isinstance(scores, Unscored) else "it gave no log-probabilities"
+                raise ScoreError(
+                    f"cannot tell whether teacher {self.name!r} is the one that filled {self._path}: what is stored there it "
+                    f"does not score any more ({reason}); see to the teacher, or give another teacher.cache"
+                )
+        gaps = [
+            (scores.logprob.double() - stored.double()).abs()
+            for scores, stored in zip(now, before, strict=True)
+            if scores.logprob is not None
+        ]
+        return float(torch.cat(gaps).mean())
 
     def _run(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         try:
@@ -248,6 +286,8 @@ class CachedTeacher:
             raise ScoreError(
                 f"the cache of scores {self._path}: {error}; free space, or end the process that holds it"
             ) from error
+        except sqlite3.ProgrammingError as error:
+            raise ScoreError(f"the cache of scores {self._path} is closed: nothing more can be asked of it") from error
         except sqlite3.DatabaseError as error:
             raise self._damaged(str(error)) from error
 
@@ -322,11 +362,11 @@ def _pack(sample: Sample, scores: Scores) -> bytes:
     return packed
 
 
-def _sample(token_ids: Tensor, prompt_length: int, teacher: str | None) -> Sample:
+def _sample(token_ids: Tensor, prompt_length: int, teacher: str | None, index: int) -> Sample:
     """Tokens alone, which is all that the teacher of a cache reads."""
     return Sample(
         prompt=Prompt(id="stored", teacher=teacher),
-        index=0,
+        index=index,
         token_ids=token_ids,
         author=torch.full(token_ids.shape, int(Author.STUDENT), dtype=torch.uint8),
         prompt_length=prompt_length,
