@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Judges:
 
     def close(self) -> None:
         """Ends connections."""
-        for one in (self.teacher, self.reference):
+        for one in (self.teacher, self.judge, self.reference):
             if one is not None:
                 one.close()
 
@@ -50,14 +51,24 @@ class Judges:
 
 def load_judges(recipe: Recipe, loaded: Loaded) -> Judges:
     """The teachers and the reference model at the student's temperature and vocabulary."""
-    opened: dict[str, Any] = {
-        name: section.open(teacher_setup(recipe, loaded, name)) for name, section in recipe.judges.items()
-    }
+    with ExitStack() as stack:
+        judges = _load(recipe, loaded, stack)
+        # from here on they are closed by whoever asked for them
+        stack.pop_all()
+    return judges
+
+
+def _load(recipe: Recipe, loaded: Loaded, stack: ExitStack) -> Judges:
+    opened: dict[str, Any] = {}
+    for name, kind in recipe.judges.items():
+        opened[name] = kind.open(teacher_setup(recipe, loaded, name))
+        stack.callback(opened[name].close)
     asked = recipe.method.needs
-    judge = next((opened[name] for name, section in recipe.judges.items() if isinstance(section, Verbal | Chat)), None)
+    kinds = recipe.judges.items()
+    judge = next((opened[name] for name, kind in kinds if isinstance(kind, Verbal | Chat)), None)
     scorers = {name: one for name, one in opened.items() if one is not judge}
-    teacher = RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None)
-    reference = None
+    teacher: Teacher | None = RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None)
+    reference: Teacher | None = None
     if "reference" in asked:
         section = recipe.reference or Start()
         reference = section.open(teacher_setup(recipe, loaded, "reference"))

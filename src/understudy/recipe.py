@@ -15,7 +15,7 @@ from .needs import AnyResponses, check_groups, check_needs
 from .rollout import HF, ROLLOUTS, VLLM, AnyRollout
 from .rollout.engines import check_temperature, logprobs_mode
 from .tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
-from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Http, Stored
+from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Http, Privileged, Start, Stored
 from .trainer.responses import RESPONSES
 from .trainer.settings import Async, Eval, Train
 from .types import Sampling
@@ -150,6 +150,16 @@ class Recipe:
             )
         if any(isinstance(section, Stored) for section in self.judges.values()):
             raise ValueError("async has nothing to overlap where samples are stored; remove the section async")
+        moving = [name for name, section in self.judges.items() if isinstance(section, Privileged) and section.ema]
+        starts = isinstance(self.reference, Start) or self.reference is None
+        if self.student.lora is not None and "reference" in self.method.needs and starts:
+            # the live model without its adapters
+            moving.append("reference")
+        if moving:
+            raise ValueError(
+                f"async has the {moving[0]} score beside the update, but it runs on the student's own weights or follows "
+                "them; give it a model of its own, or remove the section async"
+            )
 
     @property
     def engine(self) -> AnyRollout:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from . import assemble, config, doctor, facts
 from .card import model_card
@@ -24,8 +25,8 @@ from .methods import Method
 from .models import num_positions, row_style, save_hf
 from .recipe import Recipe, check_same_recipe
 from .report import write_report
-from .rollout import Sampler
-from .sampler import open_sampler
+from .rollout import VLLM, Sampler
+from .sampler import open_sampler, to_compare
 from .tasks import Arithmetic, num_repeated, overlap, overlap_message
 from .tasks.render import encode_prompt
 from .teachers import Judge, StoredTeacher
@@ -39,12 +40,12 @@ from .trainer.observe import Observer, peak_memory_gib
 from .trainer.optimizer import Optimizer
 from .trainer.overlap import Overlapped
 from .trainer.prompts import PromptStream
-from .trainer.publish import NUM_PROBED, Publisher
+from .trainer.publish import Publisher
 from .trainer.rewards import Rewarder
 from .trainer.rollouts import Rollouts
 from .trainer.rundir import RunDir
 from .trainer.update import Student
-from .types import Prompt, Sample
+from .types import Prompt, Sampling
 
 ENDS_ON_POLICY = 0.05
 """Of a teacher's response in a prefix: less is a token or two."""
@@ -74,6 +75,10 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     assemble.check(recipe, fetch=True)
     device = assemble.choose_device(recipe.device)
     ranks = Ranks.from_environment(device)
+    if ranks.world > 1 and isinstance(recipe.engine, VLLM) and recipe.engine.launch is not None:
+        raise RecipeError(
+            "rollout.launch starts servers for one rank alone; with several ranks start them yourself and give rollout.url"
+        )
     if examine:
         doctor.refuse(ranks.gather(doctor.before_loading(recipe) if ranks.is_main else [])[0])
     console.note("loading " + " and ".join(_models(recipe)))
@@ -135,18 +140,8 @@ def _build(
     models = [loaded.model, *judges.models]
     method = recipe.run_method
     samples_own = any(part.plan(0).on_policy_share > 0 for part in method.members)
-    limit = assemble.prompt_limit(recipe, recipe.sampling, *models) if samples_own else recipe.train.max_prompt_tokens
     sampler, weights = open_sampler(recipe, loaded)
     opened.callback(sampler.close)
-    collector = _collector(recipe, loaded, judges, sampler)
-    prompts = PromptStream(
-        _training_prompts(recipe, judges),
-        lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
-        seed=recipe.seed,
-        max_prompt_tokens=limit,
-    )
-    prompts.draw(progress.position, 1)
-    _check_eval_prompts(recipe, loaded)
     student = Student(
         model=loaded.model,
         device=loaded.device,
@@ -157,8 +152,19 @@ def _build(
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         style=row_style(loaded.model),
     )
-    publish = Publisher(sampler, student, weights, ranks, _probed(prompts, progress.position))
+    publish = Publisher(sampler, student, weights, ranks, to_compare(recipe, loaded) if sampler.remote else ())
     publish(progress.updates, ())
+    # from here on an engine knows how long its sequences may be
+    limit = prompt_limit(recipe, recipe.sampling, sampler, *models) if samples_own else recipe.train.max_prompt_tokens
+    collector = _collector(recipe, loaded, judges, sampler)
+    prompts = PromptStream(
+        _training_prompts(recipe, judges),
+        lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
+        seed=recipe.seed,
+        max_prompt_tokens=limit,
+    )
+    prompts.draw(progress.position, 1)
+    _check_eval_prompts(recipe, loaded, sampler)
     rollouts = Rollouts(
         prompts=prompts,
         collector=collector,
@@ -217,19 +223,23 @@ def _overlapped(recipe: Recipe, rollouts: Rollouts, method: Method) -> Overlappe
                 f"async has the {name} score beside the update, but it runs on the student's own weights or follows them; "
                 f"give the {name} a model of its own, or remove the section async"
             )
-    return Overlapped(rollouts, method, recipe.async_)
+    grouped = isinstance(recipe.engine, VLLM) and recipe.engine.grouped
+    return Overlapped(rollouts, method, recipe.async_, grouped=grouped)
 
 
-def _probed(prompts: PromptStream, position: int) -> list[Sample]:
-    """The next prompts, for a sampler that is compared with the trainer before there are samples."""
-    return [
-        Sample(prompt, 0, ids, torch.zeros(ids.numel(), dtype=torch.uint8), 1, "data", "")
-        for prompt, ids in prompts.draw(position, NUM_PROBED).prompts
-    ]
+def prompt_limit(recipe: Recipe, sampling: Sampling, sampler: Sampler, *models: nn.Module) -> int:
+    """`assemble.prompt_limit`, and what the engine takes. Raises RecipeError where no room is left."""
+    limit, room = assemble.prompt_limit(recipe, sampling, *models), sampler.num_positions
+    if room is not None and room - sampling.max_new_tokens < 1:
+        raise RecipeError(
+            f"max_new_tokens is {sampling.max_new_tokens}, but the rollout engine takes {room} tokens in all "
+            "(--max-model-len): no prompt fits before the response; lower it, or start the engine with more"
+        )
+    return limit if room is None else min(limit, room - sampling.max_new_tokens)
 
 
 def _collector(recipe: Recipe, loaded: assemble.Loaded, judges: Judges, sampler: Sampler) -> Collector:
-    sizes = [num_positions(model) for model in (loaded.model, *judges.models)]
+    sizes = [sampler.num_positions, *(num_positions(model) for model in (loaded.model, *judges.models))]
     return Collector(
         sampler=sampler,
         sampling=recipe.sampling,
@@ -263,11 +273,11 @@ def _training_prompts(recipe: Recipe, judges: Judges) -> Sequence[Prompt]:
     return found
 
 
-def _check_eval_prompts(recipe: Recipe, loaded: assemble.Loaded) -> None:
+def _check_eval_prompts(recipe: Recipe, loaded: assemble.Loaded, sampler: Sampler) -> None:
     """Raises before anything is written what an evaluation would raise later."""
     if recipe.eval is None:
         return
-    limit = assemble.prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, loaded.model)
+    limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, sampler, loaded.model)
     prompts = assemble.eval_prompts(recipe)
     lengths = (len(encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs)) for prompt in prompts)
     if not any(length <= limit for length in lengths):
@@ -353,7 +363,7 @@ def evaluator(
                 step=step,
                 split=settings.split,
                 out_dir=out_dir,
-                max_prompt_tokens=assemble.prompt_limit(recipe, settings.sampling or recipe.sampling, loaded.model),
+                max_prompt_tokens=prompt_limit(recipe, settings.sampling or recipe.sampling, sampler, loaded.model),
                 eos_ids=loaded.stop_ids,
                 template_kwargs=recipe.student.template_kwargs,
                 progress=show,

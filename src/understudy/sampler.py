@@ -5,14 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .assemble import Loaded
+from .models import row_style
 from .models.saving import merged_state_dict
 from .recipe import Recipe
 from .rollout import HF, CopySampler, Sampler
+from .tasks.render import encode_prompt
+from .trainer.distributed import Ranks
+from .trainer.publish import NUM_PROBED, Publisher
+from .trainer.update import Student
+from .types import Sample
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 
@@ -43,10 +51,24 @@ def open_sampler(recipe: Recipe, loaded: Loaded) -> tuple[Sampler, Weights | Non
 
 @contextmanager
 def sampling_with(recipe: Recipe, loaded: Loaded) -> Iterator[Sampler]:
-    """A sampler of the weights as they are, closed at the end."""
+    """A sampler of the weights as they are, compared before and after where it is remote, and closed at the end."""
     sampler, weights = open_sampler(recipe, loaded)
+    student = Student(
+        loaded.model, loaded.device, loaded.vocab_size, 1.0, loaded.compute_dtype, style=row_style(loaded.model)
+    )
     try:
-        sampler.push(None if weights is None else weights(), 0)
+        first = to_compare(recipe, loaded) if sampler.remote else ()
+        Publisher(sampler, student, weights, Ranks(), first)(0, ())
         yield sampler
+        sampler.verify()
     finally:
         sampler.close()
+
+
+def to_compare(recipe: Recipe, loaded: Loaded) -> list[Sample]:
+    """Some prompts of the task, for a sampler that is compared before there are samples."""
+    prompts = islice(recipe.task.prompts("train"), NUM_PROBED)
+    rendered = [(prompt, encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs)) for prompt in prompts]
+    return [
+        Sample(prompt, 0, ids, torch.zeros(ids.numel(), dtype=torch.uint8), 1, "data", "") for prompt, ids in rendered
+    ]

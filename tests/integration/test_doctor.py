@@ -380,7 +380,7 @@ def test_scores_at_another_temperature_are_found(tmp_path: Path) -> None:
     assert "the student samples at 1; the teacher scores at 2" in found.found
 
 
-def test_prompts_and_responses_have_to_fit(tmp_path: Path) -> None:
+def test_prompts_and_responses_have_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = distillation(tmp_path)
     recipe = recipe_of(tmp_path, **changes)
     with parts_of(recipe) as parts:
@@ -389,12 +389,13 @@ def test_prompts_and_responses_have_to_fit(tmp_path: Path) -> None:
         (fits,) = sides._lengths(parts)
         assert fits.level == "ok"
         assert f"{longest} prompt tokens and 24 new ones make {longest + 24}" in fits.found
-        engine: Any = parts.collector.sampler
-        engine.num_positions = longest + 23
+        engine: Any = type(parts.collector.sampler)
+        room = longest + 23
+        monkeypatch.setattr(engine, "num_positions", property(lambda _: room))
         (short,) = sides._lengths(parts)
         assert short.level == "error"
         assert "rollout engine" in short.advice
-        engine.num_positions = longest + 24
+        room = longest + 24
         assert next(sides._lengths(parts)).level == "ok"
         tight = replace(recipe, train=replace(recipe.train, max_prompt_tokens=shortest - 1))
         assert next(sides._lengths(replace(parts, recipe=tight))).level == "error"

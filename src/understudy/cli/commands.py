@@ -20,6 +20,7 @@ from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval
+from understudy.trainer.signals import terminable
 
 
 def quieten_libraries() -> None:
@@ -37,7 +38,7 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
     recipe = load_recipe(path, overrides)
     quieten_libraries()
     ranks = Ranks.from_environment(assemble.choose_device(recipe.device)) if not dry_run else Ranks()
-    with Console(quiet=not ranks.is_main) as console, contextlib.closing(ranks):
+    with terminable(), Console(quiet=not ranks.is_main) as console, contextlib.closing(ranks):
         if dry_run:
             if not resume:
                 RunDir(Path(recipe.run_dir)).check_new()
@@ -110,12 +111,11 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
         raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
     quieten_libraries()
     assemble.check(recipe, training=False)
-    with Console() as console:
+    with terminable(), Console() as console:
         loaded = assemble.load_student(recipe)
         started = time.perf_counter()
-        judge = load_judges(recipe, loaded).judge
-        with sampling_with(recipe, loaded) as sampler:
-            summary = runs.evaluator(recipe, loaded, sampler, judge, Ranks(), out, console)(0)
+        with contextlib.closing(load_judges(recipe, loaded)) as judges, sampling_with(recipe, loaded) as sampler:
+            summary = runs.evaluator(recipe, loaded, sampler, judges.judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary

@@ -15,6 +15,7 @@ from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.loop import Trainer
 from understudy.trainer.rundir import RunDir
+from understudy.trainer.signals import terminable
 
 from .commands import quieten_libraries
 
@@ -23,7 +24,7 @@ def examine(path: Path, overrides: Sequence[str]) -> int:
     """Prints every finding; how many of them are errors. Nothing is written."""
     recipe = load_recipe(path, overrides)
     quieten_libraries()
-    with Console() as console:
+    with terminable(), Console() as console:
         found = doctor.examine(recipe, lambda recipe: loaded(recipe, console))
         doctor.show(console, found)
     return len(doctor.errors_of(found))

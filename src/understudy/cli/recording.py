@@ -6,9 +6,8 @@ that takes one step on them takes the step that it would have taken beside the t
 
 from __future__ import annotations
 
-import signal
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from understudy.teachers import Chat, Privileged, Stored, Teacher, Verbal
 from understudy.teachers.recording import ScoredMeta, recorded, write_scored
 from understudy.trainer.console import Console
 from understudy.trainer.prompts import PromptStream
+from understudy.trainer.signals import terminable
 from understudy.types import Need, Prompt, Request, Sample, Scores
 
 from .commands import quieten_libraries
@@ -76,7 +76,7 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
         write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
         pairs = _Pairs(recipe, loaded, judges.teacher, k, console)
         try:
-            with _terminable():
+            with terminable(), contextlib.closing(judges):
                 total = write_scored(out, meta, pairs.of(missing), shard_samples=BLOCK_REQUESTS)
         except KeyboardInterrupt:
             console.note(f"stopped by a signal; the same command continues ({out})")
@@ -210,13 +210,3 @@ class _Pairs:
                 scores = self.teacher.score(samples, need, k=self.k)
                 yield from zip(samples, scores, strict=True)
                 advance(len(block))
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does: what was made is written first."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -17,6 +17,7 @@ from understudy.sampler import sampling_with
 from understudy.tasks.render import encode_prompt
 from understudy.trainer.console import Console
 from understudy.trainer.settings import Split
+from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
 
 from .commands import load_for_use, quieten_libraries
@@ -46,7 +47,7 @@ def sample(
     quieten_libraries()
     assemble.check(recipe, training=False)
     chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
-    with Console() as console:
+    with terminable(), Console() as console:
         loaded = assemble.load_student(recipe)
         rendered = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in chosen]
         requests = [

@@ -45,6 +45,8 @@ class Run:
     positions: int | None
     is_loaded: bool
     """Whether all weights are in memory already."""
+    has_moments: bool = False
+    """Whether the optimizer's are, as in a run that goes on."""
 
     @property
     def longest(self) -> int:
@@ -104,7 +106,8 @@ def _loaded(parts: Parts) -> Run:
     positions = [num_positions(model) for model in (student, *parts.judges.models)]
     known = min((size for size in positions if size is not None), default=None)
     loaded, recipe = parts.loaded, parts.recipe
-    return Run(recipe, loaded.device, size_of(student), others, moving, loaded.vocab_size, known, is_loaded=True)
+    sizes = size_of(student), others, moving, loaded.vocab_size, known
+    return Run(recipe, loaded.device, *sizes, is_loaded=True, has_moments=bool(parts.trainer.optimizer.state()))
 
 
 def _room(run: Run) -> list[Finding]:
@@ -170,7 +173,7 @@ def _persistent(run: Run) -> dict[str, int]:
     if isinstance(engine, HF) and engine.copy and not run.is_loaded:
         weights["the sampler's copy"] = run.student.weights
     weights |= {} if run.is_loaded else {label: size.weights for label, size in run.others.items()}
-    return weights | {"optimizer": ADAM_MOMENTS * run.student.trained}
+    return weights | ({} if run.has_moments else {"optimizer": ADAM_MOMENTS * run.student.trained})
 
 
 def _update(run: Run) -> dict[str, int]:

@@ -33,6 +33,11 @@ class Sampler(Protocol):
         ...
 
     @property
+    def num_positions(self) -> int | None:
+        """Tokens of prompt and response together, where the engine has a limit beside the student's."""
+        ...
+
+    @property
     def remote(self) -> bool:
         """Whether it is servers that all ranks share: one rank pushes for all, and compares the weights by a probe."""
         ...

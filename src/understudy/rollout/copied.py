@@ -8,6 +8,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
+from understudy.errors import EngineError
 from understudy.types import Request, Sample, Sampling
 
 from .hf import HFSampler
@@ -21,11 +22,17 @@ class CopySampler:
         self._weights = dict(model.state_dict())
         self._sampler = open_sampler(model)
         self._lock = Lock()
+        self._closed = False
 
     @property
     def concurrency(self) -> int:
         """One batch at a time."""
         return 1
+
+    @property
+    def num_positions(self) -> int | None:
+        """The student's own."""
+        return None
 
     @property
     def remote(self) -> bool:
@@ -45,13 +52,16 @@ class CopySampler:
     ) -> list[Sample]:
         """As `HFSampler.generate`."""
         with self._lock:
+            if self._closed:
+                raise EngineError("the sampler is closed")
             return self._sampler.generate(requests, sampling, step=step, stream=stream)
 
     def verify(self) -> None:
         """A copy in memory stays."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Batches that wait for their turn are not written any more."""
+        self._closed = True
 
 
 __all__ = ["CopySampler"]

@@ -61,6 +61,11 @@ class HFSampler:
         """Nothing is open."""
 
     @property
+    def num_positions(self) -> int | None:
+        """The student's own."""
+        return None
+
+    @property
     def remote(self) -> bool:
         """The weights are the trainer's."""
         return False

@@ -134,6 +134,10 @@ class Judge(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Gives up what is in flight; nothing is left of threads and connections."""
+        ...
+
 
 class Responder(Protocol):
     """A teacher that is asked for its own responses, as text."""

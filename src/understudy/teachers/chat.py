@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
-from understudy.errors import RecipeError
+from understudy.errors import EngineError, RecipeError
 from understudy.types import Need, Prompt, Sample, Verdict
 from understudy.wire import Patience, Refused, Wire, check_address, read_key
 
@@ -134,6 +135,8 @@ class ChatTeacher(Unmoved):
         )
         self._name = name
         self._constrain: Constrain = section.constrain
+        self._open: set[Wire] = set()
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -163,7 +166,7 @@ class ChatTeacher(Unmoved):
         # whether a constraint is understood is found out by one question before the others are sent
         first = named[:1] if self._constrain == "auto" else []
         replies: list[Reply] = []
-        with self._endpoint.open() as wire:
+        with self._wire() as wire:
             for part in (first, named[len(first) :]):
                 replies += wire.each(part, lambda item: self._ask(wire, *item, score))
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
@@ -171,8 +174,26 @@ class ChatTeacher(Unmoved):
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """The model's own response to each prompt, in order; None for an empty one, one that was cut off, and a prompt that
         is too long. Raises EngineError as `judge`."""
-        with self._endpoint.open() as wire:
+        with self._wire() as wire:
             return wire.each(prompts, lambda prompt: self._write(wire, prompt, max_new_tokens, temperature))
+
+    def close(self) -> None:
+        """Gives up what other threads ask, and answers no more."""
+        self._closed = True
+        for wire in list(self._open):
+            wire.close()
+
+    @contextmanager
+    def _wire(self) -> Iterator[Wire]:
+        """Connections of one call."""
+        with self._endpoint.open() as wire:
+            self._open.add(wire)
+            try:
+                if self._closed:
+                    raise EngineError(f"the judge {self._section.shown} is closed")
+                yield wire
+            finally:
+                self._open.discard(wire)
 
     def _write(self, wire: Wire, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
         messages = [dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)]

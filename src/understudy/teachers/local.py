@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from threading import RLock
 from typing import ClassVar
 
 import torch
@@ -121,6 +122,8 @@ class LocalTeacher(Unmoved):
         self._device = lm_head(model, vocab_size=vocab_size).weight.device if device is None else torch.device(device)
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
         self._max_batch_tokens = max_batch_tokens or default
+        # several threads may ask, and write with it, where generation overlaps with the update
+        self._lock = RLock()
 
     @property
     def name(self) -> str:
@@ -184,7 +187,7 @@ class LocalTeacher(Unmoved):
         found: dict[int, Scores] = {}
         self._keeps_hidden = self._hidden_bytes(samples) <= MAX_HIDDEN_BYTES
         lengths = [sample.token_ids.numel() - 1 for sample in samples]
-        with self._alone(), self.on_device(), evaluating(self._model):
+        with self._lock, self._alone(), self.on_device(), evaluating(self._model):
             for group in micro_batches(lengths, self._max_batch_tokens, self._style):
                 chosen = [samples[index] for index in group]
                 found.update(zip(group, self._score_group(chosen, need, k), strict=True))
@@ -226,7 +229,12 @@ class LocalTeacher(Unmoved):
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Offloaded weights are on the device inside; the host's copy stays, so nothing is copied back."""
+        """Offloaded weights are on the device inside; the host's copy stays, so nothing is copied back. One thread at a
+        time."""
+        with self._lock:
+            yield from self._moved()
+
+    def _moved(self) -> Iterator[None]:
         if not self._offload:
             yield
             return

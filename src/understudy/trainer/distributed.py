@@ -116,6 +116,10 @@ class SharedJudge:
         """As `Judge.fingerprint`."""
         return self.asked.fingerprint
 
+    def close(self) -> None:
+        """As `Judge.close`."""
+        self.asked.close()
+
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
         """As `Judge.judge`."""
         part = self.ranks.mine(samples)
@@ -160,6 +164,11 @@ class SharedSampler:
     def close(self) -> None:
         """As `Sampler.close`."""
         self.sampler.close()
+
+    @property
+    def num_positions(self) -> int | None:
+        """As `Sampler.num_positions`."""
+        return self.sampler.num_positions
 
     @property
     def remote(self) -> bool:

@@ -9,7 +9,7 @@ that a checkpoint needs: what was in flight is asked for again.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -54,6 +54,10 @@ class _Parcel:
     dropped: bool = False
     """Nobody waits for it."""
 
+    def first_index(self, samples_per_prompt: int) -> int:
+        """Of its samples: no other parcel near it has the same."""
+        return self.start * samples_per_prompt
+
 
 @dataclass(eq=False)
 class _Piece:
@@ -69,7 +73,8 @@ class _Piece:
 class Overlapped:
     """`Rollouts.collect`, ahead of time. Threads generate and score; everything else happens in the caller's."""
 
-    def __init__(self, rollouts: Rollouts, method: Method, settings: Async) -> None:
+    def __init__(self, rollouts: Rollouts, method: Method, settings: Async, *, grouped: bool = False) -> None:
+        """`grouped`: the engine wants the samples of a prompt together."""
         self._ranks = rollouts.ranks
         # prompts are split over ranks, so that a group is whole on its rank and no thread waits for another rank
         alone = replace(rollouts.rewarder, ranks=Ranks())
@@ -78,7 +83,7 @@ class Overlapped:
         self._settings = settings
         self._train: Train = rollouts.settings
         num_engines = rollouts.collector.sampler.concurrency
-        self._single = num_engines > 1
+        self._single, self._grouped = num_engines > 1, grouped
         self._parcels: deque[_Parcel] = deque()
         self._to_score: deque[_Piece] = deque()
         self._changed = Condition()
@@ -116,7 +121,11 @@ class Overlapped:
         while wanted > 0 and num_used < MAX_ROUNDS * self._train.prompts_per_step:
             self._send(progress.step, wanted)
             parcel = self._first(progress, method, total)
-            flat = _flat(parcel)
+            # on every rank the same: the next step begins where this one ends
+            flat = sum(self._ranks.gather(_flat(parcel))) if _refills(parcel.plan) else 0
+            for samples in (parcel.found.samples, parcel.found.written, parcel.found.rejected):
+                # pieces end in any order
+                samples.sort(key=lambda sample: sample.index)
             total.add(parcel.found)
             total.next_position = parcel.drawn.next_position
             total.positions += parcel.drawn.positions
@@ -165,9 +174,11 @@ class Overlapped:
         assert self._next_position is not None
         per_step, size = self._train.prompts_per_step, 1 if self._single else self._train.prompts_per_step
         limit = wanted + per_step * min(self._settings.max_staleness, self._train.steps - step - 1)
-        while sum(len(parcel.drawn.prompts) for parcel in self._parcels) < limit:
-            # what is not for this step is for a later one, which may be of another phase
-            parcel = self._parcel(self._next_position, size, step if wanted else step + 1)
+        while (num_ahead := sum(len(parcel.drawn.prompts) for parcel in self._parcels)) < limit:
+            # what is not for this step is for a later one, with a plan, and maybe a phase, of its own
+            later = 0 if num_ahead < wanted else 1 + (num_ahead - wanted) // per_step
+            count = min(size, (wanted if num_ahead < wanted else limit) - num_ahead)
+            parcel = self._parcel(self._next_position, count, step + later)
             self._next_position = parcel.drawn.next_position
             self._parcels.append(parcel)
             self._submit(parcel)
@@ -182,8 +193,11 @@ class Overlapped:
 
     def _submit(self, parcel: _Parcel) -> None:
         """In pieces of one request where nothing compares the samples of a prompt before they are scored."""
-        plan, requests = parcel.plan, parcel.mine.requests(self._train.samples_per_prompt)
-        whole = plan.rewards is not None or plan.acceptance is not None or plan.prefix_share > 0 or not self._single
+        # a prompt that comes again in the same step has samples, and so draws, of other names
+        seen = Counter(dict.fromkeys(parcel.mine.names, parcel.first_index(self._train.samples_per_prompt)))
+        plan, requests = parcel.plan, parcel.mine.requests(self._train.samples_per_prompt, seen)
+        compared = plan.rewards is not None or plan.acceptance is not None or plan.prefix_share > 0
+        whole = compared or self._grouped or not self._single
         cut = [requests] if whole else [[request] for request in requests]
         pieces = [_Piece(parcel, number, part) for number, part in enumerate(cut)] if requests else []
         parcel.waiting = len(pieces)
@@ -205,12 +219,14 @@ class Overlapped:
         parcel, found = piece.parcel, Gathered(0)
         if parcel.dropped:
             return
+        first = parcel.first_index(self._train.samples_per_prompt)
         # the position names the draws: a prompt that comes again in another epoch draws other numbers
-        rewarded = self._rollouts.answer(found, parcel.mine, piece.requests, parcel.plan, parcel.start)
+        rewarded = self._rollouts.answer(found, parcel.mine, piece.requests, parcel.plan, parcel.start, first)
         flat = rewarded.flat_prompts if _refills(parcel.plan) else frozenset()
         piece.samples = [sample for sample in rewarded.samples if sample.prompt.id not in flat]
         found.samples = list(piece.samples)
-        found.counts["prompts_flat"] += sum(name in flat for name in parcel.mine.names)
+        # one that was drawn twice counts twice
+        found.counts["prompts_flat"] += sum(prompt.id in flat for prompt, _ in parcel.mine.prompts)
         with self._changed:
             parcel.found.add(found)
             self._to_score.append(piece)
@@ -250,7 +266,7 @@ class Overlapped:
         self._closed = True
         for pool in (self._generators, self._scorers):
             pool.shutdown(wait=False, cancel_futures=True)
-        self.collector.close()
+        self._rollouts.close()
         for pool in (self._generators, self._scorers):
             pool.shutdown(wait=True)
 

@@ -78,8 +78,10 @@ class Rollouts:
         """Nothing was written ahead."""
 
     def close(self) -> None:
-        """Ends what the collector holds open."""
+        """Ends what collector and judge hold open."""
         self.collector.close()
+        if self.rewarder.judge is not None:
+            self.rewarder.judge.close()
 
     def __call__(self, position: int, plan: RolloutPlan, step: int) -> Gathered:
         """The samples of a step, from prompts at `position` on; prompts whose samples all have one reward are replaced
@@ -110,14 +112,20 @@ class Rollouts:
         return rewarded, [prompt.id for prompt, _ in drawn.prompts]
 
     def answer(
-        self, found: Gathered, drawn: Drawn, requests: Sequence[Request], plan: RolloutPlan, step: int
+        self,
+        found: Gathered,
+        drawn: Drawn,
+        requests: Sequence[Request],
+        plan: RolloutPlan,
+        step: int,
+        first_index: int = 0,
     ) -> Rewarded:
         """This rank's part of the `requests` of some prompts, answered and rewarded; `found` is told of everything but
-        what is to be trained on."""
+        what is to be trained on. `first_index`: the least of the requests."""
         per_prompt = self.settings.samples_per_prompt
         begun = []
         # beyond every index that a prompt can reach in this step
-        offset = per_prompt * self.settings.prompts_per_step * MAX_ROUNDS
+        offset = first_index + per_prompt * self.settings.prompts_per_step * MAX_ROUNDS
         if plan.prefix_share > 0 and plan.guided == "beside":
             begun = self.ranks.mine(drawn.requests(1, Counter(dict.fromkeys(drawn.names, offset))))
         mine = self.ranks.mine(requests)

@@ -135,7 +135,8 @@ def _divide(judged: Judged, num_parts: int, ranks: Ranks) -> list[Judged]:
     """Parts of one size over all ranks, the samples of a prompt side by side; which ranks hold them makes no difference."""
     if num_parts == 1:
         return [judged]
-    names = [(hash_name(sample.prompt.id), sample.index) for sample in judged.samples]
+    # a prompt may come twice under one name: rank and place tell them apart
+    names = [(hash_name(item.prompt.id), item.index, ranks.rank, at) for at, item in enumerate(judged.samples)]
     everywhere = sorted(name for part in ranks.gather(names) for name in part)
     place = {name: index * num_parts // len(everywhere) for index, name in enumerate(everywhere)}
     return [judged.at([i for i, name in enumerate(names) if place[name] == part]) for part in range(num_parts)]

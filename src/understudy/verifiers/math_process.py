@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import IO, cast
 
 from understudy.errors import UnderstudyError
@@ -80,6 +81,8 @@ class _Worker:
                     continue
 
 
+_turns = BoundedSemaphore(os.cpu_count() or 1)
+"""Comparisons at a time: more would only wait for each other, each in a process of its own."""
 _idle: list[_Worker] = []
 """Workers that wait for the next comparison. `append` and `pop` of a list are atomic, so threads need no lock."""
 
@@ -106,6 +109,11 @@ def compare(reference: str, answer: str, timeout_s: float) -> tuple[bool, str]:
 
 
 def _compare_once(request: dict[str, object]) -> tuple[bool, str]:
+    with _turns:
+        return _ask_worker(request)
+
+
+def _ask_worker(request: dict[str, object]) -> tuple[bool, str]:
     worker = _idle_worker() or _Worker()
     try:
         reply = worker.ask(request)
@@ -137,4 +145,13 @@ def close_workers() -> None:
 
 
 atexit.register(close_workers)
-os.register_at_fork(after_in_child=_idle.clear)  # a forked child must not share its parent's pipes
+
+
+def _start_anew() -> None:
+    """A forked child must not share its parent's pipes, nor wait for its threads."""
+    global _turns  # noqa: PLW0603 (a semaphore cannot be emptied)
+    _idle.clear()
+    _turns = BoundedSemaphore(os.cpu_count() or 1)
+
+
+os.register_at_fork(after_in_child=_start_anew)

@@ -341,7 +341,12 @@ class Wire:
             SCOPE.set(scope)
             if scope.stopped:
                 raise Stopped
-            return ask(item)
+            try:
+                return ask(item)
+            except BaseException:
+                # here, not where results are gathered: this worker would begin the next item first
+                scope.cancel()
+                raise
 
         pool = ThreadPoolExecutor(min(self._patience.max_concurrency, len(items)), thread_name_prefix=self.name)
         try:
