@@ -600,6 +600,123 @@ def test_options_that_cannot_be(option: dict[str, int], match: str) -> None:
         Settings(model="m", **option).check()
 
 
+def test_a_name_of_another_site_leads_nowhere_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding: a page's own name leads to 127.0.0.1, and only the header Host tells."""
+    names = ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example", "[", "x:y:z")
+    with serving(tiny()) as url:
+        for name in names:
+            for path in (HEAD, ABOUT, "/health"):
+                response = httpx.get(url + path, headers={"Host": name})
+                assert response.status_code == 421, name
+                assert "localhost" in message(response)
+        for name in ("localhost", "localhost:8100", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8100"):
+            assert httpx.get(url + ABOUT, headers={"Host": name}).status_code == 200
+    monkeypatch.setenv("TEACHER_TOKEN", "s3cret")
+    with serving(tiny(), beside={"token_env": "TEACHER_TOKEN"}) as url:
+        said = {"Host": "teacher.example", "Authorization": "Bearer s3cret"}
+        assert httpx.get(url + ABOUT, headers=said).status_code == 200
+
+
+@contextmanager
+def asked_by_hand(url: str, text: str) -> Iterator[socket.socket]:
+    host, port = re.findall(r"//(.*):(\d+)", url)[0]
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as line:
+        line.sendall(text.encode())
+        yield line
+
+
+@pytest.mark.parametrize("text", ["", f"POST {SCORE} HTTP/1.1\r\nHost: localhost\r\n"])
+def test_a_client_that_never_asks_is_dropped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from understudy.serve import connection
+
+    monkeypatch.setattr(connection, "QUIET_S", 0.1)
+    with serving(tiny()) as url, asked_by_hand(url, text) as line:
+        with suppress(ConnectionResetError):
+            assert line.recv(1_000) == b""
+        assert httpx.get(url + "/health").status_code == 200
+
+
+def test_a_reply_that_nobody_takes_is_given_up_and_a_slow_client_gets_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from understudy.serve import connection, scorer
+
+    monkeypatch.setattr(connection, "QUIET_S", 0.2)
+    gone, plain = threading.Event(), connection.Connection.connection_lost
+    monkeypatch.setattr(connection.Connection, "connection_lost", lambda self, exc: (gone.set(), plain(self, exc))[1])
+    written, write = [], scorer.write_head
+    monkeypatch.setattr(scorer, "write_head", lambda *args: (written.append(1), write(*args))[1])
+    model = tiny(dtype="float32", num_rows=200_000)
+    size = len(Scorer(model, letters(), name="tiny").head())
+    written.clear()
+    request = f"GET {HEAD} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with serving(model) as url:
+        with asked_by_hand(url, request) as stuck, asked_by_hand(url, request) as slow:
+            taken = 0
+            for _ in range(8):
+                taken += len(slow.recv(2**20))
+                time.sleep(0.1)
+            while taken < size:
+                part = slow.recv(2**20)
+                assert part, "a client that takes something is not dropped"
+                taken += len(part)
+            # nothing is read before the server has let go
+            assert gone.wait(WAIT_S)
+            rest = 0
+            with suppress(ConnectionResetError):
+                while part := stuck.recv(2**20):
+                    rest += len(part)
+            assert rest < size
+        assert len(written) == 1
+
+
+def test_given_ids_count_the_states_that_they_are_scored_from() -> None:
+    """The reply of one number a token is small, and what it is made of is not; a client's batches know."""
+    model, some = tiny(), [sample(f"p{i}", [3], [4] * 20) for i in range(6)]
+    ids = [torch.zeros(20, 1, dtype=torch.int64) for _ in some]
+    with serving(model, beside={"max_reply_bytes": 20 * (32 * 8 + 8 + 4)}) as url:
+        refused = post(url, ask(some, need=frozenset({"given"}), ids=torch.cat(ids).int()).encode())
+        assert refused.status_code == 413
+        assert "--max-reply-bytes" in message(refused)
+        with opened(url) as teacher:
+            assert len(teacher.score_at(some, ids)) == len(some)
+
+
+def test_hidden_states_of_a_shared_prompt_are_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from understudy.serve import scorer
+
+    one = Scorer(tiny(sharp=4.0), letters(), name="tiny")
+    (expected,) = one.score([ask(group())])
+    held: list[int] = []
+    plain = scorer.continued_hidden
+    monkeypatch.setattr(scorer, "GROUP_BYTES", 10 * 32 * 8)
+    monkeypatch.setattr(
+        scorer, "continued_hidden", lambda *args: (held.append(sum(len(row) for row in args[2])), plain(*args))[1]
+    )
+    (found,) = one.score([ask(group())])
+    assert held
+    assert max(held) <= 10
+    torch.testing.assert_close(found.fields["logprob"], expected.fields["logprob"], rtol=0, atol=ROUNDING)
+
+
+def test_a_header_without_end_is_not_read() -> None:
+    body = save({"tokens": torch.zeros(1)}, {f"x{i}": "y" for i in range(10_000)})
+    with pytest.raises(FrameError, match="header of at most"):
+        Ask.decode(body)
+
+
+def test_bodies_are_read_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, decode = [], Ask.decode
+
+    def seen(data: bytes) -> Ask:
+        threads.append(threading.current_thread().name)
+        return decode(data)
+
+    monkeypatch.setattr(Ask, "decode", staticmethod(seen))
+    with serving(tiny()) as url:
+        assert post(url, ask(samples()).encode()).status_code == 200
+    assert threads
+    assert "understudy-serve" not in threads
+
+
 def test_a_port_that_is_taken_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -660,9 +777,8 @@ def test_a_body_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
     with serving(tiny()) as url:
         host, port = re.findall(r"//(.*):(\d+)", url)[0]
         with socket.create_connection((host, int(port)), timeout=WAIT_S) as line:
-            line.sendall(
-                f"POST {SCORE} HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 50\r\n\r\nhalf".encode()
-            )
+            head = f"POST {SCORE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 50"
+            line.sendall(f"{head}\r\n\r\nhalf".encode())
             assert b" 408 " in line.recv(1_000)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import urlsplit
 
-from understudy.teachers.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Ask, FrameError
+from understudy.teachers.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
 
 from .scorer import Refusal, Scorer
+from .settings import is_loopback
 from .worker import DEAD, Worker
 
 if TYPE_CHECKING:
@@ -17,9 +21,12 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+Said: TypeAlias = "Response | Pieces"
 HEALTH = "/health"
 BODY_S = 120.0
 """How long a body may take to arrive."""
+PIECE_BYTES = 256 * 1024
+"""Of a reply that is handed on at a time: what a slow client costs beside the reply itself."""
 CLOSE = {"Connection": "close"}
 """What is left of a body that is not read would be taken for the next request."""
 
@@ -28,15 +35,22 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
     """The application; `token` empty: anyone who reaches it may ask."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    expected = f"Bearer {token}".encode()
+    expected = f"Bearer {token}".encode() if token else b""
 
-    def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        async def route(request: Request) -> Response:
+    def guarded(
+        answer: Callable[[Request], Awaitable[Said]], expected: bytes = expected
+    ) -> Callable[[Request], Awaitable[Said]]:
+        async def route(request: Request) -> Said:
+            if not token and not is_local(request.headers.get("host", "")):
+                # a page of another site may have its own name lead here
+                return refused(
+                    Refusal(421, "without a token this teacher answers to localhost and 127.0.0.1 alone", CLOSE)
+                )
             said = request.headers.get("authorization", "").encode()
-            if token and not hmac.compare_digest(said, expected):
+            if expected and not hmac.compare_digest(said, expected):
                 headers = {"WWW-Authenticate": "Bearer"} | CLOSE
                 return refused(Refusal(401, "this teacher asks for a token (Authorization: Bearer)", headers))
             try:
@@ -57,17 +71,20 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
     async def teacher(request: Request) -> Response:
         return JSONResponse(about.encode())
 
-    async def head(request: Request) -> Response:
-        return Response(await asyncio.to_thread(scorer.head), media_type=CONTENT_TYPE)
+    async def head(request: Request) -> Pieces:
+        return Pieces(await asyncio.to_thread(scorer.head))
 
-    async def score(request: Request) -> Response:
+    async def score(request: Request) -> Pieces:
         body = await read_body(request, about.limits.request_bytes)
+        # a large body takes a while, and the loop answers others meanwhile
+        answer = await wait_for(request, await asyncio.to_thread(submit, body))
+        return Pieces(await asyncio.to_thread(answer.encode))
+
+    def submit(body: bytes) -> Future[Answer]:
         try:
-            ask = Ask.decode(body)
+            return worker.submit(Ask.decode(body))
         except FrameError as error:
             raise Refusal(400, str(error)) from error
-        answer = await wait_for(request, worker.submit(ask))
-        return Response(await asyncio.to_thread(answer.encode), media_type=CONTENT_TYPE)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -79,13 +96,40 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
 
     return Starlette(
         routes=[
-            Route(HEALTH, health),
+            Route(HEALTH, guarded(health, expected=b"")),
             Route(ABOUT, guarded(teacher)),
             Route(HEAD, guarded(head)),
             Route(SCORE, guarded(score), methods=["POST"]),
         ],
         exception_handlers={HTTPException: on_http_error, Exception: on_error},
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """A binary reply. Each piece waits until the client has taken those before, so no reply is copied for a slow one."""
+
+    body: bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        """As ASGI asks for."""
+        size = len(self.body)
+        said = {"content-type": CONTENT_TYPE, "content-length": str(size)}
+        headers = [(name.encode(), value.encode()) for name, value in said.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for start in range(0, max(1, size), PIECE_BYTES):
+            end = start + PIECE_BYTES
+            await send({"type": "http.response.body", "body": self.body[start:end], "more_body": end < size})
+            # to send to a client that has gone waits for nothing
+            await asyncio.sleep(0)
+
+
+def is_local(host: str) -> bool:
+    """Whether a header Host names this machine by itself: localhost or an address of loopback, with any port."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ from understudy.types import Author, Need, Prompt, Sample, Scores
 from .prompts import by_prompt, can_continue, continued_hidden, is_worth
 
 HiddenDType = Literal["auto", "bfloat16", "float32"]
+GROUP_BYTES = 2**30
+"""Of hidden states that wait for the rest of their group; 128,000 of 4,096 numbers in bfloat16."""
 NUM_VIEWS = 16
 """Temperatures and vocabularies that are kept ready."""
 NEEDED: tuple[Need, ...] = ("sampled", "topk", "full")
@@ -64,6 +67,8 @@ class Scorer:
         weights = self._view(1.0, head.num_tokens).fingerprint
         self._fingerprint = blake2b(f"{weights}/{self._hidden_dtype}".encode(), digest_size=16).hexdigest()
         self._tokens = _tokens(tokenizer)
+        self._head: bytes | None = None
+        self._head_lock = Lock()
 
     @property
     def shares_prompts(self) -> bool:
@@ -90,8 +95,11 @@ class Scorer:
         )
 
     def head(self) -> bytes:
-        """`frames.write_head` of the model's."""
-        return write_head(lm_head(self._model), self._fingerprint)
+        """`frames.write_head` of the model's, made once: gigabytes that all who ask share."""
+        with self._head_lock:
+            if self._head is None:
+                self._head = write_head(lm_head(self._model), self._fingerprint)
+            return self._head
 
     def check(self, ask: Ask) -> None:
         """Raises Refusal for tokens that the model does not have and sequences that it cannot read, naming the sample."""
@@ -119,7 +127,7 @@ class Scorer:
                     )
 
     def reply_bytes(self, ask: Ask) -> int:
-        """What the tensors of the answer will take, at the most."""
+        """What the tensors of the answer will take, at the most, and the hidden states that given ids are scored from."""
         row = row_bytes(
             ask.need,
             scores=unwrap(self._model).dtype,
@@ -143,7 +151,7 @@ class Scorer:
         if "given" in ask.need:
             need.add("full")
         found: dict[int, Scores] = {}
-        for group in by_prompt(samples) if self._shares else []:
+        for group in self._groups(samples) if self._shares else []:
             together = [samples[index] for index in group]
             lengths = [sample.num_response_tokens for sample in together]
             if len(group) > 1 and is_worth(together[0].prompt_length, lengths, self.max_batch_tokens):
@@ -154,6 +162,22 @@ class Scorer:
             whole = view.score([samples[index] for index in rest], frozenset(need), k=ask.k)
             found.update(zip(rest, whole, strict=True))
         return [found[index] for index in range(len(samples))]
+
+    def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Of one prompt; what is kept of a group until it is scored, its hidden states, is at most `GROUP_BYTES`, or one's."""
+        weight = lm_head(self._model).weight
+        most = max(1, GROUP_BYTES // (weight.shape[1] * weight.dtype.itemsize))
+        groups: list[list[int]] = []
+        for same in by_prompt(samples):
+            room = 0
+            for index in same:
+                size = samples[index].num_response_tokens
+                if size > room or index == same[0]:
+                    groups.append([])
+                    room = most
+                groups[-1].append(index)
+                room -= size
+        return groups
 
     def _continue(self, ask: Ask, samples: list[Sample], need: set[Need]) -> list[Scores]:
         """Samples with one prompt."""

@@ -30,6 +30,8 @@ START_S = 30.0
 STOP_S = 10
 """How long requests under way may take when the server is told to stop."""
 BACKLOG = 1_024
+MAX_CONNECTIONS = 4_096
+"""Beyond which is answered 503: each takes a file and some memory, whether it asks or not."""
 
 
 def check_installed() -> None:
@@ -114,11 +116,16 @@ def _serving(
     """Worker and application around a listening socket; the worker ends with the block."""
     import uvicorn
 
+    from .connection import Connection
+
     about = scorer.about(request_bytes=settings.max_request_bytes, reply_bytes=settings.max_reply_bytes)
     worker = Worker(scorer, reply_bytes=settings.max_reply_bytes, note=note)
     try:
         config = uvicorn.Config(
             build_app(scorer, worker, about, token=settings.token()),
+            http=Connection,
+            ws="none",
+            limit_concurrency=MAX_CONNECTIONS,
             log_level="warning",
             access_log=False,
             lifespan="off",

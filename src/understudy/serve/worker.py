@@ -59,7 +59,7 @@ class Worker:
         if job.reply_bytes > self._reply_bytes:
             raise Refusal(
                 413,
-                f"the answer would have {job.reply_bytes:,} bytes, at most {self._reply_bytes:,} are sent "
+                f"the answer would take {job.reply_bytes:,} bytes, at most {self._reply_bytes:,} are given "
                 "(--max-reply-bytes): ask for fewer samples at a time, or a smaller k",
             )
         with self._changed:

@@ -33,6 +33,8 @@ MAX_SAMPLES = 65_536
 _INTEGERS = (torch.int32,)
 _NUMBERS = (torch.float32, torch.float64)
 _STATES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_HEADER_BYTES = 64 * 1024
+"""Of what is said beside the tensors; to read more would take seconds in which nobody else is answered."""
 _LENGTH_BYTES = 8
 """Of the header's own length, before it."""
 
@@ -273,7 +275,7 @@ def fields_of(need: Collection[str]) -> frozenset[str]:
 def row_bytes(
     need: Collection[str], *, scores: torch.dtype, hidden: torch.dtype, hidden_size: int, num_top: int, num_given: int
 ) -> int:
-    """Of an answer's tensors, for each response token."""
+    """Of an answer's tensors, for each response token, and of the hidden state that given ids are scored from."""
     names, size = fields_of(need), torch.promote_types(scores, torch.float32).itemsize
     row = torch.int32.itemsize
     if "logprob" in names:
@@ -282,6 +284,8 @@ def row_bytes(
         row += num_top * (size + torch.int32.itemsize)
     if "hidden" in names:
         row += hidden_size * hidden.itemsize
+    if "given" in need:
+        row += hidden_size * scores.itemsize
     return row + num_given * size
 
 
@@ -321,9 +325,11 @@ def _write(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> bytes:
 
 def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and the header's facts. Raises FrameError for what is no safetensors."""
+    size = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if size > min(_HEADER_BYTES, len(data)):
+        raise FrameError(f"it is no safetensors message with a header of at most {_HEADER_BYTES:,} bytes")
     try:
         tensors: dict[str, Tensor] = load(data)
-        size = int.from_bytes(data[:_LENGTH_BYTES], "little")
         header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + size])
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise FrameError(f"it is no safetensors message of tensors that are known ({type(error).__name__})") from error
