@@ -337,13 +337,17 @@ class Wire:
         if outer is not None:
             outer.add(scope)
 
+        # appended to before the others are stopped, so that what is raised is the cause
+        first: list[BaseException] = []
+
         def run(item: Item) -> Result:
             SCOPE.set(scope)
             if scope.stopped:
                 raise Stopped
             try:
                 return ask(item)
-            except BaseException:
+            except BaseException as error:
+                first.append(error)
                 # here, not where results are gathered: this worker would begin the next item first
                 scope.cancel()
                 raise
@@ -353,8 +357,8 @@ class Wire:
             futures = [pool.submit(run, item) for item in items]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             errors = [error for future in futures if future in done and (error := future.exception()) is not None]
-            if errors:
-                raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+            if first or errors:
+                raise (first or errors)[0]
             return [future.result() for future in futures]
         finally:
             scope.cancel()
