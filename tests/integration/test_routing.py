@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny_models import sample, tiny
+from tests.tiny_models import NUM_ROWS, sample, tiny
 from understudy.errors import CheckpointError, RecipeError, ScoreError
 from understudy.linear.head import LMHead
 from understudy.packing import pack, split_scored
@@ -161,3 +162,28 @@ def test_prompts_are_checked_before_anything_is_loaded() -> None:
         check_names([Prompt(id="p0", teacher="math"), Prompt(id="p1", teacher="maht")], known)
     with pytest.raises(RecipeError, match=r"p0 names no teacher.*code, math.*task\.teacher_field"):
         check_names([Prompt(id="p0")], known)
+
+
+class Counting(LocalTeacher):
+    """Fails to close where it is told to."""
+
+    def __init__(self, name: str, fails: bool) -> None:
+        super().__init__(tiny(), name=name, vocab_size=NUM_ROWS)
+        self.fails, self.closed = fails, False
+
+    def stats(self) -> dict[str, int]:
+        return {"requests": 3}
+
+    def close(self) -> None:
+        self.closed = True
+        if self.fails:
+            raise OSError("no connection to close")
+
+
+def test_all_are_closed_though_one_raises_and_counts_are_by_name() -> None:
+    teachers: dict[str, Any] = {name: Counting(name, fails) for name, fails in (("a", True), ("b", False), ("c", True))}
+    routed = RoutedTeacher(teachers | {"d": LocalTeacher(tiny(), name="d", vocab_size=NUM_ROWS)})
+    assert routed.stats() == {name: {"requests": 3} for name in "abc"}
+    with pytest.raises(OSError, match="no connection"):
+        routed.close()
+    assert all(teacher.closed for teacher in teachers.values())

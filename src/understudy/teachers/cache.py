@@ -141,9 +141,11 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Closes the teacher, which ends what is waited for, and the file."""
-        self.teacher.close()
-        with self._lock:
-            self._file.close()
+        try:
+            self.teacher.close()
+        finally:
+            with self._lock:
+                self._file.close()
 
     def stats(self) -> dict[str, int]:
         """Since it was opened: samples that the teacher was not asked about (`hits`) and those that it was (`misses`), and the

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 from hashlib import blake2b
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -94,10 +96,16 @@ class RoutedTeacher:
         """All of them."""
         return all(teacher.apart for teacher in self._teachers.values())
 
+    def stats(self) -> dict[str, Any]:
+        """Of each that counts, by its name."""
+        counted = {name: getattr(teacher, "stats", None) for name, teacher in self._teachers.items()}
+        return {name: stats() for name, stats in counted.items() if stats is not None}
+
     def close(self) -> None:
-        """All of them."""
-        for teacher in self._teachers.values():
-            teacher.close()
+        """All of them, also where one raises; then it raises."""
+        with ExitStack() as all_of:
+            for teacher in self._teachers.values():
+                all_of.callback(teacher.close)
 
     def follow(self, student: nn.Module) -> None:
         """Every teacher that moves with the student moves."""
