@@ -34,6 +34,7 @@ from understudy.rollout.vllm import FLOAT32_GAP, VLLMSampler
 from understudy.rollout.vllm_nccl import NCCLTransfer
 from understudy.rollout.vllm_weights import SHARED_MEMORY, WeightStore
 from understudy.types import Author, Request, Sample, Sampling
+from understudy.wire.launch import free_port
 
 TOLERANCE = 1e-5
 """The stub's forward with a cache against one without, in float32."""
@@ -795,7 +796,7 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "tests.engine_stub", "{model}", "--port", "{port}")
     launch = Launch(command=command, env={"OMP_NUM_THREADS": "1"}, ready_timeout_s=60.0, num_servers=1)
     sampler = VLLMSampler(
-        VLLM(**{"launch": launch} | PATIENCE),  # type: ignore[arg-type]
+        VLLM(**{"launch": launch} | PATIENCE | {"max_retries": 1}),  # type: ignore[arg-type]
         model,
         letters(),
         seed=0,
@@ -816,6 +817,18 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="rollout engine 0 was killed by signal 9"):
             sampler.generate(requests(1), LONG, step=1)
+        wire = sampler._servers.wire
+        assert wire is not None
+        # it does not come back, so it is not waited for
+        assert wire.stats()["retries"] <= len(requests(1))
+
+
+def test_a_server_that_is_not_there_at_the_start_is_not_waited_for(tmp_path: Path) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    with engine(model_of(), tmp_path, url=nowhere, max_retries=1, deadline_s=6.0) as (sampler, _):
+        with pytest.raises(EngineError, match="gave no answer to GET /v1/models") as caught:
+            push(sampler, model_of())
+        assert "deadline_s =" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode
@@ -83,18 +83,26 @@ class Servers:
             assert model_dir is not None
             self._start_processes(self._section.launch, model_dir)
         urls = [process.url for process in self._processes] or list(self._section.urls)
-        section, patience = self._section, self._section.patience
+        # nobody starts a server of ours again
+        patience = replace(self._section.patience, waits=self._section.launch is None)
         # what is said to a server must not wait behind the samples that it is to end
-        control = Patience(
-            timeout_s=patience.timeout_s,
-            deadline_s=patience.deadline_s,
+        control = replace(
+            patience,
             max_retries=min(CONTROL_RETRIES, patience.max_retries),
             max_concurrency=max(8, len(urls)),
         )
-        key = section.api_key_env
-        self.wire = Wire(urls, name="rollout engine", patience=patience, api_key_env=key, seed=self._seed)
-        self._control = Wire(urls, name="rollout engine", patience=control, api_key_env=key, seed=self._seed)
-        self.facts = self._agree(self._each(self._read_facts))
+        self.wire = self._open_wire(urls, patience)
+        # one that is not there at the start has another address; later it may be starting again
+        self._control = self._open_wire(urls, replace(control, waits=False))
+        facts = self._agree(self._each(self._read_facts))
+        if control.waits:
+            self._control.close()
+            self._control = self._open_wire(urls, control)
+        self.facts = facts
+
+    def _open_wire(self, urls: Sequence[str], patience: Patience) -> Wire:
+        key = self._section.api_key_env
+        return Wire(urls, name="rollout engine", patience=patience, api_key_env=key, seed=self._seed)
 
     def check(self) -> None:
         """Raises EngineError, with the end of its log, for a server of ours that does not run any more."""
