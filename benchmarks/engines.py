@@ -64,7 +64,17 @@ def vllm(python: str, model: Path, folder: Path) -> Iterator[str]:
     """The address of a server."""
     port = free_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "256", "--max-logprobs", str(K)]
+    command += [
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--max-logprobs",
+        str(K),
+        "--enable-scale-out",
+    ]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with ServerProcess(command, name="vLLM", port=port, log=folder / "vllm.log", env=env) as server:
         server.wait_ready()
