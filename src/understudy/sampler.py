@@ -35,8 +35,10 @@ def open_sampler(recipe: Recipe, loaded: Loaded) -> tuple[Sampler, Weights | Non
         return CopySampler(twin, lambda model: loaded.sampler(recipe.seed, model)), loaded.model.state_dict().items
     from .rollout.vllm import VLLMSampler
 
+    held_out = None if recipe.eval is None else recipe.eval.sampling
+    longest = max(sampling.max_new_tokens for sampling in (recipe.sampling, held_out) if sampling is not None)
     sampler = VLLMSampler(
-        engine,
+        engine.for_responses(longest),
         loaded.model,
         loaded.tokenizer,
         seed=recipe.seed,
