@@ -43,6 +43,8 @@ PATIENCE_S = 60.0
 TRAIN = {"steps": STEPS, "prompts_per_step": 4, "save_every": 1}
 PATIENT = {"timeout_s": 1.0, "deadline_s": 60.0, "max_retries": 8, "backoff_s": 0.01}
 SHORT = PATIENT | {"max_retries": 2, "deadline_s": 8.0}
+SCORES = "/v1/completions"
+"""What is counted where the number of requests matters; how a server is asked is found out once beside it."""
 PASSING = [
     latency(0.05),
     reset(),
@@ -182,7 +184,11 @@ def test_all_of_them_at_once(world: World, scored: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dies_at", [0, 2])
 def test_one_dead_replica_of_two(dies_at: int, world: World, scored: Path, tmp_path: Path) -> None:
-    with nothing_left(), FaultProxy(world.served) as other, FaultProxy(world.served) as dying:
+    with (
+        nothing_left(),
+        FaultProxy(world.served, only=SCORES) as other,
+        FaultProxy(world.served, only=SCORES) as dying,
+    ):
         dying.plan = lambda number, _: DEAD if number >= dies_at else PASS
         run = train(tmp_path, **world.http(dying.url, other.url, batch_tokens=1))
     assert dying.seen["dead"] > 0
@@ -205,7 +211,7 @@ def check_end(error: BaseException, *urls: str) -> None:
 def test_all_dead_and_alive_again(replicas: int, world: World, scored: Path, tmp_path: Path) -> None:
     with nothing_left(), ExitStack() as stack:
         plan: Plan = lambda number, _: DEAD if number >= 2 // replicas else PASS  # noqa: E731
-        proxies = [stack.enter_context(FaultProxy(world.served, plan)) for _ in range(replicas)]
+        proxies = [stack.enter_context(FaultProxy(world.served, plan, only=SCORES)) for _ in range(replicas)]
         changes = world.http(*(proxy.url for proxy in proxies), **SHORT)
         with pytest.raises(EngineError) as caught:
             train(tmp_path, **changes)
