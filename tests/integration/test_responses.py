@@ -446,3 +446,25 @@ def test_refusals(tmp_path: Path) -> None:
         section(type="jsonl", path=path, prompt_field="q", response_field="answer").check()
     with pytest.raises(RecipeError, match="there is no file"):
         section(type="jsonl", path=str(tmp_path / "none.jsonl"), prompt_field="q", response_field="a").check()
+
+
+def test_threads_have_a_response_written_once_and_side_by_side(tmp_path: Path) -> None:
+    """Two threads write two prompts at the same time; a third that wants one of them waits for it."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    from understudy.trainer.responses import ResponseCache, WrittenOnce
+
+    together, asked = Barrier(2, timeout=20), []
+
+    def generate(prompts: Sequence[Prompt]) -> list[str | None]:
+        asked.extend(prompt.id for prompt in prompts)
+        together.wait()
+        return [f"to {prompt.id}" for prompt in prompts]
+
+    texts = WrittenOnce(generate, ResponseCache(tmp_path, {"teacher": "t"}))
+    requests = [Request(Prompt(id=name, text=name), 0, torch.tensor([1])) for name in ("a", "b", "a")]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda request: texts([request]), requests))
+    assert found == [[("to a",)], [("to b",)], [("to a",)]]
+    assert sorted(asked) == ["a", "b"]

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from io import FileIO
 from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 from torch import Tensor
@@ -114,6 +114,10 @@ def open_responses(
     return ResponseStore(written, setup, shown=section.shown, on_demand=True, take_damaged=cache.take_damaged)
 
 
+WAIT_S = 60.0
+"""Between looks at what another thread writes."""
+
+
 class ResponseStore:
     """A teacher's responses as tokens of the student.
 
@@ -148,10 +152,6 @@ class ResponseStore:
         """
         if not requests:
             return []
-        with self._lock:
-            return self._find(requests, step)
-
-    def _find(self, requests: Sequence[Request], step: int) -> list[Tensor | None]:
         draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0]
         encoded: dict[str, Tensor | None] = {}
         found: list[Tensor | None] = []
@@ -161,8 +161,9 @@ class ResponseStore:
                     encoded[text] = encode_faithfully(self._tokenizer, text, self._eos_id)
             usable = [ids for text in texts if (ids := encoded[text]) is not None]
             found.append(usable[int(draw * len(usable))] if usable else None)
-        self._counts["responses_missing"] += sum(ids is None for ids in found)
-        self._counts["responses_unreadable"] += sum(ids is None for ids in encoded.values())
+        with self._lock:
+            self._counts["responses_missing"] += sum(ids is None for ids in found)
+            self._counts["responses_unreadable"] += sum(ids is None for ids in encoded.values())
         return found
 
     def take_counts(self) -> dict[str, int]:
@@ -212,30 +213,51 @@ class WrittenOnce:
         self._generate = generate
         self._cache = cache
         self._without: set[str] = set()
+        self._being_written: set[str] = set()
+        """By this or another thread."""
+        self._changed = Condition()
 
     def __call__(self, requests: Sequence[Request]) -> list[Sequence[str]]:
         """Raises DataError where the generator returns another number of texts than it was given prompts."""
         keys = [request_key(request) for request in requests]
-        lacking = self._lacking(keys, requests)
-        if lacking:
-            self._cache.refresh()
+        lacking = self._claim(keys, requests)
+        try:
+            if lacking:
+                self._write(lacking)
+        finally:
+            with self._changed:
+                self._being_written -= lacking.keys()
+                self._changed.notify_all()
+        with self._changed:
+            # what another thread writes is waited for; its teacher has a deadline of its own
+            while self._being_written & set(keys):
+                self._changed.wait(WAIT_S)
+            return [(self._cache.texts[key],) if key in self._cache.texts else () for key in keys]
+
+    def _claim(self, keys: Sequence[str], requests: Sequence[Request]) -> dict[str, Prompt]:
+        """The prompts that this thread is to have written."""
+        with self._changed:
             lacking = self._lacking(keys, requests)
-        if lacking:
-            made = self._generate(list(lacking.values()))
-            if len(made) != len(lacking):
-                raise DataError(
-                    f"the teacher gave {len(made)} responses to {len(lacking)} prompts; it must give one each"
-                )
-            texts = dict(zip(lacking, made, strict=True))
+            if lacking:
+                self._cache.refresh()
+                lacking = self._lacking(keys, requests)
+            self._being_written |= lacking.keys()
+            return lacking
+
+    def _write(self, lacking: Mapping[str, Prompt]) -> None:
+        made = self._generate(list(lacking.values()))
+        if len(made) != len(lacking):
+            raise DataError(f"the teacher gave {len(made)} responses to {len(lacking)} prompts; it must give one each")
+        texts = dict(zip(lacking, made, strict=True))
+        with self._changed:
             self._without |= {key for key, text in texts.items() if text is None}
             self._cache.add([(key, lacking[key].id, text) for key, text in texts.items() if text is not None])
-        return [(self._cache.texts[key],) if key in self._cache.texts else () for key in keys]
 
     def _lacking(self, keys: Sequence[str], requests: Sequence[Request]) -> dict[str, Prompt]:
         return {
             key: request.prompt
             for key, request in zip(keys, requests, strict=True)
-            if key not in self._cache.texts and key not in self._without
+            if key not in self._cache.texts and key not in self._without and key not in self._being_written
         }
 
 

@@ -51,7 +51,7 @@ class RunDir:
 
     def check_new(self) -> None:
         """Raises RecipeError where a run, or anything else but logs of engines that did not start, is there already."""
-        if self.path.exists() and (not self.path.is_dir() or any(not _is_log(item) for item in self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(not _is_trace(item) for item in self.path.iterdir())):
             raise RecipeError(
                 f"run_dir {self.path} exists and is not empty; continue it with --resume, or choose another run_dir"
             )
@@ -70,5 +70,8 @@ class RunDir:
                     file.unlink()
 
 
-def _is_log(path: Path) -> bool:
+def _is_trace(path: Path) -> bool:
+    """Of an engine that did not start: its log, and the empty directory of its weights."""
+    if path.name == "weights" and path.is_dir():
+        return not any(path.iterdir())
     return path.name.startswith("engine_") and path.suffix == ".log"
