@@ -639,7 +639,7 @@ def test_a_client_that_never_asks_is_dropped(text: str, monkeypatch: pytest.Monk
 def test_a_reply_that_nobody_takes_is_given_up_and_a_slow_client_gets_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     from understudy.serve import connection, scorer
 
-    monkeypatch.setattr(connection, "QUIET_S", 0.2)
+    monkeypatch.setattr(connection, "QUIET_S", 0.6)
     gone, plain = threading.Event(), connection.Connection.connection_lost
     monkeypatch.setattr(connection.Connection, "connection_lost", lambda self, exc: (gone.set(), plain(self, exc))[1])
     written, write = [], scorer.write_head
@@ -651,7 +651,7 @@ def test_a_reply_that_nobody_takes_is_given_up_and_a_slow_client_gets_it_whole(m
     with serving(model) as url:
         with asked_by_hand(url, request) as stuck, asked_by_hand(url, request) as slow:
             taken = 0
-            for _ in range(8):
+            for _ in range(20):
                 taken += len(slow.recv(2**20))
                 time.sleep(0.1)
             while taken < size:
