@@ -137,7 +137,7 @@ class Worker:
                     self._answer([job])
                 return
             memory = isinstance(error, torch.OutOfMemoryError)
-            jobs[0].answer.set_exception(Refusal(503, OUT_OF_MEMORY) if memory else _told(error))
+            jobs[0].answer.set_exception(Refusal(500, OUT_OF_MEMORY) if memory else _told(error))
             return
         for job, answer in zip(jobs, answers, strict=True):
             job.answer.set_result(answer)
