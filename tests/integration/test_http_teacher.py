@@ -7,6 +7,7 @@ import math
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import pairwise
@@ -949,8 +950,8 @@ def test_a_server_says_what_it_is(api: str, version: str | None) -> None:
         with pytest.raises(EngineError, match=f"{other.url} has no model 'teacher'; it has: more"):
             judge.info()
         judge.close()
-    with pytest.raises(EngineError):
-        HttpTeacher(section(server, max_retries=0), setup()).info()
+    with pytest.raises(EngineError), closing(HttpTeacher(section(server, max_retries=0), setup())) as gone:
+        gone.info()
 
 
 @pytest.mark.parametrize("scale_out", [False, True])
