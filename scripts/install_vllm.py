@@ -91,4 +91,8 @@ def _say_no(problem: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (OSError, subprocess.SubprocessError) as error:
+        # a folder that cannot be written, a full disk, a venv without pip
+        sys.exit(_say_no(str(error)))
