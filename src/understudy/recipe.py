@@ -196,7 +196,7 @@ def differing_keys(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
 
 
-RESUMABLE = ("run_dir", "loggers", "device", "train.save_every", "train.keep_last", "train.keep_best")
+RESUMABLE = ("run_dir", "device", "train.save_every", "train.keep_last", "train.keep_best")
 """Keys that may change when a run is resumed: they do not change what it computes."""
 
 

@@ -142,16 +142,7 @@ def _build(
     samples_own = any(part.plan(0).on_policy_share > 0 for part in method.members)
     sampler, weights = open_sampler(recipe, loaded)
     opened.callback(sampler.close)
-    student = Student(
-        model=loaded.model,
-        device=loaded.device,
-        vocab_size=loaded.vocab_size,
-        # imitation knows no rollout temperature
-        temperature=(recipe.sampling.temperature or 1.0) if samples_own or method.needs & TOKEN_SCORES else 1.0,
-        compute_dtype=loaded.compute_dtype,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
-        style=row_style(loaded.model),
-    )
+    student = _in_training(recipe, loaded, samples_own)
     publish = Publisher(sampler, student, weights, ranks, to_compare(recipe, loaded) if sampler.remote else ())
     publish(progress.updates, ())
     # from here on an engine knows how long its sequences may be
@@ -193,6 +184,21 @@ def _build(
         progress=progress,
     )
     return trainer, loaded
+
+
+def _in_training(recipe: Recipe, loaded: assemble.Loaded, samples_own: bool) -> Student:
+    return Student(
+        model=loaded.model,
+        device=loaded.device,
+        vocab_size=loaded.vocab_size,
+        # imitation knows no rollout temperature
+        temperature=(recipe.sampling.temperature or 1.0)
+        if samples_own or recipe.run_method.needs & TOKEN_SCORES
+        else 1.0,
+        compute_dtype=loaded.compute_dtype,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        style=row_style(loaded.model),
+    )
 
 
 def _examine(recipe: Recipe, loaded: assemble.Loaded, trainer: Trainer, console: Console) -> list[doctor.Finding]:

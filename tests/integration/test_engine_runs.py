@@ -207,3 +207,21 @@ def test_an_evaluation_is_by_the_pushed_weights(tmp_path: Path, monkeypatch: pyt
         other = train(tmp_path / "other", **changes)
     files = [sorted((path / "eval").glob("*.jsonl"))[-1].read_text() for path in (whole, other)]
     assert files[0] == files[1]
+
+
+def test_weights_that_did_not_change_are_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is skipped makes no update: nothing is written or loaded for it."""
+    from understudy.trainer.optimizer import Optimizer
+
+    models = distillation(tmp_path / "m")
+    plain, norms = Optimizer.clip, []
+
+    def clip(self: Optimizer) -> float:
+        norms.append(plain(self))
+        return float("nan") if len(norms) == 2 else norms[-1]
+
+    monkeypatch.setattr(Optimizer, "clip", clip)
+    with nothing_left(), EngineStub(models["student"]["model"]) as stub:
+        rows = metric_rows(train(tmp_path / "run", **with_engine(models, stub.url)))
+        assert stub.num_pushes == 6, "the first weights, and those of five updates"
+    assert ["push_gap" in row for row in rows] == [True, False, True, True, True, True]

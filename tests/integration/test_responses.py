@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -468,3 +469,27 @@ def test_threads_have_a_response_written_once_and_side_by_side(tmp_path: Path) -
         found = list(threads.map(lambda request: texts([request]), requests))
     assert found == [[("to a",)], [("to b",)], [("to a",)]]
     assert sorted(asked) == ["a", "b"]
+
+
+def test_a_response_that_another_thread_fails_to_get_is_asked_for_again(tmp_path: Path) -> None:
+    """Not having been told is another thing than the teacher having none."""
+    begun, go_on, asked = Event(), Event(), []
+
+    def generate(prompts: Sequence[Prompt]) -> list[str | None]:
+        asked.append(prompts[0].id)
+        if len(asked) == 1:
+            begun.set()
+            assert go_on.wait(20)
+            raise DataError("gone")
+        return ["text"]
+
+    texts = responses.WrittenOnce(generate, responses.ResponseCache(tmp_path, {"teacher": "t"}))
+    request = Request(Prompt(id="a", text="a"), 0, torch.tensor([1]))
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(texts, [request])
+        assert begun.wait(20)
+        second = threads.submit(texts, [request])
+        go_on.set()
+        with pytest.raises(DataError, match="gone"):
+            first.result(20)
+        assert second.result(20) == [("text",)]

@@ -98,7 +98,8 @@ class Trainer:
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
         found = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
-        ages = age_metrics(found.samples, self.progress.updates)
+        updates = self.progress.updates
+        ages = age_metrics(found.samples, updates)
         with clock("update_s"):
             numbers = self._update(found.judged, method, own_step)
         metrics = self.ranks.sum_metrics(sample_metrics(found.written) | ages | found.metrics)
@@ -118,8 +119,9 @@ class Trainer:
         # the step is done: a failure from here on, that of the push too, loses nothing of it
         self._torn = False
         try:
-            with clock("push_s"):
-                numbers |= self._healed(lambda: self.publish(self.progress.updates, found.samples))
+            if self.progress.updates > updates:
+                with clock("push_s"):
+                    numbers |= self._healed(lambda: self.publish(self.progress.updates, found.samples))
         finally:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))

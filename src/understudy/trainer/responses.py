@@ -220,29 +220,29 @@ class WrittenOnce:
     def __call__(self, requests: Sequence[Request]) -> list[Sequence[str]]:
         """Raises DataError where the generator returns another number of texts than it was given prompts."""
         keys = [request_key(request) for request in requests]
-        lacking = self._claim(keys, requests)
-        try:
-            if lacking:
+        while lacking := self._claim(keys, requests):
+            try:
                 self._write(lacking)
-        finally:
-            with self._changed:
-                self._being_written -= lacking.keys()
-                self._changed.notify_all()
+            finally:
+                with self._changed:
+                    self._being_written -= lacking.keys()
+                    self._changed.notify_all()
         with self._changed:
-            # what another thread writes is waited for; its teacher has a deadline of its own
-            while self._being_written & set(keys):
-                self._changed.wait(WAIT_S)
             return [(self._cache.texts[key],) if key in self._cache.texts else () for key in keys]
 
     def _claim(self, keys: Sequence[str], requests: Sequence[Request]) -> dict[str, Prompt]:
-        """The prompts that this thread is to have written."""
+        """The prompts that this thread is to have written; what another thread writes is waited for, and claimed where that
+        thread fails. Each teacher has a deadline of its own."""
         with self._changed:
-            lacking = self._lacking(keys, requests)
-            if lacking:
-                self._cache.refresh()
+            while True:
                 lacking = self._lacking(keys, requests)
-            self._being_written |= lacking.keys()
-            return lacking
+                if lacking:
+                    self._cache.refresh()
+                    lacking = self._lacking(keys, requests)
+                if lacking or not self._being_written & set(keys):
+                    self._being_written |= lacking.keys()
+                    return lacking
+                self._changed.wait(WAIT_S)
 
     def _write(self, lacking: Mapping[str, Prompt]) -> None:
         made = self._generate(list(lacking.values()))
