@@ -1089,3 +1089,21 @@ def test_this_machine_is_asked_without_the_proxy_of_the_environment(
         monkeypatch.delenv(name, raising=False)
     with wired(lambda *_: FAIR, max_retries=0) as (wire, _):
         assert wire.request("/x", number, key="k") == 1
+
+
+@pytest.mark.parametrize("section", ["http", "served", "chat", "vllm"])
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(section: str) -> None:
+    """A recipe is written into the run directory: the key must never be in it."""
+    from understudy.rollout import VLLM
+    from understudy.teachers import Chat, Http, Served
+
+    key = "sk-live-0123456789"
+    made: dict[str, Callable[[], object]] = {
+        "http": lambda: Http(url="http://h", model="m", api="vllm", api_key_env=key),
+        "served": lambda: Served(url="http://h", token_env=key),
+        "chat": lambda: Chat(url="http://h", model="m", api_key_env=key),
+        "vllm": lambda: VLLM(url="http://h", api_key_env=key),
+    }
+    with pytest.raises(ValueError, match="must be the NAME of an environment variable") as caught:
+        made[section]()
+    assert key not in str(caught.value)

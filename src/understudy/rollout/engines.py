@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from understudy.errors import RecipeError
 from understudy.types import Sampling
-from understudy.wire import Patience, check_address
+from understudy.wire import Patience, check_address, check_variable
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
@@ -97,6 +97,7 @@ class VLLM:
     """Requests in flight over all servers; they batch what they get."""
 
     def __post_init__(self) -> None:
+        check_variable(self.api_key_env, "api_key_env")
         if (self.url is None) == (self.launch is None):
             raise ValueError("give either url (servers that you start) or launch (servers of the run's own)")
         if self.launch is None and not self.urls:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from understudy.errors import EngineError, RecipeError
 from understudy.types import Need, Prompt, Sample, Verdict
-from understudy.wire import Patience, Refused, Wire, check_address, read_key
+from understudy.wire import Patience, Refused, Wire, check_address, check_variable, read_key
 
 from .base import ScoreForm, Setup, Unmoved
 from .endpoint import UNKNOWN_FIELD, Endpoint, complete
@@ -73,8 +72,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         _ = self.wording, self.patience
-        if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
-            raise ValueError("api_key_env must be the NAME of an environment variable, not the key itself")
+        check_variable(self.api_key_env, "api_key_env")
         for key, low in (("max_tokens", 1), ("max_parse_retries", 0)):
             if getattr(self, key) < low:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
@@ -89,13 +87,7 @@ class Chat:
     @property
     def patience(self) -> Patience:
         """How long and how often the server is asked."""
-        return Patience(
-            timeout_s=self.timeout_s,
-            deadline_s=self.deadline_s,
-            max_retries=self.max_retries,
-            backoff_s=self.backoff_s,
-            max_concurrency=self.max_concurrency,
-        )
+        return Patience.of(self)
 
     @property
     def shown(self) -> str:

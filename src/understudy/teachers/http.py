@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor
 from understudy.errors import RecipeError, ScoreError
 from understudy.linear.head import LMHead
 from understudy.types import Need, Sample, Scores
-from understudy.wire import Patience, Refused, Wire, check_address, read_key
+from understudy.wire import Patience, Refused, Wire, check_address, check_variable, read_key
 
 from .base import Setup, Unmoved
 from .cache import CACHE_FILE, CachedTeacher
@@ -89,8 +88,7 @@ class Http:
 
     def __post_init__(self) -> None:
         _ = self.patience
-        if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
-            raise ValueError("api_key_env must be the NAME of an environment variable, not the key itself")
+        check_variable(self.api_key_env, "api_key_env")
         for key, value in (("batch_tokens", self.batch_tokens), ("k_max", self.k_max)):
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}; it must be at least 1")
@@ -105,13 +103,7 @@ class Http:
     @property
     def patience(self) -> Patience:
         """Of all its requests."""
-        return Patience(
-            timeout_s=self.timeout_s,
-            deadline_s=self.deadline_s,
-            max_retries=self.max_retries,
-            backoff_s=self.backoff_s,
-            max_concurrency=self.max_concurrency,
-        )
+        return Patience.of(self)
 
     @property
     def urls(self) -> tuple[str, ...]:

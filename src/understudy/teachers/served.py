@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -19,7 +18,7 @@ from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyEr
 from understudy.linear.head import LMHead
 from understudy.packing import Unscored
 from understudy.types import Need, Sample, Scores
-from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_address, read_key
+from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_address, check_variable, read_key
 
 from .base import Setup, Unmoved
 from .cache import CACHE_FILE, CachedTeacher
@@ -79,8 +78,7 @@ class Served:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
         if not self.urls:
             raise ValueError("url is empty; give the address that `understudy serve-teacher` prints")
-        if self.token_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.token_env):
-            raise ValueError("token_env must be the NAME of an environment variable, not the token itself")
+        check_variable(self.token_env, "token_env")
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -90,14 +88,7 @@ class Served:
     @property
     def patience(self) -> Patience:
         """Raises ValueError for a number that cannot be."""
-        return Patience(
-            timeout_s=self.timeout_s,
-            deadline_s=self.deadline_s,
-            max_retries=self.max_retries,
-            backoff_s=self.backoff_s,
-            max_concurrency=self.max_concurrency,
-            break_after=self.break_after,
-        )
+        return Patience.of(self)
 
     @property
     def shown(self) -> str:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from .address import check_address, read_key, without_key
+from .address import check_address, check_variable, read_key, without_key
 from .client import Patience, Wire
 from .reply import BadReply, Refused, Reply
 
-__all__ = ["BadReply", "Patience", "Refused", "Reply", "Wire", "check_address", "read_key", "without_key"]
+__all__ = [
+    "BadReply",
+    "Patience",
+    "Refused",
+    "Reply",
+    "Wire",
+    "check_address",
+    "check_variable",
+    "read_key",
+    "without_key",
+]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from urllib.parse import urlsplit
 
 from understudy.errors import RecipeError
 from understudy.text import HIDDEN, visible
 
 _SHOWN_CHARS = 300
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _READ_CHARS = 65_536
 """Of a text that is clipped; the rest of a long reply is not looked through."""
 
@@ -26,6 +28,12 @@ def check_address(url: str, what: str, example: str = "http://host:8000") -> Non
         raise RecipeError(f"{what} is {url!r}; write it as {example}")
     if parts.query or parts.fragment:
         raise RecipeError(f"{what} is {url!r}; give the base that paths are added to, such as {example}")
+
+
+def check_variable(name: str, key: str) -> None:
+    """Raises ValueError, without the value, where what is no name of an environment variable stands under `key`."""
+    if name and not _VARIABLE.fullmatch(name):
+        raise ValueError(f"{key} must be the NAME of an environment variable, not the key itself")
 
 
 def read_key(variable: str) -> str:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from json import dumps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,6 +76,12 @@ class Patience:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
         if not (0 < self.timeout_s < math.inf and 0 < self.deadline_s < math.inf and 0 <= self.backoff_s < math.inf):
             raise ValueError("timeout_s and deadline_s must be above 0, and backoff_s at least 0")
+
+    @staticmethod
+    def of(section: object) -> Patience:
+        """With the keys that a section of a recipe has of it."""
+        known = [item.name for item in fields(Patience)]
+        return Patience(**{name: getattr(section, name) for name in known if hasattr(section, name)})
 
     def wait_s(self, seed: int, key: str, attempt: int) -> float:
         """Between half of and the whole of `backoff_s * 2^(attempt - 1)`, so that many requests do not return at once."""
