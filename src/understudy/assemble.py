@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checks import check_coverage, check_fields, check_rejection, check_source, check_training, is_here
-from .errors import RecipeError, VocabularyError
-from .models import (
+from understudy.checks import check_coverage, check_fields, check_rejection, check_source, check_training, is_here
+from understudy.errors import RecipeError, VocabularyError
+from understudy.models import (
     apply_lora,
     build_causal_lm,
     check_build,
@@ -30,14 +30,14 @@ from .models import (
     probe_head,
     stop_ids,
 )
-from .recipe import Recipe, Student
-from .rollout import HFSampler
-from .tasks import Arithmetic, Mix, build_tokenizer
-from .tasks.mix import record_parts
-from .tasks.render import encode_prompt
-from .teachers import Http, Local, Privileged, Served
-from .trainer.loggers import check_loggers
-from .types import Prompt, Sampling
+from understudy.recipe import Recipe, Student
+from understudy.rollout import HFSampler
+from understudy.tasks import Arithmetic, Mix, build_tokenizer
+from understudy.tasks.mix import record_parts
+from understudy.tasks.render import encode_prompt
+from understudy.teachers import Http, Local, Privileged, Served
+from understudy.trainer.loggers import check_loggers
+from understudy.types import Prompt, Sampling
 
 NUM_REHEARSED = 8
 """Prompts that a dry run renders."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from . import config, facts
-from .eval.summary import EvalSummary
-from .recipe import Recipe
-from .trainer.checkpoint import Progress
+from understudy import config, facts
+from understudy.eval.summary import EvalSummary
+from understudy.recipe import Recipe
+from understudy.trainer.checkpoint import Progress
 
 
 def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSummary]) -> str:

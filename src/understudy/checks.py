@@ -9,15 +9,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import RecipeError, nearest
-from .recipe import AnyTask, Recipe
-from .tasks import Arithmetic, Hub, Jsonl, Mix
-from .tasks.mix import parts_of, record_parts
-from .tasks.responses import HubResponses, Solutions
-from .teachers import Privileged, Stored, check_names
-from .teachers.recording import read_record, read_rows
-from .trainer.responses import ResponseSetup, TeacherResponses, open_responses
-from .trainer.settings import Split
+from understudy.errors import RecipeError, nearest
+from understudy.recipe import AnyTask, Recipe
+from understudy.tasks import Arithmetic, Hub, Jsonl, Mix
+from understudy.tasks.mix import parts_of, record_parts
+from understudy.tasks.responses import HubResponses, Solutions
+from understudy.teachers import Privileged, Stored, check_names
+from understudy.teachers.recording import read_record, read_rows
+from understudy.trainer.responses import ResponseSetup, TeacherResponses, open_responses
+from understudy.trainer.settings import Split
 
 NUM_CHECKED_PROMPTS = 10_000
 """Training prompts whose teacher and responses are looked up."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import RecipeError, nearest
+from understudy.errors import RecipeError, nearest
 
 Section = TypeVar("Section")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from understudy.errors import CheckpointError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from .assemble import Loaded, load_base
-from .models import stop_ids
-from .recipe import Recipe
-from .rollout import HFSampler
-from .tasks.render import encode_prompt
-from .teachers import Chat, Judge, LocalTeacher, RoutedTeacher, Setup, Start, Teacher, Verbal
-from .teachers.chat import ChatTeacher
-from .teachers.privileged import PrivilegedTeacher
-from .trainer.responses import Generate, ResponseSetup, ResponseStore, TeacherResponses, open_responses
-from .types import Prompt, Request
+from understudy.assemble import Loaded, load_base
+from understudy.models import stop_ids
+from understudy.recipe import Recipe
+from understudy.rollout import HFSampler
+from understudy.tasks.render import encode_prompt
+from understudy.teachers import Chat, Judge, LocalTeacher, RoutedTeacher, Setup, Start, Teacher, Verbal
+from understudy.teachers.chat import ChatTeacher
+from understudy.teachers.privileged import PrivilegedTeacher
+from understudy.trainer.responses import Generate, ResponseSetup, ResponseStore, TeacherResponses, open_responses
+from understudy.types import Prompt, Request
 
 NUM_CHECKED_PROMPTS = 10_000
 """Training prompts that are looked up among the responses."""

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .divergences import Direction, Tail, topk_divergence
+from understudy.divergences import Direction, Tail, topk_divergence
 
 Reduce = Literal["token", "sequence", "constant"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .methods import Method
-from .tasks.responses import HubResponses, JsonlResponses, Solutions
-from .teachers import AnyReference, AnyTeacher, Chat, Local, Stored, Verbal
-from .trainer.responses import TeacherResponses
-from .trainer.settings import Train
-from .types import Need
+from understudy.methods import Method
+from understudy.tasks.responses import HubResponses, JsonlResponses, Solutions
+from understudy.teachers import AnyReference, AnyTeacher, Chat, Local, Stored, Verbal
+from understudy.trainer.responses import TeacherResponses
+from understudy.trainer.settings import Train
+from understudy.types import Need
 
 AnyResponses = Solutions | JsonlResponses | HubResponses | TeacherResponses
 

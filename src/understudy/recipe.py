@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import config
-from .errors import RecipeError, nearest
-from .methods import METHODS, REFUSED, Method
-from .models import DType
-from .needs import AnyResponses, check_groups, check_needs
-from .rollout import HF, ROLLOUTS, VLLM, AnyRollout
-from .rollout.engines import check_temperature, logprobs_mode
-from .tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
-from .teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Http, Privileged, Start, Stored
-from .trainer.responses import RESPONSES
-from .trainer.settings import Async, Eval, Train
-from .types import Sampling
+from understudy import config
+from understudy.errors import RecipeError, nearest
+from understudy.methods import METHODS, REFUSED, Method
+from understudy.models import DType
+from understudy.needs import AnyResponses, check_groups, check_needs
+from understudy.rollout import HF, ROLLOUTS, VLLM, AnyRollout
+from understudy.rollout.engines import check_temperature, logprobs_mode
+from understudy.tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
+from understudy.teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Http, Privileged, Start, Stored
+from understudy.trainer.responses import RESPONSES
+from understudy.trainer.settings import Async, Eval, Train
+from understudy.types import Sampling
 
 AnyTask = Arithmetic | Jsonl | Hub | Mix
 

@@ -14,38 +14,38 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from . import assemble, config, doctor, facts
-from .card import model_card
-from .errors import CheckpointError, DataError, RecipeError
-from .eval.evaluate import Rejection, run_eval
-from .eval.summary import EvalSummary
-from .files import write_atomically, write_json
-from .judges import Judges, load_judges, open_store
-from .methods import Method
-from .models import num_positions, row_style, save_hf
-from .recipe import Recipe, check_same_recipe
-from .report import write_report
-from .rollout import VLLM, Sampler
-from .sampler import open_sampler, to_compare
-from .tasks import Arithmetic, num_repeated, overlap, overlap_message
-from .tasks.render import encode_prompt
-from .teachers import Judge, StoredTeacher
-from .trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint, load_teacher_state, sync_tree
-from .trainer.collect import TOKEN_SCORES, Collector
-from .trainer.console import Console
-from .trainer.distributed import Ranks, SharedJudge, SharedSampler
-from .trainer.loggers import JsonLines, make_loggers
-from .trainer.loop import Ending, Trainer
-from .trainer.observe import Observer, peak_memory_gib
-from .trainer.optimizer import Optimizer
-from .trainer.overlap import Overlapped
-from .trainer.prompts import PromptStream
-from .trainer.publish import Publisher
-from .trainer.rewards import Rewarder
-from .trainer.rollouts import Rollouts
-from .trainer.rundir import RunDir
-from .trainer.update import Student
-from .types import Prompt, Sampling
+from understudy import assemble, config, doctor, facts
+from understudy.card import model_card
+from understudy.errors import CheckpointError, DataError, RecipeError
+from understudy.eval.evaluate import Rejection, run_eval
+from understudy.eval.summary import EvalSummary
+from understudy.files import write_atomically, write_json
+from understudy.judges import Judges, load_judges, open_store
+from understudy.methods import Method
+from understudy.models import num_positions, row_style, save_hf
+from understudy.recipe import Recipe, check_same_recipe
+from understudy.report import write_report
+from understudy.rollout import VLLM, Sampler
+from understudy.sampler import open_sampler, to_compare
+from understudy.tasks import Arithmetic, num_repeated, overlap, overlap_message
+from understudy.tasks.render import encode_prompt
+from understudy.teachers import Judge, StoredTeacher
+from understudy.trainer.checkpoint import STUDENT, Progress, find_checkpoint, load_checkpoint, load_teacher_state, sync_tree
+from understudy.trainer.collect import TOKEN_SCORES, Collector
+from understudy.trainer.console import Console
+from understudy.trainer.distributed import Ranks, SharedJudge, SharedSampler
+from understudy.trainer.loggers import JsonLines, make_loggers
+from understudy.trainer.loop import Ending, Trainer
+from understudy.trainer.observe import Observer, peak_memory_gib
+from understudy.trainer.optimizer import Optimizer
+from understudy.trainer.overlap import Overlapped
+from understudy.trainer.prompts import PromptStream
+from understudy.trainer.publish import Publisher
+from understudy.trainer.rewards import Rewarder
+from understudy.trainer.rollouts import Rollouts
+from understudy.trainer.rundir import RunDir
+from understudy.trainer.update import Student
+from understudy.types import Prompt, Sampling
 
 ENDS_ON_POLICY = 0.05
 """Of a teacher's response in a prefix: less is a token or two."""

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .assemble import Loaded
-from .models import row_style
-from .models.saving import merged_state_dict
-from .recipe import Recipe
-from .rollout import HF, CopySampler, Sampler
-from .tasks.render import encode_prompt
-from .trainer.distributed import Ranks
-from .trainer.publish import NUM_PROBED, Publisher
-from .trainer.update import Student
-from .types import Sample
+from understudy.assemble import Loaded
+from understudy.models import row_style
+from understudy.models.saving import merged_state_dict
+from understudy.recipe import Recipe
+from understudy.rollout import HF, CopySampler, Sampler
+from understudy.tasks.render import encode_prompt
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.publish import NUM_PROBED, Publisher
+from understudy.trainer.update import Student
+from understudy.types import Sample
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 
@@ -33,7 +33,7 @@ def open_sampler(recipe: Recipe, loaded: Loaded) -> tuple[Sampler, Weights | Non
             return loaded.sampler(recipe.seed), None
         twin = copy.deepcopy(loaded.model).requires_grad_(False)
         return CopySampler(twin, lambda model: loaded.sampler(recipe.seed, model)), loaded.model.state_dict().items
-    from .rollout.vllm import VLLMSampler
+    from understudy.rollout.vllm import VLLMSampler
 
     held_out = None if recipe.eval is None else recipe.eval.sampling
     longest = max(sampling.max_new_tokens for sampling in (recipe.sampling, held_out) if sampling is not None)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import ScoreError
+from understudy.errors import ScoreError
 
 Correction = Literal["none", "tis", "icepop"]
 STD_EPS = 1e-6

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .entry import entry
+from understudy.cli.entry import entry
 
 
 def main() -> None:
     """Runs a command in this process."""
-    from .app import main
+    from understudy.cli.app import main
 
     main()
 

@@ -51,7 +51,7 @@ def train(
 
     The run directory holds recipe.yaml, metrics.jsonl, eval/, samples/, checkpoints/, the final student/ and report.html.
     """
-    from . import commands
+    from understudy.cli import commands
 
     ending = commands.train(recipe, overrides or [], dry_run=dry_run, resume=resume, examine=not no_doctor)
     if ending == "stopped by a signal":
@@ -64,7 +64,7 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Exit code 2 where something is wrong; `train` runs the same checks first.
     """
-    from . import doctoring
+    from understudy.cli import doctoring
 
     if doctoring.examine(recipe, overrides or []):
         raise typer.Exit(EXIT_BAD_INPUT)
@@ -85,7 +85,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a student on held-out problems: avg@k, pass@k, maj@k, lengths, each with a 95 % interval."""
-    from . import commands
+    from understudy.cli import commands
 
     commands.evaluate(recipe, overrides or [], model=model, out=out)
 
@@ -116,7 +116,7 @@ def sample(
     ] = None,
 ) -> None:
     """Print what a model writes; with --out, a data set that SFT can be trained on."""
-    from . import sampling
+    from understudy.cli import sampling
 
     sampling.sample(
         recipe, overrides or [], model=model, prompts=prompt or [], num=num, split=split, num_samples=samples, out=out
@@ -147,7 +147,7 @@ def record(
 
     The same command again goes on with what is missing. Train with teacher={type: stored, path: DIR}.
     """
-    from . import recording
+    from understudy.cli import recording
 
     amount = recording.Amount(prompts=prompts, samples=samples, k=k)
     if recording.record(recipe, overrides or [], out=out, amount=amount) != "finished":
@@ -215,7 +215,7 @@ def compare(
 
     The same command again goes on with what is missing.
     """
-    from . import comparing
+    from understudy.cli import comparing
 
     asked = comparing.Asked(
         vary=vary or [],
@@ -278,7 +278,7 @@ def serve_teacher(
 
     Hidden states and the head give whole rows at a few KB a token. It ends with Ctrl-C.
     """
-    from . import serving
+    from understudy.cli import serving
 
     serving.serve(
         model,
@@ -304,7 +304,7 @@ def methods(
     ] = None,
 ) -> None:
     """List the methods, or the keys of one."""
-    from . import describe
+    from understudy.cli import describe
 
     describe.methods(name)
 
@@ -316,7 +316,7 @@ def init(
     teacher: Annotated[str, typer.Option(help="Directory or hub name of the teacher.")] = "Qwen/Qwen3-4B",
 ) -> None:
     """Write a commented recipe for two models, to be edited and trained."""
-    from . import describe
+    from understudy.cli import describe
 
     typer.echo(describe.init(path, student, teacher))
 

@@ -17,7 +17,7 @@ from understudy.trainer.loop import Trainer
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.signals import terminable
 
-from .commands import quieten_libraries
+from understudy.cli.commands import quieten_libraries
 
 
 def examine(path: Path, overrides: Sequence[str]) -> int:

@@ -36,6 +36,6 @@ def entry() -> None:
     added = settings_for(os.environ, linux=sys.platform == "linux", gpu=Path("/dev/nvidia0").exists())
     if added:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | added)  # noqa: S606 (itself)
-    from .app import main
+    from understudy.cli.app import main
 
     main()

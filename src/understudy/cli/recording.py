@@ -29,7 +29,7 @@ from understudy.trainer.prompts import PromptStream
 from understudy.trainer.signals import terminable
 from understudy.types import Need, Prompt, Request, Sample, Scores
 
-from .commands import quieten_libraries
+from understudy.cli.commands import quieten_libraries
 
 BLOCK_REQUESTS = 256
 """Samples in one file and between two moves of the progress bar: what an interruption loses at most."""

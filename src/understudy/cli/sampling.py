@@ -20,7 +20,7 @@ from understudy.trainer.settings import Split
 from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
 
-from .commands import load_for_use, quieten_libraries
+from understudy.cli.commands import load_for_use, quieten_libraries
 
 SPLITS = ("train", "validation", "test")
 BLOCK_REQUESTS = 256

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .examine import Build, examine, examine_parts, judges_of
-from .findings import Finding, errors_of, refuse, show, show_briefly, verdict, write_findings
-from .parts import Healthy
-from .static import before_loading
+from understudy.doctor.examine import Build, examine, examine_parts, judges_of
+from understudy.doctor.findings import Finding, errors_of, refuse, show, show_briefly, verdict, write_findings
+from understudy.doctor.parts import Healthy
+from understudy.doctor.static import before_loading
 
 __all__ = [
     "Build",

@@ -12,9 +12,9 @@ from understudy.judges import Judges
 from understudy.recipe import Recipe
 from understudy.trainer.loop import Trainer
 
-from . import probes, sides, static
-from .findings import AS_SAID, Finding, attempt, errors_of, latest
-from .parts import Check, Parts, rollouts_of
+from understudy.doctor import probes, sides, static
+from understudy.doctor.findings import AS_SAID, Finding, attempt, errors_of, latest
+from understudy.doctor.parts import Check, Parts, rollouts_of
 
 Build = Callable[[Recipe], AbstractContextManager[tuple[Loaded, Trainer]]]
 """Everything loaded as for training; inside, nothing has been written, and after it nothing is left."""

@@ -25,8 +25,8 @@ from understudy.trainer.rollouts import Gathered
 from understudy.trainer.update import Judged, accumulate_gradients, prepare
 from understudy.types import Author, Sample, Scores
 
-from .findings import Finding, Level, attempt, within, worst
-from .parts import Parts, precision, uncached
+from understudy.doctor.findings import Finding, Level, attempt, within, worst
+from understudy.doctor.parts import Parts, precision, uncached
 
 NUM_PROMPTS = 2
 MAX_SAMPLES = 2

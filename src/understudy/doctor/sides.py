@@ -19,8 +19,8 @@ from understudy.teachers.privileged import reword
 from understudy.trainer.collect import TOKEN_SCORES
 from understudy.types import Author, Prompt, Sample
 
-from .findings import Finding, Level, within, worst
-from .parts import HEALTH_S, NUM_COMPARED, Check, Parts, Side, uncached
+from understudy.doctor.findings import Finding, Level, within, worst
+from understudy.doctor.parts import HEALTH_S, NUM_COMPARED, Check, Parts, Side, uncached
 
 PADDING_MASS = 1e-3
 """Probability on tokens that do not exist, above which somebody should know."""

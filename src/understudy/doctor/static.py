@@ -21,9 +21,9 @@ from understudy.trainer.loop import SAVED_SAMPLES
 from understudy.trainer.responses import TeacherResponses
 from understudy.trainer.update import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_ELSEWHERE
 
-from .findings import Finding, Level, attempt, within
-from .parts import HEALTH_S, Check, Parts
-from .sizes import Size, amount, free_disk, free_memory, size_of, size_on_disk, used_by
+from understudy.doctor.findings import Finding, Level, attempt, within
+from understudy.doctor.parts import HEALTH_S, Check, Parts
+from understudy.doctor.sizes import Size, amount, free_disk, free_memory, size_of, size_on_disk, used_by
 
 TEXT_BYTES = 6
 """Of a token in a file of samples: its text, and what JSON adds."""

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ScoreError
-from ..losses import Reads, Reduce, Rows, Term
-from ..types import Metric, TokenBatch
-from .head import LMHead
+from understudy.errors import ScoreError
+from understudy.losses import Reads, Reduce, Rows, Term
+from understudy.types import Metric, TokenBatch
+from understudy.linear.head import LMHead
 
 FullTeacher = tuple[Tensor, LMHead]
 

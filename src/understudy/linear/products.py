@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .head import LMHead
+from understudy.linear.head import LMHead
 
 TILE_ELEMENTS = 4 * 1024 * 1024
 """Weights of a 16-bit head that are upcast at a time: 16 MiB in float32."""

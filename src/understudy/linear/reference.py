@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import divergences
-from ..losses import Reads, Rows
-from ..types import TokenBatch, fill
-from .head import LMHead
-from .plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, shares, weighted_loss
+from understudy import divergences
+from understudy.losses import Reads, Rows
+from understudy.types import TokenBatch, fill
+from understudy.linear.head import LMHead
+from understudy.linear.plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, shares, weighted_loss
 
 
 def evaluate(

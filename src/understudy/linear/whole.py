@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from ..losses import Reads, Term
-from ..types import TokenBatch, take_rows
-from .plan import TermsOf, num_distinct
+from understudy.losses import Reads, Term
+from understudy.types import TokenBatch, take_rows
+from understudy.linear.plan import TermsOf, num_distinct
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from .aopd import AOPD
-from .base import Acceptance, Method, Rewards, RolloutPlan
-from .eopd import EOPD
-from .gkd import GKD
-from .gopd import GOPD
-from .grpo import DAPO, GRPO, DrGRPO
-from .kdrl import KDRL
-from .opd import OPD
-from .ovd import OVD
-from .phases import Phases
-from .reopold import REOPOLD
-from .sft import SFT
-from .topk import TopK
-from .tropd import TrOPD
+from understudy.methods.aopd import AOPD
+from understudy.methods.base import Acceptance, Method, Rewards, RolloutPlan
+from understudy.methods.eopd import EOPD
+from understudy.methods.gkd import GKD
+from understudy.methods.gopd import GOPD
+from understudy.methods.grpo import DAPO, GRPO, DrGRPO
+from understudy.methods.kdrl import KDRL
+from understudy.methods.opd import OPD
+from understudy.methods.ovd import OVD
+from understudy.methods.phases import Phases
+from understudy.methods.reopold import REOPOLD
+from understudy.methods.sft import SFT
+from understudy.methods.topk import TopK
+from understudy.methods.tropd import TrOPD
 
 METHODS: dict[str, type[Method]] = {
     "opd": OPD,

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import signals
-from ..divergences import Tail
-from ..losses import Reads, Reduce, Term, TopKDivergence
-from ..types import Need, TokenBatch
-from .base import OptionallyClipped, only, present
+from understudy import signals
+from understudy.divergences import Tail
+from understudy.losses import Reads, Reduce, Term, TopKDivergence
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import OptionallyClipped, only, present
 
 
 @dataclass(frozen=True)

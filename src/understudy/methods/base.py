@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import signals
-from ..losses import PolicyGradient, Reads, Reduce, Term
-from ..types import Need, TokenBatch
+from understudy import signals
+from understudy.losses import PolicyGradient, Reads, Reduce, Term
+from understudy.types import Need, TokenBatch
 
 Scope = Literal["token", "batch"]
 OnReject = Literal["teacher", "drop", "resample"]

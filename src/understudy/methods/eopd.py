@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import signals
-from ..losses import Reads, Term, TopKDivergence
-from ..types import Need, TokenBatch
-from .base import PolicyMethod, only, present
+from understudy import signals
+from understudy.losses import Reads, Term, TopKDivergence
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import PolicyMethod, only, present
 
 
 @dataclass(frozen=True)

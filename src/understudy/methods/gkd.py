@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..losses import FullDivergence, Reads, Term
-from ..types import Need, TokenBatch
-from .base import Method, RolloutPlan
+from understudy.losses import FullDivergence, Reads, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Method, RolloutPlan
 
 
 @dataclass(frozen=True)

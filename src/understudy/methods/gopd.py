@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .. import signals
-from ..losses import FullDivergence, Reads, Reduce, Term
-from ..types import Need, TokenBatch
-from .base import OptionallyClipped, only, present
+from understudy import signals
+from understudy.losses import FullDivergence, Reads, Reduce, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import OptionallyClipped, only, present
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .. import signals
-from ..losses import Reduce, ReferenceKL, Term
-from ..types import Need, TokenBatch
-from .base import Method, PolicyMethod, Rewards, RolloutPlan, present
+from understudy import signals
+from understudy.losses import Reduce, ReferenceKL, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Method, PolicyMethod, Rewards, RolloutPlan, present
 
 
 @dataclass(frozen=True)

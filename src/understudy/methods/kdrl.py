@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..losses import SquaredLogRatio, Term
-from ..types import Need, TokenBatch
-from .base import Method, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.losses import SquaredLogRatio, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Method, PolicyMethod, Rewards, RolloutPlan, present
 
 
 @dataclass(frozen=True)

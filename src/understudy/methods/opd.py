@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import signals
-from ..losses import Reads, Reduce, Term
-from ..types import Need, TokenBatch
-from .base import OptionallyClipped, Scope, present
+from understudy import signals
+from understudy.losses import Reads, Reduce, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import OptionallyClipped, Scope, present
 
 
 @dataclass(frozen=True)

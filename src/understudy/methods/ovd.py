@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..losses import ReferenceKL, Term
-from ..types import Need, TokenBatch
-from .base import Acceptance, OnReject, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.losses import ReferenceKL, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Acceptance, OnReject, PolicyMethod, Rewards, RolloutPlan, present
 
 
 @dataclass(frozen=True)

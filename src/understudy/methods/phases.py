@@ -8,10 +8,10 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from ..errors import RecipeError
-from ..losses import Reads, Term
-from ..types import Need, TokenBatch
-from .base import Method, RolloutPlan, Scope
+from understudy.errors import RecipeError
+from understudy.losses import Reads, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Method, RolloutPlan, Scope
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Phases(Method):
 
 def _method(index: int, part: Mapping[str, Any]) -> Method:
     """Raises ValueError that names the part."""
-    from ..config import parse
-    from . import METHODS, REFUSED
+    from understudy.config import parse
+    from understudy.methods import METHODS, REFUSED
 
     name = part.get("type")
     if name in REFUSED:

@@ -10,10 +10,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import signals
-from ..losses import Term
-from ..types import Need, TokenBatch
-from .base import Method, OptionallyClipped, Scope, only, present
+from understudy import signals
+from understudy.losses import Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Method, OptionallyClipped, Scope, only, present
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..losses import NLL, Term
-from ..types import Need, TokenBatch
-from .base import Method, RolloutPlan
+from understudy.losses import NLL, Term
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Method, RolloutPlan
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..divergences import Direction, Tail
-from ..losses import Reads, Term, TopKDivergence
-from ..types import Need, TokenBatch
-from .base import Method, present
+from understudy.divergences import Direction, Tail
+from understudy.losses import Reads, Term, TopKDivergence
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import Method, present
 
 
 @dataclass(frozen=True)

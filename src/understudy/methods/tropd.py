@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import signals
-from ..divergences import Tail
-from ..losses import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
-from ..schedules import cosine_decay
-from ..types import Need, TokenBatch
-from .base import OptionallyClipped, RolloutPlan, only, present
+from understudy import signals
+from understudy.divergences import Tail
+from understudy.losses import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
+from understudy.schedules import cosine_decay
+from understudy.types import Need, TokenBatch
+from understudy.methods.base import OptionallyClipped, RolloutPlan, only, present
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .backbone import (
+from understudy.models.backbone import (
     backbone_hidden,
     disable_dropout,
     enable_gradient_checkpointing,
@@ -12,10 +12,10 @@ from .backbone import (
     row_style,
     unwrap,
 )
-from .building import build_causal_lm, check_build
-from .loading import DType, check_model_dir, load_causal_lm
-from .saving import apply_lora, save_hf
-from .vocabulary import compare_chat_templates, compare_vocabularies, load_tokenizer, stop_ids
+from understudy.models.building import build_causal_lm, check_build
+from understudy.models.loading import DType, check_model_dir, load_causal_lm
+from understudy.models.saving import apply_lora, save_hf
+from understudy.models.vocabulary import compare_chat_templates, compare_vocabularies, load_tokenizer, stop_ids
 
 __all__ = [
     "DType",

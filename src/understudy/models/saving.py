@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from understudy.errors import RecipeError
 
-from .backbone import unwrap
+from understudy.models.backbone import unwrap
 
 
 def apply_lora(

@@ -10,7 +10,7 @@ from torch import nn
 
 from understudy.errors import RecipeError, VocabularyError
 
-from .backbone import unwrap
+from understudy.models.backbone import unwrap
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """End a turn wherever the chat template writes them (Qwen and other ChatML, Llama 3, Gemma)."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from understudy.types import Request, Sample, Sampling
 
-from .copied import CopySampler
-from .engines import HF, ROLLOUTS, VLLM, AnyRollout
-from .hf import HFSampler
-from .probe import Probe
+from understudy.rollout.copied import CopySampler
+from understudy.rollout.engines import HF, ROLLOUTS, VLLM, AnyRollout
+from understudy.rollout.hf import HFSampler
+from understudy.rollout.probe import Probe
 
 Weights = Iterable[tuple[str, Tensor]]
 """Names and tensors, as in a state dict."""

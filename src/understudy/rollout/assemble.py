@@ -11,7 +11,7 @@ from torch import Tensor
 
 from understudy.types import Author, Request, Sample
 
-from .decode import Decoded
+from understudy.rollout.decode import Decoded
 
 
 def prefix_length(request: Request) -> int:

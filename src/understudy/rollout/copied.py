@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from understudy.errors import EngineError
 from understudy.types import Request, Sample, Sampling
 
-from .hf import HFSampler
-from .probe import Probe
+from understudy.rollout.hf import HFSampler
+from understudy.rollout.probe import Probe
 
 
 class CopySampler:

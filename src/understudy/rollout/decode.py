@@ -18,7 +18,7 @@ from understudy.linear.products import project
 from understudy.models import unwrap
 from understudy.types import Sampling
 
-from .draw import draw
+from understudy.rollout.draw import draw
 
 KEEP_SHARE = 0.75
 """Finished rows leave the cache when at most this share is still writing: the copy costs about one step."""
@@ -105,7 +105,7 @@ class Decoder:
 
         No position reaches `longest`: a row that has used up its room runs on for a while, and the model may have no more.
         """
-        from .kv_cache import new_cache
+        from understudy.rollout.kv_cache import new_cache
 
         names = [context.numpy().tobytes() for context in contexts]
         distinct = dict(zip(names, contexts, strict=True))

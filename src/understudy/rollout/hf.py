@@ -14,9 +14,9 @@ from understudy.models.backbone import evaluating
 from understudy.randomness import keyed_uniform
 from understudy.types import Request, Sample, Sampling
 
-from .assemble import prefix_length, to_samples
-from .decode import Decoded, Decoder
-from .probe import Probe
+from understudy.rollout.assemble import prefix_length, to_samples
+from understudy.rollout.decode import Decoded, Decoder
+from understudy.rollout.probe import Probe
 
 MAX_BATCH_TOKENS = 65_536
 """Slots of the key-value cache at a time: 64 responses of 1,024 tokens; 9 GiB for a 4B model in bfloat16."""

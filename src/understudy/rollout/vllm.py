@@ -19,15 +19,15 @@ from understudy.randomness import hash_name
 from understudy.types import Request, Sample, Sampling
 from understudy.wire import Refused
 
-from .engines import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
-from .hf import context_of, room_of
-from .probe import Probe
-from .vllm_check import DisagreesError, PushCheck
-from .vllm_gate import Gate
-from .vllm_nccl import NCCLTransfer
-from .vllm_replies import Draft, Part, read_parts, to_samples
-from .vllm_servers import Servers
-from .vllm_weights import WeightStore, engine_dtype, with_head
+from understudy.rollout.engines import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
+from understudy.rollout.hf import context_of, room_of
+from understudy.rollout.probe import Probe
+from understudy.rollout.vllm_check import DisagreesError, PushCheck
+from understudy.rollout.vllm_gate import Gate
+from understudy.rollout.vllm_nccl import NCCLTransfer
+from understudy.rollout.vllm_replies import Draft, Part, read_parts, to_samples
+from understudy.rollout.vllm_servers import Servers
+from understudy.rollout.vllm_weights import WeightStore, engine_dtype, with_head
 
 FLOAT32_GAP = 1e-3
 """Nats between two engines of the same weights in float32, on average: 5e-7 was measured, other kernels may add up to 1e-4."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from understudy.errors import EngineError
 
-from .probe import Probe
-from .vllm_servers import Servers
+from understudy.rollout.probe import Probe
+from understudy.rollout.vllm_servers import Servers
 
 Rows = list[list[float]]
 

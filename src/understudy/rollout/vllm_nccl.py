@@ -19,7 +19,7 @@ from torch import Tensor
 
 from understudy.errors import EngineError, RecipeError
 
-from .vllm_servers import Servers
+from understudy.rollout.vllm_servers import Servers
 
 Result = TypeVar("Result")
 _POLL_S = 0.01

@@ -12,7 +12,7 @@ import torch
 from understudy.types import Author, Finish, Request, Sample
 from understudy.wire import BadReply, Reply
 
-from .assemble import prefix_length
+from understudy.rollout.assemble import prefix_length
 
 LEAST = -9999.0
 """What vLLM writes for minus infinity, which no token that was drawn can have."""

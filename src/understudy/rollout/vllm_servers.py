@@ -13,8 +13,8 @@ from understudy.errors import EngineError, RecipeError
 from understudy.wire import BadReply, Patience, Refused, Reply, Wire
 from understudy.wire.launch import ServerProcess, free_ports
 
-from .engines import VLLM, Launch
-from .vllm_replies import read_scores
+from understudy.rollout.engines import VLLM, Launch
+from understudy.rollout.vllm_replies import read_scores
 
 Result = TypeVar("Result")
 

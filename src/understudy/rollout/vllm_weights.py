@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from understudy.errors import EngineError, RecipeError
 from understudy.models import unwrap
 
-from .shared_memory import SHARED_MEMORY, make_private, memory_left, open_lock
+from understudy.rollout.shared_memory import SHARED_MEMORY, make_private, memory_left, open_lock
 
 SHARD_BYTES = 4 * 2**30
 """Of one file: what is copied to the CPU at a time."""

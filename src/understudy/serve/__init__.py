@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .scorer import Refusal, Scorer
-from .server import Running, check_installed, load, run, serve_beside
-from .settings import Settings
+from understudy.serve.scorer import Refusal, Scorer
+from understudy.serve.server import Running, check_installed, load, run, serve_beside
+from understudy.serve.settings import Settings
 
 __all__ = ["Refusal", "Running", "Scorer", "Settings", "check_installed", "load", "run", "serve_beside"]

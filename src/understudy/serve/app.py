@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 from understudy.teachers.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
 
-from .scorer import Refusal, Scorer
-from .settings import is_loopback
-from .worker import DEAD, Worker
+from understudy.serve.scorer import Refusal, Scorer
+from understudy.serve.settings import is_loopback
+from understudy.serve.worker import DEAD, Worker
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

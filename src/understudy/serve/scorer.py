@@ -22,7 +22,7 @@ from understudy.teachers.recording import tokenizer_digest
 from understudy.teachers.rows import CHUNK_ELEMENTS, score_rows
 from understudy.types import Author, Need, Prompt, Sample, Scores
 
-from .prompts import by_prompt, can_continue, continued_hidden, is_worth
+from understudy.serve.prompts import by_prompt, can_continue, continued_hidden, is_worth
 
 HiddenDType = Literal["auto", "bfloat16", "float32"]
 GROUP_BYTES = 2**30

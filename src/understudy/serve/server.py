@@ -18,10 +18,10 @@ from understudy.errors import EngineError, RecipeError
 from understudy.models import check_model_dir, load_causal_lm, load_tokenizer, probe_head
 from understudy.teachers.frames import About
 
-from .app import build_app
-from .scorer import Scorer
-from .settings import Settings
-from .worker import Worker
+from understudy.serve.app import build_app
+from understudy.serve.scorer import Scorer
+from understudy.serve.settings import Settings
+from understudy.serve.worker import Worker
 
 if TYPE_CHECKING:
     import uvicorn
@@ -116,7 +116,7 @@ def _serving(
     """Worker and application around a listening socket; the worker ends with the block."""
     import uvicorn
 
-    from .connection import Connection
+    from understudy.serve.connection import Connection
 
     about = scorer.about(request_bytes=settings.max_request_bytes, reply_bytes=settings.max_reply_bytes)
     worker = Worker(scorer, reply_bytes=settings.max_reply_bytes, note=note)

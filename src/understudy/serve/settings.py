@@ -9,7 +9,7 @@ from understudy.errors import RecipeError
 from understudy.models import DType
 from understudy.wire import read_key
 
-from .scorer import HiddenDType
+from understudy.serve.scorer import HiddenDType
 
 MAX_REQUEST_BYTES = 64 * 2**20
 """16 million ids."""

@@ -14,7 +14,7 @@ import torch
 
 from understudy.teachers.frames import Answer, Ask
 
-from .scorer import Refusal, Scorer
+from understudy.serve.scorer import Refusal, Scorer
 
 MAX_WAITING = 1_024
 """Requests."""

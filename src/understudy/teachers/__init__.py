@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from .base import Judge, Section, Setup, Teacher, Unmoved
-from .chat import Chat
-from .http import Http
-from .local import Local, LocalTeacher
-from .privileged import Privileged
-from .reference import REFERENCES, Start
-from .router import RoutedTeacher, check_names
-from .served import Served
-from .stored import Stored, StoredTeacher
-from .verbal import Verbal
+from understudy.teachers.base import Judge, Section, Setup, Teacher, Unmoved
+from understudy.teachers.chat import Chat
+from understudy.teachers.http import Http
+from understudy.teachers.local import Local, LocalTeacher
+from understudy.teachers.privileged import Privileged
+from understudy.teachers.reference import REFERENCES, Start
+from understudy.teachers.router import RoutedTeacher, check_names
+from understudy.teachers.served import Served
+from understudy.teachers.stored import Stored, StoredTeacher
+from understudy.teachers.verbal import Verbal
 
 AnyTeacher = Local | Http | Served | Privileged | Stored | Verbal | Chat
 AnyReference = Start | Local

@@ -22,7 +22,7 @@ from understudy.linear.head import LMHead
 from understudy.packing import Unscored
 from understudy.types import Author, Need, Prompt, Sample, Scores
 
-from .base import Teacher
+from understudy.teachers.base import Teacher
 
 FORMAT = 1
 CACHE_FILE = "scores.sqlite3"

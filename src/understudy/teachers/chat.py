@@ -14,9 +14,9 @@ from understudy.errors import EngineError, RecipeError
 from understudy.types import Need, Prompt, Sample, Verdict
 from understudy.wire import Patience, Refused, Wire, check_address, check_variable, read_key
 
-from .base import ScoreForm, Setup, Unmoved
-from .endpoint import UNKNOWN_FIELD, Endpoint, complete
-from .wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
+from understudy.teachers.base import ScoreForm, Setup, Unmoved
+from understudy.teachers.endpoint import UNKNOWN_FIELD, Endpoint, complete
+from understudy.teachers.wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
 
 Constrain = Literal["auto", "guided_choice", "structured_outputs", "none"]
 _CONSTRAINTS: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ from understudy.linear.head import LMHead
 from understudy.types import Need, Sample, Scores
 from understudy.wire import Patience, Refused, Wire, check_address, check_variable, read_key
 
-from .base import Setup, Unmoved
-from .cache import CACHE_FILE, CachedTeacher
-from .prompt_scores import (
+from understudy.teachers.base import Setup, Unmoved
+from understudy.teachers.cache import CACHE_FILE, CachedTeacher
+from understudy.teachers.prompt_scores import (
     VLLM,
     Completions,
     Format,
@@ -35,8 +35,8 @@ from .prompt_scores import (
     refusal,
     spellings_of,
 )
-from .score_check import Answer, check, check_at, no_rows, unscored
-from .server_info import look
+from understudy.teachers.score_check import Answer, check, check_at, no_rows, unscored
+from understudy.teachers.server_info import look
 
 Api = Literal["vllm", "sglang", "completions"]
 DEFAULT_K_MAX = {"vllm": 20}

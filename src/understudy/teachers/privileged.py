@@ -23,9 +23,9 @@ from understudy.packing import Unscored
 from understudy.tasks.render import encode_prompt
 from understudy.types import Author, Need, Prompt, Sample, Scores
 
-from .base import Setup
-from .local import CAN, Local, LocalTeacher
-from .reference import load_start, open_start
+from understudy.teachers.base import Setup
+from understudy.teachers.local import CAN, Local, LocalTeacher
+from understudy.teachers.reference import load_start, open_start
 
 TEMPLATE = "A correct solution of the problem below, for reference:\n\n{solution}\n\nThe problem:\n\n{prompt}"
 PLACEHOLDERS = {

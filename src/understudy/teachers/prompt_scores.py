@@ -24,7 +24,7 @@ from understudy.errors import DataError, EngineError, ScoreError
 from understudy.types import Sample, Scores
 from understudy.wire import BadReply, Refused, Reply
 
-from .score_check import Answer, Raw, no_rows, number, unscored
+from understudy.teachers.score_check import Answer, Raw, no_rows, number, unscored
 
 MAX_SAMPLES = 512
 """Of one request; vLLM takes 1,024 prompts (`VLLM_MAX_COMPLETION_PROMPTS`)."""

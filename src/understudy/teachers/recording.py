@@ -25,7 +25,7 @@ from understudy.errors import RecipeError, ScoreError
 from understudy.files import write_atomically, write_json
 from understudy.types import Need, Sample, Scores
 
-from .base import Setup, Teacher
+from understudy.teachers.base import Setup, Teacher
 
 FORMAT = 1
 SHARD_SAMPLES = 64

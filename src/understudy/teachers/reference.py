@@ -15,8 +15,8 @@ from understudy.errors import RecipeError
 from understudy.models import DType, load_causal_lm, unwrap
 from understudy.types import Need
 
-from .base import Setup
-from .local import ADAPTERS, CAN, Local, LocalTeacher
+from understudy.teachers.base import Setup
+from understudy.teachers.local import ADAPTERS, CAN, Local, LocalTeacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from understudy.errors import CheckpointError, RecipeError, ScoreError
 from understudy.linear.head import LMHead
 from understudy.types import Need, Prompt, Sample, Scores
 
-from .base import Teacher
+from understudy.teachers.base import Teacher
 
 SEPARATOR = "/"
 """Between a teacher's name and its own names of tensors."""

@@ -20,11 +20,11 @@ from understudy.packing import Unscored
 from understudy.types import Need, Sample, Scores
 from understudy.wire import BadReply, Patience, Refused, Reply, Wire, check_address, check_variable, read_key
 
-from .base import Setup, Unmoved
-from .cache import CACHE_FILE, CachedTeacher
-from .frames import ABOUT, HEAD, SCORE, TEMPERATURES, About, Answer, FrameError, read_head
-from .recording import tokenizer_digest
-from .served_batches import Questions
+from understudy.teachers.base import Setup, Unmoved
+from understudy.teachers.cache import CACHE_FILE, CachedTeacher
+from understudy.teachers.frames import ABOUT, HEAD, SCORE, TEMPERATURES, About, Answer, FrameError, read_head
+from understudy.teachers.recording import tokenizer_digest
+from understudy.teachers.served_batches import Questions
 
 CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 OPENING_S = 30.0

@@ -12,7 +12,7 @@ from understudy.packing import LOGPROB_TOLERANCE, Unscored
 from understudy.types import Sample, Scores
 from understudy.wire import BadReply
 
-from .frames import MAX_SAMPLES, About, Answer, Ask, fields_of, row_bytes
+from understudy.teachers.frames import MAX_SAMPLES, About, Answer, Ask, fields_of, row_bytes
 
 _HEADER_BYTES = 64 * 1024
 """Room in a request beside its ids."""

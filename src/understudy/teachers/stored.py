@@ -17,9 +17,9 @@ from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir
 from understudy.types import Need, Request, Sample, Scores
 
-from .base import Setup, Unmoved
-from .local import Local
-from .recording import (
+from understudy.teachers.base import Setup, Unmoved
+from understudy.teachers.local import Local
+from understudy.teachers.recording import (
     FACTS,
     NARROW,
     SAMPLE_TENSORS,

@@ -26,9 +26,9 @@ from understudy.models import (
 )
 from understudy.types import Author, Need, Prompt, Sample, Verdict
 
-from .base import ScoreForm, Setup, Unmoved
-from .local import LocalTeacher
-from .wording import DIGITS, STEP_SEPARATOR, Question, Reply, Wording, as_text, verdicts
+from understudy.teachers.base import ScoreForm, Setup, Unmoved
+from understudy.teachers.local import LocalTeacher
+from understudy.teachers.wording import DIGITS, STEP_SEPARATOR, Question, Reply, Wording, as_text, verdicts
 
 _PLACE = "\ue000{}\ue001"
 """Private characters hold the place of foreign text while the chat template is rendered."""

@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 from understudy.types import Prompt, Sample, Verdict
 
-from .base import ScoreForm
+from understudy.teachers.base import ScoreForm
 
 DIGITS = tuple("0123456789")
 SIGNAL_BYTES: dict[ScoreForm, int] = {"argmax": 1, "expectation": 40}

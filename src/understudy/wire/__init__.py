@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .address import check_address, check_variable, read_key, without_key
-from .client import Patience, Wire
-from .reply import BadReply, Refused, Reply
+from understudy.wire.address import check_address, check_variable, read_key, without_key
+from understudy.wire.client import Patience, Wire
+from understudy.wire.reply import BadReply, Refused, Reply
 
 __all__ = [
     "BadReply",

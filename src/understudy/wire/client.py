@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from understudy.errors import EngineError
 from understudy.randomness import keyed_uniform
 
-from .address import check_address, clip, read_key
-from .background import SCOPE, Background, Closed, Line, Scope, Stopped
-from .replicas import Asker, Replica, Replicas, Turn
-from .reply import (
+from understudy.wire.address import check_address, clip, read_key
+from understudy.wire.background import SCOPE, Background, Closed, Line, Scope, Stopped
+from understudy.wire.replicas import Asker, Replica, Replicas, Turn
+from understudy.wire.reply import (
     MAX_WAIT_S,
     BadReply,
     Refused,

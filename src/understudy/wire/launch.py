@@ -23,8 +23,8 @@ from types import TracebackType
 
 from understudy.errors import EngineError
 
-from . import supervisor
-from .supervisor import KILL_S, POLL_S, signal_group
+from understudy.wire import supervisor
+from understudy.wire.supervisor import KILL_S, POLL_S, signal_group
 
 STOP_S = 15.0
 """From SIGTERM to SIGKILL: vLLM on a GPU frees its memory in 2 to 5 seconds."""

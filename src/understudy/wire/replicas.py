@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from threading import Lock
 from typing import Any
 
-from .reply import MAX_WAIT_S
+from understudy.wire.reply import MAX_WAIT_S
 
 PROBE_PAUSE_S = 0.05
 """Between two looks at a probe, for who has no other replica to ask."""
