@@ -27,10 +27,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from understudy.http.launch import ServerProcess, free_port
 from understudy.models import build_causal_lm, save_hf
 from understudy.teachers import Http, Local, Served, Setup, Teacher
 from understudy.types import Author, Need, Prompt, Sample
-from understudy.wire.launch import ServerProcess, free_port
 
 VOCAB, K, NUM_SAMPLES, PROMPT, RESPONSE = 16_384, 64, 64, 32, 128
 SIZES = {"architecture": "llama", "hidden_size": 256, "num_layers": 4, "num_heads": 8, "max_position_embeddings": 256}

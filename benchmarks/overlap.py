@@ -44,7 +44,7 @@ def seconds_of(run_dir: Path) -> dict[str, float]:
 
 def run(folder: Path, models: dict[str, Any], urls: tuple[str, str], steps: int, staleness: int | None) -> Path:
     """Trains as users do; its run directory."""
-    from understudy import runs
+    from understudy import run
     from understudy.recipe import load_recipe
     from understudy.trainer.console import Console
 
@@ -64,7 +64,7 @@ def run(folder: Path, models: dict[str, Any], urls: tuple[str, str], steps: int,
         recipe["async"] = {"max_staleness": staleness}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with Console(quiet=True) as console:
-        return runs.train(load_recipe(folder / "recipe.yaml"), console=console).run_dir.path
+        return run.train(load_recipe(folder / "recipe.yaml"), console=console).run_dir.path
 
 
 def measure(folder: Path, models: dict[str, Any], case: tuple[int, int], steps: int) -> dict[str, Any]:

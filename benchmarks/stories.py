@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from understudy.engines import HFSampler
 from understudy.models import load_causal_lm, load_tokenizer
 from understudy.randomness import hash_name
-from understudy.rollout import HFSampler
 from understudy.types import Prompt, Request, Sample, Sampling
 
 RUNS = Path("runs/stories")

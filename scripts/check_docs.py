@@ -20,12 +20,12 @@ import yaml
 
 from understudy import config
 from understudy.cli.app import app
+from understudy.engines import ROLLOUTS
+from understudy.engines.sections import Launch
 from understudy.errors import RecipeError
 from understudy.methods import METHODS
 from understudy.methods.base import PolicyMethod
 from understudy.recipe import Recipe
-from understudy.rollout import ROLLOUTS
-from understudy.rollout.engines import Launch
 from understudy.teachers import TEACHERS
 from understudy.trainer.settings import Async
 

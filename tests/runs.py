@@ -83,7 +83,7 @@ def distillation(folder: Path, *, seed: int = 0, **changes: Any) -> dict[str, An
 
 def train(folder: Path, *, resume: bool = False, examine: bool = False, **changes: Any) -> Path:
     """Trains the tiny recipe in `folder`; its run directory. `examine`: after the doctor, whose rehearsal counts as calls."""
-    from understudy import config, runs
+    from understudy import config, run
     from understudy.recipe import Recipe
     from understudy.trainer import checkpoint
     from understudy.trainer.console import Console
@@ -91,9 +91,9 @@ def train(folder: Path, *, resume: bool = False, examine: bool = False, **change
     recipe = config.parse(Recipe, tiny_recipe(folder, **changes))
     with pytest.MonkeyPatch.context() as patch:
         # neither a page nor a safe disk is what these runs are for
-        patch.setattr(runs, "write_report", lambda path: path)
+        patch.setattr(run, "write_report", lambda path: path)
         patch.setattr(checkpoint, "_sync", lambda path: None)
-        return runs.train(recipe, resume=resume, examine=examine, console=Console(quiet=True)).run_dir.path
+        return run.train(recipe, resume=resume, examine=examine, console=Console(quiet=True)).run_dir.path
 
 
 def train_in_two(folder: Path, at: int, **changes: Any) -> Path:
@@ -157,14 +157,14 @@ def judge_by_length(
 
 if __name__ == "__main__":
     # under torchrun: the recipe of each folder that is named, one after the other, judged by length
-    from understudy import runs
+    from understudy import run
     from understudy.recipe import load_recipe
     from understudy.tasks import Arithmetic
-    from understudy.teachers.verbal import VerbalTeacher
+    from understudy.teachers.judges.verbal import VerbalTeacher
     from understudy.trainer.console import Console
 
     torch.set_num_threads(1)
     Arithmetic.grade = grade_by_length  # type: ignore[method-assign]
     VerbalTeacher.judge = judge_by_length  # type: ignore[method-assign]
     for folder in sys.argv[1:]:
-        runs.train(load_recipe(Path(folder) / "recipe.yaml"), console=Console(quiet=True))
+        run.train(load_recipe(Path(folder) / "recipe.yaml"), console=Console(quiet=True))

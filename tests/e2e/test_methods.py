@@ -12,7 +12,7 @@ import yaml
 from tests.chat_server import ChatServer, Request, Response, says
 
 from understudy.recipe import load_recipe
-from understudy.runs import Result, train
+from understudy.run import Result, train
 from understudy.trainer.console import Console
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from understudy.models import build_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import load_recipe
-from understudy.tasks.render import encode_prompt
+from understudy.tasks.renderer import encode_prompt
 
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS = 151_669

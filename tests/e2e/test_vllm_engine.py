@@ -18,13 +18,13 @@ from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request
 from tests.vllm_env import vllm_python
 from torch import Tensor
 
+from understudy.engines import HFSampler
+from understudy.engines.probe import Probe
+from understudy.engines.sections import VLLM, Launch
+from understudy.engines.vllm.sampler import FLOAT32_GAP, VLLMSampler
 from understudy.errors import EngineError
 from understudy.models import build_causal_lm
-from understudy.models.saving import merged_state_dict
-from understudy.rollout import HFSampler
-from understudy.rollout.engines import VLLM, Launch
-from understudy.rollout.probe import Probe
-from understudy.rollout.vllm import FLOAT32_GAP, VLLMSampler
+from understudy.models.save import merged_state_dict
 from understudy.types import Author, Request, Sampling
 
 pytestmark = pytest.mark.slow

@@ -14,16 +14,16 @@ import torch
 from tests.runs import BUILD, distillation, save_tiny_model, tiny_recipe, train
 from tests.tiny_models import request, sample, tiny
 from understudy import config
-from understudy.assemble import check
+from understudy.engines import HFSampler
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import Unscored, split_scored
 from understudy.recipe import Recipe
-from understudy.rollout import HFSampler
+from understudy.recipe.load import check
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.tasks.mix import parts_of, record_parts
 from understudy.tasks.records import Hub
 from understudy.teachers import LocalTeacher, Setup
-from understudy.teachers.recording import ScoredMeta, write_scored
+from understudy.teachers.stores.recording import ScoredMeta, write_scored
 from understudy.types import Sample, Sampling, Scores
 
 ROWS = [{"q": "11+22:", "a": "33#33", "r": "33", "t": "one"}, {"q": "10+20:", "a": "30#30", "r": "30", "t": "one"}]

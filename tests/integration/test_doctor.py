@@ -29,20 +29,20 @@ from tests.runs import (
     tiny_recipe,
     train,
 )
-from understudy import config, doctor, runs
-from understudy.assemble import Loaded
+from understudy import config, run
 from understudy.cli import doctoring
-from understudy.doctor import Finding, findings, probes, sides, sizes, static
-from understudy.doctor.examine import judges_of
-from understudy.doctor.parts import Parts
+from understudy.engines import HFSampler
+from understudy.engines.vllm.sampler import VLLMSampler
 from understudy.errors import EngineError, RecipeError
 from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
-from understudy.recipe import Recipe
-from understudy.rollout import HFSampler
-from understudy.rollout.vllm import VLLMSampler
+from understudy.recipe import Recipe, doctor
+from understudy.recipe.doctor import Finding, findings, probes, sides, sizes, static
+from understudy.recipe.doctor.examine import judges_of
+from understudy.recipe.doctor.parts import Parts
+from understudy.recipe.load import Loaded
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers import LocalTeacher
-from understudy.teachers.verbal import VerbalTeacher
+from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer.console import Console
 from understudy.trainer.loop import Trainer
 from understudy.types import Sample, Scores
@@ -184,7 +184,7 @@ def test_a_run_after_it_is_the_same_to_the_last_bit(
     changes |= {"teacher": None} if method == "sft" else {}
     changes |= {"responses": {"type": "teacher"}} if method == "tropd" else {}
     plain = train(tmp_path / "plain", **changes)
-    build = runs._build
+    build = run._build
     seen: list[Finding] = []
 
     def looked_at(recipe: Recipe, *args: Any) -> Any:
@@ -193,7 +193,7 @@ def test_a_run_after_it_is_the_same_to_the_last_bit(
         seen.extend(doctor.examine_parts(recipe, loaded, judges_of(trainer), trainer))
         return made
 
-    monkeypatch.setattr(runs, "_build", looked_at)
+    monkeypatch.setattr(run, "_build", looked_at)
     assert_same_run(plain, train(tmp_path / "looked at", **changes))
     assert "rehearsal" in {item.name for item in seen}
     assert not doctor.errors_of(seen)

@@ -110,7 +110,7 @@ def test_an_engine_that_was_started_again_gets_its_weights_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: dict[str, Any]
 ) -> None:
     """Its weights are those of the start, and nothing says so: what it wrote with them is written again."""
-    from understudy.rollout.vllm import VLLMSampler
+    from understudy.engines.vllm.sampler import VLLMSampler
 
     models = distillation(tmp_path / "m", train={"lr": 3e-2, "steps": 6})
     plain, calls = VLLMSampler._ask, []

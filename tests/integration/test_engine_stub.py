@@ -40,8 +40,8 @@ from tests.runs import BUILD
 from tests.stub_scheduler import lognormal, uniform
 from tests.tiny_models import EOS, letters, plain_logp
 from tests.tiny_models import request as ask_for
+from understudy.engines import HFSampler
 from understudy.models import build_causal_lm, load_causal_lm, save_hf
-from understudy.rollout import HFSampler
 from understudy.types import Sampling
 
 CLOSE = 1e-5

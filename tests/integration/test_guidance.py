@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.runs import assert_same_run, distillation, metric_rows, train, train_in_two
+from understudy.engines import HFSampler
+from understudy.losses.schedules import cosine_decay
 from understudy.methods import OPD, TrOPD
-from understudy.rollout import HFSampler
-from understudy.schedules import cosine_decay
 from understudy.tasks import Arithmetic
 from understudy.trainer import loop
 from understudy.trainer.update import MicroBatch

@@ -30,16 +30,17 @@ from tests.runs import save_tiny_model
 from tests.tiny_models import NUM_ROWS, letters, plain_logp, sample, tiny
 from understudy import config
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError
+from understudy.http import BadReply
 from understudy.models import load_causal_lm
 from understudy.packing import Unscored, pack, split_scored
-from understudy.teachers import Setup, prompt_scores
-from understudy.teachers.cache import CachedTeacher
-from understudy.teachers.http import Http, HttpTeacher
+from understudy.teachers import Setup
 from understudy.teachers.local import LocalTeacher
-from understudy.teachers.prompt_scores import group_by_prompt
-from understudy.teachers.score_check import MAX_FOREIGN_MASS, TOLERANCE, Answer, Raw, check, check_at
+from understudy.teachers.remote import prompt_scores
+from understudy.teachers.remote.http import Http, HttpTeacher
+from understudy.teachers.remote.prompt_scores import group_by_prompt
+from understudy.teachers.remote.score_check import MAX_FOREIGN_MASS, TOLERANCE, Answer, Raw, check, check_at
+from understudy.teachers.stores.cache import CachedTeacher
 from understudy.types import Need, Sample, Scores
-from understudy.wire import BadReply
 
 SAMPLED: frozenset[Need] = frozenset({"sampled"})
 TOPK: frozenset[Need] = frozenset({"topk"})

@@ -26,7 +26,7 @@ from tests.runs import (
 )
 from understudy.methods import METHODS
 from understudy.tasks import Arithmetic
-from understudy.teachers.verbal import VerbalTeacher
+from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer import loop
 from understudy.trainer.update import Judged
 

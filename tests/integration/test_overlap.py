@@ -22,8 +22,8 @@ from tests.runs import (
     train,
     train_in_two,
 )
+from understudy.engines import CopySampler
 from understudy.errors import EngineError, RecipeError
-from understudy.rollout import CopySampler
 from understudy.trainer.loop import Trainer
 from understudy.trainer.update import Judged
 from understudy.types import Request, Sample, Sampling
@@ -75,7 +75,7 @@ class Slow(CopySampler):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> list[Slow]:
     """Runs sample from such an engine; the list holds those that were opened."""
-    from understudy import sampler
+    from understudy.recipe import sampler
 
     made: list[Slow] = []
 
@@ -195,7 +195,7 @@ def test_samples_that_are_too_old_are_dropped_counted_and_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that says that it wrote with old weights is not believed to be new."""
-    from understudy.rollout.hf import HFSampler
+    from understudy.engines.hf.sampler import HFSampler
 
     plain = HFSampler.generate
     calls = []
@@ -311,7 +311,7 @@ def test_a_teacher_on_the_students_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_judge_is_asked_in_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: list[Slow]) -> None:
     from tests.runs import SHORT
-    from understudy.teachers.verbal import VerbalTeacher
+    from understudy.teachers.judges.verbal import VerbalTeacher
 
     monkeypatch.setattr(VerbalTeacher, "judge", judge_by_length)
     changes = ahead(tmp_path / "m", 1, train={"samples_per_prompt": 2})

@@ -19,7 +19,7 @@ from understudy.config import dump, parse
 from understudy.errors import CheckpointError, DataError, RecipeError, ScoreError
 from understudy.models import apply_lora, load_causal_lm, save_hf
 from understudy.packing import pack, split_scored
-from understudy.tasks.render import encode_prompt
+from understudy.tasks.renderer import encode_prompt
 from understudy.teachers import LocalTeacher, Setup, Teacher
 from understudy.teachers.privileged import MovingAverage, Privileged, PrivilegedTeacher, reword
 from understudy.types import Author, Grade, Need, Prompt, Sample

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from tests.runs import distillation, save_tiny_model, tiny_recipe, write_recipe
 from understudy import config
-from understudy.assemble import check
 from understudy.cli.app import app
 from understudy.compare.cells import Cells
 from understudy.compare.grid import read_grid
 from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError, VocabularyError
 from understudy.methods import GKD, TopK
 from understudy.recipe import Recipe, differing_keys, load_recipe
+from understudy.recipe.load import check
 
 ROOT = Path(__file__).parents[2]
 
@@ -249,11 +249,11 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    from understudy import runs
+    from understudy import run
     from understudy.trainer.console import Console
 
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*step_000001.*free space"):
-        runs.train(parse(tmp_path, train={"steps": 1}), console=Console(quiet=True))
+        run.train(parse(tmp_path, train={"steps": 1}), console=Console(quiet=True))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 

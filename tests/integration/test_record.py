@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from tests.runs import distillation, save_tiny_model, write_recipe
 from understudy.cli import recording
 from understudy.cli.app import EXIT_SIGNAL, app
+from understudy.engines import HFSampler
 from understudy.errors import UnderstudyError
-from understudy.rollout import HFSampler
 from understudy.tasks import build_tokenizer
-from understudy.teachers.recording import read_record
+from understudy.teachers.stores.recording import read_record
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 

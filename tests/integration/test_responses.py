@@ -20,8 +20,8 @@ from understudy.errors import DataError, RecipeError
 from understudy.models import load_tokenizer
 from understudy.tasks import Arithmetic, Jsonl, build_tokenizer, encode_response
 from understudy.tasks.responses import encode_faithfully
-from understudy.trainer import responses
-from understudy.trainer.responses import (
+from understudy.teachers.stores import responses
+from understudy.teachers.stores.responses import (
     RESPONSES,
     ResponseCache,
     ResponseSetup,
@@ -454,7 +454,7 @@ def test_threads_have_a_response_written_once_and_side_by_side(tmp_path: Path) -
     from concurrent.futures import ThreadPoolExecutor
     from threading import Barrier
 
-    from understudy.trainer.responses import ResponseCache, WrittenOnce
+    from understudy.teachers.stores.responses import ResponseCache, WrittenOnce
 
     together, asked = Barrier(2, timeout=20), []
 

@@ -25,7 +25,7 @@ from tests.runs import (
 )
 from understudy.errors import TrainingError
 from understudy.tasks import Arithmetic
-from understudy.teachers.verbal import VerbalTeacher
+from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer import loop, rollouts
 from understudy.trainer.update import MicroBatch
 from understudy.types import Author, Grade, Prompt, Sample, Verdict

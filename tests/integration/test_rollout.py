@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
+from understudy.engines import HFSampler
+from understudy.engines.hf import decode
+from understudy.engines.hf.sampler import plan_batches
 from understudy.errors import DataError, RecipeError, TrainingError
 from understudy.models import apply_lora, enable_gradient_checkpointing
 from understudy.randomness import keyed_uniform
-from understudy.rollout import HFSampler, decode
-from understudy.rollout.hf import plan_batches
 from understudy.types import Author, Request, Sample, Sampling
 
 PROMPTS = [[5], [6, 7, 8, 9], [3, 4], [9, 8, 7, 6, 5, 4, 3], [2, 2, 2], [6, 7, 8, 9]]

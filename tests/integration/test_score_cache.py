@@ -20,9 +20,9 @@ from tests.leaks import nothing_left
 from tests.tiny_models import NUM_ROWS, sample, tiny
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import Unscored
-from understudy.teachers import cache
-from understudy.teachers.cache import DRIFT, CachedTeacher
 from understudy.teachers.local import LocalTeacher
+from understudy.teachers.stores import cache
+from understudy.teachers.stores.cache import DRIFT, CachedTeacher
 from understudy.types import Need, Sample, Scores
 
 NONE: frozenset[Need] = frozenset({"none"})

@@ -37,8 +37,8 @@ from understudy.serve import app as serve_app
 from understudy.serve import prompts as serve_prompts
 from understudy.serve import worker as serve_worker
 from understudy.teachers import LocalTeacher, Setup
-from understudy.teachers.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
-from understudy.teachers.served import Served, ServedTeacher
+from understudy.teachers.remote.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
+from understudy.teachers.remote.served import Served, ServedTeacher
 from understudy.types import Need, Sample, Scores
 
 ROUNDING = 1e-12

@@ -26,14 +26,14 @@ from tests.runs import (
     weights,
 )
 from tests.tiny_models import sample
-from understudy import assemble, config
+from understudy import config
 from understudy.errors import RecipeError, ScoreError
 from understudy.methods import METHODS
 from understudy.methods.base import present
-from understudy.recipe import Recipe
+from understudy.recipe import Recipe, load
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers import Local, LocalTeacher, Setup
-from understudy.teachers.recording import ScoredMeta, write_scored
+from understudy.teachers.stores.recording import ScoredMeta, write_scored
 from understudy.trainer import loop
 from understudy.trainer.update import MicroBatch
 from understudy.types import Sample, Scores
@@ -313,7 +313,7 @@ def test_an_unknown_teacher_is_refused_before_anything_is_loaded(
 ) -> None:
     changes = mixed(tmp_path)
     known = changes["teachers"]["short"]
-    monkeypatch.setattr(assemble, "load_student", lambda *a, **o: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(load, "load_student", lambda *a, **o: pytest.fail("a model was loaded"))
     with pytest.raises(RecipeError, match=r"names the teacher '(short|long)'.*the teachers are:"):
         train(tmp_path, **changes | {"teachers": dict.fromkeys(teachers, known)})
     assert not (tmp_path / "run").exists()

@@ -16,13 +16,13 @@ from tests.runs import save_tiny_model
 from tests.tiny_models import letters, request, tiny
 from tests.tiny_models import sample as written
 from understudy import config
+from understudy.engines import HFSampler
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import pack
-from understudy.rollout import HFSampler
 from understudy.tasks import build_tokenizer
 from understudy.teachers import Local, LocalTeacher, Setup
-from understudy.teachers.recording import ScoredMeta, recorded, tokenizer_digest, write_scored
-from understudy.teachers.stored import Stored
+from understudy.teachers.stores.recording import ScoredMeta, recorded, tokenizer_digest, write_scored
+from understudy.teachers.stores.stored import Stored
 from understudy.types import Author, Need, Request, Sample, Sampling, Scores
 
 SAMPLED: frozenset[Need] = frozenset({"sampled"})

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny_models import ARCHITECTURES, letters, plain_logp, request, sample, tiny
+from understudy.engines import HFSampler
 from understudy.errors import ScoreError, VocabularyError
 from understudy.linear import score
 from understudy.models import load_causal_lm, load_tokenizer, save_hf
 from understudy.packing import pack
-from understudy.rollout import HFSampler
 from understudy.teachers import TEACHERS, Local, LocalTeacher, Setup
 from understudy.teachers import rows as teacher_rows
 from understudy.types import Need, Sample, Sampling

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import distillation, tiny_recipe, write_recipe
-from understudy import config, runs
+from understudy import config, run
 from understudy.errors import CheckpointError, TrainingError
 from understudy.recipe import Recipe
 from understudy.trainer.checkpoint import find_checkpoint, load_checkpoint
@@ -27,9 +27,9 @@ from understudy.trainer.loop import Trainer
 DETERMINISTIC = ("loss", "grad_norm", "log_ratio", "student_entropy", "response_tokens", "lr", "num_samples")
 
 
-def train(folder: Path, *, resume: bool = False, examine: bool = True, **changes: Any) -> runs.Result:
+def train(folder: Path, *, resume: bool = False, examine: bool = True, **changes: Any) -> run.Result:
     recipe = config.parse(Recipe, tiny_recipe(folder, **changes))
-    return runs.train(recipe, resume=resume, examine=examine, console=Console(quiet=True))
+    return run.train(recipe, resume=resume, examine=examine, console=Console(quiet=True))
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -333,7 +333,7 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pyte
 
 def test_a_generation_per_step_and_not_per_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers 18."""
-    from understudy.rollout import HFSampler
+    from understudy.engines import HFSampler
 
     plain, sizes = HFSampler.generate, []
 

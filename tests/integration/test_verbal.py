@@ -27,9 +27,9 @@ from understudy.errors import RecipeError, TrainingError
 from understudy.models import build_causal_lm, load_tokenizer
 from understudy.teachers import Setup
 from understudy.teachers.base import Judge, Responder
-from understudy.teachers.chat import REMINDER, Chat, ChatTeacher
-from understudy.teachers.verbal import Asker, Verbal, VerbalTeacher
-from understudy.teachers.wording import (
+from understudy.teachers.judges.chat import REMINDER, Chat, ChatTeacher
+from understudy.teachers.judges.verbal import Asker, Verbal, VerbalTeacher
+from understudy.teachers.judges.wording import (
     STEP,
     WHOLE,
     Wording,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from understudy.errors import RecipeError
-from understudy.verifiers import find_verifier, grade_exact, grade_math, math_process
-from understudy.verifiers.math import MAX_ANSWER_CHARS, find_answer
-from understudy.verifiers.math_process import compare
+from understudy.tasks.verifiers import find_verifier, grade_exact, grade_math, math_process
+from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
+from understudy.tasks.verifiers.math_process import compare
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NO_ANSWER = ["", "   \n", "I give up.\nReally.", "\\boxed{}", "\\boxed{", "#### ", "<think>\\boxed{1}</think>"]
@@ -239,7 +239,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_worker_starts_late_and_ends_with_its_parent() -> None:
     code = (
-        "from understudy.verifiers import grade_math, math_process\n"
+        "from understudy.tasks.verifiers import grade_math, math_process\n"
         "assert grade_math(r'\\boxed{1}', '1').score == 1.0 and not math_process._idle, 'equal spelling needs no worker'\n"
         "assert grade_math(r'\\boxed{1.0}', '1').score == 1.0\n"
         "print(math_process._idle[0].process.pid)\n"
@@ -252,7 +252,7 @@ def test_the_worker_starts_late_and_ends_with_its_parent() -> None:
 
 def test_the_worker_ends_when_its_parent_is_killed() -> None:
     code = (
-        "import os\nfrom understudy.verifiers import grade_math, math_process\n"
+        "import os\nfrom understudy.tasks.verifiers import grade_math, math_process\n"
         "grade_math(r'\\boxed{1.0}', '1')\n"
         "print(math_process._idle[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )

@@ -24,17 +24,17 @@ from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.config import parse
+from understudy.engines import HFSampler
+from understudy.engines.probe import Probe
+from understudy.engines.sections import VLLM, Launch, logprobs_mode
+from understudy.engines.vllm.nccl import NCCLTransfer
+from understudy.engines.vllm.sampler import FLOAT32_GAP, VLLMSampler
+from understudy.engines.vllm.shared_memory import memory_left
+from understudy.engines.vllm.weights import SHARED_MEMORY, WeightStore
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
-from understudy.models.saving import merged_state_dict
-from understudy.rollout import HFSampler
-from understudy.rollout.engines import VLLM, Launch, logprobs_mode
-from understudy.rollout.probe import Probe
-from understudy.rollout.shared_memory import memory_left
-from understudy.rollout.vllm import FLOAT32_GAP, VLLMSampler
-from understudy.rollout.vllm_nccl import NCCLTransfer
-from understudy.rollout.vllm_weights import SHARED_MEMORY, WeightStore
+from understudy.http.launch import free_port
+from understudy.models.save import merged_state_dict
 from understudy.types import Author, Request, Sample, Sampling
-from understudy.wire.launch import free_port
 
 TOLERANCE = 1e-5
 """The stub's forward with a cache against one without, in float32."""
@@ -314,7 +314,8 @@ def test_a_stale_tied_head_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """As it would be if the head were left out, which `save_pretrained` does."""
     model = model_of(tied=True)
     monkeypatch.setattr(
-        "understudy.rollout.vllm.with_head", lambda _, weights: (one for one in weights if one[0] != "lm_head.weight")
+        "understudy.engines.vllm.sampler.with_head",
+        lambda _, weights: (one for one in weights if one[0] != "lm_head.weight"),
     )
     with engine(model, tmp_path, stub={"stale_tied_head": True}) as (sampler, _):
         push(sampler, model)
@@ -464,7 +465,7 @@ def test_tokens_that_do_not_exist_are_forbidden(tmp_path: Path) -> None:
 
 def test_a_response_ends_before_a_token_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are too many to forbid; it is truncated, and never empty."""
-    monkeypatch.setattr("understudy.rollout.vllm.MAX_BIASED", 3)
+    monkeypatch.setattr("understudy.engines.vllm.sampler.MAX_BIASED", 3)
     model = model_of(sharp=0.1)
     with engine(model, tmp_path, vocab_size=36, stop_ids=()) as (sampler, servers):
         push(sampler, model)
@@ -675,7 +676,7 @@ def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_pat
 
 def shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a store of `tmp_path` lies in a shared memory of the test's own."""
-    monkeypatch.setattr("understudy.rollout.vllm_weights.SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr("understudy.engines.vllm.weights.SHARED_MEMORY", tmp_path / "shm")
     (tmp_path / "shm").mkdir()
     store = WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
     store.close()
@@ -701,7 +702,7 @@ def test_a_folder_that_another_user_prepared_is_refused(
         folder.chmod(0o777)
     if way == "foreign":
         mine = os.geteuid()
-        monkeypatch.setattr("understudy.rollout.shared_memory.os.geteuid", lambda: mine + 1)
+        monkeypatch.setattr("understudy.engines.vllm.shared_memory.os.geteuid", lambda: mine + 1)
     says = {"link": "is a link", "lock": "cannot open", "open": "written to by others", "foreign": "another user"}
     with pytest.raises(RecipeError, match=says[way]):
         WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
@@ -743,7 +744,7 @@ def test_memory_that_is_left(tmp_path: Path) -> None:
 
 def test_shared_memory_is_not_taken_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
-    monkeypatch.setattr("understudy.rollout.vllm_weights.memory_left", lambda: 1000)
+    monkeypatch.setattr("understudy.engines.vllm.weights.memory_left", lambda: 1000)
     store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place=None)
     assert store.folder.is_relative_to(tmp_path)
     store.write(merged_state_dict(model).items(), "v0")
@@ -754,7 +755,7 @@ def test_weights_without_room_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     """Shared memory that is full sends them to the run directory; a place that was asked for is an error."""
     model = model_of()
     monkeypatch.setattr(
-        "understudy.rollout.vllm_weights._free", lambda folder: 0 if SHARED_MEMORY in (folder, folder.parent) else 10**9
+        "understudy.engines.vllm.weights._free", lambda folder: 0 if SHARED_MEMORY in (folder, folder.parent) else 10**9
     )
     store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place=None)
     assert store.folder.is_relative_to(tmp_path)
@@ -770,7 +771,7 @@ def test_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: pytes
     from transformers import AutoModelForCausalLM
 
     model = model_of(tied=True)
-    monkeypatch.setattr("understudy.rollout.vllm_weights.SHARD_BYTES", 5000)
+    monkeypatch.setattr("understudy.engines.vllm.weights.SHARD_BYTES", 5000)
     store = WeightStore(model, letters(), tmp_path, dtype=torch.bfloat16, place=tmp_path)
     written = store.write(merged_state_dict(model).items(), "v0")
     assert len(list(written.glob("*.safetensors"))) > 2

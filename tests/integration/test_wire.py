@@ -24,10 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from understudy.errors import EngineError, RecipeError
-from understudy.wire import BadReply, Patience, Refused, Reply, Wire, client
-from understudy.wire.client import MAX_ERROR_BYTES
-from understudy.wire.replicas import Asker, Replicas, Turn
-from understudy.wire.reply import MAX_WAIT_S
+from understudy.http import BadReply, Patience, Refused, Reply, Wire, client
+from understudy.http.client import MAX_ERROR_BYTES
+from understudy.http.replicas import Asker, Replicas, Turn
+from understudy.http.reply import MAX_WAIT_S
 
 KEY = "sk-understudy-0123456789"
 WAIT_S = 20.0
@@ -980,7 +980,7 @@ def test_an_exit_does_not_wait_for_a_wire_that_nobody_closed() -> None:
     code = """
 import sys
 from threading import Thread
-from understudy.wire import Patience, Reply, Wire
+from understudy.http import Patience, Reply, Wire
 wire = Wire([sys.argv[1]], name="teacher", patience=Patience())
 wire.request("/ok", Reply.json, key="k")
 hang = Thread(target=wire.request, args=("/hang", Reply.json), kwargs={"key": "k"}, daemon=True)
@@ -1094,7 +1094,7 @@ def test_this_machine_is_asked_without_the_proxy_of_the_environment(
 @pytest.mark.parametrize("section", ["http", "served", "chat", "vllm"])
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(section: str) -> None:
     """A recipe is written into the run directory: the key must never be in it."""
-    from understudy.rollout import VLLM
+    from understudy.engines import VLLM
     from understudy.teachers import Chat, Http, Served
 
     key = "sk-live-0123456789"

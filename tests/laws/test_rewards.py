@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tests.laws.test_formulas import CASES, Enumerated, V
-from understudy import signals
 from understudy.errors import ScoreError
 from understudy.linear import LMHead, evaluate
+from understudy.losses import advantages
 from understudy.methods import DAPO, EOPD, GRPO, KDRL, OPD, OVD, DrGRPO
 from understudy.methods.base import Method
 
@@ -38,7 +38,7 @@ def normal(size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def advantages(reward: Tensor, group: Tensor, *, std: bool) -> list[float]:
+def by_hand(reward: Tensor, group: Tensor, *, std: bool) -> list[float]:
     """The formula, group by group."""
     members: dict[int, list[float]] = defaultdict(list)
     for r, g in zip(reward.tolist(), group.tolist(), strict=True):
@@ -59,8 +59,8 @@ GROUP = torch.tensor([4, 9, 4, 0, 4, 9, 2, 9, 4, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_advantage_is_that_of_the_formula(std: bool, seed: int) -> None:
     reward = normal(10, seed)
-    found = signals.group_advantage(reward, GROUP, normalise_std=std)
-    assert found.tolist() == pytest.approx(advantages(reward, GROUP, std=std), rel=1e-11, abs=1e-14)
+    found = advantages.group_advantage(reward, GROUP, normalise_std=std)
+    assert found.tolist() == pytest.approx(by_hand(reward, GROUP, std=std), rel=1e-11, abs=1e-14)
     sums = torch.zeros(10, dtype=torch.float64).index_add_(0, GROUP, found)
     assert sums.abs().max() < 1e-14
     assert found[3] == 0.0
@@ -69,26 +69,26 @@ def test_the_advantage_is_that_of_the_formula(std: bool, seed: int) -> None:
 @pytest.mark.parametrize("std", [True, False])
 def test_the_order_of_samples_and_the_names_of_groups_are_nothing(std: bool) -> None:
     reward, order = normal(10), torch.randperm(10, generator=torch.Generator().manual_seed(3))
-    found = signals.group_advantage(reward, GROUP, normalise_std=std)
-    moved = signals.group_advantage(reward[order], GROUP[order] * 1000 - 5, normalise_std=std)
+    found = advantages.group_advantage(reward, GROUP, normalise_std=std)
+    moved = advantages.group_advantage(reward[order], GROUP[order] * 1000 - 5, normalise_std=std)
     torch.testing.assert_close(moved, found[order], rtol=1e-13, atol=1e-15)
     together = GROUP.argsort(stable=True)
-    sorted_ = signals.group_advantage(reward[together], GROUP[together], normalise_std=std)
+    sorted_ = advantages.group_advantage(reward[together], GROUP[together], normalise_std=std)
     torch.testing.assert_close(sorted_, found[together], rtol=1e-13, atol=1e-15)
     one = GROUP == 9
-    alone = signals.group_advantage(reward[one], GROUP[one], normalise_std=std)
+    alone = advantages.group_advantage(reward[one], GROUP[one], normalise_std=std)
     torch.testing.assert_close(alone, found[one], rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 1e4])
 def test_the_unit_of_a_reward_is_nothing_but_for_the_epsilon(scale: float) -> None:
     reward = normal(10)
-    found = signals.group_advantage(reward, GROUP, normalise_std=True)
-    scaled = signals.group_advantage(scale * reward + 7.0, GROUP, normalise_std=True)
+    found = advantages.group_advantage(reward, GROUP, normalise_std=True)
+    scaled = advantages.group_advantage(scale * reward + 7.0, GROUP, normalise_std=True)
     spread = min(float(reward[GROUP.eq(name)].std(correction=0)) for name in (4, 9, 2))
     torch.testing.assert_close(scaled, found, rtol=2 * EPS * (1 + 1 / scale) / spread, atol=1e-9)
-    plain = signals.group_advantage(scale * reward, GROUP, normalise_std=False)
-    torch.testing.assert_close(plain, scale * signals.group_advantage(reward, GROUP, normalise_std=False))
+    plain = advantages.group_advantage(scale * reward, GROUP, normalise_std=False)
+    torch.testing.assert_close(plain, scale * advantages.group_advantage(reward, GROUP, normalise_std=False))
 
 
 @pytest.mark.parametrize("std", [True, False])
@@ -98,22 +98,22 @@ def test_equal_rewards_are_exactly_0(value: float, dtype: torch.dtype, std: bool
     """Three times 0.1 has a mean that is not 0.1, and a spread of nearly 0 must not blow that up."""
     for size in (1, 2, 3, 6, 7, 49):
         reward = torch.full((size,), value, dtype=dtype)
-        found = signals.group_advantage(reward, torch.zeros(size, dtype=torch.int64), normalise_std=std)
+        found = advantages.group_advantage(reward, torch.zeros(size, dtype=torch.int64), normalise_std=std)
         assert found.tolist() == [0.0] * size
         assert found.dtype == dtype
 
 
 def test_right_against_wrong() -> None:
     """One right of four: `(1 - 1/4) / sqrt(3/16)`, the population's deviation."""
-    found = signals.group_advantage(numbers(1, 0, 0, 0), torch.zeros(4, dtype=torch.int64), normalise_std=True)
+    found = advantages.group_advantage(numbers(1, 0, 0, 0), torch.zeros(4, dtype=torch.int64), normalise_std=True)
     assert found.tolist() == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, rel=1e-5)
-    assert signals.group_advantage(numbers(), torch.zeros(0, dtype=torch.int64), normalise_std=True).tolist() == []
+    assert advantages.group_advantage(numbers(), torch.zeros(0, dtype=torch.int64), normalise_std=True).tolist() == []
 
 
 def weights(gap: Tensor, kind: str, low: float = 0.5, high: float = 2.0, own: Tensor | None = None) -> Tensor:
     """`importance` where `log S_old - log mu` is `gap`."""
     own = torch.ones(len(gap), dtype=torch.bool) if own is None else own
-    found = signals.importance(gap, torch.zeros_like(gap), own, kind, low, high)  # type: ignore[arg-type]
+    found = advantages.importance(gap, torch.zeros_like(gap), own, kind, low, high)  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -128,7 +128,7 @@ def test_corrections_at_and_beyond_their_bounds() -> None:
     inside = (math.nextafter(low, 1.0), math.nextafter(high, 1.0))
     assert weights(gap, "icepop", *inside).tolist()[1:3] == [0.0, 0.0]
     assert weights(gap, "tis", *inside).tolist()[1:3] == [low, inside[1]]
-    assert signals.importance(gap, None, gap > 0, "none", 0.5, 2.0) is None
+    assert advantages.importance(gap, None, gap > 0, "none", 0.5, 2.0) is None
 
 
 @pytest.mark.parametrize("kind", ["tis", "icepop"])
@@ -136,7 +136,7 @@ def test_a_token_that_nobody_sampled_weighs_1(kind: str) -> None:
     gap, own = numbers(math.nan, 0.3, math.nan, 9.0), torch.tensor([False, True, False, False])
     assert weights(gap, kind, own=own).tolist() == [1.0, pytest.approx(math.exp(0.3)), 1.0, 1.0]
     with pytest.raises(ScoreError, match="rollout_logprob"):
-        signals.importance(gap, None, own, kind, 0.5, 2.0)  # type: ignore[arg-type]
+        advantages.importance(gap, None, own, kind, 0.5, 2.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["tis", "icepop"])
@@ -154,35 +154,35 @@ def test_a_sampled_token_without_its_number_is_an_error(kind: str) -> None:
     [(0, 0.0), (15, 0.0), (16, 0.0), (17, -0.25), (18, -0.5), (19, -0.75), (20, -1.0), (21, -1.0), (500, -1.0)],
 )
 def test_the_penalty_grows_over_the_buffer(length: int, penalty: float) -> None:
-    assert signals.overlong_penalty(length, 20, 4) == penalty
-    assert signals.overlong_penalty(length, 20, 0) == 0.0
+    assert advantages.overlong_penalty(length, 20, 4) == penalty
+    assert advantages.overlong_penalty(length, 20, 0) == 0.0
 
 
 def test_a_buffer_as_long_as_the_limit_starts_at_once() -> None:
-    assert [signals.overlong_penalty(n, 4, 4) for n in range(6)] == [0.0, -0.25, -0.5, -0.75, -1.0, -1.0]
+    assert [advantages.overlong_penalty(n, 4, 4) for n in range(6)] == [0.0, -0.25, -0.5, -0.75, -1.0, -1.0]
 
 
 def test_the_largest_share() -> None:
     value, mask = numbers(3, math.nan, 5, 1, INF, 4, 2), torch.tensor([1, 0, 1, 1, 0, 1, 1]).bool()
 
     def chosen(share: float) -> list[int]:
-        return signals.top_share(value, mask, share).nonzero().squeeze(-1).tolist()
+        return advantages.top_share(value, mask, share).nonzero().squeeze(-1).tolist()
 
     assert chosen(0.0) == []
     assert chosen(0.01) == chosen(0.2) == [2]
     assert chosen(0.21) == chosen(0.4) == [2, 5]
     assert chosen(1.0) == [0, 2, 3, 5, 6]
     empty = torch.zeros(7, dtype=torch.bool)
-    assert not signals.top_share(value, empty, 1.0).any()
-    assert signals.top_share(numbers(), torch.zeros(0, dtype=torch.bool), 0.5).tolist() == []
+    assert not advantages.top_share(value, empty, 1.0).any()
+    assert advantages.top_share(numbers(), torch.zeros(0, dtype=torch.bool), 0.5).tolist() == []
 
 
 def test_equal_values_stand_together() -> None:
     value, mask = numbers(1, 2, 2, 2, 0), torch.ones(5, dtype=torch.bool)
-    assert signals.top_share(value, mask, 0.2).tolist() == [False, True, True, True, False]
-    assert signals.top_share(torch.ones(5), mask, 0.2).all()
+    assert advantages.top_share(value, mask, 0.2).tolist() == [False, True, True, True, False]
+    assert advantages.top_share(torch.ones(5), mask, 0.2).all()
     order = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.equal(signals.top_share(value[order], mask, 0.6), signals.top_share(value, mask, 0.6)[order])
+    assert torch.equal(advantages.top_share(value[order], mask, 0.6), advantages.top_share(value, mask, 0.6)[order])
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_equal_values_stand_together() -> None:
 def test_a_share_is_that_of_its_decimal(share: str) -> None:
     """`ceil(share N)` tokens, without a token that only a rounding adds."""
     for size in (1, 2, 3, 5, 10, 15, 50, 100, 150, 300):
-        found = signals.top_share(normal(size), torch.ones(size, dtype=torch.bool), float(share))
+        found = advantages.top_share(normal(size), torch.ones(size, dtype=torch.bool), float(share))
         assert int(found.sum()) == math.ceil(Fraction(share) * size), size
 
 
@@ -208,7 +208,7 @@ def test_the_entropy_of_k_and_a_rest_is_a_lower_bound(seed: int, dtype: torch.dt
     logp = (2 * normal(8 * 6, seed).reshape(8, 6)).to(dtype).log_softmax(-1)
     full = -(logp.double().exp() * logp.double()).sum(-1)
     ordered = logp.sort(-1, descending=True).values
-    bounds = [signals.entropy_from_topk(ordered[:, :k]).double() for k in range(1, 7)]
+    bounds = [advantages.entropy_from_topk(ordered[:, :k]).double() for k in range(1, 7)]
     # the rest at K = V is a rounding r, and contributes r log r
     slack = 1e-12 if dtype == torch.float64 else 1e-4
     for low, high in zip(bounds, [*bounds[1:], full], strict=True):
@@ -219,15 +219,15 @@ def test_the_entropy_of_k_and_a_rest_is_a_lower_bound(seed: int, dtype: torch.dt
 
 
 def test_a_sure_teacher_has_no_entropy() -> None:
-    assert signals.entropy_from_topk(numbers(0.0, -INF)[None]).tolist() == [0.0]
-    assert signals.entropy_from_topk(numbers(math.log(0.5))[None]).tolist() == pytest.approx([math.log(2)])
+    assert advantages.entropy_from_topk(numbers(0.0, -INF)[None]).tolist() == [0.0]
+    assert advantages.entropy_from_topk(numbers(math.log(0.5))[None]).tolist() == pytest.approx([math.log(2)])
 
 
 def test_acceptance_is_the_smaller_of_the_ratio_and_1() -> None:
     teacher, student = numbers(-1.0, -2.0, -0.5, -INF, -800.0, 0.0), numbers(-2.0, -1.0, -0.5, -1.0, -1.0, -800.0)
-    assert signals.acceptance(teacher, student).tolist() == [1.0, pytest.approx(math.exp(-1)), 1.0, 0.0, 0.0, 1.0]
+    assert advantages.acceptance(teacher, student).tolist() == [1.0, pytest.approx(math.exp(-1)), 1.0, 0.0, 0.0, 1.0]
     p, q = (normal(V, seed).softmax(-1) for seed in (1, 2))
-    kept = (p * signals.acceptance(q.log(), p.log())).sum()
+    kept = (p * advantages.acceptance(q.log(), p.log())).sum()
     assert float(kept) == pytest.approx(1 - float((p - q).abs().sum()) / 2, rel=1e-12)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tests.tiny_models import letters, request, tiny
-from understudy.rollout import HFSampler
-from understudy.rollout.draw import draw
+from understudy.engines import HFSampler
+from understudy.engines.hf.draw import draw
 from understudy.types import Sampling
 
 GRID = 20_000

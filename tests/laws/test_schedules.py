@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from understudy.schedules import cosine_decay, learning_rate, linear_decay
+from understudy.losses.schedules import cosine_decay, learning_rate, linear_decay
 
 
 def test_decays() -> None:

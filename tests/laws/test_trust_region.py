@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from understudy.engines.prefix import cut_prefix
 from understudy.errors import ScoreError
 from understudy.linear import Evaluation, LMHead, evaluate
 from understudy.methods import AOPD, GOPD, KDRL, OPD, REOPOLD, Phases, TrOPD
 from understudy.methods.base import Method
-from understudy.rollout.prefix import cut_prefix
 from understudy.types import TokenBatch
 
 V = 5

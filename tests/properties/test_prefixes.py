@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
+from understudy.engines import HFSampler
+from understudy.engines.prefix import cut_prefix, guided_requests
 from understudy.errors import DataError
 from understudy.randomness import keyed_uniform
-from understudy.rollout import HFSampler
-from understudy.rollout.prefix import cut_prefix, guided_requests
 from understudy.types import Author, Sampling
 
 SHARES = st.floats(0, 1)

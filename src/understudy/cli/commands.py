@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from understudy import assemble, runs
+from understudy import run
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
 from understudy.format import Interval, interval, metric_note
-from understudy.judges import load_judges
 from understudy.methods import SFT
-from understudy.recipe import Recipe, load_recipe
-from understudy.sampler import sampling_with
+from understudy.recipe import Recipe, load, load_recipe
+from understudy.recipe.judges import load_judges
+from understudy.recipe.sampler import sampling_with
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.rundir import RunDir
@@ -37,21 +37,21 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
     """How the run ended; "checked" for a dry run."""
     recipe = load_recipe(path, overrides)
     quieten_libraries()
-    ranks = Ranks.from_environment(assemble.choose_device(recipe.device)) if not dry_run else Ranks()
+    ranks = Ranks.from_environment(load.choose_device(recipe.device)) if not dry_run else Ranks()
     with terminable(), Console(quiet=not ranks.is_main) as console, contextlib.closing(ranks):
         if dry_run:
             if not resume:
                 RunDir(Path(recipe.run_dir)).check_new()
-            for line in assemble.check(recipe):
+            for line in load.check(recipe):
                 console.note(line)
             console.note(f"{path} is fine; nothing was loaded or written")
             return "checked"
-        result = runs.train(recipe, resume=resume, examine=examine, console=console)
+        result = run.train(recipe, resume=resume, examine=examine, console=console)
         _show_result(console, result)
     return result.ending
 
 
-def _show_result(console: Console, result: runs.Result) -> None:
+def _show_result(console: Console, result: run.Result) -> None:
     if result.summaries:
         console.table(*_table("before and after" if len(result.summaries) > 1 else "evaluation", result.summaries))
     path = result.run_dir.path
@@ -110,12 +110,12 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
     quieten_libraries()
-    assemble.check(recipe, training=False)
+    load.check(recipe, training=False)
     with terminable(), Console() as console:
-        loaded = assemble.load_student(recipe)
+        loaded = load.load_student(recipe)
         started = time.perf_counter()
         with contextlib.closing(load_judges(recipe, loaded)) as judges, sampling_with(recipe, loaded) as sampler:
-            summary = runs.evaluator(recipe, loaded, sampler, judges.judge, Ranks(), out, console)(0)
+            summary = run.evaluator(recipe, loaded, sampler, judges.judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary

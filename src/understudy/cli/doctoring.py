@@ -8,16 +8,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from understudy import assemble, doctor, runs
-from understudy.assemble import Loaded
-from understudy.recipe import Recipe, load_recipe
+from understudy import run
+from understudy.cli.commands import quieten_libraries
+from understudy.recipe import Recipe, doctor, load, load_recipe
+from understudy.recipe.load import Loaded
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.loop import Trainer
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.signals import terminable
-
-from understudy.cli.commands import quieten_libraries
 
 
 def examine(path: Path, overrides: Sequence[str]) -> int:
@@ -39,9 +38,9 @@ def loaded(recipe: Recipe, console: Console) -> Iterator[tuple[Loaded, Trainer]]
         beside = beside.parent
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=beside) as folder, ExitStack() as opened:
         scratch = replace(recipe, run_dir=folder, loggers=())
-        device = assemble.choose_device(recipe.device)
+        device = load.choose_device(recipe.device)
         quiet = Console(quiet=True)
-        trainer, made = runs._build(scratch, RunDir(Path(folder)), None, Ranks(), quiet, device, opened)
+        trainer, made = run._build(scratch, RunDir(Path(folder)), None, Ranks(), quiet, device, opened)
         opened.callback(trainer.observer.close)
         opened.callback(trainer.rollouts.close)
         yield made, trainer

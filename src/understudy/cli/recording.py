@@ -14,22 +14,21 @@ from typing import Any
 
 from torch import Tensor
 
-from understudy import assemble, config
+from understudy import config
+from understudy.cli.commands import quieten_libraries
 from understudy.errors import DataError, RecipeError
 from understudy.files import write_atomically
-from understudy.judges import load_judges, teacher_setup
 from understudy.methods import OPD, TopK
-from understudy.recipe import Recipe, load_recipe
-from understudy.sampler import sampling_with
-from understudy.tasks.render import encode_prompt
+from understudy.recipe import Recipe, load, load_recipe
+from understudy.recipe.judges import load_judges, teacher_setup
+from understudy.recipe.sampler import sampling_with
+from understudy.tasks.renderer import encode_prompt
 from understudy.teachers import Chat, Privileged, Stored, Teacher, Verbal
-from understudy.teachers.recording import ScoredMeta, recorded, write_scored
+from understudy.teachers.stores.recording import ScoredMeta, recorded, write_scored
 from understudy.trainer.console import Console
 from understudy.trainer.prompts import PromptStream
 from understudy.trainer.signals import terminable
 from understudy.types import Need, Prompt, Request, Sample, Scores
-
-from understudy.cli.commands import quieten_libraries
 
 BLOCK_REQUESTS = 256
 """Samples in one file and between two moves of the progress bar: what an interruption loses at most."""
@@ -60,17 +59,17 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
     k = rows_needed(recipe, amount.k)
     _check_out(out, recipe)
     quieten_libraries()
-    assemble.check(recipe)
+    load.check(recipe)
     # no reference model and no responses: neither is recorded
     scored = replace(recipe, method=OPD() if k is None else TopK(k=k), reference=None, responses=None)
     with Console() as console:
         console.note(f"loading the student and {_shown(recipe)}")
-        loaded = assemble.load_student(scored)
+        loaded = load.load_student(scored)
         judges = load_judges(scored, loaded)
         assert judges.teacher is not None
         meta = ScoredMeta.of(judges.teacher, teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
         known = recorded(out, meta)
-        limit = assemble.prompt_limit(recipe, recipe.sampling, loaded.model, *judges.models)
+        limit = load.prompt_limit(recipe, recipe.sampling, loaded.model, *judges.models)
         requests = _requests(recipe, loaded.tokenizer, limit, amount)
         missing = [request for request in requests if request.key not in known]
         write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
@@ -192,7 +191,7 @@ class _Pairs:
     """Samples with their scores, made block by block when they are asked for."""
 
     recipe: Recipe
-    loaded: assemble.Loaded
+    loaded: load.Loaded
     teacher: Teacher
     k: int | None
     console: Console

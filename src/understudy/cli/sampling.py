@@ -8,19 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-from understudy import assemble
+from understudy.cli.commands import load_for_use, quieten_libraries
 from understudy.errors import RecipeError
 from understudy.eval.summary import prompt_text
 from understudy.files import write_json_lines
-from understudy.recipe import Recipe
-from understudy.sampler import sampling_with
-from understudy.tasks.render import encode_prompt
+from understudy.recipe import Recipe, load
+from understudy.recipe.sampler import sampling_with
+from understudy.tasks.renderer import encode_prompt
 from understudy.trainer.console import Console
 from understudy.trainer.settings import Split
 from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
-
-from understudy.cli.commands import load_for_use, quieten_libraries
 
 SPLITS = ("train", "validation", "test")
 BLOCK_REQUESTS = 256
@@ -45,10 +43,10 @@ def sample(
         raise RecipeError(f"--out {out} exists; choose another file")
     recipe = load_for_use(path, overrides, model)
     quieten_libraries()
-    assemble.check(recipe, training=False)
+    load.check(recipe, training=False)
     chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
     with terminable(), Console() as console:
-        loaded = assemble.load_student(recipe)
+        loaded = load.load_student(recipe)
         rendered = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in chosen]
         requests = [
             Request(prompt, index, ids)

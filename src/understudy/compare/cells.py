@@ -11,11 +11,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from understudy import assemble, config
+from understudy import config
 from understudy.compare.grid import Combination, Grid, apply, nested, slug
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.methods import METHODS, REFUSED, Method, RolloutPlan
-from understudy.recipe import Recipe, check_same_recipe
+from understudy.recipe import Recipe, check_same_recipe, load
 from understudy.tasks import overlap
 from understudy.trainer.rollouts import MAX_ROUNDS
 from understudy.trainer.rundir import RunDir
@@ -117,7 +117,7 @@ class Cells:
             candidates = [self._cell(combination, tuned, seed=0) for tuned in self.grid.tunings()]
             for cell in candidates:
                 with _named(combination.name):
-                    assemble.check(cell.recipe)
+                    load.check(cell.recipe)
             self._check_started([self.compared({combination: tuned}) for tuned in self.grid.tunings()])
 
     def _check_started(self, candidates: Sequence[Sequence[Cell]]) -> None:
@@ -210,8 +210,8 @@ def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:
 
 def _check_unseen(tuning: Recipe, compared: Recipe) -> None:
     """Raises RecipeError where a tuning run would look at a problem that is compared."""
-    assemble.check(tuning)
-    shared = overlap(assemble.eval_prompts(tuning), assemble.eval_prompts(compared))
+    load.check(tuning)
+    shared = overlap(load.eval_prompts(tuning), load.eval_prompts(compared))
     if shared:
         raise RecipeError(
             f"{len(shared)} problems of the evaluation are also in the validation split ({', '.join(shared[:3])}): tuning "

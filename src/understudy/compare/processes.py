@@ -56,7 +56,7 @@ def run_processes(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> It
     Once `stopped()` is true no job is started, and those that run are asked to save and end.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "understudy.runs"])
+    context.set_forkserver_preload([__name__, "understudy.run"])
     waiting = list(enumerate(jobs))[::-1]
     running: dict[Any, tuple[int, ForkServerProcess]] = {}
     asked = False
@@ -96,13 +96,13 @@ def work_in_process(job: Job) -> None:
 
 def work(job: Job) -> int:
     """Trains. Prints what went wrong as the last line, `error: ...`."""
-    from understudy import runs
+    from understudy import run
     from understudy.recipe import Recipe
     from understudy.trainer.console import Console
 
     try:
         with Console() as console:
-            result = runs.train(config.parse(Recipe, job.recipe), resume=job.resume, console=console)
+            result = run.train(config.parse(Recipe, job.recipe), resume=job.resume, console=console)
     except UnderstudyError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED

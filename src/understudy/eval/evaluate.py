@@ -13,13 +13,13 @@ from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
-from understudy.tasks.render import Rendered, encode_prompt, split_by_length
+from understudy.tasks.renderer import Rendered, encode_prompt, split_by_length
 from understudy.types import Prompt, Request, Sample, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from understudy.rollout import Sampler
+    from understudy.engines import Sampler
     from understudy.tasks import Task
     from understudy.teachers import Judge
 

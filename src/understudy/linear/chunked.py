@@ -16,13 +16,22 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from understudy.losses import Reduce, Term
-from understudy.types import TokenBatch, fill
 from understudy.linear import rows as row_math
 from understudy.linear.head import LMHead
-from understudy.linear.plan import Evaluation, FullTeacher, Tally, TermsOf, Trained, choose_trained, shares, weighted_loss
+from understudy.linear.plan import (
+    Evaluation,
+    FullTeacher,
+    Tally,
+    TermsOf,
+    Trained,
+    choose_trained,
+    shares,
+    weighted_loss,
+)
 from understudy.linear.products import Gradients, project
 from understudy.linear.whole import cut_term
+from understudy.losses.terms import Reduce, Term
+from understudy.types import TokenBatch, fill
 
 CHUNK_ELEMENTS = 256 * 152_064
 """Logits in one chunk: 256 rows of the largest common vocabulary, 148 MiB in float32."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from understudy.errors import ScoreError
-from understudy.losses import Reads, Reduce, Rows, Term
-from understudy.types import Metric, TokenBatch
 from understudy.linear.head import LMHead
+from understudy.losses.terms import Reads, Reduce, Rows, Term
+from understudy.types import Metric, TokenBatch
 
 FullTeacher = tuple[Tensor, LMHead]
 

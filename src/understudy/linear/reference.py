@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from understudy import divergences
-from understudy.losses import Reads, Rows
-from understudy.types import TokenBatch, fill
 from understudy.linear.head import LMHead
 from understudy.linear.plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, shares, weighted_loss
+from understudy.losses import divergences
+from understudy.losses.terms import Reads, Rows
+from understudy.types import TokenBatch, fill
 
 
 def evaluate(

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from understudy.divergences import log_mixture
-from understudy.losses import Reads, Rows
-from understudy.types import TokenBatch, fill
 from understudy.linear.head import LMHead
+from understudy.losses.divergences import log_mixture
+from understudy.losses.terms import Reads, Rows
+from understudy.types import TokenBatch, fill
 
 BLOCK_ELEMENTS = 8 * 152_064
 """Logits in one block on a CPU: 4.6 MiB in float32, so that three buffers of it stay in a shared cache."""

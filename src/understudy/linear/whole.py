@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from understudy.losses import Reads, Term
-from understudy.types import TokenBatch, take_rows
 from understudy.linear.plan import TermsOf, num_distinct
+from understudy.losses.terms import Reads, Term
+from understudy.types import TokenBatch, take_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from understudy import signals
-from understudy.divergences import Tail
-from understudy.losses import Reads, Reduce, Term, TopKDivergence
-from understudy.types import Need, TokenBatch
+from understudy.losses import advantages
+from understudy.losses.divergences import Tail
+from understudy.losses.terms import Reads, Reduce, Term, TopKDivergence
 from understudy.methods.base import OptionallyClipped, only, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AOPD(OptionallyClipped):
         return [
             self.policy_term(
                 batch,
-                signals.log_ratio(teacher, student),
+                advantages.log_ratio(teacher, student),
                 batch.on_policy & ~gate,
                 reduce=self.reduce,
                 metrics=shown,

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from understudy import signals
-from understudy.losses import PolicyGradient, Reads, Reduce, Term
+from understudy.losses import advantages
+from understudy.losses.terms import PolicyGradient, Reads, Reduce, Term
 from understudy.types import Need, TokenBatch
 
 Scope = Literal["token", "batch"]
@@ -122,10 +122,10 @@ class Method:
 class PolicyMethod(Method):
     """A method with a policy-gradient term, and the correction for an engine that samples with slightly other numbers.
 
-    `signals.importance` says what the kinds mean; the weight is shown as the metric `importance`.
+    `advantages.importance` says what the kinds mean; the weight is shown as the metric `importance`.
     """
 
-    correction: signals.Correction = field(default="none", kw_only=True)
+    correction: advantages.Correction = field(default="none", kw_only=True)
     correction_low: float = field(default=0.5, kw_only=True)
     correction_high: float = field(default=5.0, kw_only=True)
     """"tis" cuts the weight there; "icepop" drops tokens outside [low, high]."""
@@ -141,7 +141,7 @@ class PolicyMethod(Method):
         """What each token counts because the engine's numbers are not the trainer's. [T]; None without a correction."""
         low, high = self.correction_low, self.correction_high
         old = present(batch.student_logprob)
-        return signals.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
+        return advantages.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
 
     @property
     def ratio_clip(self) -> tuple[float, float] | None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from understudy import signals
-from understudy.losses import Reads, Term, TopKDivergence
-from understudy.types import Need, TokenBatch
+from understudy.losses import advantages
+from understudy.losses.terms import Reads, Term, TopKDivergence
 from understudy.methods.base import PolicyMethod, only, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class EOPD(PolicyMethod):
         return Reads(topk="teacher", k=self.k)
 
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
-        ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         topk = present(batch.topk_logprob)
         estimated = batch.teacher_entropy is None
-        entropy = signals.entropy_from_topk(topk) if batch.teacher_entropy is None else batch.teacher_entropy
+        entropy = advantages.entropy_from_topk(topk) if batch.teacher_entropy is None else batch.teacher_entropy
         uncertain = batch.on_policy & (entropy > self.threshold)
         shown = {
             "uncertain": only(uncertain.to(ratio.dtype), batch.on_policy),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from understudy.losses import FullDivergence, Reads, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses.terms import FullDivergence, Reads, Term
 from understudy.methods.base import Method, RolloutPlan
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)

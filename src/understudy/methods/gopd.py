@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from understudy import signals
-from understudy.losses import FullDivergence, Reads, Reduce, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses import advantages
+from understudy.losses.terms import FullDivergence, Reads, Reduce, Term
 from understudy.methods.base import OptionallyClipped, only, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,6 @@ class GOPD(OptionallyClipped):
         if self.scale == 1.0:
             return [self.policy_term(batch, teacher - student, batch.on_policy, reduce=self.reduce)]
         reference = present(batch.reference_logprob)
-        advantage = signals.extrapolation(teacher, reference, student, self.scale)
+        advantage = advantages.extrapolation(teacher, reference, student, self.scale)
         shown = {"teacher_over_reference": only(teacher - reference, batch.on_policy)}
         return [self.policy_term(batch, advantage, batch.on_policy, reduce=self.reduce, metrics=shown)]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from understudy import signals
-from understudy.losses import Reduce, ReferenceKL, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses import advantages
+from understudy.losses.terms import Reduce, ReferenceKL, Term
 from understudy.methods.base import Method, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class GRPO(PolicyMethod):
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
         advantage = present(batch.outcome_advantage)
         if self.distil_coef:
-            ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+            ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
             advantage = advantage + self.distil_coef * ratio
         reduce, scale = self._mean()
         policy = self.policy_term(batch, advantage, batch.on_policy, reduce=reduce)

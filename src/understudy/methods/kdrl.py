@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from understudy.losses import SquaredLogRatio, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses.terms import SquaredLogRatio, Term
 from understudy.methods.base import Method, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)

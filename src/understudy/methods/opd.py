@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from understudy import signals
-from understudy.losses import Reads, Reduce, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses import advantages
+from understudy.losses.terms import Reads, Reduce, Term
 from understudy.methods.base import OptionallyClipped, Scope, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class OPD(OptionallyClipped):
         return Reads(divergence=1.0 if self.baseline else None)
 
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
-        advantage = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        advantage = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         if self.discount:
             trained = batch.mask & batch.on_policy
-            advantage = signals.return_to_go(advantage, batch.sequence, trained, self.discount)
+            advantage = advantages.return_to_go(advantage, batch.sequence, trained, self.discount)
         return [
             self.policy_term(
                 batch,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from understudy.losses import ReferenceKL, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses.terms import ReferenceKL, Term
 from understudy.methods.base import Acceptance, OnReject, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)

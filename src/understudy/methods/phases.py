@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from understudy.errors import RecipeError
-from understudy.losses import Reads, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses.terms import Reads, Term
 from understudy.methods.base import Method, RolloutPlan, Scope
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from understudy import signals
-from understudy.losses import Term
-from understudy.types import Need, TokenBatch
+from understudy.losses import advantages
+from understudy.losses.terms import Term
 from understudy.methods.base import Method, OptionallyClipped, Scope, only, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class REOPOLD(OptionallyClipped):
     @property
     def least_reward(self) -> float:
         """The floor f."""
-        return signals.mixture_floor(self.mix, self.floor) if isinstance(self.floor, str) else self.floor
+        return advantages.mixture_floor(self.mix, self.floor) if isinstance(self.floor, str) else self.floor
 
     def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
         return self if self.switch_step is not None else replace(self, switch_step=num_steps // 2)
@@ -68,7 +68,7 @@ class REOPOLD(OptionallyClipped):
         return self.switch_step is None or step < self.switch_step
 
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
-        ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         floor = self.least_reward
         floored = {"floored": only((ratio < floor).to(ratio.dtype), batch.on_policy)}
         reward = ratio.clamp_min(floor)
@@ -82,4 +82,4 @@ class REOPOLD(OptionallyClipped):
         trained = batch.mask & batch.on_policy
         if self.explores(step):
             return trained & (ratio >= floor)
-        return signals.top_share(present(batch.student_entropy), trained, self.top_share)
+        return advantages.top_share(present(batch.student_entropy), trained, self.top_share)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from understudy.losses import NLL, Term
-from understudy.types import Need, TokenBatch
+from understudy.losses.terms import NLL, Term
 from understudy.methods.base import Method, RolloutPlan
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from understudy.divergences import Direction, Tail
-from understudy.losses import Reads, Term, TopKDivergence
-from understudy.types import Need, TokenBatch
+from understudy.losses.divergences import Direction, Tail
+from understudy.losses.terms import Reads, Term, TopKDivergence
 from understudy.methods.base import Method, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)

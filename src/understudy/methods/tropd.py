@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from understudy import signals
-from understudy.divergences import Tail
-from understudy.losses import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
-from understudy.schedules import cosine_decay
-from understudy.types import Need, TokenBatch
+from understudy.losses import advantages
+from understudy.losses.divergences import Tail
+from understudy.losses.schedules import cosine_decay
+from understudy.losses.terms import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
 from understudy.methods.base import OptionallyClipped, RolloutPlan, only, present
+from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class TrOPD(OptionallyClipped):
 
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
-        accept = signals.acceptance(teacher, student)
+        accept = advantages.acceptance(teacher, student)
         trusted = self._trusted(batch, accept)
         own = batch.on_policy
         shown = {
             "trusted": only(trusted.to(teacher.dtype), own),
             "total_variation": only(1.0 - accept, own),
         }
-        ratio = signals.log_ratio(teacher, student)
+        ratio = advantages.log_ratio(teacher, student)
         divergent = own & trusted & (ratio <= 0) if self.also_positive else own & ~own
         terms = [self.policy_term(batch, ratio, own & trusted & ~divergent, metrics=shown)]
         outliers = own & ~trusted
@@ -104,5 +104,5 @@ class TrOPD(OptionallyClipped):
         if self.region == "bernoulli":
             # a draw is below 1, so a token with T >= S is always trusted
             return present(batch.uniform) < accept
-        ratio = signals.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
+        ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         return ratio.exp() >= self.threshold

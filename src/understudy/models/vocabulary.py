@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from understudy.errors import RecipeError, VocabularyError
-
 from understudy.models.backbone import unwrap
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
-from understudy.teachers.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
-
 from understudy.serve.scorer import Refusal, Scorer
 from understudy.serve.settings import is_loopback
 from understudy.serve.worker import DEAD, Worker
+from understudy.teachers.remote.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

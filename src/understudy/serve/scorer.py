@@ -15,14 +15,13 @@ from understudy.linear.head import LMHead
 from understudy.linear.products import project
 from understudy.models import lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
-from understudy.teachers import LocalTeacher
-from understudy.teachers.frames import About, Answer, Ask, Limits, Tokens, fields_of, row_bytes, write_head
-from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE
-from understudy.teachers.recording import tokenizer_digest
-from understudy.teachers.rows import CHUNK_ELEMENTS, score_rows
-from understudy.types import Author, Need, Prompt, Sample, Scores
-
 from understudy.serve.prompts import by_prompt, can_continue, continued_hidden, is_worth
+from understudy.teachers import LocalTeacher
+from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE
+from understudy.teachers.remote.frames import About, Answer, Ask, Limits, Tokens, fields_of, row_bytes, write_head
+from understudy.teachers.rows import CHUNK_ELEMENTS, score_rows
+from understudy.teachers.stores.recording import tokenizer_digest
+from understudy.types import Author, Need, Prompt, Sample, Scores
 
 HiddenDType = Literal["auto", "bfloat16", "float32"]
 GROUP_BYTES = 2**30

@@ -16,12 +16,11 @@ import torch
 
 from understudy.errors import EngineError, RecipeError
 from understudy.models import check_model_dir, load_causal_lm, load_tokenizer, probe_head
-from understudy.teachers.frames import About
-
 from understudy.serve.app import build_app
 from understudy.serve.scorer import Scorer
 from understudy.serve.settings import Settings
 from understudy.serve.worker import Worker
+from understudy.teachers.remote.frames import About
 
 if TYPE_CHECKING:
     import uvicorn

@@ -6,9 +6,8 @@ import ipaddress
 from dataclasses import dataclass
 
 from understudy.errors import RecipeError
+from understudy.http import read_key
 from understudy.models import DType
-from understudy.wire import read_key
-
 from understudy.serve.scorer import HiddenDType
 
 MAX_REQUEST_BYTES = 64 * 2**20

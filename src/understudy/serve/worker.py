@@ -12,9 +12,8 @@ from threading import Condition, Thread
 
 import torch
 
-from understudy.teachers.frames import Answer, Ask
-
 from understudy.serve.scorer import Refusal, Scorer
+from understudy.teachers.remote.frames import Answer, Ask
 
 MAX_WAITING = 1_024
 """Requests."""

@@ -9,7 +9,7 @@ from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.mix import Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.records import Hub, Jsonl
-from understudy.tasks.render import encode_prompt, encode_response, solution_sample, split_by_length
+from understudy.tasks.renderer import encode_prompt, encode_response, solution_sample, split_by_length
 from understudy.types import Grade, Prompt
 
 

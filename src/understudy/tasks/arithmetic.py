@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from understudy.tasks.lazy import LazyPrompts, Permutation
+from understudy.tasks.verifiers.exact import grade_exact
 from understudy.types import Grade, Prompt
-from understudy.verifiers.exact import grade_exact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from understudy.errors import DataError, RecipeError, nearest
 from understudy.randomness import hash_name
+from understudy.tasks.verifiers import VERIFIERS, find_verifier
 from understudy.types import Grade, Prompt
-from understudy.verifiers import VERIFIERS, find_verifier
 
 Split = Literal["train", "validation", "test"]
 Row = tuple[str, Mapping[str, Any]]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from understudy.teachers.base import Judge, Section, Setup, Teacher, Unmoved
-from understudy.teachers.chat import Chat
-from understudy.teachers.http import Http
+from understudy.teachers.judges.chat import Chat
+from understudy.teachers.judges.verbal import Verbal
 from understudy.teachers.local import Local, LocalTeacher
 from understudy.teachers.privileged import Privileged
 from understudy.teachers.reference import REFERENCES, Start
+from understudy.teachers.remote.http import Http
+from understudy.teachers.remote.served import Served
 from understudy.teachers.router import RoutedTeacher, check_names
-from understudy.teachers.served import Served
-from understudy.teachers.stored import Stored, StoredTeacher
-from understudy.teachers.verbal import Verbal
+from understudy.teachers.stores.stored import Stored, StoredTeacher
 
 AnyTeacher = Local | Http | Served | Privileged | Stored | Verbal | Chat
 AnyReference = Start | Local

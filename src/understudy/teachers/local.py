@@ -28,10 +28,9 @@ from understudy.models import (
 )
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
-from understudy.types import Need, Sample, Scores
-
 from understudy.teachers.base import Setup, Unmoved
 from understudy.teachers.rows import score_rows
+from understudy.types import Need, Sample, Scores
 
 MAX_BATCH_TOKENS = {"cpu": 2_048}
 """Slots of one forward where activations should stay in a processor's cache: 1.4 times as fast as 16,384."""

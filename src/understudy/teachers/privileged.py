@@ -20,12 +20,11 @@ from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir, lm_head, num_positions, unwrap
 from understudy.packing import Unscored
-from understudy.tasks.render import encode_prompt
-from understudy.types import Author, Need, Prompt, Sample, Scores
-
+from understudy.tasks.renderer import encode_prompt
 from understudy.teachers.base import Setup
 from understudy.teachers.local import CAN, Local, LocalTeacher
 from understudy.teachers.reference import load_start, open_start
+from understudy.types import Author, Need, Prompt, Sample, Scores
 
 TEMPLATE = "A correct solution of the problem below, for reference:\n\n{solution}\n\nThe problem:\n\n{prompt}"
 PLACEHOLDERS = {

@@ -13,10 +13,9 @@ from torch import nn
 
 from understudy.errors import RecipeError
 from understudy.models import DType, load_causal_lm, unwrap
-from understudy.types import Need
-
 from understudy.teachers.base import Setup
 from understudy.teachers.local import ADAPTERS, CAN, Local, LocalTeacher
+from understudy.types import Need
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from understudy.errors import CheckpointError, RecipeError, ScoreError
 from understudy.linear.head import LMHead
-from understudy.types import Need, Prompt, Sample, Scores
-
 from understudy.teachers.base import Teacher
+from understudy.types import Need, Prompt, Sample, Scores
 
 SEPARATOR = "/"
 """Between a teacher's name and its own names of tensors."""

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from understudy.engines import Sampler
+from understudy.engines.prefix import guided_requests
 from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
 from understudy.packing import split_scored
 from understudy.randomness import keyed_uniform
-from understudy.rollout import Sampler
-from understudy.rollout.prefix import guided_requests
-from understudy.tasks.render import solution_sample
+from understudy.tasks.renderer import solution_sample
 from understudy.teachers import Teacher
-from understudy.teachers.stored import StoredTeacher
-from understudy.trainer.responses import ResponseStore
+from understudy.teachers.stores.responses import ResponseStore
+from understudy.teachers.stores.stored import StoredTeacher
 from understudy.trainer.settings import Train
 from understudy.trainer.update import Judged
 from understudy.types import Author, Need, Request, Sample, Sampling

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from understudy.rollout import Probe, Sampler
+from understudy.engines import Probe, Sampler
 from understudy.teachers import Judge
 from understudy.teachers.base import ScoreForm
 from understudy.types import Metric, Request, Sample, Sampling, Verdict

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.errors import CheckpointError
-from understudy.schedules import learning_rate
+from understudy.losses.schedules import learning_rate
 from understudy.trainer.settings import Train
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from understudy.engines import Probe, Sampler
 from understudy.errors import WeightsLostError
 from understudy.linear import score
 from understudy.models import lm_head
 from understudy.models.backbone import evaluating
-from understudy.rollout import Probe, Sampler
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.update import Student
 from understudy.types import Sample

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from understudy import signals
+from understudy.losses import advantages
 from understudy.methods import Acceptance, Rewards, RolloutPlan
 from understudy.teachers import Judge
 from understudy.trainer.collect import Collector
@@ -128,7 +128,7 @@ class Rewarder:
                 (
                     sample,
                     sample.grade.score
-                    + signals.overlong_penalty(sample.num_response_tokens, limit, rewards.overlong_buffer),
+                    + advantages.overlong_penalty(sample.num_response_tokens, limit, rewards.overlong_buffer),
                 )
                 for sample in graded
                 if sample.grade is not None
@@ -173,7 +173,7 @@ def _compared(
     names = {name: index for index, name in enumerate(dict.fromkeys(name for name, _, _ in flat))}
     reward = torch.tensor([value for _, value, _ in flat], dtype=torch.float64)
     group = torch.tensor([names[name] for name, _, _ in flat])
-    advantage = signals.group_advantage(reward, group, normalise_std=rewards.normalise_std).tolist()
+    advantage = advantages.group_advantage(reward, group, normalise_std=rewards.normalise_std).tolist()
     first = sum(len(part) for part in pairs[:rank])
     return [replace(sample, advantage=advantage[first + index]) for index, (sample, _) in enumerate(kept)]
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from understudy.schedules import Shape
+from understudy.losses.schedules import Shape
 from understudy.types import Sampling
 
 Split = Literal["train", "validation", "test"]

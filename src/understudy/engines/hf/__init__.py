@@ -1,0 +1,1 @@
+"""Sampling with Hugging Face models in this process."""

@@ -1,0 +1,1 @@
+"""What is minimised: divergences, advantages, the terms that methods return, and schedules."""

@@ -1,0 +1,198 @@
+"""Losses per token, with gradient, as functions of what the student says about the token.
+
+A loss reads `Rows`, never logits: the log-probabilities of the sampled token and of K given tokens, the mass outside
+them, the entropy, or a divergence of the whole row. Whoever has the logits (`linear/`) fills the rows and carries the
+gradients of these few numbers back to the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from understudy.losses.divergences import Direction, Tail, topk_divergence
+
+Reduce = Literal["token", "sequence", "constant"]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a method's losses read of a row beyond the sampled token and the entropy, which are always there."""
+
+    topk: Literal["teacher", "student"] | None = None
+    """Whose K most probable tokens. With a full-vocabulary teacher they are found in the row, else the batch names them."""
+    k: int = 0
+    tail: bool = False
+    """The student's mass outside the K tokens."""
+    divergence: float | None = None
+    """`beta` of the generalised Jensen-Shannon divergence over the whole row; needs a full-vocabulary teacher."""
+    extrapolate: float | None = None
+    """The divergence is to the normalised `T^lam R^(1-lam)` instead of T; needs a full-vocabulary reference too."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the student says about C tokens; every tensor carries gradient."""
+
+    logprob: Tensor
+    """[C] log S(y_t)."""
+    entropy: Tensor
+    """[C] nats."""
+    topk_logp: Tensor | None = None
+    """[C, K] log S at the K tokens, from the full softmax."""
+    tail_logp: Tensor | None = None
+    """[C] log of S's mass outside the K tokens; None where K = V."""
+    divergence: Tensor | None = None
+    """[C]"""
+
+
+class Loss(Protocol):
+    """A frozen dataclass with tensors of one row a token; called with the rows of the same tokens."""
+
+    def __call__(self, rows: Rows) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyGradient:
+    """`-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`, `r = S / sg[S_old]`; without a clip `-r A`.
+
+    At S = S_old the value is -A and the gradient `-A grad log S(y_t)`. `old_logprob=None`: S_old is the current S.
+    Source: PPO, arXiv 1707.06347, eq. 7.
+    """
+
+    advantage: Tensor
+    """[C]"""
+    old_logprob: Tensor | None = None
+    """[C]"""
+    clip: tuple[float, float] | None = None
+    baseline: bool = False
+    """Add sg[KL(S || T)], the negative expectation of the log-ratio, to the advantage; reads the reverse divergence."""
+    weight: Tensor | None = None
+    """[C] without gradient, `signals.importance`: what the engine's draw of the token counts."""
+    baseline_logp: Tensor | None = None
+    """[C, K] log T: the baseline is summed over K tokens, `sg[sum_k S(k)(log S(k) - log T(k))]`, instead of all."""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        old = rows.logprob.detach() if self.old_logprob is None else self.old_logprob
+        ratio = torch.exp(rows.logprob - old)
+        advantage = self.advantage
+        if self.baseline:
+            assert rows.divergence is not None
+            advantage = advantage + rows.divergence.detach()
+        if self.baseline_logp is not None:
+            assert rows.topk_logp is not None
+            logp = rows.topk_logp.detach()
+            advantage = advantage + (logp.exp() * (logp - self.baseline_logp)).sum(-1)
+        gain = ratio * advantage
+        if self.clip is not None:
+            low, high = self.clip
+            gain = torch.minimum(gain, ratio.clamp(1.0 - low, 1.0 + high) * advantage)
+        return -gain if self.weight is None else -gain * self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class NLL:
+    """`-log S(y_t)`."""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        return -rows.logprob
+
+
+@dataclass(frozen=True, eq=False)
+class FullDivergence:
+    """The divergence over the whole vocabulary that `Reads.divergence` names."""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        assert rows.divergence is not None
+        return rows.divergence
+
+
+@dataclass(frozen=True, eq=False)
+class TopKDivergence:
+    """`divergences.topk_divergence` between T and S at the same K tokens."""
+
+    teacher_logp: Tensor
+    """[C, K]"""
+    direction: Direction
+    tail: Tail
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        assert rows.topk_logp is not None
+        return topk_divergence(rows.topk_logp, self.teacher_logp, self.direction, self.tail, rows.tail_logp)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedTopK:
+    """`-r_t A_t` with `A_t = -sg[KL(T || S)]` over the K tokens: a divergence folded into one number.
+
+    A number that does not depend on the sampled token says nothing about the teacher in expectation; it lowers whatever
+    was sampled. Kept because released code is reported to do it.
+    """
+
+    teacher_logp: Tensor
+    """[C, K]"""
+    tail: Tail
+    old_logprob: Tensor | None = None
+    """[C]"""
+    weight: Tensor | None = None
+    """[C], as that of `PolicyGradient`."""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        divergence = TopKDivergence(self.teacher_logp, "forward", self.tail)(rows).detach()
+        return PolicyGradient(-divergence, self.old_logprob, weight=self.weight)(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class SquaredLogRatio:
+    """`(log T(y_t) - log S(y_t))^2 / 2`, whose gradient is `-d_t grad log S(y_t)`: that of OPD, with another value."""
+
+    teacher_logprob: Tensor
+    """[C]"""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        return 0.5 * (self.teacher_logprob - rows.logprob) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceKL:
+    """GRPO's estimate of `KL(S || R)`, `e^x - x - 1` with `x = log R(y_t) - log S(y_t)`: unbiased for y ~ S, never negative.
+
+    Source: arXiv 2402.03300, eq. 4.
+    """
+
+    reference_logprob: Tensor
+    """[C]"""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """[C]"""
+        gap = self.reference_logprob - rows.logprob
+        return torch.expm1(gap) - gap
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One summand of a method's loss: `coef * sum_t mask_t loss_t / (number of tokens in `per`)`.
+
+    With `reduce="sequence"` the mean is over the `per` tokens of each sample first, then over the samples that have any;
+    with "constant" the sum over a sample's tokens is averaged over the samples.
+    """
+
+    name: str
+    loss: Loss
+    mask: Tensor | None = None
+    """[T] bool, the tokens that take part; None: all trained ones."""
+    per: Tensor | None = None
+    """[T] bool, the tokens that the mean is over; None: all trained ones."""
+    coef: float = 1.0
+    reduce: Reduce = "token"
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Further numbers per token to be averaged over trained tokens and shown, [T] each; NaN where there is none."""

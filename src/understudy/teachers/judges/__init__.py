@@ -1,0 +1,1 @@
+"""Verbal teachers: they read a response and answer with a digit."""

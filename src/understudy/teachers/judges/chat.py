@@ -1,0 +1,261 @@
+"""A judge behind any chat endpoint of the OpenAI kind: it reads a response and says a digit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal
+
+from understudy.errors import EngineError, RecipeError
+from understudy.http import Patience, Refused, Wire, check_address, check_variable, read_key
+from understudy.teachers.base import ScoreForm, Setup, Unmoved
+from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
+from understudy.teachers.remote.endpoint import UNKNOWN_FIELD, Endpoint, complete
+from understudy.types import Need, Prompt, Sample, Verdict
+
+Constrain = Literal["auto", "guided_choice", "structured_outputs", "none"]
+_CONSTRAINTS: dict[str, dict[str, Any]] = {
+    "guided_choice": {"guided_choice": list(DIGITS)},
+    "structured_outputs": {"structured_outputs": {"choice": list(DIGITS)}},
+    "none": {},
+}
+"""vLLM dropped `guided_choice` for `structured_outputs` in 0.12 (docs.vllm.ai, "Structured Outputs"), and ignores a name that
+it does not know, so a reply is read with the same care under a constraint."""
+TOP_LOGPROBS = 20
+"""The most that OpenAI gives, and vLLM unless told otherwise; a digit that is not among them has no weight."""
+REMINDER = "Say one digit from 0 to 9 and nothing else."
+_OWN_KEYS = frozenset({"model", "messages", "stream", "n", "logprobs", "top_logprobs"})
+_SHOWN_REPLY_CHARS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """The section of a recipe for a judge behind a chat endpoint."""
+
+    url: str
+    """The base, such as http://host:8000/v1."""
+    model: str
+    """Its name at the server."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The NAME of the environment variable with the key; where it is not set, none is sent."""
+    constrain: Constrain = "auto"
+    """How the server is told to say a digit only. "auto": `structured_outputs`, and nothing where that is refused."""
+    template: str | None = None
+    """With {problem}, {response} and {fence}; None: `wording.WHOLE`."""
+    step_template: str | None = None
+    """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
+    step_separator: str = STEP_SEPARATOR
+    max_tokens: int = 8
+    """Of a verdict; more for a model that thinks first."""
+    limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """How the request names its limit of tokens; newer models of OpenAI take the second only."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Added to every request, such as `chat_template_kwargs: {enable_thinking: false}`; null takes a key out."""
+    timeout_s: float = 120.0
+    """Of one attempt."""
+    deadline_s: float = 600.0
+    """Of one request with all its attempts and waits."""
+    max_retries: int = 5
+    """Of a request that timed out, lost its connection, met status 429 or 500 and above, or got no chat completion."""
+    backoff_s: float = 0.5
+    """Before the first retry; doubled with each, up to a minute."""
+    max_parse_retries: int = 2
+    """Of a reply without a readable digit; then the sample is unscored."""
+    max_concurrency: int = 16
+
+    GIVES: ClassVar[frozenset[Need]] = frozenset({"none", "verbal"})
+
+    def __post_init__(self) -> None:
+        _ = self.wording, self.patience
+        check_variable(self.api_key_env, "api_key_env")
+        for key, low in (("max_tokens", 1), ("max_parse_retries", 0)):
+            if getattr(self, key) < low:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
+        if taken := sorted(_OWN_KEYS & self.extra_body.keys()):
+            raise ValueError(f"extra_body sets {', '.join(taken)}, which this section sets itself")
+
+    @property
+    def wording(self) -> Wording:
+        """What the judge is asked."""
+        return Wording.of(self.template, self.step_template, self.step_separator)
+
+    @property
+    def patience(self) -> Patience:
+        """How long and how often the server is asked."""
+        return Patience.of(self)
+
+    @property
+    def shown(self) -> str:
+        """The model and where it is."""
+        return f"{self.model} at {self.url}"
+
+    def check(self) -> str:
+        """Raises RecipeError for an address or a model name that cannot be one; nothing is sent."""
+        check_address(self.url, "teacher.url", "http://host:8000/v1")
+        if self.url.rstrip("/").endswith("/completions"):
+            raise RecipeError(
+                f"teacher.url is {self.url!r}; give the base that /chat/completions is added to, such as http://host:8000/v1"
+            )
+        if not self.model.strip():
+            raise RecipeError("teacher.model is empty; give the model's name at the server (see its /v1/models)")
+        return f"teacher: {self.shown}, not asked yet"
+
+    def open(self, setup: Setup) -> ChatTeacher:
+        """Nothing is sent yet. Raises RecipeError as `check`, and for a key that no header can carry."""
+        self.check()
+        _ = read_key(self.api_key_env)
+        return ChatTeacher(self, name=setup.name, seed=setup.seed)
+
+
+class ChatTeacher(Unmoved):
+    """A chat model as a judge that says one digit, at temperature 0, and as a writer of responses.
+
+    "argmax" is the digit that it says. "expectation" is `sum_d d p(d)` over the digits among the `TOP_LOGPROBS` tokens
+    that the server names where it says a digit, renormalised. Questions go out side by side; order is that of the samples.
+    How the server encodes a response that spells special tokens is up to the server.
+    """
+
+    def __init__(self, section: Chat, *, name: str, seed: int = 0) -> None:
+        self._section = section
+        self._endpoint = Endpoint(
+            base=section.url, api_key_env=section.api_key_env, patience=section.patience, seed=seed
+        )
+        self._name = name
+        self._constrain: Constrain = section.constrain
+        self._open: set[Wire] = set()
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """As prompts name it."""
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of address, model and all that a request says beside its question. The weights behind it are unseen."""
+        section, words = self._section, self._section.wording
+        how = [section.constrain, section.max_tokens, section.max_parse_retries, dict(section.extra_body)]
+        facts = [section.url, section.model, words.whole, words.step, words.separator, how]
+        return blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+    def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
+        """One for each sample, in order; no digit after all retries, or a question too long for the model: no score.
+
+        Raises EngineError where the server refuses or does not answer, RecipeError for "expectation" at a server that
+        gives no probabilities.
+        """
+        asked = [self._section.wording.questions(sample, steps=steps) for sample in samples]
+        named = [
+            (f"{sample.key}/{number}", as_text(question))
+            for sample, questions in zip(samples, asked, strict=True)
+            for number, question in enumerate(questions)
+        ]
+        # whether a constraint is understood is found out by one question before the others are sent
+        first = named[:1] if self._constrain == "auto" else []
+        replies: list[Reply] = []
+        with self._wire() as wire:
+            for part in (first, named[len(first) :]):
+                replies += wire.each(part, lambda item: self._ask(wire, *item, score))
+        return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
+
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
+        """The model's own response to each prompt, in order; None for an empty one, one that was cut off, and a prompt that
+        is too long. Raises EngineError as `judge`."""
+        with self._wire() as wire:
+            return wire.each(prompts, lambda prompt: self._write(wire, prompt, max_new_tokens, temperature))
+
+    def close(self) -> None:
+        """Gives up what other threads ask, and answers no more."""
+        self._closed = True
+        for wire in list(self._open):
+            wire.close()
+
+    @contextmanager
+    def _wire(self) -> Iterator[Wire]:
+        """Connections of one call."""
+        with self._endpoint.open() as wire:
+            self._open.add(wire)
+            try:
+                if self._closed:
+                    raise EngineError(f"the judge {self._section.shown} is closed")
+                yield wire
+            finally:
+                self._open.discard(wire)
+
+    def _write(self, wire: Wire, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
+        messages = [dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)]
+        try:
+            choice = complete(wire, self._body(messages, max_new_tokens, temperature), prompt.id)
+        except Refused as refused:
+            if refused.too_long:
+                return None
+            raise self._endpoint.error(refused) from None
+        return None if choice.get("finish_reason") == "length" else _content(choice) or None
+
+    def _ask(self, wire: Wire, key: str, question: str, score: ScoreForm) -> Reply:
+        messages = [{"role": "user", "content": question}]
+        said = ""
+        attempts = 1 + self._section.max_parse_retries
+        for attempt in range(attempts):
+            body = self._body(messages, self._section.max_tokens)
+            if score == "expectation":
+                body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+            try:
+                choice = self._send_constrained(wire, body, f"{key}/{attempt}")
+            except Refused as refused:
+                if refused.too_long:
+                    return Reply(None, attempt, f"the server refuses the question as too long: {refused.message}")
+                raise self._endpoint.error(refused) from None
+            said = _content(choice)
+            value = read_digit(said)
+            number = value if value is None or score == "argmax" else self._expectation(choice, value)
+            if number is not None:
+                return Reply(float(number), attempt + 1)
+            if said.strip():
+                spoken = [{"role": "assistant", "content": said}, {"role": "user", "content": REMINDER}]
+                messages = [messages[0], *spoken]
+        shown = self._endpoint.safe(said)[:_SHOWN_REPLY_CHARS]
+        return Reply(None, attempts, f"no digit in {attempts} replies, the last of which begins {shown!r}")
+
+    def _body(self, messages: list[dict[str, str]], max_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
+        section = self._section
+        body = {"model": section.model, "messages": messages, "temperature": temperature, section.limit_key: max_tokens}
+        return {key: value for key, value in (body | dict(section.extra_body)).items() if value is not None}
+
+    def _send_constrained(self, wire: Wire, body: dict[str, Any], key: str) -> dict[str, Any]:
+        if self._constrain != "auto":
+            return complete(wire, body | _CONSTRAINTS[self._constrain], key)
+        try:
+            choice = complete(wire, body | _CONSTRAINTS["structured_outputs"], key)
+        except Refused as refused:
+            if refused.too_long or refused.status not in UNKNOWN_FIELD:
+                raise
+            choice = complete(wire, body, key)
+            self._constrain = "none"
+            return choice
+        self._constrain = "structured_outputs"
+        return choice
+
+    def _expectation(self, choice: dict[str, Any], said: int) -> float | None:
+        """The mean digit where `said` stands; None where no token is that digit."""
+        tokens = (choice.get("logprobs") or {}).get("content") or ()
+        place = next((token for token in tokens if token["token"].strip() == str(said)), None)
+        if tokens and place is None:
+            return None
+        if place is None or not place.get("top_logprobs"):
+            raise RecipeError(
+                f"{self._section.shown} gives no top_logprobs, and the score `expectation` is made of them: set method.score "
+                "to argmax, or use a server that gives them"
+            )
+        named = {entry["token"]: entry["logprob"] for entry in (place, *place["top_logprobs"])}
+        weights = [math.fsum(math.exp(v) for token, v in named.items() if token.strip() == digit) for digit in DIGITS]
+        total = math.fsum(weights)
+        return math.fsum(d * weight for d, weight in enumerate(weights)) / total if total > 0 else None
+
+
+def _content(choice: dict[str, Any]) -> str:
+    return choice["message"].get("content") or ""

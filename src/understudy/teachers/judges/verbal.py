@@ -1,0 +1,313 @@
+"""A judge whose weights are in this process: one forward, and of all logits only those of the ten digits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from understudy.errors import DataError, RecipeError
+from understudy.linear.head import LMHead
+from understudy.models import (
+    DType,
+    check_model_dir,
+    lm_head,
+    load_causal_lm,
+    load_tokenizer,
+    num_positions,
+    probe_head,
+)
+from understudy.teachers.base import ScoreForm, Setup, Unmoved
+from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Question, Reply, Wording, as_text, verdicts
+from understudy.teachers.local import LocalTeacher
+from understudy.types import Author, Need, Prompt, Sample, Verdict
+
+_PLACE = "\ue000{}\ue001"
+"""Private characters hold the place of foreign text while the chat template is rendered."""
+_PLACES = re.compile("\ue000([0-9]+)\ue001")
+_PROBE = Sample(
+    prompt=Prompt(id="probe", text="1"),
+    index=0,
+    token_ids=torch.zeros(1, dtype=torch.int64),
+    author=torch.zeros(1, dtype=torch.uint8),
+    prompt_length=1,
+    finish="data",
+    text="1",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verbal:
+    """The section of a recipe for a judge that is loaded here."""
+
+    model: str
+    """A directory or a hub name."""
+    dtype: DType = "auto"
+    """ "auto": the checkpoint's own."""
+    offload: bool = False
+    """Keep the weights in host memory between uses."""
+    revision: str | None = None
+    attn_implementation: str | None = None
+    template: str | None = None
+    """With {problem}, {response} and {fence}; None: `wording.WHOLE`."""
+    step_template: str | None = None
+    """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
+    step_separator: str = STEP_SEPARATOR
+    template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+    """For the judge's chat template: its digit has to come at once. Templates ignore what they do not know."""
+    max_batch_tokens: int | None = None
+    """Slots of one forward; None: what suits the device."""
+
+    GIVES: ClassVar[frozenset[Need]] = frozenset({"none", "verbal"})
+
+    def __post_init__(self) -> None:
+        _ = self.wording
+        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {self.max_batch_tokens}; it must be at least 1, or left out")
+
+    @property
+    def wording(self) -> Wording:
+        """What the judge is asked."""
+        return Wording.of(self.template, self.step_template, self.step_separator)
+
+    @property
+    def shown(self) -> str:
+        """The model."""
+        return self.model
+
+    def check(self) -> str:
+        """Raises RecipeError for a directory that is no model."""
+        return f"teacher: {check_model_dir(self.model)}"
+
+    def open(self, setup: Setup) -> VerbalTeacher:
+        """Loads model and tokenizer. Raises RecipeError where either cannot be, or digits are not single tokens."""
+        asker = Asker(load_tokenizer(self.model, revision=self.revision), self.wording, self.template_kwargs)
+        model = load_causal_lm(
+            self.model,
+            dtype=self.dtype,
+            device="cpu" if self.offload else setup.device,
+            attn_implementation=self.attn_implementation,
+            revision=self.revision,
+        )
+        probe_head(model)
+        return VerbalTeacher(
+            model,
+            asker,
+            name=setup.name,
+            max_batch_tokens=self.max_batch_tokens,
+            device=setup.device,
+            offload=self.offload,
+        )
+
+
+class Asker:
+    """Questions as tokens of the judge's own tokenizer, in its own chat template where it has one, else as plain text.
+
+    Foreign text that spells a special token of the judge, such as the end of a turn, is encoded as the text that it is.
+    Raises RecipeError where the ten digits, each a single token, cannot follow a question.
+    """
+
+    def __init__(self, tokenizer: Any, wording: Wording, template_kwargs: Mapping[str, Any] | None = None) -> None:
+        self.wording = wording
+        self._tokenizer = tokenizer
+        self._template_kwargs = dict(template_kwargs or {})
+        added = tokenizer.added_tokens_decoder
+        self._special = {index: str(token) for index, token in added.items() if token.special}
+        self._space, self.digit_ids = self._find_digits()
+
+    @property
+    def facts(self) -> list[Any]:
+        """Everything here that verdicts depend on."""
+        words = self.wording
+        template = self._tokenizer.chat_template
+        return [words.whole, words.step, words.separator, template, self._template_kwargs, self._space, self.digit_ids]
+
+    def encode(self, question: Question) -> list[int]:
+        """Token ids up to where the digit follows. Raises DataError for what the tokenizer cannot encode."""
+        foreign = "".join(piece.text for piece in question if piece.foreign)
+        if not any(token in foreign for token in self._special.values()):
+            return self._ids(self._render(as_text(question)) + self._space)
+        places = [_PLACE.format(index) if piece.foreign else piece.text for index, piece in enumerate(question)]
+        parts = _PLACES.split(self._render("".join(places)) + self._space)
+        ids = self._ids(parts[0])
+        for index, trusted in zip(parts[1::2], parts[2::2], strict=True):
+            ids += self._plain_ids(question[int(index)].text)
+            ids += self._ids(trusted, begins=False)
+        return ids
+
+    def _render(self, text: str) -> str:
+        if not self._tokenizer.chat_template:
+            return text
+        messages = [{"role": "user", "content": text}]
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return str(self._tokenizer.apply_chat_template(messages, **(self._template_kwargs | options)))
+
+    def _ids(self, text: str, *, begins: bool = True) -> list[int]:
+        """`begins`: with the special tokens that the tokenizer itself puts before a plain text."""
+        special = begins and not self._tokenizer.chat_template and self._tokenizer.num_special_tokens_to_add() > 0
+        ids = self._call(text, add_special_tokens=special)
+        closes_itself = special and ids[-1:] == [self._tokenizer.eos_token_id] and len(ids) > 1
+        return ids[:-1] if closes_itself else ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids = self._call(text, add_special_tokens=False, split_special_tokens=True)
+        found = self._special.keys() & set(ids)
+        if found:
+            raise DataError(f"the text spells {self._special[min(found)]!r}, which the tokenizer cannot keep as text")
+        return ids
+
+    def _call(self, text: str, **options: bool) -> list[int]:
+        try:
+            return list(self._tokenizer(text, **options)["input_ids"])
+        except Exception as error:  # what `tokenizers` raises has no type of its own
+            raise DataError(f"the tokenizer cannot encode the question: {error}") from error
+
+    def _find_digits(self) -> tuple[str, tuple[int, ...]]:
+        """What is added to a question, and the ids of the digits that then follow it, each a token by itself."""
+        question = self.wording.questions(_PROBE, steps=False)[0]
+        try:
+            asked = self._render(as_text(question))
+            self._ids(asked)
+        except Exception as error:  # a chat template raises whatever it likes
+            raise RecipeError(
+                f"{self._name}: the judge's tokenizer or chat template cannot take the question ({error}); write "
+                "teacher.template in its own words"
+            ) from error
+        # a text that ends in a word goes on with " 7", if that is one token, or with a space and then "7"; a turn of a
+        # chat begins with "7"
+        forms = [("", ""), ("", " "), (" ", "")]
+        if not self._tokenizer.chat_template and not asked[-1:].isspace():
+            forms = [("", " "), (" ", ""), ("", "")]
+        for space, before in forms:
+            found = self._digits_after(asked + space, before)
+            if found is not None:
+                return space, found
+        raise RecipeError(
+            f"{self._name}: the digits 0 to 9 are not single tokens after the question, so this model cannot judge with "
+            "one; choose another model, or change the end of teacher.template"
+        )
+
+    def _digits_after(self, asked: str, before: str) -> tuple[int, ...] | None:
+        try:
+            context = self._ids(asked)
+            longer = [self._ids(asked + before + digit) for digit in DIGITS]
+        except DataError:
+            return None
+        ids = tuple(item[-1] for item in longer if item[:-1] == context)
+        return ids if len(set(ids)) == len(DIGITS) and not set(ids) & self._special.keys() else None
+
+    @property
+    def _name(self) -> str:
+        return str(self._tokenizer.name_or_path or "the judge")
+
+
+class VerbalTeacher(Unmoved):
+    """Any causal language model as a judge that says one digit.
+
+    The logits behind the question are those of the ten digit tokens alone, in float32 (float64 for float64): "argmax" is
+    the most likely digit, "expectation" `sum_d d p(d)` under their softmax. A question that is longer than the judge's
+    positions, or that its tokenizer cannot encode, leaves its sample unscored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        asker: Asker,
+        *,
+        name: str,
+        max_batch_tokens: int | None = None,
+        device: str | torch.device | None = None,
+        offload: bool = False,
+    ) -> None:
+        head = lm_head(model)
+        if max(asker.digit_ids) >= head.num_tokens:
+            raise RecipeError(
+                f"teacher {name!r}: the tokenizer's digits have ids up to {max(asker.digit_ids)}, but the head of the "
+                f"model has {head.num_tokens} rows: they do not belong together"
+            )
+        self._asker = asker
+        self._reader = LocalTeacher(
+            model,
+            name=name,
+            vocab_size=head.num_tokens,
+            max_batch_tokens=max_batch_tokens,
+            device=device,
+            offload=offload,
+        )
+
+    @property
+    def name(self) -> str:
+        """As prompts name it."""
+        return self._reader.name
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, frozen."""
+        return self._reader.model
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of model, templates and digit tokens; reads all weights once."""
+        facts = json.dumps([self._reader.fingerprint, *self._asker.facts], sort_keys=True, default=str)
+        return blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
+        """One for each sample, in order. Samples do not see each other."""
+        asked = [self._asker.wording.questions(sample, steps=steps) for sample in samples]
+        replies = self._answer([question for questions in asked for question in questions], score)
+        return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
+
+    @torch.no_grad()
+    def _answer(self, questions: Sequence[Question], score: ScoreForm) -> list[Reply]:
+        replies: dict[int, Reply] = {}
+        readable: dict[int, Sample] = {}
+        limit = num_positions(self.model)
+        for index, question in enumerate(questions):
+            try:
+                ids = self._asker.encode(question)
+            except DataError as error:
+                replies[index] = Reply(None, attempts=0, note=str(error))
+                continue
+            if limit is not None and len(ids) > limit:
+                note = f"the question has {len(ids)} tokens, and the judge {limit} positions (max_position_embeddings)"
+                replies[index] = Reply(None, attempts=0, note=note)
+            else:
+                readable[index] = _to_read(ids, self._asker.digit_ids[0], index)
+        if readable:
+            logits = self._digit_logits(list(readable.values())).cpu()
+            replies.update(zip(readable, (_reply(row, score) for row in logits), strict=True))
+        return [replies[index] for index in range(len(questions))]
+
+    def _digit_logits(self, samples: Sequence[Sample]) -> Tensor:
+        """[N, 10]"""
+        scores = self._reader.score(samples, frozenset({"full"}))
+        hidden = torch.cat([found.hidden for found in scores if found.hidden is not None])
+        head = lm_head(self.model)
+        ids = torch.tensor(self._asker.digit_ids, device=head.weight.device)
+        bias = None if head.bias is None else head.bias[ids].to(hidden.device)
+        return LMHead(head.weight[ids].to(hidden.device), bias, head.softcap, head.scale).logits(hidden)
+
+
+def _to_read(ids: Sequence[int], digit_id: int, index: int) -> Sample:
+    """The question as a prompt, with a digit as its response: a teacher's row for it is the one behind the question."""
+    token_ids = torch.tensor([*ids, digit_id], dtype=torch.int64)
+    author = torch.full((len(token_ids),), int(Author.PROMPT), dtype=torch.uint8)
+    author[-1] = int(Author.TEACHER)
+    return Sample(Prompt(id="question"), index, token_ids, author, len(ids), "data", "")
+
+
+def _reply(logits: Tensor, score: ScoreForm) -> Reply:
+    """Of one question. [10]"""
+    if not bool(logits.isfinite().all()):
+        return Reply(None, note="the judge's logits are not finite")
+    if score == "argmax":
+        return Reply(float(logits.argmax()))
+    digits = torch.arange(len(DIGITS), dtype=logits.dtype)
+    return Reply(float(logits.softmax(-1) @ digits))

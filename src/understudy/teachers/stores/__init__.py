@@ -1,0 +1,1 @@
+"""Scores and responses that are kept on disk."""

@@ -1,0 +1,377 @@
+"""A teacher's scores on the disk: what was scored once is not asked again, by this run or by the next."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+from threading import Condition
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from understudy.errors import RecipeError, ScoreError
+from understudy.linear.head import LMHead
+from understudy.packing import Unscored
+from understudy.teachers.base import Teacher
+from understudy.types import Author, Need, Prompt, Sample, Scores
+
+FORMAT = 1
+CACHE_FILE = "scores.sqlite3"
+"""In the directory that a recipe names."""
+DRIFT = 0.05
+"""Nats per token by which a stored sample's scores may differ, on the mean, when it is scored again.
+
+Other batches and other kernels move bfloat16 scores by about 0.005 a token (measured: vLLM against transformers); an
+update of the weights that anybody would call another teacher moves them by more than 0.05. A single unlikely token may
+move by more than either, so the mean over the sample is compared.
+"""
+COMPARED = 3
+"""Stored entries, at most, that are scored again: their tokens count, and two more than one make up for short ones."""
+COMPARED_TOKENS = 64
+"""Enough of them. A token that is certain, such as the end of a short answer, scores 0 by any teacher; of 64 some are not."""
+COMPARED_OF = 200
+"""Oldest entries, among which the longest responses are looked for: to read all of a large file would take minutes."""
+COMPARE_EVERY = 1_000
+"""Misses after which it is compared again: a server may change its weights during a run. It costs at most 3 in 1,000."""
+CHUNK_TOKENS = 262_144
+"""Scored between two writes: what a kill costs at most, and 16 requests of 16,384 tokens in flight."""
+WAIT_S = 60.0
+"""For another process that writes."""
+NARROW = ("token_ids", "topk_ids")
+"""int32 on the disk."""
+_ROWS_AT_A_TIME = 500
+"""Below the variables that any SQLite allows in one statement."""
+_TABLES = """
+CREATE TABLE IF NOT EXISTS scores (
+    key BLOB PRIMARY KEY, fingerprint TEXT NOT NULL, teacher TEXT, prompt_length INTEGER NOT NULL, value BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS by_fingerprint ON scores (fingerprint);
+"""
+
+
+@dataclass
+class _Counts:
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+class CachedTeacher:
+    """Any teacher whose scores depend on tokens alone, asked once for each (fingerprint, tokens, prompt length, need, k).
+
+    The file (SQLite, with a write-ahead log) survives a kill and serves several processes of one machine; a log needs
+    shared memory, so it belongs on a local disk. Whole rows ("full") are not kept: hidden states of one sample are
+    megabytes, and their head moves with the teacher. What was not scored (`Unscored`) is asked again.
+
+    Where every sample is in the file the teacher is never asked. Before it is asked first, and after every `COMPARE_EVERY`
+    samples, some stored entries of its fingerprint are scored again: a server shows no weights, so a fingerprint cannot tell
+    that they changed behind a name.
+    """
+
+    def __init__(
+        self, teacher: Teacher, path: Path, *, chunk_tokens: int = CHUNK_TOKENS, max_drift: float = DRIFT
+    ) -> None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
+        self.teacher = teacher
+        self._path = path
+        self._chunk_tokens = chunk_tokens
+        self._max_drift = max_drift
+        self._counts = _Counts()
+        self._since: dict[str, int] = {}
+        """Misses since each fingerprint was compared."""
+        self._asked: set[bytes] = set()
+        """What some thread is asking the teacher for."""
+        self._lock = Condition()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # prompts and responses are nobody else's; SQLite gives its log the same mode
+            path.touch(mode=0o600)
+            self._file = _connect(path)
+        except (OSError, sqlite3.Error) as error:
+            raise RecipeError(
+                f"cannot open the cache of scores {path}: {error}; give another teacher.cache, or delete the file"
+            ) from error
+
+    @property
+    def name(self) -> str:
+        """The teacher's."""
+        return self.teacher.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The teacher's."""
+        return self.teacher.fingerprint
+
+    def head_for(self, name: str | None) -> LMHead | None:
+        """The teacher's."""
+        return self.teacher.head_for(name)
+
+    def follow(self, student: nn.Module) -> None:
+        """The teacher follows; where that changes its fingerprint, nothing stored is used any more."""
+        self.teacher.follow(student)
+
+    def state(self) -> dict[str, Tensor]:
+        """The teacher's."""
+        return self.teacher.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The teacher's."""
+        self.teacher.load_state(state)
+
+    @property
+    def concurrency(self) -> int:
+        """The teacher's."""
+        return self.teacher.concurrency
+
+    @property
+    def apart(self) -> bool:
+        """The teacher's."""
+        return self.teacher.apart
+
+    def close(self) -> None:
+        """Closes the teacher, which ends what is waited for, and the file."""
+        try:
+            self.teacher.close()
+        finally:
+            with self._lock:
+                self._file.close()
+
+    def stats(self) -> dict[str, int]:
+        """Since it was opened: samples that the teacher was not asked about (`hits`) and those that it was (`misses`), and the
+        `bytes_read` and `bytes_written`."""
+        return {item.name: getattr(self._counts, item.name) for item in fields(self._counts)}
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """As the teacher's; samples with the same tokens are asked for once.
+
+        Raises what the teacher raises, after what it scored before is stored, and ScoreError where it does not agree with
+        what is stored, or where the file is damaged.
+        """
+        if need - {"none", "sampled", "topk"} or not need - {"none"} or ("topk" in need and (k is None or k < 1)):
+            return self.teacher.score(samples, need, k=k)
+        fingerprint = self.fingerprint
+        asked = "sampled" if "topk" not in need else f"topk/{k}"
+        keys = [_key(fingerprint, sample, asked) for sample in samples]
+        by_key = dict(zip(keys, samples, strict=True))
+        self._counts.hits += len(samples) - len(by_key)
+        found: dict[bytes, Scores] = {}
+        while len(found) < len(by_key):
+            mine = self._look(by_key, found, fingerprint)
+            try:
+                for chunk in _chunks(mine, self._chunk_tokens):
+                    # outside the lock: other threads ask for other samples meanwhile
+                    scores = self.teacher.score([sample for _, sample in chunk], need, k=k)
+                    with self._lock:
+                        self._write(fingerprint, chunk, scores)
+                    found.update(zip((key for key, _ in chunk), scores, strict=True))
+            finally:
+                with self._lock:
+                    self._asked -= {key for key, _ in mine}
+                    self._lock.notify_all()
+        return [found[key] for key in keys]
+
+    def _look(
+        self, by_key: Mapping[bytes, Sample], found: dict[bytes, Scores], fingerprint: str
+    ) -> list[tuple[bytes, Sample]]:
+        """Adds what is stored to `found`; what is left to this thread to ask for. Waits where others ask for all of it."""
+        with self._lock:
+            first = not found
+            while True:
+                lacking = {key: sample for key, sample in by_key.items() if key not in found}
+                found.update(self._read(lacking))
+                mine = [(key, sample) for key, sample in lacking.items() if key not in found and key not in self._asked]
+                if mine or len(found) == len(by_key):
+                    break
+                # each asker leaves when its teacher has answered or given up, which has a deadline of its own
+                self._lock.wait(WAIT_S)
+            self._counts.misses += len(mine)
+            self._counts.hits += len(by_key) - len(mine) if first else 0
+            if mine:
+                self._compare(fingerprint)
+                self._since[fingerprint] += len(mine)
+            self._asked |= {key for key, _ in mine}
+            return mine
+
+    def _read(self, samples: Mapping[bytes, Sample]) -> dict[bytes, Scores]:
+        found: dict[bytes, Scores] = {}
+        keys = list(samples)
+        for start in range(0, len(keys), _ROWS_AT_A_TIME):
+            part = keys[start : start + _ROWS_AT_A_TIME]
+            marks = ",".join("?" * len(part))
+            for key, value in self._run(f"SELECT key, value FROM scores WHERE key IN ({marks})", part):  # noqa: S608
+                sample, tensors = samples[key], self._unpack(value)
+                if not torch.equal(tensors.pop("token_ids"), sample.token_ids):
+                    raise self._damaged(f"sample {sample.key} is stored with other tokens")
+                found[key] = Scores(sample.response_ids, **tensors)
+                self._counts.bytes_read += len(value)
+        return found
+
+    def _write(self, fingerprint: str, chunk: Sequence[tuple[bytes, Sample]], scores: Sequence[Scores]) -> None:
+        """All or nothing; where another process was first, its entry stays."""
+        rows = [
+            (key, fingerprint, sample.teacher, sample.prompt_length, _pack(sample, score))
+            for (key, sample), score in zip(chunk, scores, strict=True)
+            if sample.num_response_tokens and not isinstance(score, Unscored)
+        ]
+        self._run("BEGIN IMMEDIATE")
+        try:
+            for row in rows:
+                self._run("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?)", row)
+                self._counts.bytes_written += len(row[-1])
+            self._run("COMMIT")
+        except BaseException:
+            self._file.rollback()
+            raise
+
+    def _compare(self, fingerprint: str) -> None:
+        """Raises ScoreError where the teacher does not give what is stored under its fingerprint."""
+        if self._since.get(fingerprint, COMPARE_EVERY) < COMPARE_EVERY:
+            return
+        stored = self._longest(fingerprint)
+        if stored:
+            samples = [sample for sample, _ in stored]
+            drift = self._drift(self.teacher.score(samples, frozenset({"sampled"})), [before for _, before in stored])
+            if not drift <= self._max_drift:
+                tokens = sum(sample.num_response_tokens for sample in samples)
+                raise ScoreError(
+                    f"teacher {self.name!r} is not the one that filled {self._path}: {tokens} response tokens that are "
+                    f"stored there now score {drift:.3g} nats a token otherwise (at most {self._max_drift:g}). Serve the "
+                    "model that filled it, or change teacher.revision (scores are then stored apart), or delete the file"
+                )
+        self._since[fingerprint] = 0
+
+    def _longest(self, fingerprint: str) -> list[tuple[Sample, Tensor]]:
+        """Up to `COMPARED` stored samples with the most response tokens, as few as have `COMPARED_TOKENS`; their scores."""
+        query = "SELECT teacher, prompt_length, value FROM scores WHERE fingerprint = ? ORDER BY rowid LIMIT ?"
+        found: list[tuple[Sample, Tensor]] = []
+        for index, (teacher, prompt_length, value) in enumerate(self._run(query, [fingerprint, COMPARED_OF])):
+            tensors = self._unpack(value)
+            found.append((_sample(tensors["token_ids"], prompt_length, teacher, index), tensors["logprob"]))
+        found.sort(key=lambda pair: -pair[0].num_response_tokens)
+        chosen = found[:COMPARED]
+        while sum(len(before) for _, before in chosen[:-1]) >= COMPARED_TOKENS:
+            chosen.pop()
+        return chosen
+
+    def _drift(self, now: Sequence[Scores], before: Sequence[Tensor]) -> float:
+        """Mean over all tokens. Raises ScoreError where there is no score to compare."""
+        for scores in now:
+            if isinstance(scores, Unscored) or scores.logprob is None:
+                reason = scores.reason if isinstance(scores, Unscored) else "it gave no log-probabilities"
+                raise ScoreError(
+                    f"cannot tell whether teacher {self.name!r} is the one that filled {self._path}: what is stored there it "
+                    f"does not score any more ({reason}); see to the teacher, or give another teacher.cache"
+                )
+        gaps = [
+            (scores.logprob.double() - stored.double()).abs()
+            for scores, stored in zip(now, before, strict=True)
+            if scores.logprob is not None
+        ]
+        return float(torch.cat(gaps).mean())
+
+    def _run(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        try:
+            with closing(self._file.execute(query, values)) as cursor:
+                return cursor.fetchall()
+        except sqlite3.OperationalError as error:
+            raise ScoreError(
+                f"the cache of scores {self._path}: {error}; free space, or end the process that holds it"
+            ) from error
+        except sqlite3.ProgrammingError as error:
+            raise ScoreError(f"the cache of scores {self._path} is closed: nothing more can be asked of it") from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(str(error)) from error
+
+    def _unpack(self, value: bytes) -> dict[str, Tensor]:
+        try:
+            tensors = load(value)
+        except (SafetensorError, ValueError) as error:
+            raise self._damaged(str(error)) from error
+        return {name: tensor.long() if name in NARROW else tensor for name, tensor in tensors.items()}
+
+    def _damaged(self, problem: str) -> ScoreError:
+        return ScoreError(f"the cache of scores {self._path} is damaged ({problem}); delete it, and it is filled again")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Raises sqlite3.Error for a file that is no cache, or of another version."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        file = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
+        try:
+            found = int(file.execute("PRAGMA user_version").fetchone()[0])
+            if found not in (0, FORMAT):
+                raise sqlite3.DatabaseError(f"it has format {found}, this version writes {FORMAT}")
+            file.execute("PRAGMA journal_mode=WAL")
+            # a commit survives the death of the process; the last ones may go with the power, and are asked for again
+            file.execute("PRAGMA synchronous=NORMAL")
+            file.executescript(_TABLES)
+            file.execute(f"PRAGMA user_version={FORMAT}")
+            return file
+        except sqlite3.OperationalError as error:
+            file.close()
+            # a change of the journal waits for nobody, whatever the timeout
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        except BaseException:
+            file.close()
+            raise
+
+
+def _key(fingerprint: str, sample: Sample, asked: str) -> bytes:
+    digest = blake2b(digest_size=16)
+    digest.update(repr((fingerprint, sample.teacher, sample.prompt_length, asked)).encode())
+    digest.update(sample.token_ids.long().contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def _chunks(items: Sequence[tuple[bytes, Sample]], max_tokens: int) -> list[list[tuple[bytes, Sample]]]:
+    """In their order, each of at most `max_tokens` tokens, or of one sample."""
+    chunks: list[list[tuple[bytes, Sample]]] = []
+    room = 0
+    for item in items:
+        size = item[1].token_ids.numel()
+        if not chunks or size > room:
+            chunks.append([])
+            room = max_tokens
+        chunks[-1].append(item)
+        room -= size
+    return chunks
+
+
+def _pack(sample: Sample, scores: Scores) -> bytes:
+    tensors = {
+        item.name: value
+        for item in fields(Scores)
+        if isinstance(value := getattr(scores, item.name), Tensor) and item.name != "hidden"
+    }
+    tensors["token_ids"] = sample.token_ids
+    packed: bytes = save(
+        {name: (value.int() if name in NARROW else value).cpu().contiguous() for name, value in tensors.items()}
+    )
+    return packed
+
+
+def _sample(token_ids: Tensor, prompt_length: int, teacher: str | None, index: int) -> Sample:
+    """Tokens alone, which is all that the teacher of a cache reads."""
+    return Sample(
+        prompt=Prompt(id="stored", teacher=teacher),
+        index=index,
+        token_ids=token_ids,
+        author=torch.full(token_ids.shape, int(Author.STUDENT), dtype=torch.uint8),
+        prompt_length=prompt_length,
+        finish="data",
+        text="",
+        teacher=teacher,
+    )
