@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.models import load_causal_lm, load_tokenizer
 from understudy.randomness import hash_name
 from understudy.types import Prompt, Request, Sample, Sampling
@@ -150,7 +150,7 @@ def measure(student_dir: str) -> dict[int, Found]:
     """
     tokenizer = load_tokenizer(str(TEACHER))
     student, teacher = (load_causal_lm(path, dtype="float64") for path in (student_dir, str(TEACHER)))
-    sampler = HFSampler(student, tokenizer, seed=0, stop_ids=(tokenizer.eos_token_id,), vocab_size=len(tokenizer))
+    engine = HFEngine(student, tokenizer, seed=0, stop_ids=(tokenizer.eos_token_id,), vocab_size=len(tokenizer))
     texts = [json.loads(line)["prompt"] for line in HELD_OUT.read_text().splitlines()]
     ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     requests = [
@@ -158,7 +158,7 @@ def measure(student_dir: str) -> dict[int, Found]:
         for text, row in zip(texts, ids, strict=True)
         for index in range(SAMPLES_PER_OPENING)
     ]
-    samples = sampler.generate(requests, Sampling(max_new_tokens=STORY_TOKENS), step=0, stream="stories/measure")
+    samples = engine.generate(requests, Sampling(max_new_tokens=STORY_TOKENS), step=0, stream="stories/measure")
     rows = np.array([sums(student, teacher, sample) for sample in samples])
     by_opening = rows.reshape(len(texts), SAMPLES_PER_OPENING, len(LENGTHS), -1).sum(1)
     return {length: Found(*by_opening[:, index].T) for index, length in enumerate(LENGTHS)}

@@ -20,7 +20,7 @@ import yaml
 
 from understudy import config
 from understudy.cli.app import app
-from understudy.engines import ROLLOUTS
+from understudy.engines import ENGINES
 from understudy.engines.sections import Launch
 from understudy.errors import RecipeError
 from understudy.methods import METHODS
@@ -35,7 +35,7 @@ OVERVIEW = ROOT / "docs" / "methods.md"
 SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     ROOT / "README.md": {},
     ROOT / "docs" / "teachers.md": TEACHERS,
-    ROOT / "docs" / "engines.md": {**ROLLOUTS, "launch": Launch, "async": Async},
+    ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
 }
 """What a heading with such a name describes in the tables below it."""
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))

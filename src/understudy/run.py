@@ -16,7 +16,7 @@ from torch import nn
 
 from understudy import config, facts
 from understudy.card import model_card
-from understudy.engines import VLLM, Sampler
+from understudy.engines import VLLM, Engine
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary
@@ -24,8 +24,8 @@ from understudy.files import write_atomically, write_json
 from understudy.methods import Method
 from understudy.models import num_positions, row_style, save_hf
 from understudy.recipe import Recipe, check_same_recipe, doctor, load
+from understudy.recipe.engine import open_engine, to_compare
 from understudy.recipe.judges import Judges, load_judges, open_store
-from understudy.recipe.sampler import open_sampler, to_compare
 from understudy.report import write_report
 from understudy.tasks import Arithmetic, num_repeated, overlap, overlap_message
 from understudy.tasks.renderer import encode_prompt
@@ -40,7 +40,7 @@ from understudy.trainer.checkpoint import (
 )
 from understudy.trainer.collect import TOKEN_SCORES, Collector
 from understudy.trainer.console import Console
-from understudy.trainer.distributed import Ranks, SharedJudge, SharedSampler
+from understudy.trainer.distributed import Ranks, SharedEngine, SharedJudge
 from understudy.trainer.loggers import JsonLines, make_loggers
 from understudy.trainer.loop import Ending, Trainer
 from understudy.trainer.observe import Observer, peak_memory_gib
@@ -51,7 +51,7 @@ from understudy.trainer.publish import Publisher
 from understudy.trainer.rewards import Rewarder
 from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
-from understudy.trainer.update import Student
+from understudy.trainer.update import StudentModel
 from understudy.types import Prompt, Sampling
 
 ENDS_ON_POLICY = 0.05
@@ -147,14 +147,14 @@ def _build(
     models = [loaded.model, *judges.models]
     method = recipe.run_method
     samples_own = any(part.plan(0).on_policy_share > 0 for part in method.members)
-    sampler, weights = open_sampler(recipe, loaded)
-    opened.callback(sampler.close)
+    engine, weights = open_engine(recipe, loaded)
+    opened.callback(engine.close)
     student = _in_training(recipe, loaded, samples_own)
-    publish = Publisher(sampler, student, weights, ranks, to_compare(recipe, loaded) if sampler.remote else ())
+    publish = Publisher(engine, student, weights, ranks, to_compare(recipe, loaded) if engine.remote else ())
     publish(progress.updates, ())
     # from here on an engine knows how long its sequences may be
-    limit = prompt_limit(recipe, recipe.sampling, sampler, *models) if samples_own else recipe.train.max_prompt_tokens
-    collector = _collector(recipe, loaded, judges, sampler)
+    limit = prompt_limit(recipe, recipe.sampling, engine, *models) if samples_own else recipe.train.max_prompt_tokens
+    collector = _collector(recipe, loaded, judges, engine)
     prompts = PromptStream(
         _training_prompts(recipe, judges),
         lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
@@ -162,7 +162,7 @@ def _build(
         max_prompt_tokens=limit,
     )
     prompts.draw(progress.position, 1)
-    _check_eval_prompts(recipe, loaded, sampler)
+    _check_eval_prompts(recipe, loaded, engine)
     rollouts = Rollouts(
         prompts=prompts,
         collector=collector,
@@ -181,7 +181,7 @@ def _build(
         settings=recipe.train,
         evaluation=recipe.eval,
         evaluate=evaluator(
-            recipe, loaded, sampler, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console
+            recipe, loaded, engine, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console
         ),
         save_student=lambda path: save_hf(loaded.model, loaded.tokenizer, path, merged=False),
         observer=Observer(console, (), None),
@@ -193,8 +193,8 @@ def _build(
     return trainer, loaded
 
 
-def _in_training(recipe: Recipe, loaded: load.Loaded, samples_own: bool) -> Student:
-    return Student(
+def _in_training(recipe: Recipe, loaded: load.Loaded, samples_own: bool) -> StudentModel:
+    return StudentModel(
         model=loaded.model,
         device=loaded.device,
         vocab_size=loaded.vocab_size,
@@ -238,9 +238,9 @@ def _overlapped(recipe: Recipe, rollouts: Rollouts, method: Method) -> Overlappe
     return Overlapped(rollouts, method, recipe.async_, grouped=grouped)
 
 
-def prompt_limit(recipe: Recipe, sampling: Sampling, sampler: Sampler, *models: nn.Module) -> int:
+def prompt_limit(recipe: Recipe, sampling: Sampling, engine: Engine, *models: nn.Module) -> int:
     """`load.prompt_limit`, and what the engine takes. Raises RecipeError where no room is left."""
-    limit, room = load.prompt_limit(recipe, sampling, *models), sampler.num_positions
+    limit, room = load.prompt_limit(recipe, sampling, *models), engine.num_positions
     if room is not None and room - sampling.max_new_tokens < 1:
         raise RecipeError(
             f"max_new_tokens is {sampling.max_new_tokens}, but the rollout engine takes {room} tokens in all "
@@ -249,10 +249,10 @@ def prompt_limit(recipe: Recipe, sampling: Sampling, sampler: Sampler, *models: 
     return limit if room is None else min(limit, room - sampling.max_new_tokens)
 
 
-def _collector(recipe: Recipe, loaded: load.Loaded, judges: Judges, sampler: Sampler) -> Collector:
-    sizes = [sampler.num_positions, *(num_positions(model) for model in (loaded.model, *judges.models))]
+def _collector(recipe: Recipe, loaded: load.Loaded, judges: Judges, engine: Engine) -> Collector:
+    sizes = [engine.num_positions, *(num_positions(model) for model in (loaded.model, *judges.models))]
     return Collector(
-        sampler=sampler,
+        engine=engine,
         sampling=recipe.sampling,
         tokenizer=loaded.tokenizer,
         template_kwargs=recipe.student.template_kwargs,
@@ -284,11 +284,11 @@ def _training_prompts(recipe: Recipe, judges: Judges) -> Sequence[Prompt]:
     return found
 
 
-def _check_eval_prompts(recipe: Recipe, loaded: load.Loaded, sampler: Sampler) -> None:
+def _check_eval_prompts(recipe: Recipe, loaded: load.Loaded, engine: Engine) -> None:
     """Raises before anything is written what an evaluation would raise later."""
     if recipe.eval is None:
         return
-    limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, sampler, loaded.model)
+    limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, engine, loaded.model)
     prompts = load.eval_prompts(recipe)
     lengths = (len(encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs)) for prompt in prompts)
     if not any(length <= limit for length in lengths):
@@ -343,15 +343,15 @@ def _observer(
 def evaluator(
     recipe: Recipe,
     loaded: load.Loaded,
-    sampler: Sampler,
+    engine: Engine,
     judge: Judge | None,
     ranks: Ranks,
     out_dir: Path | None,
     console: Console,
 ) -> Callable[[int], EvalSummary]:
-    """A function that evaluates the sampler's weights at a step as the section `eval` says, and saves what it finds."""
+    """A function that evaluates the engine's weights at a step as the section `eval` says, and saves what it finds."""
     settings = recipe.eval
-    shared = SharedSampler(sampler, ranks)
+    shared = SharedEngine(engine, ranks)
 
     def evaluate(step: int) -> EvalSummary:
         assert settings is not None
@@ -368,13 +368,13 @@ def evaluator(
                 prompts=prompts,
                 task=recipe.held_out,
                 tokenizer=loaded.tokenizer,
-                sampler=shared,
+                engine=shared,
                 sampling=settings.sampling or recipe.sampling,
                 samples_per_prompt=settings.samples_per_prompt,
                 step=step,
                 split=settings.split,
                 out_dir=out_dir,
-                max_prompt_tokens=prompt_limit(recipe, settings.sampling or recipe.sampling, sampler, loaded.model),
+                max_prompt_tokens=prompt_limit(recipe, settings.sampling or recipe.sampling, engine, loaded.model),
                 eos_ids=loaded.stop_ids,
                 template_kwargs=recipe.student.template_kwargs,
                 progress=show,

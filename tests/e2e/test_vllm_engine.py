@@ -18,10 +18,10 @@ from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request
 from tests.vllm_env import vllm_python
 from torch import Tensor
 
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.engines.probe import Probe
 from understudy.engines.sections import VLLM, Launch
-from understudy.engines.vllm.sampler import FLOAT32_GAP, VLLMSampler
+from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.errors import EngineError
 from understudy.models import build_causal_lm
 from understudy.models.save import merged_state_dict
@@ -64,7 +64,7 @@ def probe_of(model: Any) -> Probe:
 
 def push(engine: Engine, version: int) -> float:
     started = time.perf_counter()
-    gap = engine.sampler.push(merged_state_dict(engine.model).items(), version, probe_of(engine.model))
+    gap = engine.engine.push(merged_state_dict(engine.model).items(), version, probe_of(engine.model))
     assert gap is not None
     print(f"push {version}: gap {gap:.1e} nats, {time.perf_counter() - started:.3f} s with its check")
     return gap
@@ -80,7 +80,7 @@ class Engine:
     """A student and its vLLM server."""
 
     model: Any
-    sampler: VLLMSampler
+    engine: VLLMEngine
     tied: bool
 
 
@@ -91,7 +91,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     args = ("--max-num-seqs", "16", "--enforce-eager", "--no-enable-chunked-prefill")
     launch = Launch(python=vllm_python(), env=env, args=args)
     model = build(request.param)
-    sampler = VLLMSampler(
+    engine = VLLMEngine(
         VLLM(launch=launch, grouped=not request.param),
         model,
         letters(VOCAB_SIZE),
@@ -101,8 +101,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         sampling=WARM,
         run_dir=tmp_path_factory.mktemp("run"),
     )
-    with nothing_left(), sampler:
-        made = Engine(model, sampler, request.param)
+    with nothing_left(), engine:
+        made = Engine(model, engine, request.param)
         started = time.perf_counter()
         assert push(made, 0) < FLOAT32_GAP
         print(f"server started in {time.perf_counter() - started:.1f} s")
@@ -110,19 +110,19 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_it_says_what_it_is(engine: Engine) -> None:
-    assert engine.sampler.num_positions == engine.model.config.max_position_embeddings
-    assert "vLLM at http://127.0.0.1" in engine.sampler.health()
+    assert engine.engine.num_positions == engine.model.config.max_position_embeddings
+    assert "vLLM at http://127.0.0.1" in engine.engine.health()
 
 
 def test_a_push_changes_the_scores_to_the_models(engine: Engine) -> None:
     """The prefix cache holds the old weights' keys and values; nothing of it may be read."""
     greedy = Sampling(temperature=0.0, max_new_tokens=8)
     long = [request("long", [7] * 200)]
-    before = engine.sampler.generate(long, greedy, step=0)
+    before = engine.engine.generate(long, greedy, step=0)
     spread(engine.model, 0.1, seed=1)
     assert push(engine, 1) < FLOAT32_GAP
-    own = HFSampler(engine.model, letters(VOCAB_SIZE), seed=0, stop_ids=(EOS,), vocab_size=VOCAB_SIZE)
-    (sample,), (expected,) = engine.sampler.generate(long, greedy, step=0), own.generate(long, greedy, step=0)
+    own = HFEngine(engine.model, letters(VOCAB_SIZE), seed=0, stop_ids=(EOS,), vocab_size=VOCAB_SIZE)
+    (sample,), (expected,) = engine.engine.generate(long, greedy, step=0), own.generate(long, greedy, step=0)
     assert sample.token_ids.tolist() == expected.token_ids.tolist()
     assert sample.rollout_logprob is not None
     assert expected.rollout_logprob is not None
@@ -134,8 +134,8 @@ def test_a_push_changes_the_scores_to_the_models(engine: Engine) -> None:
 
 def test_greedy_is_that_of_the_hf_engine(engine: Engine) -> None:
     greedy = Sampling(temperature=0.0, max_new_tokens=24)
-    own = HFSampler(engine.model, letters(VOCAB_SIZE), seed=0, stop_ids=(EOS,), vocab_size=VOCAB_SIZE)
-    found, expected = (one.generate(requests(1), greedy, step=0) for one in (engine.sampler, own))
+    own = HFEngine(engine.model, letters(VOCAB_SIZE), seed=0, stop_ids=(EOS,), vocab_size=VOCAB_SIZE)
+    found, expected = (one.generate(requests(1), greedy, step=0) for one in (engine.engine, own))
     for one, other in zip(found, expected, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert (one.finish, one.text) == (other.finish, other.text)
@@ -144,7 +144,7 @@ def test_greedy_is_that_of_the_hf_engine(engine: Engine) -> None:
 
 def test_tempered_log_probabilities_are_the_models(engine: Engine) -> None:
     """Of what is drawn from: at the temperature, without the padding, which is never drawn."""
-    samples = engine.sampler.generate(requests(8), WARM, step=0)
+    samples = engine.engine.generate(requests(8), WARM, step=0)
     gaps: list[Tensor] = []
     for sample in samples:
         assert int(sample.token_ids.max()) < VOCAB_SIZE
@@ -164,12 +164,12 @@ def test_tempered_log_probabilities_are_the_models(engine: Engine) -> None:
 
 def test_pushes_in_the_middle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of several versions in one response, each with its own model's log-probability; no token is read as an end."""
-    monkeypatch.setattr(engine.sampler, "_stop_ids", [])
+    monkeypatch.setattr(engine.engine, "_stop_ids", [])
     long = replace(WARM, max_new_tokens=1500)
     models = {}
     with ThreadPoolExecutor(1) as threads:
         for attempt in range(ATTEMPTS):
-            writing = threads.submit(engine.sampler.generate, requests(2), long, step=5 + attempt)
+            writing = threads.submit(engine.engine.generate, requests(2), long, step=5 + attempt)
             while not writing.done():
                 spread(engine.model, 0.02, seed=len(models))
                 version = 2 + len(models)
@@ -198,19 +198,19 @@ def test_pushes_in_the_middle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 def test_what_breaks_it_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last test, after which the engine is unusable: a tied head that was left out; a server that is killed."""
     if engine.tied:
-        monkeypatch.setattr(engine.sampler, "_with_head", without_head)
+        monkeypatch.setattr(engine.engine, "_with_head", without_head)
         spread(engine.model, 0.05, seed=3)
         with pytest.raises(EngineError, match="tied output layer"):
             push(engine, 99)
-        print(f"gap without the head: {engine.sampler.last_gap:.2g} nats")
+        print(f"gap without the head: {engine.engine.last_gap:.2g} nats")
         message = "did not get version 99"
     else:
-        pid = engine.sampler._servers._processes[0].pid
+        pid = engine.engine._servers._processes[0].pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         message = "rollout engine 0 was killed by signal 9"
     with pytest.raises(EngineError, match=message):
-        engine.sampler.generate(requests(1), WARM, step=0)
+        engine.engine.generate(requests(1), WARM, step=0)
 
 
 def without_head(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from tests.runs import BUILD, distillation, save_tiny_model, tiny_recipe, train
 from tests.tiny_models import request, sample, tiny
 from understudy import config
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import Unscored, split_scored
 from understudy.recipe import Recipe
@@ -166,8 +166,8 @@ def stored(folder: Path, *, num: int, k: int | None = None, temperature: float =
     options: dict[str, Any] = {"name": "t", "vocab_size": len(tokenizer), "temperature": temperature}
     requests = [request(f"p/{n}", [3 + n], index) for n in range(2) for index in range(num)]
     model = tiny(dtype="float32", num_rows=len(tokenizer))
-    sampler = HFSampler(model, tokenizer, seed=0, stop_ids=(1,), vocab_size=len(tokenizer))
-    samples = sampler.generate(requests, Sampling(temperature, max_new_tokens=4), step=0)
+    engine = HFEngine(model, tokenizer, seed=0, stop_ids=(1,), vocab_size=len(tokenizer))
+    samples = engine.generate(requests, Sampling(temperature, max_new_tokens=4), step=0)
     teacher = LocalTeacher(model, **options)
     scores = teacher.score(samples, frozenset({"sampled"} if k is None else {"topk"}), k=k)
     meta = ScoredMeta.of(teacher, Setup(tokenizer=tokenizer, **options), "big", k)

@@ -31,8 +31,8 @@ from tests.runs import (
 )
 from understudy import config, run
 from understudy.cli import doctoring
-from understudy.engines import HFSampler
-from understudy.engines.vllm.sampler import VLLMSampler
+from understudy.engines import HFEngine
+from understudy.engines.vllm.engine import VLLMEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import Recipe, doctor
@@ -124,7 +124,7 @@ def test_what_does_not_apply_does_not_appear(tmp_path: Path, monkeypatch: pytest
     alone = examined(recipe_of(tmp_path, method={"type": "grpo"}, train={"samples_per_prompt": 4}))
     assert levels(alone) == {}
     assert "mean reward" in alone["rehearsal"].found
-    assert "sampler and trainer" in alone["log-probabilities"].found
+    assert "engine and trainer" in alone["log-probabilities"].found
     assert "of a teacher that is" not in alone["log-probabilities"].found
 
 
@@ -251,16 +251,16 @@ def test_a_teacher_without_numbers_is_found_and_named(tmp_path: Path, monkeypatc
     assert "logprob is missing" in found["rehearsal"].found
 
 
-def test_a_sampler_at_another_temperature_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = HFSampler.generate
+def test_an_engine_at_another_temperature_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = HFEngine.generate
 
-    def generate(self: HFSampler, requests: Any, sampling: Any, **options: Any) -> list[Sample]:
+    def generate(self: HFEngine, requests: Any, sampling: Any, **options: Any) -> list[Sample]:
         return plain(self, requests, replace(sampling, temperature=0.25), **options)
 
     changes = distillation(tmp_path)
     sharpen(tmp_path / "student")
     assert levels(examined(recipe_of(tmp_path, **changes))) == {}
-    monkeypatch.setattr(HFSampler, "generate", generate)
+    monkeypatch.setattr(HFEngine, "generate", generate)
     found = examined(recipe_of(tmp_path, **changes))
     assert levels(found) == {"log-probabilities": "error"}
     assert "temperature" in found["log-probabilities"].advice
@@ -389,7 +389,7 @@ def test_prompts_and_responses_have_to_fit(tmp_path: Path, monkeypatch: pytest.M
         (fits,) = sides._lengths(parts)
         assert fits.level == "ok"
         assert f"{longest} prompt tokens and 24 new ones make {longest + 24}" in fits.found
-        engine: Any = type(parts.collector.sampler)
+        engine: Any = type(parts.collector.engine)
         room = longest + 23
         monkeypatch.setattr(engine, "num_positions", property(lambda _: room))
         (short,) = sides._lengths(parts)
@@ -452,7 +452,7 @@ def test_sizes_on_disk_are_those_loaded(tmp_path: Path) -> None:
 
 def test_a_server_is_asked_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"health": lambda self: "ready, version 0.32"}
-    monkeypatch.setattr(HFSampler, "health", said["health"], raising=False)
+    monkeypatch.setattr(HFEngine, "health", said["health"], raising=False)
     recipe = recipe_of(tmp_path, **distillation(tmp_path))
     found = examined(recipe)
     assert found["rollout engine: health"] == Finding(
@@ -462,7 +462,7 @@ def test_a_server_is_asked_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def gone(self: object) -> str:
         raise EngineError("http://host:1 does not answer: start it")
 
-    monkeypatch.setattr(HFSampler, "health", gone, raising=False)
+    monkeypatch.setattr(HFEngine, "health", gone, raising=False)
     assert examined(recipe)["rollout engine: health"].found == "http://host:1 does not answer: start it"
 
 
@@ -486,7 +486,7 @@ def test_engines_and_served_teachers_are_examined(tmp_path: Path) -> None:
         assert "rollout engine: health" in found
         assert "version" in found["teacher: health"].found
         assert "the teacher has 64 positions; the rollout engine has 64 positions" in found["lengths"].found
-        assert "sampler and trainer" in found["log-probabilities"].found
+        assert "engine and trainer" in found["log-probabilities"].found
         assert "rehearsal" in found
         # what was written for it is gone
         assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
@@ -495,9 +495,9 @@ def test_engines_and_served_teachers_are_examined(tmp_path: Path) -> None:
 
 
 def test_an_engine_with_other_log_probabilities_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = VLLMSampler.generate
+    plain = VLLMEngine.generate
 
-    def generate(self: VLLMSampler, *args: Any, **options: Any) -> list[Sample]:
+    def generate(self: VLLMEngine, *args: Any, **options: Any) -> list[Sample]:
         samples = plain(self, *args, **options)
         return [
             replace(one, rollout_logprob=one.rollout_logprob / 0.7)
@@ -505,7 +505,7 @@ def test_an_engine_with_other_log_probabilities_is_found(tmp_path: Path, monkeyp
             if one.rollout_logprob is not None
         ]
 
-    monkeypatch.setattr(VLLMSampler, "generate", generate)
+    monkeypatch.setattr(VLLMEngine, "generate", generate)
     with served(tmp_path) as (_, _, recipe):
         assert levels(examined(recipe)) == {"log-probabilities": "error"}
 

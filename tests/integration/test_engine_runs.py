@@ -110,20 +110,20 @@ def test_an_engine_that_was_started_again_gets_its_weights_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: dict[str, Any]
 ) -> None:
     """Its weights are those of the start, and nothing says so: what it wrote with them is written again."""
-    from understudy.engines.vllm.sampler import VLLMSampler
+    from understudy.engines.vllm.engine import VLLMEngine
 
     models = distillation(tmp_path / "m", train={"lr": 3e-2, "steps": 6})
-    plain, calls = VLLMSampler._ask, []
+    plain, calls = VLLMEngine._ask, []
     with nothing_left(), EngineStub(models["student"]["model"]) as stub:
 
-        def restarted(self: VLLMSampler, body: dict[str, Any], key: str) -> Any:
+        def restarted(self: VLLMEngine, body: dict[str, Any], key: str) -> Any:
             calls.append(key)
             if len(calls) == 28:
                 # between two pushes, as somebody who looks after servers would
                 stub.model = StubModel(models["student"]["model"])
             return plain(self, body, key)
 
-        monkeypatch.setattr(VLLMSampler, "_ask", restarted)
+        monkeypatch.setattr(VLLMEngine, "_ask", restarted)
         run_dir = train(tmp_path / "run", **with_engine(models, stub.url, **overlap))
     told = [json.loads(line)["text"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert sum("lost its weights" in text for text in told) == 1

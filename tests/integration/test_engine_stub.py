@@ -40,7 +40,7 @@ from tests.runs import BUILD
 from tests.stub_scheduler import lognormal, uniform
 from tests.tiny_models import EOS, letters, plain_logp
 from tests.tiny_models import request as ask_for
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.models import build_causal_lm, load_causal_lm, save_hf
 from understudy.types import Sampling
 
@@ -115,10 +115,10 @@ def test_scores_are_those_of_a_plain_forward(model_dir: str, stub: EngineStub, c
                 assert entry["rank"] == 1 + int((row > row[int(key)]).sum())
 
 
-def test_greedy_tokens_are_those_of_our_own_sampler(model_dir: str, stub: EngineStub, client: httpx.Client) -> None:
-    sampler = HFSampler(load_causal_lm(model_dir), letters(), seed=0, stop_ids=(EOS,), vocab_size=40)
+def test_greedy_tokens_are_those_of_our_own_engine(model_dir: str, stub: EngineStub, client: httpx.Client) -> None:
+    engine = HFEngine(load_causal_lm(model_dir), letters(), seed=0, stop_ids=(EOS,), vocab_size=40)
     requests = [ask_for(str(number), ids) for number, ids in enumerate(PROMPTS)]
-    ours = sampler.generate(requests, Sampling(temperature=0.0, max_new_tokens=20), step=0)
+    ours = engine.generate(requests, Sampling(temperature=0.0, max_new_tokens=20), step=0)
     reply = post(stub.url, client, prompt=PROMPTS, max_tokens=20, temperature=0.0)
     for sample, choice in zip(ours, reply["choices"], strict=True):
         assert choice["token_ids"] == sample.token_ids[sample.prompt_length :].tolist()

@@ -1,4 +1,4 @@
-"""An evaluation from prompts to files, with a sampler whose responses are known."""
+"""An evaluation from prompts to files, with an engine whose responses are known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Answer = Callable[[Request], str]
 
 
 class Oracle:
-    """A sampler that answers what it is told to; "" is a response cut at the length limit."""
+    """An engine that answers what it is told to; "" is a response cut at the length limit."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -68,7 +68,7 @@ def evaluated(answer: Answer = right, **changes: Any) -> EvalSummary:
         "prompts": PROMPTS,
         "task": TASK,
         "tokenizer": TOKENIZER,
-        "sampler": Oracle(answer),
+        "engine": Oracle(answer),
         "sampling": Sampling(max_new_tokens=40),
         "samples_per_prompt": 4,
         "step": 20,
@@ -130,12 +130,12 @@ def test_sizes_of_pass_at_k(num_samples: int, names: set[str]) -> None:
 
 
 def test_the_draws_are_those_of_the_split_and_not_of_the_step() -> None:
-    samplers = []
+    engines = []
     for step in (0, 20):
-        samplers.append(Oracle(right))
-        evaluated(sampler=samplers[-1], step=step)
-    assert samplers[0].calls == samplers[1].calls
-    ((keys, _, stream),) = samplers[0].calls
+        engines.append(Oracle(right))
+        evaluated(engine=engines[-1], step=step)
+    assert engines[0].calls == engines[1].calls
+    ((keys, _, stream),) = engines[0].calls
     assert stream == "eval/test"
     assert keys == [f"{prompt.id}#{index}" for prompt in PROMPTS for index in range(4)]
 
@@ -150,37 +150,37 @@ def test_blocks_change_nothing_and_report_progress(monkeypatch: pytest.MonkeyPat
 
 def test_long_prompts_are_counted_and_not_cut() -> None:
     longer = replace(PROMPTS[0], id="longer", text="1+1:" * 5)
-    sampler = Oracle(right)
-    summary = evaluated(prompts=[longer, *PROMPTS], sampler=sampler)
+    engine = Oracle(right)
+    summary = evaluated(prompts=[longer, *PROMPTS], engine=engine)
     assert (summary.too_long, summary.num_problems) == (1, 6)
-    assert not any("longer" in key for keys, _, _ in sampler.calls for key in keys)
+    assert not any("longer" in key for keys, _, _ in engine.calls for key in keys)
     with pytest.raises(DataError, match="none of the 1 evaluation prompts has at most 16 tokens"):
         evaluated(prompts=[longer])
 
 
 def test_bad_input_is_refused_before_anything_is_sampled() -> None:
-    sampler = Oracle(right)
+    engine = Oracle(right)
     with pytest.raises(DataError, match="no evaluation prompts"):
-        evaluated(prompts=[], sampler=sampler)
+        evaluated(prompts=[], engine=engine)
     with pytest.raises(DataError, match="ids must be distinct"):
-        evaluated(prompts=[PROMPTS[0], PROMPTS[0]], sampler=sampler)
+        evaluated(prompts=[PROMPTS[0], PROMPTS[0]], engine=engine)
     with pytest.raises(ValueError, match="at least 1"):
-        evaluated(samples_per_prompt=0, sampler=sampler)
+        evaluated(samples_per_prompt=0, engine=engine)
     endless = build_tokenizer("addition")
     endless.eos_token = None
     with pytest.raises(VocabularyError, match="no EOS"):
-        evaluated(tokenizer=endless, sampler=sampler)
-    assert sampler.calls == []
+        evaluated(tokenizer=endless, engine=engine)
+    assert engine.calls == []
 
 
-def test_a_sampler_that_loses_a_sample_is_named() -> None:
+def test_an_engine_that_loses_a_sample_is_named() -> None:
     class Lossy(Oracle):
         def generate(self, requests: Sequence[Request], sampling: Sampling, **keyed: Any) -> list[Sample]:
             samples = super().generate(requests, sampling, **keyed)
             return [samples[0], *samples[2:]]
 
     with pytest.raises(DataError, match=rf"23 samples for 24 requests, and not that of .*{PROMPTS[0].text[:3]}.*#1 in"):
-        evaluated(sampler=Lossy(right))
+        evaluated(engine=Lossy(right))
 
 
 def test_samples_without_reference_are_unscored_and_never_zero() -> None:
@@ -202,8 +202,8 @@ def test_every_eos_of_the_model_ends_a_response() -> None:
             sample = super()._sample(request)
             return replace(sample, token_ids=torch.cat([sample.token_ids[:-1], torch.tensor([other])]))
 
-    assert values(evaluated(sampler=OtherEnd(right)))["no_eos"] == 1.0
-    assert values(evaluated(sampler=OtherEnd(right), eos_ids=(EOS, other)))["no_eos"] == 0.0
+    assert values(evaluated(engine=OtherEnd(right)))["no_eos"] == 1.0
+    assert values(evaluated(engine=OtherEnd(right), eos_ids=(EOS, other)))["no_eos"] == 0.0
 
 
 def test_a_broken_grader_stops_the_evaluation() -> None:
@@ -273,7 +273,7 @@ def test_hostile_text_is_one_line_of_the_file(tmp_path: Path) -> None:
         def _sample(self, request: Request) -> Sample:
             return replace(super()._sample(request), text=text)
 
-    evaluated(sampler=Hostile(right), out_dir=tmp_path)
+    evaluated(engine=Hostile(right), out_dir=tmp_path)
     lines = (tmp_path / "step_000020.jsonl").read_bytes().split(b"\n")
     assert len(lines) == 24 + 1
     assert json.loads(lines[0])["response"] == text
@@ -347,9 +347,7 @@ def test_real_problems_through_the_math_verifier(tmp_path: Path) -> None:
             answer = f"{request.prompt.reference}.0" if request.index else "-3.5"
             return replace(super()._sample(request), text=f"It is \\boxed{{{answer}}}.")
 
-    summary = evaluated(
-        prompts=prompts, task=task, sampler=Words(lambda _: "1"), samples_per_prompt=3, out_dir=tmp_path
-    )
+    summary = evaluated(prompts=prompts, task=task, engine=Words(lambda _: "1"), samples_per_prompt=3, out_dir=tmp_path)
     assert summary.metrics["avg@3"].value == pytest.approx(2 / 3)
     assert summary.metrics["maj@3"].value == 1.0
 
@@ -372,7 +370,7 @@ class Digit:
 def test_rejection_draws_again_what_the_judge_rejects(digit: float | None, attempts: int) -> None:
     """Below the threshold an answer is drawn again, at most N times, each with other draws; without a digit it stands."""
     judge, oracle = Digit(digit), Oracle(lambda request: request.prompt.solution or "")
-    summary = evaluated(sampler=oracle, rejection=Rejection(judge, 7.0, 3), greedy=True)
+    summary = evaluated(engine=oracle, rejection=Rejection(judge, 7.0, 3), greedy=True)
     found = values(summary)
     assert found["attempts"] == attempts
     assert judge.num_asked == attempts * len(PROMPTS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.runs import assert_same_run, distillation, metric_rows, train, train_in_two
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.losses.schedules import cosine_decay
 from understudy.methods import OPD, TrOPD
 from understudy.tasks import Arithmetic
@@ -169,14 +169,14 @@ def test_a_response_that_is_too_long_leaves_room_for_the_student(
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Prompts that the teacher wrote a response to."""
     names: list[str] = []
-    plain = HFSampler.generate
+    plain = HFEngine.generate
 
-    def generate(self: HFSampler, requests: Any, *args: Any, **options: Any) -> Any:
+    def generate(self: HFEngine, requests: Any, *args: Any, **options: Any) -> Any:
         if options.get("stream") == "teacher":
             names.extend(request.prompt.id for request in requests)
         return plain(self, requests, *args, **options)
 
-    monkeypatch.setattr(HFSampler, "generate", generate)
+    monkeypatch.setattr(HFEngine, "generate", generate)
     return names
 
 

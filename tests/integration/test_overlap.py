@@ -22,7 +22,7 @@ from tests.runs import (
     train,
     train_in_two,
 )
-from understudy.engines import CopySampler
+from understudy.engines import CopyEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.trainer.loop import Trainer
 from understudy.trainer.update import Judged
@@ -41,7 +41,7 @@ def consumed(run_dir: Path) -> list[tuple[int, list[int]]]:
     return [(row["step"], row["positions"]) for row in rows]
 
 
-class Slow(CopySampler):
+class Slow(CopyEngine):
     """An engine that answers many requests at the same time, each after a delay of its own."""
 
     delay_s = 0.02
@@ -75,7 +75,7 @@ class Slow(CopySampler):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> list[Slow]:
     """Runs sample from such an engine; the list holds those that were opened."""
-    from understudy.recipe import sampler
+    from understudy.recipe import engine
 
     made: list[Slow] = []
 
@@ -83,7 +83,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[Slow]:
         made.append(Slow(*args))
         return made[-1]
 
-    monkeypatch.setattr(sampler, "CopySampler", opened)
+    monkeypatch.setattr(engine, "CopyEngine", opened)
     return made
 
 
@@ -110,7 +110,7 @@ def test_samples_are_as_old_as_allowed_and_no_older(tmp_path: Path, staleness: i
     assert sum(count for _, count in slow[0].seen) == 48, "no prompt was written twice, none beyond the last step"
 
 
-def test_the_gap_between_sampler_and_trainer_is_measured(tmp_path: Path) -> None:
+def test_the_gap_between_engine_and_trainer_is_measured(tmp_path: Path) -> None:
     fresh = metric_rows(train(tmp_path / "0", **ahead(tmp_path / "m", 0)))
     old = metric_rows(train(tmp_path / "2", **ahead(tmp_path / "m", 2)))
     assert all(row["sampler_gap"] < 1e-5 for row in fresh)
@@ -195,12 +195,12 @@ def test_samples_that_are_too_old_are_dropped_counted_and_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that says that it wrote with old weights is not believed to be new."""
-    from understudy.engines.hf.sampler import HFSampler
+    from understudy.engines.hf.engine import HFEngine
 
-    plain = HFSampler.generate
+    plain = HFEngine.generate
     calls = []
 
-    def lies(self: HFSampler, requests: Sequence[Request], sampling: Sampling, **keys: Any) -> list[Sample]:
+    def lies(self: HFEngine, requests: Sequence[Request], sampling: Sampling, **keys: Any) -> list[Sample]:
         samples = plain(self, requests, sampling, **keys)
         if len(samples) == 8:
             calls.append(keys["step"])
@@ -210,7 +210,7 @@ def test_samples_that_are_too_old_are_dropped_counted_and_written_again(
                     sample.policy_version[sample.policy_version >= 0] = 0
         return samples
 
-    monkeypatch.setattr(HFSampler, "generate", lies)
+    monkeypatch.setattr(HFEngine, "generate", lies)
     run_dir = train(tmp_path, **ahead(tmp_path / "m", 1))
     rows = metric_rows(run_dir)
     assert sum(row.get("samples_stale", 0) for row in rows) == 8
@@ -220,7 +220,7 @@ def test_samples_that_are_too_old_are_dropped_counted_and_written_again(
 
 
 def test_an_engine_that_never_takes_weights_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CopySampler, "push", lambda self, weights, version, probe=None: None)
+    monkeypatch.setattr(CopyEngine, "push", lambda self, weights, version, probe=None: None)
     with pytest.raises(EngineError, match="take the weights"):
         train(tmp_path, **ahead(tmp_path / "m", 1))
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.runs import distillation, save_tiny_model, write_recipe
 from understudy.cli import recording
 from understudy.cli.app import EXIT_SIGNAL, app
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.errors import UnderstudyError
 from understudy.tasks import build_tokenizer
 from understudy.teachers.stores.recording import read_record
@@ -200,25 +200,25 @@ def test_an_interrupted_recording_is_continued(recipe: Path, tmp_path: Path, mon
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     succeed("record", recipe, "--out", whole)
     asked: list[str] = []
-    generate = HFSampler.generate
+    generate = HFEngine.generate
 
-    def until_stopped(self: HFSampler, requests: Any, *rest: Any, **options: Any) -> Any:
+    def until_stopped(self: HFEngine, requests: Any, *rest: Any, **options: Any) -> Any:
         if len(asked) == 8:
             raise KeyboardInterrupt
         asked.extend(request.key for request in requests)
         return generate(self, requests, *rest, **options)
 
-    monkeypatch.setattr(HFSampler, "generate", until_stopped)
+    monkeypatch.setattr(HFEngine, "generate", until_stopped)
     code, text = run("record", recipe, "--out", cut)
     assert code == EXIT_SIGNAL
     assert "the same command continues" in text
     refuse("was cut short after 8 samples", "train", recipe, stored(cut))
 
-    def counted(self: HFSampler, requests: Any, *rest: Any, **options: Any) -> Any:
+    def counted(self: HFEngine, requests: Any, *rest: Any, **options: Any) -> Any:
         asked.extend(request.key for request in requests)
         return generate(self, requests, *rest, **options)
 
-    monkeypatch.setattr(HFSampler, "generate", counted)
+    monkeypatch.setattr(HFEngine, "generate", counted)
     assert "16 samples, 8 of them from before" in succeed("record", recipe, "--out", cut)
     assert len(asked) == len(set(asked)) == 16
     assert "16 samples, 16 of them from before" in succeed("record", recipe, "--out", cut)

@@ -223,7 +223,7 @@ def test_two_minibatches_are_two_updates(
         old, sampled = micro.batch.student_logprob, micro.batch.rollout_logprob
         assert old is not None
         assert sampled is not None
-        # the sampler wrote with the weights that S_old is of; its cache sums in another order
+        # the engine wrote with the weights that S_old is of; its cache sums in another order
         torch.testing.assert_close(old, sampled, rtol=0, atol=1e-4)
     if method == "reopold":
         kept = [micro.terms.given[0].per.sum() for part in seen.micros[:2] for micro in part]  # type: ignore[union-attr]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.engines.hf import decode
-from understudy.engines.hf.sampler import plan_batches
+from understudy.engines.hf.engine import plan_batches
 from understudy.errors import DataError, RecipeError, TrainingError
 from understudy.models import apply_lora, enable_gradient_checkpointing
 from understudy.randomness import keyed_uniform
@@ -29,8 +29,8 @@ FLOAT32 = 1e-6
 """`Sample.rollout_logprob` is kept in float32; log-probabilities here are below 10."""
 
 
-def sampler(model: Any, **options: Any) -> HFSampler:
-    return HFSampler(
+def make_engine(model: Any, **options: Any) -> HFEngine:
+    return HFEngine(
         model, letters(), **{"seed": 0, "stop_ids": (EOS,), "vocab_size": model.config.vocab_size} | options
     )
 
@@ -56,7 +56,7 @@ def same(a: Sample, b: Sample) -> bool:
 def test_logprob_is_that_of_a_forward_without_cache(name: str) -> None:
     """Left padding, rows that leave the cache, shared prompts, soft-cap and scale: none of it may show."""
     model = tiny(name, sharp=4.0, dtype=DTYPES.get(name, "float64"))
-    made = sampler(model).generate(requests(), Sampling(temperature=0.7, max_new_tokens=12), step=0)
+    made = make_engine(model).generate(requests(), Sampling(temperature=0.7, max_new_tokens=12), step=0)
     for sample in made:
         check_logprob(model, sample, temperature=0.7)
 
@@ -65,9 +65,9 @@ def test_logprob_is_that_of_a_forward_without_cache(name: str) -> None:
 def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     model = tiny(name, sharp=4.0, dtype=DTYPES.get(name, "float64"))
     wanted, sampling = requests(), Sampling(max_new_tokens=10)
-    together = sampler(model).generate(wanted, sampling, step=7)
-    in_reverse = sampler(model, max_batch_tokens=45).generate(wanted[::-1], sampling, step=7)[::-1]
-    alone = [sampler(model).generate([one], sampling, step=7)[0] for one in wanted]
+    together = make_engine(model).generate(wanted, sampling, step=7)
+    in_reverse = make_engine(model, max_batch_tokens=45).generate(wanted[::-1], sampling, step=7)[::-1]
+    alone = [make_engine(model).generate([one], sampling, step=7)[0] for one in wanted]
     assert all(same(a, b) and same(a, c) for a, b, c in zip(together, in_reverse, alone, strict=True))
     assert len({sample.text for sample in together[:4]}) > 1
 
@@ -75,21 +75,21 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
 def test_rows_that_are_drawn_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large vocabulary is drawn from a few rows at a time, which bounds memory and changes nothing."""
     model, sampling = tiny(sharp=4.0), Sampling(max_new_tokens=8)
-    whole = sampler(model).generate(requests(), sampling, step=0)
+    whole = make_engine(model).generate(requests(), sampling, step=0)
     monkeypatch.setattr(decode, "LOGIT_ELEMENTS", 5 * model.config.vocab_size)
-    parts = sampler(model).generate(requests(), sampling, step=0)
+    parts = make_engine(model).generate(requests(), sampling, step=0)
     assert all(same(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 def test_draws_depend_on_seed_step_and_stream() -> None:
     model, wanted, sampling = tiny(), requests(), Sampling(max_new_tokens=10)
-    base = sampler(model).generate(wanted, sampling, step=1)
-    again = sampler(model).generate(wanted, sampling, step=1)
+    base = make_engine(model).generate(wanted, sampling, step=1)
+    again = make_engine(model).generate(wanted, sampling, step=1)
     assert all(same(a, b) for a, b in zip(base, again, strict=True))
     for other in (
-        sampler(model, seed=1).generate(wanted, sampling, step=1),
-        sampler(model).generate(wanted, sampling, step=2),
-        sampler(model).generate(wanted, sampling, step=1, stream="eval"),
+        make_engine(model, seed=1).generate(wanted, sampling, step=1),
+        make_engine(model).generate(wanted, sampling, step=2),
+        make_engine(model).generate(wanted, sampling, step=1, stream="eval"),
     ):
         assert not any(same(a, b) for a, b in zip(base, other, strict=True))
 
@@ -97,7 +97,7 @@ def test_draws_depend_on_seed_step_and_stream() -> None:
 def test_a_token_is_the_inverse_of_the_models_distribution() -> None:
     """The whole path at once: keyed number, temperature, cut vocabulary, cumulative probabilities of a plain forward."""
     model = tiny(sharp=4.0)
-    made = sampler(model, seed=5, vocab_size=37).generate(requests(), Sampling(0.8, max_new_tokens=6), step=3)
+    made = make_engine(model, seed=5, vocab_size=37).generate(requests(), Sampling(0.8, max_new_tokens=6), step=3)
     for sample in made:
         uniform = keyed_uniform(5, "sample", 3, [sample.key], 6)[0]
         logp = plain_logp(model, sample.token_ids, 0.8, 37)[sample.prompt_length - 1 :]
@@ -108,7 +108,7 @@ def test_a_token_is_the_inverse_of_the_models_distribution() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_is_that_of_generate(name: str) -> None:
     model = tiny(name, sharp=4.0, dtype=DTYPES.get(name, "float64"))
-    made = sampler(model).generate(requests(1), Sampling(temperature=0.0, max_new_tokens=12), step=0)
+    made = make_engine(model).generate(requests(1), Sampling(temperature=0.0, max_new_tokens=12), step=0)
     for sample in made:
         prompt = sample.token_ids[None, : sample.prompt_length]
         expected = model.generate(
@@ -123,7 +123,7 @@ def test_greedy_is_that_of_generate(name: str) -> None:
 )
 def test_filtered_logprob_is_unfiltered(sampling: Sampling) -> None:
     model = tiny(sharp=4.0)
-    made = sampler(model).generate(requests(), sampling, step=0)
+    made = make_engine(model).generate(requests(), sampling, step=0)
     for sample in made:
         check_logprob(model, sample, temperature=0.9)
         if sampling.top_k:
@@ -135,7 +135,7 @@ def test_every_stop_token_ends_a_response_and_is_part_of_it() -> None:
     """peers 12: the terminating EOS is a token like any other; a truncated response has none."""
     stops = (EOS, 4, 11)
     model = tiny()
-    made = sampler(model, stop_ids=stops).generate(requests(40), Sampling(max_new_tokens=16), step=0)
+    made = make_engine(model, stop_ids=stops).generate(requests(40), Sampling(max_new_tokens=16), step=0)
     assert {sample.finish for sample in made} == {"stop", "length"}
     for sample in made[::7]:
         check_logprob(model, sample)
@@ -153,7 +153,7 @@ def test_every_stop_token_ends_a_response_and_is_part_of_it() -> None:
 
 def test_a_stop_token_in_the_prompt_ends_nothing() -> None:
     model = tiny()
-    made = sampler(model).generate(
+    made = make_engine(model).generate(
         [request("a", [EOS, 5, EOS], i) for i in range(20)], Sampling(max_new_tokens=5), step=0
     )
     assert all(sample.num_response_tokens >= 1 for sample in made)
@@ -168,7 +168,7 @@ def test_a_prefix_is_the_teachers() -> None:
         request("c", [5], prefix=[10]),
         request("d", [4, 4]),
     ]
-    made = sampler(model).generate(wanted, Sampling(max_new_tokens=6), step=0)
+    made = make_engine(model).generate(wanted, Sampling(max_new_tokens=6), step=0)
     for one, sample in zip(wanted, made, strict=True):
         prefix = [] if one.prefix_ids is None else one.prefix_ids.tolist()
         assert sample.prompt_length == one.token_ids.numel()
@@ -185,19 +185,19 @@ def test_a_prefix_is_the_teachers() -> None:
 def test_a_prefix_of_own_tokens_is_continued_with_the_same_draws() -> None:
     """The number of a token is that of its position in the response, whoever wrote what stands before it."""
     model = tiny(sharp=2.0)
-    whole = sampler(model, stop_ids=(99,)).generate(requests(1), Sampling(max_new_tokens=9), step=0)
+    whole = make_engine(model, stop_ids=(99,)).generate(requests(1), Sampling(max_new_tokens=9), step=0)
     cut = [
         Request(one.prompt, one.index, one.token_ids, sample.response_ids[: number % 3 + 1])
         for number, (one, sample) in enumerate(zip(requests(1), whole, strict=True))
     ]
-    again = sampler(model, stop_ids=(99,)).generate(cut, Sampling(max_new_tokens=6), step=0)
+    again = make_engine(model, stop_ids=(99,)).generate(cut, Sampling(max_new_tokens=6), step=0)
     for a, b in zip(whole, again, strict=True):
         assert torch.equal(a.token_ids[: b.token_ids.numel()], b.token_ids)
 
 
 def test_each_sample_carries_its_facts() -> None:
     model = tiny()
-    live = sampler(model)
+    live = make_engine(model)
     live.push(None, 17)
     wanted = [replace(one, prompt=replace(one.prompt, teacher="math")) for one in requests(2)]
     made = live.generate(wanted, Sampling(max_new_tokens=5), step=0)
@@ -223,15 +223,15 @@ def test_padding_rows_are_never_sampled() -> None:
     with torch.no_grad():
         model.lm_head.weight[37:] = 100 * model.lm_head.weight[36]
     for sampling in (Sampling(max_new_tokens=8), Sampling(top_k=40, max_new_tokens=8), Sampling(0.0, max_new_tokens=8)):
-        made = sampler(model, vocab_size=37).generate(requests(), sampling, step=0)
+        made = make_engine(model, vocab_size=37).generate(requests(), sampling, step=0)
         assert max(int(sample.response_ids.max()) for sample in made) < 37
         for sample in made:
             check_logprob(model, sample, vocab_size=37)
 
 
-def test_training_mode_dropout_and_checkpointing_do_not_reach_the_sampler() -> None:
+def test_training_mode_dropout_and_checkpointing_do_not_reach_the_engine() -> None:
     model = tiny("qwen3", sharp=4.0, attention_dropout=0.5)
-    expected = sampler(model).generate(requests(), Sampling(max_new_tokens=8), step=0)
+    expected = make_engine(model).generate(requests(), Sampling(max_new_tokens=8), step=0)
     enable_gradient_checkpointing(model)
     model.train()
     model.model.layers[0].eval()
@@ -239,7 +239,7 @@ def test_training_mode_dropout_and_checkpointing_do_not_reach_the_sampler() -> N
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    made = sampler(model).generate(requests(), Sampling(max_new_tokens=8), step=0)
+    made = make_engine(model).generate(requests(), Sampling(max_new_tokens=8), step=0)
     assert all(same(a, b) for a, b in zip(expected, made, strict=True))
     assert set(lengths[1:]) == {1}
     assert model.training
@@ -250,7 +250,7 @@ def test_training_mode_dropout_and_checkpointing_do_not_reach_the_sampler() -> N
 
 def test_the_model_is_live() -> None:
     model = tiny()
-    live = sampler(model)
+    live = make_engine(model)
     before = live.generate(requests(), Sampling(0.0, max_new_tokens=4), step=0)
     with torch.no_grad():
         model.lm_head.weight.neg_()
@@ -264,7 +264,7 @@ def test_adapters_are_sampled_with() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    for sample in sampler(model).generate(requests(), Sampling(max_new_tokens=6), step=0):
+    for sample in make_engine(model).generate(requests(), Sampling(max_new_tokens=6), step=0):
         check_logprob(model, sample)
 
 
@@ -273,7 +273,7 @@ def test_bfloat16_logits_are_formed_in_float32() -> None:
     model = tiny(dtype="bfloat16", sharp=4.0)
     seen: list[Tensor] = []
     model.model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state[:, -1]))
-    one = sampler(model).generate([request("a", [5, 6])], Sampling(max_new_tokens=1), step=0)[0]
+    one = make_engine(model).generate([request("a", [5, 6])], Sampling(max_new_tokens=1), step=0)[0]
     assert one.rollout_logprob is not None
     logp = (seen[0].double() @ model.lm_head.weight.detach().double().T).log_softmax(-1)
     assert math.isclose(float(one.rollout_logprob[-1]), float(logp[0, one.token_ids[-1]]), abs_tol=FLOAT32)
@@ -281,7 +281,7 @@ def test_bfloat16_logits_are_formed_in_float32() -> None:
 
 def test_autocast_is_the_trainers_precision() -> None:
     model = tiny(dtype="float32", sharp=4.0)
-    sample = sampler(model, autocast=torch.bfloat16).generate(requests(1), Sampling(max_new_tokens=4), step=0)[3]
+    sample = make_engine(model, autocast=torch.bfloat16).generate(requests(1), Sampling(max_new_tokens=4), step=0)[3]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(sample.token_ids[None, :-1], use_cache=False).last_hidden_state[0]
     logp = (hidden.float() @ model.lm_head.weight.detach().T).log_softmax(-1).gather(-1, sample.token_ids[1:, None])
@@ -295,10 +295,10 @@ def test_autocast_is_the_trainers_precision() -> None:
 def test_refusals_come_before_sampling() -> None:
     model = tiny(max_position_embeddings=16)
     with pytest.raises(RecipeError, match=r"p3#0: 7 prompt tokens and max_new_tokens 10 make 17.*16 positions"):
-        sampler(model).generate(requests(), Sampling(max_new_tokens=10), step=0)
-    sampler(model).generate(requests(1), Sampling(max_new_tokens=9), step=0)
+        make_engine(model).generate(requests(), Sampling(max_new_tokens=10), step=0)
+    make_engine(model).generate(requests(1), Sampling(max_new_tokens=9), step=0)
     with pytest.raises(DataError, match="empty#0 has no prompt token"):
-        sampler(model).generate(
+        make_engine(model).generate(
             [Request(request("empty", [1]).prompt, 0, torch.tensor([], dtype=torch.int64))], Sampling(), step=0
         )
 
@@ -312,7 +312,7 @@ def test_diverged_weights_are_named(sampling: Sampling, value: float) -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = value
     with pytest.raises(TrainingError, match=r"p3#0 \(and 23 more\): the student's logits are not finite"):
-        sampler(model).generate(requests(), replace(sampling, max_new_tokens=3), step=0)
+        make_engine(model).generate(requests(), replace(sampling, max_new_tokens=3), step=0)
 
 
 @settings(max_examples=200, deadline=None)

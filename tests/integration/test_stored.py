@@ -16,7 +16,7 @@ from tests.runs import save_tiny_model
 from tests.tiny_models import letters, request, tiny
 from tests.tiny_models import sample as written
 from understudy import config
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import pack
 from understudy.tasks import build_tokenizer
@@ -44,10 +44,10 @@ def judge(**changes: Any) -> LocalTeacher:
 
 
 def make(k: int | None = K) -> tuple[ScoredMeta, Pairs]:
-    """What the start of the student wrote, as the sampler gives it, and the teacher's scores."""
-    sampler = HFSampler(tiny("qwen3", "float32", sharp=2.0), letters(), seed=0, stop_ids=(1,), vocab_size=37)
-    sampler.push(None, 3)
-    samples = sampler.generate(requests(), Sampling(0.7, max_new_tokens=6), step=0)
+    """What the start of the student wrote, as the engine gives it, and the teacher's scores."""
+    engine = HFEngine(tiny("qwen3", "float32", sharp=2.0), letters(), seed=0, stop_ids=(1,), vocab_size=37)
+    engine.push(None, 3)
+    samples = engine.generate(requests(), Sampling(0.7, max_new_tokens=6), step=0)
     teacher = judge()
     scores = teacher.score(samples, SAMPLED if k is None else TOPK, k=k)
     return ScoredMeta.of(teacher, SETUP, "big", k), list(zip(samples, scores, strict=True))

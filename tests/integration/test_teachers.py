@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny_models import ARCHITECTURES, letters, plain_logp, request, sample, tiny
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.errors import ScoreError, VocabularyError
 from understudy.linear import score
 from understudy.models import load_causal_lm, load_tokenizer, save_hf
@@ -275,10 +275,10 @@ def test_real_weights_judge_their_own_samples(shared: Path) -> None:
     """A student that is its own teacher: the log-probabilities of both agree token by token, and it writes English."""
     path = str(shared / "models" / "stories260K")
     model, tokenizer = load_causal_lm(path, dtype="float32"), load_tokenizer(path)
-    sampler = HFSampler(model, tokenizer, seed=0, stop_ids=(2,), vocab_size=512)
+    engine = HFEngine(model, tokenizer, seed=0, stop_ids=(2,), vocab_size=512)
     openings = ["Once upon a time", "Lily had a red ball. One day"]
     asked = [request(text, tokenizer(text)["input_ids"], index) for text in openings for index in range(3)]
-    made = sampler.generate(asked, Sampling(0.8, max_new_tokens=60), step=0)
+    made = engine.generate(asked, Sampling(0.8, max_new_tokens=60), step=0)
     judged = teacher(model, vocab_size=512, temperature=0.8).score(made, SAMPLED)
     for one, scores in zip(made, judged, strict=True):
         assert one.rollout_logprob is not None

@@ -333,15 +333,15 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pyte
 
 def test_a_generation_per_step_and_not_per_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers 18."""
-    from understudy.engines import HFSampler
+    from understudy.engines import HFEngine
 
-    plain, sizes = HFSampler.generate, []
+    plain, sizes = HFEngine.generate, []
 
-    def counting(self: HFSampler, requests: Any, *args: Any, **options: Any) -> Any:
+    def counting(self: HFEngine, requests: Any, *args: Any, **options: Any) -> Any:
         sizes.append(len(requests))
         return plain(self, requests, *args, **options)
 
-    monkeypatch.setattr(HFSampler, "generate", counting)
+    monkeypatch.setattr(HFEngine, "generate", counting)
     changes = distillation(tmp_path, train={"micro_batch_tokens": 40, "samples_per_prompt": 2})
     train(tmp_path, examine=False, **changes)
     assert sizes == [16] * 6

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tests.tiny_models import letters, request, tiny
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.engines.hf.draw import draw
 from understudy.types import Sampling
 
@@ -117,8 +117,8 @@ def test_the_number_lies_in_the_interval_of_its_token(values: list[float], unifo
 def test_two_tokens_of_a_model_follow_its_joint_distribution() -> None:
     """Chi-square over all pairs, on draws that are the same in every run."""
     model, size, num = tiny(num_rows=5, sharp=10.0), 5, 4000
-    sampler = HFSampler(model, letters(5), seed=3, stop_ids=(99,), vocab_size=size)
-    made = sampler.generate([request("a", [2, 3], i) for i in range(num)], Sampling(1.3, max_new_tokens=2), step=0)
+    engine = HFEngine(model, letters(5), seed=3, stop_ids=(99,), vocab_size=size)
+    made = engine.generate([request("a", [2, 3], i) for i in range(num)], Sampling(1.3, max_new_tokens=2), step=0)
     pairs = torch.stack([sample.response_ids for sample in made])
     found = (pairs[:, 0] * size + pairs[:, 1]).bincount(minlength=size * size).double()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.engines.prefix import cut_prefix, guided_requests
 from understudy.errors import DataError
 from understudy.randomness import keyed_uniform
@@ -32,8 +32,8 @@ def cut_length(length: int, share: float, budget: int) -> int:
     return 0 if found is None else found.numel()
 
 
-def sampler(model: Any, **options: Any) -> HFSampler:
-    return HFSampler(model, letters(), **{"seed": 4, "stop_ids": (EOS,), "vocab_size": 40} | options)
+def make_engine(model: Any, **options: Any) -> HFEngine:
+    return HFEngine(model, letters(), **{"seed": 4, "stop_ids": (EOS,), "vocab_size": 40} | options)
 
 
 @given(SIZES, SHARES, SIZES)
@@ -88,7 +88,7 @@ def test_a_response_keeps_to_the_budget_and_its_authors(
         guided_requests([request(f"p{place}", PROMPT)], [response(length)], share, max_new_tokens=budget)[0]
         for place, (length, share) in enumerate(wanted)
     ]
-    made = sampler(model, stop_ids=(EOS,) if can_stop else (99,)).generate(
+    made = make_engine(model, stop_ids=(EOS,) if can_stop else (99,)).generate(
         asked, Sampling(max_new_tokens=budget), step=0
     )
     for one, sample in zip(asked, made, strict=True):
@@ -123,9 +123,9 @@ def test_long_and_short_prefixes_share_a_batch(name: str) -> None:
         request("d", PROMPT[:1]),
     ]
     sampling = Sampling(0.8, max_new_tokens=12)
-    together = sampler(model, stop_ids=(99,)).generate(asked, sampling, step=1)
+    together = make_engine(model, stop_ids=(99,)).generate(asked, sampling, step=1)
     for one, sample in zip(asked, together, strict=True):
-        alone = sampler(model, stop_ids=(99,)).generate([one], sampling, step=1)[0]
+        alone = make_engine(model, stop_ids=(99,)).generate([one], sampling, step=1)[0]
         assert torch.equal(sample.token_ids, alone.token_ids)
         assert sample.num_response_tokens == 12
         logp = plain_logp(model, sample.token_ids, 0.8).gather(-1, sample.token_ids[1:, None])[:, 0].float()
@@ -137,7 +137,7 @@ def test_long_and_short_prefixes_share_a_batch(name: str) -> None:
 def test_draws_are_those_of_the_position_in_the_response() -> None:
     model = tiny(sharp=4.0)
     asked = guided_requests([request("a", PROMPT)] * 2, [response(8), None], 0.5, max_new_tokens=8)
-    made = sampler(model, stop_ids=(99,)).generate(asked, Sampling(max_new_tokens=8), step=3)
+    made = make_engine(model, stop_ids=(99,)).generate(asked, Sampling(max_new_tokens=8), step=3)
     uniform = keyed_uniform(4, "sample", 3, ["a#0"], 8)[0]
     for sample in made:
         logp = plain_logp(model, sample.token_ids)[sample.prompt_length - 1 :]
@@ -148,4 +148,4 @@ def test_draws_are_those_of_the_position_in_the_response() -> None:
 
 def test_a_prefix_that_fills_the_budget_is_refused() -> None:
     with pytest.raises(DataError, match=r"a#0: a prefix of 4 tokens leaves nothing of max_new_tokens 4"):
-        sampler(tiny()).generate([request("a", PROMPT, prefix=[3] * 4)], Sampling(max_new_tokens=4), step=0)
+        make_engine(tiny()).generate([request("a", PROMPT, prefix=[3] * 4)], Sampling(max_new_tokens=4), step=0)

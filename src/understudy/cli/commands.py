@@ -14,8 +14,8 @@ from understudy.eval.summary import EvalSummary
 from understudy.format import Interval, interval, metric_note
 from understudy.methods import SFT
 from understudy.recipe import Recipe, load, load_recipe
+from understudy.recipe.engine import sampling_with
 from understudy.recipe.judges import load_judges
-from understudy.recipe.sampler import sampling_with
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.rundir import RunDir
@@ -114,8 +114,8 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
     with terminable(), Console() as console:
         loaded = load.load_student(recipe)
         started = time.perf_counter()
-        with contextlib.closing(load_judges(recipe, loaded)) as judges, sampling_with(recipe, loaded) as sampler:
-            summary = run.evaluator(recipe, loaded, sampler, judges.judge, Ranks(), out, console)(0)
+        with contextlib.closing(load_judges(recipe, loaded)) as judges, sampling_with(recipe, loaded) as engine:
+            summary = run.evaluator(recipe, loaded, engine, judges.judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary

@@ -20,8 +20,8 @@ from understudy.errors import DataError, RecipeError
 from understudy.files import write_atomically
 from understudy.methods import OPD, TopK
 from understudy.recipe import Recipe, load, load_recipe
+from understudy.recipe.engine import sampling_with
 from understudy.recipe.judges import load_judges, teacher_setup
-from understudy.recipe.sampler import sampling_with
 from understudy.tasks.renderer import encode_prompt
 from understudy.teachers import Chat, Privileged, Stored, Teacher, Verbal
 from understudy.teachers.stores.recording import ScoredMeta, recorded, write_scored
@@ -200,12 +200,12 @@ class _Pairs:
         """One pair for each request, in order."""
         need: frozenset[Need] = frozenset({"sampled"} if self.k is None else {"sampled", "topk"})
         with (
-            sampling_with(self.recipe, self.loaded) as sampler,
+            sampling_with(self.recipe, self.loaded) as engine,
             self.console.progress("record", len(requests)) as advance,
         ):
             for start in range(0, len(requests), BLOCK_REQUESTS):
                 block = requests[start : start + BLOCK_REQUESTS]
-                samples = sampler.generate(block, self.recipe.sampling, step=FIRST_STEP)
+                samples = engine.generate(block, self.recipe.sampling, step=FIRST_STEP)
                 scores = self.teacher.score(samples, need, k=self.k)
                 yield from zip(samples, scores, strict=True)
                 advance(len(block))

@@ -13,7 +13,7 @@ from understudy.errors import RecipeError
 from understudy.eval.summary import prompt_text
 from understudy.files import write_json_lines
 from understudy.recipe import Recipe, load
-from understudy.recipe.sampler import sampling_with
+from understudy.recipe.engine import sampling_with
 from understudy.tasks.renderer import encode_prompt
 from understudy.trainer.console import Console
 from understudy.trainer.settings import Split
@@ -54,10 +54,10 @@ def sample(
             for index in range(num_samples)
         ]
         samples: list[Sample] = []
-        with sampling_with(recipe, loaded) as sampler, console.progress("sample", len(requests)) as advance:
+        with sampling_with(recipe, loaded) as engine, console.progress("sample", len(requests)) as advance:
             for start in range(0, len(requests), BLOCK_REQUESTS):
                 block = requests[start : start + BLOCK_REQUESTS]
-                samples += sampler.generate(block, recipe.sampling, step=0, stream="sample/cli")
+                samples += engine.generate(block, recipe.sampling, step=0, stream="sample/cli")
                 advance(len(block))
         if out is not None:
             write_json_lines(out, [_row(item) for item in samples])

@@ -7,17 +7,17 @@ from typing import Protocol
 
 from torch import Tensor
 
-from understudy.engines.hf.copied import CopySampler
-from understudy.engines.hf.sampler import HFSampler
+from understudy.engines.hf.copied import CopyEngine
+from understudy.engines.hf.engine import HFEngine
 from understudy.engines.probe import Probe
-from understudy.engines.sections import HF, ROLLOUTS, VLLM, AnyRollout
+from understudy.engines.sections import ENGINES, HF, VLLM, AnyEngine
 from understudy.types import Request, Sample, Sampling
 
 Weights = Iterable[tuple[str, Tensor]]
 """Names and tensors, as in a state dict."""
 
 
-class Sampler(Protocol):
+class Engine(Protocol):
     """An engine that writes responses with the student's weights."""
 
     def generate(
@@ -42,7 +42,7 @@ class Sampler(Protocol):
         ...
 
     def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> float | None:
-        """New weights, after `version` optimizer updates; None where the sampler shares the live model, or where another
+        """New weights, after `version` optimizer updates; None where the engine shares the live model, or where another
         rank has pushed them. Returns the mean gap to the probe in nats; raises EngineError where it is too large."""
         ...
 
@@ -55,4 +55,4 @@ class Sampler(Protocol):
         ...
 
 
-__all__ = ["HF", "ROLLOUTS", "VLLM", "AnyRollout", "CopySampler", "HFSampler", "Probe", "Sampler", "Weights"]
+__all__ = ["ENGINES", "HF", "VLLM", "AnyEngine", "CopyEngine", "Engine", "HFEngine", "Probe", "Weights"]

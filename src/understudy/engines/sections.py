@@ -160,8 +160,8 @@ class VLLM:
         return f"rollout: {self.launch.num_servers} vLLM server(s) of its own"
 
 
-ROLLOUTS: Mapping[str, type[HF | VLLM]] = {"hf": HF, "vllm": VLLM}
-AnyRollout = HF | VLLM
+ENGINES: Mapping[str, type[HF | VLLM]] = {"hf": HF, "vllm": VLLM}
+AnyEngine = HF | VLLM
 
 
 def check_temperature(sampling: Sampling) -> None:

@@ -19,12 +19,12 @@ from understudy.types import Prompt, Request, Sample, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from understudy.engines import Sampler
+    from understudy.engines import Engine
     from understudy.tasks import Task
     from understudy.teachers import Judge
 
 BLOCK_REQUESTS = 1024
-"""Requests in one call of the sampler: enough to fill its batches, few enough to show progress and grade meanwhile."""
+"""Requests in one call of the engine: enough to fill its batches, few enough to show progress and grade meanwhile."""
 MAX_GRADERS = 4
 """Threads; a verifier may keep a process for each."""
 
@@ -34,7 +34,7 @@ def run_eval(
     prompts: Sequence[Prompt],
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    sampler: Sampler,
+    engine: Engine,
     sampling: Sampling,
     samples_per_prompt: int,
     step: int,
@@ -60,18 +60,18 @@ def run_eval(
     ends = _eos_ids(tokenizer) if eos_ids is None else eos_ids
     fitting, too_long = _render(prompts, tokenizer, max_prompt_tokens, template_kwargs)
     requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
-    samples = _sample_and_grade(requests, task, sampler, sampling, f"eval/{split}", progress)
+    samples = _sample_and_grade(requests, task, engine, sampling, f"eval/{split}", progress)
     summary = summarise(
         samples, step=step, split=split, eos_ids=ends, too_long=len(too_long), sampling=asdict(sampling)
     )
     if greedy:
         once = [Request(prompt, 0, ids) for prompt, ids in fitting]
-        best = _sample_and_grade(once, task, sampler, replace(sampling, temperature=0.0), f"eval/{split}/greedy", None)
+        best = _sample_and_grade(once, task, engine, replace(sampling, temperature=0.0), f"eval/{split}/greedy", None)
         found = summarise(best, step=step, split=split, eos_ids=ends).metrics.get("avg@1")
         summary = summary if found is None else replace(summary, metrics={**summary.metrics, "greedy": found})
     if rejection is not None:
         first = [Request(prompt, 0, ids) for prompt, ids in fitting]
-        rejected = rejection.metrics(first, task, sampler, sampling, f"eval/{split}/rejection")
+        rejected = rejection.metrics(first, task, engine, sampling, f"eval/{split}/rejection")
         summary = replace(summary, metrics={**summary.metrics, **rejected})
     if out_dir is not None:
         write_eval(out_dir, summary, samples)
@@ -87,7 +87,7 @@ class Rejection:
     max_attempts: int
 
     def metrics(
-        self, requests: Sequence[Request], task: Task, sampler: Sampler, sampling: Sampling, stream: str
+        self, requests: Sequence[Request], task: Task, engine: Engine, sampling: Sampling, stream: str
     ) -> dict[str, Estimate]:
         """`rejection@N`, the score of the answers that stand in the end, and `attempts`, draws of each.
 
@@ -97,7 +97,7 @@ class Rejection:
         attempts = dict.fromkeys((request.prompt.id for request in requests), 0)
         left = list(requests)
         for number in range(self.max_attempts):
-            written = sampler.generate(left, sampling, step=0, stream=f"{stream}/{number}")
+            written = engine.generate(left, sampling, step=0, stream=f"{stream}/{number}")
             verdicts = self.judge.judge(written)
             again = []
             for request, sample, verdict in zip(left, written, verdicts, strict=True):
@@ -147,7 +147,7 @@ def _render(
 def _sample_and_grade(
     requests: Sequence[Request],
     task: Task,
-    sampler: Sampler,
+    engine: Engine,
     sampling: Sampling,
     stream: str,
     progress: Callable[[int, int], None] | None,
@@ -157,7 +157,7 @@ def _sample_and_grade(
     pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grade")
     try:
         for block in _blocks(requests, BLOCK_REQUESTS):
-            samples = sampler.generate(block, sampling, step=0, stream=stream)
+            samples = engine.generate(block, sampling, step=0, stream=stream)
             _check_order(block, samples)
             graded += [pool.submit(_grade, task, sample) for sample in samples]
             if progress is not None:
@@ -176,7 +176,7 @@ def _check_order(requests: Sequence[Request], samples: Sequence[Sample]) -> None
     if expected != found:
         wrong = next((key for key, other in zip(expected, found, strict=False) if key != other), expected[-1])
         raise DataError(
-            f"the sampler returned {len(found)} samples for {len(expected)} requests, and not that of {wrong} in its place"
+            f"the engine returned {len(found)} samples for {len(expected)} requests, and not that of {wrong} in its place"
         )
 
 

@@ -144,7 +144,7 @@ def _where_from(method: TermsOf, name: str) -> str:
     hints = {
         "uniform": "set it, one draw a token, or pass rng=torch.Generator()",
         "outcome_advantage": "grade the samples and compare them with their group (`signals.group_advantage`)",
-        "rollout_logprob": "the sampler records it",
+        "rollout_logprob": "the engine records it",
     }
     whose = "reference model" if name.startswith("reference") else "teacher"
     return hints.get(name, f"ask the {whose} for it (its `needs` are {sorted(getattr(method, 'needs', ()))})")

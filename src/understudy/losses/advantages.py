@@ -103,7 +103,7 @@ def importance(
         return None
     if rollout_logprob is None:
         raise ScoreError(
-            f"correction {kind!r} needs rollout_logprob, which the batch does not have: the sampler records it"
+            f"correction {kind!r} needs rollout_logprob, which the batch does not have: the engine records it"
         )
     ratio = torch.where(on_policy, (student_logprob - rollout_logprob).exp(), 1.0)
     if kind == "tis":

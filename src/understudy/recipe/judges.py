@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.models import stop_ids
 from understudy.recipe.load import Loaded, load_base
 from understudy.recipe.schema import Recipe
@@ -134,7 +134,7 @@ def _writer(recipe: Recipe, loaded: Loaded, judges: Judges) -> Generate | None:
     if isinstance(judges.teacher, RoutedTeacher) or not isinstance(judges.teacher, LocalTeacher):
         return None
     teacher = judges.teacher
-    sampler = HFSampler(
+    engine = HFEngine(
         teacher.model,
         loaded.tokenizer,
         seed=recipe.seed,
@@ -147,7 +147,7 @@ def _writer(recipe: Recipe, loaded: Loaded, judges: Judges) -> Generate | None:
         ids = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in prompts]
         requests = [Request(prompt, 0, row) for prompt, row in zip(prompts, ids, strict=True)]
         with teacher.on_device():
-            written = sampler.generate(requests, sampling, step=0, stream="teacher")
+            written = engine.generate(requests, sampling, step=0, stream="teacher")
         return [None if sample.truncated else sample.text for sample in written]
 
     return write

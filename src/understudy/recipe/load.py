@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.errors import RecipeError, VocabularyError
 from understudy.models import (
     apply_lora,
@@ -190,9 +190,9 @@ class Loaded:
     compute_dtype: torch.dtype | None
     warnings: tuple[str, ...]
 
-    def sampler(self, seed: int, model: nn.Module | None = None) -> HFSampler:
+    def engine(self, seed: int, model: nn.Module | None = None) -> HFEngine:
         """Samples with the live weights, or with those of a `model` like it."""
-        return HFSampler(
+        return HFEngine(
             model or self.model,
             self.tokenizer,
             seed=seed,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from understudy import config
-from understudy.engines import HF, ROLLOUTS, VLLM, AnyRollout
+from understudy.engines import ENGINES, HF, VLLM, AnyEngine
 from understudy.engines.sections import check_temperature, logprobs_mode
 from understudy.errors import RecipeError, nearest
 from understudy.methods import METHODS, REFUSED, Method
@@ -96,7 +96,7 @@ class Recipe:
     task: AnyTask = config.choice(TASKS)
     method: Method = config.choice(METHODS, refused=REFUSED)
     sampling: Sampling = Sampling()
-    rollout: AnyRollout | None = config.choice(ROLLOUTS, optional=True)
+    rollout: AnyEngine | None = config.choice(ENGINES, optional=True)
     """The engine that writes samples; None: `hf`, the student itself."""
     train: Train
     async_: Async | None = None
@@ -162,7 +162,7 @@ class Recipe:
             )
 
     @property
-    def engine(self) -> AnyRollout:
+    def engine(self) -> AnyEngine:
         """What writes samples."""
         return self.rollout or HF()
 

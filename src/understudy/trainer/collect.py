@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.engines import Sampler
+from understudy.engines import Engine
 from understudy.engines.prefix import guided_requests
 from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
@@ -30,7 +30,7 @@ TOKEN_SCORES: frozenset[Need] = frozenset({"sampled", "topk", "full"})
 class Collector:
     """Turns requests into judged samples."""
 
-    sampler: Sampler
+    engine: Engine
     sampling: Sampling
     tokenizer: Any
     template_kwargs: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Collector:
 
     def close(self) -> None:
         """Ends connections, servers that the run started, and what they have in flight."""
-        for part in (self.sampler, self.teacher, self.reference):
+        for part in (self.engine, self.teacher, self.reference):
             if part is not None:
                 part.close()
 
@@ -81,14 +81,14 @@ class Collector:
 
     def write_again(self, requests: Sequence[Request], step: int) -> list[Sample]:
         """Another attempt at each request, with other draws."""
-        return self.sampler.generate(requests, self.sampling, step=step, stream="resample") if requests else []
+        return self.engine.generate(requests, self.sampling, step=step, stream="resample") if requests else []
 
     def _write(self, requests: Sequence[Request], step: int) -> list[Sample]:
         if not requests:
             return []
         if isinstance(self.teacher, StoredTeacher):
             return self._replay(self.teacher, requests)
-        return self.sampler.generate(requests, self.sampling, step=step)
+        return self.engine.generate(requests, self.sampling, step=step)
 
     def _replay(self, teacher: StoredTeacher, requests: Sequence[Request]) -> list[Sample]:
         """A prompt that is drawn twice in a step gives the same samples twice, as over epochs."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from understudy.engines import Probe, Sampler
+from understudy.engines import Engine, Probe
 from understudy.teachers import Judge
 from understudy.teachers.base import ScoreForm
 from understudy.types import Metric, Request, Sample, Sampling, Verdict
@@ -132,20 +132,20 @@ class SharedJudge:
 
 
 @dataclass(frozen=True)
-class SharedSampler:
-    """A sampler for evaluation: each rank writes its part, and every rank gets all samples in the order of requests."""
+class SharedEngine:
+    """An engine for evaluation: each rank writes its part, and every rank gets all samples in the order of requests."""
 
-    sampler: Sampler
+    engine: Engine
     ranks: Ranks
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
-        """As `Sampler.generate`."""
+        """As `Engine.generate`."""
         if self.ranks.world == 1:
-            return self.sampler.generate(requests, sampling, step=step, stream=stream)
+            return self.engine.generate(requests, sampling, step=step, stream=stream)
         part = self.ranks.mine(requests)
-        written = self.sampler.generate(part, sampling, step=step, stream=stream) if part else []
+        written = self.engine.generate(part, sampling, step=step, stream=stream) if part else []
         samples: list[Sample | None] = [None] * len(requests)
         # copies: a view would be sent with all of the tensor that it is cut from
         for rank, found in enumerate(self.ranks.gather([_copied(sample) for sample in written])):
@@ -158,25 +158,25 @@ class SharedSampler:
         return 1
 
     def verify(self) -> None:
-        """As `Sampler.verify`."""
-        self.sampler.verify()
+        """As `Engine.verify`."""
+        self.engine.verify()
 
     def close(self) -> None:
-        """As `Sampler.close`."""
-        self.sampler.close()
+        """As `Engine.close`."""
+        self.engine.close()
 
     @property
     def num_positions(self) -> int | None:
-        """As `Sampler.num_positions`."""
-        return self.sampler.num_positions
+        """As `Engine.num_positions`."""
+        return self.engine.num_positions
 
     @property
     def remote(self) -> bool:
-        """As `Sampler.remote`."""
-        return self.sampler.remote
+        """As `Engine.remote`."""
+        return self.engine.remote
 
     def push(
         self, weights: Iterable[tuple[str, Tensor]] | None, version: int, probe: Probe | None = None
     ) -> float | None:
-        """As `Sampler.push`."""
-        return self.sampler.push(weights, version, probe)
+        """As `Engine.push`."""
+        return self.engine.push(weights, version, probe)

@@ -27,7 +27,7 @@ from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import StopSignal
-from understudy.trainer.update import Judged, MicroBatch, Student, accumulate_gradients, prepare
+from understudy.trainer.update import Judged, MicroBatch, StudentModel, accumulate_gradients, prepare
 from understudy.types import Metric, Sample, add_metrics
 
 MAX_SKIPPED = 3
@@ -47,11 +47,11 @@ Ending = Literal["finished", "good enough", "stopped by a signal"]
 class Trainer:
     """One run. All that changes is the weights, the optimizer's state and `progress`."""
 
-    student: Student
+    student: StudentModel
     method: Method
     rollouts: Rollouts | Overlapped
     publish: Callable[[int, Sequence[Sample]], dict[str, float]]
-    """Gives the weights after so many updates to the sampler, and may compare the two on samples; what was measured."""
+    """Gives the weights after so many updates to the engine, and may compare the two on samples; what was measured."""
     optimizer: Optimizer
     settings: Train
     evaluation: Eval | None
@@ -145,7 +145,7 @@ class Trainer:
 
     def _healed(self, do: Callable[[], Result]) -> Result:
         """What `do` returns; where an engine has lost its weights it gets them again, and what it wrote is forgotten."""
-        if not self.rollouts.collector.sampler.remote:
+        if not self.rollouts.collector.engine.remote:
             return do()
         for _ in range(MAX_HEALED):
             lost: WeightsLostError | None = None
@@ -283,7 +283,7 @@ class Trainer:
 
     def _evaluated(self) -> EvalSummary:
         summary = self.evaluate(self.progress.step)
-        self.rollouts.collector.sampler.verify()
+        self.rollouts.collector.engine.verify()
         return summary
 
     def _checkpoint(self) -> None:

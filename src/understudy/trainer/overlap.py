@@ -82,7 +82,7 @@ class Overlapped:
         self._method = method
         self._settings = settings
         self._train: Train = rollouts.settings
-        num_engines = rollouts.collector.sampler.concurrency
+        num_engines = rollouts.collector.engine.concurrency
         self._single, self._grouped = num_engines > 1, grouped
         self._parcels: deque[_Parcel] = deque()
         self._to_score: deque[_Piece] = deque()
@@ -106,7 +106,7 @@ class Overlapped:
         """
         with clock("wait_s"):
             found = self._take(progress, method)
-            self.collector.sampler.verify()
+            self.collector.engine.verify()
             self._send(progress.step, 0)
         return found
 

@@ -1,4 +1,4 @@
-"""The student's weights on their way to the sampler, and whether they arrived."""
+"""The student's weights on their way to the engine, and whether they arrived."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from understudy.engines import Probe, Sampler
+from understudy.engines import Engine, Probe
 from understudy.errors import WeightsLostError
 from understudy.linear import score
 from understudy.models import lm_head
 from understudy.models.backbone import evaluating
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.update import Student
+from understudy.trainer.update import StudentModel
 from understudy.types import Sample
 
 NUM_PROBED = 4
-"""Sequences that sampler and trainer are compared on after every push."""
+"""Sequences that engine and trainer are compared on after every push."""
 PROBE_TOKENS = 256
 """Of each, from its start."""
 
@@ -27,37 +27,37 @@ PROBE_TOKENS = 256
 class Publisher:
     """Pushes the live weights; to servers that ranks share the first rank does."""
 
-    sampler: Sampler
-    student: Student
+    engine: Engine
+    student: StudentModel
     weights: Callable[[], Iterable[tuple[str, Tensor]]] | None
-    """By the names that the sampler reads; None where it shares the live model."""
+    """By the names that the engine reads; None where it shares the live model."""
     ranks: Ranks
     first: Sequence[Sample]
     """To be compared on before there are samples."""
 
     def __call__(self, version: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """`push_gap`: mean |log S_sampler - log S_trainer|, nats, of servers. Raises EngineError where that is more than the
-        precision explains, and WeightsLostError, on every rank, as `Sampler.verify`."""
-        if not self.sampler.remote:
-            self.sampler.push(None if self.weights is None else self.weights(), version)
+        """`push_gap`: mean |log S_engine - log S_trainer|, nats, of servers. Raises EngineError where that is more than the
+        precision explains, and WeightsLostError, on every rank, as `Engine.verify`."""
+        if not self.engine.remote:
+            self.engine.push(None if self.weights is None else self.weights(), version)
             return {}
         gap, lost = None, None
         if self.ranks.is_main:
             assert self.weights is not None
             try:
-                gap = self.sampler.push(self.weights(), version, probe_of(self.student, samples or self.first))
+                gap = self.engine.push(self.weights(), version, probe_of(self.student, samples or self.first))
             except WeightsLostError as error:
                 lost = error
         # every rank hears of it, so that all do what follows
         if self.ranks.any(lost is not None):
             raise lost or WeightsLostError("the rollout engine lost its weights, the first rank says")
         if not self.ranks.is_main:
-            self.sampler.push(None, version)
+            self.engine.push(None, version)
         return {} if gap is None else {"push_gap": gap}
 
 
 @torch.no_grad()
-def probe_of(student: Student, samples: Sequence[Sample]) -> Probe:
+def probe_of(student: StudentModel, samples: Sequence[Sample]) -> Probe:
     """What the live model says of some sequences, at temperature 1 and over all rows of its head."""
     # the shortest are cheap, and as telling as others
     chosen = sorted(samples, key=lambda sample: sample.token_ids.numel())[:NUM_PROBED]

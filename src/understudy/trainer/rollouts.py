@@ -69,7 +69,7 @@ class Rollouts:
         """The judged samples of a step: all are written, then all are scored."""
         with clock("generate_s"):
             found = self(progress.position, method.plan(own_step), progress.step)
-            self.collector.sampler.verify()
+            self.collector.engine.verify()
         with clock("score_s"):
             found.judged, found.num_dropped = self.collector.score(found.samples, method)
         return found

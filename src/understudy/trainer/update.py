@@ -25,7 +25,7 @@ MICRO_BATCH_TOKENS_ELSEWHERE = 16_384
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentModel:
     """The model in training, and how it is run."""
 
     model: nn.Module
@@ -98,7 +98,7 @@ class MicroBatch:
 
 
 def prepare(
-    student: Student,
+    student: StudentModel,
     method: Method,
     judged: Judged,
     *,
@@ -142,7 +142,7 @@ def _divide(judged: Judged, num_parts: int, ranks: Ranks) -> list[Judged]:
     return [judged.at([i for i, name in enumerate(names) if place[name] == part]) for part in range(num_parts)]
 
 
-def _cut(student: Student, judged: Judged, by_teacher: bool) -> list[tuple[Judged, str | None]]:
+def _cut(student: StudentModel, judged: Judged, by_teacher: bool) -> list[tuple[Judged, str | None]]:
     names = [sample.teacher if by_teacher else None for sample in judged.samples]
     default = MICRO_BATCH_TOKENS.get(student.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
     found = []
@@ -165,7 +165,7 @@ def _pack(judged: Judged, method: Method, seed: int, step: int) -> TokenBatch:
 
 
 @torch.no_grad()
-def _score_old(student: Student, micro: MicroBatch) -> MicroBatch:
+def _score_old(student: StudentModel, micro: MicroBatch) -> MicroBatch:
     """With log S_old and its entropy at every token that is trained."""
     batch = micro.batch
     with evaluating(student.model):
@@ -184,7 +184,7 @@ def _cut_whole(method: Method, batches: list[TokenBatch], step: int, ranks: Rank
 
 
 def accumulate_gradients(
-    student: Student,
+    student: StudentModel,
     micros: Sequence[MicroBatch],
     *,
     heads: Heads,

@@ -8,18 +8,18 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from understudy.engines.hf.sampler import HFSampler
+from understudy.engines.hf.engine import HFEngine
 from understudy.engines.probe import Probe
 from understudy.errors import EngineError
 from understudy.types import Request, Sample, Sampling
 
 
-class CopySampler:
-    """An `HFSampler` over a copy. A push waits for the batch that is being written: one batch has one version."""
+class CopyEngine:
+    """An `HFEngine` over a copy. A push waits for the batch that is being written: one batch has one version."""
 
-    def __init__(self, model: nn.Module, open_sampler: Callable[[nn.Module], HFSampler]) -> None:
+    def __init__(self, model: nn.Module, open_engine: Callable[[nn.Module], HFEngine]) -> None:
         self._weights = dict(model.state_dict())
-        self._sampler = open_sampler(model)
+        self.engine = open_engine(model)
         self._lock = Lock()
         self._closed = False
 
@@ -44,16 +44,16 @@ class CopySampler:
         with self._lock:
             for name, value in weights or ():
                 self._weights[name].copy_(value)
-            self._sampler.push(None, version)
+            self.engine.push(None, version)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
-        """As `HFSampler.generate`."""
+        """As `HFEngine.generate`."""
         with self._lock:
             if self._closed:
-                raise EngineError("the sampler is closed")
-            return self._sampler.generate(requests, sampling, step=step, stream=stream)
+                raise EngineError("the engine is closed")
+            return self.engine.generate(requests, sampling, step=step, stream=stream)
 
     def verify(self) -> None:
         """A copy in memory stays."""
@@ -63,4 +63,4 @@ class CopySampler:
         self._closed = True
 
 
-__all__ = ["CopySampler"]
+__all__ = ["CopyEngine"]

@@ -112,7 +112,7 @@ class Parts:
     @property
     def servers(self) -> dict[str, Callable[[], object]]:
         """How each server says that it is well, by label."""
-        named: dict[str, object] = {"rollout engine": self.collector.sampler}
+        named: dict[str, object] = {"rollout engine": self.collector.engine}
         named |= {side.label: uncached(side.teacher) for side in self.sides}
         named["judge"] = self.judges.judge
         found: dict[str, Callable[[], object]] = {}

@@ -1,4 +1,4 @@
-"""A rehearsal on two prompts, and what its samples say about teacher, sampler and trainer. Nothing is changed by it."""
+"""A rehearsal on two prompts, and what its samples say about teacher, engine and trainer. Nothing is changed by it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def findings(parts: Parts) -> list[Finding]:
     rehearsed = made[0]
     for name, checked, check in (
         ("teacher's scores", "the same samples scored again, in another order, and alone", _determinism),
-        ("log-probabilities", "the sampler's, the trainer's, and those of a teacher that is the student", _own_scores),
+        ("log-probabilities", "the engine's, the trainer's, and those of a teacher that is the student", _own_scores),
     ):
         with _unchanged(parts):
             found += attempt(name, checked, lambda check=check, checked=checked: check(parts, rehearsed, checked))  # type: ignore[misc]
@@ -296,11 +296,11 @@ def _own_scores(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Fi
         sampled = torch.cat([_sampled(sample) for sample in samples])[wrote]
         wide = max(dtype, _engine_precision(parts), key=LIMITS.__getitem__)
         gap = Gap.of(trained, sampled)
-        lines.append(f"between sampler and trainer: {gap}")
+        lines.append(f"between engine and trainer: {gap}")
         levels.append(gap.level(wide))
         if levels[-1] != "ok":
             advice.append(
-                "the sampler does not draw from what is trained: compare its weights, temperature, precision and what its "
+                "the engine does not draw from what is trained: compare its weights, temperature, precision and what its "
                 "log-probabilities refer to (before or after temperature and filters)"
             )
     if lines:
@@ -308,14 +308,14 @@ def _own_scores(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Fi
 
 
 def _engine_precision(parts: Parts) -> torch.dtype:
-    """Of the sampler: the student's, unless its section says otherwise."""
+    """Of the engine: the student's, unless its section says otherwise."""
     named = getattr(parts.recipe.engine, "dtype", "auto")
     found: torch.dtype = precision(parts.loaded.model) if named == "auto" else getattr(torch, named)
     return found
 
 
 def _sampled(sample: Sample) -> Tensor:
-    """What the sampler says of the response; NaN where it says nothing. [R]."""
+    """What the engine says of the response; NaN where it says nothing. [R]."""
     if sample.rollout_logprob is None:
         return torch.full((sample.num_response_tokens,), math.nan)
     return sample.rollout_logprob[sample.prompt_length :]

@@ -258,7 +258,7 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
     rooms = {label: num_positions(model) for label, model in models.items()}
     # a served teacher or an engine may say how much it takes
     rooms |= {side.label: _room(uncached(side.teacher)) for side in parts.sides if side.model is None}
-    rooms["rollout engine"] = _room(parts.collector.sampler)
+    rooms["rollout engine"] = _room(parts.collector.engine)
     lines = [f"{max(kept)} prompt tokens and {new} new ones make {need}"]
     lines += [f"the {label} has {room:,} positions" for label, room in rooms.items() if room is not None]
     short = [label for label, room in rooms.items() if room is not None and room < need]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from understudy.engines import HF
-from understudy.engines.hf.sampler import MAX_BATCH_TOKENS
+from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.linear.chunked import CHUNK_ELEMENTS
 from understudy.models import num_positions
 from understudy.recipe import load
@@ -170,7 +170,7 @@ def _persistent(run: Run) -> dict[str, int]:
     weights = {} if run.is_loaded else {"student": run.student.weights}
     engine = run.recipe.engine
     if isinstance(engine, HF) and engine.copy and not run.is_loaded:
-        weights["the sampler's copy"] = run.student.weights
+        weights["the engine's copy"] = run.student.weights
     weights |= {} if run.is_loaded else {label: size.weights for label, size in run.others.items()}
     return weights | ({} if run.has_moments else {"optimizer": ADAM_MOMENTS * run.student.trained})
 

@@ -1,4 +1,4 @@
-"""The sampler of vLLM servers, on a stub that computes with a real tiny model: what it writes is that model's."""
+"""The engine of vLLM servers, on a stub that computes with a real tiny model: what it writes is that model's."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.config import parse
-from understudy.engines import HFSampler
+from understudy.engines import HFEngine
 from understudy.engines.probe import Probe
 from understudy.engines.sections import VLLM, Launch, logprobs_mode
+from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.nccl import NCCLTransfer
-from understudy.engines.vllm.sampler import FLOAT32_GAP, VLLMSampler
 from understudy.engines.vllm.shared_memory import memory_left
 from understudy.engines.vllm.weights import SHARED_MEMORY, WeightStore
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
@@ -59,7 +59,7 @@ def requests(per_prompt: int = 3) -> list[Request]:
 
 
 @contextmanager
-def engine(
+def make_engine(
     model: Any,
     tmp_path: Path,
     *,
@@ -69,8 +69,8 @@ def engine(
     stop_ids: tuple[int, ...] = (EOS,),
     sampling: Sampling = LONG,
     **section: Any,
-) -> Iterator[tuple[VLLMSampler, list[EngineStub]]]:
-    """A sampler before its first push, and its servers, which start with the weights of `model`."""
+) -> Iterator[tuple[VLLMEngine, list[EngineStub]]]:
+    """An engine before its first push, and its servers, which start with the weights of `model`."""
     start = saved(model, tmp_path / "start")
     with nothing_left(), ExitStack() as stack:
         servers = [stack.enter_context(EngineStub(start, **(stub or {}))) for _ in range(stubs)]
@@ -78,7 +78,7 @@ def engine(
             server.logprobs_mode = section.get("mode", "raw_logprobs")
         section.pop("mode", None)
         given = {"url": tuple(server.url for server in servers)} | PATIENCE | section
-        made = VLLMSampler(
+        made = VLLMEngine(
             VLLM(**given),
             model,
             letters(vocab_size or NUM_ROWS),
@@ -107,8 +107,8 @@ def moved(model: Any, seed: int = 1, size: float = 0.3) -> Any:
     return model
 
 
-def push(sampler: VLLMSampler, model: Any, version: int = 0) -> float:
-    gap = sampler.push(merged_state_dict(model).items(), version, probe_of(model))
+def push(engine: VLLMEngine, model: Any, version: int = 0) -> float:
+    gap = engine.push(merged_state_dict(model).items(), version, probe_of(model))
     assert gap is not None
     return gap
 
@@ -138,9 +138,9 @@ def facts(samples: list[Sample]) -> list[tuple[list[int], str, str]]:
 def test_samples_are_the_models(tmp_path: Path) -> None:
     """Log-probabilities, authors, versions, ends and texts; the same (stream, step, request) draws the same."""
     model = model_of()
-    with engine(model, tmp_path, stubs=2) as (sampler, servers):
-        assert push(sampler, model, 3) < TOLERANCE
-        samples = sampler.generate(requests(), LONG, step=0)
+    with make_engine(model, tmp_path, stubs=2) as (engine, servers):
+        assert push(engine, model, 3) < TOLERANCE
+        samples = engine.generate(requests(), LONG, step=0)
         for asked, sample in zip(requests(), samples, strict=True):
             check_logprob(model, sample)
             assert sample.key == asked.key
@@ -155,9 +155,9 @@ def test_samples_are_the_models(tmp_path: Path) -> None:
             assert sample.text == letters().decode(shown, skip_special_tokens=True)
         assert {sample.finish for sample in samples} == {"stop", "length"}
         assert len({tuple(sample.token_ids.tolist()) for sample in samples}) > len(PROMPTS)
-        assert facts(sampler.generate(requests()[::-1], LONG, step=0)) == facts(samples)[::-1]
-        assert facts(sampler.generate(requests(), LONG, step=1)) != facts(samples)
-        assert facts(sampler.generate(requests(), LONG, step=0, stream="eval")) != facts(samples)
+        assert facts(engine.generate(requests()[::-1], LONG, step=0)) == facts(samples)[::-1]
+        assert facts(engine.generate(requests(), LONG, step=1)) != facts(samples)
+        assert facts(engine.generate(requests(), LONG, step=0, stream="eval")) != facts(samples)
         assert all(len(server.asked("/v1/completions")) > 3 for server in servers)
 
 
@@ -165,10 +165,10 @@ def test_greedy_is_that_of_the_hf_engine_prefixes_included(tmp_path: Path) -> No
     model = model_of()
     greedy = Sampling(temperature=0.0, max_new_tokens=9)
     asked = [*requests(1), request("g", [5, 6], prefix=[7, 8, 9]), request("h", [5, 6], prefix=[7] * 8)]
-    own = HFSampler(model, letters(), seed=0, stop_ids=(EOS,), vocab_size=NUM_ROWS)
-    with engine(model, tmp_path) as (sampler, _):
-        push(sampler, model)
-        found = sampler.generate(asked, greedy, step=0)
+    own = HFEngine(model, letters(), seed=0, stop_ids=(EOS,), vocab_size=NUM_ROWS)
+    with make_engine(model, tmp_path) as (engine, _):
+        push(engine, model)
+        found = engine.generate(asked, greedy, step=0)
     expected = own.generate(asked, greedy, step=0)
     assert facts(found) == facts(expected)
     for one, other in zip(found, expected, strict=True):
@@ -183,9 +183,9 @@ def test_stop_tokens_are_the_trainers(tmp_path: Path) -> None:
     """Neither the model's EOS nor another end than the trainer's counts."""
     model = model_of()
     ends = tuple(range(20, 30))
-    with engine(model, tmp_path, stop_ids=ends) as (sampler, _):
-        push(sampler, model)
-        samples = sampler.generate(requests(8), LONG, step=0)
+    with make_engine(model, tmp_path, stop_ids=ends) as (engine, _):
+        push(engine, model)
+        samples = engine.generate(requests(8), LONG, step=0)
     assert any(EOS in sample.response_ids for sample in samples)
     for sample in samples:
         inside = [token in ends for token in sample.response_ids.tolist()]
@@ -197,17 +197,17 @@ def test_stop_tokens_are_the_trainers(tmp_path: Path) -> None:
 def test_a_push_arrives(tied: bool, tmp_path: Path) -> None:
     """The head of a tied model too, where the server keeps a copy of its own; nothing lies around afterwards."""
     model = model_of(tied)
-    with engine(model, tmp_path, stubs=2, stub={"stale_tied_head": tied}) as (sampler, servers):
-        push(sampler, model)
-        old = facts(sampler.generate(requests(), LONG, step=0))
-        assert push(sampler, moved(model), 1) < TOLERANCE
-        assert sampler.last_gap < TOLERANCE
-        samples = sampler.generate(requests(), LONG, step=0)
+    with make_engine(model, tmp_path, stubs=2, stub={"stale_tied_head": tied}) as (engine, servers):
+        push(engine, model)
+        old = facts(engine.generate(requests(), LONG, step=0))
+        assert push(engine, moved(model), 1) < TOLERANCE
+        assert engine.last_gap < TOLERANCE
+        samples = engine.generate(requests(), LONG, step=0)
         assert facts(samples) != old
         for sample in samples:
             check_logprob(model, sample)
-        assert sampler._store is not None
-        folder = sampler._store.folder
+        assert engine._store is not None
+        folder = engine._store.folder
         assert folder.parent == SHARED_MEMORY
         assert [path.name for path in folder.iterdir()] == ["lock"]
         for server in servers:
@@ -227,33 +227,33 @@ def test_weights_of_an_adapter_arrive_merged(tmp_path: Path) -> None:
             torch.nn.init.normal_(weight, std=0.5)
     plain = model_of()
     plain.load_state_dict(merged_state_dict(model))
-    with engine(model_of(), tmp_path) as (sampler, _):
-        sampler.push(merged_state_dict(model).items(), 1, probe_of(plain))
-        assert sampler.last_gap < TOLERANCE
+    with make_engine(model_of(), tmp_path) as (engine, _):
+        engine.push(merged_state_dict(model).items(), 1, probe_of(plain))
+        assert engine.last_gap < TOLERANCE
 
 
 def test_a_push_that_is_ignored_ends_the_run(tmp_path: Path) -> None:
     model = model_of()
-    with engine(model, tmp_path, stubs=2) as (sampler, servers):
-        push(sampler, model)
+    with make_engine(model, tmp_path, stubs=2) as (engine, servers):
+        push(engine, model)
         servers[1].ignore_pushes = True
         with pytest.raises(EngineError, match="version 1(.|\n)*did not arrive") as caught:
-            push(sampler, moved(model), 1)
+            push(engine, moved(model), 1)
         assert servers[1].url in str(caught.value)
-        assert sampler.last_gap > FLOAT32_GAP
+        assert engine.last_gap > FLOAT32_GAP
         with pytest.raises(EngineError, match="did not get version 1"):
-            sampler.generate(requests(), LONG, step=0)
+            engine.generate(requests(), LONG, step=0)
 
 
 LOOSE: dict[str, Any] = {"check_tolerance": 0.05}
 """As for an engine in 16 bits: what one update moves is far below it."""
 
 
-def push_little(sampler: VLLMSampler, model: Any, version: int, size: float = 1e-5, length: int = 20) -> None:
+def push_little(engine: VLLMEngine, model: Any, version: int, size: float = 1e-5, length: int = 20) -> None:
     """Other weights by about 1e-5 of their size, compared on sequences that differ each time."""
     moved(model, seed=version, size=size)
     ids = [[5 + (7 * place + version + row) % 30 for place in range(length)] for row in range(2)]
-    gap = sampler.push(merged_state_dict(model).items(), version, probe_of(model, *ids))
+    gap = engine.push(merged_state_dict(model).items(), version, probe_of(model, *ids))
     assert gap is not None
     assert gap < LOOSE["check_tolerance"] / 10
 
@@ -261,89 +261,89 @@ def push_little(sampler: VLLMSampler, model: Any, version: int, size: float = 1e
 def test_pushes_that_are_lost_are_seen_though_they_are_small(tmp_path: Path) -> None:
     """Within three, by the server's own numbers, which stay as they are to the last bit."""
     model = model_of()
-    with engine(model, tmp_path, stubs=2, **LOOSE) as (sampler, servers):
+    with make_engine(model, tmp_path, stubs=2, **LOOSE) as (engine, servers):
         for version in range(3):
-            push_little(sampler, model, version)
+            push_little(engine, model, version)
         servers[1].ignore_pushes = True
         for version in range(3, 5):
-            push_little(sampler, model, version)
+            push_little(engine, model, version)
         with pytest.raises(EngineError, match="version 5(.|\n)*to the last bit") as caught:
-            push_little(sampler, model, 5)
+            push_little(engine, model, 5)
         assert servers[1].url in str(caught.value)
         assert servers[0].url not in str(caught.value)
         with pytest.raises(EngineError, match="did not get version 5"):
-            sampler.generate(requests(), LONG, step=0)
+            engine.generate(requests(), LONG, step=0)
 
 
 def test_small_pushes_that_arrive_are_no_error(tmp_path: Path) -> None:
     """Nor is one that comes late, nor weights that did not change, nor a probe of too few tokens to tell."""
     model = model_of()
-    with engine(model, tmp_path, **LOOSE) as (sampler, servers):
+    with make_engine(model, tmp_path, **LOOSE) as (engine, servers):
         for version in range(8):
-            push_little(sampler, model, version)
+            push_little(engine, model, version)
         for version in range(8, 17):
             servers[0].ignore_pushes = version % 3 != 0
-            push_little(sampler, model, version)
+            push_little(engine, model, version)
         servers[0].ignore_pushes = False
         for version in range(17, 22):
-            push_little(sampler, model, version, size=0.0)
-    with engine(model, tmp_path / "few", **LOOSE) as (sampler, servers):
+            push_little(engine, model, version, size=0.0)
+    with make_engine(model, tmp_path / "few", **LOOSE) as (engine, servers):
         servers[0].ignore_pushes = True
         for version in range(6):
-            push_little(sampler, model, version, length=4)
+            push_little(engine, model, version, length=4)
 
 
 def test_weights_are_told_apart_in_the_engines_precision(tmp_path: Path) -> None:
     """What 16 bits round away is no other weight there."""
     model = model_of()
     model.load_state_dict({name: weight.bfloat16().float() for name, weight in model.state_dict().items()})
-    with engine(model, tmp_path, dtype="bfloat16", **LOOSE) as (sampler, servers):
+    with make_engine(model, tmp_path, dtype="bfloat16", **LOOSE) as (engine, servers):
         for version in range(6):
             servers[0].ignore_pushes = version > 0
             with torch.no_grad():
                 for weight in model.parameters():
                     weight.mul_(1.00001)
-            push_little(sampler, model, version, size=0.0)
+            push_little(engine, model, version, size=0.0)
         for version in range(6, 8):
-            push_little(sampler, model, version, size=1e-3)
+            push_little(engine, model, version, size=1e-3)
         with pytest.raises(EngineError, match="to the last bit"):
-            push_little(sampler, model, 8, size=1e-3)
+            push_little(engine, model, 8, size=1e-3)
 
 
 def test_a_stale_tied_head_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it would be if the head were left out, which `save_pretrained` does."""
     model = model_of(tied=True)
     monkeypatch.setattr(
-        "understudy.engines.vllm.sampler.with_head",
+        "understudy.engines.vllm.engine.with_head",
         lambda _, weights: (one for one in weights if one[0] != "lm_head.weight"),
     )
-    with engine(model, tmp_path, stub={"stale_tied_head": True}) as (sampler, _):
-        push(sampler, model)
+    with make_engine(model, tmp_path, stub={"stale_tied_head": True}) as (engine, _):
+        push(engine, model)
         with pytest.raises(EngineError, match="tied output layer"):
-            push(sampler, moved(model), 1)
+            push(engine, moved(model), 1)
 
 
 def test_a_head_that_is_not_among_the_weights_is_added(tmp_path: Path) -> None:
     model = model_of(tied=True)
-    with engine(model, tmp_path, stub={"stale_tied_head": True}) as (sampler, _):
+    with make_engine(model, tmp_path, stub={"stale_tied_head": True}) as (engine, _):
         state = merged_state_dict(moved(model))
         del state["lm_head.weight"]
-        gap = sampler.push(state.items(), 1, probe_of(model))
+        gap = engine.push(state.items(), 1, probe_of(model))
         assert gap is not None
         assert gap < TOLERANCE
 
 
 def test_one_server_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     model = model_of()
-    with engine(model, tmp_path, stubs=2) as (sampler, servers):
-        push(sampler, model)
+    with make_engine(model, tmp_path, stubs=2) as (engine, servers):
+        push(engine, model)
 
         def fail(_: object) -> None:
             raise MemoryError("no room for the weights")
 
         servers[1].model.reload = fail  # type: ignore[assignment]
         with pytest.raises(EngineError, match="reload_weights(.|\n)*no room") as caught:
-            push(sampler, moved(model), 1)
+            push(engine, moved(model), 1)
         assert servers[1].url in str(caught.value)
         assert servers[0].url not in str(caught.value)
         assert [server.scheduler.paused for server in servers] == [None, None]
@@ -355,40 +355,40 @@ def test_who_was_paused_goes_on_where_another_cannot_be(
 ) -> None:
     """A server that has no such route writes to the end; one that fails ends the push."""
     model = model_of()
-    with engine(model, tmp_path, stubs=stubs) as (sampler, servers):
-        push(sampler, model)
+    with make_engine(model, tmp_path, stubs=stubs) as (engine, servers):
+        push(engine, model)
         routes = servers[1]._routes
         without = {path: route for path, route in routes().items() if path[1] not in ("/pause", "/resume")}
         with monkeypatch.context() as patch:
             patch.setattr(servers[1], "_routes", lambda: without)
-            assert push(sampler, moved(model), 1) < TOLERANCE
-            for sample in sampler.generate(requests(), LONG, step=0):
+            assert push(engine, moved(model), 1) < TOLERANCE
+            for sample in engine.generate(requests(), LONG, step=0):
                 check_logprob(model, sample)
         assert [server.scheduler.paused for server in servers] == [None] * stubs
         assert [len(server.asked("/resume")) for server in servers] == [2, 1, 2][:stubs]
-    with engine(model, tmp_path / "fails", stubs=stubs) as (sampler, servers):
-        push(sampler, model)
+    with make_engine(model, tmp_path / "fails", stubs=stubs) as (engine, servers):
+        push(engine, model)
         monkeypatch.setattr(servers[1], "_pause", lambda *_: (500, {"error": {"message": "no"}}))
         with pytest.raises(EngineError, match="/pause"):
-            push(sampler, moved(model), 1)
+            push(engine, moved(model), 1)
         assert [server.scheduler.paused for server in servers] == [None] * stubs
 
 
 def test_a_check_that_could_not_be_made_is_made_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that gives no answer has not lost its weights, and may have. That it has is said once."""
     model = model_of()
-    with engine(model, tmp_path) as (sampler, servers):
-        push(sampler, model)
-        sampler.generate(requests(), LONG, step=0)
+    with make_engine(model, tmp_path) as (engine, servers):
+        push(engine, model)
+        engine.generate(requests(), LONG, step=0)
         servers[0].model.model.load_state_dict(moved(model_of(), seed=5).state_dict())
         with monkeypatch.context() as patch:
             patch.setattr(servers[0], "_completions", lambda *_: (500, {"error": {"message": "no"}}))
             with pytest.raises(EngineError, match="gave no answer"):
-                sampler.verify()
+                engine.verify()
         with pytest.raises(WeightsLostError):
-            sampler.verify()
-        sampler.verify()
-        assert push(sampler, model, 1) < TOLERANCE
+            engine.verify()
+        engine.verify()
+        assert push(engine, model, 1) < TOLERANCE
 
 
 def test_a_push_in_the_middle_splits_a_response_by_version(tmp_path: Path) -> None:
@@ -398,11 +398,11 @@ def test_a_push_in_the_middle_splits_a_response_by_version(tmp_path: Path) -> No
     long = Sampling(max_new_tokens=60)
     # no token ends a response
     options: dict[str, Any] = {"stop_ids": (), "sampling": long, "stub": {"token_latency": lambda _: 0.02}}
-    with engine(model, tmp_path, **options) as (sampler, servers), ThreadPoolExecutor() as threads:
-        push(sampler, model)
-        writing = threads.submit(sampler.generate, requests(1), long, step=0)
+    with make_engine(model, tmp_path, **options) as (engine, servers), ThreadPoolExecutor() as threads:
+        push(engine, model)
+        writing = threads.submit(engine.generate, requests(1), long, step=0)
         wait_until_writing(servers[0])
-        assert push(sampler, moved(model), 1) < TOLERANCE
+        assert push(engine, moved(model), 1) < TOLERANCE
         samples = writing.result(timeout=30)
     split = 0
     for sample in samples:
@@ -425,15 +425,15 @@ def test_requests_that_come_while_it_is_paused_end_on_the_new_weights(tmp_path: 
     """A request may reach the server after the pause did; it must not be told apart by luck."""
     model = model_of()
     with (
-        engine(model, tmp_path, stub={"token_latency": lambda _: 0.01, "concurrency": 1}) as (sampler, servers),
+        make_engine(model, tmp_path, stub={"token_latency": lambda _: 0.01, "concurrency": 1}) as (engine, servers),
         ThreadPoolExecutor() as threads,
     ):
-        push(sampler, model)
+        push(engine, model)
         models = {0: model_of()}
-        writing = [threads.submit(sampler.generate, requests(4), LONG, step=step) for step in range(2)]
+        writing = [threads.submit(engine.generate, requests(4), LONG, step=step) for step in range(2)]
         for version in (1, 2, 3):
             wait_until_writing(servers[0], *writing)
-            push(sampler, moved(model, seed=version), version)
+            push(engine, moved(model, seed=version), version)
             models[version] = model_of()
             models[version].load_state_dict(model.state_dict())
         samples = [sample for one in writing for sample in one.result(timeout=30)]
@@ -452,9 +452,9 @@ def test_tokens_that_do_not_exist_are_forbidden(tmp_path: Path) -> None:
     """Rows 36 to 39 are padding. In the mode of what is drawn from, their share is missing from the log-probabilities too."""
     model = model_of(sharp=0.1)
     options: dict[str, Any] = {"vocab_size": 36, "stop_ids": (), "mode": "processed_logprobs"}
-    with engine(model, tmp_path, **options) as (sampler, servers):
-        push(sampler, model)
-        samples = sampler.generate(requests(8), LONG, step=0)
+    with make_engine(model, tmp_path, **options) as (engine, servers):
+        push(engine, model)
+        samples = engine.generate(requests(8), LONG, step=0)
         body = servers[0].asked("/v1/completions")[-1].body
     assert body["logit_bias"] == {str(row): -100.0 for row in range(36, 40)}
     for sample in samples:
@@ -465,11 +465,11 @@ def test_tokens_that_do_not_exist_are_forbidden(tmp_path: Path) -> None:
 
 def test_a_response_ends_before_a_token_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are too many to forbid; it is truncated, and never empty."""
-    monkeypatch.setattr("understudy.engines.vllm.sampler.MAX_BIASED", 3)
+    monkeypatch.setattr("understudy.engines.vllm.engine.MAX_BIASED", 3)
     model = model_of(sharp=0.1)
-    with engine(model, tmp_path, vocab_size=36, stop_ids=()) as (sampler, servers):
-        push(sampler, model)
-        samples = sampler.generate(requests(8), LONG, step=0)
+    with make_engine(model, tmp_path, vocab_size=36, stop_ids=()) as (engine, servers):
+        push(engine, model)
+        samples = engine.generate(requests(8), LONG, step=0)
         assert "logit_bias" not in servers[0].asked("/v1/completions")[-1].body
     assert all(int(sample.token_ids.max()) < 36 and sample.num_response_tokens > 0 for sample in samples)
     short = [sample for sample in samples if sample.num_response_tokens < LONG.max_new_tokens]
@@ -480,10 +480,10 @@ def test_a_response_ends_before_a_token_that_does_not_exist(tmp_path: Path, monk
 
 def test_a_group_is_one_request(tmp_path: Path) -> None:
     model = model_of()
-    with engine(model, tmp_path, grouped=True) as (sampler, servers):
-        push(sampler, model)
+    with make_engine(model, tmp_path, grouped=True) as (engine, servers):
+        push(engine, model)
         asked = [*requests(4), request("g", [5], 9, prefix=[7])]
-        samples = sampler.generate(asked, LONG, step=0)
+        samples = engine.generate(asked, LONG, step=0)
         bodies = [one.body for one in servers[0].asked("/v1/completions") if "prompt_logprobs" not in one.body]
         assert [body["n"] for body in bodies] == [4, 4, 4, 1] or sorted(body["n"] for body in bodies) == [1, 4, 4, 4]
         assert [sample.key for sample in samples] == [one.key for one in asked]
@@ -495,22 +495,22 @@ def test_a_group_is_one_request(tmp_path: Path) -> None:
 def test_a_group_has_one_room(tmp_path: Path) -> None:
     """The same context, once as a prompt and once with a prefix, which takes of what may be written."""
     model = model_of()
-    with engine(model, tmp_path, grouped=True, stop_ids=()) as (sampler, _):
-        push(sampler, model)
+    with make_engine(model, tmp_path, grouped=True, stop_ids=()) as (engine, _):
+        push(engine, model)
         asked = [request("a", [5, 7]), request("b", [5], prefix=[7])]
         for order in (asked, asked[::-1]):
-            samples = sampler.generate(order, LONG, step=0)
+            samples = engine.generate(order, LONG, step=0)
             assert {sample.num_response_tokens for sample in samples} == {LONG.max_new_tokens}
 
 
 def test_a_group_that_is_interrupted_goes_on_one_by_one(tmp_path: Path) -> None:
     model = model_of()
     options: dict[str, Any] = {"grouped": True, "stop_ids": (), "stub": {"token_latency": lambda _: 0.02}}
-    with engine(model, tmp_path, **options) as (sampler, servers), ThreadPoolExecutor() as threads:
-        push(sampler, model)
-        writing = threads.submit(sampler.generate, requests(3), LONG, step=0)
+    with make_engine(model, tmp_path, **options) as (engine, servers), ThreadPoolExecutor() as threads:
+        push(engine, model)
+        writing = threads.submit(engine.generate, requests(3), LONG, step=0)
         wait_until_writing(servers[0])
-        push(sampler, moved(model), 1)
+        push(engine, moved(model), 1)
         samples = writing.result(timeout=30)
     assert all(sample.num_response_tokens == 24 and int(sample.policy_version[-1]) == 1 for sample in samples)  # type: ignore[index]
     assert any(int(sample.policy_version[sample.prompt_length]) == 0 for sample in samples)  # type: ignore[index]
@@ -519,26 +519,26 @@ def test_a_group_that_is_interrupted_goes_on_one_by_one(tmp_path: Path) -> None:
 def test_tempered_log_probabilities_need_the_servers_mode(tmp_path: Path) -> None:
     model = model_of()
     warm = Sampling(temperature=0.7, max_new_tokens=8)
-    with engine(model, tmp_path / "processed", sampling=warm, mode="processed_logprobs") as (sampler, _):
-        push(sampler, model)
-        for sample in sampler.generate(requests(), warm, step=0):
+    with make_engine(model, tmp_path / "processed", sampling=warm, mode="processed_logprobs") as (engine, _):
+        push(engine, model)
+        for sample in engine.generate(requests(), warm, step=0):
             check_logprob(model, sample, temperature=0.7)
         # evaluation may draw as it likes; a number that would be another's is not given
         filtered = dataclasses.replace(warm, top_p=0.9)
-        assert all(one.rollout_logprob is None for one in sampler.generate(requests(), filtered, step=0))
+        assert all(one.rollout_logprob is None for one in engine.generate(requests(), filtered, step=0))
     with (
-        engine(model, tmp_path / "raw", sampling=warm) as (sampler, _),
+        make_engine(model, tmp_path / "raw", sampling=warm) as (engine, _),
         pytest.raises(RecipeError, match="raw_logprobs(.|\n)*needs processed_logprobs"),
     ):
-        push(sampler, model)
+        push(engine, model)
 
 
 def test_filters_at_temperature_1_refer_to_the_whole_distribution(tmp_path: Path) -> None:
     model = model_of()
     filtered = Sampling(top_p=0.8, top_k=5, max_new_tokens=8)
-    with engine(model, tmp_path, sampling=filtered) as (sampler, _):
-        push(sampler, model)
-        for sample in sampler.generate(requests(), filtered, step=0):
+    with make_engine(model, tmp_path, sampling=filtered) as (engine, _):
+        push(engine, model)
+        for sample in engine.generate(requests(), filtered, step=0):
             check_logprob(model, sample)
 
 
@@ -564,7 +564,7 @@ def test_which_mode_a_recipe_needs(sampling: Sampling, expected: object) -> None
 def test_a_server_that_would_die_of_a_seed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.32 on a CPU, where a prompt with a seed is read in chunks: RuntimeError, CPU Generator does not use offset."""
     model = model_of()
-    with engine(model, tmp_path) as (sampler, servers):
+    with make_engine(model, tmp_path) as (engine, servers):
         info = servers[0]._server_info
 
         def on_cpu(*args: Any) -> tuple[int, Any]:
@@ -574,25 +574,25 @@ def test_a_server_that_would_die_of_a_seed_is_refused(tmp_path: Path, monkeypatc
 
         monkeypatch.setattr(servers[0], "_server_info", on_cpu)
         with pytest.raises(RecipeError, match="--no-enable-chunked-prefill"):
-            push(sampler, model)
+            push(engine, model)
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     model = model_of()
-    with engine(model, tmp_path) as (sampler, servers):
-        push(sampler, model)
+    with make_engine(model, tmp_path) as (engine, servers):
+        push(engine, model)
         sent = len(servers[0].requests)
-        limit = sampler.num_positions
+        limit = engine.num_positions
         assert limit == model.config.max_position_embeddings
         assert limit is not None
         with pytest.raises(RecipeError, match=f"make {limit + 1}, but the rollout engine takes {limit}"):
-            sampler.generate([request("a", [5] * 8)], Sampling(max_new_tokens=limit - 7), step=0)
+            engine.generate([request("a", [5] * 8)], Sampling(max_new_tokens=limit - 7), step=0)
         with pytest.raises(DataError, match="no prompt token"):
-            sampler.generate([request("a", [])], LONG, step=0)
+            engine.generate([request("a", [])], LONG, step=0)
         with pytest.raises(DataError, match="leaves nothing"):
-            sampler.generate([request("a", [5], prefix=[6] * 24)], LONG, step=0)
+            engine.generate([request("a", [5], prefix=[6] * 24)], LONG, step=0)
         with pytest.raises(RecipeError, match="draws at 0.01"):
-            sampler.generate(requests(), Sampling(temperature=0.005), step=0)
+            engine.generate(requests(), Sampling(temperature=0.005), step=0)
         assert len(servers[0].requests) == sent
 
 
@@ -618,8 +618,8 @@ def test_a_wrong_reply_is_never_a_sample(
 ) -> None:
     model = model_of()
     short = Sampling(max_new_tokens=3)
-    with engine(model, tmp_path) as (sampler, servers):
-        push(sampler, model)
+    with make_engine(model, tmp_path) as (engine, servers):
+        push(engine, model)
         right = servers[0]._completions
 
         def wrong(*args: Any) -> tuple[int, Any]:
@@ -634,18 +634,18 @@ def test_a_wrong_reply_is_never_a_sample(
 
         monkeypatch.setattr(servers[0], "_completions", wrong)
         with pytest.raises(EngineError, match=message):
-            sampler.generate([request("a", [5])], short, step=0)
+            engine.generate([request("a", [5])], short, step=0)
 
 
 def test_nothing_is_left_when_it_ends_in_the_middle(tmp_path: Path) -> None:
     """`close` from another thread: whoever waits gets an error, and the server has nothing to do."""
     model = model_of()
     options: dict[str, Any] = {"stop_ids": (), "stub": {"token_latency": lambda _: 0.2}}
-    with engine(model, tmp_path, **options) as (sampler, servers), ThreadPoolExecutor() as threads:
-        push(sampler, model)
-        writing = threads.submit(sampler.generate, requests(), LONG, step=0)
+    with make_engine(model, tmp_path, **options) as (engine, servers), ThreadPoolExecutor() as threads:
+        push(engine, model)
+        writing = threads.submit(engine.generate, requests(), LONG, step=0)
         wait_until_writing(servers[0])
-        sampler.close()
+        engine.close()
         with pytest.raises(EngineError, match="closed"):
             writing.result(timeout=10)
         until = time.monotonic() + 10
@@ -653,7 +653,7 @@ def test_nothing_is_left_when_it_ends_in_the_middle(tmp_path: Path) -> None:
             assert time.monotonic() < until
             time.sleep(0.02)
         with pytest.raises(EngineError, match="closed"):
-            push(sampler, model, 1)
+            push(engine, model, 1)
 
 
 def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_path: Path) -> None:
@@ -783,9 +783,9 @@ def test_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: pytes
 
 def test_another_rank_finds_the_servers_and_pushes_nothing(tmp_path: Path) -> None:
     model = model_of()
-    with engine(model, tmp_path, stubs=1) as (sampler, servers):
-        assert sampler.push(None, 4) is None
-        (sample,) = sampler.generate(requests()[:1], LONG, step=0)
+    with make_engine(model, tmp_path, stubs=1) as (engine, servers):
+        assert engine.push(None, 4) is None
+        (sample,) = engine.generate(requests()[:1], LONG, step=0)
         assert sample.policy_version is not None
         assert int(sample.policy_version[-1]) == 4
         assert not servers[0].asked("/collective_rpc")
@@ -796,7 +796,7 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
     model = moved(model_of(tied=True))
     command = (sys.executable, "-m", "tests.engine_stub", "{model}", "--port", "{port}")
     launch = Launch(command=command, env={"OMP_NUM_THREADS": "1"}, ready_timeout_s=60.0, num_servers=1)
-    sampler = VLLMSampler(
+    engine = VLLMEngine(
         VLLM(**{"launch": launch} | PATIENCE | {"max_retries": 1}),  # type: ignore[arg-type]
         model,
         letters(),
@@ -806,19 +806,19 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
         sampling=LONG,
         run_dir=tmp_path / "run",
     )
-    with nothing_left(), sampler:
-        assert push(sampler, model) < TOLERANCE
-        assert push(sampler, moved(model, seed=2), 1) < TOLERANCE
-        for sample in sampler.generate(requests(1), LONG, step=0):
+    with nothing_left(), engine:
+        assert push(engine, model) < TOLERANCE
+        assert push(engine, moved(model, seed=2), 1) < TOLERANCE
+        for sample in engine.generate(requests(1), LONG, step=0):
             check_logprob(model, sample)
-        assert "vLLM at http://127.0.0.1" in sampler.health()
+        assert "vLLM at http://127.0.0.1" in engine.health()
         assert "ready" in (tmp_path / "run" / "engine_0.log").read_text()
-        (process,) = sampler._servers._processes
+        (process,) = engine._servers._processes
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="rollout engine 0 was killed by signal 9"):
-            sampler.generate(requests(1), LONG, step=1)
-        wire = sampler._servers.wire
+            engine.generate(requests(1), LONG, step=1)
+        wire = engine._servers.wire
         assert wire is not None
         # it does not come back, so it is not waited for
         assert wire.stats()["retries"] <= len(requests(1))
@@ -826,9 +826,9 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there_at_the_start_is_not_waited_for(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    with engine(model_of(), tmp_path, url=nowhere, max_retries=1, deadline_s=6.0) as (sampler, _):
+    with make_engine(model_of(), tmp_path, url=nowhere, max_retries=1, deadline_s=6.0) as (engine, _):
         with pytest.raises(EngineError, match="gave no answer to GET /v1/models") as caught:
-            push(sampler, model_of())
+            push(engine, model_of())
         assert "deadline_s =" not in str(caught.value)
 
 
@@ -882,13 +882,13 @@ def test_patience_grows_with_the_longest_response(tmp_path: Path) -> None:
     assert patience(32_768, timeout_s=5.0, deadline_s=6.0) == (5.0, 6.0)
     assert patience(32_768, deadline_s=6.0) == (3276.8, 6.0)
     long = Sampling(max_new_tokens=32_768)
-    with engine(model_of(), tmp_path, sampling=long, timeout_s=None, deadline_s=None) as (sampler, _):
-        assert sampler._section.patience.timeout_s == 3276.8
+    with make_engine(model_of(), tmp_path, sampling=long, timeout_s=None, deadline_s=None) as (engine, _):
+        assert engine._section.patience.timeout_s == 3276.8
 
 
 def test_a_server_of_its_own_writes_no_line_for_each_request(tmp_path: Path) -> None:
-    with engine(model_of(), tmp_path) as (sampler, _):
-        command = sampler._servers._command(Launch(), tmp_path, 8000, 0)
+    with make_engine(model_of(), tmp_path) as (engine, _):
+        command = engine._servers._command(Launch(), tmp_path, 8000, 0)
     assert "--disable-uvicorn-access-log" in command
     assert command[command.index("--host") + 1] == "127.0.0.1"
 
@@ -946,7 +946,7 @@ class OverNCCL:
 def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
     """Ranks: the trainer, then the workers of each server. A tied head is among what is sent; no file is written."""
     model = model_of(tied=True)
-    with engine(model, tmp_path, stubs=2, stub={"stale_tied_head": True}) as (sampler, servers):
+    with make_engine(model, tmp_path, stubs=2, stub={"stale_tied_head": True}) as (engine, servers):
         pipe, opened = Pipe(2), []
 
         def open_group(unique_id: bytes, num_ranks: int, _: torch.device) -> Pipe:
@@ -954,10 +954,10 @@ def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
             return pipe
 
         routes = [OverNCCL(server, pipe.queues[number], 2 + number) for number, server in enumerate(servers)]
-        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, CPU, 10.0, open_group)
-        assert push(sampler, moved(model), 0) < TOLERANCE
-        assert push(sampler, moved(model, seed=2), 1) < TOLERANCE
-        assert sampler._store is None
+        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 10.0, open_group)
+        assert push(engine, moved(model), 0) < TOLERANCE
+        assert push(engine, moved(model, seed=2), 1) < TOLERANCE
+        assert engine._store is None
     assert [number for _, number in opened] == [1 + 2 + 3]
     for route, offset in zip(routes, (1, 3), strict=True):
         paths = [path for path, _ in route.told]
@@ -972,17 +972,17 @@ def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
 def test_a_server_that_fails_over_nccl_ends_the_push(tmp_path: Path) -> None:
     """Not configured for it, or lost on the way: an error in time, not a collective that waits for ever."""
     model = model_of()
-    with engine(model, tmp_path) as (sampler, _):
-        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
+    with make_engine(model, tmp_path) as (engine, _):
+        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
         with pytest.raises(EngineError, match="get_world_size was refused"):
-            push(sampler, model)
-    with engine(model, tmp_path / "lost") as (sampler, servers):
+            push(engine, model)
+    with make_engine(model, tmp_path / "lost") as (engine, servers):
         OverNCCL(servers[0], SimpleQueue(), 1)
-        sampler._transfer = NCCLTransfer(sampler._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
+        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
         with pytest.raises(EngineError, match="did not pass"):
-            push(sampler, model)
+            push(engine, model)
 
 
 def test_nccl_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="the trainer has no GPU"), engine(model_of(), tmp_path, weights="nccl"):
+    with pytest.raises(RecipeError, match="the trainer has no GPU"), make_engine(model_of(), tmp_path, weights="nccl"):
         pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from understudy.engines import HF, CopySampler, Sampler
+from understudy.engines import HF, CopyEngine, Engine
 from understudy.models import row_style
 from understudy.models.save import merged_state_dict
 from understudy.recipe.load import Loaded
@@ -19,26 +19,26 @@ from understudy.recipe.schema import Recipe
 from understudy.tasks.renderer import encode_prompt
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.publish import NUM_PROBED, Publisher
-from understudy.trainer.update import Student
+from understudy.trainer.update import StudentModel
 from understudy.types import Sample
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
-def open_sampler(recipe: Recipe, loaded: Loaded) -> tuple[Sampler, Weights | None]:
-    """The sampler of a run and what is pushed to it; None where it shares the live model. Raises RecipeError, EngineError."""
-    engine = recipe.engine
-    if isinstance(engine, HF):
-        if not engine.copy:
-            return loaded.sampler(recipe.seed), None
+def open_engine(recipe: Recipe, loaded: Loaded) -> tuple[Engine, Weights | None]:
+    """The engine of a run and what is pushed to it; None where it shares the live model. Raises RecipeError, EngineError."""
+    section = recipe.engine
+    if isinstance(section, HF):
+        if not section.copy:
+            return loaded.engine(recipe.seed), None
         twin = copy.deepcopy(loaded.model).requires_grad_(False)
-        return CopySampler(twin, lambda model: loaded.sampler(recipe.seed, model)), loaded.model.state_dict().items
-    from understudy.engines.vllm.sampler import VLLMSampler
+        return CopyEngine(twin, lambda model: loaded.engine(recipe.seed, model)), loaded.model.state_dict().items
+    from understudy.engines.vllm.engine import VLLMEngine
 
     held_out = None if recipe.eval is None else recipe.eval.sampling
     longest = max(sampling.max_new_tokens for sampling in (recipe.sampling, held_out) if sampling is not None)
-    sampler = VLLMSampler(
-        engine.for_responses(longest),
+    engine = VLLMEngine(
+        section.for_responses(longest),
         loaded.model,
         loaded.tokenizer,
         seed=recipe.seed,
@@ -48,27 +48,27 @@ def open_sampler(recipe: Recipe, loaded: Loaded) -> tuple[Sampler, Weights | Non
         run_dir=Path(recipe.run_dir),
         autocast=loaded.compute_dtype,
     )
-    return sampler, lambda: merged_state_dict(loaded.model).items()
+    return engine, lambda: merged_state_dict(loaded.model).items()
 
 
 @contextmanager
-def sampling_with(recipe: Recipe, loaded: Loaded) -> Iterator[Sampler]:
-    """A sampler of the weights as they are, compared before and after where it is remote, and closed at the end."""
-    sampler, weights = open_sampler(recipe, loaded)
-    student = Student(
+def sampling_with(recipe: Recipe, loaded: Loaded) -> Iterator[Engine]:
+    """An engine of the weights as they are, compared before and after where it is remote, and closed at the end."""
+    engine, weights = open_engine(recipe, loaded)
+    student = StudentModel(
         loaded.model, loaded.device, loaded.vocab_size, 1.0, loaded.compute_dtype, style=row_style(loaded.model)
     )
     try:
-        first = to_compare(recipe, loaded) if sampler.remote else ()
-        Publisher(sampler, student, weights, Ranks(), first)(0, ())
-        yield sampler
-        sampler.verify()
+        first = to_compare(recipe, loaded) if engine.remote else ()
+        Publisher(engine, student, weights, Ranks(), first)(0, ())
+        yield engine
+        engine.verify()
     finally:
-        sampler.close()
+        engine.close()
 
 
 def to_compare(recipe: Recipe, loaded: Loaded) -> list[Sample]:
-    """Some prompts of the task, for a sampler that is compared before there are samples."""
+    """Some prompts of the task, for an engine that is compared before there are samples."""
     prompts = islice(recipe.task.prompts("train"), NUM_PROBED)
     rendered = [(prompt, encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs)) for prompt in prompts]
     return [

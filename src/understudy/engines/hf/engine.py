@@ -21,7 +21,7 @@ MAX_BATCH_TOKENS = 65_536
 """Slots of the key-value cache at a time: 64 responses of 1,024 tokens; 9 GiB for a 4B model in bfloat16."""
 
 
-class HFSampler:
+class HFEngine:
     """Batched sampling that shares the model with the trainer.
 
     A draw depends on (seed, stream, step, request, position), not on which requests share a batch; the logits do, by

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from understudy.engines.hf.sampler import context_of, room_of
+from understudy.engines.hf.engine import context_of, room_of
 from understudy.engines.probe import Probe
 from understudy.engines.sections import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
 from understudy.engines.vllm.check import DisagreesError, PushCheck
@@ -40,7 +40,7 @@ MAX_FRUITLESS = 20
 """Replies in a row without a token, of which each push may cause a few."""
 
 
-class VLLMSampler:
+class VLLMEngine:
     """Writes samples on vLLM servers with the weights of the last push. Any thread may call it.
 
     A push ends what is being written, and the response goes on with the new weights: its tokens have the version that each
@@ -129,7 +129,7 @@ class VLLMSampler:
     ) -> list[Sample]:
         """One sample for each request, in their order.
 
-        Raises DataError as HFSampler does, RecipeError for a response that would be longer than the servers allow, both
+        Raises DataError as HFEngine does, RecipeError for a response that would be longer than the servers allow, both
         before anything is sent, and EngineError for servers that give no right answer.
         """
         check_temperature(sampling)
@@ -214,7 +214,7 @@ class VLLMSampler:
             if self._store is not None:
                 self._store.close()
 
-    def __enter__(self) -> VLLMSampler:
+    def __enter__(self) -> VLLMEngine:
         return self
 
     def __exit__(
