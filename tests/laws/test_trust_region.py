@@ -156,6 +156,55 @@ def test_what_the_teacher_likes_as_much_is_always_trusted(draw: float, dtype: to
         assert metric(TrOPD(outlier="mask", region="ratio"), world, "trusted") == 1.0
 
 
+def moved(value: Tensor, ulps: int) -> Tensor:
+    """The number that lies so many representable numbers above (below: negative)."""
+    for _ in range(abs(ulps)):
+        value = value.nextafter(torch.full_like(value, math.copysign(math.inf, ulps)))
+    return value
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("ulps", [-3, -2, -1, 0, 1, 2, 3])
+@pytest.mark.parametrize("region", ["bernoulli", "ratio"])
+def test_trust_does_not_hang_on_the_last_bits(region: str, ulps: int, dtype: torch.dtype) -> None:
+    """Law 2 for T = S by two routes: log S is a difference of numbers of size 1 and more, so where it is near 0 as well as
+    where it is large, the routes differ by ulps of the larger of |log S| and 1."""
+    student = torch.tensor([12.0, 4.0, 0.0, -20.0, -60.0], dtype=dtype)
+    same = student.log_softmax(-1)
+    assert float(same[0]) > -1e-3
+    assert float(same[-1]) < -70
+    # adding 1 and taking it away rounds as the logits do that log S is the difference of
+    off = torch.where(same > -1, moved(same - 1, ulps) + 1, moved(same, ulps))
+    uniform = torch.full((V,), ALMOST_1, dtype=torch.float64)
+    world = visits(student, student, torch.arange(V), teacher_logprob=off, uniform=uniform)
+    method = TrOPD(outlier="mask", region=region)  # type: ignore[arg-type]
+    assert metric(method, world, "trusted") == 1.0
+    assert metric(method, world, "total_variation") == 0.0
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float64, 1e-12), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("region", ["bernoulli", "ratio"])
+def test_what_is_clearly_below_is_not_trusted(region: str, gap: float, dtype: torch.dtype) -> None:
+    """A draw just above T / S rejects, and so does the threshold."""
+    student = logits(1)[0].to(dtype)
+    uniform = torch.full((V,), math.exp(-0.9 * gap), dtype=torch.float64)
+    world = visits(student, student, torch.arange(V), teacher_logprob=student.log_softmax(-1) - gap, uniform=uniform)
+    method = TrOPD(outlier="mask", region=region)  # type: ignore[arg-type]
+    assert metric(method, world, "trusted") == 0.0
+    assert metric(method, world, "total_variation") == pytest.approx(-math.expm1(-gap), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("ulps", [-3, 0, 3])
+def test_a_token_that_both_like_alike_is_no_gain(ulps: int, dtype: torch.dtype) -> None:
+    """AOPD gates `T <= S`, TrOPD + AOPD takes the forward KL there; equal but for rounding is equal."""
+    student = logits(3)[0].to(dtype)
+    world = visits(student, student, torch.arange(V), teacher_logprob=moved(student.log_softmax(-1), ulps))
+    assert metric(AOPD(k=V), world, "gated") == 1.0
+    both = TrOPD(k=V, also_positive=True)
+    torch.testing.assert_close(judge(both, world)[0].loss, judge(AOPD(k=V), world)[0].loss)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 1.7])
 def test_the_fixed_region_is_a_threshold(threshold: float) -> None:
     student, teacher, _ = logits(1)

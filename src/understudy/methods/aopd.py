@@ -18,7 +18,8 @@ from understudy.types import Need, TokenBatch
 class AOPD(OptionallyClipped):
     """Tokens with `T(y_t) - S(y_t) <= threshold` (probabilities) take forward KL on the teacher's top K instead of OPD's term.
 
-    Mean over the tokens of each sample, then over samples. `threshold=-1` is OPD; 1 is forward KL everywhere.
+    T and S that differ by no more than `advantages.rounding` are equal. Mean over the tokens of each sample, then over
+    samples. `threshold=-1` is OPD; 1 is forward KL everywhere.
     """
 
     k: int = 64
@@ -49,8 +50,10 @@ class AOPD(OptionallyClipped):
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
         topk = present(batch.topk_logprob)
+        # which side T = S falls on does not hang on the last bit
+        slack = advantages.rounding(teacher, student) * student.exp()
         # no difference of two probabilities is below -1, but one of roundings may be
-        gate = (teacher.exp() - student.exp() <= self.threshold) & (self.threshold > -1.0)
+        gate = (teacher.exp() - student.exp() <= self.threshold + slack) & (self.threshold > -1.0)
         shown = {"gated": only(gate.to(teacher.dtype), batch.on_policy)}
         coef = 1.0 / topk.shape[-1] if self.mean_over_k else 1.0
         forward = TopKDivergence(topk, "forward", self.tail)

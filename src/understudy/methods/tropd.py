@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from understudy.losses import advantages
 from understudy.losses.divergences import Tail
 from understudy.losses.schedules import cosine_decay
@@ -29,7 +27,8 @@ class TrOPD(OptionallyClipped):
 
     k: int = 64
     region: Literal["bernoulli", "ratio"] = "bernoulli"
-    """"ratio": a token is trusted where `T(y_t)/S(y_t) >= threshold`."""
+    """"ratio": a token is trusted where `T(y_t)/S(y_t) >= threshold`. In both regions T and S that differ by no more than
+    `advantages.rounding` are equal."""
     threshold: float = 1.0
     outlier: Literal["forward_kl", "clip", "mask", "scalar"] = "forward_kl"
     """Forward KL on the teacher's top K; `max(d_t, floor)` as advantage; nothing; or `-KL` as an advantage."""
@@ -74,15 +73,17 @@ class TrOPD(OptionallyClipped):
 
     def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
+        ratio, rounding = advantages.log_ratio(teacher, student), advantages.rounding(teacher, student)
         accept = advantages.acceptance(teacher, student)
-        trusted = self._trusted(batch, accept)
+        # a draw is below 1, so a token with T >= S is always trusted
+        drawn = self.region == "bernoulli"
+        trusted = present(batch.uniform) < accept if drawn else (ratio + rounding).exp() >= self.threshold
         own = batch.on_policy
         shown = {
             "trusted": only(trusted.to(teacher.dtype), own),
             "total_variation": only(1.0 - accept, own),
         }
-        ratio = advantages.log_ratio(teacher, student)
-        divergent = own & trusted & (ratio <= 0) if self.also_positive else own & ~own
+        divergent = own & trusted & (ratio <= rounding) if self.also_positive else own & ~own
         terms = [self.policy_term(batch, ratio, own & trusted & ~divergent, metrics=shown)]
         outliers = own & ~trusted
         if self.outlier == "forward_kl":
@@ -99,10 +100,3 @@ class TrOPD(OptionallyClipped):
 
     def _forward_kl(self, batch: TokenBatch) -> TopKDivergence:
         return TopKDivergence(present(batch.topk_logprob), "forward", self.tail)
-
-    def _trusted(self, batch: TokenBatch, accept: Tensor) -> Tensor:
-        if self.region == "bernoulli":
-            # a draw is below 1, so a token with T >= S is always trusted
-            return present(batch.uniform) < accept
-        ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
-        return ratio.exp() >= self.threshold
