@@ -22,6 +22,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"architecture": "cohere", "logit_scale": 0.25},
     "gpt2": {"architecture": "gpt2"},
 }
+ROUNDING = 1e-12
+"""float64: another order of sums."""
+IN_FLOAT32 = 1e-6
+"""A softmax or a norm in float32 on the way, whatever the weights are in."""
+BUDGET = dict.fromkeys(ARCHITECTURES, ROUNDING) | {"gemma2": IN_FLOAT32}
+"""How far two routes through a float64 model may be apart: its coarsest arithmetic says, not its weights. The softmax of
+Gemma 2's attention is in float32."""
 NUM_ROWS = 40
 EOS = 1
 

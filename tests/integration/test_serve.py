@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tests.leaks import nothing_left
-from tests.tiny_models import ARCHITECTURES, NUM_ROWS, letters, plain_logp, sample, tiny
+from tests.tiny_models import ARCHITECTURES, BUDGET, NUM_ROWS, ROUNDING, letters, plain_logp, sample, tiny
 from understudy.config import parse
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
 from understudy.linear import LMHead, evaluate
@@ -41,10 +41,6 @@ from understudy.teachers.remote.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, 
 from understudy.teachers.remote.served import Served, ServedTeacher
 from understudy.types import Need, Sample, Scores
 
-ROUNDING = 1e-12
-"""float64: another order of sums."""
-IN_FLOAT32 = 1e-6
-"""Gemma 2 computes norms and the softmax of its attention in float32, whatever its weights are in."""
 VOCABULARY = 37
 TEMPERATURE = 0.7
 WAIT_S = 60.0
@@ -164,9 +160,8 @@ def test_hidden_states_and_the_head_are_the_whole_row(name: str) -> None:
         for one, scores in zip(some, found, strict=True):
             expected = plain_logp(model, one.token_ids, TEMPERATURE, VOCABULARY)[one.prompt_length - 1 :]
             assert scores.hidden is not None
-            atol = IN_FLOAT32 if name == "gemma2" else ROUNDING
-            torch.testing.assert_close(head.logits(scores.hidden).log_softmax(-1), expected, rtol=0, atol=atol)
-        same(found, local(model).score(some, NEEDS["all"], k=4), atol=atol)
+            torch.testing.assert_close(head.logits(scores.hidden).log_softmax(-1), expected, rtol=0, atol=BUDGET[name])
+        same(found, local(model).score(some, NEEDS["all"], k=4), atol=BUDGET[name])
 
 
 def test_loss_and_gradient_through_served_states_are_those_through_local_ones() -> None:
@@ -252,7 +247,7 @@ def test_continuing_from_a_prompt_is_reading_every_sequence_whole(name: str, max
     expected = local(model).score(some, NEEDS["full"])
     for states, other in zip(found, expected, strict=True):
         assert other.hidden is not None
-        torch.testing.assert_close(states, other.hidden, rtol=0, atol=IN_FLOAT32 if name == "gemma2" else ROUNDING)
+        torch.testing.assert_close(states, other.hidden, rtol=0, atol=BUDGET[name])
 
 
 def test_a_shared_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

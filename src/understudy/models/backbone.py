@@ -20,8 +20,9 @@ _SCALES = {
     "logits_mup_width_multiplier": -1,
 }
 """Configuration keys whose value multiplies (1) or divides (-1) the logits; `probe_head` checks what comes out."""
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Error of a logit over the largest logit: a few roundings; 1e-3 in float32 leaves room for TF32 products."""
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Error of a logit over the largest logit: a few roundings; 1e-3 in float32 leaves room for TF32 products. Norms and the
+softmax of an attention may be in float32 whatever the weights are (Gemma 2), so float64 weights promise no more than that."""
 _PACKING_MARGIN = 0.1
 """Nothing but the order of a sum differs; a leak between sequences may be as small as 5e-4."""
 
