@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tests.worlds import CASES, DISTILLATION, TRUNCATED, World
 from understudy.linear import LMHead, evaluate
-from understudy.methods import AOPD, GKD, METHODS, OPD, REFUSED, SFT, TopK
-from understudy.methods.base import Method
+from understudy.methods import AOPD, GKD, METHODS, OPD, REFUSED, SFT, Method, Phases, RolloutPlan, TopK
 from understudy.types import TokenBatch
 
 V = 6
@@ -281,3 +280,36 @@ def test_the_fixed_names_and_defaults() -> None:
     assert METHODS["gkd"]() == GKD(beta=1.0, on_policy_share=1.0)
     assert METHODS["topk"]() == TopK(k=64, direction="forward", support="teacher", tail="bucket")
     assert METHODS["sft"]() == SFT()
+
+
+@dataclass(frozen=True)
+class Warm(OPD):
+    """OPD that begins on given responses."""
+
+    def plan(self, step: int) -> RolloutPlan:
+        return RolloutPlan(on_policy_share=0.0 if step < 3 else 1.0)
+
+
+def test_what_a_method_uses_is_asked_of_every_step() -> None:
+    """A schedule that begins off-policy still needs an engine; one that never leaves it does not."""
+    warm = Warm().uses(10)
+    assert (warm.own_samples, warm.given_responses, warm.takes_responses) == (True, True, True)
+    assert not Warm().uses(3).own_samples
+    parts = Phases(parts=({"until": 0.5, "type": "sft"}, {"type": "tropd", "anneal_steps": 2}))
+    both = parts.for_run(8, 16).uses(8)
+    assert both.own_samples
+    assert both.given_responses
+    assert both.prefixes
+    assert not both.rewards
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_uses_covers_every_plan(name: str) -> None:
+    method = CASES.get(name, METHODS[name]() if name != "phases" else OPD())
+    uses = method.uses(300)
+    for plan in map(method.plan, (0, 1, 150, 299)):
+        assert uses.own_samples or plan.on_policy_share == 0
+        assert uses.given_responses or plan.on_policy_share == 1
+        assert uses.prefixes or plan.prefix_share == 0
+        assert uses.judge or plan.acceptance is None
+        assert plan.rewards is None or plan.rewards.source in uses.rewards

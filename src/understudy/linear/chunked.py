@@ -44,7 +44,7 @@ def evaluate(
     head: LMHead,
     *,
     step: int = 0,
-    rng: object = None,
+    rng: torch.Generator | None = None,
     teacher: FullTeacher | None = None,
     reference: FullTeacher | None = None,
     counts: Mapping[str, float] | None = None,
@@ -55,7 +55,8 @@ def evaluate(
     hidden [T, H] predicts `batch.target` row by row; the gradient reaches `hidden`, `head.weight` and `head.bias` where
     they require one. `teacher` and `reference` are ([T, H_t], LMHead) for losses over the whole vocabulary. `counts`:
     the denominators of the whole optimizer step (`count_denominators`, plus a term's own by its name); None: this
-    batch's. Arithmetic is in float32, or float64 for float64 inputs. Masked rows are never projected.
+    batch's. `rng` draws `batch.uniform` where the batch brings none. Arithmetic is in float32, or float64 for float64
+    inputs. Masked rows are never projected.
 
     Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
     that do not fit.
@@ -66,7 +67,7 @@ def evaluate(
     method, step = method.at(step)
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
-    job = _Job(method, trained, head, teacher, reference, step, rng, chunk)
+    job = _Job(method, trained, head, teacher, reference, step, chunk)
     loss: Tensor = _Apply.apply(hidden, head.weight, head.bias, job)
     return Evaluation(loss, job.tally.metrics())
 
@@ -120,7 +121,6 @@ class _Job:
     teacher: FullTeacher | None
     reference: FullTeacher | None
     step: int
-    rng: object
     chunk: int
 
     def __post_init__(self) -> None:
@@ -145,8 +145,7 @@ class _Job:
                     terms = [(cut_term(term, part), share[part]) for term, share in whole]
                 else:
                     terms = [
-                        (term, _token_share(term, token_shares, part))
-                        for term in self.method.terms(judged, self.step, self.rng)
+                        (term, _token_share(term, token_shares, part)) for term in self.method.terms(judged, self.step)
                     ]
                 loss = weighted_loss(terms, leaves, judged, self.tally)
             total += loss.detach()
@@ -185,7 +184,7 @@ class _Job:
             batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
         if self.reference is not None and batch.reference_logprob is None:
             batch = fill(batch, reference_logprob=self._score(*self.reference)[0])
-        return shares(self.method.terms(batch, self.step, self.rng), self.trained)
+        return shares(self.method.terms(batch, self.step), self.trained)
 
     def _score(self, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         return score(hidden[self.trained.index], head, self.trained.batch.target, chunk_tokens=self.chunk)

@@ -26,7 +26,7 @@ class TermsOf(Protocol):
     def scope(self) -> str: ...
     @property
     def reads(self) -> Reads: ...
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]: ...
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]: ...
     def at(self, step: int) -> tuple[TermsOf, int]: ...
 
 
@@ -85,7 +85,7 @@ def choose_trained(
     teacher: FullTeacher | None,
     reference: FullTeacher | None,
     counts: Mapping[str, float] | None,
-    rng: object,
+    rng: torch.Generator | None,
 ) -> Trained:
     """The trained rows, with nothing missing.
 
@@ -104,7 +104,7 @@ def choose_trained(
     required = list(method.requires)
     if reads.topk is not None:
         required += ["topk_ids", "topk_logprob"]
-    if batch.uniform is None and isinstance(rng, torch.Generator):
+    if batch.uniform is None and rng is not None:
         draws = torch.rand(len(batch), generator=rng, device=rng.device, dtype=torch.float64)
         batch = replace(batch, uniform=draws.to(batch.target.device))
     index = batch.mask.nonzero().squeeze(-1)
@@ -143,7 +143,7 @@ def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass:
 def _where_from(method: TermsOf, name: str) -> str:
     hints = {
         "uniform": "set it, one draw a token, or pass rng=torch.Generator()",
-        "outcome_advantage": "grade the samples and compare them with their group (`signals.group_advantage`)",
+        "outcome_advantage": "grade the samples and compare them with their group (`losses.advantages.group_advantage`)",
         "rollout_logprob": "the engine records it",
     }
     whose = "reference model" if name.startswith("reference") else "teacher"

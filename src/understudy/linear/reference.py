@@ -22,7 +22,7 @@ def evaluate(
     head: LMHead,
     *,
     step: int = 0,
-    rng: object = None,
+    rng: torch.Generator | None = None,
     teacher: FullTeacher | None = None,
     reference: FullTeacher | None = None,
     counts: Mapping[str, float] | None = None,
@@ -38,7 +38,7 @@ def evaluate(
         )
     rows, judged = _read(method.reads, trained.batch, logp, teacher_logp, reference_logp)
     tally = Tally()
-    loss = weighted_loss(shares(method.terms(judged, step, rng), trained), rows, judged, tally)
+    loss = weighted_loss(shares(method.terms(judged, step), trained), rows, judged, tally)
     # hidden.sum() * 0 would spread a NaN of a masked row; an empty product does not
     return Evaluation(loss + hidden[:0].sum(), tally.metrics())
 

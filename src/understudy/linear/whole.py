@@ -21,7 +21,7 @@ class CutTerms:
     scope: str = "batch"
     requires: tuple[str, ...] = ()
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         """As `Method.terms`."""
         return self.given
 

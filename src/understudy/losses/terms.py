@@ -71,7 +71,7 @@ class PolicyGradient:
     baseline: bool = False
     """Add sg[KL(S || T)], the negative expectation of the log-ratio, to the advantage; reads the reverse divergence."""
     weight: Tensor | None = None
-    """[C] without gradient, `signals.importance`: what the engine's draw of the token counts."""
+    """[C] without gradient, `losses.advantages.importance`: what the engine's draw of the token counts."""
     baseline_logp: Tensor | None = None
     """[C, K] log T: the baseline is summed over K tokens, `sg[sum_k S(k)(log S(k) - log T(k))]`, instead of all."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from understudy.methods.aopd import AOPD
-from understudy.methods.base import Acceptance, Method, Rewards, RolloutPlan
+from understudy.methods.base import Acceptance, Method, Rewards, RolloutPlan, Uses
 from understudy.methods.eopd import EOPD
 from understudy.methods.gkd import GKD
 from understudy.methods.gopd import GOPD
@@ -62,4 +62,5 @@ __all__ = [
     "RolloutPlan",
     "TopK",
     "TrOPD",
+    "Uses",
 ]

@@ -47,7 +47,7 @@ class AOPD(OptionallyClipped):
     def reads(self) -> Reads:
         return Reads(topk="teacher", k=self.k, tail=self.tail == "bucket")
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
         topk = present(batch.topk_logprob)
         # which side T = S falls on does not hang on the last bit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,13 +15,14 @@ from understudy.types import Need, TokenBatch
 
 Scope = Literal["token", "batch"]
 OnReject = Literal["teacher", "drop", "resample"]
+RewardSource = Literal["outcome", "verbal"]
 
 
 @dataclass(frozen=True)
 class Rewards:
     """Samples are rewarded, and compared with the other samples of their prompt."""
 
-    source: Literal["outcome", "verbal"] = "outcome"
+    source: RewardSource = "outcome"
     """The verifier's score, or the judge's digit over 9."""
     normalise_std: bool = True
     dynamic_sampling: bool = False
@@ -64,6 +66,42 @@ class RolloutPlan:
 
 
 @dataclass(frozen=True)
+class Uses:
+    """Everything that the plans of a run make use of, at whichever step: what a recipe is checked against."""
+
+    own_samples: bool = False
+    """Samples that the student writes."""
+    given_responses: bool = False
+    """Responses that the student did not write, imitated whole."""
+    prefixes: bool = False
+    """A teacher's responses as the beginning of samples."""
+    fills_slots: bool = False
+    """A teacher's responses in place of rejected samples."""
+    judge: bool = False
+    """A digit for each sample."""
+    rewards: frozenset[RewardSource] = frozenset()
+    """Sources of rewards; samples of a prompt are compared where there is any."""
+
+    @property
+    def takes_responses(self) -> bool:
+        """Whether responses that the student did not write have a use."""
+        return self.given_responses or self.prefixes or self.fills_slots
+
+    @staticmethod
+    def over(plans: Iterable[RolloutPlan]) -> Uses:
+        """The union over the plans."""
+        seen = list(plans)
+        return Uses(
+            own_samples=any(plan.on_policy_share > 0 for plan in seen),
+            given_responses=any(plan.on_policy_share < 1 for plan in seen),
+            prefixes=any(plan.prefix_share > 0 for plan in seen),
+            fills_slots=any(plan.fills_slots for plan in seen),
+            judge=any(plan.acceptance is not None for plan in seen),
+            rewards=frozenset(plan.rewards.source for plan in seen if plan.rewards is not None),
+        )
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods. A method is its own section in a recipe: its fields are the keys.
 
@@ -90,13 +128,20 @@ class Method:
         """What the losses read of the student's rows."""
         return Reads()
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         """The terms for the trained tokens in `batch`; `batch.student_logprob` is always there."""
         raise NotImplementedError
 
     def plan(self, step: int) -> RolloutPlan:
         """How to sample at `step`."""
         return RolloutPlan()
+
+    def uses(self, num_steps: int) -> Uses:
+        """The union of `plan` over a run of that many steps.
+
+        Every step is asked, because a schedule may begin off-policy and end on-policy, or the other way round.
+        """
+        return Uses.over(self.plan(step) for step in range(num_steps))
 
     def at(self, step: int) -> tuple[Method, int]:
         """The method in force at a step of the run, and the step as it counts it."""
@@ -205,10 +250,12 @@ __all__ = [
     "PolicyMethod",
     "Reads",
     "Reduce",
+    "RewardSource",
     "Rewards",
     "RolloutPlan",
     "Scope",
     "Term",
+    "Uses",
     "only",
     "present",
 ]

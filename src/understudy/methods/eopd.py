@@ -50,7 +50,7 @@ class EOPD(PolicyMethod):
     def reads(self) -> Reads:
         return Reads(topk="teacher", k=self.k)
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         topk = present(batch.topk_logprob)
         estimated = batch.teacher_entropy is None

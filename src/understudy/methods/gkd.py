@@ -33,7 +33,7 @@ class GKD(Method):
     def reads(self) -> Reads:
         return Reads(divergence=self.beta)
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         return [Term("divergence", FullDivergence())]
 
     def plan(self, step: int) -> RolloutPlan:

@@ -51,7 +51,7 @@ class GOPD(OptionallyClipped):
             return Reads()
         return Reads(divergence=1.0, extrapolate=None if self.scale == 1.0 else self.scale)
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         if self.form == "full":
             return [Term("divergence", FullDivergence(), mask=batch.on_policy, reduce=self.reduce)]
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)

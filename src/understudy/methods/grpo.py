@@ -63,7 +63,7 @@ class GRPO(PolicyMethod):
     def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
         return self if self.max_tokens is not None else replace(self, max_tokens=max_new_tokens)
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         advantage = present(batch.outcome_advantage)
         if self.distil_coef:
             ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))

@@ -57,7 +57,7 @@ class KDRL(PolicyMethod):
         done = min(step / max(1, self.num_steps - 1), 1.0)
         return self.beta + (self.anneal_to - self.beta) * done
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         advantage = present(batch.outcome_advantage)
         right = advantage > 0 if batch.correct is None else batch.correct
         pulled = batch.on_policy & ~right if self.skip_correct else batch.on_policy

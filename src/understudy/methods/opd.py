@@ -58,7 +58,7 @@ class OPD(OptionallyClipped):
             return Reads(topk="teacher", k=self.baseline_k)
         return Reads(divergence=1.0 if self.baseline else None)
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         advantage = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         if self.discount:
             trained = batch.mask & batch.on_policy

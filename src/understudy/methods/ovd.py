@@ -54,7 +54,7 @@ class OVD(PolicyMethod):
         acceptance = Acceptance(self.threshold, self.on_reject, self.score, self.steps)
         return RolloutPlan(rewards=Rewards(self.reward), acceptance=acceptance)
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         terms = [self.policy_term(batch, present(batch.outcome_advantage), None)]
         if self.kl_coef:
             terms.append(Term("reference_kl", ReferenceKL(present(batch.reference_logprob)), coef=self.kl_coef))

@@ -105,9 +105,9 @@ class Phases(Method):
             max_new_tokens=max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
         )
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         method, own_step = self.at(step)
-        return method.terms(batch, own_step, rng)
+        return method.terms(batch, own_step)
 
 
 def _method(index: int, part: Mapping[str, Any]) -> Method:

@@ -67,7 +67,7 @@ class REOPOLD(OptionallyClipped):
             raise ValueError("switch_step is None (half of the run), but no run is known here; set switch_step")
         return self.switch_step is None or step < self.switch_step
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         floor = self.least_reward
         floored = {"floored": only((ratio < floor).to(ratio.dtype), batch.on_policy)}

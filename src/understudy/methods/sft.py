@@ -17,7 +17,7 @@ class SFT(Method):
     def needs(self) -> frozenset[Need]:
         return frozenset({"none"})
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         return [Term("nll", NLL())]
 
     def plan(self, step: int) -> RolloutPlan:

@@ -35,5 +35,5 @@ class TopK(Method):
     def reads(self) -> Reads:
         return Reads(topk=self.support, k=self.k, tail=self.tail == "bucket")
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         return [Term("divergence", TopKDivergence(present(batch.topk_logprob), self.direction, self.tail))]

@@ -71,7 +71,7 @@ class TrOPD(OptionallyClipped):
     def plan(self, step: int) -> RolloutPlan:
         return RolloutPlan(prefix_share=cosine_decay(step, self.anneal_steps), guided=self.guided)
 
-    def terms(self, batch: TokenBatch, step: int, rng: object = None) -> list[Term]:
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
         ratio, rounding = advantages.log_ratio(teacher, student), advantages.rounding(teacher, student)
         accept = advantages.acceptance(teacher, student)
