@@ -107,7 +107,7 @@ def at_work(folder: Path) -> Iterator[tuple[Training, Server, Server]]:
 
 
 def changes(engine: Server, teacher: Server, teacher_model: str) -> dict[str, Any]:
-    """Patience for a teacher that comes back, little for an engine, which comes back with other weights."""
+    """RetryPolicy for a teacher that comes back, little for an engine, which comes back with other weights."""
     patient = {"timeout_s": 10.0, "deadline_s": 60.0, "max_retries": 10, "backoff_s": 0.5}
     hasty = {"timeout_s": 10.0, "deadline_s": 20.0, "max_retries": 1}
     return {

@@ -138,7 +138,7 @@ def same(found: Sequence[Scores], expected: Sequence[Scores], atol: float = 0.0)
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_scores_are_the_local_teachers_to_the_last_bit(dtype: str) -> None:
-    """At a temperature and over a cut vocabulary, in the precision of the weights; the wire rounds nothing."""
+    """At a temperature and over a cut vocabulary, in the precision of the weights; the client rounds nothing."""
     model = tiny(dtype=dtype, sharp=4.0)
     with serving(model) as url, opened(url) as teacher:
         for need in NEEDS.values():
@@ -465,7 +465,7 @@ def test_a_full_queue_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """429 and Retry-After over the wire: the client waits as long and gets its scores."""
+    """429 and Retry-After over the client: the client waits as long and gets its scores."""
     model, plain, count = tiny(sharp=4.0), serve_worker.Worker.submit, []
 
     def busy_once(self: serve_worker.Worker, one: Ask) -> Any:

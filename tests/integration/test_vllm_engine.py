@@ -818,10 +818,10 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="rollout engine 0 was killed by signal 9"):
             engine.generate(requests(1), LONG, step=1)
-        wire = engine._servers.wire
-        assert wire is not None
+        client = engine._servers.client
+        assert client is not None
         # it does not come back, so it is not waited for
-        assert wire.stats()["retries"] <= len(requests(1))
+        assert client.stats()["retries"] <= len(requests(1))
 
 
 def test_a_server_that_is_not_there_at_the_start_is_not_waited_for(tmp_path: Path) -> None:
@@ -857,7 +857,7 @@ def test_a_section_as_a_recipe_writes_it() -> None:
         VLLM, {"url": ["http://localhost:8000/v1", "http://127.0.0.1:8001/"], "timeout_s": 5, "dtype": "bfloat16"}
     )
     assert section.urls == ("http://localhost:8000", "http://127.0.0.1:8001")
-    assert section.patience.timeout_s == 5
+    assert section.retry_policy.timeout_s == 5
     assert section.is_local
     with pytest.raises(RecipeError, match="there is no program"):
         parse(VLLM, {"launch": {"python": "/nowhere/python"}}).check()
@@ -869,21 +869,21 @@ def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
     assert "sesame" not in str(caught.value)
 
 
-def test_patience_grows_with_the_longest_response(tmp_path: Path) -> None:
+def test_the_timeout_grows_with_the_longest_response(tmp_path: Path) -> None:
     """32,768 tokens at 10 a second; what the recipe says stays."""
 
-    def patience(length: int, **given: float) -> tuple[float, float]:
-        found = parse(VLLM, {"url": "http://localhost:1", **given}).for_responses(length).patience
+    def retry_policy(length: int, **given: float) -> tuple[float, float]:
+        found = parse(VLLM, {"url": "http://localhost:1", **given}).for_responses(length).retry_policy
         return found.timeout_s, found.deadline_s
 
-    assert patience(512) == (900.0, 3600.0)
-    assert patience(32_768) == (3276.8, 13_107.2)
-    assert patience(32_768, timeout_s=5.0) == (5.0, 20.0)
-    assert patience(32_768, timeout_s=5.0, deadline_s=6.0) == (5.0, 6.0)
-    assert patience(32_768, deadline_s=6.0) == (3276.8, 6.0)
+    assert retry_policy(512) == (900.0, 3600.0)
+    assert retry_policy(32_768) == (3276.8, 13_107.2)
+    assert retry_policy(32_768, timeout_s=5.0) == (5.0, 20.0)
+    assert retry_policy(32_768, timeout_s=5.0, deadline_s=6.0) == (5.0, 6.0)
+    assert retry_policy(32_768, deadline_s=6.0) == (3276.8, 6.0)
     long = Sampling(max_new_tokens=32_768)
     with make_engine(model_of(), tmp_path, sampling=long, timeout_s=None, deadline_s=None) as (engine, _):
-        assert engine._section.patience.timeout_s == 3276.8
+        assert engine._section.retry_policy.timeout_s == 3276.8
 
 
 def test_a_server_of_its_own_writes_no_line_for_each_request(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from understudy.errors import RecipeError
-from understudy.http import Patience, check_address, check_variable
+from understudy.http import RetryPolicy, check_address, check_variable
 from understudy.types import Sampling
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -132,10 +132,10 @@ class VLLM:
         return all(urlsplit(url).hostname in LOOPBACK for url in self.urls)
 
     @property
-    def patience(self) -> Patience:
+    def retry_policy(self) -> RetryPolicy:
         """For requests to the servers; without `for_responses` for short ones."""
         timeout_s = PATIENCE_S if self.timeout_s is None else self.timeout_s
-        return Patience(
+        return RetryPolicy(
             timeout_s=timeout_s,
             deadline_s=4 * timeout_s if self.deadline_s is None else self.deadline_s,
             max_retries=self.max_retries,
@@ -143,7 +143,7 @@ class VLLM:
         )
 
     def for_responses(self, max_new_tokens: int) -> VLLM:
-        """With a patience that responses of this length need, where none is given."""
+        """With the timeout that responses of this length need, where the recipe gives none."""
         if self.timeout_s is not None:
             return self
         return replace(self, timeout_s=max(PATIENCE_S, max_new_tokens / SLOWEST))

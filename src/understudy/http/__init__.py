@@ -1,17 +1,17 @@
-"""HTTP to engines, teachers and judges: many requests in flight, patience with what may pass, an end where nothing mends."""
+"""One HTTP client for engines, teachers and judges: concurrent requests, retries, replicas, deadlines."""
 
 from __future__ import annotations
 
 from understudy.http.address import check_address, check_variable, read_key, without_key
-from understudy.http.client import Patience, Wire
+from understudy.http.client import HttpClient, RetryPolicy
 from understudy.http.reply import BadReply, Refused, Reply
 
 __all__ = [
     "BadReply",
-    "Patience",
+    "HttpClient",
     "Refused",
     "Reply",
-    "Wire",
+    "RetryPolicy",
     "check_address",
     "check_variable",
     "read_key",

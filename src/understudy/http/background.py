@@ -19,7 +19,7 @@ _CLOSE_S = 5.0
 """How long is waited for tasks that were given up, and for the thread."""
 
 
-class Stopped(Exception):  # noqa: N818 (leaves a wire only into a worker of `Wire.each`)
+class Stopped(Exception):  # noqa: N818 (leaves a client only into a worker of `HttpClient.each`)
     """Another request has failed, so this one is given up."""
 
 
@@ -119,7 +119,7 @@ class Background:
     def _start(self) -> tuple[asyncio.AbstractEventLoop, Thread, Line]:
         line = self._make_line()
         loop = asyncio.new_event_loop()
-        thread = Thread(target=_serve, args=(loop,), name=f"wire-{self._name}", daemon=True)
+        thread = Thread(target=_serve, args=(loop,), name=f"client-{self._name}", daemon=True)
         thread.start()
         return loop, thread, line
 

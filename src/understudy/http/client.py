@@ -50,7 +50,7 @@ _LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long and how often is asked."""
 
     timeout_s: float = 120.0
@@ -77,10 +77,10 @@ class Patience:
             raise ValueError("timeout_s and deadline_s must be above 0, and backoff_s at least 0")
 
     @staticmethod
-    def of(section: object) -> Patience:
+    def of(section: object) -> RetryPolicy:
         """With the keys that a section of a recipe has of it."""
-        known = [item.name for item in fields(Patience)]
-        return Patience(**{name: getattr(section, name) for name in known if hasattr(section, name)})
+        known = [item.name for item in fields(RetryPolicy)]
+        return RetryPolicy(**{name: getattr(section, name) for name in known if hasattr(section, name)})
 
     def wait_s(self, seed: int, key: str, attempt: int) -> float:
         """Between half of and the whole of `backoff_s * 2^(attempt - 1)`, so that many requests do not return at once."""
@@ -111,10 +111,10 @@ class _Late(Exception):  # noqa: N818 (never leaves this module)
     """The deadline would pass before anything can be sent."""
 
 
-class Wire:
+class HttpClient:
     """Replicas of one server behind one front: connections are kept, and closed by `close`.
 
-    Any thread may ask. A closed wire raises EngineError. No object holds the key: it is read for each attempt, and cut from
+    Any thread may ask. A closed client raises EngineError. No object holds the key: it is read for each attempt, and cut from
     all that is said.
     """
 
@@ -123,7 +123,7 @@ class Wire:
         urls: Sequence[str],
         *,
         name: str,
-        patience: Patience,
+        retry_policy: RetryPolicy,
         api_key_env: str = "",
         seed: int = 0,
         max_reply_bytes: int = MAX_REPLY_BYTES,
@@ -136,17 +136,17 @@ class Wire:
             check_address(url, f"the address of {name}")
         self.name = name
         self.urls = tuple(dict.fromkeys(url.rstrip("/") for url in urls))
-        self._patience = patience
+        self._retry_policy = retry_policy
         self._api_key_env = api_key_env
         self._seed = seed
         self._max_reply_bytes = max_reply_bytes
         self._probe_path = probe_path
         self._replicas = Replicas(
-            self.urls, break_after=patience.break_after, cool_down_s=patience.backoff_s, clock=time.monotonic
+            self.urls, break_after=retry_policy.break_after, cool_down_s=retry_policy.backoff_s, clock=time.monotonic
         )
         self._background = Background(name, self._make_line)
 
-    def __enter__(self) -> Wire:
+    def __enter__(self) -> HttpClient:
         return self
 
     def __exit__(
@@ -173,11 +173,11 @@ class Wire:
         if json is not None:
             content = dumps(json).encode("ascii")
         kind = "application/octet-stream" if json is None else "application/json"
-        end = time.monotonic() + self._patience.deadline_s
+        end = time.monotonic() + self._retry_policy.deadline_s
         question = _Question(key, method, path, content or b"", kind, end, Asker(replica))
         trouble = Trouble("nothing was sent: all places were taken")
         attempt = counted = 0
-        while counted <= self._patience.max_retries:
+        while counted <= self._retry_policy.max_retries:
             try:
                 outcome = self._attempt(question, attempt)
             except _Late:
@@ -195,12 +195,12 @@ class Wire:
                     self._replicas.settle(turn, right=None)
             trouble = outcome
             attempt += 1
-            counted += trouble.counts or not (self._patience.waits and self._patience.max_retries)
+            counted += trouble.counts or not (self._retry_policy.waits and self._retry_policy.max_retries)
         raise self._error(question, trouble, late=question.left_s <= 0)
 
     def _attempt(self, question: _Question, attempt: int) -> Reply | Trouble:
         """Raises Refused, and _Late where the deadline comes first."""
-        pause_s = self._patience.wait_s(self._seed, question.key, attempt) if attempt else 0.0
+        pause_s = self._retry_policy.wait_s(self._seed, question.key, attempt) if attempt else 0.0
         if question.left_s <= pause_s:
             raise _Late
         turns = question.asker.turns
@@ -260,7 +260,7 @@ class Wire:
     async def _send(self, line: Line, question: _Question, turn: Turn) -> Reply | Refused | Trouble:
         import httpx
 
-        seconds = max(0.0, min(self._patience.timeout_s, question.left_s))
+        seconds = max(0.0, min(self._retry_policy.timeout_s, question.left_s))
         try:
             async with asyncio.timeout(seconds):
                 reply = await self._exchange(line.client, question, turn)
@@ -309,7 +309,7 @@ class Wire:
     def _make_line(self) -> Line:
         import httpx
 
-        slots = self._patience.max_concurrency
+        slots = self._retry_policy.max_concurrency
         client = httpx.AsyncClient(
             timeout=None,  # noqa: S113 (each attempt has one as a whole)
             # a probe waits for no request
@@ -327,7 +327,7 @@ class Wire:
     def _error(self, question: _Question, trouble: Trouble, *, late: bool) -> EngineError:
         attempts = len(question.asker.turns)
         counted = f"{attempts} attempt{'s' * (attempts != 1)}"
-        within = f" within deadline_s = {self._patience.deadline_s:g}" if late else ""
+        within = f" within deadline_s = {self._retry_policy.deadline_s:g}" if late else ""
         return EngineError(
             f"{self.name} ({', '.join(question.asker.urls or self.urls)}) gave no answer to {self._clip(question.key)} in "
             f"{counted}{within}, the last time: {self._clip(trouble.text)}; check that the server is up, lower "
@@ -357,7 +357,7 @@ class Wire:
                 scope.cancel()
                 raise
 
-        pool = ThreadPoolExecutor(min(self._patience.max_concurrency, len(items)), thread_name_prefix=self.name)
+        pool = ThreadPoolExecutor(min(self._retry_policy.max_concurrency, len(items)), thread_name_prefix=self.name)
         try:
             futures = [pool.submit(run, item) for item in items]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -67,7 +67,7 @@ class Refused(Exception):  # noqa: N818 (caught where it is known what was asked
         return self.status in _DOES_NOT_FIT and bool(_TOO_LONG.search(self.message))
 
 
-class BadReply(Exception):  # noqa: N818 (caught by the wire, which asks again)
+class BadReply(Exception):  # noqa: N818 (caught by the client, which asks again)
     """A reply that is not what was asked for: half a body, no JSON, other tokens."""
 
 

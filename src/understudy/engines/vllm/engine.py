@@ -82,7 +82,7 @@ class VLLMEngine:
         self._servers = Servers(section, run_dir, dtype=precision, mode=mode, seed=seed)
         tolerance = section.check_tolerance or (FLOAT32_GAP if exact else HALF_GAP)
         self._check = PushCheck(self._servers, dtype, tolerance, section.probe_tokens)
-        deadline_s = section.patience.deadline_s
+        deadline_s = section.retry_policy.deadline_s
         self._gate = Gate(deadline_s)
         self._pushing = Lock()
         self._closed = False
@@ -140,14 +140,14 @@ class VLLMEngine:
         with self._gate.passing():
             # the facts are there once weights are
             self._check_positions(requests, sampling.max_new_tokens)
-        wire, facts = self._servers.wire, self._servers.facts
-        assert wire is not None
+        client, facts = self._servers.client, self._servers.facts
+        assert client is not None
         assert facts is not None
         self._written = True
         left = self._groups(drafts)
         try:
             while left:
-                wire.each(left, lambda group: self._write(group, sampling, f"{self._seed}/{stream}/{step}"))
+                client.each(left, lambda group: self._write(group, sampling, f"{self._seed}/{stream}/{step}"))
                 left = [[draft] for group in left for draft in group if draft.finish is None]
         except EngineError:
             if not self._closed:
@@ -327,10 +327,10 @@ class VLLMEngine:
                 return
 
     def _ask(self, body: dict[str, Any], key: str) -> list[Part]:
-        wire = self._servers.wire
-        assert wire is not None
+        client = self._servers.client
+        assert client is not None
         try:
-            return wire.request("/v1/completions", lambda reply: read_parts(reply, body), key=key, json=body)
+            return client.request("/v1/completions", lambda reply: read_parts(reply, body), key=key, json=body)
         except Refused as refused:
             raise EngineError(f"the rollout engine refused request {key}: {refused}") from refused
 

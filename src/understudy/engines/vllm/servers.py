@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 from understudy.engines.sections import VLLM, Launch
 from understudy.engines.vllm.replies import read_scores
 from understudy.errors import EngineError, RecipeError
-from understudy.http import BadReply, Patience, Refused, Reply, Wire
+from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
 from understudy.http.launch import ServerProcess, free_ports
 
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ class Facts:
 
 
 class Servers:
-    """Servers that are asked for samples through `wire`, and told about weights one by one.
+    """Servers that are asked for samples through `client`, and told about weights one by one.
 
     `start` comes before everything else. Raises EngineError, naming the server, for what fails.
     """
@@ -54,8 +54,8 @@ class Servers:
         self._unpausable: set[int] = set()
         self._paused: set[int] = set()
         """Servers that were asked to, whether they answered or not."""
-        self.wire: Wire | None = None
-        self._control: Wire | None = None
+        self.client: HttpClient | None = None
+        self._control: HttpClient | None = None
         self.facts: Facts | None = None
 
     @property
@@ -83,25 +83,25 @@ class Servers:
             self._start_processes(self._section.launch, model_dir)
         urls = [process.url for process in self._processes] or list(self._section.urls)
         # nobody starts a server of ours again
-        patience = replace(self._section.patience, waits=self._section.launch is None)
+        retry_policy = replace(self._section.retry_policy, waits=self._section.launch is None)
         # what is said to a server must not wait behind the samples that it is to end
         control = replace(
-            patience,
-            max_retries=min(CONTROL_RETRIES, patience.max_retries),
+            retry_policy,
+            max_retries=min(CONTROL_RETRIES, retry_policy.max_retries),
             max_concurrency=max(8, len(urls)),
         )
-        self.wire = self._open_wire(urls, patience)
+        self.client = self._open_client(urls, retry_policy)
         # one that is not there at the start has another address; later it may be starting again
-        self._control = self._open_wire(urls, replace(control, waits=False))
+        self._control = self._open_client(urls, replace(control, waits=False))
         facts = self._agree(self._each(self._read_facts))
         if control.waits:
             self._control.close()
-            self._control = self._open_wire(urls, control)
+            self._control = self._open_client(urls, control)
         self.facts = facts
 
-    def _open_wire(self, urls: Sequence[str], patience: Patience) -> Wire:
+    def _open_client(self, urls: Sequence[str], retry_policy: RetryPolicy) -> HttpClient:
         key = self._section.api_key_env
-        return Wire(urls, name="rollout engine", patience=patience, api_key_env=key, seed=self._seed)
+        return HttpClient(urls, name="rollout engine", retry_policy=retry_policy, api_key_env=key, seed=self._seed)
 
     def check(self) -> None:
         """Raises EngineError, with the end of its log, for a server of ours that does not run any more."""
@@ -190,9 +190,9 @@ class Servers:
             # all are told before any is waited for
             for process in self._processes:
                 stack.callback(process.ask_to_stop)
-            for wire in (self._control, self.wire):
-                if wire is not None:
-                    stack.callback(wire.close)
+            for client in (self._control, self.client):
+                if client is not None:
+                    stack.callback(client.close)
 
     def _start_processes(self, launch: Launch, model_dir: Path) -> None:
         given = range(launch.port, launch.port + launch.num_servers)

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
 from understudy.errors import EngineError, RecipeError
-from understudy.http import Patience, Refused, Wire, check_address, check_variable, read_key
+from understudy.http import HttpClient, Refused, RetryPolicy, check_address, check_variable, read_key
 from understudy.teachers.base import ScoreForm, Setup, Unmoved
 from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
 from understudy.teachers.remote.endpoint import UNKNOWN_FIELD, Endpoint, complete
@@ -70,7 +70,7 @@ class Chat:
     GIVES: ClassVar[frozenset[Need]] = frozenset({"none", "verbal"})
 
     def __post_init__(self) -> None:
-        _ = self.wording, self.patience
+        _ = self.wording, self.retry_policy
         check_variable(self.api_key_env, "api_key_env")
         for key, low in (("max_tokens", 1), ("max_parse_retries", 0)):
             if getattr(self, key) < low:
@@ -84,9 +84,9 @@ class Chat:
         return Wording.of(self.template, self.step_template, self.step_separator)
 
     @property
-    def patience(self) -> Patience:
+    def retry_policy(self) -> RetryPolicy:
         """How long and how often the server is asked."""
-        return Patience.of(self)
+        return RetryPolicy.of(self)
 
     @property
     def shown(self) -> str:
@@ -122,11 +122,11 @@ class ChatTeacher(Unmoved):
     def __init__(self, section: Chat, *, name: str, seed: int = 0) -> None:
         self._section = section
         self._endpoint = Endpoint(
-            base=section.url, api_key_env=section.api_key_env, patience=section.patience, seed=seed
+            base=section.url, api_key_env=section.api_key_env, retry_policy=section.retry_policy, seed=seed
         )
         self._name = name
         self._constrain: Constrain = section.constrain
-        self._open: set[Wire] = set()
+        self._open: set[HttpClient] = set()
         self._closed = False
 
     @property
@@ -157,46 +157,46 @@ class ChatTeacher(Unmoved):
         # whether a constraint is understood is found out by one question before the others are sent
         first = named[:1] if self._constrain == "auto" else []
         replies: list[Reply] = []
-        with self._wire() as wire:
+        with self._client() as client:
             for part in (first, named[len(first) :]):
-                replies += wire.each(part, lambda item: self._ask(wire, *item, score))
+                replies += client.each(part, lambda item: self._ask(client, *item, score))
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """The model's own response to each prompt, in order; None for an empty one, one that was cut off, and a prompt that
         is too long. Raises EngineError as `judge`."""
-        with self._wire() as wire:
-            return wire.each(prompts, lambda prompt: self._write(wire, prompt, max_new_tokens, temperature))
+        with self._client() as client:
+            return client.each(prompts, lambda prompt: self._write(client, prompt, max_new_tokens, temperature))
 
     def close(self) -> None:
         """Gives up what other threads ask, and answers no more."""
         self._closed = True
-        for wire in list(self._open):
-            wire.close()
+        for client in list(self._open):
+            client.close()
 
     @contextmanager
-    def _wire(self) -> Iterator[Wire]:
+    def _client(self) -> Iterator[HttpClient]:
         """Connections of one call."""
-        with self._endpoint.open() as wire:
-            self._open.add(wire)
+        with self._endpoint.open() as client:
+            self._open.add(client)
             try:
                 if self._closed:
                     raise EngineError(f"the judge {self._section.shown} is closed")
-                yield wire
+                yield client
             finally:
-                self._open.discard(wire)
+                self._open.discard(client)
 
-    def _write(self, wire: Wire, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
+    def _write(self, client: HttpClient, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
         messages = [dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)]
         try:
-            choice = complete(wire, self._body(messages, max_new_tokens, temperature), prompt.id)
+            choice = complete(client, self._body(messages, max_new_tokens, temperature), prompt.id)
         except Refused as refused:
             if refused.too_long:
                 return None
             raise self._endpoint.error(refused) from None
         return None if choice.get("finish_reason") == "length" else _content(choice) or None
 
-    def _ask(self, wire: Wire, key: str, question: str, score: ScoreForm) -> Reply:
+    def _ask(self, client: HttpClient, key: str, question: str, score: ScoreForm) -> Reply:
         messages = [{"role": "user", "content": question}]
         said = ""
         attempts = 1 + self._section.max_parse_retries
@@ -205,7 +205,7 @@ class ChatTeacher(Unmoved):
             if score == "expectation":
                 body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
-                choice = self._send_constrained(wire, body, f"{key}/{attempt}")
+                choice = self._send_constrained(client, body, f"{key}/{attempt}")
             except Refused as refused:
                 if refused.too_long:
                     return Reply(None, attempt, f"the server refuses the question as too long: {refused.message}")
@@ -226,15 +226,15 @@ class ChatTeacher(Unmoved):
         body = {"model": section.model, "messages": messages, "temperature": temperature, section.limit_key: max_tokens}
         return {key: value for key, value in (body | dict(section.extra_body)).items() if value is not None}
 
-    def _send_constrained(self, wire: Wire, body: dict[str, Any], key: str) -> dict[str, Any]:
+    def _send_constrained(self, client: HttpClient, body: dict[str, Any], key: str) -> dict[str, Any]:
         if self._constrain != "auto":
-            return complete(wire, body | _CONSTRAINTS[self._constrain], key)
+            return complete(client, body | _CONSTRAINTS[self._constrain], key)
         try:
-            choice = complete(wire, body | _CONSTRAINTS["structured_outputs"], key)
+            choice = complete(client, body | _CONSTRAINTS["structured_outputs"], key)
         except Refused as refused:
             if refused.too_long or refused.status not in UNKNOWN_FIELD:
                 raise
-            choice = complete(wire, body, key)
+            choice = complete(client, body, key)
             self._constrain = "none"
             return choice
         self._constrain = "structured_outputs"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from understudy.errors import EngineError
-from understudy.http import BadReply, Patience, Refused, Reply, Wire, read_key, without_key
+from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy, read_key, without_key
 
 UNKNOWN_FIELD = (400, 422)
 """What servers say to a field of a request that they do not know; vLLM says nothing."""
@@ -19,12 +19,14 @@ class Endpoint:
 
     base: str
     api_key_env: str
-    patience: Patience
+    retry_policy: RetryPolicy
     seed: int = 0
 
-    def open(self) -> Wire:
+    def open(self) -> HttpClient:
         """To be closed by whoever opens it; nothing is sent yet."""
-        return Wire([self.base], name="teacher", patience=self.patience, api_key_env=self.api_key_env, seed=self.seed)
+        return HttpClient(
+            [self.base], name="teacher", retry_policy=self.retry_policy, api_key_env=self.api_key_env, seed=self.seed
+        )
 
     def safe(self, text: str) -> str:
         """What a server said, without the key and what a terminal would obey."""
@@ -43,9 +45,9 @@ class Endpoint:
         return EngineError(f"{self.base.rstrip('/')}{_PATH} refuses with {refused}; {hint}")
 
 
-def complete(wire: Wire, body: dict[str, Any], key: str) -> dict[str, Any]:
-    """The first choice of the reply. Raises as `Wire.request`."""
-    return wire.request(_PATH, _first_choice, json=body, key=key)
+def complete(client: HttpClient, body: dict[str, Any], key: str) -> dict[str, Any]:
+    """The first choice of the reply. Raises as `HttpClient.request`."""
+    return client.request(_PATH, _first_choice, json=body, key=key)
 
 
 def _first_choice(reply: Reply) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from understudy.errors import RecipeError, ScoreError
-from understudy.http import Patience, Refused, Wire, check_address, check_variable, read_key
+from understudy.http import HttpClient, Refused, RetryPolicy, check_address, check_variable, read_key
 from understudy.linear.head import LMHead
 from understudy.teachers.base import Setup, Unmoved
 from understudy.teachers.remote.prompt_scores import (
@@ -42,7 +42,7 @@ DEFAULT_K_MAX = {"vllm": 20}
 """What a server gives unless told otherwise: vLLM's `--max-logprobs`; SGLang has no limit."""
 ASKED_AGAIN = 2
 """Times that a sample whose scores are not finite is scored anew, after all others; a number that stays away comes from the
-weights, and no patience brings it."""
+weights, and asking again does not change them."""
 SPARE = 4
 """Tokens asked for beyond K, at least, once a row of K held one that the student lacks."""
 _VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
@@ -86,7 +86,7 @@ class Http:
     """Requests in flight over all replicas."""
 
     def __post_init__(self) -> None:
-        _ = self.patience
+        _ = self.retry_policy
         check_variable(self.api_key_env, "api_key_env")
         for key, value in (("batch_tokens", self.batch_tokens), ("k_max", self.k_max)):
             if value is not None and value < 1:
@@ -100,9 +100,9 @@ class Http:
         return frozenset({"none", "sampled"} if self.api == "completions" else {"none", "sampled", "topk"})
 
     @property
-    def patience(self) -> Patience:
+    def retry_policy(self) -> RetryPolicy:
         """Of all its requests."""
-        return Patience.of(self)
+        return RetryPolicy.of(self)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -174,10 +174,10 @@ class HttpTeacher(Unmoved):
         self._spare = 0
         self._finding = Lock()
         self._unsure = isinstance(self._format, VLLMTokens)
-        self._wire = Wire(
+        self._client = HttpClient(
             section.bases,
             name=f"teacher {setup.name!r}",
-            patience=section.patience,
+            retry_policy=section.retry_policy,
             api_key_env=section.api_key_env,
             seed=setup.seed,
         )
@@ -210,11 +210,11 @@ class HttpTeacher(Unmoved):
 
     def close(self) -> None:
         """Gives up what is in flight."""
-        self._wire.close()
+        self._client.close()
 
     def stats(self) -> dict[str, Any]:
         """Requests, retries, failures and bytes."""
-        return self._wire.stats()
+        return self._client.stats()
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """One for each sample, in order; `Unscored` where a number is not finite after all. Entropies are not given.
@@ -286,7 +286,7 @@ class HttpTeacher(Unmoved):
 
         Raises EngineError for a replica that does not answer, and one that lacks the model.
         """
-        return look(self._wire, self._section.model, _VERSIONS.get(self._section.api))
+        return look(self._client, self._section.model, _VERSIONS.get(self._section.api))
 
     @property
     def _who(self) -> str:
@@ -354,7 +354,7 @@ class HttpTeacher(Unmoved):
         parts: Callable[[Any], list[Any]],
         judge: Callable[[int, Sample, Any], Answer],
     ) -> list[Answer]:
-        return self._wire.request(
+        return self._client.request(
             path, lambda reply: read_reply(reply, samples, parts, judge), key=named(samples), json=body
         )
 
@@ -376,7 +376,7 @@ class HttpTeacher(Unmoved):
         left = [index for index in chosen if index not in found]
         one_each = isinstance(self._format, VLLMTokens)
         groups = group_by_prompt(samples, left, max_tokens=1 if one_each else self._section.batch_tokens)
-        for group, answers in zip(groups, self._wire.each(groups, run), strict=True):
+        for group, answers in zip(groups, self._client.each(groups, run), strict=True):
             found.update(zip(group, answers, strict=True))
         return found
 

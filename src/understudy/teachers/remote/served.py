@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
-from understudy.http import BadReply, Patience, Refused, Reply, Wire, check_address, check_variable, read_key
+from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy, check_address, check_variable, read_key
 from understudy.linear.head import LMHead
 from understudy.packing import Unscored
 from understudy.teachers.base import Setup, Unmoved
@@ -72,7 +72,7 @@ class Served:
     GIVES: ClassVar[frozenset[Need]] = CAN
 
     def __post_init__(self) -> None:
-        _ = self.patience
+        _ = self.retry_policy
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
         if not self.urls:
@@ -85,9 +85,9 @@ class Served:
         return (self.url,) if isinstance(self.url, str) else tuple(self.url)
 
     @property
-    def patience(self) -> Patience:
+    def retry_policy(self) -> RetryPolicy:
         """Raises ValueError for a number that cannot be."""
-        return Patience.of(self)
+        return RetryPolicy.of(self)
 
     @property
     def shown(self) -> str:
@@ -113,11 +113,11 @@ class Served:
         teacher = ServedTeacher(self, about, setup)
         return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
 
-    def _wire(self, setup: Setup, patience: Patience, max_reply_bytes: int) -> Wire:
-        return Wire(
+    def _client(self, setup: Setup, retry_policy: RetryPolicy, max_reply_bytes: int) -> HttpClient:
+        return HttpClient(
             self.urls,
             name=f"teacher {setup.name}",
-            patience=patience,
+            retry_policy=retry_policy,
             api_key_env=self.token_env,
             seed=setup.seed,
             max_reply_bytes=max_reply_bytes,
@@ -125,8 +125,8 @@ class Served:
 
     def _ask_about(self, setup: Setup) -> About:
         """Of the replicas that answer; one that does not is found out by whoever asks it later."""
-        patience = replace(
-            self.patience,
+        retry_policy = replace(
+            self.retry_policy,
             deadline_s=min(self.deadline_s, OPENING_S),
             timeout_s=min(self.timeout_s, OPENING_S),
             max_retries=min(self.max_retries, 1),
@@ -135,11 +135,11 @@ class Served:
         )
         found: dict[str, About] = {}
         last: EngineError | None = None
-        with self._wire(setup, patience, ABOUT_BYTES) as wire:
-            for number, url in enumerate(wire.urls):
+        with self._client(setup, retry_policy, ABOUT_BYTES) as client:
+            for number, url in enumerate(client.urls):
                 try:
                     read = lambda reply: _read_about(reply, url)  # noqa: B023, E731 (called in this turn)
-                    found[url] = wire.request(ABOUT, read, key="what it is", method="GET", replica=number)
+                    found[url] = client.request(ABOUT, read, key="what it is", method="GET", replica=number)
                 except Refused as refused:
                     raise _refusal(self, refused) from None
                 except EngineError as error:
@@ -209,7 +209,7 @@ class ServedTeacher(Unmoved):
         self._section = section
         self._about = about
         self._setup = setup
-        self._wire = section._wire(setup, section.patience, _reply_bytes(about))
+        self._client = section._client(setup, section.retry_policy, _reply_bytes(about))
         self._head: LMHead | None = None
         self._lock = Lock()
 
@@ -239,7 +239,7 @@ class ServedTeacher(Unmoved):
         with self._lock:
             if self._head is None:
                 try:
-                    self._head = self._wire.request(HEAD, self._read_head, key="its head", method="GET")
+                    self._head = self._client.request(HEAD, self._read_head, key="its head", method="GET")
                 except Refused as refused:
                     raise _refusal(self._section, refused) from None
             return self._head
@@ -300,10 +300,10 @@ class ServedTeacher(Unmoved):
         samples = questions.samples
         self._check_positions(samples)
         # no replica waits while another has all
-        share = math.ceil(sum(sample.token_ids.numel() for sample in samples) / len(self._wire.urls))
+        share = math.ceil(sum(sample.token_ids.numel() for sample in samples) / len(self._client.urls))
         batches = questions.batches(min(self._section.batch_tokens, max(1, share)))
         try:
-            answers = self._wire.each(batches, lambda batch: self._ask(questions, batch))
+            answers = self._client.each(batches, lambda batch: self._ask(questions, batch))
         except Refused as refused:
             raise _refusal(self._section, refused) from None
         found = {
@@ -332,7 +332,7 @@ class ServedTeacher(Unmoved):
             return scores
 
         key = samples[0].key if len(samples) == 1 else f"{samples[0].key} and {len(samples) - 1} more samples"
-        return self._wire.request(SCORE, read, key=key, content=questions.ask(batch).encode())
+        return self._client.request(SCORE, read, key=key, content=questions.ask(batch).encode())
 
     def _check_positions(self, samples: Sequence[Sample]) -> None:
         limit = self._about.limits.positions
@@ -351,8 +351,8 @@ class ServedTeacher(Unmoved):
             )
 
     def stats(self) -> Mapping[str, Any]:
-        """Of the connections (`Wire.stats`)."""
-        return self._wire.stats()
+        """Of the connections (`HttpClient.stats`)."""
+        return self._client.stats()
 
     @property
     def concurrency(self) -> int:
@@ -361,4 +361,4 @@ class ServedTeacher(Unmoved):
 
     def close(self) -> None:
         """Gives up what is in flight."""
-        self._wire.close()
+        self._client.close()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from understudy.errors import EngineError
-from understudy.http import BadReply, Refused, Reply, Wire
+from understudy.http import BadReply, HttpClient, Refused, Reply
 
 
-def look(wire: Wire, model: str, version_path: str | None) -> dict[str, Any]:
+def look(client: HttpClient, model: str, version_path: str | None) -> dict[str, Any]:
     """`models` that every replica has, `max_length` in tokens and `version`, None where none is told.
 
     Raises EngineError for a replica that does not answer, and one that lacks the model.
     """
-    seen = [_look(wire, number, model) for number in range(len(wire.urls))]
-    told = [_version(wire, number, version_path) for number in range(len(wire.urls))]
+    seen = [_look(client, number, model) for number in range(len(client.urls))]
+    told = [_version(client, number, version_path) for number in range(len(client.urls))]
     lengths = [found["max_length"] for found in seen if found["max_length"] is not None]
     return {
         "models": [name for name in seen[0]["models"] if all(name in found["models"] for found in seen)],
@@ -23,8 +23,8 @@ def look(wire: Wire, model: str, version_path: str | None) -> dict[str, Any]:
     }
 
 
-def _look(wire: Wire, number: int, model: str) -> dict[str, Any]:
-    url = wire.urls[number]
+def _look(client: HttpClient, number: int, model: str) -> dict[str, Any]:
+    url = client.urls[number]
 
     def read(reply: Reply) -> dict[str, Any]:
         try:
@@ -35,7 +35,7 @@ def _look(wire: Wire, number: int, model: str) -> dict[str, Any]:
             raise BadReply("/v1/models lists no models") from None
 
     try:
-        found = wire.request("/v1/models", read, key="/v1/models", method="GET", replica=number)
+        found = client.request("/v1/models", read, key="/v1/models", method="GET", replica=number)
     except Refused as refused:
         hint = "check teacher.url and teacher.api_key_env"
         raise EngineError(f"{url} refuses /v1/models with {refused}; {hint}") from None
@@ -44,7 +44,7 @@ def _look(wire: Wire, number: int, model: str) -> dict[str, Any]:
     return found
 
 
-def _version(wire: Wire, number: int, path: str | None) -> str | None:
+def _version(client: HttpClient, number: int, path: str | None) -> str | None:
     """What it says of itself; None where it says nothing."""
 
     def read(reply: Reply) -> str | None:
@@ -54,6 +54,6 @@ def _version(wire: Wire, number: int, path: str | None) -> str | None:
             return None
 
     try:
-        return None if path is None else wire.request(path, read, key=path, method="GET", replica=number)
+        return None if path is None else client.request(path, read, key=path, method="GET", replica=number)
     except Refused:
         return None

@@ -24,7 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from understudy.errors import EngineError, RecipeError
-from understudy.http import BadReply, Patience, Refused, Reply, Wire, client
+from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
+from understudy.http import client as http_client
 from understudy.http.client import MAX_ERROR_BYTES
 from understudy.http.replicas import Asker, Replicas, Turn
 from understudy.http.reply import MAX_WAIT_S
@@ -143,12 +144,12 @@ def echo(asked: Asked, _: int = 0) -> Says:
 
 @contextmanager
 def wired(*answers: Callable[[Asked, int], Says], name: str = "teacher", env: str = "", **keys: Any) -> Iterator[Any]:
-    """A wire to one server for each answer."""
-    patience = Patience(**({"backoff_s": 0.001, "timeout_s": WAIT_S, "deadline_s": 3 * WAIT_S} | keys))
+    """A client to one server for each answer."""
+    retry_policy = RetryPolicy(**({"backoff_s": 0.001, "timeout_s": WAIT_S, "deadline_s": 3 * WAIT_S} | keys))
     with ExitStack() as stack:
         servers = [stack.enter_context(Server(answer)) for answer in answers]
         urls = [server.url for server in servers]
-        yield stack.enter_context(Wire(urls, name=name, patience=patience, api_key_env=env)), servers
+        yield stack.enter_context(HttpClient(urls, name=name, retry_policy=retry_policy, api_key_env=env)), servers
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def refusing() -> Iterator[Callable[[], str]]:
 
 def wires() -> list[Thread]:
     """Threads of wires, of their workers and of what looks up names."""
-    return [one for one in threading.enumerate() if one.name.startswith(("wire-", "teacher", "asyncio"))]
+    return [one for one in threading.enumerate() if one.name.startswith(("client-", "teacher", "asyncio"))]
 
 
 @pytest.fixture(autouse=True)
@@ -180,10 +181,10 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 def test_a_request_says_what_it_was_told_to_say() -> None:
-    with wired(echo) as (wire, (server,)):
-        assert wire.request("/a/b", Reply.json, key="k", json={"n": [1, "é"]}) == {"n": [1, "é"]}
-        assert wire.request("c", lambda reply: reply.content, key="k", content=b"\x00\xff") == b"\x00\xff"
-        assert wire.request("/health", lambda reply: reply.url, key="k", method="GET") == server.url
+    with wired(echo) as (client, (server,)):
+        assert client.request("/a/b", Reply.json, key="k", json={"n": [1, "é"]}) == {"n": [1, "é"]}
+        assert client.request("c", lambda reply: reply.content, key="k", content=b"\x00\xff") == b"\x00\xff"
+        assert client.request("/health", lambda reply: reply.url, key="k", method="GET") == server.url
         assert [(one.method, one.path) for one in server.asked] == [
             ("POST", "/a/b"),
             ("POST", "/c"),
@@ -194,9 +195,9 @@ def test_a_request_says_what_it_was_told_to_say() -> None:
 
 
 def test_connections_are_kept() -> None:
-    with wired(echo) as (wire, (server,)):
+    with wired(echo) as (client, (server,)):
         for i in range(8):
-            wire.request("/", number, key=str(i), json={"n": i})
+            client.request("/", number, key=str(i), json={"n": i})
         assert len(server.peers) == 1
 
 
@@ -214,11 +215,11 @@ PASSING = {
 
 @pytest.mark.parametrize("name", PASSING)
 def test_what_may_pass_is_tried_again(name: str) -> None:
-    with wired(lambda _, before: PASSING[name] if before < 2 else FAIR) as (wire, (server,)):
-        assert wire.request("/x", number, key="k", json={"n": 0}) == 1
+    with wired(lambda _, before: PASSING[name] if before < 2 else FAIR) as (client, (server,)):
+        assert client.request("/x", number, key="k", json={"n": 0}) == 1
         assert len(server.asked) == 3
         assert {one.body for one in server.asked} == {b'{"n": 0}'}
-        found = wire.stats()
+        found = client.stats()
         assert (found["requests"], found["retries"], found["failures"]) == (3, 2, 2)
 
 
@@ -227,9 +228,9 @@ WAITED_FOR = ("429", "503")
 
 @pytest.mark.parametrize("name", [name for name in PASSING if name not in WAITED_FOR])
 def test_what_does_not_pass_ends_with_all_that_is_known(name: str) -> None:
-    with wired(lambda *_: PASSING[name], max_retries=2) as (wire, (server,)):
+    with wired(lambda *_: PASSING[name], max_retries=2) as (client, (server,)):
         with pytest.raises(EngineError, match="3 attempts") as caught:
-            wire.request("/x", number, key="sample-7", json={})
+            client.request("/x", number, key="sample-7", json={})
         assert all(text in str(caught.value) for text in ("teacher", server.url, "sample-7", "max_retries"))
         assert len(server.asked) == 3
 
@@ -237,23 +238,23 @@ def test_what_does_not_pass_ends_with_all_that_is_known(name: str) -> None:
 @pytest.mark.parametrize("name", WAITED_FOR)
 def test_a_busy_server_is_asked_until_the_deadline(name: str) -> None:
     """However few retries there are; other failures between count alone."""
-    with wired(lambda _, before: PASSING[name] if before < 30 else FAIR, max_retries=1, backoff_s=1e-12) as (wire, _):
-        assert wire.request("/x", number, key="k") == 1
-        assert wire.stats()["retries"] == 30
+    with wired(lambda _, before: PASSING[name] if before < 30 else FAIR, max_retries=1, backoff_s=1e-12) as (client, _):
+        assert client.request("/x", number, key="k") == 1
+        assert client.stats()["retries"] == 30
     with (
-        wired(lambda *_: PASSING[name], max_retries=1, deadline_s=0.3) as (wire, _),
+        wired(lambda *_: PASSING[name], max_retries=1, deadline_s=0.3) as (client, _),
         pytest.raises(EngineError, match="within deadline_s = 0.3"),
     ):
-        wire.request("/x", number, key="k")
+        client.request("/x", number, key="k")
     mixed = [PASSING[name], Says(b"down", 500)]
     with (
-        wired(lambda _, before: mixed[before % 2], max_retries=2) as (wire, (server,)),
+        wired(lambda _, before: mixed[before % 2], max_retries=2) as (client, (server,)),
         pytest.raises(EngineError, match="6 attempts, the last time: status 500"),
     ):
-        wire.request("/x", number, key="k")
+        client.request("/x", number, key="k")
     for keys in ({"waits": False, "max_retries": 2}, {"max_retries": 0}):
-        with wired(lambda *_: PASSING[name], **keys) as (wire, (server,)), pytest.raises(EngineError):
-            wire.request("/x", number, key="k")
+        with wired(lambda *_: PASSING[name], **keys) as (client, (server,)), pytest.raises(EngineError):
+            client.request("/x", number, key="k")
         assert len(server.asked) == keys["max_retries"] + 1
 
 
@@ -261,15 +262,15 @@ def test_a_server_that_restarts_is_waited_for() -> None:
     """For longer than its retries would last; nobody listens meanwhile."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    patience = Patience(max_retries=1, backoff_s=1e-4, deadline_s=WAIT_S)
-    with Wire([f"http://127.0.0.1:{port}"], name="teacher", patience=patience) as wire:
+    retry_policy = RetryPolicy(max_retries=1, backoff_s=1e-4, deadline_s=WAIT_S)
+    with HttpClient([f"http://127.0.0.1:{port}"], name="teacher", retry_policy=retry_policy) as client:
         found: list[int] = []
-        asks = Thread(target=lambda: found.append(wire.request("/x", number, key="k")), name="teacher-asks")
+        asks = Thread(target=lambda: found.append(client.request("/x", number, key="k")), name="teacher-asks")
         asks.start()
         try:
             pause = Event()
             for _ in range(int(WAIT_S / 0.01)):
-                if wire.stats()["requests"] > 5:
+                if client.stats()["requests"] > 5:
                     break
                 pause.wait(0.01)
             with Server(lambda *_: FAIR, port=port) as server:
@@ -277,7 +278,7 @@ def test_a_server_that_restarts_is_waited_for() -> None:
                 assert found == [1]
                 assert len(server.asked) == 1
         finally:
-            wire.close()
+            client.close()
             asks.join(WAIT_S)
 
 
@@ -285,9 +286,12 @@ def test_a_certificate_is_not_waited_for() -> None:
     """It stays what it is: a server that does not speak TLS is no server that is not there yet."""
     with wired(echo) as (_, (server,)):
         url = server.url.replace("http:", "https:")
-        patience = Patience(max_retries=1, backoff_s=0.001, deadline_s=WAIT_S)
-        with Wire([url], name="teacher", patience=patience) as wire, pytest.raises(EngineError, match="2 attempts, "):
-            wire.request("/x", number, key="k")
+        retry_policy = RetryPolicy(max_retries=1, backoff_s=0.001, deadline_s=WAIT_S)
+        with (
+            HttpClient([url], name="teacher", retry_policy=retry_policy) as client,
+            pytest.raises(EngineError, match="2 attempts, "),
+        ):
+            client.request("/x", number, key="k")
 
 
 # --- how much is read
@@ -298,49 +302,49 @@ def test_a_reply_beyond_the_limit_is_not_read(claims: bool) -> None:
     """Announced or in chunks without a length: what came is counted, and no more comes."""
     sent = bytes(50_000_000)
     with Server(lambda *_: Says(sent, chunked=not claims)) as server:
-        patience = Patience(max_retries=1, backoff_s=0.001, timeout_s=WAIT_S)
-        with Wire([server.url], name="teacher", patience=patience, max_reply_bytes=1_000) as wire:
+        retry_policy = RetryPolicy(max_retries=1, backoff_s=0.001, timeout_s=WAIT_S)
+        with HttpClient([server.url], name="teacher", retry_policy=retry_policy, max_reply_bytes=1_000) as client:
             with pytest.raises(EngineError, match=r"2 attempts.*more than 1,000 bytes") as caught:
-                wire.request("/x", number, key="k")
+                client.request("/x", number, key="k")
             assert server.url in str(caught.value)
-            received = wire.stats()["bytes_received"]
+            received = client.stats()["bytes_received"]
             assert received == 0 if claims else 1_000 < received < len(sent)
     fits = Says(json.dumps({"n": 1, "more": "x" * 900}).encode(), chunked=not claims)
     with Server(lambda *_: fits) as server:
-        patience = Patience(max_retries=0)
-        with Wire([server.url], name="t", patience=patience, max_reply_bytes=len(fits.body)) as wire:
-            assert wire.request("/x", number, key="k") == 1
-            assert wire.stats()["bytes_received"] == len(fits.body)
+        retry_policy = RetryPolicy(max_retries=0)
+        with HttpClient([server.url], name="t", retry_policy=retry_policy, max_reply_bytes=len(fits.body)) as client:
+            assert client.request("/x", number, key="k") == 1
+            assert client.stats()["bytes_received"] == len(fits.body)
 
 
 def test_nothing_is_unpacked() -> None:
     bomb = gzip.compress(bytes(10_000_000))
-    with wired(lambda *_: Says(bomb, headers={"Content-Encoding": "gzip"}), max_retries=0) as (wire, (server,)):
+    with wired(lambda *_: Says(bomb, headers={"Content-Encoding": "gzip"}), max_retries=0) as (client, (server,)):
         with pytest.raises(EngineError, match="compressed with gzip"):
-            wire.request("/x", number, key="k")
+            client.request("/x", number, key="k")
         assert server.asked[0].headers["Accept-Encoding"] == "identity"
 
 
 def test_of_an_error_the_beginning_is_read() -> None:
-    with wired(lambda *_: Says(b"no " * 2_000_000, 404)) as (wire, _):
+    with wired(lambda *_: Says(b"no " * 2_000_000, 404)) as (client, _):
         with pytest.raises(Refused, match="no no"):
-            wire.request("/x", number, key="k")
-        assert 0 < wire.stats()["bytes_received"] < 2 * MAX_ERROR_BYTES
+            client.request("/x", number, key="k")
+        assert 0 < client.stats()["bytes_received"] < 2 * MAX_ERROR_BYTES
 
 
 def test_half_a_reply_is_counted() -> None:
-    with wired(lambda *_: Says(b'{"n": ', claims=99), max_retries=0) as (wire, _):
+    with wired(lambda *_: Says(b'{"n": ', claims=99), max_retries=0) as (client, _):
         with pytest.raises(EngineError):
-            wire.request("/x", number, key="k")
-        assert wire.stats()["bytes_received"] == 6
+            client.request("/x", number, key="k")
+        assert client.stats()["bytes_received"] == 6
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 413, 422])
 def test_a_status_that_stays_is_told_at_once(status: int) -> None:
     said = Says(b'{"error": {"message": "no such\\u001b[2J thing"}}', status)
-    with wired(lambda *_: said) as (wire, (server,)):
+    with wired(lambda *_: said) as (client, (server,)):
         with pytest.raises(Refused) as caught:
-            wire.request("/x", number, key="k", json={})
+            client.request("/x", number, key="k", json={})
         assert (caught.value.status, caught.value.message) == (status, "no such thing")
         assert len(server.asked) == 1
 
@@ -359,8 +363,8 @@ def test_a_status_that_stays_is_told_at_once(status: int) -> None:
     ],
 )
 def test_the_reason_is_found_where_servers_write_it(body: bytes, message: str) -> None:
-    with wired(lambda *_: Says(body, 400)) as (wire, _), pytest.raises(Refused) as caught:
-        wire.request("/x", number, key="k", json={})
+    with wired(lambda *_: Says(body, 400)) as (client, _), pytest.raises(Refused) as caught:
+        client.request("/x", number, key="k", json={})
     assert caught.value.message == message
 
 
@@ -368,14 +372,14 @@ def test_an_error_of_the_reader_is_its_own() -> None:
     def read(reply: Reply) -> int:
         raise ZeroDivisionError
 
-    with wired(echo) as (wire, (server,)), pytest.raises(ZeroDivisionError):
-        wire.request("/x", read, key="k", json={})
+    with wired(echo) as (client, (server,)), pytest.raises(ZeroDivisionError):
+        client.request("/x", read, key="k", json={})
     assert len(server.asked) == 1
 
 
 def test_replies_are_read_by_the_thread_that_asked() -> None:
-    with wired(echo) as (wire, _):
-        assert wire.request("/x", lambda _: threading.current_thread(), key="k") is threading.current_thread()
+    with wired(echo) as (client, _):
+        assert client.request("/x", lambda _: threading.current_thread(), key="k") is threading.current_thread()
 
 
 def test_a_server_that_says_nothing_is_given_up_after_timeout_s() -> None:
@@ -386,9 +390,9 @@ def test_a_server_that_says_nothing_is_given_up_after_timeout_s() -> None:
             free.wait(WAIT_S)
         return FAIR
 
-    with wired(answer, timeout_s=0.1) as (wire, (server,)):
+    with wired(answer, timeout_s=0.1) as (client, (server,)):
         try:
-            assert wire.request("/x", number, key="k") == 1
+            assert client.request("/x", number, key="k") == 1
             assert len(server.asked) == 2
         finally:
             free.set()
@@ -401,10 +405,10 @@ def test_the_deadline_ends_what_the_timeout_would_not() -> None:
         free.wait(WAIT_S)
         return FAIR
 
-    with wired(answer, deadline_s=0.2, max_retries=100) as (wire, _):
+    with wired(answer, deadline_s=0.2, max_retries=100) as (client, _):
         try:
             with pytest.raises(EngineError, match="1 attempt within deadline_s = 0.2"):
-                wire.request("/x", number, key="k")
+                client.request("/x", number, key="k")
         finally:
             free.set()
 
@@ -419,23 +423,23 @@ def test_a_wait_beyond_the_deadline_is_not_waited_for(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(asyncio, "sleep", seen)
     busy = Says(b"busy", 429, {"Retry-After": "60"})
-    with wired(lambda *_: busy, deadline_s=30.0) as (wire, (server,)):
+    with wired(lambda *_: busy, deadline_s=30.0) as (client, (server,)):
         with pytest.raises(EngineError, match="1 attempt within deadline_s = 30.*busy"):
-            wire.request("/x", number, key="k")
+            client.request("/x", number, key="k")
         assert len(server.asked) == 1
     with (
-        wired(lambda *_: Says(b"down", 500), backoff_s=120.0, deadline_s=25.0) as (wire, _),
+        wired(lambda *_: Says(b"down", 500), backoff_s=120.0, deadline_s=25.0) as (client, _),
         pytest.raises(EngineError, match="1 attempt within deadline_s = 25.*down"),
     ):
-        wire.request("/x", number, key="k")
+        client.request("/x", number, key="k")
     assert max(slept) < 1.0
 
 
 @pytest.mark.parametrize("header", ["soon", "Wed, 21 Oct 2015 07:28:00 GMT", "-1", "nan", "0.01"])
 def test_a_wait_that_is_none_is_the_backoff(header: str) -> None:
     busy = Says(b"", 503, {"Retry-After": header})
-    with wired(lambda _, before: FAIR if before else busy) as (wire, _):
-        assert wire.request("/x", number, key="k") == 1
+    with wired(lambda _, before: FAIR if before else busy) as (client, _):
+        assert client.request("/x", number, key="k") == 1
 
 
 def test_more_requests_than_places_wait_for_one_until_the_deadline() -> None:
@@ -446,14 +450,14 @@ def test_more_requests_than_places_wait_for_one_until_the_deadline() -> None:
         free.wait(WAIT_S)
         return FAIR
 
-    with wired(answer, max_concurrency=1) as (wire, (server,)):
-        first = Thread(target=wire.request, args=("/x", number), kwargs={"key": "first"}, name="teacher-first")
+    with wired(answer, max_concurrency=1) as (client, (server,)):
+        first = Thread(target=client.request, args=("/x", number), kwargs={"key": "first"}, name="teacher-first")
         first.start()
         try:
             assert entered.wait(WAIT_S)
-            wire._patience = Patience(deadline_s=0.1, max_concurrency=1)
+            client._retry_policy = RetryPolicy(deadline_s=0.1, max_concurrency=1)
             with pytest.raises(EngineError, match="0 attempts within deadline_s = 0.1.*places"):
-                wire.request("/x", number, key="second")
+                client.request("/x", number, key="second")
         finally:
             free.set()
             first.join(WAIT_S)
@@ -464,9 +468,9 @@ def test_more_requests_than_places_wait_for_one_until_the_deadline() -> None:
 
 
 def test_load_is_spread_in_turn() -> None:
-    with wired(echo, echo, echo) as (wire, servers):
+    with wired(echo, echo, echo) as (client, servers):
         for i in range(9):
-            wire.request("/x", number, key=str(i), json={"n": i})
+            client.request("/x", number, key=str(i), json={"n": i})
         assert [len(server.asked) for server in servers] == [3, 3, 3]
 
 
@@ -479,13 +483,13 @@ def test_the_next_goes_where_least_is_in_flight() -> None:
         free.wait(WAIT_S)
         return FAIR
 
-    with wired(slow, echo) as (wire, servers):
-        held = Thread(target=wire.request, args=("/x", number), kwargs={"key": "held"}, name="teacher-held")
+    with wired(slow, echo) as (client, servers):
+        held = Thread(target=client.request, args=("/x", number), kwargs={"key": "held"}, name="teacher-held")
         held.start()
         try:
             assert entered.wait(WAIT_S)
             for i in range(5):
-                wire.request("/x", number, key=str(i), json={"n": i})
+                client.request("/x", number, key=str(i), json={"n": i})
         finally:
             free.set()
             held.join(WAIT_S)
@@ -495,64 +499,64 @@ def test_the_next_goes_where_least_is_in_flight() -> None:
 @pytest.mark.parametrize("name", PASSING)
 def test_a_retry_goes_to_another_replica(name: str) -> None:
     """No request is lost, and the sick one is left alone after `break_after` failures."""
-    with wired(lambda *_: PASSING[name], echo, break_after=2, backoff_s=0.05, max_retries=1) as (wire, (sick, fair)):
-        wire._replicas._cool_down_s = MAX_WAIT_S
-        assert [wire.request("/x", number, key=str(i), json={"n": i}) for i in range(8)] == list(range(8))
+    with wired(lambda *_: PASSING[name], echo, break_after=2, backoff_s=0.05, max_retries=1) as (client, (sick, fair)):
+        client._replicas._cool_down_s = MAX_WAIT_S
+        assert [client.request("/x", number, key=str(i), json={"n": i}) for i in range(8)] == list(range(8))
         assert (len(sick.asked), len(fair.asked)) == (2, 8)
 
 
 def test_a_replica_that_asks_to_wait_is_not_waited_for_where_there_is_another() -> None:
     busy = Says(b"", 429, {"Retry-After": "60"})
-    with wired(lambda *_: busy, echo) as (wire, (one, other)):
-        assert wire.request("/x", number, key="k", json={"n": 3}) == 3
+    with wired(lambda *_: busy, echo) as (client, (one, other)):
+        assert client.request("/x", number, key="k", json={"n": 3}) == 3
         assert (len(one.asked), len(other.asked)) == (1, 1)
 
 
 def test_one_replica_that_is_gone_costs_nothing_but_attempts(refusing: Callable[[], str]) -> None:
     with wired(echo) as (_, (server,)):
-        patience = Patience(backoff_s=0.001)
-        with Wire([refusing(), server.url], name="teacher", patience=patience) as wire:
+        retry_policy = RetryPolicy(backoff_s=0.001)
+        with HttpClient([refusing(), server.url], name="teacher", retry_policy=retry_policy) as client:
             items = list(range(20))
-            assert wire.each(items, lambda i: wire.request("/x", number, key=str(i), json={"n": i})) == items
+            assert client.each(items, lambda i: client.request("/x", number, key=str(i), json={"n": i})) == items
         assert len(server.asked) == 20
 
 
 def test_all_that_are_gone_are_named(refusing: Callable[[], str]) -> None:
     urls = [refusing() for _ in range(3)]
     with (
-        Wire(urls, name="teacher", patience=Patience(backoff_s=0.001, waits=False)) as wire,
+        HttpClient(urls, name="teacher", retry_policy=RetryPolicy(backoff_s=0.001, waits=False)) as client,
         pytest.raises(EngineError, match="6 attempts") as caught,
     ):
-        wire.request("/x", number, key="k")
+        client.request("/x", number, key="k")
     assert all(url in str(caught.value) for url in urls)
     with (
-        Wire(urls, name="teacher", patience=Patience(backoff_s=0.001, deadline_s=0.5)) as wire,
+        HttpClient(urls, name="teacher", retry_policy=RetryPolicy(backoff_s=0.001, deadline_s=0.5)) as client,
         pytest.raises(EngineError, match=r"within deadline_s = 0.5.*ConnectError") as caught,
     ):
-        wire.request("/x", number, key="k")
+        client.request("/x", number, key="k")
     assert all(url in str(caught.value) for url in urls)
 
 
 def test_when_all_are_open_beyond_the_deadline_it_ends_at_once(refusing: Callable[[], str]) -> None:
     urls = [refusing() for _ in range(2)]
-    patience = Patience(backoff_s=0.001, break_after=1, deadline_s=30.0)
-    with Wire(urls, name="teacher", patience=patience) as wire:
-        wire._replicas._cool_down_s = MAX_WAIT_S
+    retry_policy = RetryPolicy(backoff_s=0.001, break_after=1, deadline_s=30.0)
+    with HttpClient(urls, name="teacher", retry_policy=retry_policy) as client:
+        client._replicas._cool_down_s = MAX_WAIT_S
         with pytest.raises(EngineError, match="2 attempts within") as caught:
-            wire.request("/x", number, key="k")
+            client.request("/x", number, key="k")
         assert all(url in str(caught.value) for url in urls)
         with pytest.raises(EngineError, match="0 attempts within") as caught:
-            wire.request("/x", number, key="k")
+            client.request("/x", number, key="k")
         assert all(url in str(caught.value) for url in urls)
 
 
 def test_a_pinned_request_asks_one_only() -> None:
-    with wired(echo, echo, lambda *_: Says(b"", 500), max_retries=2) as (wire, servers):
-        found = [wire.request("/x", lambda reply: reply.url, key="k", replica=1) for _ in range(4)]
+    with wired(echo, echo, lambda *_: Says(b"", 500), max_retries=2) as (client, servers):
+        found = [client.request("/x", lambda reply: reply.url, key="k", replica=1) for _ in range(4)]
         assert found == [servers[1].url] * 4
         for _ in range(3):
             with pytest.raises(EngineError, match="3 attempts") as caught:
-                wire.request("/x", number, key="k", replica=2)
+                client.request("/x", number, key="k", replica=2)
             assert servers[0].url not in str(caught.value)
         # beside looks at whether it is well again
         assert [sum(asked.path == "/x" for asked in server.asked) for server in servers] == [0, 4, 9]
@@ -560,7 +564,7 @@ def test_a_pinned_request_asks_one_only() -> None:
 
 def test_a_replica_that_hangs_is_probed_and_holds_up_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for its health until it has one; then it gets requests again."""
-    monkeypatch.setattr(client, "PROBE_S", WAIT_S)
+    monkeypatch.setattr(http_client, "PROBE_S", WAIT_S)
     free, well = Event(), Event()
 
     def sick(asked: Asked, _: int) -> Says:
@@ -571,19 +575,21 @@ def test_a_replica_that_hangs_is_probed_and_holds_up_no_request(monkeypatch: pyt
     with ExitStack() as stack:
         stack.callback(free.set)
         one, other = (stack.enter_context(Server(answer)) for answer in (sick, lambda *_: FAIR))
-        patience = Patience(timeout_s=0.2, backoff_s=0.001, break_after=1)
-        wire = stack.enter_context(Wire([one.url, other.url], name="teacher", patience=patience, probe_path="/ready"))
+        retry_policy = RetryPolicy(timeout_s=0.2, backoff_s=0.001, break_after=1)
+        client = stack.enter_context(
+            HttpClient([one.url, other.url], name="teacher", retry_policy=retry_policy, probe_path="/ready")
+        )
 
         def asked(path: str, when: Callable[[], bool]) -> int:
             for i in range(2_000):
                 if when():
                     break
-                assert wire.request("/x", number, key=str(i)) == 1
+                assert client.request("/x", number, key=str(i)) == 1
             return sum(asked.path == path for asked in one.asked)
 
         assert asked("/x", lambda: any(asked.path == "/ready" for asked in one.asked)) == 1
         for i in range(50):
-            assert wire.request("/x", number, key=str(i)) == 1
+            assert client.request("/x", number, key=str(i)) == 1
         assert [asked.path for asked in one.asked] == ["/x", "/ready"]
         well.set()
         free.set()
@@ -782,10 +788,10 @@ def test_nothing_is_in_flight_when_all_is_settled(steps: list[str], num: int) ->
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
-    with wired(echo, echo, max_concurrency=8) as (wire, _):
+    with wired(echo, echo, max_concurrency=8) as (client, _):
         items = list(range(50))
-        assert wire.each(items, lambda i: wire.request("/x", number, key=str(i), json={"n": i})) == items
-        assert wire.each([], number) == []
+        assert client.each(items, lambda i: client.request("/x", number, key=str(i), json={"n": i})) == items
+        assert client.each([], number) == []
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -802,10 +808,10 @@ def test_no_more_are_in_flight_than_told_also_over_threads(width: int) -> None:
             together[0] -= 1
         return FAIR
 
-    with wired(answer, max_concurrency=width) as (wire, _):
+    with wired(answer, max_concurrency=width) as (client, _):
 
         def some() -> None:
-            wire.each(range(8), lambda i: wire.request("/x", number, key=str(i)))
+            client.each(range(8), lambda i: client.request("/x", number, key=str(i)))
 
         threads = [Thread(target=some, name="teacher-some") for _ in range(3)]
         for thread in threads:
@@ -823,9 +829,9 @@ def test_two_hundred_requests_are_in_flight_at_once() -> None:
         all_here.wait(WAIT_S)
         return Says(asked.body)
 
-    with wired(answer, max_concurrency=200, max_retries=0) as (wire, _):
+    with wired(answer, max_concurrency=200, max_retries=0) as (client, _):
         items = list(range(200))
-        assert wire.each(items, lambda i: wire.request("/x", number, key=str(i), json={"n": i})) == items
+        assert client.each(items, lambda i: client.request("/x", number, key=str(i), json={"n": i})) == items
 
 
 @contextmanager
@@ -850,25 +856,25 @@ def stuck() -> Iterator[tuple[Event, Callable[[Asked, int], Says]]]:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_error_gives_up_the_requests_of_all_others(nested: bool) -> None:
-    with stuck() as (_, answer), wired(answer, max_concurrency=4) as (wire, (server,)):
+    with stuck() as (_, answer), wired(answer, max_concurrency=4) as (client, (server,)):
         answered: list[str] = []
 
         def one(path: str) -> int:
             if nested and path == "/hang":
-                total = sum(wire.each([path, path], lambda path: wire.request(path, number, key=path)))
+                total = sum(client.each([path, path], lambda path: client.request(path, number, key=path)))
                 answered.append(path)
                 return total
-            found: int = wire.request(path, number, key=path)
+            found: int = client.request(path, number, key=path)
             return found
 
         with pytest.raises(Refused, match="404"):
-            wire.each(["/hang", "/bad", "/hang", *["/late"] * 50], one)
-        assert [thread for thread in wires() if not thread.name.startswith("wire-")] == []
+            client.each(["/hang", "/bad", "/hang", *["/late"] * 50], one)
+        assert [thread for thread in wires() if not thread.name.startswith("client-")] == []
         assert answered == []
         assert sum(asked.path == "/late" for asked in server.asked) < 50
         # the places of those that were given up are free again
-        assert wire.each(["/ok"] * 8, one) == [1] * 8
-        assert all(replica.in_flight == 0 for replica in wire._replicas._all)
+        assert client.each(["/ok"] * 8, one) == [1] * 8
+        assert all(replica.in_flight == 0 for replica in client._replicas._all)
 
 
 def test_an_error_gives_up_the_waits_of_all_others() -> None:
@@ -881,39 +887,39 @@ def test_an_error_gives_up_the_waits_of_all_others() -> None:
         asked_to_wait.set()
         return Says(b"", 429, {"Retry-After": "59"})
 
-    with wired(answer, deadline_s=600.0) as (wire, _), pytest.raises(Refused, match="404"):
-        wire.each(["/wait", "/bad"], lambda path: wire.request(path, number, key=path))
+    with wired(answer, deadline_s=600.0) as (client, _), pytest.raises(Refused, match="404"):
+        client.each(["/wait", "/bad"], lambda path: client.request(path, number, key=path))
 
 
 def test_close_gives_up_what_is_in_flight_and_what_comes() -> None:
     errors: list[BaseException] = []
-    with stuck() as (entered, answer), wired(answer) as (wire, _):
+    with stuck() as (entered, answer), wired(answer) as (client, _):
 
         def hang() -> None:
             try:
-                wire.request("/hang", number, key="k")
+                client.request("/hang", number, key="k")
             except EngineError as error:
                 errors.append(error)
 
         thread = Thread(target=hang, name="teacher-hang")
         thread.start()
         assert entered.wait(WAIT_S)
-        wire.close()
+        client.close()
         thread.join(WAIT_S)
         assert not thread.is_alive()
         assert "teacher is closed" in str(errors[0])
-        wire.close()
+        client.close()
         with pytest.raises(EngineError, match="teacher is closed"):
-            wire.request("/x", number, key="k")
+            client.request("/x", number, key="k")
 
 
 def test_a_wire_that_was_never_asked_has_no_thread() -> None:
     before = wires()
-    wire = Wire(["http://h"], name="teacher", patience=Patience())
+    client = HttpClient(["http://h"], name="teacher", retry_policy=RetryPolicy())
     assert wires() == before
-    wire.close()
+    client.close()
     with pytest.raises(EngineError, match="closed"):
-        wire.request("/x", number, key="k")
+        client.request("/x", number, key="k")
 
 
 def test_close_leaves_no_connection() -> None:
@@ -922,12 +928,12 @@ def test_close_leaves_no_connection() -> None:
     def answer(*_: object) -> Says:
         return FAIR
 
-    with wired(answer) as (wire, (server,)):
+    with wired(answer) as (client, (server,)):
         ends = server._server.shutdown_request
         server._server.shutdown_request = lambda request: (gone.set(), ends(request))[1]
-        wire.request("/x", number, key="k")
+        client.request("/x", number, key="k")
         assert not gone.is_set()
-        wire.close()
+        client.close()
         assert gone.wait(WAIT_S)
 
 
@@ -938,7 +944,7 @@ def test_an_interrupt_ends_a_request(many: int, request: pytest.FixtureRequest) 
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before or signal.SIG_DFL))
     main = threading.main_thread().ident
     assert main is not None
-    with stuck() as (_, answer), wired(answer, max_concurrency=3) as (wire, (server,)):
+    with stuck() as (_, answer), wired(answer, max_concurrency=3) as (client, (server,)):
 
         def interrupt() -> None:
             pause = Event()
@@ -952,26 +958,26 @@ def test_an_interrupt_ends_a_request(many: int, request: pytest.FixtureRequest) 
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             if many == 1:
-                wire.request("/hang", number, key="k")
+                client.request("/hang", number, key="k")
             else:
-                wire.each(["/hang"] * many, lambda path: wire.request(path, number, key=path))
+                client.each(["/hang"] * many, lambda path: client.request(path, number, key=path))
         thread.join(WAIT_S)
-        assert [one for one in wires() if not one.name.startswith("wire-")] == []
+        assert [one for one in wires() if not one.name.startswith("client-")] == []
         pause = Event()
         for _ in range(500):
-            if wire._replicas._all[0].in_flight == 0:
+            if client._replicas._all[0].in_flight == 0:
                 break
             pause.wait(0.01)
-        assert wire._replicas._all[0].in_flight == 0
-        assert wire.each(["/ok"] * 3, lambda path: wire.request(path, number, key=path)) == [1] * 3
+        assert client._replicas._all[0].in_flight == 0
+        assert client.each(["/ok"] * 3, lambda path: client.request(path, number, key=path)) == [1] * 3
 
 
 def test_names_are_looked_up_and_leave_no_thread() -> None:
     before = set(threading.enumerate())
     with wired(echo) as (_, (server,)):
         url = server.url.replace("127.0.0.1", "localhost")
-        with Wire([url], name="teacher", patience=Patience(backoff_s=0.001)) as wire:
-            assert wire.request("/x", number, key="k", json={"n": 2}) == 2
+        with HttpClient([url], name="teacher", retry_policy=RetryPolicy(backoff_s=0.001)) as client:
+            assert client.request("/x", number, key="k", json={"n": 2}) == 2
     left = set(threading.enumerate()) - before
     assert not [one for one in left if not one.daemon]
 
@@ -980,12 +986,12 @@ def test_an_exit_does_not_wait_for_a_wire_that_nobody_closed() -> None:
     code = """
 import sys
 from threading import Thread
-from understudy.http import Patience, Reply, Wire
-wire = Wire([sys.argv[1]], name="teacher", patience=Patience())
-wire.request("/ok", Reply.json, key="k")
-hang = Thread(target=wire.request, args=("/hang", Reply.json), kwargs={"key": "k"}, daemon=True)
+from understudy.http import RetryPolicy, Reply, HttpClient
+client = HttpClient([sys.argv[1]], name="teacher", retry_policy=RetryPolicy())
+client.request("/ok", Reply.json, key="k")
+hang = Thread(target=client.request, args=("/hang", Reply.json), kwargs={"key": "k"}, daemon=True)
 hang.start()
-wire.request("/hung", Reply.json, key="k")
+client.request("/hung", Reply.json, key="k")
 """
     with stuck() as (entered, answer):
 
@@ -1007,36 +1013,36 @@ def test_the_key_goes_to_the_server_and_nowhere_else(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TEACHER_KEY", KEY)
     said = [Says(f"{KEY} is unknown".encode(), status) for status in (401, 500)]
     for answer in (*said, Says(f"{KEY} is no JSON".encode())):
-        with wired(lambda *_, answer=answer: answer, env="TEACHER_KEY", max_retries=1) as (wire, (server,)):
+        with wired(lambda *_, answer=answer: answer, env="TEACHER_KEY", max_retries=1) as (client, (server,)):
             with pytest.raises((Refused, EngineError)) as caught:
-                wire.request("/x", number, key=f"k {KEY}", json={})
+                client.request("/x", number, key=f"k {KEY}", json={})
             assert {one.headers["Authorization"] for one in server.asked} == {f"Bearer {KEY}"}
-            assert KEY not in json.dumps(wire.stats())
+            assert KEY not in json.dumps(client.stats())
             told: BaseException | None = caught.value
             while told is not None:
                 assert KEY not in f"{told} {told!r}"
                 told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
-            assert KEY not in repr([vars(wire), vars(wire._replicas), vars(wire._background)])
+            assert KEY not in repr([vars(client), vars(client._replicas), vars(client._background)])
     monkeypatch.delenv("TEACHER_KEY")
-    with wired(echo, env="TEACHER_KEY") as (wire, (server,)):
-        wire.request("/x", Reply.json, key="k", json={})
+    with wired(echo, env="TEACHER_KEY") as (client, (server,)):
+        client.request("/x", Reply.json, key="k", json={})
         assert "Authorization" not in server.asked[0].headers
 
 
 def test_a_key_that_no_header_can_carry_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "sk-one\nsk-two")
-    with wired(echo, env="TEACHER_KEY") as (wire, _):
+    with wired(echo, env="TEACHER_KEY") as (client, _):
         with pytest.raises(RecipeError, match="TEACHER_KEY") as caught:
-            wire.request("/x", number, key="k")
+            client.request("/x", number, key="k")
         assert "sk-" not in str(caught.value)
 
 
 def test_requests_and_bytes_are_counted_by_replica() -> None:
     body = b'{"n": 12345}'
-    with wired(lambda *_: Says(body), lambda *_: Says(b"down", 500), break_after=9) as (wire, servers):
+    with wired(lambda *_: Says(body), lambda *_: Says(b"down", 500), break_after=9) as (client, servers):
         for i in range(4):
-            wire.request("/x", number, key=str(i), content=b"abc")
-        found = wire.stats()
+            client.request("/x", number, key=str(i), content=b"abc")
+        found = client.stats()
         fair, sick = (found["replicas"][server.url] for server in servers)
         num = len(servers[1].asked)
         assert num > 0
@@ -1054,21 +1060,21 @@ def test_requests_and_bytes_are_counted_by_replica() -> None:
 @given(st.integers(1, 2000), st.text(max_size=8))
 def test_waiting_doubles_with_jitter_and_is_drawn_once(attempt: int, key: str) -> None:
     full = min(MAX_WAIT_S, 0.5 * 2 ** min(attempt - 1, 60))
-    found = Patience().wait_s(3, key, attempt)
+    found = RetryPolicy().wait_s(3, key, attempt)
     assert full / 2 <= found <= full
-    assert found == Patience().wait_s(3, key, attempt)
+    assert found == RetryPolicy().wait_s(3, key, attempt)
 
 
 def test_requests_of_other_names_do_not_come_back_together() -> None:
-    assert len({Patience().wait_s(0, str(i), 1) for i in range(50)}) == 50
+    assert len({RetryPolicy().wait_s(0, str(i), 1) for i in range(50)}) == 50
 
 
 @pytest.mark.parametrize(
     "keys", [{"timeout_s": 0.0}, {"deadline_s": float("inf")}, {"max_concurrency": 0}, {"break_after": 0}]
 )
-def test_bad_patience_is_refused(keys: dict[str, Any]) -> None:
+def test_a_bad_retry_policy_is_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(keys))):
-        Patience(**keys)
+        RetryPolicy(**keys)
 
 
 @pytest.mark.parametrize(
@@ -1076,7 +1082,7 @@ def test_bad_patience_is_refused(keys: dict[str, Any]) -> None:
 )
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(RecipeError, match="teacher") as caught:
-        Wire([url], name="teacher", patience=Patience())
+        HttpClient([url], name="teacher", retry_policy=RetryPolicy())
     assert "secret" not in str(caught.value)
 
 
@@ -1087,8 +1093,8 @@ def test_this_machine_is_asked_without_the_proxy_of_the_environment(
         monkeypatch.setenv(name, refusing())
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with wired(lambda *_: FAIR, max_retries=0) as (wire, _):
-        assert wire.request("/x", number, key="k") == 1
+    with wired(lambda *_: FAIR, max_retries=0) as (client, _):
+        assert client.request("/x", number, key="k") == 1
 
 
 @pytest.mark.parametrize("section", ["http", "served", "chat", "vllm"])
