@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from understudy.http.launch import ServerProcess, free_port
+from understudy.engines.vllm.launch import ServerProcess, free_port
 from understudy.models import build_causal_lm, save_hf
 from understudy.teachers import Http, Local, Served, Setup, Teacher
 from understudy.types import Author, Need, Prompt, Sample

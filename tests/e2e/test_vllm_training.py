@@ -13,7 +13,7 @@ from tests.leaks import nothing_left
 from tests.runs import metric_rows, train
 from tests.vllm_env import vllm_python
 
-from understudy.http.launch import ServerProcess, free_port
+from understudy.engines.vllm.launch import ServerProcess, free_port
 from understudy.models import build_causal_lm, save_hf
 from understudy.tasks import build_tokenizer
 

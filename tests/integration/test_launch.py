@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from tests.leaks import nothing_left
+from understudy.engines.vllm import supervisor
+from understudy.engines.vllm.launch import ServerProcess, free_port, free_ports, port_is_free
 from understudy.errors import EngineError
-from understudy.http import supervisor
-from understudy.http.launch import ServerProcess, free_port, free_ports, port_is_free
 
 PATIENCE_S = 20.0
 
@@ -189,7 +189,7 @@ def test_nothing_stays_when_the_parent_is_killed(how: signal.Signals, tmp_path: 
         [
             sys.executable,
             "-c",
-            f"import sys, time; from pathlib import Path; from understudy.http.launch import ServerProcess\n"
+            f"import sys, time; from pathlib import Path; from understudy.engines.vllm.launch import ServerProcess\n"
             f"one = ServerProcess([sys.executable, '-c', {SERVER!r}, '{port}', 'stubborn'], name='engine', port={port},"
             f" log=Path({str(tmp_path / 'log')!r}), ready_timeout_s=20, stop_s=0.3)\n"
             "with one:\n    print(one.pid, flush=True)\n    time.sleep(60)",

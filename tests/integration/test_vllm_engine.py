@@ -28,11 +28,11 @@ from understudy.engines import HFEngine
 from understudy.engines.probe import Probe
 from understudy.engines.sections import VLLM, Launch, logprobs_mode
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
+from understudy.engines.vllm.launch import free_port
 from understudy.engines.vllm.nccl import NCCLTransfer
 from understudy.engines.vllm.shared_memory import memory_left
 from understudy.engines.vllm.weights import SHARED_MEMORY, WeightStore
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
-from understudy.http.launch import free_port
 from understudy.models.save import merged_state_dict
 from understudy.types import Author, Request, Sample, Sampling
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from understudy.engines.sections import VLLM, Launch
+from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.engines.vllm.replies import read_scores
 from understudy.errors import EngineError, RecipeError
 from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
-from understudy.http.launch import ServerProcess, free_ports
 
 Result = TypeVar("Result")
 

@@ -21,9 +21,9 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
 
+from understudy.engines.vllm import supervisor
+from understudy.engines.vllm.supervisor import KILL_S, POLL_S, signal_group
 from understudy.errors import EngineError
-from understudy.http import supervisor
-from understudy.http.supervisor import KILL_S, POLL_S, signal_group
 
 STOP_S = 15.0
 """From SIGTERM to SIGKILL: vLLM on a GPU frees its memory in 2 to 5 seconds."""
