@@ -1,7 +1,7 @@
-"""A server process: started, waited for, watched, and stopped with everything that it started.
+"""A server process: started, waited for, watched, and stopped with everything it started.
 
-Between this process and the server stands a supervisor, a process that imports nothing heavy and ends the server's process
-group when its pipe to this process closes: also when this process is killed.
+Between this process and the server stands a supervisor, which ends the server when its pipe to this process closes: also when
+this process is killed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from http.client import HTTPConnection, HTTPException
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
+import httpx
+
 from understudy.engines.vllm import supervisor
-from understudy.engines.vllm.supervisor import KILL_S, POLL_S, signal_group
+from understudy.engines.vllm.supervisor import KILL_S, POLL_S
 from understudy.errors import EngineError
 
 STOP_S = 15.0
@@ -31,14 +32,22 @@ TAIL_LINES = 20
 ERROR_LINES = 10
 LINE_BYTES = 500
 _ERROR = re.compile(rb"\w*(?:Error|Exception): .*")
-OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells the ranks of a trainer; a server that reads it takes itself for one of them."""
+TORCHRUN_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Set by torchrun for the ranks of a trainer. vLLM reads them too, and would take itself for one of these ranks."""
 
 
 class ServerProcess:
-    """One server on loopback. Inside a `with`, or between `start` and `stop`.
+    """One server on loopback. Runs inside a `with`, or between `start` and `stop`.
 
-    `args`: the command. `env`: beside the environment of this process; its values appear in no message.
+    `args`: the command. `env`: added to the environment of this process; its values appear in no message.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the server, which leads a process group of its own; None before it is started."""
+        """The server's process id; None before it is started."""
         return self._pid
 
     def start(self) -> None:
@@ -87,19 +96,29 @@ class ServerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={name: value for name, value in os.environ.items() if name not in OF_TORCHRUN} | self._env,
-                start_new_session=True,  # a Ctrl-C at the terminal is for the trainer, which then stops its servers
+                env={name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES} | self._env,
+                # a Ctrl-C at the terminal goes to the trainer alone, which then stops its servers in order
+                start_new_session=True,
             )
-        self._pid = self._read_pid()
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], self._ready_timeout_s)
+        line = self._process.stdout.readline() if ready else b""
+        if not line.strip():
+            self.stop()
+            raise EngineError(f"{self.name} could not be started with {self._args[0]!r}.\n{self._tail()}")
+        self._pid = int(line)
 
     def wait_ready(self) -> None:
-        """Returns when the server is healthy. Raises EngineError, with the end of its log, when it dies or is late."""
+        """Returns when the server is healthy. Raises EngineError with the end of its log when it dies or is late."""
         deadline = time.monotonic() + self._ready_timeout_s
         while True:
             self.check()
-            if self._is_healthy():
-                self.check()
-                return
+            with suppress(httpx.HTTPError):
+                # no proxy of the environment stands before loopback
+                if httpx.get(self.url + self._health, timeout=2.0, trust_env=False).status_code == 200:
+                    # another process may have taken the port after this one died
+                    self.check()
+                    return
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"{self.name} was not ready at {self.url}{self._health} after {self._ready_timeout_s:g} s; raise "
@@ -108,7 +127,7 @@ class ServerProcess:
             time.sleep(POLL_S)
 
     def check(self, within_s: float = 0.0) -> None:
-        """Raises EngineError, with the end of its log, for a server that does not run, or ends within so many seconds."""
+        """Raises EngineError with the end of its log if the server does not run, or ends within so many seconds."""
         if self._process is None:
             raise EngineError(f"{self.name} is not started")
         with suppress(subprocess.TimeoutExpired):
@@ -119,23 +138,25 @@ class ServerProcess:
             raise EngineError(f"{self.name} {how}.\n{self._tail()}")
 
     def ask_to_stop(self) -> None:
-        """Begins what `stop` waits for."""
+        """Asks the supervisor to end the server; `stop` waits for it."""
         if self._process is not None and self._process.stdin is not None:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL, to the whole group; returns when it is gone. Once is enough, twice does no harm."""
+        """Ends the server with everything it started; returns when all of it is gone. A second call does nothing."""
         process = self._process
         if process is None:
             return
         self.ask_to_stop()
         try:
-            process.wait(timeout=self._stop_s + 2 * KILL_S)
+            process.wait(timeout=self._stop_s + 3 * KILL_S)
         except subprocess.TimeoutExpired:
-            if self._pid is not None:
-                signal_group(self._pid, signal.SIGKILL)
-            process.kill()
+            # only a supervisor that is stopped itself takes so long
+            for pid in (self._pid, process.pid):
+                if pid is not None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
             process.wait(timeout=KILL_S)
         if process.stdout is not None:
             process.stdout.close()
@@ -154,26 +175,8 @@ class ServerProcess:
     ) -> None:
         self.stop()
 
-    def _read_pid(self) -> int:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], self._ready_timeout_s)
-        line = self._process.stdout.readline() if ready else b""
-        if not line.strip():
-            self.stop()
-            raise EngineError(f"{self.name} could not be started with {self._args[0]!r}.\n{self._tail()}")
-        return int(line)
-
-    def _is_healthy(self) -> bool:
-        with closing(HTTPConnection("127.0.0.1", self.port, timeout=2.0)) as connection:
-            try:
-                connection.request("GET", self._health)
-                return connection.getresponse().status == 200
-            except (OSError, HTTPException):
-                return False
-
     def _tail(self) -> str:
-        """The last lines of the log, and before them the errors that it speaks of: a server says more while it goes down."""
+        """The last lines of the log, after the errors above them: a server writes more while it goes down."""
         last: deque[bytes] = deque(maxlen=TAIL_LINES)
         errors: dict[bytes, None] = {}
         with self._log.open("rb") as log:
@@ -189,7 +192,8 @@ class ServerProcess:
 def port_is_free(port: int) -> bool:
     """Whether nothing listens there."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free
+        # a port that was in use a moment ago is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
@@ -198,8 +202,9 @@ def port_is_free(port: int) -> bool:
 
 
 def free_ports(num: int) -> list[int]:
-    """Different ports on which nothing listens now."""
+    """Returns different ports on which nothing listens now."""
     with ExitStack() as stack:
+        # all stay bound until the last is chosen, so that no two are the same
         probes = [stack.enter_context(socket.socket()) for _ in range(num)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
@@ -207,5 +212,5 @@ def free_ports(num: int) -> list[int]:
 
 
 def free_port() -> int:
-    """One of them."""
+    """Returns a port on which nothing listens now."""
     return free_ports(1)[0]

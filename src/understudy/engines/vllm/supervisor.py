@@ -1,6 +1,7 @@
-"""Stands between a process and a server that it has started, and ends the server when the process is gone.
+"""Runs a server for another process, and ends the server with everything it started when that process is gone.
 
-Run by its path, so that nothing is imported but Python's own modules: `python -I supervisor.py PARENT STOP_S COMMAND...`
+Run by its path, `python -I supervisor.py PARENT STOP_S COMMAND...`: it imports Python's own modules alone, so it starts at
+once, takes little memory, and no PYTHONPATH that is meant for the server can break it.
 """
 
 from __future__ import annotations
@@ -12,37 +13,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 KILL_S = 10.0
-"""What the kernel may take to end processes that were killed, before that is an error."""
+"""How long the kernel may take to end killed processes."""
 POLL_S = 0.1
-LOOK_S = 5.0
-"""Between looks at which shared memory the server has: a kill leaves it behind, and then nobody knows whose it was."""
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where the kernel keeps it)
-MADE_BY_PYTHON = ("psm_", "sem.mp-")
-"""How `multiprocessing` names its segments and semaphores."""
-SUBREAPER = 36
-"""PR_SET_CHILD_SUBREAPER of linux/prctl.h: processes that lose their parent become ours."""
+PR_SET_CHILD_SUBREAPER = 36
+"""Of linux/prctl.h: orphans below this process become its children, so that none escapes by losing its parent."""
 
 
 def supervise(parent: int, stop_s: float, args: Sequence[str]) -> int:
-    """Runs `args` in a process group of its own until it ends, `parent` is gone, or the pipe from it closes.
+    """Runs `args` until it ends, `parent` is gone, the pipe from it closes, or a signal asks for the end.
 
     Prints the pid. Returns the command's status, 128 + n where signal n ended it, 127 where it could not be started.
     """
-    asked: list[int] = []
+    signals: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        asked.append(number)
+        signals.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         child = subprocess.Popen(  # noqa: S603 (the recipe's own command)
             args, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
@@ -52,86 +48,56 @@ def supervise(parent: int, stop_s: float, args: Sequence[str]) -> int:
         return 127
     with suppress(BrokenPipeError):
         print(child.pid, flush=True)
-    segments: set[Path] = set()
-    next_look = 0.0
-    while child.poll() is None and not asked and os.getppid() == parent:
-        if time.monotonic() >= next_look:
-            segments |= _segments(_members(child.pid))
-            next_look = time.monotonic() + LOOK_S
+    while child.poll() is None and not signals and os.getppid() == parent:
         readable, _, _ = select.select([sys.stdin], [], [], POLL_S)
+        # the kernel closes the pipe when the parent dies, also by SIGKILL
         if readable and not os.read(sys.stdin.fileno(), 1):
             break
-    end_group(child, stop_s, segments)
+    end_tree(child, stop_s)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def end_group(leader: subprocess.Popen[bytes], stop_s: float, segments: set[Path]) -> None:
-    """Ends the group, and whatever else lost its parent to us; removes its shared memory, `segments` of it known."""
-    segments |= _segments(_members(leader.pid))
-    signal_group(leader.pid, signal.SIGTERM)
-    if not _wait(lambda: _is_gone(leader), stop_s):
-        segments |= _segments(_members(leader.pid))
-        signal_group(leader.pid, signal.SIGKILL)
-        _wait(lambda: _is_gone(leader), KILL_S)
-    for pid in _children():
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    _wait(lambda: _is_gone(leader) and not _children(), KILL_S)
-    for path in segments:
-        with suppress(OSError):
-            path.unlink()
+def end_tree(child: subprocess.Popen[bytes], stop_s: float) -> None:
+    """Sends SIGTERM to the child and all its descendants, and SIGKILL after `stop_s` to those that still run."""
+    for number, seconds, spare_trackers in (
+        (signal.SIGTERM, stop_s, False),
+        # A killed process leaves its shared memory behind. Python's resource tracker removes it when the last process
+        # that used it is gone, and then ends by itself.
+        (signal.SIGKILL, KILL_S, True),
+        (signal.SIGKILL, KILL_S, False),
+    ):
+        told: set[int] = set()
+        until = time.monotonic() + seconds
+        while (running := _running(child)) and time.monotonic() < until:
+            for pid in running - told:
+                told.add(pid)
+                with suppress(OSError):
+                    if not (spare_trackers and b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()):
+                        os.kill(pid, number)
+            time.sleep(POLL_S / 2)
 
 
-def signal_group(group: int, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
-
-
-def _is_gone(leader: subprocess.Popen[bytes]) -> bool:
-    if leader.poll() is None:
-        return False
-    # those that lost their parent are ours to bury
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
-            pass
-    return not _members(leader.pid)
-
-
-def _wait(done: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S / 2)
-    return True
-
-
-def _members(group: int) -> list[int]:
-    """Processes of the group that are not dead yet."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):
-            state, _, member = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(member) == group and state != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def _children() -> list[int]:
-    with suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    return []
-
-
-def _segments(pids: Sequence[int]) -> set[Path]:
-    """Shared memory that these processes have mapped and that `multiprocessing` made."""
+def _running(child: subprocess.Popen[bytes]) -> set[int]:
+    """The child and all below this process that is not gone. Reaps orphans, which are zombies until then."""
     found = set()
-    for pid in pids:
+    if child.poll() is None:
+        found.add(child.pid)
+    else:
+        # not before Popen has the child's status, which waitpid(-1) would take
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                path = Path(line.partition("/")[1] + line.partition("/")[2])
-                if path.parent == SHARED_MEMORY and path.name.startswith(MADE_BY_PYTHON):
-                    found.add(path)
+            # "pid (name) state parent ...", and a name may hold anything
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    left = [os.getpid()]
+    while left:
+        below = children.get(left.pop(), [])
+        found.update(below)
+        left += below
     return found
 
 
