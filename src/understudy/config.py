@@ -121,7 +121,7 @@ def parse(section: type[Section], values: object, path: str = "") -> Section:
 
 
 def _key(item: Field[Any]) -> str:
-    """What a recipe calls a field: `async_` is `async` there, which Python keeps for itself."""
+    """Name of a field in a recipe: `async_` is `async` there, a word that Python reserves."""
     return item.name.rstrip("_")
 
 
@@ -215,7 +215,7 @@ def _dataclass_in(hint: Any) -> type[Any] | None:
     return next((part for part in _flat(hint) if isinstance(part, type) and is_dataclass(part)), None)
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "left out"}
+_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "left out"}
 
 
 def _words(hint: Any) -> str:

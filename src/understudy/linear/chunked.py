@@ -2,8 +2,8 @@
 
 Every loss here reads a few numbers of a row (the sampled token, K tokens, the mass outside them, the entropy, one
 divergence), so the gradient of the logits is a scaled softmax, plus a scaled auxiliary row, plus a sparse correction. A
-chunk of rows is projected, its numbers are read, the terms are differentiated by autograd on these numbers alone, and
-the chunk's buffer is overwritten by the gradient of its logits, which the two products with the head consume. The head
+chunk of rows is projected and its numbers are read; autograd differentiates the terms with respect to these numbers alone;
+then the gradient of the logits overwrites the chunk's buffer, and two products with the head consume it. The head
 costs three matrix products (logits, d hidden, d weight), four with a full-vocabulary teacher.
 """
 

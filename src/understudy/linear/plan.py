@@ -1,4 +1,4 @@
-"""What every evaluation does before and after the logits: choose the trained rows, check them, weigh the terms."""
+"""The parts of an evaluation around the logits: choose the trained rows, check them, weigh the terms."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def count_denominators(batches: list[TokenBatch]) -> dict[str, float]:
 
 
 def num_distinct(names: Tensor) -> int:
-    """How many different entries there are."""
+    """Number of distinct entries."""
     return int(names.unique().numel())
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """The N trained rows of a batch and what each weighs in a mean."""
+    """The N trained rows of a batch, with their weights in a mean."""
 
     index: Tensor
     """[N] their positions in the batch."""
@@ -62,9 +62,9 @@ class Trained:
     counts: Mapping[str, float]
 
     def share(self, reduce: Reduce, name: str, per: Tensor | None = None) -> Tensor:
-        """What one token of each row weighs in the mean over `per` (None: all trained rows). [N] float64.
+        """Weight of each row in the mean over `per` (None: all trained rows). [N] float64.
 
-        `name` is the key of a term's own count. A mean over nothing weighs 0.
+        `name` is the key of a term's own count. Where nothing is averaged over, every weight is 0.
         """
         members = torch.ones_like(self.batch.mask) if per is None else per
         total = self.counts.get(name if per is not None else "tokens" if reduce == "token" else "sequences")
@@ -116,7 +116,7 @@ def choose_trained(
 
 
 GIVEN_WITH_THE_BATCH = ("uniform", "outcome_advantage", "rollout_logprob")
-"""Fields that no model can fill in."""
+"""Fields that the batch must bring: no model can compute them."""
 
 
 def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass: bool) -> None:
@@ -151,7 +151,7 @@ def _where_from(method: TermsOf, name: str) -> str:
 
 
 def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally) -> Tensor:
-    """`sum_terms coef * sum_t share_t loss_t` over C rows; tells `tally` what to show. Scalar."""
+    """`sum_terms coef * sum_t share_t loss_t` over C rows, a scalar; metrics go into `tally`."""
     total = rows.logprob.new_zeros(())
     for term, share in terms:
         value = term.loss(rows)
@@ -179,7 +179,7 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
 
 
 class Tally:
-    """Sums of metrics, kept on the device until the end so that no chunk waits for it."""
+    """Sums of metrics. They stay on the device until the end, so that no chunk waits for a transfer."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = {}

@@ -41,7 +41,7 @@ def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
 
 
 class Gradients:
-    """Gradients of hidden states, weight and bias, summed over chunks in float32 or float64; none that nobody wants."""
+    """Gradients of hidden states, weight and bias, summed over chunks in float32 or float64; only those that are needed."""
 
     def __init__(self, head: LMHead, hidden: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         self._head = head

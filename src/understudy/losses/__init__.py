@@ -1,1 +1,1 @@
-"""What is minimised: divergences, advantages, the terms that methods return, and schedules."""
+"""Losses: divergences, advantages, the terms that methods return, and schedules."""

@@ -1,4 +1,4 @@
-"""Signals: what the teacher says about each token, without gradient. Row t concerns token t of a batch."""
+"""Advantages and weights per token, without gradient. Row t concerns token t of a batch."""
 
 from __future__ import annotations
 

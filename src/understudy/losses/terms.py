@@ -20,10 +20,10 @@ Reduce = Literal["token", "sequence", "constant"]
 
 @dataclass(frozen=True)
 class Reads:
-    """What a method's losses read of a row beyond the sampled token and the entropy, which are always there."""
+    """Numbers of a row that a method's losses read, beyond the sampled token and the entropy, which are always there."""
 
     topk: Literal["teacher", "student"] | None = None
-    """Whose K most probable tokens. With a full-vocabulary teacher they are found in the row, else the batch names them."""
+    """The side whose K most probable tokens are read: from the row with a full-vocabulary teacher, else from the batch."""
     k: int = 0
     tail: bool = False
     """The student's mass outside the K tokens."""
@@ -35,7 +35,7 @@ class Reads:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What the student says about C tokens; every tensor carries gradient."""
+    """The student's numbers for C tokens; every tensor carries gradient."""
 
     logprob: Tensor
     """[C] log S(y_t)."""
@@ -71,7 +71,7 @@ class PolicyGradient:
     baseline: bool = False
     """Add sg[KL(S || T)], the negative expectation of the log-ratio, to the advantage; reads the reverse divergence."""
     weight: Tensor | None = None
-    """[C] without gradient, `losses.advantages.importance`: what the engine's draw of the token counts."""
+    """[C] without gradient: the importance weight of the engine's draw, `losses.advantages.importance`."""
     baseline_logp: Tensor | None = None
     """[C, K] log T: the baseline is summed over K tokens, `sg[sum_k S(k)(log S(k) - log T(k))]`, instead of all."""
 
@@ -132,8 +132,8 @@ class TopKDivergence:
 class FoldedTopK:
     """`-r_t A_t` with `A_t = -sg[KL(T || S)]` over the K tokens: a divergence folded into one number.
 
-    A number that does not depend on the sampled token says nothing about the teacher in expectation; it lowers whatever
-    was sampled. Kept because released code is reported to do it.
+    An advantage that does not depend on the sampled token carries no teacher signal in expectation; it only lowers what
+    was sampled. Offered because released code is reported to do it.
     """
 
     teacher_logp: Tensor
@@ -152,7 +152,7 @@ class FoldedTopK:
 
 @dataclass(frozen=True, eq=False)
 class SquaredLogRatio:
-    """`(log T(y_t) - log S(y_t))^2 / 2`, whose gradient is `-d_t grad log S(y_t)`: that of OPD, with another value."""
+    """`(log T(y_t) - log S(y_t))^2 / 2`, whose gradient is OPD's, `-d_t grad log S(y_t)`; only its value differs."""
 
     teacher_logprob: Tensor
     """[C]"""

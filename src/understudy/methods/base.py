@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass that turns a batch of judged tokens into terms of a loss."""
+"""Base of all methods: a frozen dataclass that turns a batch of scored tokens into terms of a loss."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ RewardSource = Literal["outcome", "verbal"]
 
 @dataclass(frozen=True)
 class Rewards:
-    """Samples are rewarded, and compared with the other samples of their prompt."""
+    """Each sample gets a reward, and an advantage against the other samples of its prompt."""
 
     source: RewardSource = "outcome"
     """The verifier's score, or the judge's digit over 9."""
     normalise_std: bool = True
     dynamic_sampling: bool = False
-    """Prompts whose samples all have the same reward are replaced by further prompts."""
+    """Replace prompts whose samples all have the same reward by further prompts."""
     overlong_buffer: int = 0
     """Tokens before the length limit over which a penalty grows to -1; 0: none."""
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """A judge decides which samples are trained on."""
+    """A judge's digit decides which samples are trained on."""
 
     threshold: float
     on_reject: OnReject
@@ -43,14 +43,14 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How the samples of one step come to be."""
+    """Where the samples of one step come from."""
 
     on_policy_share: float = 1.0
     """Share of the samples that the student writes; the rest are the data's or the teacher's own responses."""
     prefix_share: float = 0.0
     """Share of a teacher's response that guided samples begin with; 0: there are none."""
     guided: Literal["beside", "replace"] = "beside"
-    """One guided sample for each prompt beside the others, or in place of one of them."""
+    """One guided sample per prompt beside the others, or in place of one of them."""
     rewards: Rewards | None = None
     acceptance: Acceptance | None = None
 
@@ -110,7 +110,7 @@ class Method:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the teacher, or the reference model, must return."""
+        """Scores that the teacher, or the reference model, must return."""
         raise NotImplementedError
 
     @property
@@ -120,12 +120,12 @@ class Method:
 
     @property
     def scope(self) -> Scope:
-        """Either "token", terms may be computed chunk by chunk, or "batch": they need the whole batch, after a scoring pass."""
+        """Scope of the terms: "token" chunk by chunk; "batch" from the whole batch, after a scoring pass."""
         return "token"
 
     @property
     def reads(self) -> Reads:
-        """What the losses read of the student's rows."""
+        """Numbers of the student's rows that the losses read."""
         return Reads()
 
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
@@ -144,16 +144,16 @@ class Method:
         return Uses.over(self.plan(step) for step in range(num_steps))
 
     def at(self, step: int) -> tuple[Method, int]:
-        """The method in force at a step of the run, and the step as it counts it."""
+        """The method that is active at a step of the run, and the step counted from the method's own start."""
         return self, step
 
     @property
     def members(self) -> tuple[Method, ...]:
-        """Every method that is in force at some step."""
+        """Every method that is active at some step."""
         return (self,)
 
     def for_run(self, num_steps: int, max_new_tokens: int) -> Method:
-        """The method with what depends on the run filled in."""
+        """The method with keys that depend on the run filled in."""
         return self
 
     def check_range(self, key: str, low: float, high: float = float("inf")) -> None:
@@ -165,9 +165,9 @@ class Method:
 
 @dataclass(frozen=True)
 class PolicyMethod(Method):
-    """A method with a policy-gradient term, and the correction for an engine that samples with slightly other numbers.
+    """A method with a policy-gradient term, and a correction for an engine whose log-probabilities are not the trainer's.
 
-    `advantages.importance` says what the kinds mean; the weight is shown as the metric `importance`.
+    `advantages.importance` defines the kinds; the metric `importance` shows the weight.
     """
 
     correction: advantages.Correction = field(default="none", kw_only=True)
@@ -183,14 +183,14 @@ class PolicyMethod(Method):
         return () if self.correction == "none" else ("rollout_logprob",)
 
     def weight(self, batch: TokenBatch) -> Tensor | None:
-        """What each token counts because the engine's numbers are not the trainer's. [T]; None without a correction."""
+        """Weight of each token that corrects for the gap between engine and trainer. [T]; None without a correction."""
         low, high = self.correction_low, self.correction_high
         old = present(batch.student_logprob)
         return advantages.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
 
     @property
     def ratio_clip(self) -> tuple[float, float] | None:
-        """How far the ratio to S_old may go below and above 1; None: as far as it likes."""
+        """Distances below and above 1 at which the ratio to S_old is clipped; None: no clip."""
         return None
 
     def policy_term(
@@ -207,7 +207,7 @@ class PolicyMethod(Method):
     ) -> Term:
         """The term "policy_gradient" of `advantage` [T], weighted for the engine's mismatch."""
         old, weight = present(batch.student_logprob), self.weight(batch)
-        # a token that takes no part gets 0 times this as gradient, and d_t is -inf where the teacher excludes the token
+        # d_t is -inf where the teacher excludes a token, and a masked token's gradient is 0 times its advantage: NaN
         advantage = advantage if mask is None else torch.where(mask, advantage, 0.0)
         shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
         loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight, baseline_logp)
@@ -216,10 +216,10 @@ class PolicyMethod(Method):
 
 @dataclass(frozen=True)
 class OptionallyClipped(PolicyMethod):
-    """A policy gradient whose source makes one update a batch, where a clip changes nothing; for several it may have one."""
+    """A policy gradient whose paper makes one update per batch, where a clip has no effect; for several updates it may clip."""
 
     clip: float | None = field(default=None, kw_only=True)
-    """PPO's: the ratio to the sampling student counts between 1 - clip and 1 + clip."""
+    """PPO's clip: the ratio to S_old is clipped to [1 - clip, 1 + clip]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,12 +232,12 @@ class OptionallyClipped(PolicyMethod):
 
 
 def only(value: Tensor, mask: Tensor) -> Tensor:
-    """A metric of the tokens in `mask`: NaN elsewhere."""
+    """The metric on the tokens in `mask`, NaN elsewhere."""
     return torch.where(mask, value, torch.nan)
 
 
 def present(value: Tensor | None) -> Tensor:
-    """A field that `requires` has already asserted."""
+    """The field, which `requires` has already checked."""
     assert value is not None
     return value
 

@@ -1,4 +1,4 @@
-"""GRPO, Dr.GRPO and DAPO: the outcome's reward against that of the prompt's other samples.
+"""GRPO, Dr.GRPO and DAPO: the outcome reward of a sample against those of the prompt's other samples.
 
 Sources: GRPO, arXiv 2402.03300; Dr.GRPO, arXiv 2503.20783; DAPO, arXiv 2503.14476.
 """
@@ -26,13 +26,13 @@ class GRPO(PolicyMethod):
     kl_coef: float = 0.0
     """Weight of the KL to the reference model."""
     dynamic_sampling: bool = False
-    """Prompts whose samples are all equally right (whatever their length costs) are replaced by further ones."""
+    """Replace prompts whose samples all have the same grade (penalties for length aside) by further prompts."""
     distil_coef: float = 0.0
     """Above 0: OPD's log-ratio joins the advantage."""
     overlong_buffer: int = 0
     """Tokens before the length limit over which a penalty grows to -1."""
     max_tokens: int | None = None
-    """What "constant" divides by; None: the run's `sampling.max_new_tokens`."""
+    """Divisor of "constant"; None: the run's `sampling.max_new_tokens`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

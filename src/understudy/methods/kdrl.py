@@ -18,12 +18,12 @@ class KDRL(PolicyMethod):
 
     beta: float = 0.002
     anneal_to: float | None = None
-    """Where beta ends, linearly over the run; None: constant."""
+    """Value of beta at the last step, reached linearly; None: constant."""
     skip_correct: bool = True
     """A batch that does not say what is right counts samples with a positive advantage as right."""
     clip: float = field(default=0.2, kw_only=True)
     num_steps: int | None = field(default=None, kw_only=True)
-    """What `anneal_to` counts by; None: the run's steps."""
+    """Length of the schedule to `anneal_to`; None: the run's steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class KDRL(PolicyMethod):
         return self if self.num_steps is not None else replace(self, num_steps=num_steps)
 
     def pull(self, step: int) -> float:
-        """The weight of the teacher at a step. Raises ValueError where that depends on a run that is not known."""
+        """Weight of the teacher's term at a step. Raises ValueError where it depends on a run that is not known."""
         if self.anneal_to is None or step == 0:
             return self.beta
         if self.num_steps is None:

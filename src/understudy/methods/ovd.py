@@ -1,4 +1,4 @@
-"""OVD: the teacher only says a digit from 0 to 9 about a response; the digit decides what is trained on.
+"""OVD: the teacher gives each response a digit from 0 to 9, which decides what is trained on.
 
 Source: "OVD: On-policy Verbal Distillation", arXiv 2601.21968.
 """
@@ -22,12 +22,12 @@ class OVD(PolicyMethod):
 
     threshold: float = 7
     on_reject: OnReject = "teacher"
-    """What fills a rejected slot: the teacher's own response; nothing; or one more attempt of the student."""
+    """Filling of a rejected slot: a response of the teacher, nothing, or one more attempt of the student."""
     reward: Literal["outcome", "verbal"] = "outcome"
     """The verifier's score; or the digit over 9, which needs no ground truth."""
     score: Literal["argmax", "expectation"] = "argmax"
     steps: bool = False
-    """Each step of a response is judged, and the lowest digit counts."""
+    """Judge each step of a response; the lowest digit counts."""
     clip: float = 0.2
     kl_coef: float = 0.001
 

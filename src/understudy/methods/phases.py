@@ -23,9 +23,9 @@ class Phases(Method):
 
     parts: Sequence[Mapping[str, Any]]
     num_steps: int | None = field(default=None, kw_only=True)
-    """What the shares are of; None: the run's steps."""
+    """Number of steps that the shares refer to; None: the run's."""
     max_new_tokens: int | None = field(default=None, kw_only=True)
-    """For parts that divide by the length budget; None: the run's."""
+    """Length budget for parts that divide by it; None: the run's."""
 
     def __post_init__(self) -> None:
         if not self.parts:

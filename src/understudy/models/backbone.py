@@ -40,9 +40,9 @@ def num_positions(model: nn.Module) -> int | None:
 
 
 def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Hidden states after the final norm, no logits formed. [B, L], [B, L] -> [B, L, H].
+    """Hidden states after the final norm, without logits. [B, L], [B, L] -> [B, L, H].
 
-    Sequences side by side in a row do not see each other where positions restart; without a cache only, hence none.
+    Sequences in one row are kept apart where positions restart, which transformers does only without a cache.
     """
     decoder = unwrap(model).get_decoder()
     output = decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)

@@ -1,4 +1,4 @@
-"""Tokenizers: loading, where a response ends, and whether two models speak the same tokens."""
+"""Tokenizers: load them, find the tokens that end a response, compare two vocabularies."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _show(token: str | None) -> str:
 
 
 def compare_chat_templates(student_tokenizer: Any, teacher_tokenizer: Any) -> str | None:
-    """A warning where the chat templates of the two differ; None where they agree."""
+    """Returns a warning if the two chat templates differ, else None."""
     student, teacher = student_tokenizer.chat_template, teacher_tokenizer.chat_template
     if student == teacher:
         return None
@@ -104,5 +104,5 @@ def compare_chat_templates(student_tokenizer: Any, teacher_tokenizer: Any) -> st
     how = f"the {lacking[0]} has none" if lacking else "their texts are not the same"
     return (
         f"the chat templates of student and teacher differ ({how}). Prompts are rendered with the student's, so the "
-        "teacher judges text in a form that it may not know; this can cost tenths of a nat per token"
+        "teacher scores text in a form that it may not know; this can cost tenths of a nat per token"
     )
