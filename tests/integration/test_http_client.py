@@ -27,8 +27,8 @@ from understudy.errors import EngineError, RecipeError
 from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
 from understudy.http import client as http_client
 from understudy.http.client import MAX_ERROR_BYTES
-from understudy.http.replicas import Asker, Replicas, Turn
-from understudy.http.reply import MAX_WAIT_S
+from understudy.http.replicas import Attempts, Permit, Replicas
+from understudy.http.replies import MAX_WAIT_S
 
 KEY = "sk-understudy-0123456789"
 WAIT_S = 20.0
@@ -611,27 +611,27 @@ def replicas(clock: Clock, num: int = 2, break_after: int = 3) -> Replicas:
     return Replicas(urls, break_after=break_after, cool_down_s=1.0, clock=clock)
 
 
-def ask(one: Replicas, url: str | None = None) -> Turn:
+def ask(one: Replicas, url: str | None = None) -> Permit:
     """A turn of a new request, at one replica; the turns before it are given up."""
     for _ in range(4):
-        turn = one.take(Asker())
-        assert isinstance(turn, Turn)
+        turn = one.acquire(Attempts())
+        assert isinstance(turn, Permit)
         if url in (None, turn.replica.url):
             return turn
-        one.arrive(turn, sent=0, received=0)
+        one.release(turn, sent=0)
         one.settle(turn, right=None)
     raise AssertionError(f"{url} is not asked")
 
 
 def probe(one: Replicas, url: str, alive: bool | None = True) -> None:
     """The one that is due."""
-    (replica,) = one.due()
+    (replica,) = one.due_for_probe()
     assert replica.url == url
-    one.probed(replica, alive=alive)
+    one.record_probe(replica, alive=alive)
 
 
-def end(one: Replicas, turn: Turn, right: bool | None) -> None:
-    one.arrive(turn, sent=0, received=0)
+def end(one: Replicas, turn: Permit, right: bool | None) -> None:
+    one.release(turn, sent=0)
     one.settle(turn, right=right)
 
 
@@ -656,10 +656,10 @@ def test_a_breaker_opens_is_tried_and_closes() -> None:
         assert urls_asked(one) == {"http://r1": 6}
         clock.now += 2e-3
         # a probe comes first, once, and nothing else goes there meanwhile
-        assert [replica.url for replica in one.due()] == ["http://r0"]
-        assert one.due() == []
+        assert [replica.url for replica in one.due_for_probe()] == ["http://r0"]
+        assert one.due_for_probe() == []
         assert urls_asked(one) == {"http://r1": 6}
-        one.probed(one._all[0], alive=True)
+        one.record_probe(one._all[0], alive=True)
         trial = ask(one, "http://r0")
         # one trial, however many ask and however busy the others are
         held = [ask(one) for _ in range(3)]
@@ -683,10 +683,10 @@ def test_a_replica_whose_probe_fails_gets_no_request() -> None:
     end(one, ask(one, "http://r0"), right=False)
     for cool_down_s in (1, 2, 4, 8):
         clock.now += cool_down_s - 1e-3
-        assert one.due() == []
+        assert one.due_for_probe() == []
         clock.now += 2e-3
         probe(one, "http://r0", alive=False)
-        assert one.due() == []
+        assert one.due_for_probe() == []
         assert urls_asked(one) == {"http://r1": 6}
     clock.now += 61
     probe(one, "http://r0", alive=None)
@@ -696,13 +696,13 @@ def test_a_replica_whose_probe_fails_gets_no_request() -> None:
 
 
 def test_a_retry_is_another_replicas_whoever_asked_between() -> None:
-    one, asker = replicas(Clock()), Asker()
-    first = one.take(asker)
-    assert isinstance(first, Turn)
+    one, asker = replicas(Clock()), Attempts()
+    first = one.acquire(asker)
+    assert isinstance(first, Permit)
     end(one, first, right=False)
     end(one, ask(one), right=True)
-    second = one.take(asker)
-    assert isinstance(second, Turn)
+    second = one.acquire(asker)
+    assert isinstance(second, Permit)
     assert second.replica is not first.replica
 
 
@@ -729,9 +729,9 @@ def test_a_trial_that_was_given_up_leaves_place_for_another() -> None:
 def test_what_was_sent_before_a_breaker_opened_does_not_hold_it_open() -> None:
     clock = Clock()
     one = replicas(clock, break_after=1)
-    early = [one.take(Asker(pinned=0)) for _ in range(5)]
+    early = [one.acquire(Attempts(pinned=0)) for _ in range(5)]
     for turn in early:
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, Permit)
         end(one, turn, right=False)
     clock.now += 1.001
     probe(one, "http://r0")
@@ -751,7 +751,7 @@ def test_when_all_are_open_the_first_to_be_ready_is_waited_for() -> None:
     end(one, ask(one, "http://r0"), right=False)
     clock.now = 0.25
     end(one, ask(one, "http://r1"), right=False)
-    assert one.take(Asker()) == pytest.approx(0.75)
+    assert one.acquire(Attempts()) == pytest.approx(0.75)
     clock.now = 1.0
     # all who wait ask it
     assert [ask(one).replica.url for _ in range(3)] == ["http://r0"] * 3
@@ -767,9 +767,9 @@ def test_a_single_replica_is_always_asked() -> None:
 def test_nothing_is_in_flight_when_all_is_settled(steps: list[str], num: int) -> None:
     clock = Clock()
     one = replicas(clock, num=num, break_after=2)
-    held: list[Turn] = []
+    held: list[Permit] = []
     for step in steps:
-        if step == "take" and isinstance(turn := one.take(Asker()), Turn):
+        if step == "take" and isinstance(turn := one.acquire(Attempts()), Permit):
             held.append(turn)
         elif step == "later":
             clock.now += 0.7

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from understudy.http.address import check_address, check_variable, read_key, without_key
-from understudy.http.client import HttpClient, RetryPolicy
-from understudy.http.reply import BadReply, Refused, Reply
+from understudy.http.client import HttpClient, RetryOptions, RetryPolicy
+from understudy.http.replies import BadReply, Refused, Reply, check_address, check_variable, read_key, without_key
 
 __all__ = [
     "BadReply",
     "HttpClient",
     "Refused",
     "Reply",
+    "RetryOptions",
     "RetryPolicy",
     "check_address",
     "check_variable",

@@ -1,4 +1,4 @@
-"""Requests to one or several replicas of a server."""
+"""The HTTP client: concurrent requests to one or several replicas of a server, with retries and deadlines."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from understudy.errors import EngineError
-from understudy.http.address import check_address, clip, read_key
-from understudy.http.background import SCOPE, Background, Closed, Line, Scope, Stopped
-from understudy.http.replicas import Asker, Replica, Replicas, Turn
-from understudy.http.reply import (
+from understudy.http.background import SCOPE, Background, Closed, Scope, Stopped
+from understudy.http.replicas import Attempts, Permit, Replica, Replicas
+from understudy.http.replies import (
     MAX_WAIT_S,
     BadReply,
+    Failure,
     Refused,
     Reply,
-    Trouble,
-    asked_to_wait_s,
+    check_address,
     check_size,
-    is_alive,
-    message_of,
-    not_there,
-    passes,
-    read_body,
+    clip,
+    is_unreachable,
+    read_key,
+    too_large,
 )
 from understudy.randomness import keyed_uniform
 
@@ -39,35 +37,41 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _GRACE_S = 10.0
-"""Beyond its deadline, for a request to say that it has passed."""
+"""Time beyond its deadline for the loop to report that a request is late."""
 MAX_REPLY_BYTES = 4 * 2**30
-"""Of one reply, where nobody knows better: several heads of the largest vocabularies."""
+"""Default limit of one reply: the largest head of a large vocabulary fits several times."""
 MAX_ERROR_BYTES = 2**20
-"""Of what a server says beside a status that is an error; no more is read."""
+"""Limit of the message beside an error status; the rest is cut off."""
 PROBE_S = 5.0
-"""How long a replica that was left alone may take to say that it is there."""
+"""Timeout of a health probe."""
 _LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryPolicy:
-    """How long and how often is asked."""
+class RetryOptions:
+    """Timeouts and retries, as the sections of remote teachers have them."""
 
     timeout_s: float = 120.0
-    """Of one attempt."""
+    """Seconds for one attempt."""
     deadline_s: float = 600.0
-    """Of one request with all its attempts and waits."""
+    """Seconds for one request with all its attempts and waits."""
     max_retries: int = 5
-    """Of a request that timed out, lost its connection, met status 500 and above, or got a wrong reply; 0: asked once."""
+    """Retries after a timeout, a lost connection, status 500 and above, or a malformed reply; 0: asked once."""
     backoff_s: float = 0.5
-    """Before the first retry; doubled with each, up to a minute, with jitter."""
+    """Wait before the first retry; doubled with each, up to a minute, with jitter."""
     max_concurrency: int = 16
     """Requests in flight over all replicas."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy(RetryOptions):
+    """How long, how often, and how many at a time a client asks."""
+
     break_after: int = 3
-    """Failures in a row after which a replica is left alone for a while, where there are others."""
+    """Consecutive failures after which a replica is left alone for a while, if there are others."""
     waits: bool = True
-    """Whether a server that is not there (nobody listens) or busy (429, 503) is asked until `deadline_s`, because it may be
-    starting again; else that counts against `max_retries`."""
+    """Whether a server that is not there (nobody listens) or busy (429, 503) is asked until `deadline_s`, as it may be
+    restarting; else that counts against `max_retries`."""
 
     def __post_init__(self) -> None:
         for key, low in (("max_retries", 0), ("max_concurrency", 1), ("break_after", 1)):
@@ -78,19 +82,19 @@ class RetryPolicy:
 
     @staticmethod
     def of(section: object) -> RetryPolicy:
-        """With the keys that a section of a recipe has of it."""
-        known = [item.name for item in fields(RetryPolicy)]
-        return RetryPolicy(**{name: getattr(section, name) for name in known if hasattr(section, name)})
+        """Returns the policy with the keys that a recipe's section has. Raises ValueError for a value out of range."""
+        names = [item.name for item in fields(RetryPolicy)]
+        return RetryPolicy(**{name: getattr(section, name) for name in names if hasattr(section, name)})
 
     def wait_s(self, seed: int, key: str, attempt: int) -> float:
-        """Between half of and the whole of `backoff_s * 2^(attempt - 1)`, so that many requests do not return at once."""
+        """Returns 50 to 100 % of `backoff_s * 2^(attempt - 1)`: jitter keeps many requests from returning at once."""
         uniform = float(keyed_uniform(seed, "retry", attempt, [key], 1))
         full: float = self.backoff_s * 2.0 ** min(attempt - 1, 60)
         return min(MAX_WAIT_S, full) * (0.5 + uniform / 2)
 
 
 @dataclass(frozen=True)
-class _Question:
+class _Request:
     """One request, the same at each attempt."""
 
     key: str
@@ -98,24 +102,19 @@ class _Question:
     path: str
     content: bytes
     content_type: str
-    end: float
-    """Of its deadline, by `time.monotonic`."""
-    asker: Asker
+    deadline: float
+    """On the clock of `time.monotonic`."""
+    attempts: Attempts
 
     @property
     def left_s(self) -> float:
-        return self.end - time.monotonic()
-
-
-class _Late(Exception):  # noqa: N818 (never leaves this module)
-    """The deadline would pass before anything can be sent."""
+        return self.deadline - time.monotonic()
 
 
 class HttpClient:
-    """Replicas of one server behind one front: connections are kept, and closed by `close`.
+    """Replicas of one server behind one interface. Any thread may ask; `close` ends all connections.
 
-    Any thread may ask. A closed client raises EngineError. No object holds the key: it is read for each attempt, and cut from
-    all that is said.
+    A closed client raises EngineError. No object holds the key: it is read for each attempt, and cut from all messages.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class HttpClient:
         max_reply_bytes: int = MAX_REPLY_BYTES,
         probe_path: str = "/health",
     ) -> None:
-        """`probe_path`: what a replica that was left alone is asked before it gets requests again."""
+        """`probe_path`: requested from a replica that was left alone before it gets requests again."""
         if not urls:
             raise ValueError(f"{name} has no address")
         for url in urls:
@@ -144,7 +143,7 @@ class HttpClient:
         self._replicas = Replicas(
             self.urls, break_after=retry_policy.break_after, cool_down_s=retry_policy.backoff_s, clock=time.monotonic
         )
-        self._background = Background(name, self._make_line)
+        self._background = Background(name, self._make_client, retry_policy.max_concurrency)
 
     def __enter__(self) -> HttpClient:
         return self
@@ -153,6 +152,14 @@ class HttpClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def close(self) -> None:
+        """Cancels requests in flight; leaves no thread and no connection."""
+        self._background.close()
+
+    def stats(self) -> dict[str, Any]:
+        """HTTP requests without probes, retries and failures among them, bytes of bodies; "replicas": the same by URL."""
+        return self._replicas.stats()
 
     def request(
         self,
@@ -165,216 +172,201 @@ class HttpClient:
         method: str = "POST",
         replica: int | None = None,
     ) -> Result:
-        """`read` of the reply of the first replica that gives a right one; `replica` asks that one only.
+        """Returns `read` of the first right reply; `replica` asks that one only.
 
-        `read` runs in the calling thread, and raises BadReply for what may be right another time. `key` names the request, and
-        draws its waits. Raises Refused for a status that stays, EngineError where attempts or time are spent.
+        `read` runs in the calling thread, and raises BadReply for a reply that a retry may improve. `key` names the request
+        in messages and draws its waits. Raises Refused for a status that a retry does not change, EngineError where attempts
+        or time are spent.
         """
         if json is not None:
             content = dumps(json).encode("ascii")
         kind = "application/octet-stream" if json is None else "application/json"
-        end = time.monotonic() + self._retry_policy.deadline_s
-        question = _Question(key, method, path, content or b"", kind, end, Asker(replica))
-        trouble = Trouble("nothing was sent: all places were taken")
+        deadline = time.monotonic() + self._retry_policy.deadline_s
+        request = _Request(key, method, path, content or b"", kind, deadline, Attempts(replica))
+        permits = request.attempts.permits
+        failure = Failure("nothing was sent: all places were taken")
         attempt = counted = 0
         while counted <= self._retry_policy.max_retries:
+            pause_s = self._retry_policy.wait_s(self._seed, key, attempt) if attempt else 0.0
             try:
-                outcome = self._attempt(question, attempt)
-            except _Late:
-                raise self._error(question, trouble, late=True) from None
-            if not isinstance(outcome, Trouble):
-                turn = question.asker.turns[-1]
+                outcome = self._run(request, pause_s)
+            except TimeoutError:
+                raise self._error(request, failure, late=True) from None
+            if isinstance(outcome, Refused):
+                raise outcome
+            if isinstance(outcome, Reply):
                 try:
                     result = read(outcome)
-                    self._replicas.settle(turn, right=True)
+                    self._replicas.settle(permits[-1], right=True)
                     return result
                 except BadReply as error:
-                    self._replicas.settle(turn, right=False)
-                    outcome = Trouble(str(error))
+                    self._replicas.settle(permits[-1], right=False)
+                    outcome = Failure(str(error))
                 finally:
-                    self._replicas.settle(turn, right=None)
-            trouble = outcome
+                    self._replicas.settle(permits[-1], right=None)
+            failure = outcome
             attempt += 1
-            counted += trouble.counts or not (self._retry_policy.waits and self._retry_policy.max_retries)
-        raise self._error(question, trouble, late=question.left_s <= 0)
+            counted += failure.counts or not (self._retry_policy.waits and self._retry_policy.max_retries)
+        raise self._error(request, failure, late=request.left_s <= 0)
 
-    def _attempt(self, question: _Question, attempt: int) -> Reply | Trouble:
-        """Raises Refused, and _Late where the deadline comes first."""
-        pause_s = self._retry_policy.wait_s(self._seed, question.key, attempt) if attempt else 0.0
-        if question.left_s <= pause_s:
-            raise _Late
-        turns = question.asker.turns
+    def _run(self, request: _Request, pause_s: float) -> Reply | Refused | Failure:
+        """One attempt, from the calling thread. Raises TimeoutError if the deadline comes first."""
+        if request.left_s <= pause_s:
+            raise TimeoutError
         try:
-            outcome = self._background.run(
-                lambda line: self._in_turn(line, question, pause_s), within_s=question.left_s + _GRACE_S
-            )
+            return self._background.run(lambda: self._attempt(request, pause_s), within_s=request.left_s + _GRACE_S)
         except BaseException as error:
-            # a reply may have come in the moment in which it was given up
-            if turns:
-                self._replicas.settle(turns[-1], right=None)
+            # a reply may have come in the moment of the cancellation, and its permit is still open then
+            if request.attempts.permits:
+                self._replicas.settle(request.attempts.permits[-1], right=None)
             if isinstance(error, Closed):
                 raise EngineError(f"{self.name} is closed: nothing more can be asked of it") from None
-            if isinstance(error, TimeoutError):
-                raise _Late from None
             raise
-        if isinstance(outcome, Refused):
-            raise outcome
-        return outcome
 
-    async def _in_turn(self, line: Line, question: _Question, pause_s: float) -> Reply | Refused | Trouble:
-        turn = await self._turn(line, question, pause_s)
+    async def _attempt(self, request: _Request, pause_s: float) -> Reply | Refused | Failure:
+        permit = await self._acquire(request, pause_s)
         try:
-            outcome = await self._send(line, question, turn)
+            outcome = await self._send(request, permit)
         except BaseException:
-            self._replicas.settle(turn, right=None)
+            self._replicas.settle(permit, right=None)
             raise
         finally:
-            line.slots.release()
-            self._replicas.arrive(turn, sent=len(question.content), received=turn.received)
-        if isinstance(outcome, Trouble):
-            self._replicas.settle(turn, right=False)
-            question.asker.not_before[turn.replica.url] = time.monotonic() + outcome.wait_s
+            self._background.slots.release()
+            self._replicas.release(permit, sent=len(request.content))
+        if isinstance(outcome, Failure):
+            self._replicas.settle(permit, right=False)
+            request.attempts.not_before[permit.replica.url] = time.monotonic() + outcome.wait_s
         elif isinstance(outcome, Refused):
-            self._replicas.settle(turn, right=True)
+            self._replicas.settle(permit, right=True)
         return outcome
 
-    async def _turn(self, line: Line, question: _Question, pause_s: float) -> Turn:
-        """Returns with a place in `line.slots`, which the caller releases. Raises _Late."""
-        try:
-            async with asyncio.timeout(question.left_s):
-                await asyncio.sleep(pause_s)
-                while True:
-                    await line.slots.acquire()
-                    for replica in self._replicas.due():
-                        line.start(self._probe(line, replica))
-                    found = self._replicas.take(question.asker)
-                    if isinstance(found, Turn):
-                        return found
-                    line.slots.release()
-                    if found >= question.left_s:
-                        raise _Late
-                    await asyncio.sleep(found)
-        except TimeoutError:
-            raise _Late from None
+    async def _acquire(self, request: _Request, pause_s: float) -> Permit:
+        """Returns with one of the background's slots, which the caller releases. Raises TimeoutError at the deadline."""
+        slots = self._background.slots
+        async with asyncio.timeout(request.left_s):
+            await asyncio.sleep(pause_s)
+            while True:
+                await slots.acquire()
+                for replica in self._replicas.due_for_probe():
+                    self._background.spawn(self._probe(replica))
+                found = self._replicas.acquire(request.attempts)
+                if isinstance(found, Permit):
+                    return found
+                slots.release()
+                if found >= request.left_s:
+                    raise TimeoutError
+                await asyncio.sleep(found)
 
-    async def _send(self, line: Line, question: _Question, turn: Turn) -> Reply | Refused | Trouble:
+    async def _send(self, request: _Request, permit: Permit) -> Reply | Refused | Failure:
         import httpx
 
-        seconds = max(0.0, min(self._retry_policy.timeout_s, question.left_s))
+        timeout_s = max(0.0, min(self._retry_policy.timeout_s, request.left_s))
         try:
-            async with asyncio.timeout(seconds):
-                reply = await self._exchange(line.client, question, turn)
+            # one limit for the whole exchange: httpx's own are for each read, which a slow server never exceeds
+            async with asyncio.timeout(timeout_s):
+                reply = await self._exchange(request, permit)
         except TimeoutError:
-            return Trouble(f"nothing came within {seconds:.3g} s")
+            return Failure(f"nothing came within {timeout_s:.3g} s")
         except BadReply as error:
-            return Trouble(f"{turn.replica.url} sent {error}")
+            return Failure(f"{permit.replica.url} sent {error}")
         except httpx.RequestError as error:
-            return Trouble(self._clip(f"{type(error).__name__} {error}"), counts=not not_there(error))
-        if reply.is_success:
-            return reply
-        message = self._clip(message_of(reply))
-        if passes(reply.status):
-            return Trouble(f"status {reply.status}: {message}", asked_to_wait_s(reply), counts=not reply.is_busy)
-        return Refused(reply.status, message)
+            text = clip(f"{type(error).__name__} {error}", self._api_key_env)
+            return Failure(text, counts=not is_unreachable(error))
+        return reply.outcome(self._api_key_env)
 
-    async def _exchange(self, client: httpx.AsyncClient, question: _Question, turn: Turn) -> Reply:
-        """Raises BadReply for a body that is too long or compressed: it would be let grow without end."""
-        url = turn.replica.url
-        headers = self._headers() | {"Content-Type": question.content_type}
-        address = f"{url}/{question.path.lstrip('/')}"
-        async with client.stream(question.method, address, content=question.content, headers=headers) as response:
+    async def _exchange(self, request: _Request, permit: Permit) -> Reply:
+        """Raises BadReply for a body that is too long or compressed; an error's body is cut instead."""
+        url = permit.replica.url
+        address = f"{url}/{request.path.lstrip('/')}"
+        headers = self._headers() | {"Content-Type": request.content_type}
+        stream = self._background.client.stream(request.method, address, content=request.content, headers=headers)
+        async with stream as response:
             limit = self._max_reply_bytes if response.is_success else MAX_ERROR_BYTES
             if response.is_success:
                 check_size(response.headers, limit)
-            content = await read_body(response.aiter_raw(), limit, cut=not response.is_success, count=turn.receive)
-        return Reply(url, response.status_code, response.headers, content)
+            parts = []
+            # raw: decompression would let a small body grow without end
+            async for part in response.aiter_raw():
+                permit.received += len(part)
+                parts.append(part)
+                if permit.received > limit:
+                    if response.is_success:
+                        raise too_large(limit)
+                    break
+        return Reply(url, response.status_code, response.headers, b"".join(parts)[:limit])
 
-    async def _probe(self, line: Line, replica: Replica) -> None:
-        """Whether a replica that was left alone is there again."""
+    async def _probe(self, replica: Replica) -> None:
+        """Asks a replica that was left alone for its health; any status below 500 will do, as many servers lack the path."""
         alive: bool | None = None
         try:
             async with asyncio.timeout(PROBE_S):
                 address = f"{replica.url}/{self._probe_path.lstrip('/')}"
-                async with line.client.stream("GET", address, headers=self._headers()) as response:
-                    alive = is_alive(response.status_code)
-        except Exception:  # a task that fails has nobody to tell
+                async with self._background.client.stream("GET", address, headers=self._headers()) as response:
+                    alive = response.status_code < 500 or response.status_code == 501
+        except Exception:  # nobody awaits this task, so an error would only be logged
             alive = False
         finally:
-            self._replicas.probed(replica, alive=alive)
+            self._replicas.record_probe(replica, alive=alive)
 
     def _headers(self) -> dict[str, str]:
         key = read_key(self._api_key_env)
         return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
-    def _make_line(self) -> Line:
+    def _make_client(self) -> httpx.AsyncClient:
         import httpx
 
         slots = self._retry_policy.max_concurrency
-        client = httpx.AsyncClient(
-            timeout=None,  # noqa: S113 (each attempt has one as a whole)
-            # a probe waits for no request
+        return httpx.AsyncClient(
+            timeout=None,  # noqa: S113 (`_send` limits each attempt as a whole)
+            # probes need connections of their own, so that they wait for no request
             limits=httpx.Limits(max_connections=slots + len(self.urls), max_keepalive_connections=slots),
-            # no proxy of the environment leads to this machine
+            # loopback is never behind a proxy of the environment
             mounts=dict.fromkeys(_LOOPBACK),
-            # certificates take a while to read
+            # certificates take a while to read, and plain http needs none
             verify=any(url.lower().startswith("https:") for url in self.urls),
         )
-        return Line(client, slots)
 
-    def _clip(self, text: str) -> str:
-        return clip(text, self._api_key_env)
-
-    def _error(self, question: _Question, trouble: Trouble, *, late: bool) -> EngineError:
-        attempts = len(question.asker.turns)
-        counted = f"{attempts} attempt{'s' * (attempts != 1)}"
+    def _error(self, request: _Request, failure: Failure, *, late: bool) -> EngineError:
+        num = len(request.attempts.permits)
         within = f" within deadline_s = {self._retry_policy.deadline_s:g}" if late else ""
         return EngineError(
-            f"{self.name} ({', '.join(question.asker.urls or self.urls)}) gave no answer to {self._clip(question.key)} in "
-            f"{counted}{within}, the last time: {self._clip(trouble.text)}; check that the server is up, lower "
-            "max_concurrency, or raise timeout_s, deadline_s or max_retries"
+            f"{self.name} ({', '.join(request.attempts.urls or self.urls)}) gave no answer to "
+            f"{clip(request.key, self._api_key_env)} in {num} attempt{'s' * (num != 1)}{within}, the last time: "
+            f"{clip(failure.text, self._api_key_env)}; check that the server is up, lower max_concurrency, or raise "
+            "timeout_s, deadline_s or max_retries"
         )
 
     def each(self, items: Sequence[Item], ask: Callable[[Item], Result]) -> list[Result]:
-        """Results in the order of the items, `max_concurrency` asked at a time; the first error stops the rest."""
+        """Returns results in the order of the items, `max_concurrency` at a time; the first error cancels the rest."""
         if not items:
             return []
         outer, scope = SCOPE.get(), Scope()
         if outer is not None:
             outer.add(scope)
-
-        # appended to before the others are stopped, so that what is raised is the cause
-        first: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def run(item: Item) -> Result:
             SCOPE.set(scope)
-            if scope.stopped:
-                raise Stopped
             try:
+                if scope.stopped:
+                    raise Stopped
                 return ask(item)
             except BaseException as error:
-                first.append(error)
-                # here, not where results are gathered: this worker would begin the next item first
+                # in this order, so that the first error is the cause and not one that it cancelled; and here, not where
+                # results are gathered, because this worker would begin the next item first
+                errors.append(error)
                 scope.cancel()
                 raise
 
         pool = ThreadPoolExecutor(min(self._retry_policy.max_concurrency, len(items)), thread_name_prefix=self.name)
         try:
             futures = [pool.submit(run, item) for item in items]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            errors = [error for future in futures if future in done and (error := future.exception()) is not None]
-            if first or errors:
-                raise (first or errors)[0]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if errors:
+                raise errors[0]
             return [future.result() for future in futures]
         finally:
             scope.cancel()
             pool.shutdown(wait=True, cancel_futures=True)
             if outer is not None:
                 outer.remove(scope)
-
-    def stats(self) -> dict[str, Any]:
-        """HTTP requests (no probes), retries and failures among them, bytes of bodies sent and received; "replicas": by url."""
-        return self._replicas.stats()
-
-    def close(self) -> None:
-        """Gives up what is in flight and leaves no thread and no connection."""
-        self._background.close()
