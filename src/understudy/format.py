@@ -1,10 +1,11 @@
-"""How a number is written: the same in the page, its charts and the console."""
+"""How numbers are written: alike on the pages, in their charts and in the console."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 MISSING = "not recorded"
 _RATE = re.compile(
@@ -24,6 +25,17 @@ _LABELS = {
 }
 
 
+class Bounded(Protocol):
+    """A value with an interval, such as `Interval` or `eval.Estimate`."""
+
+    @property
+    def value(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+
+
 @dataclass(frozen=True)
 class Interval:
     """A value with its 95 % interval; None where the run did not record it."""
@@ -34,12 +46,12 @@ class Interval:
 
 
 def is_rate(name: str) -> bool:
-    """Whether a metric is a share in [0, 1], written in percent."""
+    """Whether a metric is a share in [0, 1], which is written in percent."""
     return bool(_RATE.search(name))
 
 
 def metric_note(name: str) -> str:
-    """What a metric of an evaluation is, in a few words; empty where the name is all that is known."""
+    """Explains a metric of an evaluation in a few words; empty for an unknown one."""
     kind, _, count = name.partition("@")
     if count == "1":
         return "one attempt"
@@ -71,24 +83,28 @@ def quantity(name: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if is_rate(name) else number(value)
 
 
-def interval(name: str, item: Interval | None) -> str:
+def interval(name: str, item: Bounded | None) -> str:
     """As "41.0 % [35.2, 46.9]"; the value alone where no interval was recorded."""
     if item is None or item.value is None:
         return MISSING
     if item.low is None or item.high is None:
         return quantity(name, item.value)
-    return f"{quantity(name, item.value)} [{_bound(name, item.low)}, {_bound(name, item.high)}]"
+    low, high = (f"{100 * bound:.1f}" if is_rate(name) else number(bound) for bound in (item.low, item.high))
+    return f"{quantity(name, item.value)} [{low}, {high}]"
 
 
-def change(name: str, item: Interval | None) -> str:
+def change(name: str, item: Bounded | None) -> str:
     """A signed difference: "+55.5 points [+49.8, +61.0]" for a rate."""
+
+    def signed(value: float) -> str:
+        text = f"{100 * abs(value):.1f}" if is_rate(name) else number(abs(value))
+        is_zero = float(text.replace(",", "")) == 0
+        return text if is_zero else ("+" if value > 0 else "\u2212") + text
+
     if item is None or item.value is None:
         return MISSING
-    unit = " points" if is_rate(name) else ""
-    text = f"{_signed(name, item.value)}{unit}"
-    if item.low is None or item.high is None:
-        return text
-    return f"{text} [{_signed(name, item.low)}, {_signed(name, item.high)}]"
+    text = signed(item.value) + (" points" if is_rate(name) else "")
+    return text if item.low is None or item.high is None else f"{text} [{signed(item.low)}, {signed(item.high)}]"
 
 
 def seconds(value: float) -> str:
@@ -99,14 +115,3 @@ def seconds(value: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _bound(name: str, value: float) -> str:
-    return f"{100 * value:.1f}" if is_rate(name) else number(value)
-
-
-def _signed(name: str, value: float) -> str:
-    text = _bound(name, abs(value))
-    if float(text.replace(",", "")) == 0:
-        return text
-    return ("+" if value > 0 else "\u2212") + text

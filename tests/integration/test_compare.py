@@ -28,13 +28,14 @@ from understudy.compare.grid import Combination, Grid, apply, axis_change, read_
 from understudy.compare.measure import measure
 from understudy.compare.on_ray import check_ray
 from understudy.compare.outputs import cells_csv, to_json, write_outputs
-from understudy.compare.page import MAX_LINES, build_page, render
+from understudy.compare.page import MAX_LINES, page, page_values
 from understudy.compare.processes import Ended, Job, run_processes
 from understudy.compare.run import SAVE_EVERY_S, Comparison, Drafts, Outcome, Runner, compare, summarise
 from understudy.compare.table import budget_warning, markdown, samples_to_target
 from understudy.errors import CheckpointError, RecipeError
 from understudy.eval import bootstrap_mean
 from understudy.methods import METHODS
+from understudy.report.svg import draw
 from understudy.trainer.console import Console
 
 EVAL = {"every": 3, "problems": 8, "samples_per_prompt": 2}
@@ -476,7 +477,7 @@ def test_tuning_takes_the_best_value_of_each_combination(tmp_path: Path) -> None
     assert comparison.ending == "finished"
     assert comparison.tuned == chosen
     assert [row[1] for row in comparison.table.texts] == ["0.01", "0.1"]
-    assert [row for row in build_page(comparison).tuning if row[-1]] == [
+    assert [row for row in page_values(comparison)["tuning"] if row[-1]] == [
         ["a", "0.01", "87.5 %", "yes"],
         ["b", "0.1", "87.5 %", "yes"],
     ]
@@ -634,7 +635,7 @@ def test_what_was_not_recorded_says_so(tmp_path: Path) -> None:
     comparison = run(found)
     assert comparison.table.texts[0][1:] == ["not recorded", "baseline", *["not recorded"] * 5, "1"]
     assert comparison.table.texts[1][2] == "not recorded"
-    assert "Not recorded: accuracy, gradient norm, entropy." in render(build_page(comparison))
+    assert "Not recorded: accuracy, gradient norm, entropy." in page(comparison)
     values = to_json(comparison)
     assert values["rows"][0]["accuracy"] is None
     assert json.loads(json.dumps(values, allow_nan=False)) == values
@@ -707,22 +708,23 @@ def test_what_a_run_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     found = cells(tmp_path, {hostile: {hostile: {}, "b": {}}}, seeds=1)
     made = pretended(found, lambda *_: 0.5)
     outcomes = [Outcome(made[0], "failed", hostile), Outcome(made[1], "finished", measured=measure(made[1]))]
-    page = build_page(summarise(found, outcomes, (), {}, command=hostile))
-    for chart in page.charts:
-        drawn = ElementTree.fromstring(chart.svg)
+    comparison = summarise(found, outcomes, (), {}, command=hostile)
+    charts = page_values(comparison)["drawn"]
+    for chart in charts:
+        drawn = ElementTree.fromstring(draw(chart))
         assert [text.text for text in drawn.iter("text")][-1] == "training sample"
         assert any(str(path.get("class")).startswith("curve") for path in drawn.iter("path"))
-    html = render(page)
+    html = page(comparison)
     assert html.count("<script>") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "optimizer step" not in html
     assert "&#34;point&#34;:&#34;sample&#34;" in html
     assert "over training samples" in html
-    assert not [text for chart in page.charts for text in chart.summary if "at step" in text]
+    assert not [text for chart in charts for text in chart.summary if "at step" in text]
 
 
 def test_more_combinations_than_colours_get_more_charts(tmp_path: Path) -> None:
     found = cells(tmp_path, {"variant": {f"v{index}": {} for index in range(MAX_LINES + 1)}}, seeds=2)
     pretended(found, lambda name, seed: 0.5)
-    charts = build_page(run(found)).charts
-    assert [len(item.legend) for item in charts if item.title.startswith("Accuracy")] == [MAX_LINES, 1]
+    charts = page_values(run(found))["drawn"]
+    assert [len(item.lines) for item in charts if item.title.startswith("Accuracy")] == [MAX_LINES, 1]

@@ -21,11 +21,10 @@ from tests.report_run import random_scores, training_rows, write_eval, write_lin
 from understudy.errors import CheckpointError, DataError
 from understudy.format import Interval, change, interval, number, seconds
 from understudy.report import write_report
-from understudy.report.chart import Chart, Line, draw, ticks
 from understudy.report.charts import phase_chart
 from understudy.report.read import EvalRecord, Series, read_eval, read_run
-from understudy.report.series import MAX_POINTS, smoothed, thin
-from understudy.report.verdict import compare, judge, main_metric, paired_difference, rows
+from understudy.report.svg import MAX_POINTS, Chart, Line, draw, smoothed, thin, ticks
+from understudy.report.verdict import compare, conclude, main_metric, paired_difference, rows
 from understudy.text import HIDDEN, visible, without_secrets
 
 HOSTILE = (
@@ -85,7 +84,7 @@ def test_the_verdict_is_the_paired_difference_over_problems(tmp_path: Path) -> N
     # the percentile interval and the normal one differ by O(1/n), and by 1 % Monte Carlo error of 10,000 resamples
     assert difference.low == pytest.approx(steps.mean() - half, abs=0.1 * half)
     assert difference.high == pytest.approx(steps.mean() + half, abs=0.1 * half)
-    verdict = judge([after], compare(before, after))
+    verdict = conclude(after, compare(before, after))
     assert verdict.kind == "better"
     found = Interval(difference.value, difference.low, difference.high)
     assert f"paired difference {change('avg@4', found)}" in verdict.text
@@ -93,7 +92,7 @@ def test_the_verdict_is_the_paired_difference_over_problems(tmp_path: Path) -> N
 
 def test_swapping_before_and_after_swaps_the_verdict(tmp_path: Path) -> None:
     before, after = evals(tmp_path, random_scores(0.7, seed=1), random_scores(0.4, seed=2))
-    verdict = judge([after], compare(before, after))
+    verdict = conclude(after, compare(before, after))
     assert verdict.kind == "worse"
     assert "fell from" in verdict.text
 
@@ -104,7 +103,7 @@ def test_an_unchanged_student_is_not_called_better(tmp_path: Path) -> None:
     difference = paired_difference(compare(before, after), "avg@4")
     assert difference is not None
     assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
-    assert judge([after], compare(before, after)).kind == "same"
+    assert conclude(after, compare(before, after)).kind == "same"
 
 
 def test_pairing_finds_what_two_separate_intervals_hide(tmp_path: Path) -> None:
@@ -116,12 +115,12 @@ def test_pairing_finds_what_two_separate_intervals_hide(tmp_path: Path) -> None:
     assert first.high is not None
     assert last.low is not None
     assert first.high > last.low
-    assert judge([after], compare(before, after)).kind == "better"
+    assert conclude(after, compare(before, after)).kind == "better"
 
 
 def test_few_problems_are_called_few(tmp_path: Path) -> None:
     before, after = evals(tmp_path, {f"p{i}": [0.0] for i in range(5)}, {f"p{i}": [1.0] for i in range(5)})
-    verdict = judge([after], compare(before, after))
+    verdict = conclude(after, compare(before, after))
     assert verdict.kind == "unknown"
     assert "too few problems" in verdict.text
 
@@ -133,7 +132,7 @@ def test_other_problems_other_prompts_and_other_splits_are_not_compared(tmp_path
     assert paired_difference(compare(before, other_prompt), "avg@4") is None
     assert compare(before, other_prompt).unmatched == 20
     other_split = read_eval(write_eval(tmp_path, 2, scores, split="train"))
-    verdict = judge([other_split], compare(before, other_split))
+    verdict = conclude(other_split, compare(before, other_split))
     assert verdict.kind == "unknown"
     assert "another split" in verdict.text
 
@@ -157,7 +156,7 @@ def test_a_missing_score_is_never_taken_as_wrong(tmp_path: Path) -> None:
     lines[0]["score"] = None
     write_lines(samples, lines)
     assert paired_difference(compare(before, after), "avg@4") is None
-    assert "cannot be tested" in judge([after], compare(before, after)).text
+    assert "cannot be tested" in conclude(after, compare(before, after)).text
 
 
 def test_problems_without_a_grade_are_left_out_of_both_and_told(tmp_path: Path) -> None:
@@ -170,7 +169,7 @@ def test_problems_without_a_grade_are_left_out_of_both_and_told(tmp_path: Path) 
     difference = paired_difference(compare(before, after), "avg@4")
     assert difference is not None
     assert difference.num_problems == 199
-    assert "over 199 problems" in judge([after], compare(before, after)).text
+    assert "over 199 problems" in conclude(after, compare(before, after)).text
     record = write_eval(tmp_path, 20, random_scores(0.9), unscored=4, too_long=3)
     (tmp_path / "run.json").write_text("{}")
     text = report(tmp_path).text
@@ -182,7 +181,7 @@ def test_problems_without_a_grade_are_left_out_of_both_and_told(tmp_path: Path) 
 def test_a_first_evaluation_after_training_began_is_called_so(tmp_path: Path) -> None:
     before = read_eval(write_eval(tmp_path, 5, random_scores(0.4, seed=1)))
     after = read_eval(write_eval(tmp_path, 10, random_scores(0.9, seed=2)))
-    assert "at step 5, the first evaluation," in judge([after], compare(before, after)).text
+    assert "at step 5, the first evaluation," in conclude(after, compare(before, after)).text
 
 
 def test_one_attempt_gives_one_accuracy(tmp_path: Path) -> None:
@@ -346,11 +345,10 @@ def test_a_full_disk_keeps_the_report_that_was_there(tmp_path: Path, monkeypatch
     run = write_run(tmp_path / "run", num_steps=10)
     before = write_report(run).read_text()
 
-    def full(path: Path, *_: object, **__: object) -> int:
-        path.touch()
+    def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*report\.html: No space left"):
         write_report(run)
     assert (run / "report.html").read_text() == before

@@ -55,7 +55,7 @@ def measure(cell: Cell) -> Measured:
     used = _samples_by_step(run)
     series = run.series
     return Measured(
-        steps=_last_step(run),
+        steps=run.last_step,
         samples=max(used.values(), default=None),
         metric=metric,
         final=None if final is None or metric is None else final.metrics[metric],
@@ -95,35 +95,24 @@ def _samples_by_step(run: RunRecord) -> dict[int, int]:
     )
 
 
-def _last_step(run: RunRecord) -> int | None:
-    return max((int(item.steps[-1]) for item in run.series.values() if len(item.steps)), default=None)
-
-
 def _scores(record: EvalRecord) -> dict[str, float]:
     """Mean score of each problem whose attempts are all scored."""
-    found: dict[str, list[float | None]] = {}
-    for attempt in record.attempts():
-        found.setdefault(attempt.prompt_id, []).append(attempt.score)
-    known = {problem: [score for score in scores if score is not None] for problem, scores in found.items()}
-    return {
-        problem: math.fsum(scores) / len(scores)
-        for problem, scores in known.items()
-        if len(scores) == len(found[problem])
-    }
+    found = {}
+    for problem, attempts in record.problems().items():
+        scores = [attempt.score for attempt in attempts if attempt.score is not None]
+        if len(scores) == len(attempts):
+            found[problem] = math.fsum(scores) / len(scores)
+    return found
 
 
 def _accuracy(run: RunRecord, metric: str | None, used: Mapping[int, int]) -> Series:
     known = {record.step: record.metrics[metric].value for record in run.evals if metric and metric in record.metrics}
-    return _series({used[step]: value for step, value in known.items() if step in used and value is not None})
+    return Series.of({used[step]: value for step, value in known.items() if step in used and value is not None})
 
 
 def _over_samples(series: Series, used: Mapping[int, int]) -> Series:
     steps, values = series.steps.tolist(), series.values.tolist()
-    return _series({used[step]: value for step, value in zip(steps, values, strict=True) if step in used})
-
-
-def _series(points: Mapping[int, float | None]) -> Series:
-    return Series(np.array(list(points), dtype=np.int64), np.array(list(points.values()), dtype=np.float64))
+    return Series.of({used[step]: value for step, value in zip(steps, values, strict=True) if step in used})
 
 
 def _tokens_per_s(series: Mapping[str, Series]) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.compare.cells import Cell, budgets
-from understudy.compare.page import write_page
+from understudy.compare.page import page
 from understudy.compare.run import Comparison, Outcome, tuning_score
 from understudy.compare.table import NOT_REACHED, Row, estimate_json, markdown
 from understudy.files import write_atomically, write_json
@@ -25,7 +25,8 @@ def write_outputs(comparison: Comparison) -> Path:
     write_atomically(out / "table.md", markdown(comparison.table, comparison.unfinished))
     write_atomically(out / "cells.csv", cells_csv(comparison))
     write_json(out / "compare.json", to_json(comparison))
-    return write_page(comparison, out / "compare.html")
+    write_atomically(out / "compare.html", page(comparison))
+    return out / "compare.html"
 
 
 def cells_csv(comparison: Comparison) -> str:

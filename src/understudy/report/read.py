@@ -1,4 +1,4 @@
-"""A run directory read back: tolerant of what a killed run leaves, strict about everything else."""
+"""Reads a run directory: tolerant of what a killed run leaves behind, strict about everything else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STEP_FILE = re.compile(r"step_(\d+)\.jsonl?$")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One response of the student, as saved by an evaluation or while training."""
+    """One saved response of the student, from an evaluation or from training."""
 
     prompt_id: str
     prompt: str
@@ -36,7 +36,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """The summary of one evaluation and where its samples lie."""
+    """The saved summary of one evaluation. Unlike `eval.EvalSummary` it may lack anything: older runs wrote less."""
 
     path: Path
     step: int
@@ -49,10 +49,13 @@ class EvalRecord:
     too_long: int = 0
     """Prompts over the token budget, which no metric counts."""
 
-    def attempts(self) -> list[Attempt]:
-        """Its samples; empty where none were saved. Raises DataError as `read_attempts`."""
+    def problems(self) -> dict[str, list[Attempt]]:
+        """Its samples by prompt id; empty where none were saved. Raises DataError as `read_attempts`."""
         samples = self.path.with_suffix(".jsonl")
-        return read_attempts(samples) if samples.is_file() else []
+        found: dict[str, list[Attempt]] = {}
+        for attempt in read_attempts(samples) if samples.is_file() else []:
+            found.setdefault(attempt.prompt_id, []).append(attempt)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,17 @@ class Series:
 
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, points: Mapping[int, float | None]) -> Series:
+        """From `{step: value}`; None becomes NaN."""
+        values = [math.nan if value is None else value for value in points.values()]
+        return cls(np.array(list(points), dtype=np.int64), np.array(values, dtype=np.float64))
+
+    @property
+    def finite(self) -> NDArray[np.float64]:
+        """The values that are finite."""
+        return self.values[np.isfinite(self.values)]
 
 
 @dataclass(frozen=True)
@@ -72,12 +86,12 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """All that a report shows of a run."""
+    """Everything that a report shows of a run."""
 
     path: Path
     recipe: str | None
     settings: Mapping[str, object]
-    """The recipe parsed; empty where it is missing or no YAML mapping."""
+    """The recipe parsed; empty where it is missing or not a YAML mapping."""
     facts: Mapping[str, object]
     series: Mapping[str, Series]
     events: tuple[Event, ...]
@@ -86,27 +100,39 @@ class RunRecord:
     samples: tuple[tuple[int, Path], ...]
     """Files of training samples, by step."""
     cut_files: tuple[str, ...]
-    """Files whose last line is unfinished, as a killed process leaves it; that line was left out."""
+    """Files whose last line was left out because a killed process had not finished it."""
+
+    @property
+    def last_step(self) -> int | None:
+        return max((int(item.steps[-1]) for item in self.series.values() if len(item.steps)), default=None)
 
 
 def read_run(run_dir: Path) -> RunRecord:
     """Raises CheckpointError if this is no run directory and DataError (file and line) for a broken file in it."""
-    if not (run_dir / "run.json").is_file() and not (run_dir / "metrics.jsonl").is_file():
+    facts, recipe = run_dir / "run.json", run_dir / "recipe.yaml"
+    if not facts.is_file() and not (run_dir / "metrics.jsonl").is_file():
         raise CheckpointError(
             f"{run_dir} is not a run directory: it has neither run.json nor metrics.jsonl; give the directory that "
             "`understudy train` wrote"
         )
     cut: list[str] = []
-    recipe = _read_text(run_dir / "recipe.yaml") if (run_dir / "recipe.yaml").is_file() else None
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
+    try:
+        settings = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        settings = None
     return RunRecord(
         path=run_dir,
-        recipe=recipe,
-        settings=_parse_recipe(recipe or ""),
-        facts=_read_object(run_dir / "run.json") if (run_dir / "run.json").is_file() else {},
+        recipe=text,
+        settings={str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {},
+        facts=_read_object(facts) if facts.is_file() else {},
         series=_read_series(run_dir / "metrics.jsonl", cut),
-        events=tuple(_read_events(run_dir / "events.jsonl", cut)),
-        evals=tuple(read_eval(path) for path in _step_files(run_dir / "eval", "*.json")),
-        samples=tuple((_file_step(path), path) for path in _step_files(run_dir / "samples", "*.jsonl")),
+        events=tuple(
+            Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or ""))
+            for _, row in _rows(run_dir / "events.jsonl", cut)
+        ),
+        evals=tuple(read_eval(path) for _, path in _step_files(run_dir / "eval", "*.json")),
+        samples=tuple(_step_files(run_dir / "samples", "*.jsonl")),
         cut_files=tuple(cut),
     )
 
@@ -117,19 +143,33 @@ def read_eval(path: Path) -> EvalRecord:
     metrics = data.get("metrics")
     if not isinstance(metrics, dict):
         raise DataError(f"{path}: an evaluation summary needs a mapping 'metrics', this file has {metrics!r}")
-    step = data.get("step")
-    if step is None and _STEP_FILE.search(path.name):
-        step = _file_step(path)
+    named = _STEP_FILE.search(path.name)
+    step = int(named[1]) if data.get("step") is None and named else _whole(data.get("step"))
     return EvalRecord(
         path=path,
-        step=_whole(step) or 0,
+        step=step or 0,
         split=str(data.get("split") or ""),
         samples_per_prompt=_whole(data.get("samples_per_prompt")),
         num_problems=_whole(data.get("num_problems")),
-        metrics={str(name): _interval(value) for name, value in metrics.items()},
+        metrics={
+            str(name): Interval(*(_number(item.get(key)) for key in ("value", "low", "high")))
+            if isinstance(item, Mapping)
+            else Interval(_number(item))
+            for name, item in metrics.items()
+        },
         unscored=_whole(data.get("unscored")) or 0,
         too_long=_whole(data.get("too_long")) or 0,
     )
+
+
+def read_baseline(path: Path) -> EvalRecord:
+    """The evaluation at `path`, or the last one under it. Raises CheckpointError where there is none."""
+    if path.is_file():
+        return read_eval(path)
+    found = sorted((path / "eval").glob("step_*.json")) or sorted(path.glob("step_*.json"))
+    if not found:
+        raise CheckpointError(f"no evaluation at {path}: give a summary step_*.json or a run directory that has eval/")
+    return read_eval(found[-1])
 
 
 def read_attempts(path: Path) -> list[Attempt]:
@@ -138,6 +178,7 @@ def read_attempts(path: Path) -> list[Attempt]:
     for number, row in _rows(path, []):
         if "prompt_id" not in row or "response" not in row:
             raise DataError(f"{path}:{number}: a sample needs 'prompt_id' and 'response', this one has {sorted(row)}")
+        answer, reference = (None if row.get(key) is None else str(row[key]) for key in ("answer", "reference"))
         attempts.append(
             Attempt(
                 prompt_id=str(row["prompt_id"]),
@@ -145,8 +186,8 @@ def read_attempts(path: Path) -> list[Attempt]:
                 response=str(row["response"]),
                 finish=str(row.get("finish") or ""),
                 num_tokens=_whole(row.get("num_tokens")),
-                answer=_optional_text(row.get("answer")),
-                reference=_optional_text(row.get("reference")),
+                answer=answer,
+                reference=reference,
                 score=_number(row.get("score")),
                 note=str(row.get("note") or ""),
             )
@@ -155,7 +196,7 @@ def read_attempts(path: Path) -> list[Attempt]:
 
 
 def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
-    points: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, float | None]] = {}
     last = None
     for number, row in _rows(path, cut):
         step = row.get("step")
@@ -167,27 +208,16 @@ def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
                 continue
             if value is not None and not isinstance(value, int | float):
                 raise DataError(f"{path}:{number}: {name!r} is {value!r}; it must be a number or null")
-            points.setdefault(name, {})[step] = math.nan if value is None else _finite(value)
-    return {name: _series(by_step) for name, by_step in points.items()}
-
-
-def _series(by_step: Mapping[int, float]) -> Series:
-    return Series(np.array(list(by_step), dtype=np.int64), np.array(list(by_step.values()), dtype=np.float64))
-
-
-def _read_events(path: Path, cut: list[str]) -> Iterator[Event]:
-    for _, row in _rows(path, cut):
-        yield Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or ""))
+            points.setdefault(name, {})[step] = _number(value)
+    return {name: Series.of(by_step) for name, by_step in points.items()}
 
 
 def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, object]]]:
-    """Line numbers and objects. A last line that cannot be read is left out and its file noted in `cut`."""
+    """Yields line numbers and objects. A last line that cannot be read is left out and its file noted in `cut`."""
     if not path.is_file():
         return
-    lines = path.read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, 1):
+    lines = path.read_bytes().rstrip().split(b"\n")
+    for number, line in enumerate(lines if lines != [b""] else [], 1):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -210,31 +240,10 @@ def _read_object(path: Path) -> dict[str, object]:
     return data
 
 
-def _parse_recipe(text: str) -> dict[str, object]:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return {}
-    return {str(key): value for key, value in data.items()} if isinstance(data, dict) else {}
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _step_files(folder: Path, pattern: str) -> list[Path]:
-    return sorted((path for path in folder.glob(pattern) if _STEP_FILE.search(path.name)), key=_file_step)
-
-
-def _file_step(path: Path) -> int:
-    found = _STEP_FILE.search(path.name)
-    return int(found[1]) if found else 0
-
-
-def _interval(value: object) -> Interval:
-    if isinstance(value, Mapping):
-        return Interval(_number(value.get("value")), _number(value.get("low")), _number(value.get("high")))
-    return Interval(_number(value))
+def _step_files(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """Steps and files named `step_N`, by step."""
+    found = ((_STEP_FILE.search(path.name), path) for path in folder.glob(pattern))
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def _number(value: object) -> float | None:
@@ -242,13 +251,6 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _finite(value: float) -> float:
-    return float(value) if math.isfinite(value) else math.nan
-
-
 def _whole(value: object) -> int | None:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _optional_text(value: object) -> str | None:
-    return None if value is None else str(value)
+    number = _number(value)
+    return None if number is None else int(number)

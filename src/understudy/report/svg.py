@@ -1,0 +1,319 @@
+"""Line, band and stacked charts as SVG text: no library, and no script needed to read them.
+
+Sizes are in SVG units; a chart is drawn at about one unit per CSS pixel on every screen (`page.css` sets the columns).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import NDArray
+
+from understudy.format import number
+from understudy.report.read import Series
+
+WIDTH, HEIGHT = 380, 224
+LEFT, RIGHT, TOP, BOTTOM = 50, 368, 22, 186
+LOG_FROM = 30.0
+"""A positive curve whose maximum is this many times its median is drawn on a logarithmic axis."""
+MAX_MARKS = 60
+MAX_POINTS = 600
+"""Points of one drawn curve: about two per pixel of a chart's width."""
+SMOOTH_FROM = 100
+"""Shorter curves are drawn as they are; longer ones get a running mean over 1/40 of their length."""
+SMOOTH_SHARE = 40
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    name: str
+    series: Series
+    low: _Floats | None = None
+    high: _Floats | None = None
+    """Bounds of an interval, drawn as a band; as long as the series."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chart:
+    """The content of one figure. `marks` are steps with a warning, ticked at the lower edge."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    percent: bool = False
+    note: str = ""
+    marks: Sequence[int] = field(default_factory=tuple)
+    stacked: bool = False
+    over: str = "optimizer step"
+    """One unit of the horizontal axis."""
+
+    @property
+    def point(self) -> str:
+        """The last word of `over`, as "step" in "at step 5"."""
+        return self.over.rpartition(" ")[2]
+
+    @property
+    def smooth(self) -> int:
+        """Points of the running mean drawn over the longest line; 0 where none is drawn."""
+        window = smooth_window(max(len(line.series.steps) for line in self.lines))
+        return window if window > 1 and not self.stacked else 0
+
+    @property
+    def summary(self) -> list[str]:
+        """Each line in words."""
+        named = len(self.lines) > 1
+        return [
+            (f"{line.name}: " if named else "") + summary(line.series, self.percent, self.point) for line in self.lines
+        ]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to SVG units, linearly or logarithmically."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        at = math.log10(value) if self.log else value
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+
+def draw(chart: Chart) -> Markup:
+    """The chart as one `<svg>`. Every line needs at least one finite value; raises ValueError otherwise."""
+    for line in chart.lines:
+        if not len(line.series.finite):
+            raise ValueError(f"chart {chart.title!r}: the line {line.name!r} has no finite value to draw")
+    steps = np.concatenate([line.series.steps for line in chart.lines])
+    first, last = float(steps.min()), float(steps.max())
+    x = Scale(first, last, LEFT, RIGHT) if first < last else Scale(first - 1, last + 1, LEFT, RIGHT)
+    if chart.stacked:
+        y, body, shown = _stacked(chart, x)
+    else:
+        y, shown = _value_scale(chart), [thinned(line.series) for line in chart.lines]
+        body = "".join(_line(line, index, x, y) for index, line in enumerate(chart.lines, 1))
+    # for the script's cursor; five digits, because the script shows four
+    data = {
+        "x": [x.low, x.high, x.start, x.end],
+        "y": [y.low, y.high, y.start, y.end],
+        "log": y.log,
+        "percent": chart.percent,
+        "stacked": chart.stacked,
+        "point": chart.point,
+        "series": [
+            {
+                "name": line.name,
+                "step": item.steps.tolist(),
+                "value": [None if math.isnan(value) else float(f"{value:.5g}") for value in item.values.tolist()],
+            }
+            for line, item in zip(chart.lines, shown, strict=True)
+        ],
+    }
+    words = [f"{chart.title}, {chart.unit or 'no unit'}, over {chart.over}s."]
+    words += [f"{line.name}: {summary(line.series, chart.percent, chart.point)}." for line in chart.lines]
+    marks = "".join(
+        f'<path class="mark" d="M{x(step):.1f} {BOTTOM - 7}l4 7h-8z">'
+        f"<title>warning at {chart.point} {step:,}</title></path>"
+        for step in sorted({step for step in chart.marks if x.low <= step <= x.high})[:MAX_MARKS]
+    )
+    return Markup(  # noqa: S704 numbers, and texts that are escaped here
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" class="chart" '
+        f'aria-label="{escape(" ".join(words))}" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
+        f"{_axes(chart, x, y)}{body}{marks}"
+        f'<g class="cursor" visibility="hidden"><line y1="{TOP}" y2="{BOTTOM}"/></g></svg>'
+    )
+
+
+def summary(series: Series, percent: bool, point: str = "step") -> str:
+    """First, last and extreme values, and where they are: "at step 5" for the point "step"."""
+    known = np.flatnonzero(np.isfinite(series.values))
+    values, steps = series.values[known], series.steps[known]
+    low, high = int(values.argmin()), int(values.argmax())
+    show: Callable[[float], str] = (lambda value: f"{100 * value:.1f} %") if percent else number
+    if len(values) == 1:
+        return f"{show(values[0])} at {point} {steps[0]:,}"
+    return (
+        f"{show(values[0])} \u2192 {show(values[-1])} "
+        f"(min {show(values[low])} at {point} {steps[low]:,}, max {show(values[high])} at {point} {steps[high]:,})"
+    )
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten) inside [low, high]."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def thin(values: _Floats, max_points: int = MAX_POINTS) -> NDArray[np.int64]:
+    """Ascending indices of at most `max_points` + 2 values that keep every peak, dip and gap.
+
+    Kept are both ends, and of each bucket the minimum, the maximum and a NaN.
+    """
+    size = len(values)
+    if size <= max_points:
+        return np.arange(size)
+    keep = {0, size - 1}
+    edges = np.linspace(0, size, max_points // 3 + 1).astype(int)
+    for start, end in pairwise(edges.tolist()):
+        bucket = values[start:end]
+        missing = np.isnan(bucket)
+        if missing.any():
+            keep.add(start + int(missing.argmax()))
+        if not missing.all():
+            keep.update((start + int(np.nanargmin(bucket)), start + int(np.nanargmax(bucket))))
+    return np.array(sorted(keep), dtype=np.int64)
+
+
+def thinned(series: Series) -> Series:
+    index = thin(series.values)
+    return Series(series.steps[index], series.values[index])
+
+
+def smooth_window(size: int) -> int:
+    """Points that a running mean takes, an odd number; 1 for a curve too short to need one."""
+    return size // SMOOTH_SHARE | 1 if size >= SMOOTH_FROM else 1
+
+
+def smoothed(series: Series, max_points: int = MAX_POINTS) -> Series:
+    """Centred means over `smooth_window` points, over fewer at both ends, at most `max_points` of them.
+
+    A NaN is left out of its neighbours' means and stays a gap itself.
+    """
+    size = len(series.values)
+    half = smooth_window(size) // 2
+    index = np.unique(np.linspace(0, size - 1, min(size, max_points)).round().astype(np.int64))
+    means = np.full(len(index), np.nan)
+    for row, at in enumerate(index):
+        if not np.isnan(series.values[at]):
+            means[row] = np.nanmean(series.values[max(0, at - half) : at + half + 1])
+    return Series(series.steps[index], means)
+
+
+def _value_scale(chart: Chart) -> Scale:
+    parts = [part for line in chart.lines for part in (line.series.values, line.low, line.high) if part is not None]
+    values = np.concatenate(parts)
+    values = values[np.isfinite(values)]
+    low, high = float(values.min()), float(values.max())
+    if not chart.percent and low > 0 and high > LOG_FROM * float(np.median(values)):
+        return Scale(low / 1.3, high * 1.3, BOTTOM, TOP, log=True)
+    pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    bottom, top = low - pad, high + pad
+    if low >= 0 > bottom:
+        bottom = 0.0
+    if chart.percent and low >= 0 and high <= 1:
+        bottom, top = max(0.0, bottom), min(1.0, top)
+    return Scale(bottom, top, BOTTOM, TOP)
+
+
+def _axes(chart: Chart, x: Scale, y: Scale) -> str:
+    out = []
+    for value in _log_ticks(y) if y.log else ticks(y.low, y.high, 4):
+        at, kind = y(value), "zero" if value == 0 and y.low < 0 else "grid"
+        text = f"{number(round(100 * value, 6))} %" if chart.percent else number(value)
+        out.append(f'<line class="{kind}" x1="{LEFT}" x2="{RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        out.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>')
+    for value in (step for step in ticks(x.low, x.high, 5) if step == int(step)):
+        at = x(value)
+        out.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
+        out.append(f'<text class="tick" x="{at:.1f}" y="{BOTTOM + 16}" text-anchor="middle">{int(value):,}</text>')
+    unit = f"{chart.unit}, log scale" if y.log else chart.unit
+    out.append(f'<text class="label" x="{LEFT}" y="{TOP - 8}">{escape(unit.strip(", "))}</text>')
+    out.append(f'<text class="label" x="{RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart.over)}</text>')
+    out.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
+    return "".join(out)
+
+
+def _log_ticks(y: Scale) -> list[float]:
+    powers = range(math.ceil(math.log10(y.low)), math.floor(math.log10(y.high)) + 1)
+    if len(powers) >= 2:
+        every = math.ceil(len(powers) / 6)
+        return [10.0**power for power in powers if power % every == 0]
+    decade = 10.0 ** math.floor(math.log10(y.low))
+    return [factor * decade for factor in (1, 2, 5, 10, 20, 50, 100) if y.low <= factor * decade <= y.high]
+
+
+def _line(line: Line, index: int, x: Scale, y: Scale) -> str:
+    """The curve, its band or whisker below it, and a smooth curve over a long one or dots on a short one."""
+    out = []
+    if line.low is not None and line.high is not None:
+        known = np.isfinite(line.low) & np.isfinite(line.high)
+        steps, low, high = (item[known].tolist() for item in (line.series.steps, line.low, line.high))
+        if len(steps) >= 2:
+            out.append(f'<path class="band s{index}" d="{_outline(steps, low, high, x, y)}"/>')
+        out += [
+            f'<line class="whisker s{index}" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{y(a):.1f}" y2="{y(b):.1f}"/>'
+            for step, a, b in zip(steps, low, high, strict=True)
+            if len(steps) < 2
+        ]
+    size = len(line.series.values)
+    is_long = smooth_window(size) > 1
+    out.append(f'<path class="{"raw" if is_long else "curve"} s{index}" d="{_path(thinned(line.series), x, y)}"/>')
+    if is_long:
+        out.append(f'<path class="curve s{index}" d="{_path(smoothed(line.series), x, y)}"/>')
+    elif size <= 40:
+        out += [
+            f'<circle class="dot s{index}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.6"/>'
+            for step, value in zip(line.series.steps, line.series.values, strict=True)
+            if np.isfinite(value)
+        ]
+    return "".join(out)
+
+
+def _path(series: Series, x: Scale, y: Scale) -> str:
+    """Straight lines between known values; a NaN lifts the pen, and a value between two NaN is a dot."""
+    out, down = [], False
+    for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
+        if math.isnan(value):
+            down = False
+            continue
+        out.append(f"{'L' if down else 'M'}{x(step):.1f} {y(value):.1f}" + ("" if down else "h0"))
+        down = True
+    return "".join(out)
+
+
+def _outline(steps: Sequence[int], below: Sequence[float], above: Sequence[float], x: Scale, y: Scale) -> str:
+    """The area between two curves: along the upper one and back along the lower one."""
+    there = [f"{x(step):.1f} {y(value):.1f}" for step, value in zip(steps, above, strict=True)]
+    back = [f"{x(step):.1f} {y(value):.1f}" for step, value in zip(steps, below, strict=True)]
+    return f"M{'L'.join(there + back[::-1])}Z"
+
+
+def _stacked(chart: Chart, x: Scale) -> tuple[Scale, str, list[Series]]:
+    """Areas on top of each other, over the steps that all lines have; elsewhere a gap."""
+    steps = np.array(sorted(set.union(*(set(line.series.steps.tolist()) for line in chart.lines))), dtype=np.int64)
+    values = np.full((len(chart.lines), len(steps)), np.nan)
+    for row, line in enumerate(chart.lines):
+        values[row, np.searchsorted(steps, line.series.steps)] = line.series.values
+    index = thin(values.sum(axis=0))
+    steps, values = steps[index], values[:, index]
+    tops = np.cumsum(values, axis=0)
+    known = np.isfinite(tops[-1])
+    if not known.any():
+        raise ValueError(f"chart {chart.title!r}: there is no step at which every line is known")
+    y = Scale(0.0, 1.06 * float(np.nanmax(tops[-1])) or 1.0, BOTTOM, TOP)
+    runs = np.split(np.arange(len(steps)), np.flatnonzero(np.diff(known.astype(int))) + 1)
+    out = []
+    for row, above in enumerate(tops):
+        below = tops[row - 1] if row else np.zeros(len(steps))
+        areas = [
+            _outline(steps[run].tolist(), below[run].tolist(), above[run].tolist(), x, y)
+            for run in runs
+            if known[run[0]]
+        ]
+        out.append(f'<path class="area s{row + 1}" d="{"".join(areas)}"/>')
+    return y, "".join(out), [Series(steps, row) for row in values]
