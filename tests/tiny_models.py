@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from understudy.models import build_causal_lm
-from understudy.types import Author, Finish, Prompt, Request, Sample
+from understudy.packing import attach_scores
+from understudy.types import Author, Finish, Prompt, Request, Sample, Scores
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -79,6 +80,11 @@ def sample(
         text="",
         rollout_logprob=rollout_logprob,
     )
+
+
+def scored(samples: Sequence[Sample], scores: Sequence[Scores]) -> list[Sample]:
+    """The samples with their scores; a missing one is an error."""
+    return [one for one in attach_scores(samples, scores, "error") if one is not None]
 
 
 @torch.no_grad()

@@ -7,26 +7,28 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from understudy.errors import DataError, ScoreError
-from understudy.types import Author, Sample, Scores, TokenBatch, fill
+from understudy.types import Author, Sample, Scores, TokenBatch
 
 LOGPROB_TOLERANCE = 1e-3
 """How far above 0 a log-probability may lie: a float32 log-softmax over 1e5 logits of size 100 errs by less."""
 TRAINED = (Author.STUDENT, Author.TEACHER)
+ScoreField = Literal["scores", "reference_scores"]
+_FIELDS = ("logprob", "entropy", "topk_logprob", "topk_ids")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unscored(Scores):
-    """Scores of a sample that the teacher could not read: whatever was asked for is NaN, or id -1, in every row."""
+    """Scores of a sample that the teacher could not read: all fields that were asked for are NaN, or id -1, in every row."""
 
     reason: str
-    """And what to do about it."""
+    """Why, and what to do about it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,15 @@ class Layout:
     """[T] int64, index into B * L of the slot that predicts each response token, samples in their order."""
     sizes: tuple[int, ...]
     """Response tokens of each sample; they add up to T."""
+
+    def to(self, device: torch.device) -> Layout:
+        """Every tensor on a device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            predicts=self.predicts.to(device),
+        )
 
 
 RowStyle = Literal["packed", "single", "alone"]
@@ -57,11 +68,11 @@ class _Rows:
         self._room: list[tuple[int, int]] = []
 
     def fits(self, length: int) -> bool:
-        """Whether a row that is open has room."""
+        """Whether an open row has room for `length` more slots."""
         return bool(self._room) and self._room[-1][0] >= length
 
     def place(self, length: int) -> int:
-        """The first of the slots taken, as an index into count * width."""
+        """Takes `length` slots and returns the first, as an index into count * width; opens a row where none has room."""
         if not self.fits(length):
             insort(self._room, (self.width, self.count))
             self.count += 1
@@ -75,7 +86,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, style: RowStyle = "packed") -> list[list[int]]:
-    """Groups of indices; a forward over `lay_out` of one group has at most `max_tokens` slots, padding included.
+    """Returns groups of indices; the `lay_out` of one group has at most `max_tokens` slots, padding included.
 
     Every index occurs once; neighbours in length go together; a length above `max_tokens` gets a group of its own.
     Raises ValueError for a budget below 1.
@@ -83,6 +94,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, style: RowStyle = "pa
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; a micro-batch needs room for at least one token")
     groups: list[list[int]] = []
+    # of the group that is being filled; its longest sequence comes first and sets the width
     rows = _Rows(0)
     for index in _longest_first(lengths):
         length = lengths[index]
@@ -96,8 +108,10 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, style: RowStyle = "pa
 
 
 def lay_out(samples: Sequence[Sample], row_tokens: int | None = None, *, style: RowStyle = "packed") -> Layout:
-    """Sequences packed, longest first, into rows of `row_tokens` slots (default: the longest sequence; all of them where
-    `style` is "single", and a single row is cut to what it holds). Attention over B rows costs B * L^2.
+    """Packs sequences, longest first, into rows of `row_tokens` slots. Attention over B rows costs B * L^2.
+
+    The default row is as long as the longest sequence, or as all of them where `style` is "single"; where everything fits
+    into one row, it is cut to what it holds.
 
     Run the model with `attention_mask=None, use_cache=False`: with a cache the sequences would see each other.
     Raises DataError for a sample without a prompt token, ValueError for no samples and for rows that are too short.
@@ -131,71 +145,92 @@ def lay_out(samples: Sequence[Sample], row_tokens: int | None = None, *, style: 
     return Layout(input_ids.view(-1, width), position_ids.view(-1, width), torch.cat(predicts), sizes)
 
 
-def pack(
-    samples: Sequence[Sample],
-    scores: Sequence[Scores] | None,
-    *,
-    reference: Sequence[Scores] | None = None,
-    train: Collection[Author] = TRAINED,
-    uniform: Tensor | None = None,
-) -> TokenBatch:
-    """The response tokens of all samples in their order, with what is known about each. T = sum of response lengths.
-
-    `reference`: scores of the reference model. `uniform` [T]: one draw per token. The student's fields stay None.
-    Raises ScoreError, naming the sample, when ids or lengths differ from the sample's, when top-K sizes differ or ids
-    repeat, and when a score of a trained token is not finite or no log-probability.
-    """
-    author = _response_authors(samples)
-    batch = TokenBatch(
-        target=_join([sample.response_ids for sample in samples], torch.int64),
-        mask=_written_by(author, train),
-        on_policy=author == int(Author.STUDENT),
-        sequence=_sequence(samples),
-        rollout_logprob=_join_rollout(samples),
-        uniform=uniform,
-        outcome_advantage=_join_advantages(samples),
-        correct=_join_correct(samples),
-    )
-    teacher = {} if scores is None else _join_checked(samples, scores, batch.mask)
-    second = {} if reference is None else _join_checked(samples, reference, batch.mask)
-    return fill(
-        batch,
-        teacher_logprob=teacher.get("logprob"),
-        topk_ids=teacher.get("topk_ids"),
-        topk_logprob=teacher.get("topk_logprob"),
-        teacher_entropy=teacher.get("entropy"),
-        reference_logprob=second.get("logprob"),
-    )
-
-
-def split_scored(
+def attach_scores(
     samples: Sequence[Sample],
     scores: Sequence[Scores],
     on_missing: Literal["error", "drop"],
     *,
+    field: ScoreField = "scores",
     train: Collection[Author] = TRAINED,
-) -> tuple[list[Sample], list[Scores], int]:
-    """The samples whose trained tokens are all scored, their scores, and how many samples were dropped.
+) -> list[Sample | None]:
+    """Returns the samples with their scores in `field`, in order. This is the only place that looks for missing scores.
 
-    Raises ScoreError for scores of other ids, and for a missing score (absent, NaN or infinite) under "error".
+    A score is missing where a trained token has none, or one that is NaN or infinite: an error, or under "drop" None in
+    place of the sample. Raises ScoreError, naming the sample, for missing scores under "error", and always for scores of
+    other ids or of other shapes, log-probabilities above 0, and top-K ids that repeat.
     """
-    joined = _join_scores(samples, scores)
-    missing = _missing(samples, scores, joined, _written_by(_response_authors(samples), train))
+    if len(samples) != len(scores):
+        raise ScoreError(
+            f"{len(scores)} scores came back for {len(samples)} samples; there must be one for each, in order"
+        )
+    for sample, score in zip(samples, scores, strict=True):
+        _check_ids(sample, score)
+    joined = {name: value for name in _FIELDS if (value := _join_field(samples, scores, name)) is not None}
+    trained = _written_by(_response_authors(samples), train)
+    missing = _missing(samples, scores, joined, trained)
+    sequence = _per_token(samples, range(len(samples)), torch.int64)
     if on_missing == "error":
-        _refuse_missing(samples, scores, missing)
-    sequence = _sequence(samples)
-    gone = {index for rows in missing.values() for index in sequence[rows].tolist()}
-    kept = [i for i in range(len(samples)) if i not in gone]
-    return [samples[i] for i in kept], [scores[i] for i in kept], len(gone)
+        for name, rows in missing.items():
+            if bool(rows.any()):
+                first = scores[int(sequence[rows][0])]
+                why = " (absent, NaN or infinite): score it again or"
+                why = f": {first.reason}; or" if isinstance(first, Unscored) else why
+                _refuse(samples, rows, f"{name} is missing{why} drop such samples (train.on_missing_score: drop)")
+    dropped = {index for rows in missing.values() for index in sequence[rows].tolist()}
+    if dropped:
+        trained &= ~torch.isin(sequence, torch.tensor(sorted(dropped)))
+    for name in ("logprob", "topk_logprob"):
+        if name in joined:
+            above = trained & _any(joined[name] > LOGPROB_TOLERANCE)
+            _refuse(samples, above, f"{name} is above 0, so no log-probability")
+    if "topk_ids" in joined:
+        ranked = joined["topk_ids"].sort(-1).values
+        _refuse(samples, trained & _any(ranked[:, 1:] == ranked[:, :-1]), "topk_ids names a token twice")
+    return [
+        None if index in dropped else replace(sample, **{field: score})  # type: ignore[arg-type]
+        for index, (sample, score) in enumerate(zip(samples, scores, strict=True))
+    ]
+
+
+def pack(
+    samples: Sequence[Sample], *, train: Collection[Author] = TRAINED, uniform: Tensor | None = None
+) -> TokenBatch:
+    """Returns the response tokens of all samples in their order, with what is known about each. T = sum of response
+    lengths. The samples' scores are those that `attach_scores` has checked; the student's fields stay None.
+
+    `uniform` [T]: one draw per token. Raises ScoreError where some of the samples have scores and others have none.
+    """
+    author = _response_authors(samples)
+    # one sample without a grade leaves the whole batch without this field, because a bool has no NaN
+    right = [sample.grade.right for sample in samples if sample.grade is not None]
+    graded = bool(samples) and len(right) == len(samples)
+    advantages = [float("nan") if sample.advantage is None else sample.advantage for sample in samples]
+    rewarded = any(sample.advantage is not None for sample in samples)
+    return TokenBatch(
+        target=_join([sample.response_ids for sample in samples], torch.int64),
+        mask=_written_by(author, train),
+        on_policy=author == int(Author.STUDENT),
+        sequence=_per_token(samples, range(len(samples)), torch.int64),
+        rollout_logprob=_join_rollout(samples),
+        uniform=uniform,
+        outcome_advantage=_per_token(samples, advantages, torch.float32) if rewarded else None,
+        correct=_per_token(samples, right, torch.bool) if graded else None,
+        teacher_logprob=_read(samples, "scores", "logprob"),
+        topk_ids=_read(samples, "scores", "topk_ids"),
+        topk_logprob=_read(samples, "scores", "topk_logprob"),
+        teacher_entropy=_read(samples, "scores", "entropy"),
+        reference_logprob=_read(samples, "reference_scores", "logprob"),
+    )
 
 
 def _join(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([part.to(dtype) for part in parts]) if parts else torch.zeros(0, dtype=dtype)
 
 
-def _sequence(samples: Sequence[Sample]) -> Tensor:
+def _per_token(samples: Sequence[Sample], values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """[T], one number of each sample at all of its tokens."""
     sizes = torch.tensor([sample.num_response_tokens for sample in samples], dtype=torch.int64)
-    return torch.repeat_interleave(sizes)
+    return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
 
 
 def _response_authors(samples: Sequence[Sample]) -> Tensor:
@@ -220,75 +255,41 @@ def _join_rollout(samples: Sequence[Sample]) -> Tensor | None:
     )
 
 
-def _per_token(samples: Sequence[Sample], values: Sequence[float | bool], dtype: torch.dtype) -> Tensor:
-    """[T], a number of each sample at all its tokens."""
-    sizes = torch.tensor([sample.num_response_tokens for sample in samples], dtype=torch.int64)
-    return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
-
-
-def _join_advantages(samples: Sequence[Sample]) -> Tensor | None:
-    """[T], NaN for samples that have none; None when that is all of them."""
-    if all(sample.advantage is None for sample in samples):
+def _join_field(samples: Sequence[Sample], scores: Sequence[Scores], name: str) -> Tensor | None:
+    """[T] or [T, K], one field of all scores; NaN, or id -1, where a score lacks it; None where all of them do."""
+    values = [getattr(score, name) for score in scores]
+    shape = next((value.shape[1:] for value in values if value is not None), None)
+    if shape is None:
         return None
-    values = [float("nan") if sample.advantage is None else sample.advantage for sample in samples]
-    return _per_token(samples, values, torch.float32)
+    parts = []
+    for sample, value in zip(samples, values, strict=True):
+        expected = (sample.num_response_tokens, *shape)
+        if value is not None and value.shape != expected:
+            raise ScoreError(
+                f"sample {sample.key}: {name} has shape {tuple(value.shape)}; expected {expected}: one row for each "
+                "response token, one K for all samples"
+            )
+        absent = -1 if name == "topk_ids" else float("nan")
+        parts.append(torch.full(expected, absent) if value is None else value)
+    return torch.cat(parts)
 
 
-def _join_correct(samples: Sequence[Sample]) -> Tensor | None:
-    """[T]; None where a sample has no grade."""
-    grades = [sample.grade for sample in samples]
-    known = [grade.right for grade in grades if grade is not None]
-    return _per_token(samples, known, torch.bool) if samples and len(known) == len(samples) else None
-
-
-def _join_checked(samples: Sequence[Sample], scores: Sequence[Scores], mask: Tensor) -> dict[str, Tensor]:
-    """The scores of all response tokens by field, nothing missing and nothing impossible where `mask`."""
-    joined = _join_scores(samples, scores)
-    _refuse_missing(samples, scores, _missing(samples, scores, joined, mask))
-    for name in ("logprob", "topk_logprob"):
-        if name in joined:
-            _refuse(samples, mask & _any(joined[name] > LOGPROB_TOLERANCE), f"{name} is above 0, so no log-probability")
-    if "topk_ids" in joined:
-        ranked = joined["topk_ids"].sort(-1).values
-        _refuse(samples, mask & _any(ranked[:, 1:] == ranked[:, :-1]), "topk_ids names a token twice")
-    return joined
-
-
-def _join_scores(samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[str, Tensor]:
-    """Fields that any score has, over all response tokens; where one score lacks a field, NaN, or id -1."""
-    if len(samples) != len(scores):
+def _read(samples: Sequence[Sample], field: ScoreField, name: str) -> Tensor | None:
+    """One field of the scores that the samples carry; None where they carry none."""
+    scores = []
+    for sample in samples:
+        score: Scores | None = getattr(sample, field)
+        if score is not None:
+            scores.append(score)
+    if len(scores) != len(samples) and scores:
+        lacking = next(sample for sample in samples if getattr(sample, field) is None)
         raise ScoreError(
-            f"{len(scores)} scores came back for {len(samples)} samples; there must be one for each, in order"
+            f"sample {lacking.key} has no {field}, but others of its batch do: attach scores to all of them"
         )
-    for sample, score in zip(samples, scores, strict=True):
-        _check_ids(sample, score)
-    joined = {}
-    for name, absent in (
-        ("logprob", float("nan")),
-        ("entropy", float("nan")),
-        ("topk_logprob", float("nan")),
-        ("topk_ids", -1),
-    ):
-        values = [getattr(score, name) for score in scores]
-        if name == "entropy" and any(value is None for value in values):
-            # a server gives none; what a method reads of it, it estimates
-            continue
-        shape = next((value.shape[1:] for value in values if value is not None), None)
-        if shape is None:
-            continue
-        for sample, value in zip(samples, values, strict=True):
-            if value is not None and value.shape != (sample.num_response_tokens, *shape):
-                raise ScoreError(
-                    f"sample {sample.key}: {name} has shape {tuple(value.shape)}; expected "
-                    f"{(sample.num_response_tokens, *shape)}: one row for each response token, one K for all samples"
-                )
-        joined[name] = torch.cat(
-            [
-                torch.full((sample.num_response_tokens, *shape), absent) if value is None else value
-                for sample, value in zip(samples, values, strict=True)
-            ]
-        )
-    return joined
+    if name == "entropy" and any(score.entropy is None for score in scores):
+        # a server gives none; a method that reads it falls back on an estimate for the whole batch
+        return None
+    return _join_field(samples, scores, name)
 
 
 def _check_ids(sample: Sample, score: Scores) -> None:
@@ -315,45 +316,34 @@ def _any(rows: Tensor) -> Tensor:
 
 
 def _missing(
-    samples: Sequence[Sample], scores: Sequence[Scores], joined: dict[str, Tensor], mask: Tensor
+    samples: Sequence[Sample], scores: Sequence[Scores], joined: dict[str, Tensor], trained: Tensor
 ) -> dict[str, Tensor]:
     """Rows that are trained and lack a finite score, by field. [T] bool each."""
     missing = {
-        name: mask & _any(~value.isfinite() if value.is_floating_point() else value < 0)
+        name: trained & _any(~value.isfinite() if value.is_floating_point() else value < 0)
         for name, value in joined.items()
     }
-    if any(score.hidden is not None for score in scores):
-        missing["hidden"] = mask & ~_whole_rows(samples, scores)
-    return missing
-
-
-def _whole_rows(samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
-    """[T] bool, on the CPU: whether the hidden states are there and finite. Teachers may differ in their sizes."""
-    device = next(score.hidden.device for score in scores if score.hidden is not None)
-    found = []
+    if "entropy" in missing:
+        # servers give no entropy at all, which is allowed; a NaN among entropies is not
+        missing["entropy"] &= _per_token(samples, [score.entropy is not None for score in scores], torch.bool)
+    device = next((score.hidden.device for score in scores if score.hidden is not None), None)
+    if device is None:
+        return missing
+    whole = []
     for sample, score in zip(samples, scores, strict=True):
         size = sample.num_response_tokens
         if score.hidden is None:
-            found.append(torch.zeros(size, dtype=torch.bool, device=device))
+            whole.append(torch.zeros(size, dtype=torch.bool, device=device))
             continue
+        # teachers may differ in H, so hidden states are not joined
         if score.hidden.dim() != 2 or len(score.hidden) != size:
             raise ScoreError(
                 f"sample {sample.key}: hidden has shape {tuple(score.hidden.shape)}; expected ({size}, H): one row for "
                 "each response token"
             )
-        found.append(score.hidden.isfinite().all(-1).to(device))
-    return torch.cat(found).cpu()
-
-
-def _refuse_missing(samples: Sequence[Sample], scores: Sequence[Scores], missing: dict[str, Tensor]) -> None:
-    for name, rows in missing.items():
-        if not bool(rows.any()):
-            continue
-        first = scores[int(_sequence(samples)[rows][0])]
-        why = (
-            f": {first.reason}; or" if isinstance(first, Unscored) else " (absent, NaN or infinite): score it again or"
-        )
-        _refuse(samples, rows, f"{name} is missing{why} drop such samples (train.on_missing_score: drop)")
+        whole.append(score.hidden.isfinite().all(-1).to(device))
+    # moved to the CPU once: a transfer for every sample would wait for the GPU each time
+    return missing | {"hidden": trained & ~torch.cat(whole).cpu()}
 
 
 def _refuse(samples: Sequence[Sample], rows: Tensor, problem: str) -> None:

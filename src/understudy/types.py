@@ -76,6 +76,27 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False)
+class Scores:
+    """What a teacher says about one sample. Row j concerns response token j, given everything before it.
+
+    A teacher fills what was asked for and leaves the rest None. A value that it could not give is NaN, never 0.0.
+    """
+
+    token_ids: Tensor
+    """[R] the ids that were scored; packing compares them with the sample's."""
+    logprob: Tensor | None = None
+    """[R] log T(y_t)."""
+    topk_ids: Tensor | None = None
+    """[R, K] int64."""
+    topk_logprob: Tensor | None = None
+    """[R, K] from the full softmax."""
+    entropy: Tensor | None = None
+    """[R] nats."""
+    hidden: Tensor | None = None
+    """[R, H_t] the teacher's final hidden states that predict the tokens; with its head they give whole rows."""
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One response to one prompt, with its own facts. Per-token tensors are on the CPU and have length L."""
 
@@ -102,6 +123,10 @@ class Sample:
     advantage: float | None = None
     """The reward against those of the same prompt's other samples."""
     verdict: Verdict | None = None
+    scores: Scores | None = None
+    """From the teacher; None: nobody asked it. `packing.attach_scores` compares them with the sample and sets them."""
+    reference_scores: Scores | None = None
+    """From the reference model."""
 
     @property
     def key(self) -> str:
@@ -120,27 +145,6 @@ class Sample:
     def response_ids(self) -> Tensor:
         """[R] int64."""
         return self.token_ids[self.prompt_length :]
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a teacher says about one sample. Row j concerns response token j, given everything before it.
-
-    A teacher fills what was asked for and leaves the rest None. A value that it could not give is NaN, never 0.0.
-    """
-
-    token_ids: Tensor
-    """[R] the ids that were scored; packing compares them with the sample's."""
-    logprob: Tensor | None = None
-    """[R] log T(y_t)."""
-    topk_ids: Tensor | None = None
-    """[R, K] int64."""
-    topk_logprob: Tensor | None = None
-    """[R, K] from the full softmax."""
-    entropy: Tensor | None = None
-    """[R] nats."""
-    hidden: Tensor | None = None
-    """[R, H_t] the teacher's final hidden states that predict the tokens; with its head they give whole rows."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from tests.tiny_models import request, sample, tiny
 from understudy import config
 from understudy.engines import HFEngine
 from understudy.errors import RecipeError, ScoreError
-from understudy.packing import Unscored, split_scored
+from understudy.packing import Unscored, attach_scores
 from understudy.recipe import Recipe
 from understudy.recipe.load import check
 from understudy.tasks import Arithmetic, build_tokenizer
@@ -270,14 +270,13 @@ def test_a_privileged_prompt_that_is_too_long_costs_its_sample(
 ) -> None:
     """One of the problems has a solution too long for the teacher's positions; the run goes on without its samples."""
     rows = [{"q": "1+2:", "a": "3#3"}, {"q": "3+4:", "a": "7" * BUILD["max_position_embeddings"]}]
-    seen: list[tuple[list[Scores], int]] = []
+    seen: list[list[Scores]] = []
 
-    def split(samples: Sequence[Sample], scores: Sequence[Scores], on_missing: Any) -> Any:
-        found = split_scored(samples, scores, on_missing)
-        seen.append((list(scores), found[2]))
-        return found
+    def attach(samples: Sequence[Sample], scores: Sequence[Scores], *args: Any, **options: Any) -> Any:
+        seen.append(list(scores))
+        return attach_scores(samples, scores, *args, **options)
 
-    monkeypatch.setattr("understudy.trainer.collect.split_scored", split)
+    monkeypatch.setattr("understudy.trainer.collect.attach_scores", attach)
     changes = distillation(
         tmp_path,
         teacher={"type": "privileged", "template": "{solution}{prompt}"},
@@ -289,7 +288,8 @@ def test_a_privileged_prompt_that_is_too_long_costs_its_sample(
     run = train(tmp_path, **changes)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["samples_dropped"] for row in metrics] == [1.0, 1.0]
-    for scores, _ in seen:
+    assert seen
+    for scores in seen:
         (lost,) = [one for one in scores if isinstance(one, Unscored)]
         (kept,) = [one for one in scores if not isinstance(one, Unscored)]
         for name in ("logprob", "entropy", "topk_ids", "topk_logprob", "hidden"):
@@ -312,14 +312,15 @@ def test_missing_whole_rows_are_seen() -> None:
     whole = [
         Scores(one.response_ids, hidden=torch.zeros(2, size)) for one, size in zip(samples, (3, 5, 3), strict=True)
     ]
-    assert split_scored(samples, whole, "error")[2] == 0
+    assert [one.scores for one in attach_scores(samples, whole, "error") if one is not None] == whole
     broken = torch.zeros(2, 5)
     broken[1, 4] = float("nan")
     for lost in (replace(whole[1], hidden=broken), replace(whole[1], hidden=None)):
         scores = [whole[0], lost, whole[2]]
-        kept, left, dropped = split_scored(samples, scores, "drop")
-        assert ([one.key for one in kept], left, dropped) == (["a#0", "c#0"], [whole[0], whole[2]], 1)
+        first, second, third = attach_scores(samples, scores, "drop")
+        assert second is None
+        assert [(one.key, one.scores) for one in (first, third) if one] == [("a#0", whole[0]), ("c#0", whole[2])]
         with pytest.raises(ScoreError, match=r"sample b#0, response token [01] .*hidden is missing"):
-            split_scored(samples, scores, "error")
+            attach_scores(samples, scores, "error")
     with pytest.raises(ScoreError, match=r"b#0: hidden has shape \(3, 5\); expected \(2, H\)"):
-        split_scored(samples, [whole[0], replace(whole[1], hidden=torch.zeros(3, 5)), whole[2]], "drop")
+        attach_scores(samples, [whole[0], replace(whole[1], hidden=torch.zeros(3, 5)), whole[2]], "drop")

@@ -54,7 +54,7 @@ def given(sample: Sample) -> int:
 
 
 def samples_of(update: Sequence[MicroBatch]) -> list[Sample]:
-    return [sample for micro in update for sample in micro.judged.samples]
+    return [sample for micro in update for sample in micro.samples]
 
 
 def jsonl(path: Path, texts: dict[str, str]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_prefixes_are_imitated_and_the_rest_is_not(tmp_path: Path, updates: list
         count, own = count + len(batch), own + int(batch.on_policy.sum())
         assert batch.uniform is not None
         assert batch.uniform.unique().numel() == len(batch)
-        assert int((~batch.on_policy).sum()) == sum(map(given, micro.judged.samples))
+        assert int((~batch.on_policy).sum()) == sum(map(given, micro.samples))
     without = guided(tmp_path, method={"guidance": 0.0}, train={"steps": 1, "lr": 0.0})
     other = metric_rows(train(tmp_path / "without", **without))[0]
     # the metric is the mean over its own tokens

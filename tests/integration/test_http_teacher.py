@@ -32,7 +32,7 @@ from understudy import config
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError
 from understudy.http import BadReply
 from understudy.models import load_causal_lm
-from understudy.packing import Unscored, pack, split_scored
+from understudy.packing import Unscored, attach_scores
 from understudy.teachers import Setup
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.remote import prompt_scores
@@ -254,7 +254,7 @@ def test_scores_are_those_of_the_same_model_here(api: str, batch_tokens: int) ->
             found = scored(server, api, TOPK, 6, batch_tokens=batch_tokens)
             for one, like in zip(found, expected, strict=True):
                 same(one, like, top=True)
-            pack(samples(), found)
+            attach_scores(samples(), found, "error")
         sizes = [sum(map(len, asked.body.get("prompt") or asked.body["input_ids"])) for asked in server.asked]
         assert max(sizes) <= max(batch_tokens, 10)
 
@@ -554,10 +554,9 @@ def test_a_missing_number_is_asked_for_again_and_then_has_a_reason(api: str, val
     assert "response token 0" in found[3].reason  # type: ignore[attr-defined]
     for i in {0, 1, 2, 4, 5, 6}:
         same(found[i], expected[i], top=False)
-    kept, _, dropped = split_scored(made, found, "drop")
-    assert (dropped, len(kept)) == (1, 6)
+    assert [one is None for one in attach_scores(made, found, "drop")] == [i == 3 for i in range(7)]
     with pytest.raises(ScoreError, match="sample p3"):
-        pack(made, found)
+        attach_scores(made, found, "error")
 
 
 # --- the check alone

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from understudy.methods import METHODS
 from understudy.tasks import Arithmetic
 from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer import loop
-from understudy.trainer.update import Judged
+from understudy.types import Sample
 
 GROUPS = {"prompts_per_step": 4, "samples_per_prompt": 2}
 SOLUTIONS = {"type": "solutions"}
@@ -200,8 +201,8 @@ def test_neither_the_cut_nor_the_order_changes_a_run(
     assert_close_run(whole, cut, atol=5e-5)
     plain = loop.prepare
 
-    def backwards(student: Any, method: Any, judged: Judged, **options: Any) -> Any:
-        return plain(student, method, judged.at(range(len(judged.samples))[::-1]), **options)
+    def backwards(student: Any, method: Any, samples: Sequence[Sample], **options: Any) -> Any:
+        return plain(student, method, samples[::-1], **options)
 
     monkeypatch.setattr(loop, "prepare", backwards)
     assert_close_run(whole, train(tmp_path / "backwards", **changes), atol=5e-5)

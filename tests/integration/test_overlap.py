@@ -25,7 +25,6 @@ from tests.runs import (
 from understudy.engines import CopyEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.trainer.loop import Trainer
-from understudy.trainer.update import Judged
 from understudy.types import Request, Sample, Sampling
 
 COPY = {"type": "hf", "copy": True}
@@ -275,15 +274,15 @@ def test_scores_are_those_of_the_sample(tmp_path: Path, monkeypatch: pytest.Monk
     """Pieces are scored together in whatever order they come: each gets what the teacher says of it alone."""
     plain, seen = Trainer._update, []
 
-    def compared(self: Trainer, judged: Judged, *args: Any) -> dict[str, float]:
+    def compared(self: Trainer, samples: Sequence[Sample], *args: Any) -> dict[str, float]:
         teacher = self.rollouts.collector.teacher
         assert teacher is not None
-        assert judged.scores is not None
-        for sample, score in zip(judged.samples, judged.scores, strict=True):
+        for sample in samples:
+            assert sample.scores is not None
             alone = teacher.score([sample], frozenset({"sampled"}))[0]
-            torch.testing.assert_close(score.logprob, alone.logprob, rtol=0, atol=1e-5)
+            torch.testing.assert_close(sample.scores.logprob, alone.logprob, rtol=0, atol=1e-5)
             seen.append(sample.key)
-        return plain(self, judged, *args)
+        return plain(self, samples, *args)
 
     monkeypatch.setattr(Trainer, "_update", compared)
     train(tmp_path, **ahead(tmp_path / "m", 1, method={"type": "opd"}, train={"samples_per_prompt": 3}))

@@ -14,11 +14,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import EOS, plain_logp, tiny
+from tests.tiny_models import EOS, plain_logp, scored, tiny
 from understudy.config import dump, parse
 from understudy.errors import CheckpointError, DataError, RecipeError, ScoreError
 from understudy.models import apply_lora, load_causal_lm, save_hf
-from understudy.packing import pack, split_scored
+from understudy.packing import attach_scores, pack
 from understudy.tasks.renderer import encode_prompt
 from understudy.teachers import LocalTeacher, Setup, Teacher
 from understudy.teachers.privileged import MovingAverage, Privileged, PrivilegedTeacher, reword
@@ -130,7 +130,7 @@ def test_scores_are_of_the_response_behind_what_is_shown() -> None:
         expected = logp.gather(-1, one.response_ids[:, None]).squeeze(-1)
         torch.testing.assert_close(scores.logprob, expected, rtol=0, atol=ROUNDING)
         assert torch.equal(scores.token_ids, one.response_ids)
-    batch = pack(samples(), found)
+    batch = pack(scored(samples(), found))
     assert torch.equal(batch.target, torch.cat([one.response_ids for one in samples()]))
 
 
@@ -196,11 +196,13 @@ def test_a_prompt_that_becomes_too_long_leaves_its_sample_unscored() -> None:
     assert lost.topk_ids is not None
     assert bool((lost.topk_ids == -1).all())
     assert all(bool(getattr(lost, name).isnan().all()) for name in FIELDS if name != "topk_ids")
-    left, _, dropped = split_scored([one, short], [lost, kept], "drop")
-    assert (left, dropped) == ([short], 1)
+    first, second = attach_scores([one, short], [lost, kept], "drop")
+    assert first is None
+    assert second is not None
+    assert (second.key, second.scores) == (short.key, kept)
     says = rf"a#0, .*the privileged prompt of 13 tokens .* make {length} tokens.*{length - 2} positions"
     with pytest.raises(ScoreError, match=says):
-        split_scored([one, short], [lost, kept], "error")
+        attach_scores([one, short], [lost, kept], "error")
 
 
 def test_sections() -> None:

@@ -44,7 +44,7 @@ class Seen:
         plain = loop.accumulate_gradients
 
         def accumulate(student: Any, micros: Sequence[MicroBatch], **options: Any) -> Any:
-            self.updates.append([sample for micro in micros for sample in micro.judged.samples])
+            self.updates.append([sample for micro in micros for sample in micro.samples])
             self.micros.append(list(micros))
             found = plain(student, micros, **options)
             self.losses.append(found[0])
@@ -111,8 +111,8 @@ def test_the_advantage_is_that_of_the_group(
             expected = [(reward - mean) / divisor for reward in rewards]
             assert [one.advantage for one in group] == pytest.approx(expected, abs=1e-12)
     for micro in (micro for part in seen.micros for micro in part):
-        sizes = [sample.num_response_tokens for sample in micro.judged.samples]
-        rows = [sample.advantage for sample, size in zip(micro.judged.samples, sizes, strict=True) for _ in range(size)]
+        sizes = [sample.num_response_tokens for sample in micro.samples]
+        rows = [sample.advantage for sample, size in zip(micro.samples, sizes, strict=True) for _ in range(size)]
         assert micro.batch.outcome_advantage is not None
         assert micro.batch.outcome_advantage.tolist() == pytest.approx(rows)
 

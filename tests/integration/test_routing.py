@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.tiny_models import NUM_ROWS, sample, tiny
 from understudy.errors import CheckpointError, RecipeError, ScoreError
 from understudy.linear.head import LMHead
-from understudy.packing import pack, split_scored
+from understudy.packing import attach_scores, pack
 from understudy.teachers import LocalTeacher, Teacher
 from understudy.teachers.router import RoutedTeacher, check_names
 from understudy.types import Need, Prompt, Sample, Scores
@@ -92,10 +92,11 @@ def test_a_dropped_sample_shifts_nothing() -> None:
     scores = RoutedTeacher(teachers).score(made, SAMPLED)
     assert scores[2].logprob is not None
     scores[2].logprob[1] = float("nan")
-    kept, judged, dropped = split_scored(made, scores, "drop")
-    assert dropped == 1
+    attached = attach_scores(made, scores, "drop")
+    kept = [one for one in attached if one is not None]
+    assert attached[2] is None
     assert [one.key for one in kept] == ["p0#0", "p1#0", "p3#0", "p4#0", "p5#0"]
-    batch = pack(kept, judged)
+    batch = pack(kept)
     assert batch.teacher_logprob is not None
     expected = [value for one in kept for value in [{"a": -1.0, "b": -2.0}[str(one.teacher)]] * one.num_response_tokens]
     assert batch.teacher_logprob.tolist() == expected

@@ -167,7 +167,7 @@ def test_hidden_states_and_the_head_are_the_whole_row(name: str) -> None:
 def test_loss_and_gradient_through_served_states_are_those_through_local_ones() -> None:
     model, method = tiny(sharp=4.0), GKD(beta=0.3)
     draw = torch.Generator().manual_seed(3)
-    batch = pack(samples(), None)
+    batch = pack(samples())
     student = torch.randn(len(batch), 8, dtype=torch.float64, generator=draw)
     weight = torch.randn(NUM_ROWS, 8, dtype=torch.float64, generator=draw)
 

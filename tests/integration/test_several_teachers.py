@@ -101,10 +101,10 @@ def test_each_sample_is_judged_by_its_own_teacher(
         assert {sample.teacher for sample in samples} == {name}
         assert all(sample.prompt.id.startswith(f"{name}/") for sample in samples)
     for row, update in zip(metric_rows(whole), updates, strict=True):
-        assert sorted(micro.label or "" for micro in update) == ["long", "short"]
+        assert sorted(micro.teacher or "" for micro in update) == ["long", "short"]
         for micro in update:
-            assert {sample.teacher for sample in micro.judged.samples} == {micro.label}
-        sizes = {micro.label: len(micro.batch) for micro in update}
+            assert {sample.teacher for sample in micro.samples} == {micro.teacher}
+        sizes = {micro.teacher: len(micro.batch) for micro in update}
         # the mean over all tokens is that of the teachers' means
         for metric in ("student_entropy", "student_logprob"):
             parts = [row[f"teacher/{name}/{metric}"] * size for name, size in sizes.items()]
@@ -159,9 +159,9 @@ def test_a_missing_score_shifts_nothing(
     rows = metric_rows(train(tmp_path, **changes))
     assert [row["samples_dropped"] for row in rows] == [2.0, 2.0]
     for update in updates:
-        assert sum(len(micro.judged.samples) for micro in update) == 6
+        assert sum(len(micro.samples) for micro in update) == 6
         for micro in update:
-            expected = torch.cat([known[sample.key] for sample in micro.judged.samples])
+            expected = torch.cat([known[sample.key] for sample in micro.samples])
             assert torch.equal(present(micro.batch.teacher_logprob), expected)
     with pytest.raises(ScoreError, match="missing"):
         train(tmp_path / "error", **mixed(tmp_path / "error", method))

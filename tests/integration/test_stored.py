@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.runs import save_tiny_model
-from tests.tiny_models import letters, request, tiny
+from tests.tiny_models import letters, request, scored, tiny
 from tests.tiny_models import sample as written
 from understudy import config
 from understudy.engines import HFEngine
@@ -97,8 +97,8 @@ def test_stored_scores_pack_as_live_ones_do(tmp_path: Path) -> None:
     write_scored(tmp_path, meta, pairs)
     stored = Stored(path=str(tmp_path)).open(SETUP)
     replayed = [sample for sample in stored.samples_for(requests()) if sample is not None]
-    live = pack([sample for sample, _ in pairs], [scores for _, scores in pairs])
-    assert same(pack(replayed, stored.score(replayed, TOPK, k=K)), live)
+    live = pack(scored([sample for sample, _ in pairs], [scores for _, scores in pairs]))
+    assert same(pack(scored(replayed, stored.score(replayed, TOPK, k=K))), live)
 
 
 def test_only_what_is_asked_for_is_returned(tmp_path: Path) -> None:

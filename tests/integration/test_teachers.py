@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_models import ARCHITECTURES, BUDGET, ROUNDING, letters, plain_logp, request, sample, tiny
+from tests.tiny_models import ARCHITECTURES, BUDGET, ROUNDING, letters, plain_logp, request, sample, scored, tiny
 from understudy.engines import HFEngine
 from understudy.errors import ScoreError, VocabularyError
 from understudy.linear import score
 from understudy.models import load_causal_lm, load_tokenizer, save_hf
-from understudy.packing import pack
+from understudy.packing import attach_scores, pack
 from understudy.teachers import TEACHERS, Local, LocalTeacher, Setup
 from understudy.teachers import rows as teacher_rows
 from understudy.types import Need, Sample, Sampling
@@ -150,7 +150,7 @@ def test_scores_pack_row_by_row() -> None:
     """Teacher scores and the student's own scoring pass over the same layout agree to the last bit of rounding."""
     model, made = tiny(sharp=4.0), samples()
     judge = teacher(model)
-    batch = pack(made, judge.score(made, TOPK, k=3))
+    batch = pack(scored(made, judge.score(made, TOPK, k=3)))
     hidden = torch.cat([scores.hidden for scores in judge.score(made, FULL) if scores.hidden is not None])
     logprob, entropy = score(hidden, judge.head_for(None), batch.target)
     close(batch.teacher_logprob, logprob)
@@ -221,7 +221,7 @@ def test_scores_of_other_ids_are_refused_where_they_are_packed() -> None:
     scores = teacher(tiny()).score(made, SAMPLED)
     scores[2], scores[5] = scores[5], scores[2]
     with pytest.raises(ScoreError, match="p2#0"):
-        pack(made, scores)
+        attach_scores(made, scores, "error")
 
 
 def test_nan_of_the_teacher_is_refused_where_it_is_packed() -> None:
@@ -229,7 +229,7 @@ def test_nan_of_the_teacher_is_refused_where_it_is_packed() -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(ScoreError, match=r"p0#0.*logprob is missing"):
-        pack(samples(), teacher(model).score(samples(), SAMPLED))
+        attach_scores(samples(), teacher(model).score(samples(), SAMPLED), "error")
 
 
 def test_fingerprint_tells_whatever_changes_scores(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tiny_models import EOS, sample, tiny
+from tests.tiny_models import EOS, sample, scored, tiny
 from understudy.errors import DataError, ScoreError
 from understudy.linear import count_denominators, evaluate
 from understudy.methods import GKD, OPD, SFT, Method
 from understudy.models import backbone_hidden, lm_head
-from understudy.packing import LOGPROB_TOLERANCE, lay_out, micro_batches, pack, split_scored
+from understudy.packing import LOGPROB_TOLERANCE, ScoreField, attach_scores, lay_out, micro_batches, pack
 from understudy.types import Author, Sample, Scores
 
 VOCABULARY = 12
@@ -113,7 +113,7 @@ def test_packing_wastes_little() -> None:
 @given(many_samples(min_size=0))
 def test_a_batch_is_the_response_tokens_in_order(samples: list[Sample]) -> None:
     scores = score_all(samples)
-    batch = pack(samples, scores)
+    batch = pack(scored(samples, scores))
     expected = [
         (number, int(token), int(author))
         for number, one in enumerate(samples)
@@ -128,7 +128,7 @@ def test_a_batch_is_the_response_tokens_in_order(samples: list[Sample]) -> None:
         assert torch.equal(batch.teacher_logprob, torch.cat([one.logprob for one in scores if one.logprob is not None]))
         assert batch.topk_ids is not None
         assert torch.equal(batch.topk_ids, torch.cat([one.topk_ids for one in scores if one.topk_ids is not None]))
-    only = pack(samples, None, train=[Author.TEACHER])
+    only = pack(samples, train=[Author.TEACHER])
     assert only.mask.tolist() == [author == Author.TEACHER for _, _, author in expected]
     assert only.teacher_logprob is None
 
@@ -137,8 +137,8 @@ def loss_and_gradients(model: Any, method: Method, samples: list[Sample], groups
     """One optimizer step, as a trainer would do it: denominators first, then a forward and backward a group."""
     model.zero_grad()
     parts = [[samples[index] for index in group] for group in groups]
-    scores = {one.key: score for one, score in zip(samples, score_all(samples), strict=True)}
-    batches = [pack(part, [scores[one.key] for one in part]) for part in parts]
+    with_scores = scored(samples, score_all(samples))
+    batches = [pack([with_scores[index] for index in group]) for group in groups]
     counts = count_denominators(batches)
     total, head = 0.0, lm_head(model)
     for part, batch in zip(parts, batches, strict=True):
@@ -176,18 +176,18 @@ def test_no_split_changes_loss_or_gradient(method: Method, samples: list[Sample]
 def test_the_end_is_trained_also_where_padding_has_its_id() -> None:
     """peers 12: pad == EOS must not mask the end."""
     ended = sample("a", [5, 6], [7, EOS, 8, EOS])
-    batch = pack([ended, sample("b", [EOS], [EOS])], None)
+    batch = pack([ended, sample("b", [EOS], [EOS])])
     assert batch.target.tolist() == [7, EOS, 8, EOS, EOS]
     assert bool(batch.mask.all())
 
 
 def test_rollout_logprob_is_kept_and_absent_ones_are_nan() -> None:
     known = sample("a", [5, 6], [7, 8], rollout_logprob=torch.tensor([math.nan, math.nan, -0.5, -0.25]))
-    found = pack([known, sample("b", [5], [6])], None).rollout_logprob
+    found = pack([known, sample("b", [5], [6])]).rollout_logprob
     assert found is not None
     assert found[:2].tolist() == [-0.5, -0.25]
     assert bool(found[2].isnan())
-    assert pack([sample("b", [5], [6])], None).rollout_logprob is None
+    assert pack([sample("b", [5], [6])]).rollout_logprob is None
 
 
 SAMPLES = [sample("a", [5, 6], [7, 8, 9]), sample("b", [5], [10, 11])]
@@ -221,15 +221,46 @@ def changed(**fields: Tensor | None) -> list[Scores]:
 )
 def test_scores_that_do_not_fit_are_refused(scores: list[Scores], says: str) -> None:
     """Never a 0.0 for a score that is missing; the message names the sample."""
+    fields: tuple[ScoreField, ...] = ("scores", "reference_scores")
+    for field in fields:
+        with pytest.raises(ScoreError, match=says):
+            attach_scores(SAMPLES, scores, "error", field=field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"logprob": torch.tensor([-1.0, 0.01])}, "b#0, response token 1 .*: logprob is above 0"),
+        ({"topk_ids": torch.tensor([[0, 1, 2], [3, 4, 3]])}, "b#0, response token 1 .*: topk_ids names a token twice"),
+        ({"logprob": torch.tensor([-1.0])}, r"b#0: logprob has shape \(1,\)"),
+    ],
+)
+def test_dropping_what_is_missing_excuses_nothing_else(fields: dict[str, Tensor], says: str) -> None:
     with pytest.raises(ScoreError, match=says):
-        pack(SAMPLES, scores)
-    with pytest.raises(ScoreError, match=says):
-        pack(SAMPLES, None, reference=scores)
+        attach_scores(SAMPLES, changed(**fields), "drop")
+
+
+def test_entropies_may_be_absent_but_not_missing() -> None:
+    """Servers give none, and a batch may mix teachers."""
+    attached = scored(SAMPLES, changed(entropy=None))
+    assert pack(attached).teacher_entropy is None
+    assert pack(attached[:1]).teacher_entropy is not None
+    first, second = score_all(SAMPLES)
+    bad = replace(first, entropy=torch.tensor([1.0, math.nan, 1.0]))
+    with pytest.raises(ScoreError, match=r"a#0, response token 1 .*: entropy is missing"):
+        attach_scores(SAMPLES, [bad, replace(second, entropy=None)], "error")
+
+
+@pytest.mark.parametrize("field", ["scores", "reference_scores"])
+def test_a_batch_has_scores_of_all_samples_or_of_none(field: str) -> None:
+    half = [replace(SAMPLES[0], **{field: score_all(SAMPLES)[0]}), SAMPLES[1]]
+    with pytest.raises(ScoreError, match=f"sample b#0 has no {field}"):
+        pack(half)
 
 
 def test_a_logprob_of_zero_is_a_certain_token() -> None:
     """Rounding may lift a log-probability of 0 a little above it."""
-    batch = pack(SAMPLES, changed(logprob=torch.tensor([0.0, LOGPROB_TOLERANCE / 2])))
+    batch = pack(scored(SAMPLES, changed(logprob=torch.tensor([0.0, LOGPROB_TOLERANCE / 2]))))
     assert batch.teacher_logprob is not None
 
 
@@ -237,7 +268,7 @@ def test_a_missing_score_of_an_untrained_token_is_none_of_our_business() -> None
     """What the environment wrote is not trained."""
     theirs = [sample("a", [5], [6, 7, 8], author=[Author.STUDENT, Author.ENVIRONMENT, Author.STUDENT])]
     scores = [Scores(theirs[0].response_ids, torch.tensor([-1.0, math.nan, -2.0]))]
-    batch = pack(theirs, scores)
+    batch = pack(scored(theirs, scores))
     assert batch.teacher_logprob is not None
     assert batch.mask.tolist() == [True, False, True]
     assert bool(batch.teacher_logprob[1].isnan())
@@ -245,14 +276,15 @@ def test_a_missing_score_of_an_untrained_token_is_none_of_our_business() -> None
 
 def test_samples_without_scores_are_dropped_or_refused() -> None:
     broken = changed(logprob=torch.tensor([-1.0, math.nan]))
-    kept, scores, dropped = split_scored(SAMPLES, broken, "drop")
-    assert ([one.key for one in kept], scores, dropped) == (["a#0"], [broken[0]], 1)
-    assert split_scored(SAMPLES, score_all(SAMPLES), "error")[2] == 0
+    kept, dropped = attach_scores(SAMPLES, broken, "drop")
+    assert kept is not None
+    assert (kept.key, kept.scores, dropped) == ("a#0", broken[0], None)
+    assert None not in attach_scores(SAMPLES, score_all(SAMPLES), "error")
     with pytest.raises(ScoreError, match="b#0"):
-        split_scored(SAMPLES, broken, "error")
+        attach_scores(SAMPLES, broken, "error")
     with pytest.raises(ScoreError, match="b#0"):
-        split_scored(SAMPLES, changed(token_ids=torch.tensor([1, 2])), "drop")
-    assert split_scored([], [], "drop") == ([], [], 0)
+        attach_scores(SAMPLES, changed(token_ids=torch.tensor([1, 2])), "drop")
+    assert attach_scores([], [], "drop") == []
 
 
 def test_layouts_that_cannot_be_are_refused() -> None:

@@ -1,9 +1,10 @@
-"""The samples of one step: written by the student, begun by the teacher or taken from data, then judged."""
+"""The samples of one step: written by the student, begun by the teacher or taken from data, then scored."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,22 +14,67 @@ from understudy.engines import Engine
 from understudy.engines.prefix import guided_requests
 from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
-from understudy.packing import split_scored
+from understudy.packing import ScoreField, attach_scores
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import solution_sample
 from understudy.teachers import Teacher
 from understudy.teachers.stores.responses import ResponseStore
 from understudy.teachers.stores.stored import StoredTeacher
 from understudy.trainer.settings import Train
-from understudy.trainer.update import Judged
-from understudy.types import Author, Need, Request, Sample, Sampling
+from understudy.types import Author, Metric, Need, Request, Sample, Sampling, add_metrics
 
 TOKEN_SCORES: frozenset[Need] = frozenset({"sampled", "topk", "full"})
 
 
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """The samples of a step on this rank, or a part of them."""
+
+    samples: list[Sample]
+    """To be trained on."""
+    written: list[Sample] = field(default_factory=list)
+    """All that were collected, before any was rejected, and without scores."""
+    rejected: list[Sample] = field(default_factory=list)
+    """Turned down by the verbal teacher; kept for people to read."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Of this rank: the sum over ranks is logged."""
+    flat_prompts: frozenset[str] = frozenset()
+    """Prompts, over all ranks, whose samples were all rewarded alike, so that further prompts replace them."""
+    positions: tuple[int, ...] = ()
+    """Of the prompts that were used, where that is recorded."""
+    next_position: int = 0
+    """Where the prompts of the next step begin."""
+
+    @staticmethod
+    def join(parts: Sequence[Collected], next_position: int) -> Collected:
+        """Returns one record of all parts, in their order."""
+        metrics: dict[str, Metric] = {}
+        counts: Counter[str] = Counter()
+        for part in parts:
+            metrics = add_metrics(metrics, part.metrics)
+            # not +=, which forgets what was counted as 0
+            counts.update(part.counts)
+        return Collected(
+            samples=[sample for part in parts for sample in part.samples],
+            written=[sample for part in parts for sample in part.written],
+            rejected=[sample for part in parts for sample in part.rejected],
+            metrics=metrics,
+            counts=counts,
+            flat_prompts=frozenset().union(*(part.flat_prompts for part in parts)),
+            positions=tuple(position for part in parts for position in part.positions),
+            next_position=next_position,
+        )
+
+    def with_scores(self, scored: Sequence[Sample | None]) -> Collected:
+        """Returns the record with `Collector.score` of its samples: those without a score are dropped and counted."""
+        kept = [sample for sample in scored if sample is not None]
+        return replace(self, samples=kept, counts=Counter(self.counts | {"samples_dropped": len(scored) - len(kept)}))
+
+
 @dataclass(frozen=True)
 class Collector:
-    """Turns requests into judged samples."""
+    """Turns requests into scored samples."""
 
     engine: Engine
     sampling: Sampling
@@ -147,22 +193,22 @@ class Collector:
             teacher=request.prompt.teacher,
         )
 
-    def score(self, samples: Sequence[Sample], method: Method) -> tuple[Judged, int]:
-        """The samples with the scores that the method needs, and how many were dropped because one is missing."""
+    def score(self, samples: Sequence[Sample], method: Method) -> list[Sample | None]:
+        """Returns the samples, in order, with the scores that the method needs; None in place of one that is dropped
+        because a score is missing (`train.on_missing_score`)."""
         need = method.needs & TOKEN_SCORES
-        if not samples or (self.teacher is None and self.reference is None):
-            return Judged(list(samples), [] if need and not samples else None), 0
-        scores, num_dropped = None, 0
-        if need and self.teacher is not None:
-            found = self.teacher.score(samples, need, k=method.reads.k or None)
-            samples, scores, num_dropped = split_scored(samples, found, self.settings.on_missing_score)
-        reference = None
-        if "reference" in method.needs and self.reference is not None:
+        asked: list[tuple[Teacher | None, ScoreField, frozenset[Need], int | None]] = []
+        if need:
+            asked.append((self.teacher, "scores", need, method.reads.k or None))
+        if "reference" in method.needs:
+            # the reference's whole rows where the teacher's are compared, else only the sampled tokens
             form: frozenset[Need] = frozenset({"full" if "full" in need else "sampled"})
-            given = self.reference.score(samples, form)
-            kept, reference, lacking = split_scored(samples, given, self.settings.on_missing_score)
-            if scores is not None:
-                left = {id(sample) for sample in kept}
-                scores = [score for sample, score in zip(samples, scores, strict=True) if id(sample) in left]
-            samples, num_dropped = kept, num_dropped + lacking
-        return Judged(samples, scores, reference), num_dropped
+            asked.append((self.reference, "reference_scores", form, None))
+        found: list[Sample | None] = list(samples)
+        for teacher, name, form, k in asked:
+            left = [sample for sample in found if sample is not None]
+            if teacher is not None and left:
+                given = teacher.score(left, form, k=k)
+                scored = iter(attach_scores(left, given, self.settings.on_missing_score, field=name))
+                found = [None if sample is None else next(scored) for sample in found]
+        return found

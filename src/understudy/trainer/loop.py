@@ -20,14 +20,21 @@ from understudy.methods import Method
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.observe import Clock, Observer, age_metrics, nonfinite_record, peak_memory_gib, sample_metrics
+from understudy.trainer.observe import (
+    Clock,
+    Observer,
+    nonfinite_record,
+    peak_memory_gib,
+    sample_metrics,
+    staleness_of,
+)
 from understudy.trainer.optimizer import Optimizer
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import StopSignal
-from understudy.trainer.update import Judged, MicroBatch, StudentModel, accumulate_gradients, prepare
+from understudy.trainer.update import Heads, MicroBatch, StudentModel, accumulate_gradients, prepare
 from understudy.types import Metric, Sample, add_metrics
 
 MAX_SKIPPED = 3
@@ -51,7 +58,7 @@ class Trainer:
     method: Method
     rollouts: Rollouts | Overlapped
     publish: Callable[[int, Sequence[Sample]], dict[str, float]]
-    """Gives the weights after so many updates to the engine, and may compare the two on samples; what was measured."""
+    """Gives the engine the weights after so many updates, and may compare the two on samples; returns what it measured."""
     optimizer: Optimizer
     settings: Train
     evaluation: Eval | None
@@ -74,45 +81,47 @@ class Trainer:
         with StopSignal() as signal, self._saved_on_failure():
             if self.progress.step == 0 and self.evaluation is not None and self.evaluation.at_start:
                 self._evaluate()
-            ending: Ending = "finished"
-            while self.progress.step < self.settings.steps:
-                if self._good_enough():
-                    ending = "good enough"
-                    break
+            while (ending := self._ending(signal)) is None:
                 self._take_step()
                 if self._is_due(None if self.evaluation is None else self.evaluation.every):
                     self._evaluate()
                 if self._is_due(self.settings.save_every):
                     self._checkpoint()
-                if self.ranks.any(signal.received):
-                    ending = "stopped by a signal"
-                    break
             if ending != "stopped by a signal" and self.evaluation is not None:
                 self._evaluate()
             self._checkpoint()
         return ending
 
+    def _ending(self, signal: StopSignal) -> Ending | None:
+        """Why training ends here; None: it goes on."""
+        if self.ranks.any(signal.received):
+            return "stopped by a signal"
+        if self.progress.step >= self.settings.steps:
+            return "finished"
+        goal, best = self.settings.stop_at, self.progress.best_value
+        return "good enough" if goal is not None and best is not None and best >= goal else None
+
     def _take_step(self) -> None:
-        step, clock = self.progress.step, Clock(self.student.device)
-        # what draws from torch's own generator (dropout) is a function of the step, as everything else is
+        """Collects samples, trains on them, publishes the weights, and logs what was seen."""
+        step, updates, clock = self.progress.step, self.progress.updates, Clock(self.student.device)
+        # dropout draws from torch's own generator; this makes it a function of the step, as all other draws are
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
-        found = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
-        updates = self.progress.updates
-        ages = age_metrics(found.samples, updates)
+        collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
         with clock("update_s"):
-            numbers = self._update(found.judged, method, own_step)
-        metrics = self.ranks.sum_metrics(sample_metrics(found.written) | ages | found.metrics)
-        numbers |= {name: metric.value for name, metric in metrics.items() if metric.count}
-        numbers |= self.ranks.sum_counts(found.counts | {"samples_dropped": found.num_dropped})
-        numbers |= {"prompts_too_long": float(found.num_prompts_too_long), "peak_memory_gib": peak_memory_gib()}
+            numbers = self._update(collected.samples, method, own_step)
+        staleness = staleness_of(collected.samples, updates)
+        metrics = sample_metrics(collected.written) | collected.metrics
+        metrics["staleness"] = Metric(float(staleness.sum()), float(staleness.numel()))
+        metrics = self.ranks.sum_metrics(metrics)
+        numbers |= _means(metrics) | self.ranks.sum_counts(collected.counts) | {"peak_memory_gib": peak_memory_gib()}
         if len(self.method.members) > 1:
             numbers["phase"] = float(next(n for n, part in enumerate(self.method.members) if part is method))
         num_samples, num_tokens = int(metrics["response_tokens"].count), int(metrics["response_tokens"].total)
         self.progress = replace(
             self.progress,
             step=step + 1,
-            position=found.next_position,
+            position=collected.next_position,
             num_samples=self.progress.num_samples + num_samples,
             num_tokens=self.progress.num_tokens + num_tokens,
         )
@@ -121,12 +130,12 @@ class Trainer:
         try:
             if self.progress.updates > updates:
                 with clock("push_s"):
-                    numbers |= self._healed(lambda: self.publish(self.progress.updates, found.samples))
+                    numbers |= self._healed(lambda: self.publish(self.progress.updates, collected.samples))
         finally:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
-            self.observer.used(step + 1, found.positions)
-        self._save_samples([*found.samples, *found.rejected])
+            self.observer.used(step + 1, collected.positions)
+        self._save_samples([*collected.samples, *collected.rejected])
         self._check_progress()
 
     def _check_progress(self) -> None:
@@ -144,7 +153,7 @@ class Trainer:
             )
 
     def _healed(self, do: Callable[[], Result]) -> Result:
-        """What `do` returns; where an engine has lost its weights it gets them again, and what it wrote is forgotten."""
+        """Returns what `do` returns. An engine that has lost its weights gets them again, and what it wrote is forgotten."""
         if not self.rollouts.collector.engine.remote:
             return do()
         for _ in range(MAX_HEALED):
@@ -155,82 +164,77 @@ class Trainer:
                 lost = error
             if not self.ranks.any(lost is not None):
                 return found
-            said = lost or "the rollout engine lost its weights, another rank says"
+            said = lost or "the rollout engine lost its weights, as another rank reports"
             text = f"{said}. It gets them again, and what it wrote since is written anew"
             self.observer.warn(self.progress.step, text)
             self.rollouts.reset()
             self.publish(self.progress.updates, ())
         return do()
 
-    def _update(self, judged: Judged, method: Method, own_step: int) -> dict[str, float]:
-        """The updates of one step: their mean loss and gradient norm, and the metrics of all of them."""
-        settings, step, before = self.settings, self.progress.step, self.progress
+    def _update(self, samples: Sequence[Sample], method: Method, own_step: int) -> dict[str, float]:
+        """Makes the updates of one step; returns their mean loss and gradient norm, and the metrics of all of them."""
+        settings, before = self.settings, self.progress
+        several = settings.minibatches * settings.passes > 1
         parts = prepare(
             self.student,
             method,
-            judged,
+            samples,
             step=own_step,
-            draw=(self.seed, step),
+            draw=(self.seed, before.step),
             ranks=self.ranks,
             num_minibatches=settings.minibatches,
-            fix_old=settings.minibatches * settings.passes > 1,
+            fix_old=several,
             by_teacher=self.several_teachers,
         )
-        heads, reference = self._heads(method, judged)
-        made = [
-            self._update_once(part, method, own_step, heads, reference)
-            for _ in range(settings.passes)
-            for part in parts
-        ]
+        heads = self.heads_of(method, samples)
         total: dict[str, Metric] = {}
-        for _, metrics in made:
+        rows = []
+        for part in parts * settings.passes:
+            numbers, metrics = self._update_once(part, method, own_step, heads)
+            rows.append(numbers)
             total = add_metrics(total, metrics)
         if not total:
-            self.observer.warn(step + 1, f"step {step + 1} was skipped: no sample with a trained token is left")
+            self.observer.warn(
+                before.step + 1, f"step {before.step + 1} was skipped: no sample with a trained token is left"
+            )
             self.progress = replace(self.progress, empty_in_row=before.empty_in_row + 1)
             return {}
-        self.progress = replace(self.progress, empty_in_row=0)
-        if self.progress.updates == before.updates:
-            self.progress = replace(self.progress, skipped_in_row=before.skipped_in_row + 1)
-        else:
-            self.progress = replace(self.progress, skipped_in_row=0)
-        return {name: metric.value for name, metric in total.items() if metric.count} | _means(
-            [numbers for numbers, _ in made]
-        )
+        skipped = before.skipped_in_row + 1 if self.progress.updates == before.updates else 0
+        self.progress = replace(self.progress, empty_in_row=0, skipped_in_row=skipped)
+        means = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            # a skipped update has no learning rate
+            values = [row[name] for row in rows if name in row]
+            means[name] = sum(values) / len(values)
+        return _means(total) | means
 
-    def _heads(self, method: Method, judged: Judged) -> tuple[Mapping[str | None, LMHead], LMHead | None]:
-        """Heads of the teachers and of the reference, where whole rows are compared."""
-        collector = self.rollouts.collector
+    def heads_of(self, method: Method, samples: Sequence[Sample]) -> Heads:
+        """Returns the heads of the samples' teachers and of the reference, where the method compares whole rows."""
+        teacher, reference = self.rollouts.collector.teacher, self.rollouts.collector.reference
         if "full" not in method.needs:
-            return {}, None
-        names = {sample.teacher for sample in judged.samples} if self.several_teachers else {None}
-        found = {name: None if collector.teacher is None else collector.teacher.head_for(name) for name in names}
-        heads = {name: head for name, head in found.items() if head is not None}
-        if (
-            self.settings.minibatches * self.settings.passes > 1
-            and collector.teacher is not None
-            and collector.teacher.state()
-        ):
+            return Heads()
+        heads: dict[str | None, LMHead] = {}
+        for name in {sample.teacher for sample in samples} if self.several_teachers else {None}:
+            head = None if teacher is None else teacher.head_for(name)
+            if head is not None:
+                heads[name] = head
+        if self.settings.minibatches * self.settings.passes > 1 and teacher is not None and teacher.state():
             # a teacher that follows the student would change the head under the hidden states of later updates
-            heads = {name: _copied(head) for name, head in heads.items()}
-        if "reference" not in method.needs or collector.reference is None:
-            return heads, None
-        return heads, collector.reference.head_for(None)
+            heads = {
+                name: replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
+                for name, head in heads.items()
+            }
+        if "reference" not in method.needs or reference is None:
+            return Heads(heads)
+        return Heads(heads, reference.head_for(None))
 
     def _update_once(
-        self,
-        part: Sequence[MicroBatch],
-        method: Method,
-        own_step: int,
-        heads: Mapping[str | None, LMHead],
-        reference: LMHead | None,
+        self, part: Sequence[MicroBatch], method: Method, own_step: int, heads: Heads
     ) -> tuple[dict[str, float], dict[str, Metric]]:
         """Gradient, clip, optimizer step; an update whose loss or gradient is not finite changes nothing."""
         step = self.progress.step
         self.optimizer.zero_grad()
-        loss, metrics = accumulate_gradients(
-            self.student, part, heads=heads, reference_head=reference, step=own_step, ranks=self.ranks
-        )
+        loss, metrics = accumulate_gradients(self.student, part, heads=heads, step=own_step, ranks=self.ranks)
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
         if not metrics:
@@ -243,36 +247,36 @@ class Trainer:
             if self.rollouts.collector.teacher is not None:
                 self.rollouts.collector.teacher.follow(self.student.model)
         else:
-            self._skip(part, loss, norm, step)
+            path = self._save_bad_batch(part)
+            text = f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"
+            self.observer.warn(step + 1, text)
         self.optimizer.zero_grad()
         return numbers, metrics
 
-    def _skip(self, part: Sequence[MicroBatch], loss: float, norm: float, step: int) -> None:
-        rows = [
-            nonfinite_record(sample, None if micro.judged.scores is None else micro.judged.scores[index])
-            for micro in part
-            for index, sample in enumerate(micro.judged.samples)
-        ]
-        folder, name = self.run_dir.path / "bad_batches", f"step_{step + 1:06d}_rank_{self.ranks.rank}"
+    def _save_bad_batch(self, part: Sequence[MicroBatch]) -> Path:
+        folder = self.run_dir.path / "bad_batches"
+        name = f"step_{self.progress.step + 1:06d}_rank_{self.ranks.rank}"
+        # one step may have several updates, and each of them may fail
         before = len(list(folder.glob(f"{name}*.jsonl")))
         path = folder / (f"{name}_{before + 1}.jsonl" if before else f"{name}.jsonl")
-        write_json_lines(path, rows)
-        self.observer.warn(
-            step + 1, f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"
-        )
+        write_json_lines(path, [nonfinite_record(sample) for micro in part for sample in micro.samples])
+        return path
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
-    def _good_enough(self) -> bool:
-        goal, best = self.settings.stop_at, self.progress.best_value
-        return goal is not None and best is not None and best >= goal
-
     def _evaluate(self) -> None:
         if self.observer.evaluated_at == self.progress.step:
             return
+
+        def evaluated() -> EvalSummary:
+            summary = self.evaluate(self.progress.step)
+            # an engine that was started again meanwhile has answered with other weights
+            self.rollouts.collector.engine.verify()
+            return summary
+
         started = time.perf_counter()
-        summary = self._healed(self._evaluated)
+        summary = self._healed(evaluated)
         shown = self.observer.evaluation(summary, time.perf_counter() - started)
         # the first rank's: a grader's time limit may strike on one rank and not on another
         value = self.ranks.gather((shown,))[0][0]
@@ -280,11 +284,6 @@ class Trainer:
             self.progress = self.progress.evaluated(value)
             if self.settings.keep_best and self.progress.best_step == self.progress.step:
                 self._checkpoint()
-
-    def _evaluated(self) -> EvalSummary:
-        summary = self.evaluate(self.progress.step)
-        self.rollouts.collector.engine.verify()
-        return summary
 
     def _checkpoint(self) -> None:
         broken = [name for name, value in self.student.model.named_parameters() if not bool(value.isfinite().all())]
@@ -327,12 +326,6 @@ class Trainer:
             raise
 
 
-def _copied(head: LMHead) -> LMHead:
-    return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
-
-
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each number over the updates that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    found = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}
+def _means(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """The means that were taken over anything."""
+    return {name: metric.value for name, metric in metrics.items() if metric.count}

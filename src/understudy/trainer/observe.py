@@ -18,7 +18,7 @@ from understudy.format import Interval
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.console import Console
 from understudy.trainer.loggers import JsonLines, MetricLogger
-from understudy.types import Author, Metric, Sample, Scores
+from understudy.types import Author, Metric, Sample
 
 
 class Clock:
@@ -65,14 +65,11 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
     return metrics
 
 
-def age_metrics(samples: Sequence[Sample], updates: int) -> dict[str, Metric]:
-    """`staleness`: updates since the weights that wrote each of the student's tokens."""
+def staleness_of(samples: Sequence[Sample], updates: int) -> Tensor:
+    """Returns the updates since the weights that wrote each of the student's tokens. [N]."""
     versions = [sample.policy_version for sample in samples if sample.policy_version is not None]
-    if not versions:
-        return {}
-    known = torch.cat(versions)
-    known = known[known >= 0]
-    return {"staleness": Metric(float((updates - known).sum()), float(known.numel()))}
+    known = torch.cat(versions) if versions else torch.zeros(0, dtype=torch.int64)
+    return updates - known[known >= 0]
 
 
 def peak_memory_gib() -> float:
@@ -84,8 +81,9 @@ def peak_memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def nonfinite_record(sample: Sample, score: Scores | None) -> dict[str, object]:
-    """A sample of a step that was skipped, with all that its loss was made of."""
+def nonfinite_record(sample: Sample) -> dict[str, object]:
+    """Returns a sample of a step that was skipped, with all that its loss was made of."""
+    score = sample.scores
     return {
         "prompt_id": sample.prompt.id,
         "index": sample.index,

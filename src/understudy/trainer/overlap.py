@@ -15,77 +15,67 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Condition
 
-import torch
-
 from understudy.errors import EngineError
 from understudy.methods import Method, RolloutPlan
 from understudy.trainer.checkpoint import Progress
-from understudy.trainer.collect import Collector
+from understudy.trainer.collect import Collected, Collector
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.observe import Clock
+from understudy.trainer.observe import Clock, staleness_of
 from understudy.trainer.prompts import Drawn
-from understudy.trainer.rollouts import MAX_ROUNDS, Gathered, Rollouts
+from understudy.trainer.rollouts import MAX_ROUNDS, Rollouts, replaces_flat
 from understudy.trainer.settings import Async, Train
-from understudy.trainer.update import Judged
-from understudy.types import Request, Sample
+from understudy.types import Request
 
 MAX_STALE_DRAWS = 3
-"""Times in a row that one prompt's samples may come back too old until the run stops."""
+"""Times in a row that one prompt's samples may come back too stale until the run stops."""
 
 
 @dataclass(eq=False)
-class _Parcel:
-    """Prompts whose samples are used in one step."""
+class _Batch:
+    """Prompts that are drawn together and whose samples are used in one step."""
 
     drawn: Drawn
     """All of its prompts."""
     mine: Drawn
     """Those of this rank."""
     start: int
-    """Where `drawn` begins."""
+    """Position at which `drawn` begins. It names the draws and the samples' indices, so no batch in flight shares either."""
     method: Method
     plan: RolloutPlan
     num_draws: int = 1
-    waiting: int = 0
-    """Pieces that are not scored yet."""
-    found: Gathered = field(default_factory=lambda: Gathered(0))
-    judged: dict[int, Judged] = field(default_factory=dict)
-    """By piece."""
-    dropped: bool = False
+    num_chunks: int = 0
+    scored: dict[int, Collected] = field(default_factory=dict)
+    """By the number of the chunk; complete when all chunks are there."""
+    abandoned: bool = False
     """Nobody waits for it."""
 
-    def first_index(self, samples_per_prompt: int) -> int:
-        """Of its samples: no other parcel near it has the same."""
-        return self.start * samples_per_prompt
 
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Requests of a batch that are sent to the engine at once."""
 
-@dataclass(eq=False)
-class _Piece:
-    """What is sent to the engine at once."""
-
-    parcel: _Parcel
+    batch: _Batch
     number: int
     requests: Sequence[Request]
-    samples: list[Sample] = field(default_factory=list)
-    """To be scored."""
 
 
 class Overlapped:
-    """`Rollouts.collect`, ahead of time. Threads generate and score; everything else happens in the caller's."""
+    """`Rollouts.collect`, ahead of time. Threads generate and score; everything else happens in the caller's thread."""
 
     def __init__(self, rollouts: Rollouts, method: Method, settings: Async, *, grouped: bool = False) -> None:
         """`grouped`: the engine wants the samples of a prompt together."""
         self._ranks = rollouts.ranks
         # prompts are split over ranks, so that a group is whole on its rank and no thread waits for another rank
         alone = replace(rollouts.rewarder, ranks=Ranks())
-        self._rollouts = replace(rollouts, rewarder=alone, ranks=Ranks())
+        self.rollouts = replace(rollouts, rewarder=alone, ranks=Ranks())
         self._method = method
         self._settings = settings
         self._train: Train = rollouts.settings
         num_engines = rollouts.collector.engine.concurrency
         self._single, self._grouped = num_engines > 1, grouped
-        self._parcels: deque[_Parcel] = deque()
-        self._to_score: deque[_Piece] = deque()
+        self._batches: deque[_Batch] = deque()
+        self._to_score: deque[tuple[_Chunk, Collected]] = deque()
+        # guards `_to_score`, `_error`, `_last_news` and the batches' `scored`, which threads change
         self._changed = Condition()
         self._error: BaseException | None = None
         self._closed = False
@@ -97,73 +87,80 @@ class Overlapped:
     @property
     def collector(self) -> Collector:
         """As `Rollouts.collector`."""
-        return self._rollouts.collector
+        return self.rollouts.collector
 
-    def collect(self, progress: Progress, method: Method, own_step: int, clock: Clock) -> Gathered:
-        """The judged samples of a step, at most `max_staleness` steps old; then sends prompts for the next steps.
+    def collect(self, progress: Progress, method: Method, own_step: int, clock: Clock) -> Collected:
+        """Returns the scored samples of a step, at most `max_staleness` steps old; then sends prompts for the next steps.
 
-        Raises EngineError where nothing comes back for `timeout_s`, and what a thread raised.
+        Raises EngineError where nothing comes back for `timeout_s`, and whatever a thread raised.
         """
         with clock("wait_s"):
-            found = self._take(progress, method)
+            collected = self._take(progress, method)
             self.collector.engine.verify()
             self._send(progress.step, 0)
-        return found
+        return collected
 
-    def _take(self, progress: Progress, method: Method) -> Gathered:
-        """Parcels in order until the step has its prompts."""
+    def _take(self, progress: Progress, method: Method) -> Collected:
+        """Takes batches in order until the step has its prompts."""
         if self._next_position is None:
             self._next_position = progress.position
-        wanted = self._train.prompts_per_step
-        total = Gathered(progress.position)
-        parts: list[Judged] = []
-        num_used = 0
+        position, wanted, num_used = progress.position, self._train.prompts_per_step, 0
+        parts: list[Collected] = []
         while wanted > 0 and num_used < MAX_ROUNDS * self._train.prompts_per_step:
             self._send(progress.step, wanted)
-            parcel = self._first(progress, method, total)
+            batch, num_stale = self._first_fresh(progress, method)
+            position, num_prompts = batch.drawn.next_position, len(batch.drawn.prompts)
+            own = Collected.join([batch.scored[number] for number in sorted(batch.scored)], position)
+            # one that was drawn twice counts twice
+            num_flat = sum(name in own.flat_prompts for name in batch.mine.names)
+            counts = Counter(prompts_flat=num_flat)
+            if num_stale:
+                counts["samples_stale"] = num_stale
+            if self._ranks.is_main:
+                counts["prompts_too_long"] = batch.drawn.num_too_long
+            parts += [own, Collected([], counts=counts, positions=batch.drawn.positions)]
+            num_used += num_prompts
             # on every rank the same: the next step begins where this one ends
-            flat = sum(self._ranks.gather(_flat(parcel))) if _refills(parcel.plan) else 0
-            for samples in (parcel.found.samples, parcel.found.written, parcel.found.rejected):
-                # pieces end in any order
-                samples.sort(key=lambda sample: sample.index)
-            total.add(parcel.found)
-            total.next_position = parcel.drawn.next_position
-            total.positions += parcel.drawn.positions
-            parts += [parcel.judged[number] for number in sorted(parcel.judged)]
-            num_used += len(parcel.drawn.prompts)
-            wanted -= len(parcel.drawn.prompts) - flat
-        total.judged = Judged.join(parts)
-        return total
+            wanted -= num_prompts - (sum(self._ranks.gather(num_flat)) if replaces_flat(batch.plan) else 0)
+        return Collected.join(parts, position)
 
-    def _first(self, progress: Progress, method: Method, total: Gathered) -> _Parcel:
-        """The next parcel, finished, young enough and made for this phase of the method; others are made again."""
+    def _first_fresh(self, progress: Progress, method: Method) -> tuple[_Batch, int]:
+        """Waits for the next batch and removes it from the queue; also returns how many stale samples were thrown away.
+
+        A batch that is too stale, or was made for another phase of the method, is written again.
+        """
         allowed = self._settings.max_staleness * self._train.minibatches * self._train.passes
+        num_stale = 0
         while True:
-            parcel = self._parcels[0]
-            self._wait_for(parcel)
-            age = _age(parcel.found.written, progress.updates)
-            if parcel.method is method and age <= allowed:
-                return self._parcels.popleft()
-            total.counts["samples_stale"] += len(parcel.found.written) if age > allowed else 0
-            if parcel.num_draws > MAX_STALE_DRAWS and age > allowed:
-                raise EngineError(
-                    f"the samples of prompt {parcel.drawn.names[0]} came back {age} updates old {parcel.num_draws} times in "
-                    f"a row, async.max_staleness allows {allowed}: does the rollout engine take the weights that are pushed?"
-                )
-            again = self._parcel(parcel.start, len(parcel.drawn.prompts), progress.step)
-            again.num_draws = parcel.num_draws + 1
-            self._parcels[0] = again
+            batch = self._batches[0]
+            self._wait_for(batch)
+            written = [sample for part in batch.scored.values() for sample in part.written]
+            versions_behind = staleness_of(written, progress.updates)
+            staleness = int(versions_behind.max()) if versions_behind.numel() else 0
+            if batch.method is method and staleness <= allowed:
+                return self._batches.popleft(), num_stale
+            if staleness > allowed:
+                num_stale += len(written)
+                if batch.num_draws > MAX_STALE_DRAWS:
+                    raise EngineError(
+                        f"the samples of prompt {batch.drawn.names[0]} came back {staleness} updates old {batch.num_draws} "
+                        f"times in a row, async.max_staleness allows {allowed}: does the rollout engine take the weights that "
+                        "are pushed?"
+                    )
+            again = self._draw(batch.start, len(batch.drawn.prompts), progress.step)
+            again.num_draws = batch.num_draws + 1
+            self._batches[0] = again
             self._submit(again)
 
-    def _wait_for(self, parcel: _Parcel) -> None:
+    def _wait_for(self, batch: _Batch) -> None:
         with self._changed:
             self._last_news = time.monotonic()
-            while parcel.waiting and self._error is None:
+            while len(batch.scored) < batch.num_chunks and self._error is None:
                 left = self._last_news + self._settings.timeout_s - time.monotonic()
                 if left <= 0:
                     raise EngineError(
                         f"no sample was finished for {self._settings.timeout_s:g} s (async.timeout_s), prompt "
-                        f"{parcel.drawn.names[0]} is waited for: look at the logs of the rollout engine and the teacher"
+                        f"{batch.drawn.names[0]} is waited for: look at the logs of the rollout engine and the teacher"
                     )
                 self._changed.wait(left)
             if self._error is not None:
@@ -174,38 +171,36 @@ class Overlapped:
         assert self._next_position is not None
         per_step, size = self._train.prompts_per_step, 1 if self._single else self._train.prompts_per_step
         limit = wanted + per_step * min(self._settings.max_staleness, self._train.steps - step - 1)
-        while (num_ahead := sum(len(parcel.drawn.prompts) for parcel in self._parcels)) < limit:
+        while (num_ahead := sum(len(batch.drawn.prompts) for batch in self._batches)) < limit:
             # what is not for this step is for a later one, with a plan, and maybe a phase, of its own
             later = 0 if num_ahead < wanted else 1 + (num_ahead - wanted) // per_step
             count = min(size, (wanted if num_ahead < wanted else limit) - num_ahead)
-            parcel = self._parcel(self._next_position, count, step + later)
-            self._next_position = parcel.drawn.next_position
-            self._parcels.append(parcel)
-            self._submit(parcel)
+            batch = self._draw(self._next_position, count, step + later)
+            self._next_position = batch.drawn.next_position
+            self._batches.append(batch)
+            self._submit(batch)
 
-    def _parcel(self, position: int, size: int, step: int) -> _Parcel:
+    def _draw(self, position: int, size: int, step: int) -> _Batch:
         method, own_step = self._method.at(step)
-        drawn = self._rollouts.prompts.draw(position, size)
+        drawn = self.rollouts.prompts.draw(position, size)
         own = [at % self._ranks.world == self._ranks.rank for at in drawn.positions]
         mine = replace(drawn, prompts=tuple(pair for pair, is_mine in zip(drawn.prompts, own, strict=True) if is_mine))
-        found = Gathered(0, num_prompts_too_long=drawn.num_too_long)
-        return _Parcel(drawn, mine, position, method, method.plan(own_step), found=found)
+        return _Batch(drawn, mine, position, method, method.plan(own_step))
 
-    def _submit(self, parcel: _Parcel) -> None:
-        """In pieces of one request where nothing compares the samples of a prompt before they are scored."""
-        # a prompt that comes again in the same step has samples, and so draws, of other names
-        seen = Counter(dict.fromkeys(parcel.mine.names, parcel.first_index(self._train.samples_per_prompt)))
-        plan, requests = parcel.plan, parcel.mine.requests(self._train.samples_per_prompt, seen)
+    def _submit(self, batch: _Batch) -> None:
+        """Sends a batch to the engine, in chunks of one request where nothing compares the samples of a prompt."""
+        plan = batch.plan
+        requests = batch.mine.requests(self._train.samples_per_prompt, dict.fromkeys(batch.mine.names, batch.start))
         compared = plan.rewards is not None or plan.acceptance is not None or plan.prefix_share > 0
         whole = compared or self._grouped or not self._single
-        cut = [requests] if whole else [[request] for request in requests]
-        pieces = [_Piece(parcel, number, part) for number, part in enumerate(cut)] if requests else []
-        parcel.waiting = len(pieces)
-        for piece in pieces:
-            self._generators.submit(self._guarded, self._generate, piece)
+        parts = [requests] if whole else [[request] for request in requests]
+        chunks = [_Chunk(batch, number, part) for number, part in enumerate(parts)] if requests else []
+        batch.num_chunks = len(chunks)
+        for chunk in chunks:
+            self._generators.submit(self._guarded, self._generate, chunk)
 
     def _guarded(self, work: Callable[..., None], *args: object) -> None:
-        """An error in a thread ends the run; it is raised where the run waits."""
+        """Runs `work` in a thread; an error there ends the run and is raised where the run waits."""
         if self._closed or self._error is not None:
             return
         try:
@@ -215,50 +210,37 @@ class Overlapped:
                 self._error = self._error or error
                 self._changed.notify_all()
 
-    def _generate(self, piece: _Piece) -> None:
-        parcel, found = piece.parcel, Gathered(0)
-        if parcel.dropped:
+    def _generate(self, chunk: _Chunk) -> None:
+        batch = chunk.batch
+        if batch.abandoned:
             return
-        first = parcel.first_index(self._train.samples_per_prompt)
-        # the position names the draws: a prompt that comes again in another epoch draws other numbers
-        rewarded = self._rollouts.answer(found, parcel.mine, piece.requests, parcel.plan, parcel.start, first)
-        flat = rewarded.flat_prompts if _refills(parcel.plan) else frozenset()
-        piece.samples = [sample for sample in rewarded.samples if sample.prompt.id not in flat]
-        found.samples = list(piece.samples)
-        # one that was drawn twice counts twice
-        found.counts["prompts_flat"] += sum(prompt.id in flat for prompt, _ in parcel.mine.prompts)
+        first_index = batch.start * self._train.samples_per_prompt
+        # the position takes the place of the step: a prompt that comes again in another epoch draws other numbers
+        written = self.rollouts.answer(batch.mine, chunk.requests, batch.plan, batch.start, first_index)
         with self._changed:
-            parcel.found.add(found)
-            self._to_score.append(piece)
+            self._to_score.append((chunk, written))
         self._scorers.submit(self._guarded, self._score)
 
     def _score(self) -> None:
-        """All pieces that wait, together: a teacher is faster with many."""
+        """Scores all chunks that wait, together: a teacher is faster with many samples at once."""
         with self._changed:
-            pieces = list(self._to_score)
+            waiting = list(self._to_score)
             self._to_score.clear()
-        for method in dict.fromkeys(piece.parcel.method for piece in pieces):
-            self._score_together([piece for piece in pieces if piece.parcel.method is method], method)
-
-    def _score_together(self, pieces: Sequence[_Piece], method: Method) -> None:
-        whose = {id(sample): number for number, piece in enumerate(pieces) for sample in piece.samples}
-        judged, _ = self.collector.score([sample for piece in pieces for sample in piece.samples], method)
-        rows: list[list[int]] = [[] for _ in pieces]
-        for row, sample in enumerate(judged.samples):
-            rows[whose[id(sample)]].append(row)
-        with self._changed:
-            for piece, index in zip(pieces, rows, strict=True):
-                piece.parcel.judged[piece.number] = judged.at(index)
-                piece.parcel.found.num_dropped += len(piece.samples) - len(index)
-                piece.parcel.waiting -= 1
-            self._last_news = time.monotonic()
-            self._changed.notify_all()
+        for method in dict.fromkeys(chunk.batch.method for chunk, _ in waiting):
+            part = [(chunk, written) for chunk, written in waiting if chunk.batch.method is method]
+            scored = iter(self.collector.score([one for _, written in part for one in written.samples], method))
+            with self._changed:
+                for chunk, written in part:
+                    of_chunk = [next(scored) for _ in written.samples]
+                    chunk.batch.scored[chunk.number] = written.with_scores(of_chunk)
+                self._last_news = time.monotonic()
+                self._changed.notify_all()
 
     def reset(self) -> None:
         """Forgets what was written ahead; the next step sends its prompts again."""
-        for parcel in self._parcels:
-            parcel.dropped = True
-        self._parcels.clear()
+        for batch in self._batches:
+            batch.abandoned = True
+        self._batches.clear()
         self._next_position = None
 
     def close(self) -> None:
@@ -266,25 +248,7 @@ class Overlapped:
         self._closed = True
         for pool in (self._generators, self._scorers):
             pool.shutdown(wait=False, cancel_futures=True)
-        self._rollouts.close()
+        # closing engine and teacher breaks off the calls that the threads wait in
+        self.rollouts.close()
         for pool in (self._generators, self._scorers):
             pool.shutdown(wait=True)
-
-
-def _refills(plan: RolloutPlan) -> bool:
-    return plan.rewards is not None and plan.rewards.dynamic_sampling
-
-
-def _flat(parcel: _Parcel) -> int:
-    return int(parcel.found.counts["prompts_flat"])
-
-
-def _age(samples: Sequence[Sample], updates: int) -> int:
-    """Updates since the oldest weights that wrote a token of the samples; 0 where none was written."""
-    versions = [sample.policy_version for sample in samples if sample.policy_version is not None]
-    known = torch.cat(versions) if versions else torch.zeros(0, dtype=torch.int64)
-    known = known[known >= 0]
-    return updates - int(known.min()) if known.numel() else 0
-
-
-__all__ = ["Overlapped"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,27 +15,32 @@ from understudy.types import Prompt, Request
 
 @dataclass(frozen=True)
 class Drawn:
-    """The prompts of one step, where the next step begins, and how many were left out as too long."""
+    """Prompts drawn together, and where the next draw begins."""
 
     prompts: tuple[tuple[Prompt, Tensor], ...]
     """Each with its token ids."""
     next_position: int
     num_too_long: int
+    """Prompts that were passed over because they are too long."""
     positions: tuple[int, ...] = ()
     """Of the prompts."""
 
     @property
     def names(self) -> list[str]:
-        """Ids of the prompts, each once."""
-        return list(dict.fromkeys(prompt.id for prompt, _ in self.prompts))
+        """Ids of the prompts; one that was drawn twice is there twice."""
+        return [prompt.id for prompt, _ in self.prompts]
 
-    def requests(self, samples_per_prompt: int, seen: Counter[str] | None = None) -> list[Request]:
-        """`samples_per_prompt` requests for each prompt; one that was drawn before goes on counting its index in `seen`."""
-        seen = Counter() if seen is None else seen
+    def requests(self, num_samples: int, num_before: Mapping[str, int]) -> list[Request]:
+        """Returns `num_samples` requests for each prompt, with indices that no other request for the prompt has.
+
+        `num_before`: how often each prompt was drawn already. Randomness is keyed by the index, so a prompt that comes
+        again must not have the same one.
+        """
+        drawn = Counter(num_before)
         made = []
         for prompt, ids in self.prompts:
-            made += [Request(prompt, seen[prompt.id] + n, ids) for n in range(samples_per_prompt)]
-            seen[prompt.id] += samples_per_prompt
+            made += [Request(prompt, drawn[prompt.id] * num_samples + n, ids) for n in range(num_samples)]
+            drawn[prompt.id] += 1
         return made
 
 
@@ -58,24 +63,24 @@ class PromptStream:
         return self._prompts[Permutation(len(self._prompts), f"{self._seed}/order/{epoch}")(place)]
 
     def draw(self, position: int, count: int) -> Drawn:
-        """The next `count` prompts that fit the token budget. Raises DataError when a whole epoch has none."""
-        found: list[tuple[Prompt, Tensor]] = []
-        places: list[int] = []
+        """Returns the next `count` prompts that fit the token budget. Raises DataError when a whole epoch has none."""
+        chosen: list[tuple[Prompt, Tensor]] = []
+        positions: list[int] = []
         too_long_in_row = num_too_long = 0
-        while len(found) < count:
+        while len(chosen) < count:
             prompt = self[position]
             ids = self._encode(prompt)
-            position += 1
             if len(ids) <= self._limit:
-                found.append((prompt, ids))
-                places.append(position - 1)
+                chosen.append((prompt, ids))
+                positions.append(position)
                 too_long_in_row = 0
-                continue
-            num_too_long += 1
-            too_long_in_row += 1
+            else:
+                num_too_long += 1
+                too_long_in_row += 1
+            position += 1
             # an epoch may end and the next begin with long ones; twice their number is only reached if all are long
             if too_long_in_row >= 2 * len(self._prompts):
                 raise DataError(
                     f"all {len(self._prompts)} training prompts are longer than train.max_prompt_tokens ({self._limit})"
                 )
-        return Drawn(tuple(found), position, num_too_long, tuple(places))
+        return Drawn(tuple(chosen), position, num_too_long, tuple(positions))

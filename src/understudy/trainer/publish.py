@@ -68,6 +68,6 @@ def probe_of(student: StudentModel, samples: Sequence[Sample]) -> Probe:
         return Probe((), ())
     target = torch.cat([sample.response_ids for sample in cut]).to(student.device)
     with evaluating(student.model):
-        logprob, _ = score(student.hidden(cut), lm_head(student.model), target)
+        logprob, _ = score(student.hidden(student.lay_out(cut)), lm_head(student.model), target)
     sizes = [sample.num_response_tokens for sample in cut]
     return Probe(tuple(sample.token_ids for sample in cut), logprob.cpu().split(sizes))

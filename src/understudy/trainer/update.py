@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from understudy.linear.whole import CutTerms
 from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating
-from understudy.packing import RowStyle, lay_out, micro_batches, pack
+from understudy.packing import Layout, RowStyle, ScoreField, lay_out, micro_batches, pack
 from understudy.randomness import hash_name, keyed_uniform
 from understudy.trainer.distributed import Ranks
 from understudy.types import Metric, Sample, Scores, TokenBatch, add_metrics, fill
@@ -37,70 +37,50 @@ class StudentModel:
     style: RowStyle = "packed"
 
     def head(self) -> LMHead:
-        """Its head at the rollout temperature, over the tokens that exist."""
+        """The head at the rollout temperature, over the tokens that exist."""
         return lm_head(self.model, temperature=self.temperature, vocab_size=self.vocab_size)
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision where it was asked for."""
-        if self.compute_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+    def lay_out(self, samples: Sequence[Sample]) -> Layout:
+        """Returns the samples in rows as this model takes them, on its device."""
+        return lay_out(samples, style=self.style).to(self.device)
 
-    def hidden(self, samples: Sequence[Sample]) -> Tensor:
-        """Hidden states that predict the response tokens, in the order of `pack`. [T, H]."""
-        layout = lay_out(samples, style=self.style)
-        with self.autocast():
-            states = backbone_hidden(self.model, layout.input_ids.to(self.device), layout.position_ids.to(self.device))
-        return states.flatten(0, 1)[layout.predicts.to(self.device)]
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """Samples with what was said about each; None where nobody was asked."""
-
-    samples: Sequence[Sample]
-    scores: Sequence[Scores] | None = None
-    reference: Sequence[Scores] | None = None
-
-    def at(self, index: Sequence[int]) -> Judged:
-        """Some of them."""
-        return Judged(*(None if part is None else [part[i] for i in index] for part in self._parts))  # type: ignore[arg-type]
-
-    @staticmethod
-    def join(parts: Sequence[Judged]) -> Judged:
-        """All of them, in order."""
-        scores = [part.scores for part in parts if part.scores is not None]
-        reference = [part.reference for part in parts if part.reference is not None]
-        return Judged(
-            [sample for part in parts for sample in part.samples],
-            [score for part in scores for score in part] if scores else None,
-            [score for part in reference for score in part] if reference else None,
-        )
-
-    @property
-    def _parts(self) -> tuple[Sequence[object] | None, ...]:
-        return self.samples, self.scores, self.reference
+    def hidden(self, layout: Layout) -> Tensor:
+        """Returns the hidden states that predict the response tokens, in the order of `pack`. [T, H]."""
+        # weights may be float32 while the arithmetic is mixed precision
+        mixed: AbstractContextManager[object] = nullcontext()
+        if self.compute_dtype is not None:
+            mixed = torch.autocast(self.device.type, dtype=self.compute_dtype)
+        with mixed:
+            states = backbone_hidden(self.model, layout.input_ids, layout.position_ids)
+        return states.flatten(0, 1)[layout.predicts]
 
 
-Heads = Mapping[str | None, LMHead]
-"""Of the teachers whose whole rows are compared, by the name that samples have for them."""
+@dataclass(frozen=True)
+class Heads:
+    """Heads of the models whose whole rows are compared with the student's; empty where a method needs none."""
+
+    teachers: Mapping[str | None, LMHead] = field(default_factory=dict)
+    """By the name that samples have for the teacher; None: the only one."""
+    reference: LMHead | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward and backward is made of."""
+    """The input of one forward and backward."""
 
-    judged: Judged
+    samples: Sequence[Sample]
+    layout: Layout
+    """Of the samples, on the student's device: every forward over them uses it."""
     batch: TokenBatch
     terms: TermsOf
-    label: str | None = None
-    """The teacher, where there are several."""
+    teacher: str | None = None
+    """Name of the samples' teacher where there are several: one micro-batch, one teacher."""
 
 
 def prepare(
     student: StudentModel,
     method: Method,
-    judged: Judged,
+    samples: Sequence[Sample],
     *,
     step: int,
     draw: tuple[int, int],
@@ -109,72 +89,75 @@ def prepare(
     fix_old: bool = False,
     by_teacher: bool = False,
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each of `num_minibatches` updates; with `by_teacher` each has samples of one teacher.
+    """Returns the micro-batches of each of `num_minibatches` updates; `by_teacher`: each has samples of one teacher.
 
     `step` is the method's own; `draw`, the run's seed and step, is what random draws are keyed by.
 
-    `fix_old`: S_old is read off now, because the student will have moved when it is needed. A method that needs the whole
-    batch gets it, over all updates and ranks.
+    `fix_old`: S_old is computed now, because the student will have moved when it is needed. A method of scope "batch"
+    gets all samples of all updates and ranks at once.
     """
-    cut = [_cut(student, part, by_teacher) for part in _divide(judged, num_minibatches, ranks)]
-    micros = [
-        [MicroBatch(one, _pack(one, method, *draw).to(student.device), method, label) for one, label in part]
-        for part in cut
+    parts = [
+        _micro_batches(student, method, part, draw, by_teacher) for part in _divide(samples, num_minibatches, ranks)
     ]
-    if not (fix_old or method.scope == "batch"):
-        return micros
-    micros = [[_score_old(student, micro) for micro in part] for part in micros]
-    if method.scope != "batch":
-        return micros
-    flat = [micro for part in micros for micro in part]
-    terms = iter(_cut_whole(method, [micro.batch for micro in flat], step, ranks))
-    return [[replace(micro, terms=next(terms)) for micro in part] for part in micros]
+    if fix_old or method.scope == "batch":
+        parts = [[_score_old(student, micro) for micro in part] for part in parts]
+    if method.scope == "batch":
+        batches = [micro.batch for part in parts for micro in part]
+        terms = iter(_terms_of_whole(method, batches, step, ranks))
+        parts = [[replace(micro, terms=next(terms)) for micro in part] for part in parts]
+    return parts
 
 
-def _divide(judged: Judged, num_parts: int, ranks: Ranks) -> list[Judged]:
-    """Parts of one size over all ranks, the samples of a prompt side by side; which ranks hold them makes no difference."""
+def _divide(samples: Sequence[Sample], num_parts: int, ranks: Ranks) -> list[Sequence[Sample]]:
+    """Parts of one size over all ranks, the samples of a prompt together. Which ranks hold them makes no difference."""
     if num_parts == 1:
-        return [judged]
-    # a prompt may come twice under one name: rank and place tell them apart
-    names = [(hash_name(item.prompt.id), item.index, ranks.rank, at) for at, item in enumerate(judged.samples)]
+        return [samples]
+    # a prompt may come twice under one name: rank and place tell the two apart
+    names = [(hash_name(sample.prompt.id), sample.index, ranks.rank, at) for at, sample in enumerate(samples)]
     everywhere = sorted(name for part in ranks.gather(names) for name in part)
-    place = {name: index * num_parts // len(everywhere) for index, name in enumerate(everywhere)}
-    return [judged.at([i for i, name in enumerate(names) if place[name] == part]) for part in range(num_parts)]
+    part_of = {name: place * num_parts // len(everywhere) for place, name in enumerate(everywhere)}
+    return [
+        [sample for sample, name in zip(samples, names, strict=True) if part_of[name] == part]
+        for part in range(num_parts)
+    ]
 
 
-def _cut(student: StudentModel, judged: Judged, by_teacher: bool) -> list[tuple[Judged, str | None]]:
-    names = [sample.teacher if by_teacher else None for sample in judged.samples]
+def _micro_batches(
+    student: StudentModel, method: Method, samples: Sequence[Sample], draw: tuple[int, int], by_teacher: bool
+) -> list[MicroBatch]:
     default = MICRO_BATCH_TOKENS.get(student.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
-    found = []
-    for name in dict.fromkeys(names):
-        mine = [index for index, whose in enumerate(names) if whose == name]
-        lengths = [judged.samples[index].token_ids.numel() - 1 for index in mine]
-        groups = micro_batches(lengths, student.micro_batch_tokens or default, student.style)
-        found += [(judged.at([mine[index] for index in group]), name) for group in groups]
-    return found
+    max_tokens = student.micro_batch_tokens or default
+    names = [sample.teacher if by_teacher else None for sample in samples]
+    made = []
+    for teacher in dict.fromkeys(names):
+        own = [sample for sample, name in zip(samples, names, strict=True) if name == teacher]
+        lengths = [sample.token_ids.numel() - 1 for sample in own]
+        for group in micro_batches(lengths, max_tokens, student.style):
+            chosen = [own[index] for index in group]
+            batch = pack(chosen, uniform=_draws(chosen, *draw) if "uniform" in method.requires else None)
+            made.append(MicroBatch(chosen, student.lay_out(chosen), batch.to(student.device), method, teacher))
+    return made
 
 
-def _pack(judged: Judged, method: Method, seed: int, step: int) -> TokenBatch:
-    uniform = None
-    if "uniform" in method.requires:
-        sizes = [sample.num_response_tokens for sample in judged.samples]
-        keys = [sample.key for sample in judged.samples]
-        draws = keyed_uniform(seed, "trust", step, keys, max(sizes))
-        uniform = torch.cat([row[:size] for row, size in zip(draws, sizes, strict=True)])
-    return pack(judged.samples, judged.scores, reference=judged.reference, uniform=uniform)
+def _draws(samples: Sequence[Sample], seed: int, step: int) -> Tensor:
+    """One uniform draw for each response token, the same whatever batch a sample is in. [T]."""
+    sizes = [sample.num_response_tokens for sample in samples]
+    draws = keyed_uniform(seed, "trust", step, [sample.key for sample in samples], max(sizes))
+    return torch.cat([row[:size] for row, size in zip(draws, sizes, strict=True)])
 
 
 @torch.no_grad()
 def _score_old(student: StudentModel, micro: MicroBatch) -> MicroBatch:
-    """With log S_old and its entropy at every token that is trained."""
-    batch = micro.batch
+    """The micro-batch with log S_old and the entropy of S_old at every token."""
+    # without dropout: S_old is the policy that the ratio is taken against
     with evaluating(student.model):
-        hidden = student.hidden(micro.judged.samples)
-    logprob, entropy = score(hidden, student.head(), batch.target)
-    return replace(micro, batch=fill(batch, student_logprob=logprob, student_entropy=entropy))
+        hidden = student.hidden(micro.layout)
+    logprob, entropy = score(hidden, student.head(), micro.batch.target)
+    return replace(micro, batch=fill(micro.batch, student_logprob=logprob, student_entropy=entropy))
 
 
-def _cut_whole(method: Method, batches: list[TokenBatch], step: int, ranks: Ranks) -> list[CutTerms]:
+def _terms_of_whole(method: Method, batches: list[TokenBatch], step: int, ranks: Ranks) -> list[CutTerms]:
+    """The terms of each batch, made from the batches of all ranks together."""
     everywhere = ranks.gather([batch.to(torch.device("cpu")) for batch in batches] if ranks.world > 1 else [])
     if not batches:
         return []
@@ -184,13 +167,7 @@ def _cut_whole(method: Method, batches: list[TokenBatch], step: int, ranks: Rank
 
 
 def accumulate_gradients(
-    student: StudentModel,
-    micros: Sequence[MicroBatch],
-    *,
-    heads: Heads,
-    reference_head: LMHead | None,
-    step: int,
-    ranks: Ranks,
+    student: StudentModel, micros: Sequence[MicroBatch], *, heads: Heads, step: int, ranks: Ranks
 ) -> tuple[float, dict[str, Metric]]:
     """Adds the gradient of the update's loss to the parameters; returns the loss and the metrics, of all ranks.
 
@@ -208,27 +185,26 @@ def accumulate_gradients(
         evaluation = evaluate(
             micro.terms,
             micro.batch,
-            student.hidden(micro.judged.samples),
+            student.hidden(micro.layout),
             student.head(),
             step=step,
-            teacher=_whole_rows(micro.judged.scores, heads.get(micro.label), student.device),
-            reference=_whole_rows(micro.judged.reference, reference_head, student.device),
+            teacher=_whole_rows(micro, "scores", heads.teachers.get(micro.teacher)),
+            reference=_whole_rows(micro, "reference_scores", heads.reference),
             counts=counts,
         )
         evaluation.loss.backward()
         loss += float(evaluation.loss.detach())
-        total = add_metrics(total, _labelled(evaluation.metrics, micro.label))
+        total = add_metrics(total, evaluation.metrics)
+        if micro.teacher is not None:
+            named = {f"teacher/{micro.teacher}/{name}": metric for name, metric in evaluation.metrics.items()}
+            total = add_metrics(total, named)
     return ranks.sum_counts({"loss": loss})["loss"], ranks.sum_metrics(total)
 
 
-def _whole_rows(scores: Sequence[Scores] | None, head: LMHead | None, device: torch.device) -> FullTeacher | None:
-    if scores is None or head is None:
+def _whole_rows(micro: MicroBatch, which: ScoreField, head: LMHead | None) -> FullTeacher | None:
+    """Hidden states and head, from which whole rows of a teacher are computed."""
+    given: list[Scores | None] = [getattr(sample, which) for sample in micro.samples]
+    if head is None or None in given:
         return None
-    return torch.cat([score.hidden for score in scores if score.hidden is not None]).to(device), head
-
-
-def _labelled(metrics: Mapping[str, Metric], label: str | None) -> dict[str, Metric]:
-    """The metrics, and where there are several teachers what each says under its own name too."""
-    if label is None:
-        return dict(metrics)
-    return dict(metrics) | {f"teacher/{label}/{name}": metric for name, metric in metrics.items()}
+    hidden = [score.hidden for score in given if score is not None and score.hidden is not None]
+    return torch.cat(hidden).to(micro.batch.target.device), head

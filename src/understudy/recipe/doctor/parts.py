@@ -148,7 +148,7 @@ def _members(teacher: Teacher | None) -> Iterator[tuple[str, str | None, Teacher
 def rollouts_of(trainer: Trainer) -> Rollouts:
     """Also where they run ahead of the update."""
     given: Any = trainer.rollouts
-    found: Rollouts = getattr(given, "_rollouts", given)
+    found: Rollouts = getattr(given, "rollouts", given)
     return found
 
 

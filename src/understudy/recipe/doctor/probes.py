@@ -21,10 +21,9 @@ from understudy.recipe.doctor.findings import Finding, Level, attempt, within, w
 from understudy.recipe.doctor.parts import Parts, precision, uncached
 from understudy.teachers import LocalTeacher, StoredTeacher, Teacher
 from understudy.teachers.stores.responses import ResponseSetup, TeacherResponses, open_responses
-from understudy.trainer.collect import TOKEN_SCORES, Collector
+from understudy.trainer.collect import TOKEN_SCORES, Collected, Collector
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.rollouts import Gathered
-from understudy.trainer.update import Judged, accumulate_gradients, prepare
+from understudy.trainer.update import accumulate_gradients, prepare
 from understudy.types import Author, Sample, Scores
 
 NUM_PROMPTS = 2
@@ -49,7 +48,8 @@ class Rehearsed:
     """What the probes look at."""
 
     method: Method
-    judged: Judged
+    scored: list[Sample]
+    """With the scores that the method needs."""
     own: list[Sample]
     """Samples with tokens that the student wrote."""
 
@@ -168,16 +168,17 @@ def _rehearse(parts: Parts, collector: Collector, made: list[Rehearsed]) -> Iter
         ranks=alone,
         settings=collector.settings,
     )
-    found = _bounded(parts, "writing and rewarding", lambda: rollouts(trainer.progress.position, plan, 0))
-    judged, num_dropped = _bounded(parts, "scoring", lambda: collector.score(found.samples, method))
+    found = _bounded(parts, "writing and rewarding", lambda: rollouts.write(trainer.progress.position, plan, 0))
+    scores = _bounded(parts, "scoring", lambda: collector.score(found.samples, method))
+    found = found.with_scores(scores)
     own = [sample for sample in found.written if bool((sample.author == Author.STUDENT).any())]
-    made.append(Rehearsed(method, judged, own))
-    facts = _facts(found, num_dropped)
-    if not judged.samples:
+    made.append(Rehearsed(method, found.samples, own))
+    facts = _facts(found)
+    if not found.samples:
         yield Finding("rehearsal", "warning", REHEARSED, f"{facts}; none is left to learn from",
                       "a weak student's first samples may all be turned down: look at who did it")  # fmt: skip
         return
-    loss, norm = _gradient(parts, method, step, judged)
+    loss, norm = _gradient(parts, method, step, found.samples)
     text = f"{facts}; loss {loss:.4g}, gradient norm {norm:.3g}"
     if not (math.isfinite(loss) and math.isfinite(norm)):
         yield Finding("rehearsal", "error", REHEARSED, text, "look at the teacher's scores and the weights' precision")
@@ -190,7 +191,7 @@ def _rehearse(parts: Parts, collector: Collector, made: list[Rehearsed]) -> Iter
         yield Finding("rehearsal", "ok", REHEARSED, text)
 
 
-def _facts(found: Gathered, num_dropped: int) -> str:
+def _facts(found: Collected) -> str:
     tokens = sum(sample.num_response_tokens for sample in found.written)
     facts = f"{len(found.written)} samples of {tokens} tokens"
     rewards = [sample.reward for sample in found.samples if sample.reward is not None]
@@ -198,35 +199,35 @@ def _facts(found: Gathered, num_dropped: int) -> str:
         facts += f", mean reward {sum(rewards) / len(rewards):.2f}"
     if found.rejected:
         facts += f", {len(found.rejected)} turned down by the judge"
+    num_dropped = found.counts["samples_dropped"]
     return facts + (f", {num_dropped} without scores dropped" if num_dropped else "")
 
 
-def _gradient(parts: Parts, method: Method, step: int, judged: Judged) -> tuple[float, float]:
+def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]) -> tuple[float, float]:
     """Loss and 2-norm of the gradient, which is left in the parameters."""
     trainer = parts.trainer
-    heads, reference = trainer._heads(method, judged)
     micros = prepare(
         trainer.student,
         method,
-        judged,
+        samples,
         step=step,
         draw=(trainer.seed, 0),
         ranks=Ranks(),
         fix_old=trainer.settings.minibatches * trainer.settings.passes > 1,
         by_teacher=trainer.several_teachers,
     )[0]
-    loss, _ = accumulate_gradients(
-        trainer.student, micros, heads=heads, reference_head=reference, step=step, ranks=Ranks()
-    )
+    heads = trainer.heads_of(method, samples)
+    loss, _ = accumulate_gradients(trainer.student, micros, heads=heads, step=step, ranks=Ranks())
     gradients = [value.grad for value in trainer.optimizer.parameters if value.grad is not None]
     return loss, float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
 def _determinism(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Finding]:
     """A teacher that is asked again says the same."""
-    method, samples, scores = rehearsed.method, list(rehearsed.judged.samples), rehearsed.judged.scores
+    method, samples = rehearsed.method, rehearsed.scored
+    scores = [sample.scores for sample in samples if sample.scores is not None]
     need = method.needs & TOKEN_SCORES
-    if isinstance(parts.judges.teacher, StoredTeacher | None) or not need or scores is None or not samples:
+    if isinstance(parts.judges.teacher, StoredTeacher | None) or not need or not scores:
         return
     teacher = uncached(parts.judges.teacher)
     k = method.reads.k or None
@@ -274,7 +275,7 @@ def _own_scores(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Fi
     wrote = torch.cat([sample.author[sample.prompt_length :] for sample in samples]) == Author.STUDENT
     target = torch.cat([sample.response_ids for sample in samples]).to(student.device)
     with torch.no_grad(), evaluating(student.model):
-        trained = score(student.hidden(samples), student.head(), target)[0].cpu()[wrote]
+        trained = score(student.hidden(student.lay_out(samples)), student.head(), target)[0].cpu()[wrote]
     dtype = precision(student.model, student.compute_dtype)
     lines, levels, advice = [], [], []
     if parts.judges.teacher is not None:
