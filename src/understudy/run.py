@@ -40,7 +40,7 @@ from understudy.trainer.checkpoint import (
 )
 from understudy.trainer.collect import TOKEN_SCORES, Collector
 from understudy.trainer.console import Console
-from understudy.trainer.distributed import Ranks, SharedEngine, SharedJudge
+from understudy.trainer.distributed import Ranks, SharedEngine
 from understudy.trainer.loggers import JsonLines, make_loggers
 from understudy.trainer.loop import Ending, Trainer
 from understudy.trainer.observe import Observer, peak_memory_gib
@@ -381,7 +381,9 @@ def evaluator(
                 greedy=settings.greedy,
                 rejection=None
                 if settings.reject_below is None or judge is None
-                else Rejection(SharedJudge(judge, ranks), settings.reject_below, settings.max_attempts),
+                else Rejection(
+                    lambda samples: ranks.share(samples, judge.judge), settings.reject_below, settings.max_attempts
+                ),
             )
 
     return evaluate

@@ -370,7 +370,7 @@ class Digit:
 def test_rejection_draws_again_what_the_judge_rejects(digit: float | None, attempts: int) -> None:
     """Below the threshold an answer is drawn again, at most N times, each with other draws; without a digit it stands."""
     judge, oracle = Digit(digit), Oracle(lambda request: request.prompt.solution or "")
-    summary = evaluated(engine=oracle, rejection=Rejection(judge, 7.0, 3), greedy=True)
+    summary = evaluated(engine=oracle, rejection=Rejection(judge.judge, 7.0, 3), greedy=True)
     found = values(summary)
     assert found["attempts"] == attempts
     assert judge.num_asked == attempts * len(PROMPTS)

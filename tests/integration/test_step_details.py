@@ -12,7 +12,7 @@ import torch
 
 from tests.runs import distillation, metric_rows, train
 from understudy.teachers import LocalTeacher
-from understudy.trainer.distributed import Ranks, SharedJudge
+from understudy.trainer.distributed import Ranks
 from understudy.types import Sample, Scores, Verdict
 
 
@@ -74,8 +74,8 @@ def test_ranks_share_their_verdicts() -> None:
     """Each sample is judged once, and every rank hears the same, in the order of the samples."""
     samples: list[Any] = list(range(5))
     mine, others = Asked(1.0).judge(samples[0::2]), Asked(5.0).judge(samples[1::2])
-    first = SharedJudge(Asked(1.0), Rank(0, 2, others)).judge(samples)
-    second = SharedJudge(Asked(5.0), Rank(1, 2, mine)).judge(samples)
+    first = Rank(0, 2, others).share(samples, Asked(1.0).judge)
+    second = Rank(1, 2, mine).share(samples, Asked(5.0).judge)
     assert first == second
     assert [verdict.score for verdict in first] == [1.0, 5.0, 1.1, 5.1, 1.2]
 

@@ -17,14 +17,18 @@ Weights = Iterable[tuple[str, Tensor]]
 """Names and tensors, as in a state dict."""
 
 
-class Engine(Protocol):
-    """An engine that writes responses with the student's weights."""
+class Generates(Protocol):
+    """Anything that turns requests into samples."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
         """One sample for each request, in their order. The same (stream, step, request) draws the same numbers."""
         ...
+
+
+class Engine(Generates, Protocol):
+    """An engine that writes responses with the student's weights."""
 
     @property
     def concurrency(self) -> int:
@@ -55,4 +59,4 @@ class Engine(Protocol):
         ...
 
 
-__all__ = ["ENGINES", "HF", "VLLM", "AnyEngine", "CopyEngine", "Engine", "HFEngine", "Probe", "Weights"]
+__all__ = ["ENGINES", "HF", "VLLM", "AnyEngine", "CopyEngine", "Engine", "Generates", "HFEngine", "Probe", "Weights"]

@@ -14,14 +14,13 @@ from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
 from understudy.tasks.renderer import Rendered, encode_prompt, split_by_length
-from understudy.types import Prompt, Request, Sample, Sampling
+from understudy.types import Prompt, Request, Sample, Sampling, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from understudy.engines import Engine
+    from understudy.engines import Generates
     from understudy.tasks import Task
-    from understudy.teachers import Judge
 
 BLOCK_REQUESTS = 1024
 """Requests in one call of the engine: enough to fill its batches, few enough to show progress and grade meanwhile."""
@@ -34,7 +33,7 @@ def run_eval(
     prompts: Sequence[Prompt],
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    engine: Engine,
+    engine: Generates,
     sampling: Sampling,
     samples_per_prompt: int,
     step: int,
@@ -82,12 +81,13 @@ def run_eval(
 class Rejection:
     """Test-time rejection: an answer below `threshold` is drawn again. Source: OVD, arXiv 2601.21968."""
 
-    judge: Judge
+    judge: Callable[[Sequence[Sample]], Sequence[Verdict]]
+    """One verdict for each sample, in order."""
     threshold: float
     max_attempts: int
 
     def metrics(
-        self, requests: Sequence[Request], task: Task, engine: Engine, sampling: Sampling, stream: str
+        self, requests: Sequence[Request], task: Task, engine: Generates, sampling: Sampling, stream: str
     ) -> dict[str, Estimate]:
         """`rejection@N`, the score of the answers that stand in the end, and `attempts`, draws of each.
 
@@ -98,7 +98,7 @@ class Rejection:
         left = list(requests)
         for number in range(self.max_attempts):
             written = engine.generate(left, sampling, step=0, stream=f"{stream}/{number}")
-            verdicts = self.judge.judge(written)
+            verdicts = self.judge(written)
             again = []
             for request, sample, verdict in zip(left, written, verdicts, strict=True):
                 final[request.prompt.id] = sample
@@ -147,7 +147,7 @@ def _render(
 def _sample_and_grade(
     requests: Sequence[Request],
     task: Task,
-    engine: Engine,
+    engine: Generates,
     sampling: Sampling,
     stream: str,
     progress: Callable[[int, int], None] | None,

@@ -1,22 +1,21 @@
-"""Ranks: what is summed, shared and split between the processes of one run. One process is the special case of one rank."""
+"""Ranks: sums, shares and splits between the processes of one run. One process is the special case of one rank."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from understudy.engines import Engine, Probe
-from understudy.teachers import Judge
-from understudy.teachers.base import ScoreForm
-from understudy.types import Metric, Request, Sample, Sampling, Verdict
+from understudy.engines import Generates
+from understudy.types import Metric, Request, Sample, Sampling, add_metrics
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,32 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks to people."""
+        """Whether this rank logs and writes files."""
         return self.rank == 0
 
     def mine(self, items: Sequence[Item]) -> list[Item]:
-        """This rank's part: every `world`-th item. What is drawn for an item does not depend on who draws it."""
+        """Returns this rank's part: every `world`-th item. Randomness is keyed by item, so the split changes no draw."""
         return list(items[self.rank :: self.world])
 
+    def share(self, items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
+        """Does `work`, one result for each item, on this rank's part; returns the results of all ranks, in order of items."""
+        part = self.mine(items)
+        results: dict[int, Result] = {}
+        for rank, done in enumerate(self.gather(list(work(part)) if part else [])):
+            results |= zip(range(rank, len(items), self.world), done, strict=True)
+        return [results[index] for index in range(len(items))]
+
     def gather(self, value: Item) -> list[Item]:
-        """The value of every rank, in their order."""
+        """Returns the value of every rank, in their order."""
         if self.world == 1:
             return [value]
-        # every entry is replaced by that of its rank
+        # placeholders: every entry is replaced by that of its rank
         found = [value] * self.world
         dist.all_gather_object(found, value)
         return found
 
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Each count over all ranks."""
+        """Returns each count summed over all ranks."""
         total: dict[str, float] = {}
         for part in self.gather(dict(counts)):
             for name, count in part.items():
@@ -62,11 +69,10 @@ class Ranks:
         return total
 
     def sum_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-        """Totals and counts over all ranks, so that a mean is that of one process."""
+        """Sums totals and counts over all ranks, so that a mean is that of one process."""
         total: dict[str, Metric] = {}
         for part in self.gather(dict(metrics)):
-            for name, metric in part.items():
-                total[name] = total[name] + metric if name in total else metric
+            total = add_metrics(total, part)
         return total
 
     def any(self, flag: bool) -> bool:
@@ -74,11 +80,12 @@ class Ranks:
         return any(self.gather(flag))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients become their sum over ranks: the loss is normalised by counts of all ranks, so nothing is averaged."""
+        """Sums gradients over ranks. The loss is normalised by counts of all ranks, so nothing is averaged."""
         if self.world == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:
+                # a rank whose samples do not reach a parameter still takes part in the collective call
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 
@@ -93,90 +100,26 @@ class Ranks:
             dist.barrier()
 
 
-def _copied(sample: Sample) -> Sample:
-    tensors = ("token_ids", "author", "rollout_logprob", "policy_version")
-    values = {name: getattr(sample, name) for name in tensors}
-    return replace(sample, **{name: value.clone() for name, value in values.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class SharedJudge:
-    """A judge for evaluation: each rank asks about its part, and every rank gets the same verdicts."""
-
-    asked: Judge
-    ranks: Ranks
-
-    @property
-    def name(self) -> str:
-        """As `Judge.name`."""
-        return self.asked.name
-
-    @property
-    def fingerprint(self) -> str:
-        """As `Judge.fingerprint`."""
-        return self.asked.fingerprint
-
-    def close(self) -> None:
-        """As `Judge.close`."""
-        self.asked.close()
-
-    def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
-        """As `Judge.judge`."""
-        part = self.ranks.mine(samples)
-        verdicts: list[Verdict | None] = [None] * len(samples)
-        for rank, found in enumerate(
-            self.ranks.gather(self.asked.judge(part, score=score, steps=steps) if part else [])
-        ):
-            verdicts[rank :: self.ranks.world] = found
-        return [verdict for verdict in verdicts if verdict is not None]
-
-
 @dataclass(frozen=True)
 class SharedEngine:
-    """An engine for evaluation: each rank writes its part, and every rank gets all samples in the order of requests."""
+    """Generates for evaluation: each rank writes its part, and every rank gets all samples in the order of requests."""
 
-    engine: Engine
+    engine: Generates
     ranks: Ranks
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
-        """As `Engine.generate`."""
-        if self.ranks.world == 1:
-            return self.engine.generate(requests, sampling, step=step, stream=stream)
-        part = self.ranks.mine(requests)
-        written = self.engine.generate(part, sampling, step=step, stream=stream) if part else []
-        samples: list[Sample | None] = [None] * len(requests)
-        # copies: a view would be sent with all of the tensor that it is cut from
-        for rank, found in enumerate(self.ranks.gather([_copied(sample) for sample in written])):
-            samples[rank :: self.ranks.world] = found
-        return [sample for sample in samples if sample is not None]
+        """As `Engine.generate`; a collective call."""
 
-    @property
-    def concurrency(self) -> int:
-        """Ranks wait for each other."""
-        return 1
+        def write(part: list[Request]) -> list[Sample]:
+            # copies: a view would be sent with all of the tensor that it is cut from
+            return [_copied(sample) for sample in self.engine.generate(part, sampling, step=step, stream=stream)]
 
-    def verify(self) -> None:
-        """As `Engine.verify`."""
-        self.engine.verify()
+        return self.ranks.share(requests, write)
 
-    def close(self) -> None:
-        """As `Engine.close`."""
-        self.engine.close()
 
-    @property
-    def num_positions(self) -> int | None:
-        """As `Engine.num_positions`."""
-        return self.engine.num_positions
-
-    @property
-    def remote(self) -> bool:
-        """As `Engine.remote`."""
-        return self.engine.remote
-
-    def push(
-        self, weights: Iterable[tuple[str, Tensor]] | None, version: int, probe: Probe | None = None
-    ) -> float | None:
-        """As `Engine.push`."""
-        return self.engine.push(weights, version, probe)
+def _copied(sample: Sample) -> Sample:
+    tensors = ("token_ids", "author", "rollout_logprob", "policy_version")
+    values = {name: getattr(sample, name) for name in tensors}
+    return replace(sample, **{name: value.clone() for name, value in values.items() if value is not None})
