@@ -45,7 +45,7 @@ class Layout:
     """Response tokens of each sample; they add up to T."""
 
     def to(self, device: torch.device) -> Layout:
-        """Every tensor on a device."""
+        """Returns the layout with every tensor on a device."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),

@@ -1,4 +1,4 @@
-"""The data that passes between the parts: frozen, with no model and no engine in it.
+"""The data that passes between the parts: frozen records without a model or an engine in them.
 
 Shape legend: L tokens of one sample, R = L - prompt_length response tokens, T packed response tokens of a batch,
 K top tokens, H hidden size, V vocabulary.
@@ -31,7 +31,7 @@ class Author(IntEnum):
 class Prompt:
     """One problem as a task states it, before any tokenizer.
 
-    `id` is stable over runs and is what randomness and overlap checks are keyed by. Exactly one of `text` (fed to the
+    `id` is stable over runs; randomness and overlap checks are keyed by it. Exactly one of `text` (fed to the
     tokenizer as it is) and `messages` (fed through the chat template) is given.
     """
 
@@ -39,11 +39,11 @@ class Prompt:
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
     reference: str | None = None
-    """What the verifier compares with (a final answer)."""
+    """The final answer that a verifier compares with."""
     solution: str | None = None
     """A whole response to imitate, for SFT and off-policy shares."""
     teacher: str | None = None
-    """Name of the teacher that judges samples of this prompt; None: the only one."""
+    """Name of the teacher that scores samples of this prompt; None: the only one."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,18 @@ class Grade:
 
     @property
     def right(self) -> bool:
-        """Whether it is the full score."""
+        """Whether the score is the full one."""
         return self.score >= 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verbal teacher says about a sample: a number from 0 to 9, and nothing else."""
+    """A verbal teacher's score of a sample: a number from 0 to 9, and nothing else."""
 
     score: float | None
-    """In [0, 9]; the lowest of `steps` where each step was judged. None: no digit could be read, so it is unscored."""
+    """In [0, 9]; the lowest of `steps` where each step was judged. None: the reply had no digit, so there is no score."""
     steps: tuple[float, ...] = ()
-    """One number for each step of the response; empty where the whole was judged."""
+    """One number for each step of the response; empty where the response was judged as a whole."""
     signal_bytes: int = 0
     """Bytes of teacher signal that were read: one for a digit, 40 for the ten float32 probabilities of an expectation."""
     attempts: int = 1
@@ -77,13 +77,14 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a teacher says about one sample. Row j concerns response token j, given everything before it.
+    """A teacher's scores of one sample. Row j concerns response token j, given everything before it.
 
-    A teacher fills what was asked for and leaves the rest None. A value that it could not give is NaN, never 0.0.
+    A teacher fills the fields that it was asked for and leaves the rest None. A value that it could not give is NaN, never
+    0.0.
     """
 
     token_ids: Tensor
-    """[R] the ids that were scored; packing compares them with the sample's."""
+    """[R] the ids that were scored; `packing.attach_scores` compares them with the sample's."""
     logprob: Tensor | None = None
     """[R] log T(y_t)."""
     topk_ids: Tensor | None = None
@@ -93,16 +94,21 @@ class Scores:
     entropy: Tensor | None = None
     """[R] nats."""
     hidden: Tensor | None = None
-    """[R, H_t] the teacher's final hidden states that predict the tokens; with its head they give whole rows."""
+    """[R, H_t] the teacher's final hidden states that predict the tokens; whole rows of logits are computed from them with
+    its head."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One response to one prompt, with its own facts. Per-token tensors are on the CPU and have length L."""
+    """One response to one prompt, with its own facts. Per-token tensors are on the CPU and have length L.
+
+    This is the one record of a rollout: what is learnt about it later (reward, advantage, verdict, scores) is set by
+    `replace`.
+    """
 
     prompt: Prompt
     index: int
-    """Which of the samples of this prompt, 0-based."""
+    """Its number among the samples of this prompt, from 0."""
     token_ids: Tensor
     """[L] int64, prompt and response."""
     author: Tensor
@@ -118,19 +124,19 @@ class Sample:
     """[L] int64, the number of optimizer updates in the weights that sampled the token; -1 where none did."""
     teacher: str | None = None
     reward: float | None = None
-    """What a policy gradient maximises; None: none was given."""
+    """The quantity that a policy gradient maximises; None: none was given."""
     grade: Grade | None = None
     advantage: float | None = None
-    """The reward against those of the same prompt's other samples."""
+    """The reward compared with those of the same prompt's other samples."""
     verdict: Verdict | None = None
     scores: Scores | None = None
-    """From the teacher; None: nobody asked it. `packing.attach_scores` compares them with the sample and sets them."""
+    """From the teacher; None: it was not asked. `packing.attach_scores` checks and sets them."""
     reference_scores: Scores | None = None
     """From the reference model."""
 
     @property
     def key(self) -> str:
-        """Names the sample in errors."""
+        """A name for errors, and for the sample's random draws."""
         return f"{self.prompt.id}#{self.index}"
 
     @property
@@ -149,9 +155,9 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """T packed response tokens. Row t of every field concerns token `target[t]`; no position is shifted any more.
+    """T packed response tokens. Row t of every field concerns token `target[t]`, so nothing after packing shifts positions.
 
-    Optional fields are None when nobody asked for them. A NaN in a trained row is an error of whoever scored it.
+    Optional fields are None when nobody asked for them. A NaN in a trained row of a score is an error.
     """
 
     target: Tensor
@@ -199,11 +205,11 @@ class TokenBatch:
         return int(self.target.shape[0])
 
     def rows(self, index: Tensor | slice) -> TokenBatch:
-        """The tokens at `index`, with every field cut alike."""
+        """Returns the tokens at `index`, with every field cut alike."""
         return take_rows(self, index)
 
     def to(self, device: torch.device) -> TokenBatch:
-        """Every field on a device."""
+        """Returns the batch with every field on a device."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
 
@@ -212,7 +218,7 @@ _Rows = TypeVar("_Rows")
 
 
 def take_rows(record: _Rows, index: Tensor | slice) -> _Rows:
-    """A dataclass with every tensor field indexed along its first dimension; other fields stay."""
+    """Returns a dataclass with every tensor field indexed along its first dimension; other fields stay."""
     cut = {
         item.name: value[index]
         for item in fields(record)  # type: ignore[arg-type]
@@ -221,9 +227,9 @@ def take_rows(record: _Rows, index: Tensor | slice) -> _Rows:
     return replace(record, **cut)  # type: ignore[type-var]
 
 
-def fill(batch: TokenBatch, **found: Tensor | None) -> TokenBatch:
-    """The batch with absent fields set to what was found; a field that is there stays."""
-    absent = {name: value for name, value in found.items() if value is not None and getattr(batch, name) is None}
+def fill(batch: TokenBatch, **values: Tensor | None) -> TokenBatch:
+    """Returns the batch with absent fields set to the given values; a field that is there stays."""
+    absent = {name: value for name, value in values.items() if value is not None and getattr(batch, name) is None}
     return replace(batch, **absent)
 
 
@@ -244,9 +250,8 @@ class Metric:
 
 
 def add_metrics(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> dict[str, Metric]:
-    """The metrics of both, those of the same name added up."""
-    shared = {name: one[name] + metric for name, metric in other.items() if name in one}
-    return {**one, **other, **shared}
+    """Returns the metrics of both, those of the same name added up."""
+    return {**one, **other, **{name: one[name] + metric for name, metric in other.items() if name in one}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,11 +263,11 @@ class Request:
     token_ids: Tensor
     """[P] int64, the rendered prompt, at least one token."""
     prefix_ids: Tensor | None = None
-    """[F] int64, response tokens that the teacher has already written; the student continues."""
+    """[F] int64, response tokens that a teacher has written and the student continues."""
 
     @property
     def key(self) -> str:
-        """The same name that its sample will have; randomness is keyed by it."""
+        """The same name that its sample will have; random draws are keyed by it."""
         return f"{self.prompt.id}#{self.index}"
 
 
@@ -292,5 +297,5 @@ class Sampling:
 
     @property
     def filtered(self) -> bool:
-        """Whether tokens come from another distribution than the one that their log-probabilities refer to."""
+        """Whether tokens are drawn from another distribution than the one that their log-probabilities refer to."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0

@@ -1,4 +1,4 @@
-"""What is seen of a run: seconds by phase, numbers by step, warnings, evaluations."""
+"""Numbers, warnings and evaluations of a run, on their way to the console, the loggers and the event files."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
+        # kernels run behind Python: without this their time would count for a later phase
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._seconds[phase] = time.perf_counter() - begun
 
     def total_s(self) -> float:
-        """Since the clock was made."""
+        """Seconds since the clock was made."""
         return time.perf_counter() - self._started
 
     def rates(self, num_samples: int, num_tokens: int) -> dict[str, float]:
-        """Seconds by phase, and samples and response tokens per second of the whole step."""
+        """Returns seconds by phase, and samples and response tokens per second of the whole step."""
         total = self.total_s()
         return self._seconds | {
             "step_s": total,
@@ -52,7 +53,7 @@ class Clock:
 
 
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
-    """Lengths of all samples; shares of those that the student wrote; counts that add up over ranks."""
+    """Returns the length of all samples and shares of those that the student wrote, as sums that add up over ranks."""
     own = [sample for sample in samples if sample.finish != "data"]
     metrics = {
         "response_tokens": Metric(float(sum(sample.num_response_tokens for sample in samples)), float(len(samples))),
@@ -73,7 +74,7 @@ def staleness_of(samples: Sequence[Sample], updates: int) -> Tensor:
 
 
 def peak_memory_gib() -> float:
-    """Since the process began: of the GPU where there is one, else of the process (resident set)."""
+    """Returns the peak since the process began: of the GPU where there is one, else of the process (resident set)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -100,7 +101,7 @@ def nonfinite_record(sample: Sample) -> dict[str, object]:
 
 
 def _numbers(values: Tensor | None) -> list[float | str] | None:
-    """JSON has no NaN: what is not finite becomes text."""
+    """Values for JSON, which has no NaN: one that is not finite becomes a string."""
     if values is None:
         return None
     return [value if math.isfinite(value) else str(value) for value in values.double().tolist()]
@@ -108,30 +109,30 @@ def _numbers(values: Tensor | None) -> list[float | str] | None:
 
 @dataclass
 class Observer:
-    """Sends numbers to the console, the loggers and events.jsonl. On ranks other than the first: to none of them."""
+    """Sends numbers to the console, the loggers and events.jsonl. Ranks other than the first have none of these."""
 
     console: Console
     loggers: Sequence[MetricLogger]
     events: JsonLines | None
     consumed: JsonLines | None = None
-    """Which prompts each step used."""
+    """The prompts that each step used."""
     evaluated_at: int | None = None
     """Step of the last evaluation in this process."""
     summaries: list[EvalSummary] = field(default_factory=list)
 
     def start(self, num_steps: int, first_step: int) -> None:
-        """Training begins or goes on."""
+        """Shows that training begins or goes on."""
         self.console.start(num_steps, first_step)
 
     def step(self, progress: Progress, numbers: Mapping[str, float]) -> None:
-        """The numbers of a step; those that were not measured are left out, not zero."""
+        """Logs the numbers of a step; those that were not measured are left out, not zero."""
         values = {"time_s": progress.elapsed_s, "num_samples": progress.num_samples} | dict(numbers)
         for logger in self.loggers:
             logger.log(progress.step, values)
         self.console.update(progress.step, values)
 
     def evaluation(self, summary: EvalSummary, seconds: float) -> float | None:
-        """Shows an evaluation; its avg@k, if it was graded."""
+        """Shows an evaluation; returns its avg@k if it was graded."""
         self.evaluated_at = summary.step
         self.summaries.append(summary)
         name = f"avg@{summary.samples_per_prompt}"
@@ -143,28 +144,28 @@ class Observer:
         return found.value
 
     def note(self, step: int, text: str) -> None:
-        """Something worth knowing."""
+        """Shows and records information."""
         self.console.note(text)
         self._event(step, "info", text)
 
     def warn(self, step: int, text: str) -> None:
-        """Something that should not be."""
+        """Shows and records a warning."""
         self.console.warn(text)
         self._event(step, "warning", text)
 
     def used(self, step: int, positions: Sequence[int]) -> None:
-        """The prompts of a step, by their position in the order of training; nothing where none are named."""
+        """Records the prompts of a step by their position in the order of training; writes nothing without positions."""
         if self.consumed is not None and positions:
             self.consumed.write({"step": step, "positions": list(positions)})
 
     def sync(self) -> None:
-        """Waits until all lines are on the disk."""
+        """Waits until all lines are on disk."""
         for lines in (*self.loggers, self.events, self.consumed):
             if isinstance(lines, JsonLines):
                 lines.sync()
 
     def close(self) -> None:
-        """Ends loggers and console."""
+        """Closes loggers, files and console."""
         for logger in self.loggers:
             logger.close()
         for lines in (self.events, self.consumed):

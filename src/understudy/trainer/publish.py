@@ -1,4 +1,4 @@
-"""The student's weights on their way to the engine, and whether they arrived."""
+"""Pushes the student's weights to the engine, and checks that they arrived."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ from understudy.trainer.update import StudentModel
 from understudy.types import Sample
 
 NUM_PROBED = 4
-"""Sequences that engine and trainer are compared on after every push."""
+"""Sequences on which engine and trainer are compared after every push."""
 PROBE_TOKENS = 256
-"""Of each, from its start."""
+"""Longest part of each, from its start."""
 
 
 @dataclass(frozen=True)
 class Publisher:
-    """Pushes the live weights; to servers that ranks share the first rank does."""
+    """Pushes the live weights. Where ranks share servers, the first rank pushes for all."""
 
     engine: Engine
     student: StudentModel
     weights: Callable[[], Iterable[tuple[str, Tensor]]] | None
-    """By the names that the engine reads; None where it shares the live model."""
+    """The weights by the names that the engine reads; None where it shares the live model."""
     ranks: Ranks
     first: Sequence[Sample]
-    """To be compared on before there are samples."""
+    """Sequences to compare on before there are samples."""
 
     def __call__(self, version: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """`push_gap`: mean |log S_engine - log S_trainer|, nats, of servers. Raises EngineError where that is more than the
-        precision explains, and WeightsLostError, on every rank, as `Engine.verify`."""
+        """Pushes; returns for servers `push_gap`, the mean |log S_engine - log S_trainer| in nats.
+
+        Raises EngineError where that is more than the precision explains, and WeightsLostError, on every rank, as
+        `Engine.verify`.
+        """
         if not self.engine.remote:
             self.engine.push(None if self.weights is None else self.weights(), version)
             return {}
@@ -48,9 +51,9 @@ class Publisher:
                 gap = self.engine.push(self.weights(), version, probe_of(self.student, samples or self.first))
             except WeightsLostError as error:
                 lost = error
-        # every rank hears of it, so that all do what follows
+        # every rank raises, so that all of them heal together: the calls that follow are collective
         if self.ranks.any(lost is not None):
-            raise lost or WeightsLostError("the rollout engine lost its weights, the first rank says")
+            raise lost or WeightsLostError("the rollout engine lost its weights, as the first rank reports")
         if not self.ranks.is_main:
             self.engine.push(None, version)
         return {} if gap is None else {"push_gap": gap}
@@ -58,8 +61,8 @@ class Publisher:
 
 @torch.no_grad()
 def probe_of(student: StudentModel, samples: Sequence[Sample]) -> Probe:
-    """What the live model says of some sequences, at temperature 1 and over all rows of its head."""
-    # the shortest are cheap, and as telling as others
+    """Returns log-probabilities of the live model for some sequences, at temperature 1 and over all rows of its head."""
+    # the shortest are cheap, and show a difference as well as others
     chosen = sorted(samples, key=lambda sample: sample.token_ids.numel())[:NUM_PROBED]
     # one token as the prompt: every other one is scored
     cut = [replace(sample, token_ids=sample.token_ids[:PROBE_TOKENS], prompt_length=1) for sample in chosen]
