@@ -20,14 +20,7 @@ from understudy.methods import Method
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.observe import (
-    Clock,
-    Observer,
-    nonfinite_record,
-    peak_memory_gib,
-    sample_metrics,
-    staleness_of,
-)
+from understudy.trainer.observe import Clock, Observer, collected_metrics, nonfinite_record, peak_memory_gib
 from understudy.trainer.optimizer import Optimizer
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import Rollouts
@@ -52,7 +45,7 @@ Ending = Literal["finished", "good enough", "stopped by a signal"]
 
 @dataclass
 class Trainer:
-    """One run. All that changes is the weights, the optimizer's state and `progress`."""
+    """One run. Its state is the weights, the optimizer's state and `progress`."""
 
     student: StudentModel
     method: Method
@@ -65,7 +58,7 @@ class Trainer:
     evaluate: Callable[[int], EvalSummary]
     """Evaluates at a step, on every rank alike."""
     save_student: Callable[[Path], None]
-    """Writes what a resumed run loads."""
+    """Writes the student as a resumed run loads it."""
     observer: Observer
     run_dir: RunDir
     ranks: Ranks
@@ -102,7 +95,7 @@ class Trainer:
         return "good enough" if goal is not None and best is not None and best >= goal else None
 
     def _take_step(self) -> None:
-        """Collects samples, trains on them, publishes the weights, and logs what was seen."""
+        """Collects samples, trains on them, publishes the weights, and logs the numbers."""
         step, updates, clock = self.progress.step, self.progress.updates, Clock(self.student.device)
         # dropout draws from torch's own generator; this makes it a function of the step, as all other draws are
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
@@ -110,10 +103,7 @@ class Trainer:
         collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
         with clock("update_s"):
             numbers = self._update(collected.samples, method, own_step)
-        staleness = staleness_of(collected.samples, updates)
-        metrics = sample_metrics(collected.written) | collected.metrics
-        metrics["staleness"] = Metric(float(staleness.sum()), float(staleness.numel()))
-        metrics = self.ranks.sum_metrics(metrics)
+        metrics = self.ranks.sum_metrics(collected_metrics(collected, updates))
         numbers |= _means(metrics) | self.ranks.sum_counts(collected.counts) | {"peak_memory_gib": peak_memory_gib()}
         if len(self.method.members) > 1:
             numbers["phase"] = float(next(n for n, part in enumerate(self.method.members) if part is method))
@@ -140,16 +130,16 @@ class Trainer:
 
     def _check_progress(self) -> None:
         """Raises TrainingError where nothing has been learnt for too long."""
-        step = self.progress.step - 1
+        step, folder = self.progress.step, self.run_dir.path
         if self.progress.empty_in_row >= MAX_EMPTY:
             raise TrainingError(
-                f"no sample was left to train on in {MAX_EMPTY} steps in a row, last at step {step + 1}: see accepted, "
-                f"unscored, prompts_flat and samples_dropped in {self.run_dir.path / 'metrics.jsonl'} for who turned them down"
+                f"no sample was left to train on in {MAX_EMPTY} steps in a row, last at step {step}: see accepted, "
+                f"unscored, prompts_flat and samples_dropped in {folder / 'metrics.jsonl'} for the reason"
             )
         if self.progress.skipped_in_row >= MAX_SKIPPED:
             raise TrainingError(
-                f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step + 1}; the "
-                f"batches are in {self.run_dir.path / 'bad_batches'}. Lower train.lr, or look there for what is special"
+                f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step}; the batches "
+                f"are in {folder / 'bad_batches'}. Lower train.lr, or look there for an unusual sample"
             )
 
     def _healed(self, do: Callable[[], Result]) -> Result:
@@ -172,9 +162,8 @@ class Trainer:
         return do()
 
     def _update(self, samples: Sequence[Sample], method: Method, own_step: int) -> dict[str, float]:
-        """Makes the updates of one step; returns their mean loss and gradient norm, and the metrics of all of them."""
+        """Makes the updates of one step; returns the means of their loss, gradient norm and metrics."""
         settings, before = self.settings, self.progress
-        several = settings.minibatches * settings.passes > 1
         parts = prepare(
             self.student,
             method,
@@ -183,30 +172,21 @@ class Trainer:
             draw=(self.seed, before.step),
             ranks=self.ranks,
             num_minibatches=settings.minibatches,
-            fix_old=several,
+            fix_old=settings.minibatches * settings.passes > 1,
             by_teacher=self.several_teachers,
         )
         heads = self.heads_of(method, samples)
         total: dict[str, Metric] = {}
-        rows = []
         for part in parts * settings.passes:
-            numbers, metrics = self._update_once(part, method, own_step, heads)
-            rows.append(numbers)
-            total = add_metrics(total, metrics)
+            total = add_metrics(total, self._update_once(part, method, own_step, heads))
         if not total:
-            self.observer.warn(
-                before.step + 1, f"step {before.step + 1} was skipped: no sample with a trained token is left"
-            )
+            text = f"step {before.step + 1} was skipped: no sample with a trained token is left"
+            self.observer.warn(before.step + 1, text)
             self.progress = replace(self.progress, empty_in_row=before.empty_in_row + 1)
             return {}
         skipped = before.skipped_in_row + 1 if self.progress.updates == before.updates else 0
         self.progress = replace(self.progress, empty_in_row=0, skipped_in_row=skipped)
-        means = {}
-        for name in dict.fromkeys(name for row in rows for name in row):
-            # a skipped update has no learning rate
-            values = [row[name] for row in rows if name in row]
-            means[name] = sum(values) / len(values)
-        return _means(total) | means
+        return _means(total)
 
     def heads_of(self, method: Method, samples: Sequence[Sample]) -> Heads:
         """Returns the heads of the samples' teachers and of the reference, where the method compares whole rows."""
@@ -230,19 +210,22 @@ class Trainer:
 
     def _update_once(
         self, part: Sequence[MicroBatch], method: Method, own_step: int, heads: Heads
-    ) -> tuple[dict[str, float], dict[str, Metric]]:
-        """Gradient, clip, optimizer step; an update whose loss or gradient is not finite changes nothing."""
+    ) -> dict[str, Metric]:
+        """Gradient, clip, optimizer step; an update whose loss or gradient is not finite changes nothing.
+
+        Returns its metrics with loss, gradient norm and, unless it was skipped, learning rate; nothing without a token.
+        """
         step = self.progress.step
         self.optimizer.zero_grad()
         loss, metrics = accumulate_gradients(self.student, part, heads=heads, step=own_step, ranks=self.ranks)
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
         if not metrics:
-            return {}, {}
-        numbers = {"loss": loss, "grad_norm": norm}
+            return {}
+        metrics |= {"loss": Metric(loss, 1), "grad_norm": Metric(norm, 1)}
         if math.isfinite(loss) and math.isfinite(norm):
             self._torn = True
-            numbers["lr"] = self.optimizer.step(step)
+            metrics["lr"] = Metric(self.optimizer.step(step), 1)
             self.progress = replace(self.progress, updates=self.progress.updates + 1)
             if self.rollouts.collector.teacher is not None:
                 self.rollouts.collector.teacher.follow(self.student.model)
@@ -251,7 +234,7 @@ class Trainer:
             text = f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"
             self.observer.warn(step + 1, text)
         self.optimizer.zero_grad()
-        return numbers, metrics
+        return metrics
 
     def _save_bad_batch(self, part: Sequence[MicroBatch]) -> Path:
         folder = self.run_dir.path / "bad_batches"
@@ -311,13 +294,13 @@ class Trainer:
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
-        """Writes a checkpoint when an error ends the run between two updates, so that what was learnt is kept."""
+        """Writes a checkpoint when an error ends the run between two steps, so that nothing learnt is lost."""
         try:
             yield
         except CheckpointError:
             raise
         except BaseException:
-            # one rank's failure leaves the others inside a collective call: nothing can be agreed upon then
+            # with several ranks the others wait inside another collective call, so none can be made here
             if self.progress.step > 0 and not self._torn and self.ranks.world == 1:
                 try:
                     self._checkpoint()
@@ -327,5 +310,5 @@ class Trainer:
 
 
 def _means(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """The means that were taken over anything."""
+    """The mean of each metric that counted anything: one that was not measured is left out, never 0."""
     return {name: metric.value for name, metric in metrics.items() if metric.count}

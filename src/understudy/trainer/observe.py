@@ -16,6 +16,7 @@ from torch import Tensor
 from understudy.eval.summary import EvalSummary, prompt_text
 from understudy.format import Interval
 from understudy.trainer.checkpoint import Progress
+from understudy.trainer.collect import Collected
 from understudy.trainer.console import Console
 from understudy.trainer.loggers import JsonLines, MetricLogger
 from understudy.types import Author, Metric, Sample
@@ -52,18 +53,24 @@ class Clock:
         }
 
 
-def sample_metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
-    """Returns the length of all samples and shares of those that the student wrote, as sums that add up over ranks."""
-    own = [sample for sample in samples if sample.finish != "data"]
+def collected_metrics(collected: Collected, updates: int) -> dict[str, Metric]:
+    """Returns the metrics of a step's samples on this rank; `updates`: those in the weights that learn from them.
+
+    Lengths are of all samples, `truncated` of those that the student wrote, `staleness` of the tokens trained on.
+    """
+    written = collected.written
+    own = [sample for sample in written if sample.finish != "data"]
+    staleness = staleness_of(collected.samples, updates)
     metrics = {
-        "response_tokens": Metric(float(sum(sample.num_response_tokens for sample in samples)), float(len(samples))),
-        "on_policy": Metric(float(len(own)), float(len(samples))),
-        "truncated": Metric(float(sum(sample.truncated for sample in own)), float(len(own))),
+        "response_tokens": Metric(sum(sample.num_response_tokens for sample in written), len(written)),
+        "on_policy": Metric(len(own), len(written)),
+        "truncated": Metric(sum(sample.truncated for sample in own), len(own)),
+        "staleness": Metric(float(staleness.sum()), staleness.numel()),
     }
     given = [int((sample.author == Author.TEACHER).sum()) for sample in own]
     if any(given):
-        metrics["prefix_tokens"] = Metric(float(sum(given)), float(sum(count > 0 for count in given)))
-    return metrics
+        metrics["prefix_tokens"] = Metric(sum(given), sum(count > 0 for count in given))
+    return metrics | collected.metrics
 
 
 def staleness_of(samples: Sequence[Sample], updates: int) -> Tensor:
@@ -138,15 +145,12 @@ class Observer:
         name = f"avg@{summary.samples_per_prompt}"
         found = summary.metrics.get(name)
         if found is None:
-            self.note(summary.step, f"evaluated at step {summary.step} in {seconds:.1f} s; no sample has a score")
+            text = f"evaluated at step {summary.step} in {seconds:.1f} s; no sample has a score"
+            self.console.note(text)
+            self._event(summary.step, "info", text)
             return None
         self.console.evaluated(summary.step, name, Interval(found.value, found.low, found.high))
         return found.value
-
-    def note(self, step: int, text: str) -> None:
-        """Shows and records information."""
-        self.console.note(text)
-        self._event(step, "info", text)
 
     def warn(self, step: int, text: str) -> None:
         """Shows and records a warning."""
