@@ -162,9 +162,12 @@ if __name__ == "__main__":
     from understudy.tasks import Arithmetic
     from understudy.teachers.judges.verbal import VerbalTeacher
     from understudy.trainer.console import Console
+    from understudy.trainer.distributed import Ranks
 
     torch.set_num_threads(1)
     Arithmetic.grade = grade_by_length  # type: ignore[method-assign]
     VerbalTeacher.judge = judge_by_length  # type: ignore[method-assign]
     for folder in sys.argv[1:]:
         run.train(load_recipe(Path(folder) / "recipe.yaml"), console=Console(quiet=True))
+    # without it a thread of gloo may abort the process at its end
+    Ranks.from_environment(torch.device("cpu")).close()
