@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from understudy.engines.vllm.launch import ServerProcess, free_port
 from understudy.models import build_causal_lm, save_hf
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Http, Local, Served, Setup, Teacher
 from understudy.types import Author, Need, Prompt, Sample
 
@@ -124,7 +125,7 @@ def compare(folder: Path, python: str | None, turns: int) -> dict[str, dict[str,
     """Every kind of teacher in turn, each alone on the machine."""
     tokenizer = make_model(folder / "model")
     samples = make_samples()
-    setup = Setup(name="teacher", vocab_size=VOCAB, tokenizer=tokenizer)
+    setup = Setup(name="teacher", vocab_size=VOCAB, renderer=Renderer(tokenizer))
     needs: tuple[Need, ...] = ("sampled", "topk", "full")
     found: dict[str, dict[str, float]] = {}
     local = Local(model=str(folder / "model")).open(setup)

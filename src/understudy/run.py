@@ -28,7 +28,6 @@ from understudy.recipe.engine import open_engine, to_compare
 from understudy.recipe.judges import Judges, load_judges, open_store
 from understudy.report import write_report
 from understudy.tasks import Arithmetic, num_repeated, overlap, overlap_message
-from understudy.tasks.renderer import encode_prompt
 from understudy.teachers import Judge, StoredTeacher
 from understudy.trainer.checkpoint import (
     STUDENT,
@@ -157,7 +156,7 @@ def _build(
     collector = _collector(recipe, loaded, judges, engine)
     prompts = PromptStream(
         _training_prompts(recipe, judges),
-        lambda prompt: encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs),
+        loaded.renderer.start,
         seed=recipe.seed,
         max_prompt_tokens=limit,
     )
@@ -183,7 +182,7 @@ def _build(
         evaluate=evaluator(
             recipe, loaded, engine, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console
         ),
-        save_student=lambda path: save_hf(loaded.model, loaded.tokenizer, path, merged=False),
+        save_student=lambda path: save_hf(loaded.model, loaded.renderer.tokenizer, path, merged=False),
         observer=Observer(console, (), None),
         run_dir=run_dir,
         ranks=ranks,
@@ -254,8 +253,7 @@ def _collector(recipe: Recipe, loaded: load.Loaded, judges: Judges, engine: Engi
     return Collector(
         engine=engine,
         sampling=recipe.sampling,
-        tokenizer=loaded.tokenizer,
-        template_kwargs=recipe.student.template_kwargs,
+        renderer=loaded.renderer,
         teacher=judges.teacher,
         reference=judges.reference,
         responses=open_store(recipe, loaded, judges),
@@ -290,7 +288,7 @@ def _check_eval_prompts(recipe: Recipe, loaded: load.Loaded, engine: Engine) -> 
         return
     limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, engine, loaded.model)
     prompts = load.eval_prompts(recipe)
-    lengths = (len(encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs)) for prompt in prompts)
+    lengths = (len(loaded.renderer.start(prompt)) for prompt in prompts)
     if not any(length <= limit for length in lengths):
         raise DataError(
             f"all {len(prompts)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
@@ -367,7 +365,7 @@ def evaluator(
             return run_eval(
                 prompts=prompts,
                 task=recipe.held_out,
-                tokenizer=loaded.tokenizer,
+                renderer=loaded.renderer,
                 engine=shared,
                 sampling=settings.sampling or recipe.sampling,
                 samples_per_prompt=settings.samples_per_prompt,
@@ -375,8 +373,6 @@ def evaluator(
                 split=settings.split,
                 out_dir=out_dir,
                 max_prompt_tokens=prompt_limit(recipe, settings.sampling or recipe.sampling, engine, loaded.model),
-                eos_ids=loaded.stop_ids,
-                template_kwargs=recipe.student.template_kwargs,
                 progress=show,
                 greedy=settings.greedy,
                 rejection=None
@@ -396,7 +392,7 @@ def _export(recipe: Recipe, run_dir: RunDir, loaded: load.Loaded, trainer: Train
     aside = run_dir.path / ".writing-student"
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        save_hf(loaded.model, loaded.tokenizer, aside, merged=merged)
+        save_hf(loaded.model, loaded.renderer.tokenizer, aside, merged=merged)
         (aside / "README.md").write_text(
             model_card(recipe, trainer.progress, trainer.observer.summaries), encoding="utf-8"
         )

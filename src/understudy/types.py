@@ -7,9 +7,9 @@ K top tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,12 +38,41 @@ class Prompt:
     id: str
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """Schemas of the tools that the student may call, for the chat template."""
     reference: str | None = None
     """The final answer that a verifier compares with."""
     solution: str | None = None
     """A whole response to imitate, for SFT and off-policy shares."""
     teacher: str | None = None
     """Name of the teacher that scores samples of this prompt; None: the only one."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool call as a model wrote it."""
+
+    text: str
+    """What stands between the tags."""
+    name: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    """Why the call cannot be made; empty where it can."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of the student, read from its tokens."""
+
+    text: str
+    """All of it, without special tokens."""
+    content: str
+    """`text` without reasoning and tool calls."""
+    reasoning: str | None = None
+    """What was thought first; None where the template has no thinking mode, or nothing was thought."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    ended: bool = True
+    """Whether a token that ends a response is its last."""
 
 
 @dataclass(frozen=True)

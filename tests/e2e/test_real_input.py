@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from understudy.models import build_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import load_recipe
-from understudy.tasks.renderer import encode_prompt
+from understudy.tasks.renderer import Renderer
 
 ROOT = Path(__file__).parents[2]
 NUM_TOKENS = 151_669
@@ -112,7 +112,7 @@ def check_prompts(recipe: Path, run_dir: Path) -> None:
     for row in samples:
         prompt = known[row["prompt_id"]]
         assert row["prompt"].endswith("Reason step by step and put the final answer in \\boxed{}.")
-        text = tokenizer.decode(encode_prompt(tokenizer, prompt, loaded.student.template_kwargs))
+        text = tokenizer.decode(Renderer(tokenizer, loaded.student.template_kwargs).start(prompt))
         question = row["prompt"]
         assert text == (f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 

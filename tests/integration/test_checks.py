@@ -22,6 +22,7 @@ from understudy.recipe.load import check
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.tasks.mix import parts_of, record_parts
 from understudy.tasks.records import Hub
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import LocalTeacher, Setup
 from understudy.teachers.stores.recording import ScoredMeta, write_scored
 from understudy.types import Sample, Sampling, Scores
@@ -170,7 +171,7 @@ def stored(folder: Path, *, num: int, k: int | None = None, temperature: float =
     samples = engine.generate(requests, Sampling(temperature, max_new_tokens=4), step=0)
     teacher = LocalTeacher(model, **options)
     scores = teacher.score(samples, frozenset({"sampled"} if k is None else {"topk"}), k=k)
-    meta = ScoredMeta.of(teacher, Setup(tokenizer=tokenizer, **options), "big", k)
+    meta = ScoredMeta.of(teacher, Setup(renderer=Renderer(tokenizer), **options), "big", k)
     path = folder / f"stored-{num}-{k}-{temperature}"
     write_scored(path, meta, zip(samples, scores, strict=True))
     return {"type": "stored", "path": str(path)}

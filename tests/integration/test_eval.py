@@ -18,7 +18,8 @@ from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval import EvalSummary, bootstrap_mean, evaluate, prompt_text, run_eval, summarise
 from understudy.eval.evaluate import Rejection
 from understudy.report.read import read_attempts, read_eval
-from understudy.tasks import Arithmetic, Jsonl, build_tokenizer, encode_response
+from understudy.tasks import Arithmetic, Jsonl, build_tokenizer
+from understudy.tasks.renderer import Renderer
 from understudy.types import Author, Finish, Prompt, Request, Sample, Sampling, Verdict
 
 TASK = Arithmetic()
@@ -48,7 +49,7 @@ class Oracle:
     def _sample(self, request: Request) -> Sample:
         text = self.answer(request)
         finish: Finish = "stop" if text else "length"
-        response = encode_response(TOKENIZER, text, EOS) if text else torch.full((9,), 2)
+        response = Renderer(TOKENIZER).response(text) if text else torch.full((9,), 2)
         ids = torch.cat([request.token_ids, response])
         author = torch.full(ids.shape, Author.STUDENT, dtype=torch.uint8)
         return Sample(request.prompt, request.index, ids, author, len(request.token_ids), finish, text)
@@ -67,7 +68,7 @@ def evaluated(answer: Answer = right, **changes: Any) -> EvalSummary:
     settings: dict[str, Any] = {
         "prompts": PROMPTS,
         "task": TASK,
-        "tokenizer": TOKENIZER,
+        "renderer": Renderer(TOKENIZER),
         "engine": Oracle(answer),
         "sampling": Sampling(max_new_tokens=40),
         "samples_per_prompt": 4,
@@ -169,7 +170,7 @@ def test_bad_input_is_refused_before_anything_is_sampled() -> None:
     endless = build_tokenizer("addition")
     endless.eos_token = None
     with pytest.raises(VocabularyError, match="no EOS"):
-        evaluated(tokenizer=endless, engine=engine)
+        evaluated(renderer=Renderer(endless), engine=engine)
     assert engine.calls == []
 
 
@@ -203,7 +204,9 @@ def test_every_eos_of_the_model_ends_a_response() -> None:
             return replace(sample, token_ids=torch.cat([sample.token_ids[:-1], torch.tensor([other])]))
 
     assert values(evaluated(engine=OtherEnd(right)))["no_eos"] == 1.0
-    assert values(evaluated(engine=OtherEnd(right), eos_ids=(EOS, other)))["no_eos"] == 0.0
+    assert (
+        values(evaluated(engine=OtherEnd(right), renderer=Renderer(TOKENIZER, stop_ids=(EOS, other))))["no_eos"] == 0.0
+    )
 
 
 def test_a_broken_grader_stops_the_evaluation() -> None:

@@ -33,6 +33,7 @@ from understudy.errors import DataError, EngineError, RecipeError, ScoreError
 from understudy.http import BadReply
 from understudy.models import load_causal_lm
 from understudy.packing import Unscored, attach_scores
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Setup
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.remote import prompt_scores
@@ -208,7 +209,7 @@ def section(server: Server | str, api: str = "vllm", **options: Any) -> Http:
 
 
 def setup(**options: Any) -> Setup:
-    return Setup(**({"name": "t", "vocab_size": NUM_ROWS, "tokenizer": letters()} | options))
+    return Setup(**({"name": "t", "vocab_size": NUM_ROWS, "renderer": Renderer(letters())} | options))
 
 
 def scored(
@@ -864,7 +865,7 @@ def test_tokens_that_come_as_text_are_compared_with_the_students() -> None:
         server.mangle = lambda reply, number: json.loads(json.dumps(reply).replace('"B"', '"b"'))
         with pytest.raises(EngineError, match="'b' was scored in its place"):
             scored(server, "completions", SAMPLED)
-        judge = HttpTeacher(section(server, "completions"), setup(tokenizer=None))
+        judge = HttpTeacher(section(server, "completions"), setup(renderer=None))
         with pytest.raises(EngineError, match="no tokenizer"):
             judge.score(samples(), SAMPLED)
         judge.close()

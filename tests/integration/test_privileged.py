@@ -19,7 +19,7 @@ from understudy.config import dump, parse
 from understudy.errors import CheckpointError, DataError, RecipeError, ScoreError
 from understudy.models import apply_lora, load_causal_lm, save_hf
 from understudy.packing import attach_scores, pack
-from understudy.tasks.renderer import encode_prompt
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import LocalTeacher, Setup, Teacher
 from understudy.teachers.privileged import MovingAverage, Privileged, PrivilegedTeacher, reword
 from understudy.types import Author, Grade, Need, Prompt, Sample
@@ -52,14 +52,14 @@ def model(**extra: Any) -> Any:
 
 def setup(**changes: Any) -> Setup:
     return replace(
-        Setup(name="t", vocab_size=NUM_TOKENS, temperature=0.7, tokenizer=spelling(), template_kwargs={"think": True}),
+        Setup(name="t", vocab_size=NUM_TOKENS, temperature=0.7, renderer=Renderer(spelling(), {"think": True})),
         **changes,
     )
 
 
 def answered(prompt: Prompt, text: str, index: int = 0) -> Sample:
     """A response that a student wrote to the prompt as the task states it."""
-    ids = encode_prompt(spelling(), prompt, {"think": True})
+    ids = Renderer(spelling(), {"think": True}).start(prompt)
     response = torch.tensor([*spelling()(text)["input_ids"], EOS])
     return Sample(
         prompt=prompt,
@@ -260,8 +260,8 @@ def test_fingerprint_tells_how_prompts_are_reworded() -> None:
         privileged(),
         privileged(system="x"),
         privileged(template="{prompt}"),
-        privileged(told=setup(template_kwargs={})),
-        privileged(told=setup(tokenizer=other_chat)),
+        privileged(told=setup(renderer=Renderer(spelling()))),
+        privileged(told=setup(renderer=Renderer(other_chat, {"think": True}))),
         privileged(model(rms_norm_eps=1e-3)),
     ]
     assert len({judge.fingerprint for judge in judges}) == len(judges)

@@ -18,8 +18,8 @@ from torch import Tensor
 from understudy import config
 from understudy.errors import DataError, RecipeError
 from understudy.models import load_tokenizer
-from understudy.tasks import Arithmetic, Jsonl, build_tokenizer, encode_response
-from understudy.tasks.responses import encode_faithfully
+from understudy.tasks import Arithmetic, Jsonl, build_tokenizer
+from understudy.tasks.renderer import Renderer
 from understudy.teachers.stores import responses
 from understudy.teachers.stores.responses import (
     RESPONSES,
@@ -45,7 +45,12 @@ def section(**values: Any) -> Any:
 
 
 def setup(folder: Path, **changes: Any) -> ResponseSetup:
-    values = {"tokenizer": TOKENIZER, "seed": 0, "run_dir": folder / "run", "sampling": Sampling(max_new_tokens=9)}
+    values = {
+        "renderer": Renderer(TOKENIZER),
+        "seed": 0,
+        "run_dir": folder / "run",
+        "sampling": Sampling(max_new_tokens=9),
+    }
     return ResponseSetup(**values | changes)
 
 
@@ -81,7 +86,7 @@ def test_solutions_are_those_of_the_task(tmp_path: Path) -> None:
     store = open_responses(section(type="solutions"), setup(tmp_path))
     for ids, prompt in zip(store.find(ask(prompts), 0), prompts, strict=True):
         assert ids is not None
-        assert torch.equal(ids, encode_response(TOKENIZER, prompt.solution or "", EOS))
+        assert torch.equal(ids, Renderer(TOKENIZER).response(prompt.solution or ""))
     without = [replace(prompts[0], solution=None), prompts[1]]
     assert say(store.find(ask(without), 0)) == [None, prompts[1].solution]
     assert store.coverage(without) == (1, 2)
@@ -165,19 +170,19 @@ def test_faithful_encoding(shared: Path) -> None:
     """A real tokenizer with a normaliser and bytes for foreign letters, and one with whole words."""
     real = load_tokenizer(str(shared / "models" / "stories260K"))
     for text in ("Lily ran.", " a  b\n", "naïve 😀", "half</s> way"):
-        ids = encode_faithfully(real, text, real.eos_token_id)
+        ids = Renderer(real).faithful(text)
         assert ids is not None
         assert ids.tolist().count(real.eos_token_id) == 1
         assert real.decode(ids[:-1]) == text
-    ended = encode_faithfully(real, "Lily ran.</s>", real.eos_token_id)
+    ended = Renderer(real).faithful("Lily ran.</s>")
     assert ended is not None
-    assert ended.tolist() == encode_response(real, "Lily ran.", real.eos_token_id).tolist()
+    assert ended.tolist() == Renderer(real).response("Lily ran.").tolist()
     words = build_tokenizer("words")
-    spaced = encode_faithfully(words, "24  + 7 ", words.eos_token_id)
+    spaced = Renderer(words).faithful("24  + 7 ")
     assert spaced is not None
     assert words.decode(spaced[:-1]) == "24 + 7"
-    assert encode_faithfully(words, "24 plus 7", words.eos_token_id) is None
-    assert encode_faithfully(TOKENIZER, "1<eos>2", EOS) is None
+    assert Renderer(words).faithful("24 plus 7") is None
+    assert Renderer(TOKENIZER).faithful("1<eos>2") is None
 
 
 def test_an_unknown_token_or_a_dropped_letter_is_no_text() -> None:
@@ -196,10 +201,10 @@ def test_an_unknown_token_or_a_dropped_letter_is_no_text() -> None:
     knowing = build(models.BPE(vocabulary, [], unk_token="<unk>"))
     knowing.unk_token = "<unk>"
     for tokenizer in (dropping, knowing):
-        kept = encode_faithfully(tokenizer, "ABba", 0)
+        kept = Renderer(tokenizer).faithful("ABba")
         assert kept is not None
         assert kept.tolist() == [1, 2, 2, 1, 0]
-        assert encode_faithfully(tokenizer, "abc", 0) is None
+        assert Renderer(tokenizer).faithful("abc") is None
 
 
 @dataclass

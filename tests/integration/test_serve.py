@@ -36,6 +36,7 @@ from understudy.serve import Refusal, Scorer, Settings, serve_beside
 from understudy.serve import app as serve_app
 from understudy.serve import prompts as serve_prompts
 from understudy.serve import worker as serve_worker
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import LocalTeacher, Setup
 from understudy.teachers.remote.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
 from understudy.teachers.remote.served import Served, ServedTeacher
@@ -998,9 +999,9 @@ def test_another_tokenizer_is_refused_and_padding_rows_are_not() -> None:
     with serving(tiny(num_rows=48)) as url:
         with opened(url) as teacher:
             assert teacher.about.num_rows == 48
-        with pytest.raises(VocabularyError, match="38 tokens"), opened(url, into=setup(tokenizer=letters(38))):
+        with pytest.raises(VocabularyError, match="38 tokens"), opened(url, into=setup(renderer=Renderer(letters(38)))):
             pass
-        with pytest.raises(VocabularyError, match="EOS is id 0"), opened(url, into=setup(tokenizer=shifted)):
+        with pytest.raises(VocabularyError, match="EOS is id 0"), opened(url, into=setup(renderer=Renderer(shifted))):
             pass
         with pytest.raises(RecipeError, match="48 rows"), opened(url, into=setup(vocab_size=49)):
             pass

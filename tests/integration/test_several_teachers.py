@@ -32,6 +32,7 @@ from understudy.methods import METHODS
 from understudy.methods.base import present
 from understudy.recipe import Recipe, load
 from understudy.tasks import Arithmetic, build_tokenizer
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Local, LocalTeacher, Setup
 from understudy.teachers.stores.recording import ScoredMeta, write_scored
 from understudy.trainer import loop
@@ -297,7 +298,7 @@ def test_scores_of_sampled_tokens_are_no_whole_rows(tmp_path: Path) -> None:
     tokenizer = build_tokenizer("addition")
     teacher = Local(save_tiny_model(tmp_path / "teacher", seed=1)).open(Setup(name="t", vocab_size=17))
     samples = [sample("arithmetic/addition/12+34:", [4, 5], [6, 7, 1])]
-    setup = Setup(name="t", vocab_size=17, tokenizer=tokenizer)
+    setup = Setup(name="t", vocab_size=17, renderer=Renderer(tokenizer))
     meta = ScoredMeta.of(teacher, setup, "big")
     write_scored(tmp_path / "stored", meta, zip(samples, teacher.score(samples, frozenset({"sampled"})), strict=True))
     stored = {"type": "stored", "path": str(tmp_path / "stored")}

@@ -20,6 +20,7 @@ from understudy.engines import HFEngine
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import pack
 from understudy.tasks import build_tokenizer
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Local, LocalTeacher, Setup
 from understudy.teachers.stores.recording import ScoredMeta, recorded, tokenizer_digest, write_scored
 from understudy.teachers.stores.stored import Stored
@@ -28,7 +29,7 @@ from understudy.types import Author, Need, Request, Sample, Sampling, Scores
 SAMPLED: frozenset[Need] = frozenset({"sampled"})
 TOPK: frozenset[Need] = frozenset({"topk"})
 K = 4
-SETUP = Setup(name="t", vocab_size=37, temperature=0.7, tokenizer=letters())
+SETUP = Setup(name="t", vocab_size=37, temperature=0.7, renderer=Renderer(letters()))
 Pairs = list[tuple[Sample, Scores]]
 
 
@@ -230,7 +231,7 @@ def test_a_truncated_or_changed_file_is_noticed(tmp_path: Path) -> None:
     [
         ({"temperature": 1.0}, r"stored with temperature 0\.7, this run has 1\.0"),
         ({"vocab_size": 36}, "stored with vocabulary size 37, this run has 36"),
-        ({"tokenizer": letters(30)}, "stored with tokenizer"),
+        ({"renderer": Renderer(letters(30))}, "stored with tokenizer"),
     ],
     ids=["temperature", "vocabulary", "tokenizer"],
 )
@@ -245,7 +246,7 @@ def test_the_run_has_a_tokenizer(tmp_path: Path) -> None:
     meta, pairs = make()
     write_scored(tmp_path, meta, pairs)
     with pytest.raises(ValueError, match=r"Setup\.tokenizer"):
-        Stored(path=str(tmp_path)).open(dataclasses.replace(SETUP, tokenizer=None))
+        Stored(path=str(tmp_path)).open(dataclasses.replace(SETUP, renderer=None))
 
 
 def test_a_tokenizer_is_told_by_its_tokens_and_its_end() -> None:
@@ -258,7 +259,7 @@ def test_a_tokenizer_is_told_by_its_tokens_and_its_end() -> None:
 def test_scores_of_another_teacher_are_refused(tmp_path: Path) -> None:
     """By its fingerprint, given or computed from the model that the recipe names."""
     tokenizer = build_tokenizer("addition")
-    setup = Setup(name="t", vocab_size=len(tokenizer), temperature=0.7, tokenizer=tokenizer)
+    setup = Setup(name="t", vocab_size=len(tokenizer), temperature=0.7, renderer=Renderer(tokenizer))
     one, other = (save_tiny_model(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("other", 2)))
     teacher = Local(model=one).open(setup)
     by_hand = written("a", [3], [4, 1], author=Author.TEACHER, finish="data")

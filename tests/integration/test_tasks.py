@@ -20,9 +20,8 @@ from understudy.tasks import (
     Hub,
     Jsonl,
     Mix,
+    Renderer,
     build_tokenizer,
-    encode_prompt,
-    encode_response,
     num_repeated,
     overlap,
     overlap_message,
@@ -316,35 +315,35 @@ def tiny_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
 
 def test_text_keeps_its_bos_and_loses_an_eos_that_nobody_wrote() -> None:
     tokenizer = tiny_tokenizer(template=True)
-    assert encode_prompt(tokenizer, Prompt("p", text="a b")).tolist() == [1, 3, 4]
-    assert encode_prompt(tokenizer, Prompt("p", text="")).tolist() == [1]
-    assert encode_response(tokenizer, "c d", 2).tolist() == [5, 6, 2]
+    assert Renderer(tokenizer).start(Prompt("p", text="a b")).tolist() == [1, 3, 4]
+    assert Renderer(tokenizer).start(Prompt("p", text="")).tolist() == [1]
+    assert Renderer(tokenizer).response("c d").tolist() == [5, 6, 2]
 
 
 def test_a_prompt_is_never_empty() -> None:
     with pytest.raises(DataError, match="prompt p has no tokens"):
-        encode_prompt(tiny_tokenizer(), Prompt("p", text=""))
+        Renderer(tiny_tokenizer()).start(Prompt("p", text=""))
 
 
 def test_messages_need_a_template_that_takes_them() -> None:
     prompt = Prompt("p", messages=({"role": "user", "content": "a"},))
     with pytest.raises(RecipeError, match=r"has no chat template, and prompt p is a chat; set task\.chat to false"):
-        encode_prompt(tiny_tokenizer(), prompt)
+        Renderer(tiny_tokenizer()).start(prompt)
     refusing = tiny_tokenizer(chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match="refuses prompt p: no system role"):
-        encode_prompt(refusing, prompt)
+        Renderer(refusing).start(prompt)
 
 
 def test_text_of_another_alphabet_is_named() -> None:
     with pytest.raises(DataError, match="cannot encode 'tom has'"):
-        encode_prompt(build_tokenizer("addition"), Prompt("p", text="tom has"))
+        Renderer(build_tokenizer("addition")).start(Prompt("p", text="tom has"))
 
 
 def test_a_solution_is_a_sample() -> None:
     task = Arithmetic()
     tokenizer = build_tokenizer("addition")
     prompt = task.prompts("train")[0]
-    sample = solution_sample(tokenizer, prompt, 3, tokenizer.eos_token_id)
+    sample = solution_sample(Renderer(tokenizer), prompt, 3)
     assert tokenizer.decode(sample.token_ids[: sample.prompt_length]) == prompt.text
     assert tokenizer.decode(sample.response_ids[:-1]) == prompt.solution == sample.text
     assert int(sample.token_ids[-1]) == tokenizer.eos_token_id
@@ -358,18 +357,18 @@ def test_a_solution_is_a_sample() -> None:
 
 def test_a_prompt_without_solution_is_named() -> None:
     with pytest.raises(DataError, match="prompt p has no solution to imitate"):
-        solution_sample(tiny_tokenizer(), Prompt("p", text="a"), 0, 2)
+        solution_sample(Renderer(tiny_tokenizer()), Prompt("p", text="a"), 0)
 
 
 def test_a_written_eos_is_not_doubled() -> None:
-    assert encode_response(tiny_tokenizer(), "a</s>", 2).tolist() == [3, 2]
-    assert encode_response(tiny_tokenizer(), "", 2).tolist() == [2]
+    assert Renderer(tiny_tokenizer()).response("a</s>").tolist() == [3, 2]
+    assert Renderer(tiny_tokenizer()).response("").tolist() == [2]
 
 
 def test_prompts_over_the_budget_are_kept_apart_whole() -> None:
     tokenizer = tiny_tokenizer()
     prompts = [Prompt(text, text=text) for text in ("a", "a b", "a b c", "f")]
-    kept, too_long = split_by_length([(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts], 2)
+    kept, too_long = split_by_length([(prompt, Renderer(tokenizer).start(prompt)) for prompt in prompts], 2)
     assert [(prompt.id, len(ids)) for prompt, ids in kept] == [("a", 1), ("a b", 2), ("f", 1)]
     assert [prompt.id for prompt in too_long] == ["a b c"]
 
@@ -382,7 +381,7 @@ def qwen(shared: Path) -> Any:
 def test_chat_prompts_are_those_of_the_template(qwen: Any) -> None:
     task = Jsonl(path=str(FIXTURES / "gsm8k.jsonl"), system="Think.", **GSM8K)
     for prompt in task.prompts("train"):
-        ids = encode_prompt(qwen, prompt)
+        ids = Renderer(qwen).start(prompt)
         messages = [dict(message) for message in prompt.messages or ()]
         whole = qwen.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids.tolist() == list(whole)
@@ -391,8 +390,8 @@ def test_chat_prompts_are_those_of_the_template(qwen: Any) -> None:
 
 def test_settings_reach_the_template(qwen: Any) -> None:
     prompt = Prompt("p", messages=({"role": "user", "content": "hi"},))
-    plain = qwen.decode(encode_prompt(qwen, prompt))
-    quick = qwen.decode(encode_prompt(qwen, prompt, {"enable_thinking": False}))
+    plain = qwen.decode(Renderer(qwen).start(prompt))
+    quick = qwen.decode(Renderer(qwen, {"enable_thinking": False}).start(prompt))
     assert quick == plain + "<think>\n\n</think>\n\n"
 
 
@@ -401,6 +400,6 @@ def test_real_solutions_survive_the_tokenizer(qwen: Any) -> None:
         for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             text = row.get("solution", row["answer"])
-            ids = encode_response(qwen, text, qwen.eos_token_id)
+            ids = Renderer(qwen).response(text)
             assert qwen.decode(ids, skip_special_tokens=True) == text
             assert ids.tolist().count(qwen.eos_token_id) == 1

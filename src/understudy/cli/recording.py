@@ -22,7 +22,7 @@ from understudy.methods import OPD, TopK
 from understudy.recipe import Recipe, load, load_recipe
 from understudy.recipe.engine import sampling_with
 from understudy.recipe.judges import load_judges, teacher_setup
-from understudy.tasks.renderer import encode_prompt
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Chat, Privileged, Stored, Teacher, Verbal
 from understudy.teachers.stores.recording import ScoredMeta, recorded, write_scored
 from understudy.trainer.console import Console
@@ -70,7 +70,7 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
         meta = ScoredMeta.of(judges.teacher, teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
         known = recorded(out, meta)
         limit = load.prompt_limit(recipe, recipe.sampling, loaded.model, *judges.models)
-        requests = _requests(recipe, loaded.tokenizer, limit, amount)
+        requests = _requests(recipe, loaded.renderer, limit, amount)
         missing = [request for request in requests if request.key not in known]
         write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
         pairs = _Pairs(recipe, loaded, judges.teacher, k, console)
@@ -160,24 +160,20 @@ def _check_out(out: Path, recipe: Recipe) -> None:
         raise RecipeError(f"--out {out} holds another recording: {'; '.join(differing)}. Choose another directory")
 
 
-def _requests(recipe: Recipe, tokenizer: Any, limit: int, amount: Amount) -> list[Request]:
+def _requests(recipe: Recipe, renderer: Renderer, limit: int, amount: Amount) -> list[Request]:
     """Of the first prompts that training draws, each once; those over `limit` tokens are left out.
 
     Raises DataError where none is left.
     """
     prompts = recipe.task.prompts("train")
-
-    def encode(prompt: Prompt) -> Tensor:
-        return encode_prompt(tokenizer, prompt, recipe.student.template_kwargs)
-
-    order = PromptStream(prompts, encode, seed=recipe.seed, max_prompt_tokens=limit)
+    order = PromptStream(prompts, renderer.start, seed=recipe.seed, max_prompt_tokens=limit)
     wanted = amount.prompts or recipe.train.steps * recipe.train.prompts_per_step
     found: dict[str, tuple[Prompt, Tensor]] = {}
     for position in range(len(prompts)):
         if len(found) == wanted:
             break
         prompt = order[position]
-        ids = encode(prompt)
+        ids = renderer.start(prompt)
         if len(ids) <= limit:
             found.setdefault(prompt.id, (prompt, ids))
     if not found:

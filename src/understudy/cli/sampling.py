@@ -14,7 +14,6 @@ from understudy.eval.summary import prompt_text
 from understudy.files import write_json_lines
 from understudy.recipe import Recipe, load
 from understudy.recipe.engine import sampling_with
-from understudy.tasks.renderer import encode_prompt
 from understudy.trainer.console import Console
 from understudy.trainer.settings import Split
 from understudy.trainer.signals import terminable
@@ -47,7 +46,7 @@ def sample(
     chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
     with terminable(), Console() as console:
         loaded = load.load_student(recipe)
-        rendered = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in chosen]
+        rendered = [loaded.renderer.start(prompt) for prompt in chosen]
         requests = [
             Request(prompt, index, ids)
             for prompt, ids in zip(_distinct(chosen), rendered, strict=True)

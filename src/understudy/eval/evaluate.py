@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
-from understudy.tasks.renderer import Rendered, encode_prompt, split_by_length
+from understudy.tasks.renderer import Rendered, Renderer, split_by_length
 from understudy.types import Prompt, Request, Sample, Sampling, Verdict
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from understudy.engines import Generates
     from understudy.tasks import Task
 
@@ -32,7 +30,7 @@ def run_eval(
     *,
     prompts: Sequence[Prompt],
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
     engine: Generates,
     sampling: Sampling,
     samples_per_prompt: int,
@@ -40,8 +38,6 @@ def run_eval(
     split: str,
     out_dir: Path | None,
     max_prompt_tokens: int,
-    eos_ids: Collection[int] | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     greedy: bool = False,
     rejection: Rejection | None = None,
@@ -50,14 +46,15 @@ def run_eval(
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
     evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
-    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `eos_ids` end a response (None:
-    the tokenizer's EOS). `progress` is called with the samples done and in all. Raises DataError for prompts with equal ids
-    and if no prompt fits the budget.
+    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `progress` is called with the
+    samples done and in all. Raises DataError for prompts with equal ids and if no prompt fits the budget.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
-    ends = _eos_ids(tokenizer) if eos_ids is None else eos_ids
-    fitting, too_long = _render(prompts, tokenizer, max_prompt_tokens, template_kwargs)
+    ends = renderer.stop_ids
+    if not ends:
+        raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended")
+    fitting, too_long = _render(prompts, renderer, max_prompt_tokens)
     requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
     samples = _sample_and_grade(requests, task, engine, sampling, f"eval/{split}", progress)
     summary = summarise(
@@ -115,24 +112,15 @@ class Rejection:
         return found | ({name: bootstrap_mean(scores, name)} if scores else {})
 
 
-def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
-    if tokenizer.eos_token_id is None:
-        raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended; pass eos_ids")
-    return (int(tokenizer.eos_token_id),)
-
-
 def _render(
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    template_kwargs: Mapping[str, Any] | None,
+    prompts: Sequence[Prompt], renderer: Renderer, max_prompt_tokens: int
 ) -> tuple[list[Rendered], list[Prompt]]:
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
             raise DataError(f"two evaluation prompts have the id {prompt.id!r}; ids must be distinct")
         seen.add(prompt.id)
-    rendered = ((prompt, encode_prompt(tokenizer, prompt, template_kwargs)) for prompt in prompts)
+    rendered = ((prompt, renderer.start(prompt)) for prompt in prompts)
     fitting, too_long = split_by_length(rendered, max_prompt_tokens)
     if not fitting:
         raise DataError(

@@ -36,20 +36,23 @@ def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
 
     Raises VocabularyError where there is none: responses would never end by themselves.
     """
-    base = unwrap(model)
-    found: set[int] = set()
-    for owner in (tokenizer, base.config, base.config.get_text_config(), getattr(base, "generation_config", None)):
+    base, found = unwrap(model), tokenizer_ends(tokenizer)
+    for owner in (base.config, base.config.get_text_config(), getattr(base, "generation_config", None)):
         found |= _as_ids(getattr(owner, "eos_token_id", None))
-    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    template = str(tokenizer.chat_template or "")
-    found |= {special[token] for token in TURN_ENDS if token in special and token in template}
-    found |= {special[token] for token in TEXT_ENDS if token in special}
     if not found:
         raise VocabularyError(
             "no EOS: neither the tokenizer nor the model names a token that ends a response; set eos_token in the "
             "tokenizer's configuration"
         )
     return tuple(sorted(found))
+
+
+def tokenizer_ends(tokenizer: Any) -> set[int]:
+    """The tokens that end a response as far as the tokenizer says: its EOS, ends of turns and of documents."""
+    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    template = str(tokenizer.chat_template or "")
+    ends = {special[token] for token in TURN_ENDS if token in special and token in template}
+    return _as_ids(tokenizer.eos_token_id) | ends | {special[token] for token in TEXT_ENDS if token in special}
 
 
 def _as_ids(value: int | list[int] | None) -> set[int]:

@@ -13,6 +13,7 @@ from understudy.errors import RecipeError, nearest
 from understudy.recipe.schema import AnyTask, Recipe
 from understudy.tasks import Arithmetic, Hub, Jsonl, Mix
 from understudy.tasks.mix import parts_of, record_parts
+from understudy.tasks.renderer import Renderer
 from understudy.tasks.responses import HubResponses, Solutions
 from understudy.teachers import Privileged, Stored, check_names
 from understudy.teachers.stores.recording import read_record, read_rows
@@ -199,7 +200,7 @@ def _check_amount(section: Stored, num: int) -> None:
         )
 
 
-def check_coverage(recipe: Recipe, tokenizer: Any, *, fetch: bool) -> None:
+def check_coverage(recipe: Recipe, renderer: Renderer, *, fetch: bool) -> None:
     """Raises RecipeError where none of the first training prompts has a response that the student's tokenizer can say."""
     section = recipe.responses
     if section is None or isinstance(section, TeacherResponses):
@@ -207,7 +208,7 @@ def check_coverage(recipe: Recipe, tokenizer: Any, *, fetch: bool) -> None:
     elsewhere = isinstance(section, HubResponses) and not Path(section.dataset).is_dir()
     if not fetch and (elsewhere or not is_here(recipe.task)):
         return
-    setup = ResponseSetup(tokenizer=tokenizer, seed=recipe.seed, run_dir=Path(recipe.run_dir), sampling=recipe.sampling)
+    setup = ResponseSetup(renderer=renderer, seed=recipe.seed, run_dir=Path(recipe.run_dir), sampling=recipe.sampling)
     store, prompts = open_responses(section, setup), recipe.task.prompts("train")
     # one at a time: most often the first has one
     if not any(store.coverage([prompt])[0] for prompt in islice(prompts, NUM_CHECKED_PROMPTS)):

@@ -16,7 +16,6 @@ from understudy.models import row_style
 from understudy.models.save import merged_state_dict
 from understudy.recipe.load import Loaded
 from understudy.recipe.schema import Recipe
-from understudy.tasks.renderer import encode_prompt
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.publish import NUM_PROBED, Publisher
 from understudy.trainer.update import StudentModel
@@ -40,9 +39,9 @@ def open_engine(recipe: Recipe, loaded: Loaded) -> tuple[Engine, Weights | None]
     engine = VLLMEngine(
         section.for_responses(longest),
         loaded.model,
-        loaded.tokenizer,
+        loaded.renderer.tokenizer,
         seed=recipe.seed,
-        stop_ids=loaded.stop_ids,
+        stop_ids=loaded.renderer.stop_ids,
         vocab_size=loaded.vocab_size,
         sampling=recipe.sampling,
         run_dir=Path(recipe.run_dir),
@@ -70,7 +69,7 @@ def sampling_with(recipe: Recipe, loaded: Loaded) -> Iterator[Engine]:
 def to_compare(recipe: Recipe, loaded: Loaded) -> list[Sample]:
     """Some prompts of the task, for an engine that is compared before there are samples."""
     prompts = islice(recipe.task.prompts("train"), NUM_PROBED)
-    rendered = [(prompt, encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs)) for prompt in prompts]
+    rendered = [(prompt, loaded.renderer.start(prompt)) for prompt in prompts]
     return [
         Sample(prompt, 0, ids, torch.zeros(ids.numel(), dtype=torch.uint8), 1, "data", "") for prompt, ids in rendered
     ]

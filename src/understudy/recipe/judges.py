@@ -14,7 +14,6 @@ from understudy.engines import HFEngine
 from understudy.models import stop_ids
 from understudy.recipe.load import Loaded, load_base
 from understudy.recipe.schema import Recipe
-from understudy.tasks.renderer import encode_prompt
 from understudy.teachers import Chat, Judge, LocalTeacher, RoutedTeacher, Setup, Start, Teacher, Verbal
 from understudy.teachers.judges.chat import ChatTeacher
 from understudy.teachers.privileged import PrivilegedTeacher
@@ -89,12 +88,13 @@ def teacher_setup(recipe: Recipe, loaded: Loaded, name: str) -> Setup:
         vocab_size=loaded.vocab_size,
         temperature=recipe.sampling.temperature or 1.0,
         device=loaded.device,
-        tokenizer=loaded.tokenizer,
-        template_kwargs=student.template_kwargs,
+        renderer=loaded.renderer,
         student=loaded.model,
         start=student.model,
         start_revision=student.revision,
-        fresh_student=lambda: load_base(student, loaded.tokenizer, loaded.vocab_size, loaded.device, recipe.seed, None),
+        fresh_student=lambda: load_base(
+            student, loaded.renderer.tokenizer, loaded.vocab_size, loaded.device, recipe.seed, None
+        ),
         seed=recipe.seed,
         cache_dir=Path(recipe.run_dir) / "cache",
     )
@@ -105,7 +105,7 @@ def open_store(recipe: Recipe, loaded: Loaded, judges: Judges) -> ResponseStore 
     if recipe.responses is None:
         return None
     setup = ResponseSetup(
-        tokenizer=loaded.tokenizer,
+        renderer=loaded.renderer,
         seed=recipe.seed,
         run_dir=Path(recipe.run_dir),
         sampling=recipe.sampling,
@@ -133,19 +133,18 @@ def _writer(recipe: Recipe, loaded: Loaded, judges: Judges) -> Generate | None:
         return lambda prompts: chat.respond(prompts, max_new_tokens=limit, temperature=temperature)
     if isinstance(judges.teacher, RoutedTeacher) or not isinstance(judges.teacher, LocalTeacher):
         return None
-    teacher = judges.teacher
+    teacher, renderer = judges.teacher, loaded.renderer
     engine = HFEngine(
         teacher.model,
-        loaded.tokenizer,
+        renderer.tokenizer,
         seed=recipe.seed,
         # the teacher may end its turns with another token than the student
-        stop_ids=tuple({*loaded.stop_ids, *stop_ids(loaded.tokenizer, teacher.model)}),
+        stop_ids=tuple({*renderer.stop_ids, *stop_ids(renderer.tokenizer, teacher.model)}),
         vocab_size=loaded.vocab_size,
     )
 
     def write(prompts: Sequence[Prompt]) -> list[str | None]:
-        ids = [encode_prompt(loaded.tokenizer, prompt, recipe.student.template_kwargs) for prompt in prompts]
-        requests = [Request(prompt, 0, row) for prompt, row in zip(prompts, ids, strict=True)]
+        requests = [Request(prompt, 0, renderer.start(prompt)) for prompt in prompts]
         with teacher.on_device():
             written = engine.generate(requests, sampling, step=0, stream="teacher")
         return [None if sample.truncated else sample.text for sample in written]

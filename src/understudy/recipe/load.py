@@ -41,7 +41,7 @@ from understudy.recipe.checks import (
 from understudy.recipe.schema import Recipe, Student
 from understudy.tasks import Arithmetic, Mix, build_tokenizer
 from understudy.tasks.mix import record_parts
-from understudy.tasks.renderer import encode_prompt
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Http, Local, Privileged, Served
 from understudy.trainer.loggers import check_loggers
 from understudy.types import Prompt, Sampling
@@ -104,7 +104,8 @@ def _check_tokenizers(recipe: Recipe, *, training: bool, fetch: bool) -> list[st
     source = tokenizer_source(recipe)
     if source is not None and not (fetch or Path(source).expanduser().exists()):
         return [f"tokenizer: {source} is a hub name, not checked offline"]
-    tokenizer = student_tokenizer(recipe)
+    renderer = Renderer(student_tokenizer(recipe), recipe.student.template_kwargs)
+    tokenizer = renderer.tokenizer
     lines = [f"tokenizer: {len(tokenizer):,} tokens"]
     for section in recipe.judges.values():
         if isinstance(section, Http):
@@ -115,16 +116,13 @@ def _check_tokenizers(recipe: Recipe, *, training: bool, fetch: bool) -> list[st
             size = compare_vocabularies(tokenizer, load_tokenizer(model, revision=revision))
             lines.append(f"the student and {model} share {size:,} tokens")
     if fetch or is_here(recipe.task):
-        lengths = [
-            len(encode_prompt(tokenizer, prompt, recipe.student.template_kwargs))
-            for prompt in islice(recipe.task.prompts("train"), NUM_REHEARSED)
-        ]
+        lengths = [len(renderer.start(prompt)) for prompt in islice(recipe.task.prompts("train"), NUM_REHEARSED)]
         if recipe.eval is not None and (fetch or is_here(recipe.held_out)):
             for prompt in islice(eval_prompts(recipe), NUM_REHEARSED):
-                encode_prompt(tokenizer, prompt, recipe.student.template_kwargs)
+                renderer.start(prompt)
         lines.append(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
     if training:
-        check_coverage(recipe, tokenizer, fetch=fetch)
+        check_coverage(recipe, renderer, fetch=fetch)
     return lines
 
 
@@ -183,9 +181,8 @@ class Loaded:
     """A student that is ready to sample."""
 
     model: nn.Module
-    tokenizer: Any
+    renderer: Renderer
     vocab_size: int
-    stop_ids: tuple[int, ...]
     device: torch.device
     compute_dtype: torch.dtype | None
     warnings: tuple[str, ...]
@@ -194,9 +191,9 @@ class Loaded:
         """Samples with the live weights, or with those of a `model` like it."""
         return HFEngine(
             model or self.model,
-            self.tokenizer,
+            self.renderer.tokenizer,
             seed=seed,
-            stop_ids=self.stop_ids,
+            stop_ids=self.renderer.stop_ids,
             vocab_size=self.vocab_size,
             autocast=self.compute_dtype,
         )
@@ -221,9 +218,8 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None) -> Loaded:
     dtype = recipe.train.compute_dtype
     return Loaded(
         model=model.train(),
-        tokenizer=tokenizer,
+        renderer=Renderer(tokenizer, recipe.student.template_kwargs, stop_ids(tokenizer, model)),
         vocab_size=vocab_size,
-        stop_ids=stop_ids(tokenizer, model),
         device=device,
         compute_dtype=None if dtype is None else getattr(torch, dtype),
         warnings=tuple(warnings),

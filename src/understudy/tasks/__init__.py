@@ -9,7 +9,7 @@ from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.mix import Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.records import Hub, Jsonl
-from understudy.tasks.renderer import encode_prompt, encode_response, solution_sample, split_by_length
+from understudy.tasks.renderer import Renderer, solution_sample, split_by_length
 from understudy.types import Grade, Prompt
 
 
@@ -43,10 +43,9 @@ __all__ = [
     "Hub",
     "Jsonl",
     "Mix",
+    "Renderer",
     "Task",
     "build_tokenizer",
-    "encode_prompt",
-    "encode_response",
     "num_repeated",
     "overlap",
     "overlap_message",

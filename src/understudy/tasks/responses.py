@@ -10,17 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from understudy.errors import DataError
 from understudy.tasks.records import NUM_CHECKED_ROWS, Hub, Jsonl, normalise, problem_key
 from understudy.types import Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,29 +148,3 @@ class FoundTexts:
             if key in self._texts:
                 return self._texts[key]
         return ()
-
-
-def encode_faithfully(tokenizer: PreTrainedTokenizerBase, text: str, eos_id: int) -> Tensor | None:
-    """The text with the EOS behind it, [F] int64; None where the text would not come back from its tokens, or is empty.
-
-    Special tokens that the text spells out are read as plain letters, but for an EOS at its end, which is its end. What the
-    tokenizer's own normaliser changes, and white space that it does not keep, count as the same text.
-    """
-    text = text.removesuffix(str(tokenizer.eos_token)) if tokenizer.eos_token_id == eos_id else text
-    if not text.strip():
-        return None
-    try:
-        ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    except Exception:  # what `tokenizers` raises for letters without a token has no type of its own
-        return None
-    if not ids or tokenizer.unk_token_id in ids or eos_id in ids:
-        return None
-    back = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    if back != text and _normalised(tokenizer, back) != _normalised(tokenizer, text):
-        return None
-    return torch.tensor([*ids, eos_id], dtype=torch.int64)
-
-
-def _normalised(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    return "".join((text if normaliser is None else normaliser.normalize_str(text)).split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.linear.head import LMHead
+from understudy.tasks.renderer import Renderer
 from understudy.types import Need, Prompt, Sample, Scores, Verdict
 
 ScoreForm = Literal["argmax", "expectation"]
@@ -28,9 +29,8 @@ class Setup:
     temperature: float = 1.0
     """The student's; scores are those at it."""
     device: str | torch.device = "cpu"
-    tokenizer: Any = None
+    renderer: Renderer | None = None
     """The student's."""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     student: nn.Module | None = None
     """The live model, for a teacher that is the student itself."""
     start: str | None = None
@@ -41,7 +41,12 @@ class Setup:
     """Builds the start again where `start` is None: in a resumed run the live model is not the start any more."""
     seed: int = 0
     cache_dir: Path | None = None
-    """Where a teacher may keep what is dear to make again."""
+    """For results that are expensive to recompute."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's; None where nobody gave one."""
+        return None if self.renderer is None else self.renderer.tokenizer
 
 
 class Section(Protocol):

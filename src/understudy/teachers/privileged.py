@@ -20,7 +20,6 @@ from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir, lm_head, num_positions, unwrap
 from understudy.packing import Unscored
-from understudy.tasks.renderer import encode_prompt
 from understudy.teachers.base import Setup
 from understudy.teachers.local import CAN, Local, LocalTeacher
 from understudy.teachers.reference import load_start, open_start
@@ -187,8 +186,8 @@ class PrivilegedTeacher:
         self._inner = inner
         self._section = section
         self._setup = setup
-        self._tokenizer = setup.tokenizer
-        self._template_kwargs = dict(setup.template_kwargs)
+        assert setup.renderer is not None
+        self._renderer = setup.renderer
         self._average = average
         self._fingerprint: str | None = None
 
@@ -206,8 +205,8 @@ class PrivilegedTeacher:
     def fingerprint(self) -> str:
         """Of the weights as they are now, and of how prompts are reworded."""
         if self._fingerprint is None:
-            section = self._section
-            rewording = [section.template, section.system, self._template_kwargs, self._tokenizer.chat_template]
+            section, renderer = self._section, self._renderer
+            rewording = [section.template, section.system, renderer.template_kwargs, renderer.tokenizer.chat_template]
             weights = self._inner.hash_weights()
             text = json.dumps([weights, rewording], sort_keys=True, default=str)
             self._fingerprint = blake2b(text.encode(), digest_size=16).hexdigest()
@@ -269,7 +268,7 @@ class PrivilegedTeacher:
     def _reword(self, sample: Sample) -> Sample:
         """The same response behind what the teacher is shown."""
         shown = reword(sample, self._section.template, self._section.system)
-        prompt_ids = encode_prompt(self._tokenizer, shown, self._template_kwargs)
+        prompt_ids = self._renderer.start(shown)
         author = sample.author[sample.prompt_length :]
         return replace(
             sample,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
 from understudy.packing import ScoreField, attach_scores
 from understudy.randomness import keyed_uniform
-from understudy.tasks.renderer import solution_sample
+from understudy.tasks.renderer import Renderer, solution_sample
 from understudy.teachers import Teacher
 from understudy.teachers.stores.responses import ResponseStore
 from understudy.teachers.stores.stored import StoredTeacher
@@ -78,8 +77,7 @@ class Collector:
 
     engine: Engine
     sampling: Sampling
-    tokenizer: Any
-    template_kwargs: Mapping[str, Any]
+    renderer: Renderer
     teacher: Teacher | None
     reference: Teacher | None
     responses: ResponseStore | None
@@ -172,8 +170,7 @@ class Collector:
             return [
                 None if ids is None else self.filled(request, ids) for request, ids in zip(requests, found, strict=True)
             ]
-        eos_id, kwargs = self.tokenizer.eos_token_id, self.template_kwargs
-        return [solution_sample(self.tokenizer, item.prompt, item.index, eos_id, kwargs) for item in requests]
+        return [solution_sample(self.renderer, request.prompt, request.index) for request in requests]
 
     def filled(self, request: Request, response_ids: Tensor) -> Sample:
         """A teacher's whole response in place of the student's."""
@@ -189,7 +186,7 @@ class Collector:
             finish="data",
             # nobody sampled them, which is another thing than not having been asked
             rollout_logprob=torch.full(author.shape, float("nan")),
-            text=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+            text=self.renderer.decode(response_ids),
             teacher=request.prompt.teacher,
         )
 

@@ -14,7 +14,6 @@ from understudy.models import load_tokenizer
 from understudy.recipe import load
 from understudy.recipe.judges import Judges
 from understudy.recipe.schema import Recipe
-from understudy.tasks.renderer import encode_prompt
 from understudy.teachers import Local, LocalTeacher, Privileged, RoutedTeacher, StoredTeacher, Teacher
 from understudy.teachers.judges.chat import ChatTeacher
 from understudy.teachers.privileged import PrivilegedTeacher
@@ -106,8 +105,7 @@ class Parts:
         """Those that are drawn first, rendered. Raises DataError."""
         stream, first = self.rollouts.prompts, self.trainer.progress.position
         chosen = [stream[first + index] for index in range(NUM_PROMPTS)]
-        kwargs = self.recipe.student.template_kwargs
-        return [(prompt, encode_prompt(self.loaded.tokenizer, prompt, kwargs)) for prompt in chosen]
+        return [(prompt, self.loaded.renderer.start(prompt)) for prompt in chosen]
 
     @property
     def servers(self) -> dict[str, Callable[[], object]]:

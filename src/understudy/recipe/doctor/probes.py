@@ -138,7 +138,7 @@ def _store(parts: Parts) -> Iterator[Collector]:
     with tempfile.TemporaryDirectory() as folder:
         section = replace(parts.recipe.responses, cache=folder)
         setup = ResponseSetup(
-            tokenizer=collector.tokenizer,
+            renderer=collector.renderer,
             seed=collector.seed,
             run_dir=Path(folder),
             sampling=collector.sampling,

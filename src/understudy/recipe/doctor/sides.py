@@ -15,7 +15,7 @@ from understudy.models.backbone import evaluating
 from understudy.recipe import load
 from understudy.recipe.doctor.findings import Finding, Level, within, worst
 from understudy.recipe.doctor.parts import HEALTH_S, NUM_COMPARED, Check, Parts, Side, uncached
-from understudy.tasks.renderer import encode_prompt
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Privileged
 from understudy.teachers.privileged import reword
 from understudy.trainer.collect import TOKEN_SCORES
@@ -50,7 +50,7 @@ def _tokens(parts: Parts) -> Iterator[Finding]:
     checked, lines = "tokens of both sides, one by one", []
     for side in parts.sides:
         if side.label in parts.tokenizers:
-            size = compare_vocabularies(parts.loaded.tokenizer, parts.tokenizers[side.label])
+            size = compare_vocabularies(parts.loaded.renderer.tokenizer, parts.tokenizers[side.label])
             lines.append(f"the {side.label} ({side.source}) shares all {size:,} tokens and EOS with the student")
     yield Finding("tokenizer", "ok", checked, "; ".join(lines))
 
@@ -137,7 +137,7 @@ def _chose_ends(model: nn.Module) -> bool:
 
 
 def _ends(parts: Parts) -> Iterator[Finding]:
-    tokenizer, stops = parts.loaded.tokenizer, set(parts.loaded.stop_ids)
+    tokenizer, stops = parts.loaded.renderer.tokenizer, set(parts.loaded.renderer.stop_ids)
     named = _named(tokenizer, stops)
     level: Level = "ok"
     advice = ""
@@ -196,7 +196,7 @@ def _templates(parts: Parts) -> Iterator[Finding]:
 def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
     """Where the other side's rendering first differs; None where it does not."""
     try:
-        other = encode_prompt(tokenizer, prompt, parts.recipe.student.template_kwargs).tolist()
+        other = Renderer(tokenizer, parts.recipe.student.template_kwargs).start(prompt).tolist()
     except UnderstudyError as error:
         return f"the {label} cannot render prompt {prompt.id}: {error}"
     ours = ids.tolist()
@@ -208,7 +208,7 @@ def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label
 
     def around(tokens: list[int]) -> str:
         part = tokens[max(0, at - _SHOWN_TOKENS) : at + _SHOWN_TOKENS]
-        return repr(parts.loaded.tokenizer.decode(part)) if at < len(tokens) else "the end"
+        return repr(parts.loaded.renderer.tokenizer.decode(part)) if at < len(tokens) else "the end"
 
     return (
         f"prompt {prompt.id} has {len(ours)} tokens for the student and {len(other)} for the {label}; the first that differs "
@@ -312,7 +312,7 @@ def _shown_lengths(parts: Parts, section: Privileged, name: str | None) -> list[
             continue
         empty = Sample(prompt, 0, ids, torch.full_like(ids, Author.PROMPT, dtype=torch.uint8), len(ids), "data", "")
         shown = reword(replace(empty, prompt=prompt), section.template, section.system)
-        lengths.append(len(encode_prompt(parts.loaded.tokenizer, shown, parts.recipe.student.template_kwargs)))
+        lengths.append(len(parts.loaded.renderer.start(shown)))
     return lengths
 
 

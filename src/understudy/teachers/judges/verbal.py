@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,14 +23,12 @@ from understudy.models import (
     num_positions,
     probe_head,
 )
+from understudy.tasks.renderer import Renderer
 from understudy.teachers.base import ScoreForm, Setup, Unmoved
 from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Question, Reply, Wording, as_text, verdicts
 from understudy.teachers.local import LocalTeacher
 from understudy.types import Author, Need, Prompt, Sample, Verdict
 
-_PLACE = "\ue000{}\ue001"
-"""Private characters hold the place of foreign text while the chat template is rendered."""
-_PLACES = re.compile("\ue000([0-9]+)\ue001")
 _PROBE = Sample(
     prompt=Prompt(id="probe", text="1"),
     index=0,
@@ -88,7 +85,7 @@ class Verbal:
 
     def open(self, setup: Setup) -> VerbalTeacher:
         """Loads model and tokenizer. Raises RecipeError where either cannot be, or digits are not single tokens."""
-        asker = Asker(load_tokenizer(self.model, revision=self.revision), self.wording, self.template_kwargs)
+        asker = Asker(Renderer(load_tokenizer(self.model, revision=self.revision), self.template_kwargs), self.wording)
         model = load_causal_lm(
             self.model,
             dtype=self.dtype,
@@ -110,72 +107,38 @@ class Verbal:
 class Asker:
     """Questions as tokens of the judge's own tokenizer, in its own chat template where it has one, else as plain text.
 
-    Foreign text that spells a special token of the judge, such as the end of a turn, is encoded as the text that it is.
+    A special token of the judge that untrusted text spells out, such as the end of a turn, is encoded as plain characters.
     Raises RecipeError where the ten digits, each a single token, cannot follow a question.
     """
 
-    def __init__(self, tokenizer: Any, wording: Wording, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, renderer: Renderer, wording: Wording) -> None:
         self.wording = wording
-        self._tokenizer = tokenizer
-        self._template_kwargs = dict(template_kwargs or {})
-        added = tokenizer.added_tokens_decoder
-        self._special = {index: str(token) for index, token in added.items() if token.special}
+        self.renderer = renderer
         self._space, self.digit_ids = self._find_digits()
 
     @property
     def facts(self) -> list[Any]:
         """Everything here that verdicts depend on."""
-        words = self.wording
-        template = self._tokenizer.chat_template
-        return [words.whole, words.step, words.separator, template, self._template_kwargs, self._space, self.digit_ids]
+        words, renderer = self.wording, self.renderer
+        template = [renderer.tokenizer.chat_template, renderer.template_kwargs]
+        return [words.whole, words.step, words.separator, *template, self._space, self.digit_ids]
 
     def encode(self, question: Question) -> list[int]:
         """Token ids up to where the digit follows. Raises DataError for what the tokenizer cannot encode."""
-        foreign = "".join(piece.text for piece in question if piece.foreign)
-        if not any(token in foreign for token in self._special.values()):
-            return self._ids(self._render(as_text(question)) + self._space)
-        places = [_PLACE.format(index) if piece.foreign else piece.text for index, piece in enumerate(question)]
-        parts = _PLACES.split(self._render("".join(places)) + self._space)
-        ids = self._ids(parts[0])
-        for index, trusted in zip(parts[1::2], parts[2::2], strict=True):
-            ids += self._plain_ids(question[int(index)].text)
-            ids += self._ids(trusted, begins=False)
-        return ids
 
-    def _render(self, text: str) -> str:
-        if not self._tokenizer.chat_template:
-            return text
-        messages = [{"role": "user", "content": text}]
-        options = {"tokenize": False, "add_generation_prompt": True}
-        return str(self._tokenizer.apply_chat_template(messages, **(self._template_kwargs | options)))
+        def wording(texts: Sequence[str]) -> str:
+            given = iter(texts)
+            return "".join(next(given) if piece.foreign else piece.text for piece in question)
 
-    def _ids(self, text: str, *, begins: bool = True) -> list[int]:
-        """`begins`: with the special tokens that the tokenizer itself puts before a plain text."""
-        special = begins and not self._tokenizer.chat_template and self._tokenizer.num_special_tokens_to_add() > 0
-        ids = self._call(text, add_special_tokens=special)
-        closes_itself = special and ids[-1:] == [self._tokenizer.eos_token_id] and len(ids) > 1
-        return ids[:-1] if closes_itself else ids
-
-    def _plain_ids(self, text: str) -> list[int]:
-        ids = self._call(text, add_special_tokens=False, split_special_tokens=True)
-        found = self._special.keys() & set(ids)
-        if found:
-            raise DataError(f"the text spells {self._special[min(found)]!r}, which the tokenizer cannot keep as text")
-        return ids
-
-    def _call(self, text: str, **options: bool) -> list[int]:
-        try:
-            return list(self._tokenizer(text, **options)["input_ids"])
-        except Exception as error:  # what `tokenizers` raises has no type of its own
-            raise DataError(f"the tokenizer cannot encode the question: {error}") from error
+        return self.renderer.ask(wording, [piece.text for piece in question if piece.foreign], self._space)
 
     def _find_digits(self) -> tuple[str, tuple[int, ...]]:
         """What is added to a question, and the ids of the digits that then follow it, each a token by itself."""
         question = self.wording.questions(_PROBE, steps=False)[0]
         try:
-            asked = self._render(as_text(question))
-            self._ids(asked)
-        except Exception as error:  # a chat template raises whatever it likes
+            asked = self.renderer.question(as_text(question))
+            self.renderer.encode_question(asked)
+        except DataError as error:
             raise RecipeError(
                 f"{self._name}: the judge's tokenizer or chat template cannot take the question ({error}); write "
                 "teacher.template in its own words"
@@ -183,7 +146,7 @@ class Asker:
         # a text that ends in a word goes on with " 7", if that is one token, or with a space and then "7"; a turn of a
         # chat begins with "7"
         forms = [("", ""), ("", " "), (" ", "")]
-        if not self._tokenizer.chat_template and not asked[-1:].isspace():
+        if not self.renderer.has_template and not asked[-1:].isspace():
             forms = [("", " "), (" ", ""), ("", "")]
         for space, before in forms:
             found = self._digits_after(asked + space, before)
@@ -196,16 +159,16 @@ class Asker:
 
     def _digits_after(self, asked: str, before: str) -> tuple[int, ...] | None:
         try:
-            context = self._ids(asked)
-            longer = [self._ids(asked + before + digit) for digit in DIGITS]
+            context = self.renderer.encode_question(asked)
+            longer = [self.renderer.encode_question(asked + before + digit) for digit in DIGITS]
         except DataError:
             return None
         ids = tuple(item[-1] for item in longer if item[:-1] == context)
-        return ids if len(set(ids)) == len(DIGITS) and not set(ids) & self._special.keys() else None
+        return ids if len(set(ids)) == len(DIGITS) and not self.renderer.special_ids & set(ids) else None
 
     @property
     def _name(self) -> str:
-        return str(self._tokenizer.name_or_path or "the judge")
+        return str(self.renderer.tokenizer.name_or_path or "the judge")
 
 
 class VerbalTeacher(Unmoved):

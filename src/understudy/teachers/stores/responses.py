@@ -19,7 +19,8 @@ from torch import Tensor
 
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.randomness import keyed_uniform
-from understudy.tasks.responses import HubResponses, JsonlResponses, Solutions, encode_faithfully
+from understudy.tasks.renderer import Renderer
+from understudy.tasks.responses import HubResponses, JsonlResponses, Solutions
 from understudy.types import Prompt, Request, Sampling
 
 try:
@@ -79,7 +80,7 @@ RESPONSES: Mapping[str, type[Solutions | JsonlResponses | HubResponses | Teacher
 class ResponseSetup:
     """The run's side of a store of responses."""
 
-    tokenizer: Any
+    renderer: Renderer
     """The student's."""
     seed: int
     run_dir: Path
@@ -135,8 +136,7 @@ class ResponseStore:
         take_damaged: Callable[[], int] = int,
     ) -> None:
         self._texts = texts
-        self._tokenizer = setup.tokenizer
-        self._eos_id = int(setup.tokenizer.eos_token_id)
+        self._renderer = setup.renderer
         self._seed = setup.seed
         self._on_demand = on_demand
         self._take_damaged = take_damaged
@@ -158,7 +158,7 @@ class ResponseStore:
         for texts, draw in zip(self._texts(requests), draws.tolist(), strict=True):
             for text in texts:
                 if text not in encoded:
-                    encoded[text] = encode_faithfully(self._tokenizer, text, self._eos_id)
+                    encoded[text] = self._renderer.faithful(text)
             usable = [ids for text in texts if (ids := encoded[text]) is not None]
             found.append(usable[int(draw * len(usable))] if usable else None)
         with self._lock:
@@ -198,7 +198,7 @@ class ResponseStore:
         return num_found, num_prompts
 
     def _has_response(self, prompt: Prompt) -> bool:
-        return any(encode_faithfully(self._tokenizer, text, self._eos_id) is not None for text in self._of(prompt))
+        return any(self._renderer.faithful(text) is not None for text in self._of(prompt))
 
     def _of(self, prompt: Prompt) -> Sequence[str]:
         return self._texts([Request(prompt, 0, Tensor())])[0]
