@@ -151,7 +151,6 @@ def attach_scores(
     on_missing: Literal["error", "drop"],
     *,
     field: ScoreField = "scores",
-    train: Collection[Author] = TRAINED,
 ) -> list[Sample | None]:
     """Returns the samples with their scores in `field`, in order. This is the only place that looks for missing scores.
 
@@ -166,7 +165,7 @@ def attach_scores(
     for sample, score in zip(samples, scores, strict=True):
         _check_ids(sample, score)
     joined = {name: value for name in _FIELDS if (value := _join_field(samples, scores, name)) is not None}
-    trained = _written_by(_response_authors(samples), train)
+    trained = _written_by(samples, TRAINED)
     missing = _missing(samples, scores, joined, trained)
     sequence = _per_token(samples, range(len(samples)), torch.int64)
     if on_missing == "error":
@@ -192,24 +191,21 @@ def attach_scores(
     ]
 
 
-def pack(
-    samples: Sequence[Sample], *, train: Collection[Author] = TRAINED, uniform: Tensor | None = None
-) -> TokenBatch:
+def pack(samples: Sequence[Sample], *, uniform: Tensor | None = None) -> TokenBatch:
     """Returns the response tokens of all samples in their order, with what is known about each. T = sum of response
     lengths. The samples' scores are those that `attach_scores` has checked; the student's fields stay None.
 
     `uniform` [T]: one draw per token. Raises ScoreError where some of the samples have scores and others have none.
     """
-    author = _response_authors(samples)
     # one sample without a grade leaves the whole batch without this field, because a bool has no NaN
     right = [sample.grade.right for sample in samples if sample.grade is not None]
     graded = bool(samples) and len(right) == len(samples)
     advantages = [float("nan") if sample.advantage is None else sample.advantage for sample in samples]
     rewarded = any(sample.advantage is not None for sample in samples)
     return TokenBatch(
-        target=_join([sample.response_ids for sample in samples], torch.int64),
-        mask=_written_by(author, train),
-        on_policy=author == int(Author.STUDENT),
+        target=torch.cat([torch.zeros(0, dtype=torch.int64), *(sample.response_ids for sample in samples)]),
+        mask=_written_by(samples, TRAINED),
+        on_policy=_written_by(samples, (Author.STUDENT,)),
         sequence=_per_token(samples, range(len(samples)), torch.int64),
         rollout_logprob=_join_rollout(samples),
         uniform=uniform,
@@ -223,22 +219,17 @@ def pack(
     )
 
 
-def _join(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([part.to(dtype) for part in parts]) if parts else torch.zeros(0, dtype=dtype)
-
-
 def _per_token(samples: Sequence[Sample], values: Sequence[float], dtype: torch.dtype) -> Tensor:
     """[T], one number of each sample at all of its tokens."""
     sizes = torch.tensor([sample.num_response_tokens for sample in samples], dtype=torch.int64)
     return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
 
 
-def _response_authors(samples: Sequence[Sample]) -> Tensor:
-    return _join([sample.author[sample.prompt_length :] for sample in samples], torch.uint8)
-
-
-def _written_by(author: Tensor, train: Collection[Author]) -> Tensor:
-    return torch.isin(author, torch.tensor([int(who) for who in train], dtype=author.dtype))
+def _written_by(samples: Sequence[Sample], authors: Collection[Author]) -> Tensor:
+    """[T] bool, the response tokens of these authors."""
+    written = [sample.author[sample.prompt_length :] for sample in samples]
+    # an empty tensor first, because torch.cat refuses an empty list
+    return torch.isin(torch.cat([torch.zeros(0, dtype=torch.uint8), *written]), torch.tensor([*map(int, authors)]))
 
 
 def _join_rollout(samples: Sequence[Sample]) -> Tensor | None:

@@ -72,17 +72,17 @@ class Rewarder:
     def _accept(self, samples: Sequence[Sample], requests: Sequence[Request], rule: Acceptance, step: int) -> Collected:
         """Verbal rejection: accepted samples, and others that fill the places of the rejected ones."""
         judged = self._with_verdicts(samples, rule)
-        good = [sample for sample in judged if accepted(sample, rule)]
-        left = [sample for sample in judged if not accepted(sample, rule)]
+        good = [sample for sample in judged if _accepted(sample, rule)]
+        left = [sample for sample in judged if not _accepted(sample, rule)]
         by_key = {request.key: request for request in requests}
         # an unscored sample is not known to be bad, so its place stays empty
-        again = [by_key[sample.key] for sample in left if not unscored(sample)]
+        again = [by_key[sample.key] for sample in left if _digit(sample) is not None]
         filling: list[Sample] = []
         second: list[Sample] = []
         metrics: dict[str, Metric] = {}
         if rule.on_reject == "resample":
             second = self._with_verdicts(self.collector.write_again(again, step), rule)
-            filling = [sample for sample in second if accepted(sample, rule)]
+            filling = [sample for sample in second if _accepted(sample, rule)]
             metrics = _signal(second)
         elif rule.on_reject == "teacher" and again:
             assert self.collector.responses is not None
@@ -110,7 +110,7 @@ class Rewarder:
 
     def _verbal_metrics(self, judged: Sequence[Sample], num_good: int, num_filling: int) -> dict[str, Metric]:
         """Acceptance, histogram, and bytes of teacher signal per token beside those of full logits and of top-64."""
-        scored = [sample.verdict.score for sample in judged if sample.verdict and sample.verdict.score is not None]
+        scored = [score for score in map(_digit, judged) if score is not None]
         digits = [min(int(score + 0.5), int(HIGHEST_DIGIT)) for score in scored]
         num_tokens = sum(sample.num_response_tokens for sample in judged)
         return {
@@ -136,8 +136,8 @@ class Rewarder:
             lacking = self._with_verdicts([sample for sample in samples if sample.verdict is None], acceptance)
             metrics = _signal(lacking)
             for sample in [*(sample for sample in samples if sample.verdict is not None), *lacking]:
-                if sample.verdict is not None and sample.verdict.score is not None:
-                    rewarded.append(replace(sample, reward=sample.verdict.score / HIGHEST_DIGIT))
+                if (score := _digit(sample)) is not None:
+                    rewarded.append(replace(sample, reward=score / HIGHEST_DIGIT))
         else:
             limit = self.collector.sampling.max_new_tokens
             for sample in samples:
@@ -157,11 +157,11 @@ def _signal(judged: Sequence[Sample]) -> dict[str, Metric]:
     return {"signal_bytes_per_token": Metric(num_bytes, sum(sample.num_response_tokens for sample in judged))}
 
 
-def unscored(sample: Sample) -> bool:
-    """Whether the verbal teacher said no digit."""
-    return sample.verdict is None or sample.verdict.score is None
+def _digit(sample: Sample) -> float | None:
+    """The verbal teacher's score; None where it gave none."""
+    return None if sample.verdict is None else sample.verdict.score
 
 
-def accepted(sample: Sample, rule: Acceptance) -> bool:
-    """Whether the verbal teacher's score reaches the threshold."""
-    return sample.verdict is not None and sample.verdict.score is not None and sample.verdict.score >= rule.threshold
+def _accepted(sample: Sample, rule: Acceptance) -> bool:
+    score = _digit(sample)
+    return score is not None and score >= rule.threshold
