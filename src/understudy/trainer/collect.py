@@ -68,7 +68,7 @@ class Collected:
     def with_scores(self, scored: Sequence[Sample | None]) -> Collected:
         """Returns the record with `Collector.score` of its samples: those without a score are dropped and counted."""
         kept = [sample for sample in scored if sample is not None]
-        return replace(self, samples=kept, counts=Counter(self.counts | {"samples_dropped": len(scored) - len(kept)}))
+        return replace(self, samples=kept, counts=Counter({**self.counts, "samples_dropped": len(scored) - len(kept)}))
 
 
 @dataclass(frozen=True)

@@ -40,34 +40,12 @@ class Rewarder:
             found = self._accept(samples, requests, plan.acceptance, step)
         if plan.rewards is None:
             return found
-        kept, metrics = self._reward(found.samples, plan.rewards, plan.acceptance)
-        # the reward, and the reward without what the length costs
-        worth = [
-            (sample.prompt.id, sample.reward, sample.reward if sample.grade is None else sample.grade.score)
-            for sample in kept
-        ]
-        by_rank = self.ranks.gather(worth)
-        everywhere = [item for part in by_rank for item in part]
-        groups = {name: group for group, name in enumerate(dict.fromkeys(name for name, _, _ in everywhere))}
-        advantage = advantages.group_advantage(
-            torch.tensor([reward for _, reward, _ in everywhere], dtype=torch.float64),
-            torch.tensor([groups[name] for name, _, _ in everywhere], dtype=torch.int64),
-            normalise_std=plan.rewards.normalise_std,
-        ).tolist()
-        first = sum(len(part) for part in by_rank[: self.ranks.rank])
-        compared = [replace(sample, advantage=advantage[first + index]) for index, sample in enumerate(kept)]
-        different: dict[str, set[float | None]] = {}
-        for name, _, bare in everywhere:
-            different.setdefault(name, set()).add(bare)
-        flat = frozenset(name for name, values in different.items() if len(values) == 1)
-        if not plan.rewards.dynamic_sampling:
-            flat = frozenset()
-        return replace(
-            found,
-            samples=[sample for sample in compared if sample.prompt.id not in flat],
-            metrics=add_metrics(found.metrics, metrics),
-            flat_prompts=flat,
-        )
+        rewarded, metrics = self._reward(found.samples, plan.rewards, plan.acceptance)
+        compared, flat = self._compare(rewarded, plan.rewards)
+        if plan.rewards.dynamic_sampling:
+            compared = [sample for sample in compared if sample.prompt.id not in flat]
+            found = replace(found, flat_prompts=flat)
+        return replace(found, samples=compared, metrics=add_metrics(found.metrics, metrics))
 
     def _accept(self, samples: Sequence[Sample], requests: Sequence[Request], rule: Acceptance, step: int) -> Collected:
         """Verbal rejection: accepted samples, and others that fill the places of the rejected ones."""
@@ -149,6 +127,29 @@ class Rewarder:
             "reward": Metric(sum(sample.reward for sample in rewarded if sample.reward is not None), len(rewarded)),
             "unrewarded": Metric(len(samples) - len(rewarded), len(samples)),
         }
+
+    def _compare(self, rewarded: Sequence[Sample], rewards: Rewards) -> tuple[list[Sample], frozenset[str]]:
+        """The samples with their advantages over those of the same prompt on every rank, and the prompts, of all ranks, whose
+        samples are all equally right."""
+        # "right" leaves out what the length costs, or no prompt with responses of different length would be flat
+        worth = [
+            (sample.prompt.id, sample.reward, sample.reward if sample.grade is None else sample.grade.score)
+            for sample in rewarded
+        ]
+        by_rank = self.ranks.gather(worth)
+        everywhere = [item for part in by_rank for item in part]
+        groups = {name: group for group, name in enumerate(dict.fromkeys(name for name, _, _ in everywhere))}
+        advantage = advantages.group_advantage(
+            torch.tensor([reward for _, reward, _ in everywhere], dtype=torch.float64),
+            torch.tensor([groups[name] for name, _, _ in everywhere], dtype=torch.int64),
+            normalise_std=rewards.normalise_std,
+        ).tolist()
+        first = sum(len(part) for part in by_rank[: self.ranks.rank])
+        compared = [replace(sample, advantage=advantage[first + index]) for index, sample in enumerate(rewarded)]
+        right: dict[str, set[float | None]] = {}
+        for name, _, score in everywhere:
+            right.setdefault(name, set()).add(score)
+        return compared, frozenset(name for name, scores in right.items() if len(scores) == 1)
 
 
 def _signal(judged: Sequence[Sample]) -> dict[str, Metric]:
