@@ -15,7 +15,7 @@ from understudy.trainer.checkpoint import Progress
 
 def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSummary]) -> str:
     """Markdown with the metadata block of the Hugging Face hub: method, data, teacher, commit, metrics, recipe."""
-    teacher = ", ".join(f"`{section.shown}`" for section in recipe.judges.values()) or "none"
+    teacher = ", ".join(f"`{section.shown}`" for section in recipe.all_teachers.values()) or "none"
     start = f"`{recipe.student.model}`" if recipe.student.model else "random weights"
     rows = {
         "Method": f"`{type(recipe.method).__name__}`",

@@ -10,25 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from understudy import config, facts
 from understudy.card import model_card
-from understudy.engines import VLLM, Engine
-from understudy.errors import CheckpointError, DataError, RecipeError
+from understudy.engines import Engine
+from understudy.errors import CheckpointError, DataError
 from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary
 from understudy.files import write_atomically, write_json
-from understudy.methods import Method
 from understudy.models import num_positions, row_style, save_hf
-from understudy.recipe import Recipe, check_same_recipe, doctor, load
-from understudy.recipe.engine import open_engine, to_compare
-from understudy.recipe.judges import Judges, load_judges, open_store
+from understudy.recipe import Recipe, check_same_recipe, doctor
+from understudy.recipe.checks import Files, Finding, Parts, check_files
+from understudy.recipe.load import (
+    Loaded,
+    Teachers,
+    choose_device,
+    eval_prompts,
+    load_student,
+    load_teachers,
+    open_engine,
+    open_store,
+    prompt_limit,
+    to_compare,
+)
 from understudy.report import write_report
-from understudy.tasks import Arithmetic, num_repeated, overlap, overlap_message
-from understudy.teachers import Judge, StoredTeacher
+from understudy.tasks import num_repeated, overlap, overlap_message
+from understudy.teachers import Judge
 from understudy.trainer.checkpoint import (
     STUDENT,
     Progress,
@@ -51,10 +59,10 @@ from understudy.trainer.rewards import Rewarder
 from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.update import StudentModel
-from understudy.types import Prompt, Sampling
+from understudy.types import Prompt
 
 ENDS_ON_POLICY = 0.05
-"""Of a teacher's response in a prefix: less is a token or two."""
+"""Share of a teacher's response in a prefix below which it is a token or two."""
 MAX_COMPARED = 200_000
 """Training prompts that are compared with the evaluation's: computed tasks have millions."""
 
@@ -66,37 +74,42 @@ class Result:
     run_dir: RunDir
     ending: Ending
     summaries: tuple[EvalSummary, ...]
-    """Of this process, by step."""
+    """The evaluations of this process, by step."""
     report: Path | None
 
 
 def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console: Console) -> Result:
-    """Runs a recipe. Nothing is written before everything is checked and loaded; `examine`: and the doctor has seen it.
+    """Runs a recipe. Nothing is written before everything is checked and loaded; `examine`: by the doctor too.
 
     Raises RecipeError, DataError or VocabularyError for bad input, CheckpointError when the run cannot be saved or
     resumed, TrainingError when it cannot go on.
     """
     run_dir = RunDir(Path(recipe.run_dir))
     checkpoint = _find_start(run_dir, recipe, resume)
-    load.check(recipe, fetch=True)
-    device = load.choose_device(recipe.device)
-    ranks = Ranks.from_environment(device)
-    if ranks.world > 1 and isinstance(recipe.engine, VLLM) and recipe.engine.launch is not None:
-        raise RecipeError(
-            "rollout.launch starts servers for one rank alone; with several ranks start them yourself and give rollout.url"
-        )
+    files = Files(recipe)
+    check_files(files)
+    ranks = Ranks.from_environment(choose_device(recipe.device))
     if examine:
-        doctor.refuse(ranks.gather(doctor.before_loading(recipe) if ranks.is_main else [])[0])
+        doctor.refuse(ranks.gather(doctor.attempt_all("room", files) if ranks.is_main else [])[0])
     console.note("loading " + " and ".join(_models(recipe)))
     with ExitStack() as opened:
-        trainer, loaded = _build(recipe, run_dir, checkpoint, ranks, console, device, opened)
-        opened.callback(trainer.rollouts.close)
-        found = _examine(recipe, loaded, trainer, console) if examine else []
-        _observe(recipe, checkpoint, trainer, loaded, console)
-        if ranks.is_main and examine:
-            doctor.write_findings(run_dir.doctor, found)
-        started = time.time()
-        status: str = "failed"
+        parts = assemble(files, run_dir, checkpoint, ranks, console, opened)
+        trainer, loaded = parts.trainer, parts.loaded
+        found: list[Finding] = []
+        if examine:
+            found = doctor.examine_parts(parts)
+            doctor.refuse(found)
+            doctor.show_briefly(console, found)
+        # from here on the run directory is written
+        trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
+        if ranks.is_main:
+            for text in (
+                [*loaded.warnings, *_data_warnings(recipe), *_schedule_warnings(recipe)] if not checkpoint else ()
+            ):
+                trainer.observer.warn(trainer.progress.step, text)
+            if examine:
+                doctor.write_findings(run_dir.doctor, found)
+        started, status = time.time(), "failed"
         try:
             ending = trainer.run()
             status = ending
@@ -122,66 +135,88 @@ def _find_start(run_dir: RunDir, recipe: Recipe, resume: bool) -> Path | None:
 
 def _models(recipe: Recipe) -> list[str]:
     names = [f"the student ({recipe.student.model or 'from scratch'})"]
-    return [*names, *(f"{label} ({section.shown})" for label, section in recipe.judges.items())]
+    return [*names, *(f"{label} ({section.shown})" for label, section in recipe.all_teachers.items())]
 
 
-def _build(
-    recipe: Recipe,
-    run_dir: RunDir,
-    checkpoint: Path | None,
-    ranks: Ranks,
-    console: Console,
-    device: torch.device,
-    opened: ExitStack,
-) -> tuple[Trainer, load.Loaded]:
-    """What is `opened` is closed by the caller, also where this fails."""
+def assemble(
+    files: Files, run_dir: RunDir, checkpoint: Path | None, ranks: Ranks, console: Console, opened: ExitStack
+) -> Parts:
+    """Loads everything and puts it together, ready for the next step. The caller closes what is `opened`.
+
+    Raises RecipeError, DataError and VocabularyError for what does not fit.
+    """
+    recipe, device = files.recipe, choose_device(files.recipe.device)
     progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, device)
-    loaded = load.load_student(recipe, resume_from=None if checkpoint is None else checkpoint / STUDENT)
+    resume_from = None if checkpoint is None else checkpoint / STUDENT
+    loaded = load_student(recipe, resume_from=resume_from, tokenizers=files.tokenizers)
     optimizer = Optimizer(loaded.model, recipe.train)
     optimizer.load(state)
-    judges = load_judges(recipe, loaded)
-    opened.callback(judges.close)
-    if judges.teacher is not None and checkpoint is not None:
-        judges.teacher.load_state(load_teacher_state(checkpoint))
-    models = [loaded.model, *judges.models]
-    method = recipe.run_method
-    samples_own = any(part.plan(0).on_policy_share > 0 for part in method.members)
+    teachers = load_teachers(recipe, loaded)
+    opened.callback(teachers.close)
+    if teachers.teacher is not None and checkpoint is not None:
+        teachers.teacher.load_state(load_teacher_state(checkpoint))
     engine, weights = open_engine(recipe, loaded)
     opened.callback(engine.close)
-    student = _in_training(recipe, loaded, samples_own)
+    method, own_samples = recipe.run_method, recipe.uses.own_samples
+    student = StudentModel(
+        model=loaded.model,
+        device=loaded.device,
+        vocab_size=loaded.vocab_size,
+        # imitation knows no rollout temperature
+        temperature=recipe.temperature if own_samples or method.needs & TOKEN_SCORES else 1.0,
+        compute_dtype=loaded.compute_dtype,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        style=row_style(loaded.model),
+    )
     publish = Publisher(engine, student, weights, ranks, to_compare(recipe, loaded) if engine.remote else ())
     publish(progress.updates, ())
     # from here on an engine knows how long its sequences may be
-    limit = prompt_limit(recipe, recipe.sampling, engine, *models) if samples_own else recipe.train.max_prompt_tokens
-    collector = _collector(recipe, loaded, judges, engine)
+    models = [loaded.model, *teachers.models]
+    sizes = [engine.num_positions, *(num_positions(model) for model in models)]
+    collector = Collector(
+        engine=engine,
+        sampling=recipe.sampling,
+        renderer=loaded.renderer,
+        teacher=teachers.teacher,
+        reference=teachers.reference,
+        responses=open_store(recipe, loaded, teachers),
+        settings=recipe.train,
+        seed=recipe.seed,
+        max_tokens=min((size for size in sizes if size is not None), default=None),
+    )
     prompts = PromptStream(
-        _training_prompts(recipe, judges),
+        _training_prompts(recipe, teachers),
         loaded.renderer.start,
         seed=recipe.seed,
-        max_prompt_tokens=limit,
+        max_prompt_tokens=prompt_limit(recipe, recipe.sampling, models, engine)
+        if own_samples
+        else recipe.train.max_prompt_tokens,
     )
+    # raises here, before anything is written, where no prompt fits
     prompts.draw(progress.position, 1)
     _check_eval_prompts(recipe, loaded, engine)
     rollouts = Rollouts(
         prompts=prompts,
         collector=collector,
-        rewarder=Rewarder(collector, judges.judge, recipe.task.grade, ranks, loaded.vocab_size),
+        rewarder=Rewarder(collector, teachers.judge, recipe.task.grade, ranks, loaded.vocab_size),
         ranks=ranks,
         settings=recipe.train,
     )
-    collected = rollouts if recipe.async_ is None else _overlapped(recipe, rollouts, method)
+    collected: Rollouts | Overlapped = rollouts
+    if recipe.async_ is not None:
+        collected = Overlapped(rollouts, method, recipe.async_, grouped=recipe.engine.grouped)
+    opened.callback(collected.close)
+    eval_dir = run_dir.eval if ranks.is_main else None
     trainer = Trainer(
         student=student,
         method=method,
         rollouts=collected,
         publish=publish,
-        several_teachers=judges.several,
+        several_teachers=bool(recipe.teachers),
         optimizer=optimizer,
         settings=recipe.train,
         evaluation=recipe.eval,
-        evaluate=evaluator(
-            recipe, loaded, engine, judges.judge, ranks, run_dir.eval if ranks.is_main else None, console
-        ),
+        evaluate=evaluator(recipe, loaded, engine, teachers.judge, ranks, eval_dir, console),
         save_student=lambda path: save_hf(loaded.model, loaded.renderer.tokenizer, path, merged=False),
         observer=Observer(console, (), None),
         run_dir=run_dir,
@@ -189,86 +224,16 @@ def _build(
         seed=recipe.seed,
         progress=progress,
     )
-    return trainer, loaded
+    return Parts(recipe, loaded, teachers, rollouts, trainer)
 
 
-def _in_training(recipe: Recipe, loaded: load.Loaded, samples_own: bool) -> StudentModel:
-    return StudentModel(
-        model=loaded.model,
-        device=loaded.device,
-        vocab_size=loaded.vocab_size,
-        # imitation knows no rollout temperature
-        temperature=(recipe.sampling.temperature or 1.0)
-        if samples_own or recipe.run_method.needs & TOKEN_SCORES
-        else 1.0,
-        compute_dtype=loaded.compute_dtype,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
-        style=row_style(loaded.model),
-    )
-
-
-def _examine(recipe: Recipe, loaded: load.Loaded, trainer: Trainer, console: Console) -> list[doctor.Finding]:
-    """What the doctor finds. Raises RecipeError for an error."""
-    found = doctor.examine_parts(recipe, loaded, doctor.judges_of(trainer), trainer)
-    doctor.refuse(found)
-    doctor.show_briefly(console, found)
-    return found
-
-
-def _observe(recipe: Recipe, checkpoint: Path | None, trainer: Trainer, loaded: load.Loaded, console: Console) -> None:
-    """From here on the run directory is written."""
-    progress, ranks = trainer.progress, trainer.ranks
-    warnings = [*loaded.warnings, *_data_warnings(recipe), *_schedule_warnings(recipe)]
-    trainer.observer = _observer(recipe, trainer.run_dir, checkpoint, progress, ranks, console)
-    for text in warnings if ranks.is_main and checkpoint is None else ():
-        trainer.observer.warn(progress.step, text)
-
-
-def _overlapped(recipe: Recipe, rollouts: Rollouts, method: Method) -> Overlapped:
-    """Raises RecipeError where something that scores would run on weights that are being updated."""
-    assert recipe.async_ is not None
-    for name, one in (("teacher", rollouts.collector.teacher), ("reference", rollouts.collector.reference)):
-        if one is not None and not one.apart:
-            raise RecipeError(
-                f"async has the {name} score beside the update, but it runs on the student's own weights or follows them; "
-                f"give the {name} a model of its own, or remove the section async"
-            )
-    grouped = isinstance(recipe.engine, VLLM) and recipe.engine.grouped
-    return Overlapped(rollouts, method, recipe.async_, grouped=grouped)
-
-
-def prompt_limit(recipe: Recipe, sampling: Sampling, engine: Engine, *models: nn.Module) -> int:
-    """`load.prompt_limit`, and what the engine takes. Raises RecipeError where no room is left."""
-    limit, room = load.prompt_limit(recipe, sampling, *models), engine.num_positions
-    if room is not None and room - sampling.max_new_tokens < 1:
-        raise RecipeError(
-            f"max_new_tokens is {sampling.max_new_tokens}, but the rollout engine takes {room} tokens in all "
-            "(--max-model-len): no prompt fits before the response; lower it, or start the engine with more"
-        )
-    return limit if room is None else min(limit, room - sampling.max_new_tokens)
-
-
-def _collector(recipe: Recipe, loaded: load.Loaded, judges: Judges, engine: Engine) -> Collector:
-    sizes = [engine.num_positions, *(num_positions(model) for model in (loaded.model, *judges.models))]
-    return Collector(
-        engine=engine,
-        sampling=recipe.sampling,
-        renderer=loaded.renderer,
-        teacher=judges.teacher,
-        reference=judges.reference,
-        responses=open_store(recipe, loaded, judges),
-        settings=recipe.train,
-        seed=recipe.seed,
-        max_tokens=min((size for size in sizes if size is not None), default=None),
-    )
-
-
-def _training_prompts(recipe: Recipe, judges: Judges) -> Sequence[Prompt]:
-    """The task's, or where samples were stored those of them that have some. Raises DataError where none has."""
+def _training_prompts(recipe: Recipe, teachers: Teachers) -> Sequence[Prompt]:
+    """The task's, or where samples were recorded those of them that have some. Raises DataError where none has."""
     prompts = recipe.task.prompts("train")
-    if not isinstance(judges.teacher, StoredTeacher):
+    recording = None if teachers.teacher is None else teachers.teacher.recording
+    if recording is None:
         return prompts
-    known = set(judges.teacher.prompt_ids)
+    known = set(recording.prompt_ids)
     found = []
     for prompt in prompts:
         if prompt.id in known:
@@ -278,16 +243,16 @@ def _training_prompts(recipe: Recipe, judges: Judges) -> Sequence[Prompt]:
                 # a computed task has millions more
                 break
     if not found:
-        raise DataError(f"none of the prompts of task {recipe.task.name} is among those of {judges.teacher.name}")
+        raise DataError(f"none of the prompts of task {recipe.task.name} is among those of {recording.name}")
     return found
 
 
-def _check_eval_prompts(recipe: Recipe, loaded: load.Loaded, engine: Engine) -> None:
-    """Raises before anything is written what an evaluation would raise later."""
+def _check_eval_prompts(recipe: Recipe, loaded: Loaded, engine: Engine) -> None:
+    """Raises, before anything is written, what an evaluation would raise later."""
     if recipe.eval is None:
         return
-    limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, engine, loaded.model)
-    prompts = load.eval_prompts(recipe)
+    limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [loaded.model], engine)
+    prompts = eval_prompts(recipe)
     lengths = (len(loaded.renderer.start(prompt)) for prompt in prompts)
     if not any(length <= limit for length in lengths):
         raise DataError(
@@ -296,11 +261,11 @@ def _check_eval_prompts(recipe: Recipe, loaded: load.Loaded, engine: Engine) -> 
 
 
 def _data_warnings(recipe: Recipe) -> list[str]:
-    """What is odd about the data: problems of the evaluation that are trained on, problems that repeat."""
+    """Warns of evaluation problems that are trained on, and of those that repeat."""
     # the splits of a computed task are disjoint by construction, and millions long
-    if recipe.eval is None or (isinstance(recipe.task, Arithmetic) and recipe.eval_task is None):
+    if recipe.eval is None or (recipe.task.computed and recipe.eval_task is None):
         return []
-    held_out, training = load.eval_prompts(recipe), recipe.task.prompts("train")
+    held_out, training = eval_prompts(recipe), recipe.task.prompts("train")
     shared = overlap(training, held_out, limit=MAX_COMPARED)
     warnings = [overlap_message(shared, len(held_out))] if shared else []
     repeated = num_repeated(held_out)
@@ -340,7 +305,7 @@ def _observer(
 
 def evaluator(
     recipe: Recipe,
-    loaded: load.Loaded,
+    loaded: Loaded,
     engine: Engine,
     judge: Judge | None,
     ranks: Ranks,
@@ -353,7 +318,7 @@ def evaluator(
 
     def evaluate(step: int) -> EvalSummary:
         assert settings is not None
-        prompts = load.eval_prompts(recipe)
+        prompts = eval_prompts(recipe)
         with console.progress("evaluate", len(prompts) * settings.samples_per_prompt) as advance:
             done = 0
 
@@ -372,7 +337,7 @@ def evaluator(
                 step=step,
                 split=settings.split,
                 out_dir=out_dir,
-                max_prompt_tokens=prompt_limit(recipe, settings.sampling or recipe.sampling, engine, loaded.model),
+                max_prompt_tokens=prompt_limit(recipe, settings.sampling or recipe.sampling, [loaded.model], engine),
                 progress=show,
                 greedy=settings.greedy,
                 rejection=None
@@ -385,7 +350,7 @@ def evaluator(
     return evaluate
 
 
-def _export(recipe: Recipe, run_dir: RunDir, loaded: load.Loaded, trainer: Trainer) -> None:
+def _export(recipe: Recipe, run_dir: RunDir, loaded: Loaded, trainer: Trainer) -> None:
     """The final student and its card."""
     lora = recipe.student.lora
     merged = lora is None or lora.save == "merged"
@@ -407,7 +372,7 @@ def _export(recipe: Recipe, run_dir: RunDir, loaded: load.Loaded, trainer: Train
 
 
 def _write_facts(
-    recipe: Recipe, run_dir: RunDir, loaded: load.Loaded, progress: Progress, status: str, started: float
+    recipe: Recipe, run_dir: RunDir, loaded: Loaded, progress: Progress, status: str, started: float
 ) -> None:
     parameters = list(loaded.model.parameters())
     values: Mapping[str, Any] = {
@@ -422,7 +387,7 @@ def _write_facts(
         "student_parameters": sum(value.numel() for value in parameters),
         "trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "vocabulary": loaded.vocab_size,
-        "teacher": ", ".join(section.shown for section in recipe.judges.values()) or None,
+        "teacher": ", ".join(section.shown for section in recipe.all_teachers.values()) or None,
         "hardware": facts.hardware(loaded.device),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "versions": facts.installed(),
@@ -431,4 +396,4 @@ def _write_facts(
     write_json(run_dir.facts, values)
 
 
-__all__ = ["Result", "evaluator", "train"]
+__all__ = ["Result", "assemble", "evaluator", "train"]

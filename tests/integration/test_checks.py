@@ -18,9 +18,8 @@ from understudy.engines import HFEngine
 from understudy.errors import RecipeError, ScoreError
 from understudy.packing import Unscored, attach_scores
 from understudy.recipe import Recipe
-from understudy.recipe.load import check
+from understudy.recipe.checks import check
 from understudy.tasks import Arithmetic, build_tokenizer
-from understudy.tasks.mix import parts_of, record_parts
 from understudy.tasks.records import Hub
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import LocalTeacher, Setup
@@ -242,10 +241,9 @@ def test_a_greedy_evaluation_cannot_redraw(tmp_path: Path, models: dict[str, str
         ({"eval": {"reject_below": 5, "sampling": {"temperature": 0}}}, r"eval\.sampling"),
         ({"eval": {"reject_below": 5}, "sampling": {"temperature": 0, "max_new_tokens": 8}}, "but sampling"),
     ):
-        recipe = parse(tmp_path, **judged, **changes)
-        refused(recipe, rf"eval\.reject_below.*{key}\.temperature is 0, so every redraw would be the same")
-        with pytest.raises(RecipeError, match="every redraw would be the same"):
-            check(recipe, training=False)
+        words = rf"eval\.reject_below.*{key}\.temperature is 0, so every redraw would be the same"
+        with pytest.raises(RecipeError, match=words):
+            parse(tmp_path, **judged, **changes)
     assert check(parse(tmp_path, **judged, eval={"reject_below": 5}))
     assert check(parse(tmp_path, eval={"greedy": True, "sampling": {"temperature": 0}}))
 
@@ -256,10 +254,9 @@ def test_what_training_needs_an_evaluation_does_not(tmp_path: Path, models: dict
 
 def test_parts(tmp_path: Path) -> None:
     task = parse(tmp_path, task=mix(sums=SUMS, rows=records(tmp_path))).task
-    assert list(parts_of(task)) == ["task.parts.sums", "task.parts.rows"]
-    assert list(record_parts(task, "eval_task")) == ["eval_task.parts.rows"]
-    assert parts_of(Arithmetic()) == {"task": Arithmetic()}
-    assert record_parts(Arithmetic()) == {}
+    assert list(task.places()) == ["task.parts.sums", "task.parts.rows"]
+    assert [part.computed for part in task.places("eval_task").values()] == [True, False]
+    assert Arithmetic().places() == {"task": Arithmetic()}
 
 
 METHODS = [{"type": "opd"}, {"type": "topk", "k": 3}, {"type": "gkd"}]

@@ -36,15 +36,11 @@ from understudy.engines.vllm.engine import VLLMEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import Recipe, doctor
-from understudy.recipe.doctor import Finding, findings, probes, sides, sizes, static
-from understudy.recipe.doctor.examine import judges_of
-from understudy.recipe.doctor.parts import Parts
-from understudy.recipe.load import Loaded
+from understudy.recipe.checks import Check, Files, Finding, Parts, findings, of_stage, probes, room, sizes
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers import LocalTeacher
 from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer.console import Console
-from understudy.trainer.loop import Trainer
 from understudy.types import Sample, Scores
 
 QUIET = Console(quiet=True)
@@ -55,14 +51,20 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
 
 
 @contextmanager
-def built(recipe: Recipe) -> Iterator[tuple[Loaded, Trainer]]:
-    with doctoring.loaded(recipe, QUIET) as pair:
-        yield pair
+def built(files: Files) -> Iterator[Parts]:
+    with doctoring.loaded(files, QUIET) as parts:
+        yield parts
 
 
 def examined(recipe: Recipe) -> dict[str, Finding]:
     """By name."""
     return {item.name: item for item in doctor.examine(recipe, built)}
+
+
+def ask(name: str, parts: Any, stage: str = "loaded") -> Finding:
+    """The one finding of one check."""
+    (found,) = next(check for check in of_stage(stage) if check.name == name)(parts)  # type: ignore[arg-type]
+    return found
 
 
 def levels(found: dict[str, Finding]) -> dict[str, str]:
@@ -71,18 +73,22 @@ def levels(found: dict[str, Finding]) -> dict[str, str]:
 
 @contextmanager
 def parts_of(recipe: Recipe) -> Iterator[Parts]:
-    with built(recipe) as (loaded, trainer):
-        yield Parts(recipe, loaded, judges_of(trainer), trainer)
+    with built(Files(recipe)) as parts:
+        yield parts
 
 
 def test_a_healthy_distillation_passes_every_check(tmp_path: Path) -> None:
     found = examined(recipe_of(tmp_path, **distillation(tmp_path)))
     assert levels(found) == {}
     assert list(found) == [
-        "recipe",
+        "machine",
+        "task",
+        "student: section",
+        "teacher: section",
+        "tokenizer",
+        "prompts",
         "disk",
         "memory",
-        "tokenizer",
         "vocabulary",
         "end of a response",
         "temperature",
@@ -119,7 +125,7 @@ def test_no_method_of_a_healthy_run_has_an_error(
 def test_what_does_not_apply_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     imitation = examined(recipe_of(tmp_path))
     assert levels(imitation) == {}
-    assert not {"tokenizer", "temperature", "teacher's scores", "log-probabilities"} & imitation.keys()
+    assert not {"temperature", "teacher's scores", "log-probabilities"} & imitation.keys()
     monkeypatch.setattr(Arithmetic, "grade", grade_by_length)
     alone = examined(recipe_of(tmp_path, method={"type": "grpo"}, train={"samples_per_prompt": 4}))
     assert levels(alone) == {}
@@ -163,7 +169,7 @@ def test_nothing_is_changed(tmp_path: Path, method: str, monkeypatch: pytest.Mon
         before = hashed(model), [module.training for module in model.modules()], torch.get_rng_state()
         progress = trainer.progress
         files = sorted(tmp_path.rglob("*"))
-        found = doctor.examine_parts(parts.recipe, parts.loaded, parts.judges, trainer)
+        found = doctor.examine_parts(parts)
         assert "rehearsal" in {item.name for item in found}
         assert not doctor.errors_of(found)
         after = hashed(model), [module.training for module in model.modules()], torch.get_rng_state()
@@ -184,16 +190,15 @@ def test_a_run_after_it_is_the_same_to_the_last_bit(
     changes |= {"teacher": None} if method == "sft" else {}
     changes |= {"responses": {"type": "teacher"}} if method == "tropd" else {}
     plain = train(tmp_path / "plain", **changes)
-    build = run._build
+    build = run.assemble
     seen: list[Finding] = []
 
-    def looked_at(recipe: Recipe, *args: Any) -> Any:
-        made = build(recipe, *args)
-        trainer, loaded = made[:2]
-        seen.extend(doctor.examine_parts(recipe, loaded, judges_of(trainer), trainer))
+    def looked_at(*args: Any) -> Parts:
+        made = build(*args)
+        seen.extend(doctor.examine_parts(made))
         return made
 
-    monkeypatch.setattr(run, "_build", looked_at)
+    monkeypatch.setattr(run, "assemble", looked_at)
     assert_same_run(plain, train(tmp_path / "looked at", **changes))
     assert "rehearsal" in {item.name for item in seen}
     assert not doctor.errors_of(seen)
@@ -373,9 +378,9 @@ def test_the_first_difference_of_the_templates_is_shown(tmp_path: Path) -> None:
 
 def test_scores_at_another_temperature_are_found(tmp_path: Path) -> None:
     with parts_of(recipe_of(tmp_path, **distillation(tmp_path))) as parts:
-        teacher: Any = parts.judges.teacher
+        teacher: Any = parts.teachers.teacher
         teacher._temperature = 2.0
-        (found,) = sides._temperature(parts)
+        found = ask("temperature", parts)
     assert found.level == "error"
     assert "the student samples at 1; the teacher scores at 2" in found.found
 
@@ -386,19 +391,19 @@ def test_prompts_and_responses_have_to_fit(tmp_path: Path, monkeypatch: pytest.M
     with parts_of(recipe) as parts:
         longest = max(len(ids) for _, ids in parts.prompts)
         shortest = min(len(ids) for _, ids in parts.prompts)
-        (fits,) = sides._lengths(parts)
+        fits = ask("lengths", parts)
         assert fits.level == "ok"
         assert f"{longest} prompt tokens and 24 new ones make {longest + 24}" in fits.found
         engine: Any = type(parts.collector.engine)
         room = longest + 23
         monkeypatch.setattr(engine, "num_positions", property(lambda _: room))
-        (short,) = sides._lengths(parts)
+        short = ask("lengths", parts)
         assert short.level == "error"
         assert "rollout engine" in short.advice
         room = longest + 24
-        assert next(sides._lengths(parts)).level == "ok"
-        tight = replace(recipe, train=replace(recipe.train, max_prompt_tokens=shortest - 1))
-        assert next(sides._lengths(replace(parts, recipe=tight))).level == "error"
+        assert ask("lengths", parts).level == "ok"
+        parts.recipe = replace(recipe, train=replace(recipe.train, max_prompt_tokens=shortest - 1))
+        assert ask("lengths", parts).level == "error"
     # no prompt fits beside so many new tokens
     long = examined(recipe_of(tmp_path, **changes, sampling={"max_new_tokens": 64}))
     assert long["loading"].level == "error"
@@ -416,7 +421,7 @@ def test_checkpoints_have_to_fit_on_the_disk(
     need = 4 * 3 * size.weights + size.weights
     usage = SimpleNamespace(free=int(share * need))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    (found,) = [item for item in static.before_loading(recipe) if item.name == "disk"]
+    found = ask("disk", Files(recipe), "room")
     assert found.level == level
     assert "4 checkpoints" in found.found
     assert ("run_dir" in found.advice) == (level == "error")
@@ -430,14 +435,14 @@ def test_weights_gradients_and_optimizer_have_to_fit_in_memory(tmp_path: Path, m
     assert teacher is not None
     certain = 4 * student.weights + teacher.weights
     for free, level in ((certain - 1, "error"), (certain, "warning"), (2**40, "ok")):
-        monkeypatch.setattr(static, "free_memory", lambda device, free=free: free)
-        (found,) = [item for item in static.before_loading(recipe) if item.name == "memory"]
+        monkeypatch.setattr(room, "free_memory", lambda device, free=free: free)
+        found = ask("memory", Files(recipe), "room")
         assert found.level == level
         for part in ("student", "teacher", "gradients", "optimizer", "activations", "generation cache"):
             assert part in found.found
-    monkeypatch.setattr(static, "free_memory", lambda device: 1)
+    monkeypatch.setattr(room, "free_memory", lambda device: 1)
     # nothing is loaded where it cannot fit
-    assert list(examined(recipe)) == ["recipe", "disk", "memory"]
+    assert list(examined(recipe))[-2:] == ["disk", "memory"]
 
 
 def test_sizes_on_disk_are_those_loaded(tmp_path: Path) -> None:
@@ -534,11 +539,13 @@ def test_a_server_that_hangs_is_given_up() -> None:
 
 
 def test_one_check_that_raises_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(parts: Parts) -> Any:
-        raise KeyError("surprise")
+    def broken(self: Check, parts: Parts) -> Any:
+        if self.name in ("end of a response", "rehearsal"):
+            raise KeyError("surprise")
+        return plain(self, parts)
 
-    monkeypatch.setattr(sides, "_ends", broken)
-    monkeypatch.setattr(probes, "_rehearse", lambda *args: iter([1 // 0]))
+    plain = Check.__call__
+    monkeypatch.setattr(Check, "__call__", broken)
     found = examined(recipe_of(tmp_path, **distillation(tmp_path)))
     assert levels(found) == {"end of a response": "error", "rehearsal": "error"}
     assert found["end of a response"].found == "KeyError: 'surprise'"
@@ -579,7 +586,17 @@ def test_the_command_prints_every_line(
     path.write_text(yaml.safe_dump(tiny_recipe(tmp_path, **changes)))
     assert doctoring.examine(path, ["train.steps=3"]) == 0
     told = capsys.readouterr().out
-    for name in ("recipe", "disk", "memory", "tokenizer", "vocabulary", "lengths", "rehearsal", "log-probabilities"):
+    for name in (
+        "machine",
+        "task",
+        "disk",
+        "memory",
+        "tokenizer",
+        "vocabulary",
+        "lengths",
+        "rehearsal",
+        "log-probabilities",
+    ):
         assert name in told
     assert "nothing is wrong" in told
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
@@ -591,7 +608,7 @@ def test_the_command_prints_every_line(
 
 
 def test_other_ranks_get_what_the_first_found(tmp_path: Path) -> None:
-    with built(recipe_of(tmp_path, **distillation(tmp_path))) as (loaded, trainer):
+    with parts_of(recipe_of(tmp_path, **distillation(tmp_path))) as parts:
         told: list[object] = []
 
         class Second:
@@ -601,13 +618,13 @@ def test_other_ranks_get_what_the_first_found(tmp_path: Path) -> None:
                 told.append(value)
                 return [["from the first"], value]
 
-        trainer.ranks = Second()  # type: ignore[assignment]
-        found: Any = doctor.examine_parts(recipe_of(tmp_path), loaded, judges_of(trainer), trainer)
+        parts.trainer.ranks = Second()  # type: ignore[assignment]
+        found: Any = doctor.examine_parts(parts)
     assert told == [[]]
     assert found == ["from the first"]
 
 
 def test_a_recipe_that_does_not_fit_together_is_the_first_error(tmp_path: Path) -> None:
     found = examined(recipe_of(tmp_path, **distillation(tmp_path, student={"model": str(tmp_path / "nowhere")})))
-    assert list(found) == ["recipe"]
-    assert "nowhere" in found["recipe"].found
+    assert list(found) == ["machine", "task", "section"]
+    assert "nowhere" in found["section"].found

@@ -74,7 +74,7 @@ class Slow(CopyEngine):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> list[Slow]:
     """Runs sample from such an engine; the list holds those that were opened."""
-    from understudy.recipe import engine
+    from understudy.engines import sections
 
     made: list[Slow] = []
 
@@ -82,7 +82,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[Slow]:
         made.append(Slow(*args))
         return made[-1]
 
-    monkeypatch.setattr(engine, "CopyEngine", opened)
+    monkeypatch.setattr(sections, "CopyEngine", opened)
     return made
 
 

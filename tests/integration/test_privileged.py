@@ -210,7 +210,7 @@ def test_sections() -> None:
     assert parse(Privileged, dump(section)) == section
     assert "solution" in Privileged().check()
     assert Privileged().shows == {"prompt", "solution"}
-    assert {"none"} | EVERYTHING == Privileged.GIVES
+    assert {"none"} | EVERYTHING == Privileged().gives
     for values, message in (
         ({"template": "Solve: {solution}"}, r"teacher: template has no {prompt}"),
         ({"template": "{prompt} {soluton}"}, r"{soluton}, .*did you mean {solution}"),

@@ -17,7 +17,7 @@ from understudy.compare.grid import read_grid
 from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError, VocabularyError
 from understudy.methods import GKD, TopK
 from understudy.recipe import Recipe, differing_keys, load_recipe
-from understudy.recipe.load import check
+from understudy.recipe.checks import check
 
 ROOT = Path(__file__).parents[2]
 

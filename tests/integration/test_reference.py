@@ -261,5 +261,5 @@ def test_sections() -> None:
     from understudy.config import parse
 
     assert parse(REFERENCES["start"], {"offload": True}) == Start(offload=True)
-    assert EVERYTHING | {"none"} == Start.GIVES
+    assert EVERYTHING | {"none"} == Start().gives
     assert Start().shown in Start().check()

@@ -168,7 +168,7 @@ def test_other_needs_go_to_the_teacher(tmp_path: Path) -> None:
         assert cached.stats()["misses"] == 0
         assert (cached.name, cached.fingerprint, cached.state()) == ("t", judge.fingerprint, {})
         assert cached.head_for("t") is not None
-        assert cached.apart == judge.apart
+        assert cached.uncached() is judge
 
 
 def test_what_came_before_a_failure_is_kept(tmp_path: Path) -> None:

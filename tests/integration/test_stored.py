@@ -73,7 +73,7 @@ def test_what_is_stored_comes_back_to_the_bit(tmp_path: Path, shard_samples: int
     meta, pairs = make()
     assert write_scored(tmp_path, meta, iter(pairs), shard_samples=shard_samples) == len(pairs)
     section = Stored(path=str(tmp_path), fingerprint=judge().fingerprint)
-    assert sorted(section.GIVES) == ["none", "sampled", "topk"]
+    assert sorted(section.gives) == ["none", "sampled", "topk"]
     assert "9 samples scored by big" in section.check()
     stored = section.open(SETUP)
     assert (stored.name, stored.fingerprint, stored.head_for(None), len(stored)) == ("t", meta.fingerprint, None, 9)
@@ -125,7 +125,7 @@ def test_a_recording_of_sampled_tokens_gives_these(tmp_path: Path) -> None:
     meta, pairs = make(k=None)
     write_scored(tmp_path, meta, pairs)
     section = Stored(path=str(tmp_path))
-    assert sorted(section.GIVES) == ["none", "sampled"]
+    assert sorted(section.gives) == ["none", "sampled"]
     with pytest.raises(ScoreError, match=r"have no \['topk'\]"):
         section.open(SETUP).score([pairs[0][0]], TOPK, k=1)
 
@@ -223,7 +223,7 @@ def test_a_truncated_or_changed_file_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has format 99, not 1"):
         section.check()
     with pytest.raises(RecipeError, match="there are no stored scores"):
-        Stored(path=str(tmp_path / "nowhere")).GIVES  # noqa: B018
+        Stored(path=str(tmp_path / "nowhere")).gives  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_a_section_opens_into_a_frozen_judge(tmp_path: Path, offload: bool) -> N
     values = {"model": model, "template": SHORT.whole, "step_template": SHORT.step, "step_separator": ";"}
     section = config.parse(Verbal, values | {"offload": offload, "dtype": "float64"}, "teacher")
     assert config.parse(Verbal, config.dump(section)) == section
-    assert {"none", "verbal"} == section.GIVES
+    assert {"none", "verbal"} == section.gives
     assert section.shown == model
     assert model in section.check()
     judge: Judge = section.open(SETUP)
@@ -692,7 +692,7 @@ def test_bad_keys_of_the_section_are_refused(keys: dict[str, Any]) -> None:
 def test_a_chat_section_reads_back_and_says_where_it_asks() -> None:
     section = Chat(url="https://h/v1", model="m", extra_body={"seed": 1})
     assert config.parse(Chat, config.dump(section)) == section
-    assert {"none", "verbal"} == section.GIVES
+    assert {"none", "verbal"} == section.gives
     assert section.shown == "m at https://h/v1"
     assert section.shown in section.check()
     with pytest.raises(RecipeError, match=r"teacher\.model"):

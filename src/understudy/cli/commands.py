@@ -13,9 +13,9 @@ from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
 from understudy.format import Interval, interval, metric_note
 from understudy.methods import SFT
-from understudy.recipe import Recipe, load, load_recipe
-from understudy.recipe.engine import sampling_with
-from understudy.recipe.judges import load_judges
+from understudy.recipe import Recipe, load_recipe
+from understudy.recipe.checks import check
+from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.rundir import RunDir
@@ -37,12 +37,12 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
     """How the run ended; "checked" for a dry run."""
     recipe = load_recipe(path, overrides)
     quieten_libraries()
-    ranks = Ranks.from_environment(load.choose_device(recipe.device)) if not dry_run else Ranks()
+    ranks = Ranks.from_environment(choose_device(recipe.device)) if not dry_run else Ranks()
     with terminable(), Console(quiet=not ranks.is_main) as console, contextlib.closing(ranks):
         if dry_run:
             if not resume:
                 RunDir(Path(recipe.run_dir)).check_new()
-            for line in load.check(recipe):
+            for line in check(recipe):
                 console.note(line)
             console.note(f"{path} is fine; nothing was loaded or written")
             return "checked"
@@ -110,12 +110,12 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
     quieten_libraries()
-    load.check(recipe, training=False)
+    check(recipe, training=False)
     with terminable(), Console() as console:
-        loaded = load.load_student(recipe)
+        loaded = load_student(recipe)
         started = time.perf_counter()
-        with contextlib.closing(load_judges(recipe, loaded)) as judges, sampling_with(recipe, loaded) as engine:
-            summary = run.evaluator(recipe, loaded, engine, judges.judge, Ranks(), out, console)(0)
+        with contextlib.closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:
+            summary = run.evaluator(recipe, loaded, engine, teachers.judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary

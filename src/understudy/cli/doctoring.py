@@ -10,37 +10,37 @@ from pathlib import Path
 
 from understudy import run
 from understudy.cli.commands import quieten_libraries
-from understudy.recipe import Recipe, doctor, load, load_recipe
-from understudy.recipe.load import Loaded
+from understudy.recipe import doctor, load_recipe
+from understudy.recipe.checks import Files, Parts
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.loop import Trainer
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.signals import terminable
 
 
 def examine(path: Path, overrides: Sequence[str]) -> int:
-    """Prints every finding; how many of them are errors. Nothing is written."""
+    """Prints every finding and returns the number of errors. Nothing is written."""
     recipe = load_recipe(path, overrides)
     quieten_libraries()
     with terminable(), Console() as console:
-        found = doctor.examine(recipe, lambda recipe: loaded(recipe, console))
+        found = doctor.examine(recipe, lambda files: loaded(files, console))
         doctor.show(console, found)
     return len(doctor.errors_of(found))
 
 
 @contextmanager
-def loaded(recipe: Recipe, console: Console) -> Iterator[tuple[Loaded, Trainer]]:
-    """As for a new run, in a directory beside that of the run that is thrown away: engines elsewhere may have to see it."""
+def loaded(files: Files, console: Console) -> Iterator[Parts]:
+    """Loads as for a new run, in a directory that is thrown away; it lies beside the run's, where engines on other machines
+    see it."""
     console.note("loading as for training")
-    beside = Path(recipe.run_dir).absolute().parent
+    beside = Path(files.recipe.run_dir).absolute().parent
     while not beside.is_dir():
         beside = beside.parent
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=beside) as folder, ExitStack() as opened:
-        scratch = replace(recipe, run_dir=folder, loggers=())
-        device = load.choose_device(recipe.device)
-        quiet = Console(quiet=True)
-        trainer, made = run._build(scratch, RunDir(Path(folder)), None, Ranks(), quiet, device, opened)
-        opened.callback(trainer.observer.close)
-        opened.callback(trainer.rollouts.close)
-        yield made, trainer
+        scratch = Files(replace(files.recipe, run_dir=folder, loggers=()))
+        scratch.tokenizers = files.tokenizers
+        parts = run.assemble(scratch, RunDir(Path(folder)), None, Ranks(), Console(quiet=True), opened)
+        opened.callback(parts.trainer.observer.close)
+        # what is shown names the run's own directory
+        parts.recipe = files.recipe
+        yield parts

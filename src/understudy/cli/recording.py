@@ -19,11 +19,11 @@ from understudy.cli.commands import quieten_libraries
 from understudy.errors import DataError, RecipeError
 from understudy.files import write_atomically
 from understudy.methods import OPD, TopK
-from understudy.recipe import Recipe, load, load_recipe
-from understudy.recipe.engine import sampling_with
-from understudy.recipe.judges import load_judges, teacher_setup
+from understudy.recipe import Recipe, load_recipe
+from understudy.recipe.checks import check
+from understudy.recipe.load import Loaded, load_student, load_teachers, prompt_limit, sampling_with, teacher_setup
 from understudy.tasks.renderer import Renderer
-from understudy.teachers import Chat, Privileged, Stored, Teacher, Verbal
+from understudy.teachers import Teacher
 from understudy.teachers.stores.recording import ScoredMeta, recorded, write_scored
 from understudy.trainer.console import Console
 from understudy.trainer.prompts import PromptStream
@@ -59,23 +59,23 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
     k = rows_needed(recipe, amount.k)
     _check_out(out, recipe)
     quieten_libraries()
-    load.check(recipe)
+    check(recipe)
     # no reference model and no responses: neither is recorded
     scored = replace(recipe, method=OPD() if k is None else TopK(k=k), reference=None, responses=None)
     with Console() as console:
         console.note(f"loading the student and {_shown(recipe)}")
-        loaded = load.load_student(scored)
-        judges = load_judges(scored, loaded)
-        assert judges.teacher is not None
-        meta = ScoredMeta.of(judges.teacher, teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
+        loaded = load_student(scored)
+        teachers = load_teachers(scored, loaded)
+        assert teachers.teacher is not None
+        meta = ScoredMeta.of(teachers.teacher, teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
         known = recorded(out, meta)
-        limit = load.prompt_limit(recipe, recipe.sampling, loaded.model, *judges.models)
+        limit = prompt_limit(recipe, recipe.sampling, [loaded.model, *teachers.models])
         requests = _requests(recipe, loaded.renderer, limit, amount)
         missing = [request for request in requests if request.key not in known]
         write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
-        pairs = _Pairs(recipe, loaded, judges.teacher, k, console)
+        pairs = _Pairs(recipe, loaded, teachers.teacher, k, console)
         try:
-            with terminable(), contextlib.closing(judges):
+            with terminable(), contextlib.closing(teachers):
                 total = write_scored(out, meta, pairs.of(missing), shard_samples=BLOCK_REQUESTS)
         except KeyboardInterrupt:
             console.note(f"stopped by a signal; the same command continues ({out})")
@@ -86,23 +86,25 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
 
 
 def _shown(recipe: Recipe) -> str:
-    return ", ".join(section.shown for section in recipe.judges.values())
+    return ", ".join(section.shown for section in recipe.all_teachers.values())
 
 
 def _check_teachers(recipe: Recipe) -> None:
     """Raises RecipeError unless every teacher gives token scores that stay what they are."""
-    if not recipe.judges:
+    if not recipe.all_teachers:
         raise RecipeError("the recipe has no teacher whose scores could be recorded; add a section teacher")
-    for section in recipe.judges.values():
-        if isinstance(section, Stored):
-            raise RecipeError(f"teacher.path {section.path} is a recording already; name the teacher that is to score")
-        if isinstance(section, Verbal | Chat):
+    for section in recipe.all_teachers.values():
+        if section.replays:
+            raise RecipeError(
+                f"the teacher is a recording already ({section.shown}); name the teacher that is to score"
+            )
+        if section.says_digits:
             raise RecipeError(f"the teacher {section.shown} says digits; only scores of tokens are recorded")
-        if isinstance(section, Privileged) and "feedback" in section.shows:
+        if section.needs_grades:
             raise RecipeError(
                 "teacher.template shows {feedback}, but samples are not graded while they are recorded; change teacher.template"
             )
-        if isinstance(section, Privileged) and section.ema is not None:
+        if section.follows_student:
             raise RecipeError(
                 "the teacher moves with the student (teacher.ema), so its scores do not stay; leave ema out"
             )
@@ -128,7 +130,7 @@ def rows_needed(recipe: Recipe, k: int | None) -> int | None:
             f"the method {name} needs the teacher's whole distributions, which are not stored; choose another with "
             "method.type=... (see: understudy methods), or store K tokens a row with --k"
         )
-    if any(part.plan(FIRST_STEP).prefix_share > 0 for part in members):
+    if recipe.uses.prefixes:
         raise RecipeError(
             f"the method {name} begins samples with the teacher's own responses, which are not recorded; set "
             "method.anneal_steps=0"
@@ -187,7 +189,7 @@ class _Pairs:
     """Samples with their scores, made block by block when they are asked for."""
 
     recipe: Recipe
-    loaded: load.Loaded
+    loaded: Loaded
     teacher: Teacher
     k: int | None
     console: Console

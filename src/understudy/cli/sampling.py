@@ -12,8 +12,9 @@ from understudy.cli.commands import load_for_use, quieten_libraries
 from understudy.errors import RecipeError
 from understudy.eval.summary import prompt_text
 from understudy.files import write_json_lines
-from understudy.recipe import Recipe, load
-from understudy.recipe.engine import sampling_with
+from understudy.recipe import Recipe
+from understudy.recipe.checks import check
+from understudy.recipe.load import load_student, sampling_with
 from understudy.trainer.console import Console
 from understudy.trainer.settings import Split
 from understudy.trainer.signals import terminable
@@ -42,10 +43,10 @@ def sample(
         raise RecipeError(f"--out {out} exists; choose another file")
     recipe = load_for_use(path, overrides, model)
     quieten_libraries()
-    load.check(recipe, training=False)
+    check(recipe, training=False)
     chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
     with terminable(), Console() as console:
-        loaded = load.load_student(recipe)
+        loaded = load_student(recipe)
         rendered = [loaded.renderer.start(prompt) for prompt in chosen]
         requests = [
             Request(prompt, index, ids)

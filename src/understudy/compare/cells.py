@@ -15,7 +15,9 @@ from understudy import config
 from understudy.compare.grid import Combination, Grid, apply, nested, slug
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.methods import METHODS, REFUSED, Method, RolloutPlan
-from understudy.recipe import Recipe, check_same_recipe, load
+from understudy.recipe import Recipe, check_same_recipe
+from understudy.recipe.checks import check
+from understudy.recipe.load import eval_prompts
 from understudy.tasks import overlap
 from understudy.trainer.rollouts import MAX_ROUNDS
 from understudy.trainer.rundir import RunDir
@@ -117,7 +119,7 @@ class Cells:
             candidates = [self._cell(combination, tuned, seed=0) for tuned in self.grid.tunings()]
             for cell in candidates:
                 with _named(combination.name):
-                    load.check(cell.recipe)
+                    check(cell.recipe)
             self._check_started([self.compared({combination: tuned}) for tuned in self.grid.tunings()])
 
     def _check_started(self, candidates: Sequence[Sequence[Cell]]) -> None:
@@ -210,8 +212,8 @@ def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:
 
 def _check_unseen(tuning: Recipe, compared: Recipe) -> None:
     """Raises RecipeError where a tuning run would look at a problem that is compared."""
-    load.check(tuning)
-    shared = overlap(load.eval_prompts(tuning), load.eval_prompts(compared))
+    check(tuning)
+    shared = overlap(eval_prompts(tuning), eval_prompts(compared))
     if shared:
         raise RecipeError(
             f"{len(shared)} problems of the evaluation are also in the validation split ({', '.join(shared[:3])}): tuning "

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+import torch
+from torch import nn
+
+from understudy.engines.base import Engine, Weights
+from understudy.engines.hf.copied import CopyEngine
+from understudy.engines.hf.engine import HFEngine
 from understudy.errors import RecipeError
 from understudy.http import RetryPolicy, check_address, check_variable
+from understudy.models.save import merged_state_dict
 from understudy.types import Sampling
+
+if TYPE_CHECKING:
+    from understudy.engines.vllm.engine import VLLMEngine
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
@@ -25,15 +37,113 @@ SLOWEST = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HF:
+class EngineSetup:
+    """The student's side of the run, which an engine is opened beside."""
+
+    model: nn.Module
+    tokenizer: Any
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    autocast: torch.dtype | None
+    seed: int
+    sampling: Sampling
+    max_new_tokens: int
+    """The longest response of training and evaluation."""
+    run_dir: Path
+
+    def hf(self, model: nn.Module) -> HFEngine:
+        """An engine in this process over `model`."""
+        return HFEngine(
+            model,
+            self.tokenizer,
+            seed=self.seed,
+            stop_ids=self.stop_ids,
+            vocab_size=self.vocab_size,
+            autocast=self.autocast,
+        )
+
+
+class EngineSection(ABC):
+    """The section `rollout`: what an engine can do and costs, known before it is opened.
+
+    A new engine is a frozen dataclass of this kind, with a line in `ENGINES`.
+    """
+
+    @abstractmethod
+    def check(self) -> str:
+        """A line for the dry run. Raises RecipeError for what is wrong with the section by itself."""
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises RecipeError for sampling that the engine cannot do, or whose log-probabilities it cannot give."""
+
+    @abstractmethod
+    def open(self, setup: EngineSetup) -> Engine:
+        """Raises RecipeError, EngineError."""
+
+    @abstractmethod
+    def pushed(self, model: nn.Module) -> Callable[[], Weights] | None:
+        """Gives the weights that are pushed to it; None where it writes with the live model."""
+
+    @property
+    def beside_update(self) -> bool:
+        """Whether it can write while the student is updated."""
+        return True
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the samples of a prompt are to be asked for together."""
+        return False
+
+    @property
+    def launches(self) -> bool:
+        """Whether it starts servers of its own, which belong to one rank alone."""
+        return False
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it writes in this process, and takes memory for keys and values."""
+        return False
+
+    @property
+    def copies(self) -> int:
+        """Copies of the student's weights that it keeps in this process."""
+        return 0
+
+    @property
+    def dtype(self) -> str:
+        """The precision that it computes in; auto: that of the student's weights."""
+        return "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HF(EngineSection):
     """The model of the trainer writes the samples itself, by transformers."""
 
     copy: bool = False
     """Whether it keeps weights of its own, so that it can write beside an update."""
 
     def check(self) -> str:
-        """What the engine is, for a dry run."""
         return "rollout: the student itself"
+
+    @property
+    def beside_update(self) -> bool:
+        return self.copy
+
+    @property
+    def runs_here(self) -> bool:
+        return True
+
+    @property
+    def copies(self) -> int:
+        return int(self.copy)
+
+    def open(self, setup: EngineSetup) -> HFEngine | CopyEngine:
+        if not self.copy:
+            return setup.hf(setup.model)
+        return CopyEngine(copy.deepcopy(setup.model).requires_grad_(False), setup.hf)
+
+    def pushed(self, model: nn.Module) -> Callable[[], Weights] | None:
+        return model.state_dict().items if self.copy else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +174,7 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLM:
+class VLLM(EngineSection):
     """vLLM servers, version 0.20 or later, with `VLLM_SERVER_DEV_MODE=1`, which opens the routes that replace weights."""
 
     url: str | tuple[str, ...] | None = None
@@ -142,6 +252,33 @@ class VLLM:
             max_concurrency=self.max_concurrency,
         )
 
+    def open(self, setup: EngineSetup) -> VLLMEngine:
+        from understudy.engines.vllm.engine import VLLMEngine
+
+        return VLLMEngine(
+            self.for_responses(setup.max_new_tokens),
+            setup.model,
+            setup.tokenizer,
+            seed=setup.seed,
+            stop_ids=setup.stop_ids,
+            vocab_size=setup.vocab_size,
+            sampling=setup.sampling,
+            run_dir=setup.run_dir,
+            autocast=setup.autocast,
+        )
+
+    def pushed(self, model: nn.Module) -> Callable[[], Weights]:
+        return lambda: merged_state_dict(model).items()
+
+    @property
+    def launches(self) -> bool:
+        return self.launch is not None
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises RecipeError for a temperature that vLLM replaces, and filters that falsify its log-probabilities."""
+        check_temperature(sampling)
+        logprobs_mode(sampling)
+
     def for_responses(self, max_new_tokens: int) -> VLLM:
         """With the timeout that responses of this length need, where the recipe gives none."""
         if self.timeout_s is not None:
@@ -149,7 +286,7 @@ class VLLM:
         return replace(self, timeout_s=max(PATIENCE_S, max_new_tokens / SLOWEST))
 
     def check(self) -> str:
-        """What the engine is, for a dry run. Raises RecipeError for a program that is not there."""
+        """A line for the dry run. Raises RecipeError for a program that is not there."""
         if self.launch is None:
             return f"rollout: vLLM at {', '.join(self.urls)}"
         program = self.launch.command[0] if self.launch.command else self.launch.python
@@ -160,8 +297,8 @@ class VLLM:
         return f"rollout: {self.launch.num_servers} vLLM server(s) of its own"
 
 
-ENGINES: Mapping[str, type[HF | VLLM]] = {"hf": HF, "vllm": VLLM}
-AnyEngine = HF | VLLM
+ENGINES: Mapping[str, type[EngineSection]] = {"hf": HF, "vllm": VLLM}
+"""`rollout.type` in a recipe -> its section."""
 
 
 def check_temperature(sampling: Sampling) -> None:

@@ -1,25 +1,24 @@
-"""From a recipe to the parts of a run: first everything that can be checked, then everything that is loaded."""
+"""From a recipe to the parts of a run: the student, its teachers, the engine, and a teacher's own responses."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from understudy.engines import HFEngine
+from understudy.engines import Engine, EngineSetup
 from understudy.errors import RecipeError, VocabularyError
 from understudy.models import (
     apply_lora,
     build_causal_lm,
-    check_build,
-    check_model_dir,
     compare_chat_templates,
     compare_vocabularies,
     disable_dropout,
@@ -28,102 +27,20 @@ from understudy.models import (
     load_tokenizer,
     num_positions,
     probe_head,
+    row_style,
     stop_ids,
 )
-from understudy.recipe.checks import (
-    check_coverage,
-    check_fields,
-    check_rejection,
-    check_source,
-    check_training,
-    is_here,
-)
 from understudy.recipe.schema import Recipe, Student
-from understudy.tasks import Arithmetic, Mix, build_tokenizer
-from understudy.tasks.mix import record_parts
 from understudy.tasks.renderer import Renderer
-from understudy.teachers import Http, Local, Privileged, Served
-from understudy.trainer.loggers import check_loggers
-from understudy.types import Prompt, Sampling
+from understudy.teachers import Judge, Responder, RoutedTeacher, Setup, Source, Start, Teacher
+from understudy.teachers.stores.responses import ResponseSetup, ResponseStore, open_responses
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.publish import NUM_PROBED, Publisher
+from understudy.trainer.update import StudentModel
+from understudy.types import Prompt, Request, Sample, Sampling
 
-NUM_REHEARSED = 8
-"""Prompts that a dry run renders."""
-
-
-def check(recipe: Recipe, *, training: bool = True, fetch: bool = False) -> list[str]:
-    """Everything that can be found wrong without loading a model. Returns what was checked, a line each.
-
-    `training=False`: for an evaluation or samples, which need no solutions. `fetch`: data and tokenizers are read from the
-    network where they are not on this machine; else they stay unchecked.
-
-    Raises RecipeError, DataError or VocabularyError.
-    """
-    check_loggers(recipe.loggers)
-    choose_device(recipe.device)
-    if recipe.student.build is not None:
-        check_build(recipe.student.build)
-    lines = [f"task: {recipe.task.name}"]
-    recipe.task.check_files()
-    check_source(recipe.task, "train", "task")
-    check_fields(recipe, training=training)
-    if recipe.eval is not None:
-        recipe.held_out.check_files()
-        check_source(recipe.held_out, recipe.eval.split, "eval_task" if recipe.eval_task else "task")
-        check_rejection(recipe)
-        lines.append(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
-    if recipe.train.stop_at is not None and (recipe.eval is None or recipe.eval.every is None):
-        raise RecipeError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
-    if recipe.student.lora is not None and importlib.util.find_spec("peft") is None:
-        raise RecipeError("student.lora needs the package peft; run: pip install 'understudy[lora]'")
-    if recipe.rollout is not None:
-        lines.append(recipe.rollout.check())
-    if recipe.student.model is not None:
-        lines.append(f"student: {check_model_dir(recipe.student.model)}")
-    lines += [section.check() for section in recipe.judges.values()]
-    lines += [section.check() for section in (recipe.reference, recipe.responses) if section is not None]
-    if training:
-        check_training(recipe, fetch=fetch)
-    if recipe.reference is None and "reference" in recipe.method.needs:
-        lines.append("reference: the student's start")
-    return [*lines, *_check_tokenizers(recipe, training=training, fetch=fetch)]
-
-
-def shared_vocabulary(recipe: Recipe) -> list[tuple[str, str | None]]:
-    """The models, with their revisions, that must share the student's tokens: those whose probabilities are compared."""
-    sections = (*recipe.judges.values(), recipe.reference)
-    here = [section for section in sections if isinstance(section, Local | Privileged)]
-    there = [section.tokenizer for section in sections if isinstance(section, Http | Served)]
-    return [
-        *((section.model, section.revision) for section in here if section.model is not None),
-        *((name, None) for name in there if name is not None),
-    ]
-
-
-def _check_tokenizers(recipe: Recipe, *, training: bool, fetch: bool) -> list[str]:
-    """Those that lie on this machine, and with `fetch` the others, are loaded, compared and tried."""
-    source = tokenizer_source(recipe)
-    if source is not None and not (fetch or Path(source).expanduser().exists()):
-        return [f"tokenizer: {source} is a hub name, not checked offline"]
-    renderer = Renderer(student_tokenizer(recipe), recipe.student.template_kwargs)
-    tokenizer = renderer.tokenizer
-    lines = [f"tokenizer: {len(tokenizer):,} tokens"]
-    for section in recipe.judges.values():
-        if isinstance(section, Http):
-            asked = [part.reads.k for part in recipe.method.members if "topk" in part.needs]
-            section.check_k(min(max(asked, default=1), len(tokenizer)))
-    for model, revision in shared_vocabulary(recipe):
-        if fetch or Path(model).expanduser().exists():
-            size = compare_vocabularies(tokenizer, load_tokenizer(model, revision=revision))
-            lines.append(f"the student and {model} share {size:,} tokens")
-    if fetch or is_here(recipe.task):
-        lengths = [len(renderer.start(prompt)) for prompt in islice(recipe.task.prompts("train"), NUM_REHEARSED)]
-        if recipe.eval is not None and (fetch or is_here(recipe.held_out)):
-            for prompt in islice(eval_prompts(recipe), NUM_REHEARSED):
-                renderer.start(prompt)
-        lines.append(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
-    if training:
-        check_coverage(recipe, renderer, fetch=fetch)
-    return lines
+NUM_CHECKED_PROMPTS = 10_000
+"""Training prompts whose teacher and responses are looked up."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -145,35 +62,54 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def tokenizer_source(recipe: Recipe) -> str | None:
-    """Where the student's tokenizer is read from; None: the task has its own."""
-    source = recipe.student.tokenizer or recipe.student.model
-    if source is None and _own_alphabet(recipe) is None:
+# --- the student --------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_source(recipe: Recipe) -> Source | None:
+    """Returns where the student's tokenizer is read from; None: the task has its own. Raises RecipeError for neither."""
+    name = recipe.student.tokenizer or recipe.student.model
+    if name is not None:
+        return Source(name, recipe.student.revision)
+    if any(part.num_tokens is None for part in recipe.task.places().values()):
         raise RecipeError("student.build needs student.tokenizer: the task has no tokenizer of its own")
-    return source
+    return None
 
 
-def _own_alphabet(recipe: Recipe) -> Arithmetic | None:
-    """The task, or the part of a mix with the most tokens, that brings a tokenizer."""
-    task = recipe.task
-    parts = list(task.parts.values()) if isinstance(task, Mix) else [task]
-    built_in = [part for part in parts if isinstance(part, Arithmetic)]
-    return max(built_in, key=lambda part: part.num_tokens) if len(built_in) == len(parts) else None
+class Tokenizers:
+    """The student's tokenizer, and those that must have its tokens. Each is loaded and compared once, when it is asked for."""
 
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._others: dict[Source, tuple[Any, int]] = {}
 
-def student_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer of the student. Raises VocabularyError if it has no EOS."""
-    source = tokenizer_source(recipe)
-    if source is None:
-        task = _own_alphabet(recipe)
-        assert task is not None
-        return build_tokenizer(task.alphabet or task.family)
-    tokenizer = load_tokenizer(source, revision=recipe.student.revision)
-    if tokenizer.eos_token_id is None:
-        raise VocabularyError(
-            f"the tokenizer of {source} has no EOS, so no response would ever end; set eos_token in its configuration"
-        )
-    return tokenizer
+    @cached_property
+    def student(self) -> Any:
+        """Raises VocabularyError for a tokenizer without EOS, RecipeError where there is none."""
+        source = tokenizer_source(self._recipe)
+        if source is None:
+            # of a mix, the part whose alphabet has the most tokens can be read by all
+            return max(self._recipe.task.places().values(), key=lambda part: part.num_tokens or 0).tokenizer()
+        tokenizer = load_tokenizer(source.name, revision=source.revision)
+        if tokenizer.eos_token_id is None:
+            raise VocabularyError(
+                f"the tokenizer of {source.name} has no EOS, so no response would ever end; set eos_token in its "
+                "configuration"
+            )
+        return tokenizer
+
+    @property
+    def sources(self) -> list[Source]:
+        """The tokenizers of models whose probabilities are compared with the student's."""
+        sections = (*self._recipe.all_teachers.values(), self._recipe.reference)
+        found = (section.vocabulary for section in sections if section is not None)
+        return list(dict.fromkeys(source for source in found if source is not None))
+
+    def other(self, source: Source) -> tuple[Any, int]:
+        """Returns a tokenizer and the number of tokens that it shares with the student's. Raises VocabularyError."""
+        if source not in self._others:
+            tokenizer = load_tokenizer(source.name, revision=source.revision)
+            self._others[source] = tokenizer, compare_vocabularies(self.student, tokenizer)
+        return self._others[source]
 
 
 @dataclass(frozen=True)
@@ -186,31 +122,27 @@ class Loaded:
     device: torch.device
     compute_dtype: torch.dtype | None
     warnings: tuple[str, ...]
-
-    def engine(self, seed: int, model: nn.Module | None = None) -> HFEngine:
-        """Samples with the live weights, or with those of a `model` like it."""
-        return HFEngine(
-            model or self.model,
-            self.renderer.tokenizer,
-            seed=seed,
-            stop_ids=self.renderer.stop_ids,
-            vocab_size=self.vocab_size,
-            autocast=self.compute_dtype,
-        )
+    tokenizers: Tokenizers
 
 
-def load_student(recipe: Recipe, *, resume_from: Path | None = None) -> Loaded:
-    """The student of a recipe, or as a checkpoint left it, beside its tokenizer compared with the teacher's."""
+def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers: Tokenizers | None = None) -> Loaded:
+    """Loads the student of a recipe, or as a checkpoint left it, with a tokenizer that its teachers share.
+
+    `tokenizers`: those that were loaded before. Raises RecipeError, VocabularyError.
+    """
     device = choose_device(recipe.device)
-    tokenizer = student_tokenizer(recipe)
+    tokenizers = tokenizers or Tokenizers(recipe)
+    tokenizer = tokenizers.student
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     warnings: list[str] = []
-    for source, revision in shared_vocabulary(recipe):
-        other = load_tokenizer(source, revision=revision)
-        vocab_size = compare_vocabularies(tokenizer, other)
-        warned = compare_chat_templates(tokenizer, other) if _is_chat(recipe) else None
+    is_chat = any(part.is_chat for part in recipe.task.places().values())
+    for source in tokenizers.sources:
+        other, vocab_size = tokenizers.other(source)
+        warned = compare_chat_templates(tokenizer, other) if is_chat else None
         warnings += [warned] if warned else []
-    model = _load_model(recipe.student, tokenizer, vocab_size, device, recipe.seed, resume_from)
+    student = recipe.student
+    model = load_base(recipe, tokenizer, vocab_size, device, None if student.lora else resume_from)
+    model = model if student.lora is None else _adapt(model, student, recipe.seed, resume_from)
     disable_dropout(model)
     probe_head(model)
     if recipe.train.gradient_checkpointing:
@@ -218,30 +150,20 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None) -> Loaded:
     dtype = recipe.train.compute_dtype
     return Loaded(
         model=model.train(),
-        renderer=Renderer(tokenizer, recipe.student.template_kwargs, stop_ids(tokenizer, model)),
+        renderer=Renderer(tokenizer, student.template_kwargs, stop_ids(tokenizer, model)),
         vocab_size=vocab_size,
         device=device,
         compute_dtype=None if dtype is None else getattr(torch, dtype),
         warnings=tuple(warnings),
+        tokenizers=tokenizers,
     )
 
 
-def _is_chat(recipe: Recipe) -> bool:
-    return any(part.chat for part in record_parts(recipe.task).values())
-
-
-def _load_model(
-    student: Student, tokenizer: Any, vocab_size: int, device: torch.device, seed: int, resume_from: Path | None
-) -> nn.Module:
-    adapters = student.lora is not None
-    model = load_base(student, tokenizer, vocab_size, device, seed, None if adapters else resume_from)
-    return _adapt(model, student, seed, resume_from) if adapters else model
-
-
 def load_base(
-    student: Student, tokenizer: Any, vocab_size: int, device: torch.device, seed: int, resume_from: Path | None
+    recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.device, resume_from: Path | None
 ) -> nn.Module:
-    """Without adapters."""
+    """Loads or builds the student without adapters."""
+    student = recipe.student
     source = student.model if resume_from is None else str(resume_from)
     model: nn.Module
     if source is None:
@@ -254,7 +176,7 @@ def load_base(
             bos_token_id=tokenizer.bos_token_id,
             dtype="float32" if student.dtype == "auto" else student.dtype,
             device=device,
-            seed=seed,
+            seed=recipe.seed,
         )
     else:
         model = load_causal_lm(
@@ -286,18 +208,24 @@ def _adapt(model: nn.Module, student: Student, seed: int, resume_from: Path | No
     return adapted
 
 
-def prompt_limit(recipe: Recipe, sampling: Sampling, *models: nn.Module) -> int:
-    """The longest prompt in tokens that leaves room for a response: `train.max_prompt_tokens`, or what positions allow.
+def prompt_limit(recipe: Recipe, sampling: Sampling, models: Iterable[nn.Module], engine: Engine | None = None) -> int:
+    """The longest prompt in tokens that leaves room for a response, by `train.max_prompt_tokens`, models and engine.
 
     Raises RecipeError where no room is left.
     """
-    limits = [limit - sampling.max_new_tokens for model in models if (limit := num_positions(model)) is not None]
-    limit = min([recipe.train.max_prompt_tokens, *limits])
-    if limit < 1:
-        raise RecipeError(
-            f"max_new_tokens is {sampling.max_new_tokens}, but a model has {limit + sampling.max_new_tokens} positions "
-            "(max_position_embeddings): no prompt fits before the response; lower max_new_tokens"
-        )
+    rooms = [("a model has {} positions (max_position_embeddings)", num_positions(model)) for model in models]
+    if engine is not None:
+        rooms.append(("the rollout engine takes {} tokens in all (--max-model-len)", engine.num_positions))
+    limit = recipe.train.max_prompt_tokens
+    for described, room in rooms:
+        if room is None:
+            continue
+        limit = min(limit, room - sampling.max_new_tokens)
+        if limit < 1:
+            raise RecipeError(
+                f"max_new_tokens is {sampling.max_new_tokens}, but {described.format(room)}: no prompt fits before the "
+                "response; lower max_new_tokens, or use what takes more"
+            )
     return limit
 
 
@@ -306,3 +234,170 @@ def eval_prompts(recipe: Recipe) -> Sequence[Prompt]:
     assert recipe.eval is not None
     prompts = recipe.held_out.prompts(recipe.eval.split)
     return prompts if recipe.eval.problems is None else prompts[: recipe.eval.problems]
+
+
+# --- teachers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The opened teachers of a run."""
+
+    teacher: Teacher | None = None
+    """Gives token scores; of several the one that each sample names."""
+    judge: Judge | None = None
+    """Says a digit."""
+    reference: Teacher | None = None
+    responder: Responder | None = None
+    """Writes responses of its own."""
+
+    @property
+    def scorers(self) -> dict[str, Teacher]:
+        """Those that give token scores, by name, and the reference."""
+        members = {} if self.teacher is None else self.teacher.members()
+        return members | ({} if self.reference is None else {"reference": self.reference})
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Their models in this process that read what the student reads."""
+        return [one.model for one in self.scorers.values() if one.model is not None]
+
+    def close(self) -> None:
+        """Ends connections."""
+        for one in (self.teacher, self.judge, self.reference):
+            if one is not None:
+                one.close()
+
+
+def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
+    """Opens the teachers and the reference model, at the student's temperature and vocabulary."""
+    opened: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for name, section in recipe.all_teachers.items():
+            opened[name] = section.open(teacher_setup(recipe, loaded, name))
+            stack.callback(opened[name].close)
+        reference: Any = None
+        if "reference" in recipe.method.needs:
+            reference = (recipe.reference or Start()).open(teacher_setup(recipe, loaded, "reference"))
+        # from here on they are closed by the caller
+        stack.pop_all()
+    scorers = {name: one for name, one in opened.items() if not recipe.all_teachers[name].says_digits}
+    return Teachers(
+        teacher=RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None),
+        judge=next((one for name, one in opened.items() if name not in scorers), None),
+        reference=reference,
+        responder=opened["teacher"] if recipe.teacher is not None and recipe.teacher.writes_responses else None,
+    )
+
+
+def teacher_setup(recipe: Recipe, loaded: Loaded, name: str) -> Setup:
+    """The student's side of the run, for a teacher of that name."""
+    student = recipe.student
+    return Setup(
+        name=name,
+        vocab_size=loaded.vocab_size,
+        temperature=recipe.temperature,
+        device=loaded.device,
+        renderer=loaded.renderer,
+        student=loaded.model,
+        start=student.model,
+        start_revision=student.revision,
+        fresh_student=lambda: load_base(recipe, loaded.renderer.tokenizer, loaded.vocab_size, loaded.device, None),
+        seed=recipe.seed,
+        cache_dir=Path(recipe.run_dir) / "cache",
+        generate=lambda model, prompts, sampling: _respond(recipe, loaded, model, prompts, sampling),
+    )
+
+
+def _respond(
+    recipe: Recipe, loaded: Loaded, model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[str | None]:
+    """Responses of a teacher's model; None for one that does not end."""
+    # the teacher may end its turns with another token than the student
+    ends = tuple({*loaded.renderer.stop_ids, *stop_ids(loaded.renderer.tokenizer, model)})
+    engine = replace(engine_setup(recipe, loaded), stop_ids=ends, autocast=None).hf(model)
+    requests = [Request(prompt, 0, loaded.renderer.start(prompt)) for prompt in prompts]
+    written = engine.generate(requests, sampling, step=0, stream="teacher")
+    return [None if sample.truncated else sample.text for sample in written]
+
+
+def open_store(recipe: Recipe, loaded: Loaded, teachers: Teachers) -> ResponseStore | None:
+    """Opens the source of a teacher's own responses. Raises RecipeError where none suits the training prompts."""
+    section = recipe.responses
+    if section is None:
+        return None
+    teacher = (teachers.teacher or teachers.judge) if section.by_teacher else None
+    fingerprint = None if teacher is None else teacher.fingerprint
+    store = open_responses(section, response_setup(recipe, loaded.renderer, teachers.responder, fingerprint))
+    store.check(recipe.task.prompts("train"), recipe.task.name, limit=NUM_CHECKED_PROMPTS)
+    return store
+
+
+def response_setup(
+    recipe: Recipe, renderer: Renderer, responder: Responder | None = None, fingerprint: str | None = None
+) -> ResponseSetup:
+    """The run's side of a store of responses; without a responder for sections that need none."""
+    generate: Callable[[Sequence[Prompt]], list[str | None]] | None = None
+    if recipe.responses is not None and responder is not None:
+        sampling = recipe.responses.sampling(recipe.sampling)
+        limit, temperature = sampling.max_new_tokens, sampling.temperature
+        generate = lambda prompts: responder.respond(  # noqa: E731
+            prompts, max_new_tokens=limit, temperature=temperature
+        )
+    return ResponseSetup(
+        renderer=renderer,
+        seed=recipe.seed,
+        run_dir=Path(recipe.run_dir),
+        sampling=recipe.sampling,
+        generate=generate,
+        fingerprint=fingerprint,
+    )
+
+
+# --- the engine ---------------------------------------------------------------------------------------------------------
+
+
+def engine_setup(recipe: Recipe, loaded: Loaded) -> EngineSetup:
+    """The student's side of the run, for its engine."""
+    held_out = None if recipe.eval is None else recipe.eval.sampling
+    return EngineSetup(
+        model=loaded.model,
+        tokenizer=loaded.renderer.tokenizer,
+        vocab_size=loaded.vocab_size,
+        stop_ids=loaded.renderer.stop_ids,
+        autocast=loaded.compute_dtype,
+        seed=recipe.seed,
+        sampling=recipe.sampling,
+        max_new_tokens=max(one.max_new_tokens for one in (recipe.sampling, held_out) if one is not None),
+        run_dir=Path(recipe.run_dir),
+    )
+
+
+def open_engine(recipe: Recipe, loaded: Loaded) -> tuple[Engine, Callable[[], Iterable[tuple[str, Tensor]]] | None]:
+    """The engine of a run and what is pushed to it; None where it shares the live model. Raises RecipeError, EngineError."""
+    return recipe.engine.open(engine_setup(recipe, loaded)), recipe.engine.pushed(loaded.model)
+
+
+@contextmanager
+def sampling_with(recipe: Recipe, loaded: Loaded) -> Iterator[Engine]:
+    """An engine with the weights as they are, compared before and after where it is remote, and closed at the end."""
+    engine, weights = open_engine(recipe, loaded)
+    student = StudentModel(
+        loaded.model, loaded.device, loaded.vocab_size, 1.0, loaded.compute_dtype, style=row_style(loaded.model)
+    )
+    try:
+        first = to_compare(recipe, loaded) if engine.remote else ()
+        Publisher(engine, student, weights, Ranks(), first)(0, ())
+        yield engine
+        engine.verify()
+    finally:
+        engine.close()
+
+
+def to_compare(recipe: Recipe, loaded: Loaded) -> list[Sample]:
+    """Some prompts of the task, for an engine that is compared before there are samples."""
+    prompts = islice(recipe.task.prompts("train"), NUM_PROBED)
+    rendered = [(prompt, loaded.renderer.start(prompt)) for prompt in prompts]
+    return [
+        Sample(prompt, 0, ids, torch.zeros(ids.numel(), dtype=torch.uint8), 1, "data", "") for prompt, ids in rendered
+    ]

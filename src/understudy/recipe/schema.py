@@ -1,26 +1,35 @@
-"""A recipe: everything that decides a run, as one frozen value."""
+"""A recipe: everything that decides a run, as one frozen value whose sections fit together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from understudy import config
-from understudy.engines import ENGINES, HF, VLLM, AnyEngine
-from understudy.engines.sections import check_temperature, logprobs_mode
+from understudy.engines import ENGINES, HF, EngineSection
 from understudy.errors import RecipeError, nearest
 from understudy.methods import METHODS, REFUSED, Method
+from understudy.methods.base import Uses
 from understudy.models import DType
-from understudy.recipe.needs import AnyResponses, check_groups, check_needs
-from understudy.tasks import TASKS, Arithmetic, Hub, Jsonl, Mix
-from understudy.teachers import REFERENCES, TEACHERS, AnyReference, AnyTeacher, Http, Privileged, Start, Stored
+from understudy.tasks import TASKS, Task
+from understudy.tasks.responses import ResponseSection
+from understudy.teachers import REFERENCES, TEACHERS, Start, TeacherSection
 from understudy.teachers.stores.responses import RESPONSES
 from understudy.trainer.settings import Async, Eval, Train
-from understudy.types import Sampling
+from understudy.types import Need, Sampling
 
-AnyTask = Arithmetic | Jsonl | Hub | Mix
+WHY: dict[Need, str] = {
+    "sampled": "log T of every sampled token, which is its reward",
+    "topk": "the teacher's K most probable tokens: its forward KL sums over them, and the score of the sampled token alone "
+    "says nothing about the tokens that were not sampled",
+    "full": "the teacher's whole next-token distribution, which a teacher gives that is loaded here (local) or served by "
+    "`understudy serve-teacher` (served)",
+    "verbal": "a digit from 0 to 9 for each sample",
+}
+"""The need of a method, and why nothing less will do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,23 +95,23 @@ class Recipe:
     loggers: tuple[str, ...] = ()
     """Beside metrics.jsonl: tensorboard, wandb, trackio."""
     student: Student
-    teacher: AnyTeacher | None = config.choice(TEACHERS, optional=True)
-    teachers: Mapping[str, AnyTeacher] = config.choices(TEACHERS)
+    teacher: TeacherSection | None = config.choice(TEACHERS, optional=True)
+    teachers: Mapping[str, TeacherSection] = config.choices(TEACHERS)
     """In place of `teacher`: several, by the names that the task's prompts have for them."""
-    reference: AnyReference | None = config.choice(REFERENCES, optional=True)
+    reference: TeacherSection | None = config.choice(REFERENCES, optional=True)
     """None: the student's start, where the method asks for a reference."""
-    responses: AnyResponses | None = config.choice(RESPONSES, optional=True)
+    responses: ResponseSection | None = config.choice(RESPONSES, optional=True)
     """Where a teacher's own responses come from: prefixes, slots of rejected samples, and what is imitated."""
-    task: AnyTask = config.choice(TASKS)
+    task: Task = config.choice(TASKS)
     method: Method = config.choice(METHODS, refused=REFUSED)
     sampling: Sampling = Sampling()
-    rollout: AnyEngine | None = config.choice(ENGINES, optional=True)
+    rollout: EngineSection | None = config.choice(ENGINES, optional=True)
     """The engine that writes samples; None: `hf`, the student itself."""
     train: Train
     async_: Async | None = None
     """Generation, scoring and updates at the same time; None: one after the other."""
     eval: Eval | None = None
-    eval_task: AnyTask | None = config.choice(TASKS, optional=True)
+    eval_task: Task | None = config.choice(TASKS, optional=True)
     """Where evaluation problems come from; None: `task`."""
 
     def __post_init__(self) -> None:
@@ -110,76 +119,160 @@ class Recipe:
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
         if self.teacher is not None and self.teachers:
             raise ValueError("teacher and teachers are both given; keep one")
-        check_needs(
-            self.method,
-            self.judges,
-            several=bool(self.teachers),
-            reference=self.reference,
-            responses=self.responses,
-            rejects=self.eval is not None and self.eval.reject_below is not None,
-        )
-        plans = [part.plan(0) for part in self.method.members]
-        if self.sampling.temperature == 0 and any(plan.on_policy_share > 0 for plan in plans):
-            raise ValueError(
-                "sampling.temperature is 0; a student that learns from its own samples has to draw them (above 0)"
-            )
-        check_groups(self.method, self.train)
-        self._check_async()
-        self._check_engine()
-        self.run_method  # noqa: B018 (raises for phases that no step falls into)
         if self.eval_task is not None and self.eval is None:
             raise ValueError("eval_task is given without a section eval")
-
-    def _check_engine(self) -> None:
-        """Raises RecipeError for sampling that the engine, or a teacher's, cannot do."""
-        if isinstance(self.engine, VLLM):
-            check_temperature(self.sampling)
-            logprobs_mode(self.sampling)
-        for section in self.judges.values():
-            if isinstance(section, Http):
-                section.check_temperature(self.sampling.temperature or 1.0)
-
-    def _check_async(self) -> None:
-        if self.async_ is None:
-            return
-        if isinstance(self.engine, HF) and not self.engine.copy:
-            raise ValueError(
-                "async has samples written beside the update, but they are written with the weights that are updated; set "
-                "rollout: {type: hf, copy: true}, which takes the memory of the weights once more, or use an engine "
-                "(rollout.type: vllm)"
-            )
-        if any(isinstance(section, Stored) for section in self.judges.values()):
-            raise ValueError("async has nothing to overlap where samples are stored; remove the section async")
-        moving = [name for name, section in self.judges.items() if isinstance(section, Privileged) and section.ema]
-        starts = isinstance(self.reference, Start) or self.reference is None
-        if self.student.lora is not None and "reference" in self.method.needs and starts:
-            # the live model without its adapters
-            moving.append("reference")
-        if moving:
-            raise ValueError(
-                f"async has the {moving[0]} score beside the update, but it runs on the student's own weights or follows "
-                "them; give it a model of its own, or remove the section async"
-            )
+        for rule in RULES:
+            rule(self)
 
     @property
-    def engine(self) -> AnyEngine:
-        """What writes samples."""
+    def engine(self) -> EngineSection:
+        """The engine that writes samples."""
         return self.rollout or HF()
 
     @property
-    def held_out(self) -> AnyTask:
+    def held_out(self) -> Task:
         """The task that evaluation problems come from."""
         return self.eval_task or self.task
 
     @property
-    def judges(self) -> dict[str, AnyTeacher]:
+    def all_teachers(self) -> dict[str, TeacherSection]:
         """Every teacher by its name; one alone is called "teacher"."""
         return dict(self.teachers) if self.teacher is None else {"teacher": self.teacher}
 
+    def place_of(self, teacher: str) -> str:
+        """The place of a teacher's section in the recipe."""
+        return f"teachers.{teacher}" if self.teachers else "teacher"
+
     @property
+    def temperature(self) -> float:
+        """Temperature of the distributions that are compared: that of the samples, or 1 where they are greedy."""
+        return self.sampling.temperature or 1.0
+
+    @cached_property
     def run_method(self) -> Method:
         """The method with what depends on the run filled in."""
         return self.method.for_run(self.train.steps, self.sampling.max_new_tokens)
+
+    @cached_property
+    def uses(self) -> Uses:
+        """What the method makes use of at some step of the run."""
+        return self.run_method.uses(self.train.steps)
+
+
+# --- rules about sections beside each other; each raises ValueError, and is found before anything is read -----------------
+
+
+def _teachers_give_what_is_asked(recipe: Recipe) -> None:
+    method, teachers, name = recipe.method, recipe.all_teachers, _name(recipe)
+    rejects = recipe.eval is not None and recipe.eval.reject_below is not None
+    asked = method.needs - {"none", "reference"}
+    if asked and not teachers:
+        raise ValueError(
+            f"the method {name} needs a teacher ({', '.join(sorted(asked))} scores); add a section "
+            "`teacher: {type: local, model: ...}`"
+        )
+    if rejects and not any(section.says_digits for section in teachers.values()):
+        raise ValueError("eval.reject_below needs a judge that says digits: a teacher of type verbal or chat")
+    by_teacher = recipe.responses is not None and recipe.responses.by_teacher
+    if not asked and teachers and not rejects and not by_teacher:
+        raise ValueError(f"the method {name} asks no teacher; remove the section teacher")
+    if recipe.teachers and any(section.alone for section in teachers.values()):
+        raise ValueError("several teachers score tokens; a judge (verbal, chat) or a stored teacher stands alone")
+    for label, section in teachers.items():
+        lacking = sorted(asked - section.gives)
+        if lacking:
+            raise ValueError(
+                f"the method {name} needs {WHY[lacking[0]]}; {recipe.place_of(label)} ({section.shown}) gives only "
+                f"{', '.join(sorted(section.gives - {'none'}))}. Choose another teacher, or a method that asks for less "
+                "(see: understudy methods)"
+            )
+    if recipe.reference is not None and "reference" not in method.needs:
+        raise ValueError(f"the method {name} as it is set uses no reference model; remove the section reference")
+
+
+def _responses_are_given_and_used(recipe: Recipe) -> None:
+    """Responses of a teacher are there where the method uses them, used where they are there, and written by somebody."""
+    uses, responses, name = recipe.uses, recipe.responses, _name(recipe)
+    if responses is None and (uses.fills_slots or uses.prefixes):
+        use, instead = "begins samples with the teacher's own", "method.anneal_steps: 0"
+        if uses.fills_slots:
+            use, instead = "fills rejected slots with the teacher's own responses", "method.on_reject: drop"
+        raise ValueError(
+            f"the method {name} {use}; add a section `responses: {{type: teacher}}` (or solutions, jsonl, hub), or set "
+            f"{instead}"
+        )
+    if responses is not None and not uses.takes_responses:
+        raise ValueError(f"the method {name} uses no responses of a teacher; remove the section responses")
+    writes = recipe.teacher is not None and recipe.teacher.writes_responses
+    if responses is not None and responses.by_teacher and not writes:
+        raise ValueError(
+            "responses.type is teacher, but only one teacher of type local or chat writes responses; take them from "
+            "solutions, jsonl or hub"
+        )
+    if uses.prefixes and recipe.teacher is not None and recipe.teacher.replays:
+        raise ValueError(
+            f"the method {name} begins samples with the teacher's own, but a stored teacher knows recorded samples only; set "
+            "method.anneal_steps: 0"
+        )
+
+
+def _samples_are_drawn_and_compared(recipe: Recipe) -> None:
+    if recipe.sampling.temperature == 0 and recipe.uses.own_samples:
+        raise ValueError(
+            "sampling.temperature is 0; a student that learns from its own samples has to draw them (above 0)"
+        )
+    if recipe.uses.rewards and recipe.train.samples_per_prompt < 2:
+        raise ValueError("the advantage compares samples of one prompt; set train.samples_per_prompt to 2 or more")
+    recipe.engine.check_sampling(recipe.sampling)
+
+
+def _evaluation_is_there_and_draws(recipe: Recipe) -> None:
+    if recipe.train.stop_at is not None and (recipe.eval is None or recipe.eval.every is None):
+        raise ValueError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
+    if recipe.eval is None or recipe.eval.reject_below is None:
+        return
+    if (recipe.eval.sampling or recipe.sampling).temperature == 0:
+        place = "sampling" if recipe.eval.sampling is None else "eval.sampling"
+        raise ValueError(
+            f"eval.reject_below has answers drawn again, but {place}.temperature is 0, so every redraw would be the same; "
+            "set eval.sampling.temperature above 0, or remove eval.reject_below"
+        )
+
+
+def _nothing_beside_the_update_moves_with_it(recipe: Recipe) -> None:
+    if recipe.async_ is None:
+        return
+    if not recipe.engine.beside_update:
+        raise ValueError(
+            "async has samples written beside the update, but they are written with the weights that are updated; set "
+            "rollout: {type: hf, copy: true}, which takes the memory of the weights once more, or use an engine "
+            "(rollout.type: vllm)"
+        )
+    if any(section.replays for section in recipe.all_teachers.values()):
+        raise ValueError("async has nothing to overlap where samples are stored; remove the section async")
+    scorers = dict(recipe.all_teachers)
+    if "reference" in recipe.method.needs:
+        scorers["reference"] = recipe.reference or Start()
+    for label, section in scorers.items():
+        if section.follows_student or (section.is_start and recipe.student.lora is not None):
+            raise ValueError(
+                f"async has the {label} score beside the update, but it runs on the student's own weights or follows "
+                "them; give it a model of its own, or remove the section async"
+            )
+
+
+def _name(recipe: Recipe) -> str:
+    return type(recipe.method).__name__
+
+
+RULES: tuple[Callable[[Recipe], None], ...] = (
+    _teachers_give_what_is_asked,
+    _responses_are_given_and_used,
+    _samples_are_drawn_and_compared,
+    _evaluation_is_there_and_draws,
+    _nothing_beside_the_update_moves_with_it,
+)
+"""The checks of the stage "parse": no recipe is made that breaks one."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

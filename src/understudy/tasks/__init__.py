@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping
 
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
-from understudy.tasks.mix import Mix
+from understudy.tasks.base import Split, Task
+from understudy.tasks.mix import PARTS, Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.records import Hub, Jsonl
 from understudy.tasks.renderer import Renderer, solution_sample, split_by_length
-from understudy.types import Grade, Prompt
 
-
-class Task(Protocol):
-    """A source of prompts with a verifier. `grade` is safe to call from several threads."""
-
-    @property
-    def name(self) -> str:
-        """For people and for file names' sake in reports."""
-
-    def prompts(self, split: Literal["train", "validation", "test"]) -> Sequence[Prompt]:
-        """The prompts of a split, always the same in the same order."""
-
-    def grade(self, prompt: Prompt, text: str) -> Grade:
-        """The verdict on one response."""
-
-    def check_files(self) -> None:
-        """Everything that can be found wrong without reading it all. Raises RecipeError or DataError."""
-
-
-TASKS: Mapping[str, type[Arithmetic | Jsonl | Hub | Mix]] = {
-    "arithmetic": Arithmetic,
-    "jsonl": Jsonl,
-    "hub": Hub,
-    "mix": Mix,
-}
+TASKS: Mapping[str, type[Task]] = PARTS | {"mix": Mix}
+"""`task.type` in a recipe -> its section."""
 
 __all__ = [
     "TASKS",
@@ -44,6 +21,7 @@ __all__ = [
     "Jsonl",
     "Mix",
     "Renderer",
+    "Split",
     "Task",
     "build_tokenizer",
     "num_repeated",

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from understudy.tasks.base import Split, Task
 from understudy.tasks.lazy import LazyPrompts, Permutation
 from understudy.tasks.verifiers.exact import grade_exact
 from understudy.types import Grade, Prompt
@@ -40,7 +41,7 @@ STARTS = range(20, 40)
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(Task):
     """The task `arithmetic`. Every problem of a split is distinct, and which split it is in depends on the problem
     alone, not on the seed: what one run trains on no other run evaluates on. `seed` orders the training problems.
 
@@ -78,8 +79,11 @@ class Arithmetic:
 
     @property
     def num_tokens(self) -> int:
-        """Of its alphabet."""
         return len(_FAMILIES[self.alphabet or self.family])
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """One token for each character or word of the alphabet."""
+        return build_tokenizer(self.alphabet or self.family)
 
     @property
     def num_problems(self) -> int:
@@ -90,7 +94,7 @@ class Arithmetic:
             return int(10 * 30**self.operations)
         return len(NAMES) * len(ITEMS) * len(STARTS) * len(_steps(1)) * len(_steps(2))
 
-    def prompts(self, split: Literal["train", "validation", "test"]) -> Sequence[Prompt]:
+    def prompts(self, split: Split) -> Sequence[Prompt]:
         """A lazy sequence of prompts with reference and solution; held-out splits do not depend on the seed."""
         held_out = max(1, self.num_problems // HELD_OUT_SHARE)
         spread = Permutation(self.num_problems, f"{self.name}/split")
@@ -119,9 +123,6 @@ class Arithmetic:
         if prompt.reference is None:
             raise ValueError(f"prompt {prompt.id} has no reference; it does not come from this task")
         return grade_exact(text, prompt.reference, after="#")
-
-    def check_files(self) -> None:
-        """Nothing to check: the problems are computed."""
 
 
 def _addition(code: int, digits: int) -> tuple[str, str]:

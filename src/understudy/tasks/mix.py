@@ -8,24 +8,26 @@ from dataclasses import dataclass, replace
 from understudy import config
 from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
+from understudy.tasks.base import Split, Task
 from understudy.tasks.lazy import LazyPrompts
-from understudy.tasks.records import Hub, Jsonl, Records, Split
+from understudy.tasks.records import Hub, Jsonl
 from understudy.types import Grade, Prompt
 
-PARTS: dict[str, type[Arithmetic | Jsonl | Hub]] = {"arithmetic": Arithmetic, "jsonl": Jsonl, "hub": Hub}
+PARTS: dict[str, type[Task]] = {"arithmetic": Arithmetic, "jsonl": Jsonl, "hub": Hub}
+"""`type` of a task, or of a part of a mix -> its section."""
 SEPARATOR = "/"
 """Between the name of a part and the part's own id of a prompt."""
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mix(Task):
     """The task `mix`: `parts: {addition: {type: arithmetic, ...}, chain: {...}}`.
 
     Prompts of the parts alternate, as many of each as the shortest part has. The name of a part names the teacher that
     judges its samples, unless the part's own data do.
     """
 
-    parts: Mapping[str, Arithmetic | Jsonl | Hub] = config.choices(PARTS)
+    parts: Mapping[str, Task] = config.choices(PARTS)
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -61,18 +63,16 @@ class Mix:
         return part.grade(prompt, text)
 
     def check_files(self) -> None:
-        """Of every part."""
         for part in self.parts.values():
             part.check_files()
 
+    def places(self, section: str = "task") -> Mapping[str, Task]:
+        return {f"{section}.parts.{name}": part for name, part in self.parts.items()}
 
-def parts_of(task: Arithmetic | Jsonl | Hub | Mix, section: str = "task") -> dict[str, Arithmetic | Jsonl | Hub]:
-    """The parts of a mix, or the task itself, by where they stand in a recipe."""
-    if isinstance(task, Mix):
-        return {f"{section}.parts.{name}": part for name, part in task.parts.items()}
-    return {section: task}
+    @property
+    def is_local(self) -> bool:
+        return all(part.is_local for part in self.parts.values())
 
-
-def record_parts(task: Arithmetic | Jsonl | Hub | Mix, section: str = "task") -> dict[str, Records]:
-    """Those that read files or data sets."""
-    return {place: part for place, part in parts_of(task, section).items() if isinstance(part, Records)}
+    @property
+    def computed(self) -> bool:
+        return all(part.computed for part in self.parts.values())

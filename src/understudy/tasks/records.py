@@ -5,21 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from understudy.errors import DataError, RecipeError, nearest
 from understudy.randomness import hash_name
+from understudy.tasks.base import Split, Task
 from understudy.tasks.verifiers import VERIFIERS, find_verifier
 from understudy.types import Grade, Prompt
 
-Split = Literal["train", "validation", "test"]
 Row = tuple[str, Mapping[str, Any]]
 """Where the row stands (file and line), and its fields."""
 
@@ -28,7 +28,7 @@ NUM_CHECKED_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Records(ABC):
+class Records(Task):
     """What file-backed tasks share: which field means what, how a prompt is worded, and how train and validation part.
 
     A field may be nested, `reward_model.ground_truth`. A row's prompt is a string, or a list of messages of a chat.
@@ -83,9 +83,27 @@ class Records(ABC):
         """The rows of one source, in order. Raises RecipeError or DataError."""
 
     @property
-    @abstractmethod
-    def name(self) -> str:
-        """Prefix of the prompts' ids."""
+    def computed(self) -> bool:
+        return False
+
+    @property
+    def has_solutions(self) -> bool:
+        return bool(self.solution_field)
+
+    @property
+    def has_references(self) -> bool:
+        return bool(self.reference_field)
+
+    @property
+    def names_teachers(self) -> bool:
+        return self.teacher_field is not None
+
+    @property
+    def is_chat(self) -> bool:
+        return self.chat
+
+    def check_split(self, split: Split) -> None:
+        self.source_of(split)
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """All prompts of the split, in the order of the source, repeated ones too (`num_repeated` counts them).
@@ -214,8 +232,12 @@ class Hub(Records):
         for number, row in enumerate(data):
             yield f"{self.dataset}[{source}] row {number}", row
 
+    @property
+    def is_local(self) -> bool:
+        return Path(self.dataset).is_dir()
+
     def check_files(self) -> None:
-        if Path(self.dataset).is_dir():
+        if self.is_local:
             super().check_files()
         elif self.dataset.startswith((".", "/", "~")) or self.dataset.count("/") > 1:
             raise RecipeError(

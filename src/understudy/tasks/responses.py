@@ -7,56 +7,88 @@ it comes in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from understudy.errors import DataError
 from understudy.tasks.records import NUM_CHECKED_ROWS, Hub, Jsonl, normalise, problem_key
-from understudy.types import Prompt
+from understudy.types import Prompt, Sampling
+
+Find = Callable[[Prompt], Sequence[str]]
+"""Every distinct response to a prompt's problem, in the order in which they were written down."""
+
+
+class ResponseSection(ABC):
+    """The section `responses`: where a teacher's own responses come from.
+
+    A new source is a frozen dataclass of this kind, with a line in `RESPONSES`.
+    """
+
+    @property
+    @abstractmethod
+    def shown(self) -> str:
+        """The name that people read."""
+
+    @abstractmethod
+    def check(self) -> str:
+        """A line for the dry run, after reading what can be read quickly. Raises RecipeError or DataError."""
+
+    @property
+    def of_task(self) -> bool:
+        """Whether responses are the task's own solutions."""
+        return False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all responses can be read without the network."""
+        return True
+
+    @property
+    def by_teacher(self) -> bool:
+        """Whether the run's teacher writes them on demand; `find` then knows none."""
+        return False
+
+    @property
+    def in_run_dir(self) -> bool:
+        """Whether they are kept in the run directory."""
+        return False
+
+    def kept_in(self, folder: Path) -> ResponseSection:
+        """The section with everything that it writes in `folder`."""
+        return self
+
+    def sampling(self, student: Sampling) -> Sampling:
+        """The teacher's sampling beside the student's, where the teacher writes them. Raises ValueError."""
+        return student
+
+    @abstractmethod
+    def find(self) -> Find:
+        """Reads all responses. Raises RecipeError or DataError."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solutions:
+class Solutions(ResponseSection):
     """The section `responses` of type `solutions`: the task's own solutions."""
 
     @property
     def shown(self) -> str:
-        """For people."""
         return "the solutions of the task"
 
     def check(self) -> str:
-        """Nothing to read; a line for the dry run."""
         return f"responses: {self.shown}"
 
-    def load(self) -> SolutionTexts:
-        """Nothing is read: prompts carry their solutions."""
-        return SolutionTexts()
-
-
-class _Rows(ABC):
-    """What files and data sets of responses share."""
-
     @property
-    @abstractmethod
-    def shown(self) -> str:
-        """For people."""
+    def of_task(self) -> bool:
+        return True
 
-    @abstractmethod
-    def rows(self) -> Iterator[Prompt]:
-        """Each row as a prompt: the problem its text, the response its solution. Raises RecipeError or DataError."""
-
-    @abstractmethod
-    def check(self) -> str:
-        """Reads what can be read quickly; a line for the dry run. Raises RecipeError or DataError."""
-
-    def load(self) -> FoundTexts:
-        """All rows. Raises RecipeError or DataError."""
-        return FoundTexts(self.rows())
+    def find(self) -> Find:
+        return lambda prompt: () if prompt.solution is None else (prompt.solution,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlResponses(_Rows):
+class JsonlResponses(ResponseSection):
     """Type `jsonl`: a file of one JSON object per line, `.jsonl` or `.jsonl.gz`. Several rows may answer one prompt."""
 
     path: str
@@ -69,18 +101,21 @@ class JsonlResponses(_Rows):
         return f"{self.path} ({self.response_field})"
 
     def check(self) -> str:
-        """Reads the first rows."""
         if not list(islice(self.rows(), NUM_CHECKED_ROWS)):
             raise DataError(f"{self.shown}: no rows; it must hold at least one response")
         return f"responses: {self.shown}"
 
+    def find(self) -> Find:
+        return texts_by_problem(self.rows())
+
     def rows(self) -> Iterator[Prompt]:
+        """Each row as a prompt, the response its solution. Raises RecipeError or DataError."""
         source = Jsonl(path=self.path, prompt_field=self.prompt_field, solution_field=self.response_field, chat=False)
         return (source.to_prompt(place, row) for place, row in source.rows(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubResponses(_Rows):
+class HubResponses(ResponseSection):
     """Type `hub`: a data set by its name on the hub or as a local folder. Several rows may answer one prompt."""
 
     dataset: str
@@ -107,44 +142,39 @@ class HubResponses(_Rows):
             chat=False,
         )
 
+    def find(self) -> Find:
+        return texts_by_problem(self.rows())
+
+    @property
+    def is_local(self) -> bool:
+        return self._source.is_local
+
     def rows(self) -> Iterator[Prompt]:
+        """Each row as a prompt, the response its solution. Raises DataError."""
         source = self._source
         return (source.to_prompt(place, row) for place, row in source.rows(self.split))
 
     def check(self) -> str:
-        """Of a hub name the form only: nothing is read from the network."""
+        """Reads nothing from the network: of a hub name only the form is checked."""
         self._source.check_files()
         return f"responses: {self.shown}"
 
 
-class SolutionTexts:
-    """`Prompt.solution`."""
+def texts_by_problem(rows: Iterator[Prompt]) -> Find:
+    """Looks up solutions of `rows` by their problem, whatever data set, template or white space it comes in."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.solution is None:
+            continue
+        texts = found.setdefault(problem_key(row), [])
+        if row.solution not in texts:
+            texts.append(row.solution)
+        # the same list under its wording: computed tasks name their problems themselves
+        found[normalise(row.text or "")] = texts
 
-    def find(self, prompt: Prompt) -> Sequence[str]:
-        """One text, or none."""
-        return () if prompt.solution is None else (prompt.solution,)
-
-
-class FoundTexts:
-    """Texts by the problem that they answer. `rows`: prompts whose text is the problem and whose solution is the answer."""
-
-    def __init__(self, rows: Iterator[Prompt]) -> None:
-        self._texts: dict[str, list[str]] = {}
-        self.num_rows = 0
-        for row in rows:
-            if row.solution is None:
-                continue
-            self.num_rows += 1
-            texts = self._texts.setdefault(problem_key(row), [])
-            if row.solution not in texts:
-                texts.append(row.solution)
-            # the same list under its wording: computed tasks name their problems themselves
-            self._texts[normalise(row.text or "")] = texts
-
-    def find(self, prompt: Prompt) -> Sequence[str]:
-        """Every distinct response to the prompt's problem, in the order of the rows."""
+    def find(prompt: Prompt) -> Sequence[str]:
         wording = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
-        for key in (problem_key(prompt), normalise(wording or "")):
-            if key in self._texts:
-                return self._texts[key]
-        return ()
+        keys = problem_key(prompt), normalise(wording or "")
+        return next((found[key] for key in keys if key in found), ())
+
+    return find

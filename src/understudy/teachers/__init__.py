@@ -1,8 +1,17 @@
-"""Who judges the student's tokens."""
+"""Teachers, which score the student's tokens, and judges, which grade its responses."""
 
 from __future__ import annotations
 
-from understudy.teachers.base import Judge, Section, Setup, Teacher, Unmoved
+from understudy.teachers.base import (
+    Judge,
+    Responder,
+    RunFacts,
+    Setup,
+    Source,
+    Teacher,
+    TeacherSection,
+    Weights,
+)
 from understudy.teachers.judges.chat import Chat
 from understudy.teachers.judges.verbal import Verbal
 from understudy.teachers.local import Local, LocalTeacher
@@ -13,10 +22,7 @@ from understudy.teachers.remote.served import Served
 from understudy.teachers.router import RoutedTeacher, check_names
 from understudy.teachers.stores.stored import Stored, StoredTeacher
 
-AnyTeacher = Local | Http | Served | Privileged | Stored | Verbal | Chat
-AnyReference = Start | Local
-
-TEACHERS: dict[str, type[AnyTeacher]] = {
+TEACHERS: dict[str, type[TeacherSection]] = {
     "local": Local,
     "http": Http,
     "served": Served,
@@ -30,23 +36,24 @@ TEACHERS: dict[str, type[AnyTeacher]] = {
 __all__ = [
     "REFERENCES",
     "TEACHERS",
-    "AnyReference",
-    "AnyTeacher",
     "Chat",
     "Http",
     "Judge",
     "Local",
     "LocalTeacher",
     "Privileged",
+    "Responder",
     "RoutedTeacher",
-    "Section",
+    "RunFacts",
     "Served",
     "Setup",
+    "Source",
     "Start",
     "Stored",
     "StoredTeacher",
     "Teacher",
-    "Unmoved",
+    "TeacherSection",
     "Verbal",
+    "Weights",
     "check_names",
 ]

@@ -1,26 +1,45 @@
-"""What every teacher is, and what it is loaded into."""
+"""The interfaces of teachers: their sections of a recipe, and the teachers and judges that these open."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from understudy.linear.head import LMHead
+from understudy.tasks.base import Task
 from understudy.tasks.renderer import Renderer
-from understudy.types import Need, Prompt, Sample, Scores, Verdict
+from understudy.types import Need, Prompt, Request, Sample, Sampling, Scores, Verdict
 
 ScoreForm = Literal["argmax", "expectation"]
 """The digit that a judge finds most likely, or the mean of the digits under its probabilities."""
 
 
+class Source(NamedTuple):
+    """A model or tokenizer: a directory or hub name, with its revision."""
+
+    name: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights that a section loads into this process."""
+
+    model: str | None
+    """A directory or hub name; None: the student's start."""
+    dtype: str
+    offload: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a teacher is loaded into: the student's side of the run."""
+    """The student's side of the run, which a teacher is opened beside."""
 
     name: str
     """As prompts name the teacher."""
@@ -36,12 +55,14 @@ class Setup:
     start: str | None = None
     """The model directory or hub name that the student starts from; None for one from scratch."""
     start_revision: str | None = None
-    """Of `start`, where that is a hub name."""
+    """Revision of `start`, where that is a hub name."""
     fresh_student: Callable[[], nn.Module] | None = None
     """Builds the start again where `start` is None: in a resumed run the live model is not the start any more."""
     seed: int = 0
     cache_dir: Path | None = None
-    """For results that are expensive to recompute."""
+    """Cache for results that are expensive to recompute."""
+    generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None
+    """Writes a response to each prompt with a model of this process; None where one does not end."""
 
     @property
     def tokenizer(self) -> Any:
@@ -49,131 +70,212 @@ class Setup:
         return None if self.renderer is None else self.renderer.tokenizer
 
 
-class Section(Protocol):
-    """A teacher's section of a recipe."""
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run asks of one of its teachers, for the rules of the teacher's section."""
+
+    where: str
+    """The section's place in the recipe: "teacher", or "teachers.NAME"."""
+    method: str
+    k: int
+    """Largest K of the top-K rows that the method reads; 0: none."""
+    temperature: float
+    """The student's."""
+    samples_per_prompt: int
+    own_samples: bool
+    """Whether the student ever learns from samples of its own."""
+    graded: bool
+    """Whether a verifier grades every sample that the teacher scores."""
+    start: str | None
+    """The model that the student starts from; None for one from scratch."""
+    lora: bool
+    parts: Mapping[str, Task]
+    """The parts of the task whose samples the teacher scores, by their place in the recipe."""
+
+
+class TeacherSection(ABC):
+    """A teacher's section of a recipe: what it gives, needs and costs, known before anything is loaded.
+
+    A new teacher is a frozen dataclass of this kind, with a line in `teachers.TEACHERS`.
+    """
 
     @property
-    def GIVES(self) -> frozenset[Need]:  # noqa: N802 (a constant of most sections)
-        """What it can return, known before anything is loaded."""
-        ...
+    @abstractmethod
+    def gives(self) -> frozenset[Need]:
+        """The kinds of scores that the teacher can return. May raise RecipeError."""
 
     @property
+    @abstractmethod
     def shown(self) -> str:
-        """How the teacher is named to people: a model, or an address."""
-        ...
+        """The name that people read: a model, or an address."""
 
+    @abstractmethod
     def check(self) -> str:
-        """What can be found wrong without loading; a line for the dry run. Raises RecipeError."""
-        ...
+        """A line for the dry run. Raises RecipeError for what is wrong with the section by itself, without loading."""
 
+    def check_run(self, run: RunFacts) -> None:
+        """Raises RecipeError where the teacher does not suit the run."""
+
+    @abstractmethod
     def open(self, setup: Setup) -> Teacher | Judge:
-        """Loads it. Raises RecipeError, VocabularyError."""
-        ...
+        """Loads or connects it. Raises RecipeError, VocabularyError, EngineError."""
+
+    @property
+    def says_digits(self) -> bool:
+        """Whether `open` returns a `Judge`."""
+        return False
+
+    @property
+    def writes_responses(self) -> bool:
+        """Whether `open` returns a `Responder`."""
+        return False
+
+    @property
+    def alone(self) -> bool:
+        """Whether it cannot be one of several."""
+        return False
+
+    @property
+    def replays(self) -> bool:
+        """Whether it brings recorded samples, which are trained on in place of new ones."""
+        return False
+
+    @property
+    def follows_student(self) -> bool:
+        """Whether its weights move with the student's."""
+        return False
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is the student's start: with LoRA that is the live model without its adapters."""
+        return False
+
+    @property
+    def needs_grades(self) -> bool:
+        """Whether a verifier must have graded a sample before it is scored."""
+        return False
+
+    @property
+    def vocabulary(self) -> Source | None:
+        """The tokenizer that must have the student's tokens; None where it is the student's own, or nobody says."""
+        return None
+
+    @property
+    def weights(self) -> Weights | None:
+        """The weights that it loads into this process; None: none."""
+        return None
 
 
-class Teacher(Protocol):
-    """Scores of responses, aligned to their token ids."""
+class Opened(ABC):
+    """A teacher or judge that is loaded or connected."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As prompts name it (`Prompt.teacher`)."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes whenever scores or verdicts may; caches are keyed by it."""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """Its model in this process."""
+        return None
+
+    @property
+    def remote(self) -> bool:
+        """Whether it waits for a server."""
+        return False
+
+    def close(self) -> None:
+        """Gives up what is in flight; nothing is left of threads and connections."""
+
+
+class Recording(Protocol):
+    """Samples that were recorded before."""
 
     @property
     def name(self) -> str:
-        """As prompts name it (`Prompt.teacher`)."""
-        ...
+        """Where they come from."""
 
     @property
-    def fingerprint(self) -> str:
-        """Changes whenever scores may: what a cache of scores is keyed by."""
-        ...
+    def prompt_ids(self) -> frozenset[str]:
+        """Prompts that have a recorded sample."""
 
-    def head_for(self, name: str | None) -> LMHead | None:
-        """With `Scores.hidden` of samples of that teacher it gives whole rows; None where the teacher cannot."""
-        ...
+    def samples_for(self, requests: Sequence[Request]) -> list[Sample | None]:
+        """The recorded sample for each request; None where there is none."""
 
+
+class Teacher(Opened):
+    """Scores of responses, aligned to their token ids. What is not abstract suits a teacher with frozen weights."""
+
+    @abstractmethod
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """One for each sample, in order. Raises ScoreError for a need that this teacher cannot meet."""
-        ...
+
+    def head_for(self, name: str | None) -> LMHead | None:
+        """The head that turns `Scores.hidden` of that teacher's samples into whole rows; None where it has none."""
+        return None
 
     def follow(self, student: nn.Module) -> None:
-        """Told after every optimizer update; a teacher that moves with the student moves now."""
-        ...
+        """Called after every optimizer update; a teacher that moves with the student moves now."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the recipe; empty for a teacher that does not move."""
-        ...
+        """Tensors that a checkpoint must hold beside the recipe."""
+        return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state()`."""
-        ...
 
     @property
     def concurrency(self) -> int:
         """Calls of `score` that may run at the same time, each in a thread of its own."""
-        ...
+        return 1
 
     @property
-    def apart(self) -> bool:
-        """Whether it may score while the student learns: not where it runs on the student's weights or follows them."""
-        ...
-
-    def close(self) -> None:
-        """Gives up what is in flight; nothing is left of threads and connections."""
-        ...
-
-
-class Judge(Protocol):
-    """A teacher that shows no probabilities: it reads a response and says a number."""
+    def temperature(self) -> float | None:
+        """Temperature of its scores, where it knows it."""
+        return None
 
     @property
-    def name(self) -> str:
-        """As prompts name it."""
-        ...
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest sequence that it scores, where it knows it. May ask a server, and raise EngineError."""
+        return None
+
+    def num_prompt_tokens(self, sample: Sample) -> int:
+        """Tokens of the prompt as this teacher reads it."""
+        return sample.prompt_length
 
     @property
-    def fingerprint(self) -> str:
-        """Changes whenever verdicts may."""
-        ...
+    def recording(self) -> Recording | None:
+        """The samples that it scores, where it scores no others."""
+        return None
 
+    def members(self) -> dict[str, Teacher]:
+        """The teachers behind it, by name; most stand for themselves."""
+        return {self.name: self}
+
+    def uncached(self) -> Teacher:
+        """The teacher behind a cache of its scores."""
+        return self
+
+
+class Judge(Opened):
+    """Reads a response and says a digit; it shows no probabilities of tokens."""
+
+    @abstractmethod
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
         """One for each sample, in order; with `steps` of every step of the response, the lowest being the score.
 
         A reply without a digit is a verdict without a score, never 0.
         """
-        ...
-
-    def close(self) -> None:
-        """Gives up what is in flight; nothing is left of threads and connections."""
-        ...
 
 
 class Responder(Protocol):
-    """A teacher that is asked for its own responses, as text."""
+    """A teacher or judge that writes responses of its own, as text."""
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """The teacher's own response to each prompt; None where it gave none that is complete."""
         ...
-
-
-class Unmoved:
-    """A teacher that stays as it is: nothing follows the student, nothing belongs into a checkpoint."""
-
-    def follow(self, student: nn.Module) -> None:
-        """Nothing to do."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to restore."""
-
-    @property
-    def concurrency(self) -> int:
-        """One batch at a time."""
-        return 1
-
-    @property
-    def apart(self) -> bool:
-        """It has weights of its own."""
-        return True
-
-    def close(self) -> None:
-        """Nothing is open."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from threading import RLock
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +21,16 @@ from understudy.models import (
     check_model_dir,
     lm_head,
     load_causal_lm,
+    num_positions,
     probe_head,
     row_style,
     unwrap,
 )
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
-from understudy.teachers.base import Setup, Unmoved
+from understudy.teachers.base import Setup, Source, Teacher, TeacherSection, Weights
 from understudy.teachers.rows import score_rows
-from understudy.types import Need, Sample, Scores
+from understudy.types import Need, Prompt, Sample, Sampling, Scores
 
 MAX_BATCH_TOKENS = {"cpu": 2_048}
 """Slots of one forward where activations should stay in a processor's cache: 1.4 times as fast as 16,384."""
@@ -46,7 +46,7 @@ CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(TeacherSection):
     """The section of a recipe for a teacher that is loaded here."""
 
     model: str
@@ -58,11 +58,24 @@ class Local:
     revision: str | None = None
     attn_implementation: str | None = None
 
-    GIVES: ClassVar[frozenset[Need]] = CAN
+    @property
+    def gives(self) -> frozenset[Need]:
+        return CAN
+
+    @property
+    def writes_responses(self) -> bool:
+        return True
+
+    @property
+    def vocabulary(self) -> Source:
+        return Source(self.model, self.revision)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(model=self.model, dtype=self.dtype, offload=self.offload)
 
     @property
     def shown(self) -> str:
-        """The model."""
         return self.model
 
     def check(self) -> str:
@@ -86,10 +99,11 @@ class Local:
             temperature=setup.temperature,
             device=setup.device,
             offload=self.offload,
+            generate=setup.generate,
         )
 
 
-class LocalTeacher(Unmoved):
+class LocalTeacher(Teacher):
     """Any causal language model as a judge: sampled-token scores, top-K of the full softmax, or hidden states.
 
     Scores are those at `temperature`, the student's, over the first `vocab_size` tokens: padding rows of the head are cut
@@ -110,9 +124,11 @@ class LocalTeacher(Unmoved):
         device: str | torch.device | None = None,
         offload: bool = False,
         around: Callable[[], AbstractContextManager[object]] | None = None,
+        generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None,
     ) -> None:
         self._model = model if around else model.requires_grad_(False)
         self._around = around
+        self._generate = generate
         self._style = row_style(model)
         self._name = name
         self._vocab_size = vocab_size
@@ -130,14 +146,26 @@ class LocalTeacher(Unmoved):
         return self._name
 
     @property
-    def apart(self) -> bool:
-        """Not where someone else trains the model."""
-        return self._around is None
+    def temperature(self) -> float:
+        return self._temperature
+
+    @property
+    def max_tokens(self) -> int | None:
+        return num_positions(self._model)
 
     @property
     def model(self) -> nn.Module:
         """The model, frozen unless someone else trains it."""
         return self._model
+
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
+        """The model's own responses. Raises ScoreError where nobody gave the teacher an engine to write with."""
+        if self._generate is None:
+            raise ScoreError(f"teacher {self._name!r} has no engine to write with; set Setup.generate")
+        with self.on_device():
+            return self._generate(
+                self._model, prompts, Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
+            )
 
     def head_for(self, name: str | None) -> LMHead:
         """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
@@ -215,7 +243,7 @@ class LocalTeacher(Unmoved):
         return int(sum(sample.num_response_tokens for sample in samples) * weight.shape[1] * weight.element_size())
 
     def _check_positions(self, samples: Sequence[Sample]) -> None:
-        limit = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
+        limit = self.max_tokens
         for sample in samples:
             if limit is not None and sample.token_ids.numel() - 1 > limit:
                 raise ScoreError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir, lm_head, num_positions, unwrap
 from understudy.packing import Unscored
-from understudy.teachers.base import Setup
+from understudy.teachers.base import RunFacts, Setup, Source, Teacher, TeacherSection, Weights
 from understudy.teachers.local import CAN, Local, LocalTeacher
 from understudy.teachers.reference import load_start, open_start
 from understudy.types import Author, Need, Prompt, Sample, Scores
@@ -37,7 +37,7 @@ _STATE = "ema."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Privileged:
+class Privileged(TeacherSection):
     """The section of a recipe for a teacher with privileged context. Raises ValueError for keys that contradict each other."""
 
     model: str | None = None
@@ -55,8 +55,6 @@ class Privileged:
     revision: str | None = None
     attn_implementation: str | None = None
 
-    GIVES: ClassVar[frozenset[Need]] = CAN
-
     def __post_init__(self) -> None:
         if "{prompt}" not in self.template:
             raise ValueError("template has no {prompt}, so the teacher would not see the problem")
@@ -72,14 +70,68 @@ class Privileged:
             raise ValueError("revision is that of model, which is left out; the student's start has student.revision")
 
     @property
+    def gives(self) -> frozenset[Need]:
+        return CAN
+
+    @property
+    def follows_student(self) -> bool:
+        return self.ema is not None
+
+    @property
+    def is_start(self) -> bool:
+        return self.model is None
+
+    @property
+    def needs_grades(self) -> bool:
+        return "feedback" in self.shows
+
+    @property
+    def vocabulary(self) -> Source | None:
+        return None if self.model is None else Source(self.model, self.revision)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(model=self.model, dtype=self.dtype, offload=self.offload)
+
+    @property
     def shown(self) -> str:
-        """The model."""
         return self.model or ("the student's start" if self.ema is None else "the student's moving average")
 
     def check(self) -> str:
         """Raises RecipeError for a directory that is no model."""
         what = self.shown if self.model is None else check_model_dir(self.model)
         return f"teacher: {what}; it is shown {', '.join(sorted(self.shows))}"
+
+    def check_run(self, run: RunFacts) -> None:
+        """Raises RecipeError where there is no start to show it to, or the template asks for what samples lack."""
+        where = run.where
+        if self.model is None and run.start is None:
+            raise RecipeError(
+                f"{where} is the student's own start, but the student is built from scratch (student.build) and knows "
+                f"nothing yet; set {where}.model, or student.model"
+            )
+        if self.ema is not None and run.lora:
+            raise RecipeError(
+                f"{where}.ema averages the student's weights, which needs full fine-tuning; remove student.lora, or "
+                f"{where}.ema: the teacher is then the student without its adapters"
+            )
+        if self.needs_grades and not run.graded:
+            raise RecipeError(
+                f"{where}.template shows {{feedback}}, which a verifier gives, but the method {run.method} has no samples "
+                f"graded; take a method that rewards right answers, or change {where}.template"
+            )
+        for place, part in run.parts.items():
+            for word, given in (("solution", part.has_solutions), ("reference", part.has_references)):
+                if word in self.shows and not given:
+                    raise RecipeError(
+                        f"{where}.template shows {{{word}}}, but {place}.{word}_field does not say where it is; give it, "
+                        f"or change {where}.template"
+                    )
+            if self.system is not None and not part.is_chat:
+                raise RecipeError(
+                    f"{where}.system is a message of a chat, but the problems of {place} are plain text; put it into "
+                    f"{where}.template"
+                )
 
     @property
     def shows(self) -> frozenset[str]:
@@ -177,7 +229,7 @@ def _check_same(
             )
 
 
-class PrivilegedTeacher:
+class PrivilegedTeacher(Teacher):
     """`log T(y_t | privileged prompt, y_<t)`, one row for each response token of the sample as it is."""
 
     def __init__(
@@ -232,17 +284,15 @@ class PrivilegedTeacher:
         ]
 
     @property
-    def concurrency(self) -> int:
-        """One batch at a time."""
-        return 1
+    def temperature(self) -> float:
+        return self._inner.temperature
 
     @property
-    def apart(self) -> bool:
-        """Not with `ema`, nor where the student runs it."""
-        return self._average is None and self._inner.apart
+    def max_tokens(self) -> int | None:
+        return self._inner.max_tokens
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def num_prompt_tokens(self, sample: Sample) -> int:
+        return self._reword(sample).prompt_length
 
     def follow(self, student: nn.Module) -> None:
         """Moves with `ema`."""

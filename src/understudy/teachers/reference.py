@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from understudy.errors import RecipeError
 from understudy.models import DType, load_causal_lm, unwrap
-from understudy.teachers.base import Setup
+from understudy.teachers.base import Setup, TeacherSection, Weights
 from understudy.teachers.local import ADAPTERS, CAN, Local, LocalTeacher
 from understudy.types import Need
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class Start(TeacherSection):
     """The section of a recipe for the student's initial weights.
 
     With LoRA these are the student's own weights, adapters switched off, and take no memory; else they are loaded again.
@@ -30,15 +30,23 @@ class Start:
     offload: bool = False
     """Keep the weights in host memory between uses; with LoRA there are none to keep."""
 
-    GIVES: ClassVar[frozenset[Need]] = CAN
+    @property
+    def gives(self) -> frozenset[Need]:
+        return CAN
+
+    @property
+    def is_start(self) -> bool:
+        return True
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(model=None, dtype=self.dtype, offload=self.offload)
 
     @property
     def shown(self) -> str:
-        """Whose weights."""
         return "the student's start"
 
     def check(self) -> str:
-        """Nothing can be wrong before the student is there."""
         return "reference: the student's start"
 
     def open(self, setup: Setup) -> LocalTeacher:
@@ -130,5 +138,5 @@ def without_adapters(model: Any) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-REFERENCES: dict[str, type[Start] | type[Local]] = {"start": Start, "local": Local}
+REFERENCES: dict[str, type[TeacherSection]] = {"start": Start, "local": Local}
 """`reference.type` in a recipe -> its section."""

@@ -38,7 +38,7 @@ def _complaint(name: str | None, known: Collection[str]) -> str:
     return f"names the teacher {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}{listed}"
 
 
-class RoutedTeacher:
+class RoutedTeacher(Teacher):
     """`score(sample) = teachers[sample.teacher].score(sample)`, whatever the mix. No name falls back to another."""
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
@@ -91,9 +91,14 @@ class RoutedTeacher:
         return min(teacher.concurrency for teacher in self._teachers.values())
 
     @property
-    def apart(self) -> bool:
-        """All of them."""
-        return all(teacher.apart for teacher in self._teachers.values())
+    def remote(self) -> bool:
+        return any(teacher.remote for teacher in self._teachers.values())
+
+    def members(self) -> dict[str, Teacher]:
+        return dict(self._teachers)
+
+    def uncached(self) -> RoutedTeacher:
+        return RoutedTeacher({name: teacher.uncached() for name, teacher in self._teachers.items()})
 
     def stats(self) -> dict[str, Any]:
         """Of each that counts, by its name."""

@@ -17,8 +17,8 @@ from understudy.packing import ScoreField, attach_scores
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import Renderer, solution_sample
 from understudy.teachers import Teacher
+from understudy.teachers.base import Recording
 from understudy.teachers.stores.responses import ResponseStore
-from understudy.teachers.stores.stored import StoredTeacher
 from understudy.trainer.settings import Train
 from understudy.types import Author, Metric, Need, Request, Sample, Sampling, add_metrics
 
@@ -130,11 +130,11 @@ class Collector:
     def _write(self, requests: Sequence[Request], step: int) -> list[Sample]:
         if not requests:
             return []
-        if isinstance(self.teacher, StoredTeacher):
-            return self._replay(self.teacher, requests)
+        if self.teacher is not None and self.teacher.recording is not None:
+            return self._replay(self.teacher.recording, requests)
         return self.engine.generate(requests, self.sampling, step=step)
 
-    def _replay(self, teacher: StoredTeacher, requests: Sequence[Request]) -> list[Sample]:
+    def _replay(self, teacher: Recording, requests: Sequence[Request]) -> list[Sample]:
         """A prompt that is drawn twice in a step gives the same samples twice, as over epochs."""
         num = self.settings.samples_per_prompt
         found = teacher.samples_for([replace(request, index=request.index % num) for request in requests])

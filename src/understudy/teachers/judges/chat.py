@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from understudy.errors import EngineError, RecipeError
 from understudy.http import HttpClient, Refused, RetryPolicy, check_address, check_variable, read_key
-from understudy.teachers.base import ScoreForm, Setup, Unmoved
+from understudy.teachers.base import Judge, ScoreForm, Setup, TeacherSection
 from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
 from understudy.teachers.remote.endpoint import UNKNOWN_FIELD, Endpoint, complete
 from understudy.types import Need, Prompt, Sample, Verdict
@@ -33,7 +33,7 @@ _SHOWN_REPLY_CHARS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat:
+class Chat(TeacherSection):
     """The section of a recipe for a judge behind a chat endpoint."""
 
     url: str
@@ -67,8 +67,6 @@ class Chat:
     """Of a reply without a readable digit; then the sample is unscored."""
     max_concurrency: int = 16
 
-    GIVES: ClassVar[frozenset[Need]] = frozenset({"none", "verbal"})
-
     def __post_init__(self) -> None:
         _ = self.wording, self.retry_policy
         check_variable(self.api_key_env, "api_key_env")
@@ -89,8 +87,23 @@ class Chat:
         return RetryPolicy.of(self)
 
     @property
+    def gives(self) -> frozenset[Need]:
+        return frozenset({"none", "verbal"})
+
+    @property
+    def says_digits(self) -> bool:
+        return True
+
+    @property
+    def writes_responses(self) -> bool:
+        return True
+
+    @property
+    def alone(self) -> bool:
+        return True
+
+    @property
     def shown(self) -> str:
-        """The model and where it is."""
         return f"{self.model} at {self.url}"
 
     def check(self) -> str:
@@ -111,7 +124,7 @@ class Chat:
         return ChatTeacher(self, name=setup.name, seed=setup.seed)
 
 
-class ChatTeacher(Unmoved):
+class ChatTeacher(Judge):
     """A chat model as a judge that says one digit, at temperature 0, and as a writer of responses.
 
     "argmax" is the digit that it says. "expectation" is `sum_d d p(d)` over the digits among the `TOP_LOGPROBS` tokens
@@ -133,6 +146,10 @@ class ChatTeacher(Unmoved):
     def name(self) -> str:
         """As prompts name it."""
         return self._name
+
+    @property
+    def remote(self) -> bool:
+        return True
 
     @property
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from understudy.models import (
     probe_head,
 )
 from understudy.tasks.renderer import Renderer
-from understudy.teachers.base import ScoreForm, Setup, Unmoved
+from understudy.teachers.base import Judge, ScoreForm, Setup, TeacherSection, Weights
 from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Question, Reply, Wording, as_text, verdicts
 from understudy.teachers.local import LocalTeacher
 from understudy.types import Author, Need, Prompt, Sample, Verdict
@@ -41,7 +41,7 @@ _PROBE = Sample(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verbal:
+class Verbal(TeacherSection):
     """The section of a recipe for a judge that is loaded here."""
 
     model: str
@@ -62,8 +62,6 @@ class Verbal:
     max_batch_tokens: int | None = None
     """Slots of one forward; None: what suits the device."""
 
-    GIVES: ClassVar[frozenset[Need]] = frozenset({"none", "verbal"})
-
     def __post_init__(self) -> None:
         _ = self.wording
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
@@ -75,8 +73,23 @@ class Verbal:
         return Wording.of(self.template, self.step_template, self.step_separator)
 
     @property
+    def gives(self) -> frozenset[Need]:
+        return frozenset({"none", "verbal"})
+
+    @property
+    def says_digits(self) -> bool:
+        return True
+
+    @property
+    def alone(self) -> bool:
+        return True
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(model=self.model, dtype=self.dtype, offload=self.offload)
+
+    @property
     def shown(self) -> str:
-        """The model."""
         return self.model
 
     def check(self) -> str:
@@ -171,7 +184,7 @@ class Asker:
         return str(self.renderer.tokenizer.name_or_path or "the judge")
 
 
-class VerbalTeacher(Unmoved):
+class VerbalTeacher(Judge):
     """Any causal language model as a judge that says one digit.
 
     The logits behind the question are those of the ten digit tokens alone, in float32 (float64 for float64): "argmax" is

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from understudy.errors import RecipeError, ScoreError
 from understudy.http import HttpClient, Refused, RetryPolicy, check_address, check_variable, read_key
-from understudy.linear.head import LMHead
-from understudy.teachers.base import Setup, Unmoved
+from understudy.teachers.base import RunFacts, Setup, Source, Teacher, TeacherSection
 from understudy.teachers.remote.prompt_scores import (
     VLLM,
     Completions,
@@ -52,7 +51,7 @@ _NO_ROUTE = frozenset({403, 404, 405})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Http:
+class Http(TeacherSection):
     """The section of a recipe for a teacher behind vLLM, SGLang or a completions server that echoes log-probabilities."""
 
     url: str | tuple[str, ...]
@@ -95,7 +94,7 @@ class Http:
             raise ValueError("url is an empty list; give the address of the server")
 
     @property
-    def GIVES(self) -> frozenset[Need]:  # noqa: N802 (the name that every section has)
+    def gives(self) -> frozenset[Need]:
         """No top-K from a completions server: it names tokens by text, and several tokens may share one."""
         return frozenset({"none", "sampled"} if self.api == "completions" else {"none", "sampled", "topk"})
 
@@ -115,8 +114,11 @@ class Http:
         return tuple(url.rstrip("/").removesuffix("/v1") for url in self.urls)
 
     @property
+    def vocabulary(self) -> Source | None:
+        return None if self.tokenizer is None else Source(self.tokenizer)
+
+    @property
     def shown(self) -> str:
-        """The model and where it is."""
         return f"{self.model} at {', '.join(self.urls)}"
 
     def check(self) -> str:
@@ -130,6 +132,11 @@ class Http:
         if not self.model.strip():
             raise RecipeError("teacher.model is empty; give the model's name at the server (see its /v1/models)")
         return f"teacher: {self.shown}, not asked yet"
+
+    def check_run(self, run: RunFacts) -> None:
+        """Raises RecipeError for a temperature or a K that the server does not give."""
+        self.check_temperature(run.temperature)
+        self.check_k(run.k)
 
     def check_temperature(self, temperature: float) -> None:
         """Raises RecipeError for another than 1."""
@@ -159,7 +166,7 @@ class Http:
         return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
 
 
-class HttpTeacher(Unmoved):
+class HttpTeacher(Teacher):
     """log T(y_t) and the K likeliest tokens by the server's softmax, over its whole head, at temperature 1.
 
     Each scored sequence needs one position more than it has tokens at vLLM (`--max-model-len`), which generates a token.
@@ -199,9 +206,19 @@ class HttpTeacher(Unmoved):
         facts = [section.api, section.model, section.revision, float(self._temperature), self._vocab_size]
         return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
-    def head_for(self, name: str | None) -> LMHead | None:
-        """None: a server gives no head."""
-        return None
+    @property
+    def remote(self) -> bool:
+        return True
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The limit that the server tells. Raises EngineError as `info`."""
+        limit: int | None = self.info()["max_length"]
+        return limit
+
+    def health(self) -> str:
+        """What the server says of itself, in a line. Raises EngineError as `info`."""
+        return ", ".join(f"{key} {value}" for key, value in self.info().items())
 
     @property
     def concurrency(self) -> int:
@@ -222,10 +239,10 @@ class HttpTeacher(Unmoved):
         Raises ScoreError for another need, for more tokens than the server gives and for a sample that is too long for it,
         ValueError for "topk" without k, EngineError where the server does not answer or not what was asked.
         """
-        if need - self._section.GIVES:
+        if need - self._section.gives:
             raise ScoreError(
-                f"{self._who} cannot give {sorted(need - self._section.GIVES)}; behind "
-                f"{self._section.api} it gives {sorted(self._section.GIVES)}"
+                f"{self._who} cannot give {sorted(need - self._section.gives)}; behind "
+                f"{self._section.api} it gives {sorted(self._section.gives)}"
             )
         if not need - {"none"}:
             return [Scores(sample.response_ids) for sample in samples]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyEr
 from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy, check_address, check_variable, read_key
 from understudy.linear.head import LMHead
 from understudy.packing import Unscored
-from understudy.teachers.base import Setup, Unmoved
+from understudy.teachers.base import Setup, Source, Teacher, TeacherSection
 from understudy.teachers.remote.frames import ABOUT, HEAD, SCORE, TEMPERATURES, About, Answer, FrameError, read_head
 from understudy.teachers.remote.served_batches import Questions
 from understudy.teachers.stores.cache import CACHE_FILE, CachedTeacher
@@ -43,7 +43,7 @@ _HINTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class Served(TeacherSection):
     """The section of a recipe for a teacher that `understudy serve-teacher` serves."""
 
     url: str | tuple[str, ...]
@@ -69,8 +69,6 @@ class Served:
     break_after: int = 3
     """Failures in a row after which a replica is left alone for a while."""
 
-    GIVES: ClassVar[frozenset[Need]] = CAN
-
     def __post_init__(self) -> None:
         _ = self.retry_policy
         if self.batch_tokens < 1:
@@ -90,8 +88,15 @@ class Served:
         return RetryPolicy.of(self)
 
     @property
+    def gives(self) -> frozenset[Need]:
+        return CAN
+
+    @property
+    def vocabulary(self) -> Source | None:
+        return None if self.tokenizer is None else Source(self.tokenizer)
+
+    @property
     def shown(self) -> str:
-        """The addresses."""
         return f"the teacher at {', '.join(self.urls)}"
 
     def check(self) -> str:
@@ -202,7 +207,7 @@ def _reply_bytes(about: About) -> int:
     return max(about.limits.reply_bytes, int(head)) + _HEADER_BYTES
 
 
-class ServedTeacher(Unmoved):
+class ServedTeacher(Teacher):
     """Scores as a local teacher's, to rounding: which sequences the server reads together is up to who else asks."""
 
     def __init__(self, section: Served, about: About, setup: Setup) -> None:
@@ -219,11 +224,6 @@ class ServedTeacher(Unmoved):
         return self._setup.name
 
     @property
-    def temperature(self) -> float:
-        """Of its scores, which every request names."""
-        return self._setup.temperature
-
-    @property
     def about(self) -> About:
         """What the server said when it was asked first."""
         return self._about
@@ -233,6 +233,18 @@ class ServedTeacher(Unmoved):
         """Hash of the server's, temperature and vocabulary."""
         facts = [self._about.fingerprint, self._setup.temperature, self._setup.vocab_size]
         return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    @property
+    def remote(self) -> bool:
+        return True
+
+    @property
+    def temperature(self) -> float:
+        return self._setup.temperature
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self._about.limits.positions
 
     def head_for(self, name: str | None) -> LMHead:
         """The head for `Scores.hidden`, on the run's device; fetched when it is first asked for."""

@@ -65,7 +65,7 @@ class _Counts:
     bytes_written: int = 0
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Any teacher whose scores depend on tokens alone, asked once for each (fingerprint, tokens, prompt length, need, k).
 
     The file (SQLite, with a write-ahead log) survives a kill and serves several processes of one machine; a log needs
@@ -133,10 +133,8 @@ class CachedTeacher:
         """The teacher's."""
         return self.teacher.concurrency
 
-    @property
-    def apart(self) -> bool:
-        """The teacher's."""
-        return self.teacher.apart
+    def uncached(self) -> Teacher:
+        return self.teacher
 
     def close(self) -> None:
         """Closes the teacher, which ends what is waited for, and the file."""

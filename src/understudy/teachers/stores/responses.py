@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from io import FileIO
 from itertools import islice
@@ -20,7 +20,7 @@ from torch import Tensor
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import Renderer
-from understudy.tasks.responses import HubResponses, JsonlResponses, Solutions
+from understudy.tasks.responses import Find, HubResponses, JsonlResponses, ResponseSection, Solutions
 from understudy.types import Prompt, Request, Sampling
 
 try:
@@ -36,7 +36,7 @@ CACHE_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherResponses:
+class TeacherResponses(ResponseSection):
     """The section `responses` of type `teacher`: written by the teacher when a prompt first needs one, then kept."""
 
     temperature: float | None = None
@@ -50,8 +50,21 @@ class TeacherResponses:
 
     @property
     def shown(self) -> str:
-        """For people."""
         return "the teacher's own responses"
+
+    @property
+    def by_teacher(self) -> bool:
+        return True
+
+    @property
+    def in_run_dir(self) -> bool:
+        return self.cache is None
+
+    def kept_in(self, folder: Path) -> TeacherResponses:
+        return replace(self, cache=str(folder))
+
+    def find(self) -> Find:
+        return lambda prompt: ()
 
     def sampling(self, student: Sampling) -> Sampling:
         """How the teacher writes. Raises ValueError for values out of range."""
@@ -67,7 +80,7 @@ class TeacherResponses:
         return f"responses: {self.shown}, kept in {self.cache or 'the run directory'}"
 
 
-RESPONSES: Mapping[str, type[Solutions | JsonlResponses | HubResponses | TeacherResponses]] = {
+RESPONSES: Mapping[str, type[ResponseSection]] = {
     "solutions": Solutions,
     "jsonl": JsonlResponses,
     "hub": HubResponses,
@@ -91,14 +104,12 @@ class ResponseSetup:
     """Of the teacher; both are for `teacher` only."""
 
 
-def open_responses(
-    section: Solutions | JsonlResponses | HubResponses | TeacherResponses, setup: ResponseSetup
-) -> ResponseStore:
+def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseStore:
     """The store of a section. Raises RecipeError or DataError, also for `teacher` where no teacher writes."""
     if not isinstance(section, TeacherResponses):
-        found = section.load()
+        find = section.find()
         return ResponseStore(
-            lambda requests: [found.find(request.prompt) for request in requests], setup, shown=section.shown
+            lambda requests: [find(request.prompt) for request in requests], setup, shown=section.shown
         )
     if setup.generate is None or setup.fingerprint is None:
         raise RecipeError("responses.type is 'teacher', but no teacher here writes responses; add a section teacher")

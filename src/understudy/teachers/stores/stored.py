@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from understudy.errors import RecipeError, ScoreError
-from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir
-from understudy.teachers.base import Setup, Unmoved
+from understudy.teachers.base import RunFacts, Setup, Teacher, TeacherSection
 from understudy.teachers.local import Local
 from understudy.teachers.stores.recording import (
     FACTS,
@@ -32,7 +31,7 @@ from understudy.types import Need, Request, Sample, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class Stored(TeacherSection):
     """The section `teacher` of type `stored`: samples and scores that were recorded before."""
 
     path: str
@@ -46,13 +45,20 @@ class Stored:
     """Both of `model`."""
 
     @property
-    def GIVES(self) -> frozenset[Need]:  # noqa: N802 (the name that every section has)
-        """What was recorded. Raises RecipeError where nothing was."""
+    def gives(self) -> frozenset[Need]:
+        """The kinds of scores in the recording. Raises RecipeError where there is none."""
         return read_record(Path(self.path)).meta.gives
 
     @property
+    def alone(self) -> bool:
+        return True
+
+    @property
+    def replays(self) -> bool:
+        return True
+
+    @property
     def shown(self) -> str:
-        """The directory."""
         return f"scores stored in {self.path}"
 
     def check(self) -> str:
@@ -61,6 +67,42 @@ class Stored:
         if self.model is not None:
             check_model_dir(self.model)
         return f"teacher: {record.num_samples} samples scored by {record.meta.teacher}, stored in {self.path}"
+
+    def check_run(self, run: RunFacts) -> None:
+        """Raises RecipeError for a recording that holds less than the run reads, or was made at another temperature."""
+        record = read_record(Path(self.path))
+        meta = record.meta
+        if meta.temperature != run.temperature:
+            raise RecipeError(
+                f"the scores in {self.path} were stored with temperature {meta.temperature}, this run has "
+                f"{run.temperature} (sampling.temperature): set it back, or record them again"
+            )
+        if meta.k is not None and meta.k < min(run.k, meta.vocab_size):
+            raise RecipeError(
+                f"the method {run.method} reads {run.k} tokens a row (method.k), but the scores in {self.path} have "
+                f"{meta.k}; lower method.k, or record them again"
+            )
+        if run.own_samples:
+            self._check_amount(record, run.samples_per_prompt)
+
+    def _check_amount(self, record: Record, num: int) -> None:
+        """Raises RecipeError where a prompt has fewer than `num` samples, and for a file that cannot be read."""
+        found: dict[str, set[int]] = {}
+        for file in record.files:
+            try:
+                rows = read_rows(Path(self.path) / file)
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                raise RecipeError(f"{Path(self.path) / file} is damaged ({error}): record the scores again") from error
+            for row in rows:
+                found.setdefault(row["prompt"], set()).add(row["index"])
+        lacking = {prompt: min(missing) for prompt, has in found.items() if (missing := set(range(num)) - has)}
+        if lacking:
+            prompt, index = next(iter(lacking.items()))
+            raise RecipeError(
+                f"train.samples_per_prompt is {num}, but the recording in {self.path} stores no sample for request "
+                f"{prompt}#{index}; {len(lacking)} of its {len(found)} prompts have too few: lower it, or record more "
+                "samples a prompt"
+            )
 
     def open(self, setup: Setup) -> StoredTeacher:
         """Raises RecipeError as `check`, for a file that differs from what was written, and where temperature, vocabulary,
@@ -109,7 +151,7 @@ class Stored:
             )
 
 
-class StoredTeacher(Unmoved):
+class StoredTeacher(Teacher):
     """Scores of exactly the samples of a recording."""
 
     def __init__(self, path: Path, files: Iterable[str], meta: ScoredMeta, *, name: str) -> None:
@@ -133,9 +175,13 @@ class StoredTeacher(Unmoved):
         """That of the teacher that scored."""
         return self._meta.fingerprint
 
-    def head_for(self, name: str | None) -> LMHead | None:
-        """None: no model is there."""
-        return None
+    @property
+    def temperature(self) -> float:
+        return self._meta.temperature
+
+    @property
+    def recording(self) -> StoredTeacher:
+        return self
 
     def __len__(self) -> int:
         """Samples."""

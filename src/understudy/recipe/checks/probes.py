@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +13,10 @@ from torch import Tensor
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
-from understudy.recipe import judges
-from understudy.recipe.doctor.findings import Finding, Level, attempt, within, worst
-from understudy.recipe.doctor.parts import Parts, precision, uncached
-from understudy.teachers import LocalTeacher, StoredTeacher, Teacher
-from understudy.teachers.stores.responses import ResponseSetup, TeacherResponses, open_responses
-from understudy.trainer.collect import TOKEN_SCORES, Collected, Collector
+from understudy.recipe.checks.findings import Check, Level, Result, worst
+from understudy.recipe.checks.parts import Parts, Rehearsed, precision
+from understudy.teachers import LocalTeacher, Teacher
+from understudy.trainer.collect import TOKEN_SCORES, Collected
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.update import accumulate_gradients, prepare
 from understudy.types import Author, Sample, Scores
@@ -31,27 +26,11 @@ MAX_SAMPLES = 2
 """Of each prompt: rewards are compared within a prompt."""
 MAX_NEW_TOKENS = 64
 """Of a rehearsed response: enough to see a difference, and quick."""
-WAIT_S = 300.0
-"""For samples, verdicts or scores of these prompts from servers."""
 LIMITS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Mean |difference| of log-probabilities that a precision explains, in nats: 5e-7 and 5e-3 were measured between two
 engines on small models in float32 and bfloat16; large ones sum more, and sampled log-probabilities are kept in float32."""
 GROSS = 10.0
 """Times the limit: no precision explains this."""
-
-Result = TypeVar("Result")
-REHEARSED = "draw, write, reward, score, pack, loss and gradient on two prompts"
-
-
-@dataclass(frozen=True, eq=False)
-class Rehearsed:
-    """What the probes look at."""
-
-    method: Method
-    scored: list[Sample]
-    """With the scores that the method needs."""
-    own: list[Sample]
-    """Samples with tokens that the student wrote."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +63,6 @@ class Gap:
         return f"{self.mean:.1e} nats in the mean, {self.largest:.1e} at most{missing}"
 
 
-def findings(parts: Parts) -> list[Finding]:
-    """Of the rehearsal, and of the probes of its samples."""
-    made: list[Rehearsed] = []
-
-    def rehearse() -> Iterator[Finding]:
-        with _unchanged(parts), _store(parts) as collector:
-            yield from _rehearse(parts, collector, made)
-
-    found = attempt("rehearsal", REHEARSED, rehearse)
-    if not made:
-        return found
-    rehearsed = made[0]
-    for name, checked, check in (
-        ("teacher's scores", "the same samples scored again, in another order, and alone", _determinism),
-        ("log-probabilities", "the engine's, the trainer's, and those of a teacher that is the student", _own_scores),
-    ):
-        with _unchanged(parts):
-            found += attempt(name, checked, lambda check=check, checked=checked: check(parts, rehearsed, checked))  # type: ignore[misc]
-    return found
-
-
 @contextmanager
 def _unchanged(parts: Parts) -> Iterator[None]:
     """Generators, training modes and gradients are after it as before."""
@@ -120,40 +78,8 @@ def _unchanged(parts: Parts) -> Iterator[None]:
             parameter.grad = None
 
 
-@contextmanager
-def _store(parts: Parts) -> Iterator[Collector]:
-    """The collector for few and short samples; responses that a teacher writes for it are forgotten."""
-    collector = parts.collector
-    settings, sampling = collector.settings, collector.sampling
-    num_samples = min(MAX_SAMPLES, settings.samples_per_prompt)
-    changed = replace(
-        collector,
-        settings=replace(settings, prompts_per_step=NUM_PROMPTS, samples_per_prompt=num_samples),
-        teacher=None if collector.teacher is None else uncached(collector.teacher),
-        sampling=replace(sampling, max_new_tokens=min(MAX_NEW_TOKENS, sampling.max_new_tokens)),
-    )
-    if not isinstance(parts.recipe.responses, TeacherResponses):
-        yield changed
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        section = replace(parts.recipe.responses, cache=folder)
-        setup = ResponseSetup(
-            renderer=collector.renderer,
-            seed=collector.seed,
-            run_dir=Path(folder),
-            sampling=collector.sampling,
-            generate=judges._writer(parts.recipe, parts.loaded, parts.judges),
-            fingerprint="rehearsal",
-        )
-        store = open_responses(section, setup)
-        yield replace(changed, responses=store)
-
-
-def _bounded(parts: Parts, what: str, call: Callable[[], Result]) -> Result:
-    return within(WAIT_S, what, call) if parts.waits else call()
-
-
-def _rehearse(parts: Parts, collector: Collector, made: list[Rehearsed]) -> Iterator[Finding]:
+def _rehearse(parts: Parts) -> Iterator[Result]:
+    """Draws, writes, rewards, scores, packs, and takes loss and gradient. Keeps the samples for the probes."""
     trainer = parts.trainer
     method, step = trainer.method.at(0)
     plan = method.plan(step)
@@ -161,34 +87,34 @@ def _rehearse(parts: Parts, collector: Collector, made: list[Rehearsed]) -> Iter
         # further prompts in place of flat ones would cost time and show nothing
         plan = replace(plan, rewards=replace(plan.rewards, dynamic_sampling=False))
     alone = Ranks()
-    rollouts = replace(
-        parts.rollouts,
-        collector=collector,
-        rewarder=replace(parts.rollouts.rewarder, collector=collector, ranks=alone),
-        ranks=alone,
-        settings=collector.settings,
-    )
-    found = _bounded(parts, "writing and rewarding", lambda: rollouts.write(trainer.progress.position, plan, 0))
-    scores = _bounded(parts, "scoring", lambda: collector.score(found.samples, method))
-    found = found.with_scores(scores)
-    own = [sample for sample in found.written if bool((sample.author == Author.STUDENT).any())]
-    made.append(Rehearsed(method, found.samples, own))
-    facts = _facts(found)
-    if not found.samples:
-        yield Finding("rehearsal", "warning", REHEARSED, f"{facts}; none is left to learn from",
-                      "a weak student's first samples may all be turned down: look at who did it")  # fmt: skip
-        return
-    loss, norm = _gradient(parts, method, step, found.samples)
+    with _unchanged(parts), parts.short(NUM_PROMPTS, MAX_SAMPLES, MAX_NEW_TOKENS) as collector:
+        rollouts = replace(
+            parts.rollouts,
+            collector=collector,
+            rewarder=replace(parts.rollouts.rewarder, collector=collector, ranks=alone),
+            ranks=alone,
+            settings=collector.settings,
+        )
+        found = parts.bounded("writing and rewarding", lambda: rollouts.write(trainer.progress.position, plan, 0))
+        scores = parts.bounded("scoring", lambda: collector.score(found.samples, method))
+        own = [sample for sample in found.written if bool((sample.author == Author.STUDENT).any())]
+        found = found.with_scores(scores)
+        parts.rehearsed = Rehearsed(method, found.samples, own)
+        facts = _facts(found)
+        if not found.samples:
+            advice = "a weak student's first samples may all be turned down: look at who did it"
+            yield Result(f"{facts}; none is left to learn from", "warning", advice)
+            return
+        loss, norm = _gradient(parts, method, step, found.samples)
     text = f"{facts}; loss {loss:.4g}, gradient norm {norm:.3g}"
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        yield Finding("rehearsal", "error", REHEARSED, text, "look at the teacher's scores and the weights' precision")
+        yield Result(text, "error", "look at the teacher's scores and the weights' precision")
     elif norm == 0 and plan.rewards is None:
-        yield Finding("rehearsal", "warning", REHEARSED, text,
-                      "nothing is learnt from these samples: is the teacher the student itself?")  # fmt: skip
+        yield Result(text, "warning", "nothing is learnt from these samples: is the teacher the student itself?")
     elif norm == 0:
-        yield Finding("rehearsal", "ok", REHEARSED, f"{text}, for all samples of a prompt were rewarded alike")
+        yield Result(f"{text}, for all samples of a prompt were rewarded alike")
     else:
-        yield Finding("rehearsal", "ok", REHEARSED, text)
+        yield Result(text)
 
 
 def _facts(found: Collected) -> str:
@@ -222,34 +148,38 @@ def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]
     return loss, float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
-def _determinism(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Finding]:
+def _determinism(parts: Parts) -> Iterator[Result]:
     """A teacher that is asked again says the same."""
+    rehearsed, teacher = parts.rehearsed, parts.teachers.teacher
+    if rehearsed is None or teacher is None or teacher.recording is not None:
+        return
     method, samples = rehearsed.method, rehearsed.scored
     scores = [sample.scores for sample in samples if sample.scores is not None]
     need = method.needs & TOKEN_SCORES
-    if isinstance(parts.judges.teacher, StoredTeacher | None) or not need or not scores:
+    if not need or not scores:
         return
-    teacher = uncached(parts.judges.teacher)
-    k = method.reads.k or None
+    asked, k = teacher.uncached(), method.reads.k or None
 
     def ask(chosen: list[Sample]) -> Tensor:
-        return _logprobs(teacher, chosen, _bounded(parts, "scoring", lambda: teacher.score(chosen, need, k=k)))
+        with _unchanged(parts):
+            return _logprobs(asked, chosen, parts.bounded("scoring", lambda: asked.score(chosen, need, k=k)))
 
-    first = _logprobs(teacher, samples, scores)
+    first = _logprobs(asked, samples, scores)
     again = Gap.of(first, ask(samples))
     sizes = [sample.num_response_tokens for sample in samples]
     turned = ask(samples[::-1]).split(sizes[::-1])[::-1]
     order = Gap.of(first, torch.cat(turned))
     alone = Gap.of(first[: sizes[0]], ask(samples[:1]))
-    dtype = max(
-        (precision(side.model) for side in parts.sides if side.label != "reference"), key=lambda one: LIMITS[one]
-    )
+    dtypes = [precision(side.model) for side in parts.sides if side.label != "reference"]
+    dtype = max(dtypes, key=LIMITS.__getitem__)
     may_lack = parts.trainer.settings.on_missing_score == "drop"
     level = worst([gap.level(dtype, may_lack=may_lack) for gap in (again, order, alone)])
-    advice = f"more than {str(dtype).removeprefix('torch.')} explains, so the student would chase noise: is there dropout or "
-    advice += "sampling in the teacher, do replicas hold other weights, are sequences mixed up in a batch?"
+    advice = (
+        f"more than {str(dtype).removeprefix('torch.')} explains, so the student would chase noise: is there dropout or "
+        "sampling in the teacher, do replicas hold other weights, are sequences mixed up in a batch?"
+    )
     text = f"differences of log T: again {again}; in another order {order}; alone {alone}"
-    yield Finding("teacher's scores", level, checked, text, "" if level == "ok" else advice)
+    yield Result(text, level, "" if level == "ok" else advice)
 
 
 def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
@@ -267,52 +197,47 @@ def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scor
     return torch.cat(found)
 
 
-def _own_scores(parts: Parts, rehearsed: Rehearsed, checked: str) -> Iterator[Finding]:
+def _own_scores(parts: Parts) -> Iterator[Result]:
     """What the student wrote has one log-probability, whoever computes it."""
-    student, samples = parts.trainer.student, rehearsed.own
-    if not samples or student.temperature != (parts.recipe.sampling.temperature or 1.0):
+    student, teacher = parts.trainer.student, parts.teachers.teacher
+    samples = [] if parts.rehearsed is None else parts.rehearsed.own
+    if not samples or student.temperature != parts.recipe.temperature:
         return
     wrote = torch.cat([sample.author[sample.prompt_length :] for sample in samples]) == Author.STUDENT
     target = torch.cat([sample.response_ids for sample in samples]).to(student.device)
-    with torch.no_grad(), evaluating(student.model):
-        trained = score(student.hidden(student.lay_out(samples)), student.head(), target)[0].cpu()[wrote]
     dtype = precision(student.model, student.compute_dtype)
     lines, levels, advice = [], [], []
-    if parts.judges.teacher is not None:
-        copy = LocalTeacher(
-            student.model,
-            name="the student",
-            vocab_size=student.vocab_size,
-            temperature=student.temperature,
-            device=student.device,
-            around=nullcontext,
-        )
-        judged = _logprobs(copy, samples, copy.score(samples, frozenset({"sampled"})))[wrote]
-        gap = Gap.of(trained, judged)
-        lines.append(f"log S / T of a teacher that is the student, which should be 0: {gap}")
-        levels.append(gap.level(dtype))
-        if levels[-1] != "ok":
-            advice.append("scoring and training do not compute the same distribution for this model; report it")
-    if not isinstance(parts.judges.teacher, StoredTeacher):
+    with _unchanged(parts):
+        with torch.no_grad(), evaluating(student.model):
+            trained = score(student.hidden(student.lay_out(samples)), student.head(), target)[0].cpu()[wrote]
+        if teacher is not None:
+            copy = LocalTeacher(
+                student.model,
+                name="the student",
+                vocab_size=student.vocab_size,
+                temperature=student.temperature,
+                device=student.device,
+                around=nullcontext,
+            )
+            judged = _logprobs(copy, samples, copy.score(samples, frozenset({"sampled"})))[wrote]
+            gap = Gap.of(trained, judged)
+            lines.append(f"log S / T of a teacher that is the student, which should be 0: {gap}")
+            levels.append(gap.level(dtype))
+            if levels[-1] != "ok":
+                advice.append("scoring and training do not compute the same distribution for this model; report it")
+    if teacher is None or teacher.recording is None:
         sampled = torch.cat([_sampled(sample) for sample in samples])[wrote]
-        wide = max(dtype, _engine_precision(parts), key=LIMITS.__getitem__)
+        named = parts.recipe.engine.dtype
+        of_engine = precision(parts.loaded.model) if named == "auto" else getattr(torch, named)
         gap = Gap.of(trained, sampled)
         lines.append(f"between engine and trainer: {gap}")
-        levels.append(gap.level(wide))
+        levels.append(gap.level(max(dtype, of_engine, key=LIMITS.__getitem__)))
         if levels[-1] != "ok":
             advice.append(
                 "the engine does not draw from what is trained: compare its weights, temperature, precision and what its "
                 "log-probabilities refer to (before or after temperature and filters)"
             )
-    if lines:
-        yield Finding("log-probabilities", worst(levels), checked, "; ".join(lines), "; ".join(advice))
-
-
-def _engine_precision(parts: Parts) -> torch.dtype:
-    """Of the engine: the student's, unless its section says otherwise."""
-    named = getattr(parts.recipe.engine, "dtype", "auto")
-    found: torch.dtype = precision(parts.loaded.model) if named == "auto" else getattr(torch, named)
-    return found
+    yield Result("; ".join(lines), worst(levels), "; ".join(advice))
 
 
 def _sampled(sample: Sample) -> Tensor:
@@ -320,3 +245,15 @@ def _sampled(sample: Sample) -> Tensor:
     if sample.rollout_logprob is None:
         return torch.full((sample.num_response_tokens,), math.nan)
     return sample.rollout_logprob[sample.prompt_length :]
+
+
+CHECKS = (
+    Check("rehearsal", "rehearsed", "draw, write, reward, score, pack, loss and gradient on two prompts", _rehearse),
+    Check("teacher's scores", "rehearsed", "the same samples scored again, in another order, and alone", _determinism),
+    Check(
+        "log-probabilities",
+        "rehearsed",
+        "the engine's, the trainer's, and those of a teacher that is the student",
+        _own_scores,
+    ),
+)

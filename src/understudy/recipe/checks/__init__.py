@@ -1,0 +1,39 @@
+"""All checks of a run, by the stage in which they can be made. Rules about the recipe alone are `schema.RULES`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from understudy.errors import RecipeError
+from understudy.recipe.checks import files, probes, room, sides
+from understudy.recipe.checks.files import Files
+from understudy.recipe.checks.findings import Check, Finding, Stage
+from understudy.recipe.checks.parts import Parts
+from understudy.recipe.schema import Recipe
+
+CHECKS: tuple[Check, ...] = (*files.CHECKS, *room.CHECKS, *sides.CHECKS, *probes.CHECKS)
+
+
+def of_stage(stage: Stage) -> Iterator[Check]:
+    """The checks of a stage, in their order."""
+    return (check for check in CHECKS if check.stage == stage)
+
+
+def check(recipe: Recipe, *, training: bool = True, fetch: bool = False) -> list[str]:
+    """Everything that can be found wrong without loading a model. Returns what was found, a line each.
+
+    `training`, `fetch`: as in `Files`. Raises RecipeError, DataError or VocabularyError.
+    """
+    return check_files(Files(recipe, training=training, fetch=fetch))
+
+
+def check_files(given: Files) -> list[str]:
+    """As `check`; tokenizers that are loaded for it stay with `given`."""
+    found = [item for one in of_stage("files") for item in one(given)]
+    for item in found:
+        if item.level == "error":
+            raise RecipeError(f"{item.name}: {item.found}")
+    return [item.found for item in found]
+
+
+__all__ = ["CHECKS", "Check", "Files", "Finding", "Parts", "Stage", "check", "check_files", "of_stage"]

@@ -1,0 +1,251 @@
+"""The stage "files": the recipe beside this machine, its files, data and tokenizers, without loading a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from understudy.errors import RecipeError, nearest
+from understudy.models import check_build, check_model_dir
+from understudy.recipe.checks.findings import Check, Result
+from understudy.recipe.load import (
+    NUM_CHECKED_PROMPTS,
+    Tokenizers,
+    choose_device,
+    eval_prompts,
+    response_setup,
+    tokenizer_source,
+)
+from understudy.recipe.schema import Recipe
+from understudy.tasks import Task
+from understudy.tasks.renderer import Renderer
+from understudy.teachers import RunFacts, TeacherSection, check_names
+from understudy.teachers.stores.responses import open_responses
+from understudy.trainer.loggers import check_loggers
+
+NUM_RENDERED = 8
+"""First prompts that are rendered."""
+
+
+class Files:
+    """A recipe before anything is loaded.
+
+    `training`: False for an evaluation or samples, which need no solutions. `fetch`: data and tokenizers that are not on
+    this machine are read from the network; else they stay unchecked.
+    """
+
+    def __init__(self, recipe: Recipe, *, training: bool = True, fetch: bool = True) -> None:
+        self.recipe = recipe
+        self.training = training
+        self.fetch = fetch
+
+    @cached_property
+    def tokenizers(self) -> Tokenizers:
+        """Each tokenizer is loaded and compared once for all checks and for the run."""
+        return Tokenizers(self.recipe)
+
+    @property
+    def renderer(self) -> Renderer:
+        """The student's tokenizer with its chat template."""
+        return Renderer(self.tokenizers.student, self.recipe.student.template_kwargs)
+
+    @property
+    def knows_tokenizer(self) -> bool:
+        """Whether the student's tokenizer may be loaded."""
+        source = tokenizer_source(self.recipe)
+        return source is None or self.fetch or Path(source.name).expanduser().exists()
+
+    def may_read(self, task: Task) -> bool:
+        """Whether the task's prompts may be read."""
+        return self.fetch or task.is_local
+
+
+def _machine(files: Files) -> Iterator[Result]:
+    recipe = files.recipe
+    check_loggers(recipe.loggers)
+    device = choose_device(recipe.device)
+    if recipe.student.lora is not None and importlib.util.find_spec("peft") is None:
+        raise RecipeError("student.lora needs the package peft; run: pip install 'understudy[lora]'")
+    if recipe.engine.launches and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "rollout.launch starts servers for one rank alone; with several ranks start them yourself and give rollout.url"
+        )
+    yield Result(f"device: {device}")
+
+
+def _task(files: Files) -> Iterator[Result]:
+    """Raises RecipeError, too, where the method imitates solutions or rewards right answers and a part has none."""
+    recipe, name = files.recipe, type(files.recipe.method).__name__
+    recipe.task.check_files()
+    for place, part in recipe.task.places().items():
+        _check_split(part, "train", place)
+        if files.training and recipe.uses.given_responses and recipe.responses is None and not part.has_solutions:
+            raise RecipeError(
+                f"the method {name} imitates solutions, but {place}.solution_field does not say where they are"
+            )
+        if "outcome" in recipe.uses.rewards and not part.has_references:
+            raise RecipeError(
+                f"the method {name} rewards right answers, but {place}.reference_field does not say where they are"
+            )
+    yield Result(f"task: {recipe.task.name}")
+
+
+def _check_split(part: Task, split: str, place: str) -> None:
+    try:
+        part.check_split(split)  # type: ignore[arg-type]
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
+def _evaluation(files: Files) -> Iterator[Result]:
+    recipe = files.recipe
+    if recipe.eval is None:
+        return
+    recipe.held_out.check_files()
+    for place, part in recipe.held_out.places("eval_task" if recipe.eval_task else "task").items():
+        _check_split(part, recipe.eval.split, place)
+    yield Result(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
+
+
+def _sections(files: Files) -> Iterator[Result]:
+    """Each section by itself."""
+    recipe = files.recipe
+    if recipe.student.build is not None:
+        check_build(recipe.student.build)
+    if recipe.student.model is not None:
+        yield Result(f"student: {check_model_dir(recipe.student.model)}", about="student")
+    if recipe.rollout is not None:
+        yield Result(recipe.rollout.check(), about="rollout")
+    sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
+    for place, section in (sections | {"reference": recipe.reference, "responses": recipe.responses}).items():
+        if section is not None:
+            yield Result(section.check(), about=place)
+    if recipe.reference is None and "reference" in recipe.method.needs:
+        yield Result("reference: the student's start", about="reference")
+
+
+def _tokenizers(files: Files) -> Iterator[Result]:
+    """Raises VocabularyError for a model whose probabilities are compared and which has other tokens."""
+    source = tokenizer_source(files.recipe)
+    if source is not None and not files.knows_tokenizer:
+        yield Result(f"tokenizer: {source.name} is a hub name, not checked offline")
+        return
+    known = [one for one in files.tokenizers.sources if files.fetch or Path(one.name).expanduser().exists()]
+    shared = [f"the student and {one.name} share {files.tokenizers.other(one)[1]:,} tokens" for one in known]
+    yield Result("; ".join([f"tokenizer: {len(files.tokenizers.student):,} tokens", *shared]))
+
+
+def _teachers(files: Files) -> tuple[Result, ...]:
+    """Each teacher beside the run: what it needs is there, and every prompt names one."""
+    recipe = files.recipe
+    if not files.training:
+        return ()
+    if recipe.teachers:
+        _check_names(files, recipe.teachers)
+    for name, section in recipe.all_teachers.items():
+        section.check_run(_facts(files, name, section))
+    return ()
+
+
+def _check_names(files: Files, teachers: Mapping[str, TeacherSection]) -> None:
+    """Raises RecipeError for a prompt that names no teacher; of data that may not be read, the recipe has to say one."""
+    task = files.recipe.task
+    if files.may_read(task):
+        check_names(islice(task.prompts("train"), NUM_CHECKED_PROMPTS), teachers)
+        return
+    for place, part in task.places().items():
+        label = place.rpartition(".")[2]
+        if part.names_teachers:
+            if files.may_read(part):
+                check_names(islice(part.prompts("train"), NUM_CHECKED_PROMPTS), teachers)
+        elif place == "task":
+            raise RecipeError(
+                "there are several teachers, but task names none for its prompts; set task.teacher_field, or make each "
+                "teacher's problems a part of a task of type mix"
+            )
+        elif label not in teachers:
+            raise RecipeError(f"{place} names no teacher: {nearest(label, teachers)}")
+
+
+def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
+    recipe, method = files.recipe, files.recipe.run_method
+    rewards = []
+    if section.needs_grades:
+        needed = section.gives - {"none"}
+        steps = (step for step in range(recipe.train.steps) if method.at(step)[0].needs & needed)
+        rewards = [method.plan(step).rewards for step in steps]
+    k = max((part.reads.k for part in method.members if "topk" in part.needs), default=0)
+    return RunFacts(
+        where=recipe.place_of(name),
+        method=type(recipe.method).__name__,
+        k=min(k, len(files.tokenizers.student)) if k and files.knows_tokenizer else k,
+        temperature=recipe.temperature,
+        samples_per_prompt=recipe.train.samples_per_prompt,
+        own_samples=recipe.uses.own_samples,
+        graded=all(reward is not None and reward.source == "outcome" for reward in rewards),
+        start=recipe.student.model,
+        lora=recipe.student.lora is not None,
+        parts={place: part for place, part in recipe.task.places().items() if _is_asked(files, name, place, part)},
+    )
+
+
+def _is_asked(files: Files, name: str, place: str, part: Task) -> bool:
+    """Whether samples of the part go to the teacher of that name. False where only data that may not be read could say."""
+    if not files.recipe.teachers:
+        return True
+    if not part.names_teachers:
+        return place == f"task.parts.{name}"
+    if not files.may_read(part):
+        return False
+    return any(prompt.teacher == name for prompt in islice(part.prompts("train"), NUM_CHECKED_PROMPTS))
+
+
+def _prompts(files: Files) -> Iterator[Result]:
+    recipe = files.recipe
+    if not files.knows_tokenizer or not files.may_read(recipe.task):
+        return
+    lengths = [len(files.renderer.start(prompt)) for prompt in islice(recipe.task.prompts("train"), NUM_RENDERED)]
+    if recipe.eval is not None and files.may_read(recipe.held_out):
+        for prompt in islice(eval_prompts(recipe), NUM_RENDERED):
+            files.renderer.start(prompt)
+    yield Result(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
+
+
+def _responses(files: Files) -> tuple[Result, ...]:
+    """Raises RecipeError where none of the first training prompts has a response that the student's tokenizer can say."""
+    recipe, section = files.recipe, files.recipe.responses
+    if section is None or not files.training:
+        return ()
+    parts = recipe.task.places()
+    if section.of_task and not any(part.has_solutions for part in parts.values()):
+        raise RecipeError(
+            f"responses.type is solutions, but {next(iter(parts))}.solution_field does not say where they are; give it, or "
+            "take responses from a file (jsonl, hub) or the teacher"
+        )
+    if section.by_teacher or not files.knows_tokenizer:
+        return ()
+    if not (files.fetch or (section.is_local and recipe.task.is_local)):
+        return ()
+    store = open_responses(section, response_setup(recipe, files.renderer))
+    prompts = recipe.task.prompts("train")
+    # one at a time: most often the first has one
+    if not any(store.coverage([prompt])[0] for prompt in islice(prompts, NUM_CHECKED_PROMPTS)):
+        store.check(prompts, recipe.task.name, NUM_CHECKED_PROMPTS)
+    return ()
+
+
+CHECKS = (
+    Check("machine", "files", "device, packages and loggers", _machine),
+    Check("task", "files", "data, and the fields that the method reads", _task),
+    Check("evaluation", "files", "held-out data", _evaluation),
+    Check("section", "files", "each section by itself", _sections),
+    Check("tokenizer", "files", "tokens of the student against those of its teachers, one by one", _tokenizers),
+    Check("teachers", "files", "each teacher against the run", _teachers),
+    Check("prompts", "files", "the first prompts as tokens", _prompts),
+    Check("responses", "files", "a teacher's own responses against the prompts", _responses),
+)
+"""In this order: a check may rely on those before it."""

@@ -1,0 +1,177 @@
+"""Everything that is loaded for a run, as the checks of the later stages see it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from understudy.methods import Method
+from understudy.recipe.checks.files import Files
+from understudy.recipe.checks.findings import within
+from understudy.recipe.load import Loaded, Teachers, response_setup
+from understudy.recipe.schema import Recipe
+from understudy.teachers import Source, Start, Teacher, TeacherSection
+from understudy.teachers.stores.responses import open_responses
+from understudy.trainer.collect import Collector
+from understudy.trainer.loop import Trainer
+from understudy.trainer.rollouts import Rollouts
+from understudy.types import Prompt, Sample
+
+NUM_PROMPTS = 32
+"""First prompts that are rendered and measured."""
+HEALTH_S = 30.0
+"""Seconds without an answer after which a server is taken to be gone."""
+WAIT_S = 300.0
+"""For samples, verdicts or scores of a few prompts from servers."""
+
+Returned = TypeVar("Returned")
+
+
+@runtime_checkable
+class Healthy(Protocol):
+    """An engine or teacher whose server says how it is."""
+
+    def health(self) -> str:
+        """What the server says of itself, in a line. Raises EngineError where it does not answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """A teacher or the reference, which reads the student's tokens."""
+
+    label: str
+    """As people read it: "teacher", "teacher NAME" or "reference"."""
+    name: str | None
+    """As samples name it; None: the only one, or the reference."""
+    teacher: Teacher
+    """Without a cache of its scores, which a rehearsal neither reads nor fills."""
+    section: TeacherSection
+
+    @property
+    def model(self) -> nn.Module | None:
+        """Its model in this process."""
+        return self.teacher.model
+
+    @property
+    def source(self) -> Source | None:
+        """Its tokenizer, where that is not the student's."""
+        return self.section.vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsed:
+    """A rehearsal's samples."""
+
+    method: Method
+    scored: list[Sample]
+    """With the scores that the method needs."""
+    own: list[Sample]
+    """Samples with tokens that the student wrote."""
+
+
+class Parts(Files):
+    """A run before its first step."""
+
+    def __init__(
+        self, recipe: Recipe, loaded: Loaded, teachers: Teachers, rollouts: Rollouts, trainer: Trainer
+    ) -> None:
+        super().__init__(recipe)
+        self.loaded = loaded
+        self.teachers = teachers
+        self.rollouts = rollouts
+        """They draw prompts, also where samples are written ahead of the update."""
+        self.trainer = trainer
+        self.rehearsed: Rehearsed | None = None
+        """None before the rehearsal, and where it failed."""
+
+    @property
+    def collector(self) -> Collector:
+        """Writes and scores samples."""
+        return self.rollouts.collector
+
+    @cached_property
+    def sides(self) -> list[Side]:
+        """Every teacher that gives token scores, and the reference."""
+        recipe, found = self.recipe, []
+        if self.teachers.teacher is not None:
+            for name, teacher in self.teachers.teacher.members().items():
+                label, as_named = (f"teacher {name}", name) if recipe.teachers else ("teacher", None)
+                found.append(Side(label, as_named, teacher.uncached(), recipe.all_teachers[name]))
+        if self.teachers.reference is not None:
+            section = recipe.reference or Start()
+            found.append(Side("reference", None, self.teachers.reference.uncached(), section))
+        return found
+
+    @cached_property
+    def tokenizers_of(self) -> dict[str, tuple[Source, Any, int]]:
+        """By label, of the sides that bring one: its source, the tokenizer, and the tokens that it shares."""
+        tokenizers = self.loaded.tokenizers
+        return {side.label: (side.source, *tokenizers.other(side.source)) for side in self.sides if side.source}
+
+    @cached_property
+    def prompts(self) -> list[tuple[Prompt, Tensor]]:
+        """The first that are drawn, rendered. Raises DataError."""
+        stream, first = self.rollouts.prompts, self.trainer.progress.position
+        chosen = [stream[first + index] for index in range(NUM_PROMPTS)]
+        return [(prompt, self.loaded.renderer.start(prompt)) for prompt in chosen]
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The student's and its teachers' in this process, by label."""
+        sides = {side.label: side.model for side in self.sides if side.model is not None}
+        return {"student": self.loaded.model} | sides
+
+    @property
+    def servers(self) -> dict[str, Healthy]:
+        """The engine, teachers and judge that say how they are, by label."""
+        named: dict[str, object] = {"rollout engine": self.collector.engine}
+        named |= {side.label: side.teacher for side in self.sides} | {"judge": self.teachers.judge}
+        return {label: one for label, one in named.items() if isinstance(one, Healthy)}
+
+    def bounded(self, what: str, call: Callable[[], Returned]) -> Returned:
+        """`call()`; where it waits for servers, EngineError after `WAIT_S`."""
+        judge = self.teachers.judge
+        away = [side.teacher.remote for side in self.sides] + [judge is not None and judge.remote]
+        return within(WAIT_S, what, call) if self.servers or any(away) else call()
+
+    @contextmanager
+    def short(self, num_prompts: int, max_samples: int, max_new_tokens: int) -> Iterator[Collector]:
+        """The collector for few and short samples; responses that a teacher writes for it are forgotten."""
+        collector = self.collector
+        settings, teacher = collector.settings, collector.teacher
+        sampling = replace(collector.sampling, max_new_tokens=min(max_new_tokens, collector.sampling.max_new_tokens))
+        changed = replace(
+            collector,
+            settings=replace(
+                settings,
+                prompts_per_step=num_prompts,
+                samples_per_prompt=min(max_samples, settings.samples_per_prompt),
+            ),
+            teacher=None if teacher is None else teacher.uncached(),
+            sampling=sampling,
+        )
+        if self.recipe.responses is None or not self.recipe.responses.by_teacher:
+            yield changed
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            section = self.recipe.responses.kept_in(Path(folder))
+            recipe = replace(self.recipe, responses=section, sampling=sampling)
+            # a fingerprint would read all weights, and nobody reads this store again
+            setup = response_setup(recipe, self.loaded.renderer, self.teachers.responder, "rehearsal")
+            yield replace(changed, responses=open_responses(section, setup))
+
+
+def precision(model: nn.Module | None, compute_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The precision of the numbers that a model gives; bfloat16 for one that is elsewhere."""
+    if compute_dtype is not None:
+        return compute_dtype
+    return torch.bfloat16 if model is None else next(iter(model.parameters())).dtype

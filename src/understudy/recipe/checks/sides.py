@@ -1,0 +1,258 @@
+"""Whether the student and its teachers mean the same thing: tokens, ends, templates, temperature, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.errors import UnderstudyError
+from understudy.models import backbone_hidden, lm_head, num_positions, unwrap
+from understudy.models.backbone import evaluating
+from understudy.recipe.checks.findings import AS_SAID, Check, Level, Result, within, worst
+from understudy.recipe.checks.parts import HEALTH_S, Parts, Side
+from understudy.recipe.load import prompt_limit
+from understudy.tasks.renderer import Renderer
+from understudy.trainer.collect import TOKEN_SCORES
+from understudy.types import Author, Prompt, Sample
+
+NUM_COMPARED = 4
+"""First prompts that are rendered with every side's chat template."""
+PADDING_MASS = 1e-3
+"""Probability on tokens that do not exist, above which somebody should know."""
+_SHOWN_TOKENS = 4
+"""On each side of a difference."""
+
+
+def _health(parts: Parts) -> Iterator[Result]:
+    for label, server in parts.servers.items():
+        try:
+            yield Result(within(HEALTH_S, f"the {label}", server.health), about=label)
+        except UnderstudyError as error:
+            yield Result(str(error), "error", AS_SAID, about=label)
+
+
+def _padding(parts: Parts) -> Iterator[Result]:
+    size, lines = parts.loaded.vocab_size, list[str]()
+    level: Level = "ok"
+    for label, model in parts.models.items():
+        base = unwrap(model)
+        rows = {int(base.get_input_embeddings().weight.shape[0]), int(base.get_output_embeddings().weight.shape[0])}
+        if min(rows) < size:
+            level = "error"
+            lines.append(f"the {label} has {min(rows):,} rows for {size:,} tokens")
+        elif max(rows) == size:
+            lines.append(f"the {label} has a row for each of {size:,} tokens")
+        else:
+            mass = _mass_past(model, size, parts)
+            if mass is not None and mass > PADDING_MASS and level == "ok":
+                level = "warning"
+            held = "" if mass is None else f" and had {mass:.2g} of the probability"
+            lines.append(
+                f"the {label} has {max(rows):,} rows, {max(rows) - size:,} past the {size:,} tokens; they are cut off{held}"
+            )
+    advice = {
+        "ok": "",
+        "warning": "scores are renormalised over the tokens that exist; an engine that does not cut them samples some, so "
+        "see whether the tokenizer is the model's own",
+        "error": "this model belongs to another tokenizer; choose another model or student.tokenizer",
+    }
+    yield Result("; ".join(lines), level, advice[level])
+
+
+@torch.no_grad()
+def _mass_past(model: nn.Module, size: int, parts: Parts) -> float | None:
+    """Mean probability of rows from `size` on, at the last tokens of the first prompts; None for weights that are away."""
+    head = lm_head(model)
+    if head.num_tokens <= size:
+        return 0.0
+    side = next((side for side in parts.sides if side.model is model), None)
+    if side is not None and side.section.weights is not None and side.section.weights.offload:
+        return None
+    found = []
+    with evaluating(model):
+        for _, ids in parts.prompts[:NUM_COMPARED]:
+            row = ids[None].to(head.weight.device)
+            hidden = backbone_hidden(model, row, torch.arange(row.shape[1], device=row.device)[None])
+            found.append(head.logits(hidden[0, -1:]).softmax(-1)[:, size:].sum())
+    return float(torch.stack(found).mean())
+
+
+def own_ends(model: nn.Module) -> set[int]:
+    """EOS of a model's configurations, as an engine that serves it would stop at."""
+    base = unwrap(model)
+    owners = (base.config, base.config.get_text_config(), getattr(base, "generation_config", None))
+    found: set[int] = set()
+    for owner in owners:
+        value = getattr(owner, "eos_token_id", None)
+        found |= set() if value is None else {value} if isinstance(value, int) else set(value)
+    return found
+
+
+def _chose_ends(model: nn.Module) -> bool:
+    """Whether there are generation settings of its own, not made of its configuration."""
+    settings = getattr(unwrap(model), "generation_config", None)
+    return getattr(settings, "_from_model_config", True) is False
+
+
+def _ends(parts: Parts) -> Iterator[Result]:
+    tokenizer, stops = parts.loaded.renderer.tokenizer, set(parts.loaded.renderer.stop_ids)
+    named = _named(tokenizer, stops)
+    level: Level = "ok"
+    advice = ""
+    lines = [
+        f"the student's tokenizer ends with {_named(tokenizer, {tokenizer.eos_token_id})}, its responses at {named}"
+    ]
+    if not any(index < parts.loaded.vocab_size for index in stops):
+        level, advice = "error", "no response would ever end; set eos_token in the tokenizer's configuration"
+    for side in parts.sides:
+        if side.model is None:
+            continue
+        ends = own_ends(side.model)
+        lines.append(
+            f"the {side.label}'s at {_named(tokenizer, ends) if ends else 'no token that its configuration names'}"
+        )
+        if ends and not ends & stops:
+            # a configuration alone may hold its architecture's default, which nobody chose
+            level = "error" if _chose_ends(side.model) else worst([level, "warning"])
+            advice = (
+                f"the {side.label} ends with tokens that the student never writes, so it would disapprove of every ending and "
+                "lengths would explode: take the teacher's tokenizer (student.tokenizer), a teacher of the student's kind, or "
+                "correct eos_token_id in its configuration"
+            )
+        elif ends - stops and level == "ok":
+            level = "warning"
+            advice = (
+                f"the student does not stop at {_named(tokenizer, ends - stops)}; where the {side.label} wants that token "
+                "next, the student writes on: add it to eos_token_id of the student's generation_config.json"
+            )
+    yield Result("; ".join(lines), level, advice)
+
+
+def _named(tokenizer: Any, ids: set[int]) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(index)!r} ({index})" for index in sorted(ids))
+
+
+def _templates(parts: Parts) -> Iterator[Result]:
+    if not parts.tokenizers_of or parts.prompts[0][0].messages is None:
+        return
+    lines, differing = [], False
+    for label, (_, tokenizer, _) in parts.tokenizers_of.items():
+        differences = (_difference(parts, *item, tokenizer, label) for item in parts.prompts[:NUM_COMPARED])
+        difference = next((found for found in differences if found is not None), None)
+        differing = differing or difference is not None
+        lines.append(difference or f"the {label}'s template gives the student's tokens")
+    if differing:
+        advice = (
+            "prompts are rendered with the student's, so the teacher judges text in a form that it may not know, which can "
+            "cost tenths of a nat per token: use models of one family, or the teacher's tokenizer (student.tokenizer)"
+        )
+        yield Result("; ".join(lines), "warning", advice)
+    else:
+        yield Result("; ".join(lines))
+
+
+def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
+    """Where the other side's rendering first differs; None where it does not."""
+    try:
+        other = Renderer(tokenizer, parts.recipe.student.template_kwargs).start(prompt).tolist()
+    except UnderstudyError as error:
+        return f"the {label} cannot render prompt {prompt.id}: {error}"
+    ours = ids.tolist()
+    if ours == other:
+        return None
+    at = next(
+        (i for i, pair in enumerate(zip(ours, other, strict=False)) if pair[0] != pair[1]), min(len(ours), len(other))
+    )
+
+    def around(tokens: list[int]) -> str:
+        part = tokens[max(0, at - _SHOWN_TOKENS) : at + _SHOWN_TOKENS]
+        return repr(parts.loaded.renderer.tokenizer.decode(part)) if at < len(tokens) else "the end"
+
+    return (
+        f"prompt {prompt.id} has {len(ours)} tokens for the student and {len(other)} for the {label}; the first that differs "
+        f"is token {at}: {around(ours)} for the student, {around(other)} for the {label}"
+    )
+
+
+def _temperature(parts: Parts) -> Iterator[Result]:
+    if not parts.sides or not parts.recipe.method.needs & (TOKEN_SCORES | {"reference"}):
+        return
+    wanted, lines = parts.trainer.student.temperature, list[str]()
+    level: Level = "ok"
+    for side in parts.sides:
+        found = side.teacher.temperature
+        if found is None:
+            lines.append(f"the {side.label} does not say at which temperature it scores")
+        else:
+            level = level if found == wanted else "error"
+            lines.append(f"the {side.label} scores at {found:g}")
+    advice = "" if level == "ok" else "log-ratios compare distributions at one temperature; score at the student's"
+    yield Result(f"the student samples at {wanted:g}; {'; '.join(lines)}", level, advice)
+
+
+def _lengths(parts: Parts) -> Iterator[Result]:
+    recipe, own = parts.recipe, parts.recipe.uses.own_samples
+    models, new = parts.models, recipe.sampling.max_new_tokens if own else 0
+    limit = prompt_limit(recipe, recipe.sampling, models.values()) if own else recipe.train.max_prompt_tokens
+    lengths = [len(ids) for _, ids in parts.prompts]
+    kept = [length for length in lengths if length <= limit]
+    if not kept:
+        yield Result(
+            f"all are longer than {limit} tokens, the shortest {min(lengths)}",
+            "error",
+            "raise train.max_prompt_tokens, or lower sampling.max_new_tokens",
+        )
+        return
+    need, advice = max(kept) + new, ""
+    level: Level = "ok"
+    rooms = {"student": num_positions(parts.loaded.model)}
+    for side in parts.sides:
+        rooms[side.label] = within(HEALTH_S, f"the {side.label}", lambda side=side: side.teacher.max_tokens)  # type: ignore[misc]
+    rooms["rollout engine"] = parts.collector.engine.num_positions
+    lines = [f"{max(kept)} prompt tokens and {new} new ones make {need}"]
+    lines += [f"the {label} has {room:,} positions" for label, room in rooms.items() if room is not None]
+    short = [label for label, room in rooms.items() if room is not None and room < need]
+    if len(kept) < len(lengths):
+        level = "warning"
+        advice = "longer prompts are left out; raise train.max_prompt_tokens, or take models with more positions"
+        lines.append(f"{len(lengths) - len(kept)} of {len(lengths)} prompts are longer than {limit} and left out")
+    for side in parts.sides:
+        room, shown = rooms[side.label], _longest_shown(parts, side)
+        if shown is None or room is None:
+            continue
+        lines.append(f"the {side.label} is shown up to {shown} tokens and has {room} positions")
+        if shown + new > room:
+            level = "warning"
+            advice = "long responses could not be scored: shorten the teacher's template, or max_new_tokens"
+    if short:
+        level = "error"
+        advice = f"too little room in: {', '.join(short)}; lower sampling.max_new_tokens or train.max_prompt_tokens"
+    yield Result("; ".join(lines), level, advice)
+
+
+def _longest_shown(parts: Parts, side: Side) -> int | None:
+    """Tokens of the longest prompt as a teacher reads it that rewords them; None where it does not, or needs samples."""
+    if side.section.needs_grades:
+        return None
+    longest = None
+    for prompt, ids in parts.prompts:
+        if side.name is not None and prompt.teacher != side.name:
+            continue
+        author = torch.full_like(ids, Author.PROMPT, dtype=torch.uint8)
+        shown = side.teacher.num_prompt_tokens(Sample(prompt, 0, ids, author, len(ids), "data", ""))
+        if shown != len(ids):
+            longest = max(shown, longest or 0)
+    return longest
+
+
+CHECKS = (
+    Check("health", "loaded", "whether its server answers", _health),
+    Check("vocabulary", "loaded", "rows of embedding and head against the tokens that exist", _padding),
+    Check("end of a response", "loaded", "tokens that end a response, on every side", _ends),
+    Check("chat template", "loaded", f"{NUM_COMPARED} prompts in the template of every side", _templates),
+    Check("temperature", "loaded", "that of the scores against the student's", _temperature),
+    Check("lengths", "loaded", "first prompts and max_new_tokens against all positions", _lengths),
+)

@@ -1,0 +1,82 @@
+"""The interface of tasks: where prompts come from, how a response is graded, and what is known of both before reading."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from understudy.errors import RecipeError
+from understudy.types import Grade, Prompt
+
+Split = Literal["train", "validation", "test"]
+
+
+class Task(ABC):
+    """A source of prompts with a verifier, and its own section of a recipe.
+
+    A new task is a frozen dataclass of this kind, with a line in `mix.PARTS`. What is not abstract suits a task that is
+    computed: every prompt has a solution and a reference, and no prompt stands in two splits.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name that people read, and the prefix of the prompts' ids."""
+
+    @abstractmethod
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """The prompts of a split, always the same in the same order. Raises RecipeError or DataError."""
+
+    @abstractmethod
+    def grade(self, prompt: Prompt, text: str) -> Grade:
+        """The verdict on one response. Several threads may call it."""
+
+    def check_files(self) -> None:
+        """Raises RecipeError or DataError for what can be found wrong without reading everything."""
+
+    def check_split(self, split: Split) -> None:
+        """Raises RecipeError where the task has no such split."""
+
+    def places(self, section: str = "task") -> Mapping[str, Task]:
+        """The tasks that this one is made of, by their place in the recipe; most stand for themselves."""
+        return {section: self}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its prompts can be read without the network."""
+        return True
+
+    @property
+    def computed(self) -> bool:
+        """Whether prompts are made when they are looked at: millions of them, disjoint over splits by construction."""
+        return True
+
+    @property
+    def has_solutions(self) -> bool:
+        """Whether prompts carry a whole response to imitate."""
+        return True
+
+    @property
+    def has_references(self) -> bool:
+        """Whether prompts carry an answer to grade against."""
+        return True
+
+    @property
+    def names_teachers(self) -> bool:
+        """Whether the data name each prompt's teacher."""
+        return False
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts go through the tokenizer's chat template."""
+        return False
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Size of the task's own tokenizer; None: it has none."""
+        return None
+
+    def tokenizer(self) -> Any:
+        """The task's own tokenizer, for a student from scratch. Raises RecipeError where it has none."""
+        raise RecipeError(f"the task {self.name} has no tokenizer of its own; set student.tokenizer")
