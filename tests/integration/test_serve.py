@@ -76,7 +76,7 @@ def group(num_prompt: int = 30, lengths: Sequence[int] = (4, 5, 1, 0, 5, 9), see
 
 
 def setup(**options: Any) -> Setup:
-    facts = {"name": "t", "vocab_size": VOCABULARY, "temperature": TEMPERATURE, "tokenizer": letters()}
+    facts = {"name": "t", "vocab_size": VOCABULARY, "temperature": TEMPERATURE, "renderer": Renderer(letters())}
     return Setup(**facts | options)
 
 
