@@ -69,6 +69,13 @@ class EngineSection(ABC):
     A new engine is a frozen dataclass of this kind, with a line in `ENGINES`.
     """
 
+    grouped: bool = False
+    """Whether the samples of a prompt are to be asked for together."""
+    runs_here: bool = False
+    """Whether it writes in this process, and takes memory for keys and values."""
+    dtype: str = "auto"
+    """The precision that it computes in; auto: that of the student's weights."""
+
     @abstractmethod
     def check(self) -> str:
         """A line for the dry run. Raises RecipeError for what is wrong with the section by itself."""
@@ -90,18 +97,8 @@ class EngineSection(ABC):
         return True
 
     @property
-    def grouped(self) -> bool:
-        """Whether the samples of a prompt are to be asked for together."""
-        return False
-
-    @property
     def launches(self) -> bool:
         """Whether it starts servers of its own, which belong to one rank alone."""
-        return False
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether it writes in this process, and takes memory for keys and values."""
         return False
 
     @property
@@ -109,15 +106,12 @@ class EngineSection(ABC):
         """Copies of the student's weights that it keeps in this process."""
         return 0
 
-    @property
-    def dtype(self) -> str:
-        """The precision that it computes in; auto: that of the student's weights."""
-        return "auto"
-
 
 @dataclass(frozen=True, kw_only=True)
 class HF(EngineSection):
     """The model of the trainer writes the samples itself, by transformers."""
+
+    runs_here = True
 
     copy: bool = False
     """Whether it keeps weights of its own, so that it can write beside an update."""
@@ -128,10 +122,6 @@ class HF(EngineSection):
     @property
     def beside_update(self) -> bool:
         return self.copy
-
-    @property
-    def runs_here(self) -> bool:
-        return True
 
     @property
     def copies(self) -> int:

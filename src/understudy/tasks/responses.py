@@ -26,6 +26,11 @@ class ResponseSection(ABC):
     A new source is a frozen dataclass of this kind, with a line in `RESPONSES`.
     """
 
+    of_task: bool = False
+    """Whether responses are the task's own solutions."""
+    by_teacher: bool = False
+    """Whether the run's teacher writes them on demand; `find` then knows none."""
+
     @property
     @abstractmethod
     def shown(self) -> str:
@@ -36,19 +41,9 @@ class ResponseSection(ABC):
         """A line for the dry run, after reading what can be read quickly. Raises RecipeError or DataError."""
 
     @property
-    def of_task(self) -> bool:
-        """Whether responses are the task's own solutions."""
-        return False
-
-    @property
     def is_local(self) -> bool:
         """Whether all responses can be read without the network."""
         return True
-
-    @property
-    def by_teacher(self) -> bool:
-        """Whether the run's teacher writes them on demand; `find` then knows none."""
-        return False
 
     @property
     def in_run_dir(self) -> bool:
@@ -72,16 +67,14 @@ class ResponseSection(ABC):
 class Solutions(ResponseSection):
     """The section `responses` of type `solutions`: the task's own solutions."""
 
+    of_task = True
+
     @property
     def shown(self) -> str:
         return "the solutions of the task"
 
     def check(self) -> str:
         return f"responses: {self.shown}"
-
-    @property
-    def of_task(self) -> bool:
-        return True
 
     def find(self) -> Find:
         return lambda prompt: () if prompt.solution is None else (prompt.solution,)

@@ -99,6 +99,15 @@ class TeacherSection(ABC):
     A new teacher is a frozen dataclass of this kind, with a line in `teachers.TEACHERS`.
     """
 
+    says_digits: bool = False
+    """Whether `open` returns a `Judge`."""
+    writes_responses: bool = False
+    """Whether `open` returns a `Responder`."""
+    alone: bool = False
+    """Whether it cannot be one of several."""
+    replays: bool = False
+    """Whether it brings recorded samples, which are trained on in place of new ones."""
+
     @property
     @abstractmethod
     def gives(self) -> frozenset[Need]:
@@ -119,26 +128,6 @@ class TeacherSection(ABC):
     @abstractmethod
     def open(self, setup: Setup) -> Teacher | Judge:
         """Loads or connects it. Raises RecipeError, VocabularyError, EngineError."""
-
-    @property
-    def says_digits(self) -> bool:
-        """Whether `open` returns a `Judge`."""
-        return False
-
-    @property
-    def writes_responses(self) -> bool:
-        """Whether `open` returns a `Responder`."""
-        return False
-
-    @property
-    def alone(self) -> bool:
-        """Whether it cannot be one of several."""
-        return False
-
-    @property
-    def replays(self) -> bool:
-        """Whether it brings recorded samples, which are trained on in place of new ones."""
-        return False
 
     @property
     def follows_student(self) -> bool:
@@ -169,6 +158,9 @@ class TeacherSection(ABC):
 class Opened(ABC):
     """A teacher or judge that is loaded or connected."""
 
+    remote: bool = False
+    """Whether it waits for a server."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -183,11 +175,6 @@ class Opened(ABC):
     def model(self) -> nn.Module | None:
         """Its model in this process."""
         return None
-
-    @property
-    def remote(self) -> bool:
-        """Whether it waits for a server."""
-        return False
 
     def close(self) -> None:
         """Gives up what is in flight; nothing is left of threads and connections."""

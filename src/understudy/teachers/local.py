@@ -49,6 +49,8 @@ CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 class Local(TeacherSection):
     """The section of a recipe for a teacher that is loaded here."""
 
+    writes_responses = True
+
     model: str
     """A directory or a hub name."""
     dtype: DType = "auto"
@@ -61,10 +63,6 @@ class Local(TeacherSection):
     @property
     def gives(self) -> frozenset[Need]:
         return CAN
-
-    @property
-    def writes_responses(self) -> bool:
-        return True
 
     @property
     def vocabulary(self) -> Source:

@@ -90,10 +90,6 @@ class RoutedTeacher(Teacher):
         """What all of them can."""
         return min(teacher.concurrency for teacher in self._teachers.values())
 
-    @property
-    def remote(self) -> bool:
-        return any(teacher.remote for teacher in self._teachers.values())
-
     def members(self) -> dict[str, Teacher]:
         return dict(self._teachers)
 

@@ -36,6 +36,10 @@ _SHOWN_REPLY_CHARS = 60
 class Chat(TeacherSection):
     """The section of a recipe for a judge behind a chat endpoint."""
 
+    says_digits = True
+    writes_responses = True
+    alone = True
+
     url: str
     """The base, such as http://host:8000/v1."""
     model: str
@@ -91,18 +95,6 @@ class Chat(TeacherSection):
         return frozenset({"none", "verbal"})
 
     @property
-    def says_digits(self) -> bool:
-        return True
-
-    @property
-    def writes_responses(self) -> bool:
-        return True
-
-    @property
-    def alone(self) -> bool:
-        return True
-
-    @property
     def shown(self) -> str:
         return f"{self.model} at {self.url}"
 
@@ -132,6 +124,8 @@ class ChatTeacher(Judge):
     How the server encodes a response that spells special tokens is up to the server.
     """
 
+    remote = True
+
     def __init__(self, section: Chat, *, name: str, seed: int = 0) -> None:
         self._section = section
         self._endpoint = Endpoint(
@@ -146,10 +140,6 @@ class ChatTeacher(Judge):
     def name(self) -> str:
         """As prompts name it."""
         return self._name
-
-    @property
-    def remote(self) -> bool:
-        return True
 
     @property
     def fingerprint(self) -> str:

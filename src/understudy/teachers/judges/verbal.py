@@ -44,6 +44,9 @@ _PROBE = Sample(
 class Verbal(TeacherSection):
     """The section of a recipe for a judge that is loaded here."""
 
+    says_digits = True
+    alone = True
+
     model: str
     """A directory or a hub name."""
     dtype: DType = "auto"
@@ -75,14 +78,6 @@ class Verbal(TeacherSection):
     @property
     def gives(self) -> frozenset[Need]:
         return frozenset({"none", "verbal"})
-
-    @property
-    def says_digits(self) -> bool:
-        return True
-
-    @property
-    def alone(self) -> bool:
-        return True
 
     @property
     def weights(self) -> Weights:

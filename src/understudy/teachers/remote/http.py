@@ -172,6 +172,8 @@ class HttpTeacher(Teacher):
     Each scored sequence needs one position more than it has tokens at vLLM (`--max-model-len`), which generates a token.
     """
 
+    remote = True
+
     def __init__(self, section: Http, setup: Setup) -> None:
         self._section = section
         self._name = setup.name
@@ -205,10 +207,6 @@ class HttpTeacher(Teacher):
         section = self._section
         facts = [section.api, section.model, section.revision, float(self._temperature), self._vocab_size]
         return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-
-    @property
-    def remote(self) -> bool:
-        return True
 
     @property
     def max_tokens(self) -> int | None:

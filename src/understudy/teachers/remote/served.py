@@ -210,6 +210,8 @@ def _reply_bytes(about: About) -> int:
 class ServedTeacher(Teacher):
     """Scores as a local teacher's, to rounding: which sequences the server reads together is up to who else asks."""
 
+    remote = True
+
     def __init__(self, section: Served, about: About, setup: Setup) -> None:
         self._section = section
         self._about = about
@@ -233,10 +235,6 @@ class ServedTeacher(Teacher):
         """Hash of the server's, temperature and vocabulary."""
         facts = [self._about.fingerprint, self._setup.temperature, self._setup.vocab_size]
         return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-
-    @property
-    def remote(self) -> bool:
-        return True
 
     @property
     def temperature(self) -> float:

@@ -39,6 +39,8 @@ CACHE_FORMAT = 1
 class TeacherResponses(ResponseSection):
     """The section `responses` of type `teacher`: written by the teacher when a prompt first needs one, then kept."""
 
+    by_teacher = True
+
     temperature: float | None = None
     max_new_tokens: int | None = None
     """None, both: as the student samples."""
@@ -51,10 +53,6 @@ class TeacherResponses(ResponseSection):
     @property
     def shown(self) -> str:
         return "the teacher's own responses"
-
-    @property
-    def by_teacher(self) -> bool:
-        return True
 
     @property
     def in_run_dir(self) -> bool:

@@ -34,6 +34,9 @@ from understudy.types import Need, Request, Sample, Scores
 class Stored(TeacherSection):
     """The section `teacher` of type `stored`: samples and scores that were recorded before."""
 
+    alone = True
+    replays = True
+
     path: str
     """The directory of the recording."""
     model: str | None = None
@@ -48,14 +51,6 @@ class Stored(TeacherSection):
     def gives(self) -> frozenset[Need]:
         """The kinds of scores in the recording. Raises RecipeError where there is none."""
         return read_record(Path(self.path)).meta.gives
-
-    @property
-    def alone(self) -> bool:
-        return True
-
-    @property
-    def replays(self) -> bool:
-        return True
 
     @property
     def shown(self) -> str:
