@@ -19,7 +19,7 @@ from tests.vllm_env import vllm_python
 from torch import Tensor
 
 from understudy.engines import HFEngine
-from understudy.engines.probe import Probe
+from understudy.engines.base import Probe
 from understudy.engines.sections import VLLM, Launch
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.errors import EngineError

@@ -22,7 +22,7 @@ from tests.runs import (
     train,
     train_in_two,
 )
-from understudy.engines import CopyEngine
+from understudy.engines import HFEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.trainer.loop import Trainer
 from understudy.types import Request, Sample, Sampling
@@ -40,21 +40,19 @@ def consumed(run_dir: Path) -> list[tuple[int, list[int]]]:
     return [(row["step"], row["positions"]) for row in rows]
 
 
-class Slow(CopyEngine):
+class Slow(HFEngine):
     """An engine that answers many requests at the same time, each after a delay of its own."""
 
     delay_s = 0.02
     seen: list[tuple[str, int]]
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.running = self.most = 0
         self.seen = []
         self._count = threading.Lock()
 
-    @property
-    def concurrency(self) -> int:
-        return 16
+    concurrency = 16
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
@@ -74,15 +72,13 @@ class Slow(CopyEngine):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> list[Slow]:
     """Runs sample from such an engine; the list holds those that were opened."""
-    from understudy.engines import sections
-
     made: list[Slow] = []
 
-    def opened(*args: Any) -> Slow:
-        made.append(Slow(*args))
+    def opened(*args: Any, **options: Any) -> Slow:
+        made.append(Slow(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(sections, "CopyEngine", opened)
+    monkeypatch.setattr("understudy.engines.sections.HFEngine", opened)
     return made
 
 
@@ -194,8 +190,6 @@ def test_samples_that_are_too_old_are_dropped_counted_and_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that says that it wrote with old weights is not believed to be new."""
-    from understudy.engines.hf.engine import HFEngine
-
     plain = HFEngine.generate
     calls = []
 
@@ -219,7 +213,7 @@ def test_samples_that_are_too_old_are_dropped_counted_and_written_again(
 
 
 def test_an_engine_that_never_takes_weights_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CopyEngine, "push", lambda self, weights, version, probe=None: None)
+    monkeypatch.setattr(HFEngine, "push", lambda self, weights, version, probe=None: None)
     with pytest.raises(EngineError, match="take the weights"):
         train(tmp_path, **ahead(tmp_path / "m", 1))
 

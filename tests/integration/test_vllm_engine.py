@@ -25,13 +25,11 @@ from tests.leaks import nothing_left
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.config import parse
 from understudy.engines import HFEngine
-from understudy.engines.probe import Probe
+from understudy.engines.base import Probe
 from understudy.engines.sections import VLLM, Launch, logprobs_mode
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.launch import free_port
-from understudy.engines.vllm.nccl import NCCLTransfer
-from understudy.engines.vllm.shared_memory import memory_left
-from understudy.engines.vllm.weights import SHARED_MEMORY, WeightStore
+from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
 from understudy.models.save import merged_state_dict
 from understudy.types import Author, Request, Sample, Sampling
@@ -702,7 +700,7 @@ def test_a_folder_that_another_user_prepared_is_refused(
         folder.chmod(0o777)
     if way == "foreign":
         mine = os.geteuid()
-        monkeypatch.setattr("understudy.engines.vllm.shared_memory.os.geteuid", lambda: mine + 1)
+        monkeypatch.setattr("understudy.engines.vllm.weights.os.geteuid", lambda: mine + 1)
     says = {"link": "is a link", "lock": "cannot open", "open": "written to by others", "foreign": "another user"}
     with pytest.raises(RecipeError, match=says[way]):
         WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 
 from tests.tiny_models import letters, request, tiny
 from understudy.engines import HFEngine
-from understudy.engines.hf.draw import draw
+from understudy.engines.hf.decode import draw
 from understudy.types import Sampling
 
 GRID = 20_000

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from understudy.engines.prefix import cut_prefix
+from understudy.engines.requests import cut_prefix
 from understudy.errors import ScoreError
 from understudy.linear import Evaluation, LMHead, evaluate
 from understudy.methods import AOPD, GOPD, KDRL, OPD, REOPOLD, Phases, TrOPD

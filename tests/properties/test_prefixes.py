@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
 from understudy.engines import HFEngine
-from understudy.engines.prefix import cut_prefix, guided_requests
+from understudy.engines.requests import cut_prefix, guided_requests
 from understudy.errors import DataError
 from understudy.randomness import keyed_uniform
 from understudy.types import Author, Sampling

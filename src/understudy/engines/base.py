@@ -1,31 +1,67 @@
-"""The interface of engines: requests in, samples out."""
+"""The interface of an engine, and the probe that compares its weights with the trainer's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from understudy.engines.probe import Probe
 from understudy.types import Request, Sample, Sampling
 
 Weights = Iterable[tuple[str, Tensor]]
 """Names and tensors, as in a state dict."""
 
 
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Sequences with the trainer's own log-probabilities, which an engine with the same weights has to reproduce.
+
+    They are taken at temperature 1 over every row of the head, padding included.
+    """
+
+    token_ids: tuple[Tensor, ...]
+    """[L] int64 each, L at least 2."""
+    logprob: tuple[Tensor, ...]
+    """[L - 1] each: of every token but the first, given those before it. NaN: not compared."""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprob):
+            raise ValueError(f"{len(self.token_ids)} sequences and {len(self.logprob)} rows of log-probabilities")
+        for ids, logprob in zip(self.token_ids, self.logprob, strict=True):
+            if ids.numel() < 2 or logprob.shape != (ids.numel() - 1,):
+                raise ValueError(f"{ids.numel()} tokens and log-probabilities of shape {tuple(logprob.shape)}")
+
+    @property
+    def num_compared(self) -> int:
+        """Tokens with a log-probability."""
+        return sum(int((~logprob.isnan()).sum()) for logprob in self.logprob)
+
+    def first(self, num_tokens: int, longest: int) -> Probe:
+        """The first sequences, each cut to `longest` tokens, until `num_tokens` are compared."""
+        ids, logprob, num_compared = [], [], 0
+        for row, values in zip(self.token_ids, self.logprob, strict=True):
+            if num_compared >= num_tokens or longest < 2:
+                break
+            ids.append(row[:longest])
+            logprob.append(values[: longest - 1])
+            num_compared += int((~logprob[-1].isnan()).sum())
+        return Probe(tuple(ids), tuple(logprob))
+
+
 class Generates(Protocol):
-    """Anything that turns requests into samples."""
+    """Turns requests into samples."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
-        """One sample for each request, in their order. The same (stream, step, request) draws the same numbers."""
+        """Returns one sample for each request, in order. The same (stream, step, request) draws the same numbers."""
         ...
 
 
 class Engine(Generates, Protocol):
-    """An engine that writes responses with the student's weights."""
+    """Writes responses with the student's weights."""
 
     @property
     def concurrency(self) -> int:
@@ -34,23 +70,23 @@ class Engine(Generates, Protocol):
 
     @property
     def num_positions(self) -> int | None:
-        """Tokens of prompt and response together, where the engine has a limit beside the student's."""
+        """The most tokens of prompt and response together; None where only the student's own limit applies."""
         ...
 
     @property
     def remote(self) -> bool:
-        """Whether it is servers that all ranks share: one rank pushes for all, and compares the weights by a probe."""
+        """Whether all ranks share its servers: one rank then pushes for all and compares the weights by a probe."""
         ...
 
     def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> float | None:
-        """New weights, after `version` optimizer updates; None where the engine shares the live model, or where another
-        rank has pushed them. Returns the mean gap to the probe in nats; raises EngineError where it is too large."""
+        """Gives it the weights after `version` optimizer updates; None where it shares the live model, or where another rank
+        has pushed them. Returns the mean gap to the probe in nats; raises EngineError where that is too large."""
         ...
 
     def verify(self) -> None:
-        """Raises WeightsLostError where an engine no longer has the weights of the last push: one that was started again."""
+        """Raises WeightsLostError where an engine that was started again no longer has the weights of the last push."""
         ...
 
     def close(self) -> None:
-        """Gives up what is in flight; nothing is left of threads, processes and connections."""
+        """Gives up what is in flight, and leaves no thread, process or connection behind."""
         ...

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from understudy.engines.base import Engine, Weights
-from understudy.engines.hf.copied import CopyEngine
 from understudy.engines.hf.engine import HFEngine
 from understudy.errors import RecipeError
 from understudy.http import RetryPolicy, check_address, check_variable
@@ -127,10 +126,8 @@ class HF(EngineSection):
     def copies(self) -> int:
         return int(self.copy)
 
-    def open(self, setup: EngineSetup) -> HFEngine | CopyEngine:
-        if not self.copy:
-            return setup.hf(setup.model)
-        return CopyEngine(copy.deepcopy(setup.model).requires_grad_(False), setup.hf)
+    def open(self, setup: EngineSetup) -> HFEngine:
+        return setup.hf(copy.deepcopy(setup.model).requires_grad_(False) if self.copy else setup.model)
 
     def pushed(self, model: nn.Module) -> Callable[[], Weights] | None:
         return model.state_dict().items if self.copy else None

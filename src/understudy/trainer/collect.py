@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from understudy.engines import Engine
-from understudy.engines.prefix import guided_requests
+from understudy.engines.requests import guided_requests
 from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
 from understudy.packing import ScoreField, attach_scores

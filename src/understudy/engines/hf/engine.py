@@ -1,19 +1,21 @@
-"""Sampling with the live Hugging Face model: no second copy of the weights, nothing to push."""
+"""Sampling with a Hugging Face model in this process: the trainer's own, or a copy of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from understudy.engines.hf.assemble import prefix_length, to_samples
-from understudy.engines.hf.decode import Decoded, Decoder
-from understudy.engines.probe import Probe
-from understudy.errors import DataError, RecipeError, TrainingError
-from understudy.models import lm_head, unwrap
-from understudy.models.backbone import evaluating
+from understudy.engines.base import Probe, Weights
+from understudy.engines.hf.decode import Decoder
+from understudy.engines.requests import check_positions, open_responses, to_samples
+from understudy.errors import EngineError, TrainingError
+from understudy.models import lm_head
+from understudy.models.backbone import evaluating, num_positions
 from understudy.randomness import keyed_uniform
 from understudy.types import Request, Sample, Sampling
 
@@ -22,11 +24,15 @@ MAX_BATCH_TOKENS = 65_536
 
 
 class HFEngine:
-    """Batched sampling that shares the model with the trainer.
+    """Writes batches with a model: the live one needs no push, a copy gets its weights by one and can write beside an update.
 
     A draw depends on (seed, stream, step, request, position), not on which requests share a batch; the logits do, by
     rounding errors. Token ids from `vocab_size` on are never sampled. The model is in evaluation mode meanwhile.
     """
+
+    concurrency: int = 1
+    num_positions: int | None = None
+    remote: bool = False
 
     def __init__(
         self,
@@ -47,60 +53,63 @@ class HFEngine:
         self._max_batch_tokens = max_batch_tokens
         self._autocast = autocast
         self._version = 0
+        self._closed = False
+        # a push waits for the batch that is being written, so that one batch has one version
+        self._lock = Lock()
 
-    @property
-    def concurrency(self) -> int:
-        """One batch at a time."""
-        return 1
+    @torch.no_grad()
+    def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> None:
+        """Copies the weights, by the names of `state_dict`; None where the model is the live one."""
+        with self._lock:
+            if weights is not None:
+                own = self._model.state_dict()
+                for name, value in weights:
+                    own[name].copy_(value)
+            self._version = version
 
     def verify(self) -> None:
-        """The weights are the trainer's."""
+        """Does nothing: weights in this process stay."""
 
     def close(self) -> None:
-        """Nothing is open."""
-
-    @property
-    def num_positions(self) -> int | None:
-        """The student's own."""
-        return None
-
-    @property
-    def remote(self) -> bool:
-        """The weights are the trainer's."""
-        return False
-
-    def push(self, weights: Iterable[tuple[str, Tensor]] | None, version: int, probe: Probe | None = None) -> None:
-        """Notes the version; the weights are the live ones."""
-        self._version = version
+        """Batches that wait for their turn are not written any more."""
+        self._closed = True
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
-        """One sample for each request, in their order.
+        """One sample for each request, in order.
 
         `sampling.max_new_tokens` is the length of a response, its prefix included. A greedy draw's log-probability is
         that at temperature 1. Raises DataError for an empty prompt and for a prefix that leaves no token to write,
         RecipeError for a response that would leave the model's positions, all before anything is sampled, and
         TrainingError for logits that are not finite.
         """
-        contexts = [context_of(request) for request in requests]
-        rooms = [room_of(request, sampling.max_new_tokens) for request in requests]
-        self._check_positions(requests, sampling.max_new_tokens)
+        responses = open_responses(requests, sampling.max_new_tokens)
+        limit = num_positions(self._model)
+        owner = f"the student has {limit} positions (max_position_embeddings)"
+        check_positions(requests, sampling.max_new_tokens, limit, owner)
         head = lm_head(self._model, temperature=sampling.temperature or 1.0, vocab_size=self._vocab_size)
         decoder = Decoder(self._model, head, self._stop_ids, self._autocast)
-        samples: dict[int, Sample] = {}
-        lengths = [context.numel() for context in contexts]
-        with evaluating(self._model):
+        lengths = [len(response.context) for response in responses]
+        with self._lock, evaluating(self._model):
+            if self._closed:
+                raise EngineError("the engine is closed")
             for group in plan_batches(lengths, sampling.max_new_tokens, self._max_batch_tokens):
-                chosen = [requests[index] for index in group]
-                room = torch.tensor([rooms[index] for index in group])
-                uniform = self._uniform(chosen, room, sampling, step, stream)
-                read = [contexts[index] for index in group]
-                decoded = decoder.run(read, uniform, room, sampling)
-                _refuse_nan(chosen, decoded)
-                made = to_samples(chosen, read, decoded, self._tokenizer, self._version)
-                samples.update(zip(group, made, strict=True))
-        return [samples[index] for index in range(len(requests))]
+                chosen = [responses[index] for index in group]
+                contexts = [torch.tensor(response.context) for response in chosen]
+                room = torch.tensor([response.room for response in chosen])
+                uniform = self._uniform([response.request for response in chosen], room, sampling, step, stream)
+                for response, row in zip(chosen, decoder.run(contexts, uniform, room, sampling), strict=True):
+                    response.ids, response.logprob = row.ids.tolist(), row.logprob.tolist()
+                    response.version = [self._version] * len(response.ids)
+                    response.finish = "stop" if row.stopped else "length"
+                broken = [response.request.key for response in chosen if any(map(math.isnan, response.logprob))]
+                if broken:
+                    raise TrainingError(
+                        f"request {broken[0]} (and {len(broken) - 1} more): the student's logits are not finite, so its "
+                        "weights have diverged: go back to an earlier checkpoint and lower the learning rate"
+                    )
+        return to_samples(responses, self._tokenizer)
 
     def _uniform(self, requests: Sequence[Request], room: Tensor, sampling: Sampling, step: int, stream: str) -> Tensor:
         """[B, N] float64, N the largest room. A position is that in the response: a prefix takes the first ones."""
@@ -109,17 +118,6 @@ class HFEngine:
         position = num_positions - room[:, None] + torch.arange(int(room.max()))
         # rows with less room never use what stands past their end
         return draws.gather(-1, position.clamp_max(num_positions - 1))
-
-    def _check_positions(self, requests: Sequence[Request], max_new_tokens: int) -> None:
-        limit = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
-        for request in requests:
-            length = request.token_ids.numel()
-            if limit is not None and length + max_new_tokens > limit:
-                raise RecipeError(
-                    f"request {request.key}: {length} prompt tokens and max_new_tokens {max_new_tokens} make "
-                    f"{length + max_new_tokens}, but the student has {limit} positions (max_position_embeddings): "
-                    "lower max_new_tokens or drop longer prompts"
-                )
 
 
 def plan_batches(lengths: Sequence[int], num_new: int, max_tokens: int) -> list[list[int]]:
@@ -135,33 +133,3 @@ def plan_batches(lengths: Sequence[int], num_new: int, max_tokens: int) -> list[
             width = lengths[index] + num_new
         groups[-1].append(index)
     return groups
-
-
-def _refuse_nan(requests: Sequence[Request], decoded: Decoded) -> None:
-    written = torch.arange(decoded.ids.shape[1], device=decoded.ids.device) < decoded.length[:, None]
-    broken = (decoded.logprob.isnan() & written).any(-1)
-    if bool(broken.any()):
-        raise TrainingError(
-            f"request {requests[int(broken.nonzero()[0])].key} (and {int(broken.sum()) - 1} more): the student's logits are "
-            "not finite, so its weights have diverged: go back to an earlier checkpoint and lower the learning rate"
-        )
-
-
-def context_of(request: Request) -> Tensor:
-    """[P + F] int64 on the CPU."""
-    if request.token_ids.numel() == 0:
-        raise DataError(f"request {request.key} has no prompt token; a prompt needs at least one (a BOS will do)")
-    if request.prefix_ids is None:
-        return request.token_ids
-    return torch.cat([request.token_ids, request.prefix_ids])
-
-
-def room_of(request: Request, max_new_tokens: int) -> int:
-    """Tokens that are left to the student."""
-    room = max_new_tokens - prefix_length(request)
-    if room < 1:
-        raise DataError(
-            f"request {request.key}: a prefix of {prefix_length(request)} tokens leaves nothing of max_new_tokens "
-            f"{max_new_tokens} to the student; cut it (`rollout.prefix.cut_prefix`)"
-        )
-    return room

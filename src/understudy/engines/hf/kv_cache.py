@@ -1,4 +1,7 @@
-"""The key-value cache that models of transformers write to, with room for the whole response from the start."""
+"""The key-value cache that models of transformers write to, with room for the whole response from the start.
+
+Apart from `decode`, because it imports transformers, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [B, heads, n, D] that a new token is written behind; the base class copies all with every token.
+    """Keys and values [B, heads, n, D], n at most `room`, in one allocation: the base class copies everything at each token.
 
-    `keys` and `values` are views of what is filled, as whatever reads them expects. `room`: the largest n.
+    `keys` and `values` are views of the filled part, which is all that readers of a layer expect.
     """
 
     def __init__(self, room: int) -> None:
@@ -21,7 +24,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._stores: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends [B, heads, m, D] each; all that is filled comes back."""
+        """Appends [B, heads, m, D] each, and returns the filled part."""
         if self._stores is None:
             self.lazy_initialization(key_states, value_states)
             self._stores = self._empty_like(key_states), self._empty_like(value_states)

@@ -1,24 +1,22 @@
-"""Whether servers have the weights that were pushed to them: by what they say about the same sequences as the trainer."""
+"""Whether servers have the weights that were pushed: their log-probabilities of some sequences, against the trainer's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from understudy.engines.probe import Probe
+from understudy.engines.base import Probe, Weights
 from understudy.engines.vllm.servers import Servers
 from understudy.errors import EngineError
 
-Rows = list[list[float]]
-
 MAX_STILL = 3
-"""Pushes in a row that change weights and no number of a server. One may be too small to show; what is learnt adds up."""
+"""Pushes in a row that change weights and no number of a server. One may be too small to show, but three add up."""
 MIN_MOVABLE = 16
-"""Tokens that have to stay as they are before that means anything."""
+"""Tokens whose log-probability must stay the same before that means anything."""
 PIECE = 2**24
-"""Numbers of a tensor that are summed at a time."""
+"""Numbers of a tensor that are summed at a time, because a sum of integers copies them to 64 bits."""
 CERTAIN = -1e-3
 """Nats: a log-probability above this may round to the same number whatever is learnt."""
 
@@ -28,12 +26,12 @@ class DisagreesError(EngineError):
 
 
 class PushCheck:
-    """Two signs of a push that did not arrive.
+    """Detects a push that did not arrive, by either of two signs.
 
-    The server's log-probabilities are not the trainer's: by more than `tolerance` nats on average. At the learning rates of
-    16 bits many pushes together change less than that, so there is another: weights changed, and the server's
-    log-probabilities of sequences that it was asked about before are the same to the last bit, several times in a row. Both
-    times nothing else is asked, because what is computed beside a request changes its last bits.
+    The server's log-probabilities differ from the trainer's by more than `tolerance` nats on average. At the learning rates
+    of 16-bit training one lost push changes less than that, hence the second sign: the weights changed, and yet the server's
+    log-probabilities of the sequences of the last comparison are the same to the last bit, several times in a row. Nothing
+    else may be asked meanwhile, because what is computed beside a request changes its last bits.
     """
 
     def __init__(self, servers: Servers, dtype: torch.dtype, tolerance: float, num_tokens: int) -> None:
@@ -42,76 +40,44 @@ class PushCheck:
         self._dtype = dtype
         self._tolerance = tolerance
         self._num_tokens = num_tokens
-        self._marks: dict[str, int] = {}
-        """Of the last weights, by name: the sum of their bits, read as integers."""
+        self._checksums: dict[str, int] = {}
+        """Of the last weights, by name."""
         self._changed = False
-        """Since the last probe."""
+        """Whether weights changed since the last comparison."""
         self._asked: list[list[int]] = []
-        self._said: dict[str, Rows] = {}
-        """By server, about `_asked`."""
+        """The sequences of the last comparison."""
+        self._said: dict[str, list[list[float]]] = {}
+        """The answers to `_asked`, by server."""
         self._num_still: dict[str, int] = {}
+        """Pushes in a row that moved nothing, by server."""
         self.last_gap = float("nan")
-        """Nats: the largest mean distance of a server's log-probabilities from the trainer's."""
+        """The largest mean distance, in nats, of a server's log-probabilities from the trainer's."""
 
-    def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same weights; whether the engine's precision tells them from the last is noted in passing."""
-        marks: dict[str, int] = {}
+    def watch(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """Yields the same weights, and notes whether they differ from the last ones in the engine's precision."""
+        checksums: dict[str, int] = {}
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self._dtype.itemsize]
         for name, tensor in weights:
             if tensor.is_floating_point():
-                marks[name] = _sum_of_bits(tensor, self._dtype)
+                # the bits of every number as an integer: equal for equal numbers, and rarely for others
+                pieces = tensor.detach().reshape(-1).split(PIECE)
+                sums = [piece.to(self._dtype).view(kind).sum(dtype=torch.int64) for piece in pieces]
+                checksums[name] = int(torch.stack(sums).sum())
             yield name, tensor
-        self._changed |= bool(self._marks) and marks != self._marks
-        self._marks = marks
+        self._changed |= bool(self._checksums) and checksums != self._checksums
+        self._checksums = checksums
 
     def after_push(self, probe: Probe, version: int) -> float | None:
-        """The gap. Raises EngineError for a server that disagrees, and for one in which nothing moves."""
+        """Returns the gap. Raises EngineError for a server that disagrees, and for one in which nothing moves."""
         chosen = self._choose(probe)
         asked = [row.tolist() for row in chosen.token_ids]
-        old = list(self._asked) if self._changed else []
+        old = self._asked if self._changed else []
         said = self._servers.score(old + asked)
-        again = {url: rows[: len(old)] for url, rows in said.items()}
         now = {url: rows[len(old) :] for url, rows in said.items()}
-        gap = self._measure(chosen, now, version)
-        if old:
-            self._check_moved(again, version)
-        self._asked, self._said, self._changed = asked, now, False
-        return gap
-
-    def again(self, probe: Probe, version: int) -> None:
-        """Raises DisagreesError where the weights of the last push are there no more."""
-        chosen = self._choose(probe)
-        self._measure(chosen, self._servers.score([row.tolist() for row in chosen.token_ids]), version)
-
-    def _choose(self, probe: Probe) -> Probe:
-        facts = self._servers.facts
-        longest = (None if facts is None else facts.max_length) or 2**31
-        return probe.first(self._num_tokens, longest - 1)
-
-    def _measure(self, chosen: Probe, said: dict[str, Rows], version: int) -> float | None:
-        """None where there is nothing to compare."""
-        if chosen.num_compared == 0:
-            return None
-        own = torch.cat([row.double() for row in chosen.logprob])
-        there = ~own.isnan()
-        gaps = {
-            url: float((torch.tensor([value for row in rows for value in row]).double() - own)[there].abs().mean())
-            for url, rows in said.items()
-        }
-        self.last_gap = max(gaps.values())
-        if not self.last_gap <= self._tolerance:
-            each = ", ".join(f"{url}: {gap:.2g}" for url, gap in gaps.items())
-            raise DisagreesError(
-                f"after the push of version {version} the rollout engine's log-probabilities are not the trainer's: they "
-                f"differ by {each} nats on average over {chosen.num_compared} tokens, and the precision explains "
-                f"{self._tolerance:g}. The weights did not arrive, or a tied output layer kept its old copy, or the engine "
-                "computes in another precision (rollout.dtype) or reports another kind of number (its --logprobs-mode)"
-            )
-        return self.last_gap
-
-    def _check_moved(self, again: dict[str, Rows], version: int) -> None:
-        for url, rows in again.items():
+        gap = self._compare(chosen, now, version)
+        for url, rows in said.items() if old else ():
             movable = sum(value < CERTAIN for row in self._said[url] for value in row)
-            if rows != self._said[url]:
+            if rows[: len(old)] != self._said[url]:
                 self._num_still[url] = 0
             elif movable >= MIN_MOVABLE:
                 self._num_still[url] = self._num_still.get(url, 0) + 1
@@ -122,11 +88,37 @@ class PushCheck:
                 "log-probabilities before and after each, to the last bit: pushes do not arrive there. See that the server "
                 "reads the weights that it is sent (rollout.weights), and that train.lr is large enough to change anything"
             )
+        self._asked, self._said, self._changed = asked, now, False
+        return gap
 
+    def again(self, probe: Probe, version: int) -> None:
+        """Raises DisagreesError if a server no longer has the weights of the last push."""
+        chosen = self._choose(probe)
+        self._compare(chosen, self._servers.score([row.tolist() for row in chosen.token_ids]), version)
 
-def _sum_of_bits(tensor: Tensor, dtype: torch.dtype) -> int:
-    """In the engine's precision: of the same numbers the same, of others rarely."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    # a sum of integers is made from a copy in 64 bits
-    pieces = tensor.detach().reshape(-1).split(PIECE)
-    return int(torch.stack([piece.to(dtype).view(kind).sum(dtype=torch.int64) for piece in pieces]).sum())
+    def _choose(self, probe: Probe) -> Probe:
+        # scoring writes one token, which has to fit too
+        longest = (self._servers.facts.max_length or 2**31) - 1
+        return probe.first(self._num_tokens, longest)
+
+    def _compare(self, chosen: Probe, said: dict[str, list[list[float]]], version: int) -> float | None:
+        """Returns the largest gap of all servers, None where there is nothing to compare. Raises DisagreesError."""
+        if chosen.num_compared == 0:
+            return None
+        own = torch.cat([row.double() for row in chosen.logprob])
+        compared = ~own.isnan()
+        gaps = {}
+        for url, rows in said.items():
+            values = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+            gaps[url] = float((values - own)[compared].abs().mean())
+        self.last_gap = max(gaps.values())
+        # so written that NaN is an error too
+        if not self.last_gap <= self._tolerance:
+            each = ", ".join(f"{url}: {gap:.2g}" for url, gap in gaps.items())
+            raise DisagreesError(
+                f"after the push of version {version} the rollout engine's log-probabilities are not the trainer's: they "
+                f"differ by {each} nats on average over {chosen.num_compared} tokens, and the precision explains "
+                f"{self._tolerance:g}. The weights did not arrive, or a tied output layer kept its old copy, or the engine "
+                "computes in another precision (rollout.dtype) or reports another kind of number (its --logprobs-mode)"
+            )
+        return self.last_gap

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -11,17 +11,16 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from understudy.engines.hf.engine import context_of, room_of
-from understudy.engines.probe import Probe
+from understudy.engines.base import Probe, Weights
+from understudy.engines.requests import Response, check_positions, open_responses, to_samples
 from understudy.engines.sections import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
 from understudy.engines.vllm.check import DisagreesError, PushCheck
 from understudy.engines.vllm.gate import Gate
-from understudy.engines.vllm.nccl import NCCLTransfer
-from understudy.engines.vllm.replies import Draft, Part, read_parts, to_samples
+from understudy.engines.vllm.replies import read_choices
 from understudy.engines.vllm.servers import Servers
-from understudy.engines.vllm.weights import WeightStore, engine_dtype, with_head
+from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, engine_dtype, with_head
 from understudy.errors import EngineError, RecipeError, WeightsLostError
 from understudy.http import Refused
 from understudy.models import unwrap
@@ -29,11 +28,11 @@ from understudy.randomness import hash_name
 from understudy.types import Request, Sample, Sampling
 
 FLOAT32_GAP = 1e-3
-"""Nats between two engines of the same weights in float32, on average: 5e-7 was measured, other kernels may add up to 1e-4."""
+"""Mean nats between two engines with the same weights in float32: 5e-7 was measured, other kernels may add up to 1e-4."""
 HALF_GAP = 0.05
 """The same where one of them computes in 16 bits: 5e-3 was measured on a small model, and depth adds to it."""
 MAX_BIASED = 1024
-"""Rows beyond the vocabulary that are forbidden by `logit_bias`; a request with more would be mostly that."""
+"""Rows beyond the vocabulary that are forbidden by `logit_bias`; with more, the bias would be most of every request."""
 FORBID = -100.0
 """The lowest bias that vLLM takes; 4e-44 of a token's probability is left."""
 MAX_FRUITLESS = 20
@@ -43,9 +42,11 @@ MAX_FRUITLESS = 20
 class VLLMEngine:
     """Writes samples on vLLM servers with the weights of the last push. Any thread may call it.
 
-    A push ends what is being written, and the response goes on with the new weights: its tokens have the version that each
-    was written by. Token ids from `vocab_size` on are never in a sample.
+    A push interrupts what is being written, and the response goes on with the new weights: each token has the version that
+    wrote it. Token ids from `vocab_size` on are never in a sample.
     """
+
+    remote: bool = True
 
     def __init__(
         self,
@@ -61,151 +62,180 @@ class VLLMEngine:
         autocast: torch.dtype | None = None,
     ) -> None:
         """`sampling`: of the samples that are trained on; those for evaluation may differ, and have no log-probability where
-        the servers do not give the one that is promised. Raises RecipeError for what vLLM cannot do."""
+        the servers do not give the promised one. Raises RecipeError for a setting that vLLM cannot honour."""
         check_temperature(sampling)
         needed = logprobs_mode(sampling)
         section = section.for_responses(sampling.max_new_tokens)
         self._section = section
+        self._model = model
         self._tokenizer = tokenizer
         self._seed = seed
         self._stop_ids = sorted(stop_ids)
         self._vocab_size = vocab_size
         self._sampling = sampling
+        self._run_dir = run_dir
         num_rows = int(unwrap(model).get_output_embeddings().weight.shape[0])
         padding = range(vocab_size, num_rows)
         self._bias = {str(row): FORBID for row in padding} if 0 < len(padding) <= MAX_BIASED else {}
-        dtype = engine_dtype(section.dtype, model)
-        exact = dtype == torch.float32 and unwrap(model).dtype == dtype and autocast in (None, torch.float32)
-        # a bias shows in the log-probabilities of what is drawn, and in no others
+        self._dtype = engine_dtype(section.dtype, model)
+        exact = self._dtype == torch.float32 == unwrap(model).dtype and autocast in (None, torch.float32)
+        # a bias shows in processed log-probabilities only
         mode = needed or (PROCESSED if self._bias else RAW)
-        precision = str(dtype).removeprefix("torch.")
-        self._servers = Servers(section, run_dir, dtype=precision, mode=mode, seed=seed)
+        self._servers = Servers(section, run_dir, dtype=str(self._dtype).removeprefix("torch."), mode=mode, seed=seed)
         tolerance = section.check_tolerance or (FLOAT32_GAP if exact else HALF_GAP)
-        self._check = PushCheck(self._servers, dtype, tolerance, section.probe_tokens)
+        self._check = PushCheck(self._servers, self._dtype, tolerance, section.probe_tokens)
         deadline_s = section.retry_policy.deadline_s
         self._gate = Gate(deadline_s)
         self._pushing = Lock()
         self._closed = False
         self._last_probe: Probe | None = None
-        self._written = False
-        """Since the weights were last compared."""
-        self._with_head = partial(with_head, model)
+        self._wrote_since_check = False
+        self._store: WeightStore | None = None
         self._transfer: NCCLTransfer | None = None
         if section.weights == "nccl":
             device = next(model.parameters()).device
-            self._transfer = NCCLTransfer(self._servers, dtype, device, deadline_s)
-        # made by the rank that pushes, which is the only one to write there
-        self._make_store = partial(WeightStore, model, tokenizer, run_dir, dtype=dtype, place=_place(section, run_dir))
-        self._store: WeightStore | None = None
+            self._transfer = NCCLTransfer(self._servers, self._dtype, device, deadline_s)
 
     @property
     def concurrency(self) -> int:
-        """As many as may be in flight."""
+        """Requests that may be in flight."""
         return self._section.max_concurrency
 
     @property
-    def remote(self) -> bool:
-        """Servers."""
-        return True
-
-    @property
     def num_positions(self) -> int | None:
-        """Tokens of prompt and response together; None where no server says, or none is started yet."""
-        return None if self._servers.facts is None else self._servers.facts.max_length
+        """Tokens of prompt and response together; None where no server gives a limit, or none is started yet."""
+        return self._servers.facts.max_length if self._servers.started else None
 
     @property
     def last_gap(self) -> float:
-        """Nats: the largest mean distance of a server's log-probabilities from the trainer's, when they were last compared."""
+        """The largest mean distance, in nats, of a server's log-probabilities from the trainer's at the last comparison."""
         return self._check.last_gap
 
     def health(self) -> str:
         """A line about the servers. Raises EngineError for one that does not answer."""
-        if self._servers.facts is None:
-            raise EngineError("the rollout engine has no weights yet")
         return self._servers.health()
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
-    ) -> list[Sample]:
-        """One sample for each request, in their order.
-
-        Raises DataError as HFEngine does, RecipeError for a response that would be longer than the servers allow, both
-        before anything is sent, and EngineError for servers that give no right answer.
-        """
-        check_temperature(sampling)
-        drafts = [
-            Draft(request, context_of(request).tolist(), room_of(request, sampling.max_new_tokens))
-            for request in requests
-        ]
-        with self._gate.passing():
-            # the facts are there once weights are
-            self._check_positions(requests, sampling.max_new_tokens)
-        client, facts = self._servers.client, self._servers.facts
-        assert client is not None
-        assert facts is not None
-        self._written = True
-        left = self._groups(drafts)
-        try:
-            while left:
-                client.each(left, lambda group: self._write(group, sampling, f"{self._seed}/{stream}/{step}"))
-                left = [[draft] for group in left for draft in group if draft.finish is None]
-        except EngineError:
-            if not self._closed:
-                self._servers.explain()
-            raise
-        return to_samples(drafts, self._tokenizer, with_logprob=promises(facts.logprobs_mode, sampling))
-
-    def push(
-        self, weights: Iterable[tuple[str, Tensor]] | None, version: int, probe: Probe | None = None
-    ) -> float | None:
+    def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> float | None:
         """Gives every server the weights, by the names of the plain model; the first call starts the servers.
 
-        Returns the mean distance of log-probabilities from those of `probe`, the largest of all servers, None where there is
-        nothing to compare. None for weights: another rank has pushed them, and only the version is noted.
-        Raises EngineError, after which nothing can be generated, for a server that fails or disagrees.
+        Returns the largest mean distance of a server's log-probabilities from those of `probe`, None where nothing is
+        compared. `weights` is None where another rank has pushed them, and only the version is noted. Raises EngineError,
+        after which nothing can be generated, for a server that fails or disagrees.
         """
+        # First of all: once the new weights are there, nobody can tell whether a server lost the old ones in between, and
+        # the samples that it wrote without them would be trained on.
         self.verify()
-        with self._pushing:
+        with self._pushing, self._breaks_on_error(version):
             if self._closed:
                 raise EngineError("the rollout engine is closed")
-            try:
-                if weights is None:
-                    self._join()
-                else:
-                    self._replace(weights, version)
-                gap = None if probe is None or weights is None else self._check.after_push(probe, version)
-                self._last_probe = None if weights is None else probe
-            except BaseException as error:
-                self._gate.break_with(f"the rollout engine did not get version {version} of the weights: {error}")
-                if isinstance(error, EngineError) and not self._closed:
-                    # that it died says more than that it gave no answer
-                    self._servers.explain()
-                raise
+            if weights is None:
+                self._gate.close()
+                if not self._servers.started:
+                    if self._section.launch is not None:
+                        raise RecipeError(
+                            "rollout.launch starts servers for one rank alone; with several ranks start them yourself and "
+                            "give rollout.url"
+                        )
+                    self._start(None)
+                self._last_probe = None
+                self._gate.open(version)
+                return None
+            # The head goes along under a name of its own, because an engine may keep a copy of a tied one. The check notes
+            # in passing whether any weight differs from the last push.
+            weights = self._check.watch(with_head(self._model, weights))
+            if not self._servers.started and self._section.launch is not None:
+                # Servers of the run's own begin with these weights. Only the tensors are removed afterwards: a server may
+                # read configuration and tokenizer again.
+                start_dir = self._open_store().write(weights, "start")
+                try:
+                    self._start(start_dir)
+                finally:
+                    self._open_store().drop_tensors(start_dir)
+            else:
+                if not self._servers.started:
+                    self._start(None)
+                # Files are written while the servers still write samples: it takes longest, and changes nothing yet.
+                with (
+                    nullcontext() if self._transfer else self._open_store().written(weights, f"v{version}") as directory
+                ):
+                    # No new request from here on: it would be answered by weights of an unknown version.
+                    self._gate.close()
+                    # Long responses are cut off where they are, not waited for.
+                    with self._servers.paused():
+                        # Every reply to the old weights has to be in before they go, so that its tokens get the old
+                        # version. A request may reach a server after the pause did, which is therefore repeated.
+                        self._gate.drain(self._servers.pause)
+                        if self._transfer is not None:
+                            self._transfer.send(weights)
+                        else:
+                            assert directory is not None
+                            self._servers.reload(directory)
+                        # After the reload, or the last prefixes of the old weights could still get in, and before a
+                        # request can read them.
+                        self._servers.forget()
+            # Compared while the gate is closed: what is computed beside a request changes the last bits of its numbers.
+            gap = None if probe is None else self._check.after_push(probe, version)
+            self._last_probe = probe
+            # Last, so that no sample is ever written with weights that did not arrive.
             self._gate.open(version)
             return gap
 
     def verify(self) -> None:
-        """Compares with the last probe again, where something was written since: a server that was started again has the
-        weights that it was started with, and answers as if nothing had been."""
+        """Compares with the last probe again if anything was written since. A server that was started again has the weights
+        it was started with, and answers as if nothing had happened: raises WeightsLostError."""
         with self._pushing:
-            if self._last_probe is None or not self._written or self._closed:
+            if self._last_probe is None or not self._wrote_since_check or self._closed:
                 return
-            self._written = False
+            self._wrote_since_check = False
             try:
                 self._check.again(self._last_probe, self._gate.version)
             except DisagreesError as error:
-                # said once: the push that follows is not to fail of it
+                # reported once: the push that follows is the cure and must not fail of it
                 self._last_probe = None
                 raise WeightsLostError(
                     f"the rollout engine lost its weights after they were pushed; was a server started again? {error}"
                 ) from error
             except BaseException:
-                # nobody knows, so it is asked again
-                self._written = True
+                # no answer is no verdict, so the next call asks again
+                self._wrote_since_check = True
                 raise
 
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
+    ) -> list[Sample]:
+        """One sample for each request, in order.
+
+        Raises DataError as HFEngine does, RecipeError for a response that would be longer than the servers allow, both
+        before anything is sent, and EngineError for servers that give no right answer.
+        """
+        check_temperature(sampling)
+        responses = open_responses(requests, sampling.max_new_tokens)
+        # servers tell their limits once they have weights
+        with self._gate.passing():
+            facts = self._servers.facts
+        owner = f"the rollout engine takes {facts.max_length} (start it with a larger --max-model-len)"
+        check_positions(requests, sampling.max_new_tokens, facts.max_length, owner)
+        self._wrote_since_check = True
+        groups = [[response] for response in responses]
+        if self._section.grouped:
+            same: dict[tuple[int, ...], list[Response]] = {}
+            for response in responses:
+                same.setdefault((response.room, *response.context), []).append(response)
+            groups = list(same.values())
+        write = partial(self._write, sampling=sampling, stream=f"{self._seed}/{stream}/{step}")
+        try:
+            while groups:
+                self._servers.client.each(groups, write)
+                # a group that was interrupted has responses of different lengths, so each goes on alone
+                groups = [[response] for group in groups for response in group if response.finish is None]
+        except EngineError:
+            if not self._closed:
+                self._servers.explain()
+            raise
+        return to_samples(responses, self._tokenizer, with_logprob=promises(facts.logprobs_mode, sampling))
+
     def close(self) -> None:
-        """Gives up what is in flight, stops the servers that are ours, and removes the weights. Twice does no harm."""
+        """Gives up what is in flight, stops the run's own servers, and removes the weights. A second call does nothing."""
         self._closed = True
         self._gate.break_with("the rollout engine is closed")
         try:
@@ -222,130 +252,88 @@ class VLLMEngine:
     ) -> None:
         self.close()
 
-    def _join(self) -> None:
-        """A rank that pushes nothing finds the servers of the one that does."""
-        self._gate.close()
-        if self._servers.facts is None:
-            if self._servers.launches:
-                raise RecipeError(
-                    "rollout.launch starts servers for one rank alone; with several ranks start them yourself and give "
-                    "rollout.url"
-                )
-            self._start(None)
-
-    def _replace(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Puts the weights in place of the old ones, everywhere, while nothing is written."""
-        weights = self._check.watch(self._with_head(weights))
-        if self._servers.facts is None:
-            if self._servers.launches:
-                self._launch(weights)
-                return
-            self._start(None)
-        with self._prepared(weights, version) as deliver:
-            self._gate.close()
-            try:
-                self._servers.pause()
-                self._gate.drain(self._servers.pause)
-                deliver()
-                self._servers.forget()
-            except BaseException:
-                with suppress(EngineError):
-                    self._servers.resume()
-                raise
-            self._servers.resume()
-
     @contextmanager
-    def _prepared(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Iterator[Callable[[], None]]:
-        """What gives the weights to the servers, as far as possible before they stand still."""
-        if self._transfer is not None:
-            yield partial(self._transfer.send, weights)
-            return
-        directory = self._open_store().write(weights, f"v{version}")
+    def _breaks_on_error(self, version: int) -> Iterator[None]:
+        """After a failed push nobody knows which weights a server has, so nothing is generated any more."""
         try:
-            yield partial(self._servers.reload, directory)
-        finally:
-            self._open_store().drop(directory)
-
-    def _launch(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Servers of our own begin with the weights; configuration and tokenizer stay where they have read them."""
-        directory = self._open_store().write(weights, "start")
-        try:
-            self._start(directory)
-        finally:
-            self._open_store().drop_tensors(directory)
+            yield
+        except BaseException as error:
+            self._gate.break_with(f"the rollout engine did not get version {version} of the weights: {error}")
+            if isinstance(error, EngineError) and not self._closed:
+                self._servers.explain()
+            raise
 
     def _open_store(self) -> WeightStore:
+        # not in __init__, because only the rank that pushes may take the folder
         if self._store is None:
-            self._store = self._make_store()
+            place: Path | Literal["shm"] | None = self._run_dir / "weights"
+            if self._section.weights_dir is not None:
+                place = Path(self._section.weights_dir).expanduser()
+            elif self._section.weights == "shm":
+                place = "shm"
+            elif self._section.weights == "auto" and self._section.is_local:
+                place = None
+            self._store = WeightStore(self._model, self._tokenizer, self._run_dir, dtype=self._dtype, place=place)
         return self._store
 
     def _start(self, directory: Path | None) -> None:
         self._servers.start(directory)
-        facts = self._servers.facts
-        assert facts is not None
-        if not promises(facts.logprobs_mode, self._sampling):
+        mode = self._servers.facts.logprobs_mode
+        if not promises(mode, self._sampling):
             raise RecipeError(
-                f"the rollout engine {self._servers.urls[0]} is in logprobs mode {facts.logprobs_mode}, and the recipe's "
-                f"sampling needs {logprobs_mode(self._sampling) or RAW}: start it with --logprobs-mode"
+                f"the rollout engine {self._servers.urls[0]} is in logprobs mode {mode}, and the recipe's sampling needs "
+                f"{logprobs_mode(self._sampling) or RAW}: start it with --logprobs-mode"
             )
 
-    def _check_positions(self, requests: Sequence[Request], max_new_tokens: int) -> None:
-        limit = self.num_positions
-        for request in requests:
-            length = request.token_ids.numel()
-            if limit is not None and length + max_new_tokens > limit:
-                raise RecipeError(
-                    f"request {request.key}: {length} prompt tokens and max_new_tokens {max_new_tokens} make "
-                    f"{length + max_new_tokens}, but the rollout engine takes {limit} (its --max-model-len): lower "
-                    "max_new_tokens, drop longer prompts, or start it with more"
+    def _write(self, group: list[Response], sampling: Sampling, stream: str) -> None:
+        """Asks for a single response until it is finished, and for several once."""
+        num_fruitless = 0
+        while True:
+            first, length = group[0], len(group[0].ids)
+            body = self._body(group, sampling, stream)
+            with self._gate.passing() as version:
+                try:
+                    choices = self._servers.client.request(
+                        "/v1/completions", partial(read_choices, body=body), key=first.request.key, json=body
+                    )
+                except Refused as refused:
+                    raise EngineError(f"the rollout engine refused request {first.request.key}: {refused}") from refused
+            # again, because a comparison may have been made while the request was under way
+            self._wrote_since_check = True
+            for response, (ids, logprob, finish) in zip(group, choices, strict=True):
+                # without a bias a token may be drawn that the tokenizer does not have: the response ends before it
+                keep = next((place for place, token in enumerate(ids) if token >= self._vocab_size), len(ids))
+                response.ids += ids[:keep]
+                response.logprob += logprob[:keep]
+                response.version += [version] * keep
+                if keep < len(ids):
+                    response.num_redrawn += 1
+                    response.finish = "length" if response.ids else None
+                elif finish == "stop":
+                    response.finish = "stop"
+                elif finish == "length" or len(response.ids) >= response.room:
+                    response.finish = "length"
+            if len(group) > 1 or first.finish is not None:
+                return
+            num_fruitless = 0 if len(first.ids) > length else num_fruitless + 1
+            if num_fruitless > MAX_FRUITLESS:
+                raise EngineError(
+                    f"request {first.request.key}: {num_fruitless} replies of the rollout engine in a row had no token; "
+                    "somebody else pauses its servers"
                 )
 
-    def _groups(self, drafts: Sequence[Draft]) -> list[list[Draft]]:
-        """Drafts that one request asks for: alone, or with those of the same context and room."""
-        if not self._section.grouped:
-            return [[draft] for draft in drafts]
-        groups: dict[tuple[int, ...], list[Draft]] = {}
-        for draft in drafts:
-            groups.setdefault((draft.room, *draft.context), []).append(draft)
-        return list(groups.values())
-
-    def _write(self, group: list[Draft], sampling: Sampling, stream: str) -> None:
-        """Requests and their replies until a single draft is finished; several are asked for once."""
-        while True:
-            with self._gate.passing() as version:
-                parts = self._ask(self._body(group, sampling, stream), group[0].request.key)
-            # also what was begun before the last comparison
-            self._written = True
-            for draft, part in zip(group, parts, strict=True):
-                draft.add(part, version, self._vocab_size)
-                if draft.num_fruitless > MAX_FRUITLESS:
-                    raise EngineError(
-                        f"request {draft.request.key}: {draft.num_fruitless} replies of the rollout engine in a row had no "
-                        "token; somebody else pauses its servers"
-                    )
-            if len(group) > 1 or group[0].finish is not None:
-                return
-
-    def _ask(self, body: dict[str, Any], key: str) -> list[Part]:
-        client = self._servers.client
-        assert client is not None
-        try:
-            return client.request("/v1/completions", lambda reply: read_parts(reply, body), key=key, json=body)
-        except Refused as refused:
-            raise EngineError(f"the rollout engine refused request {key}: {refused}") from refused
-
-    def _body(self, group: list[Draft], sampling: Sampling, stream: str) -> dict[str, Any]:
-        """Everything is said, so that no default of a server or of the model's generation_config.json joins in."""
-        first, facts = group[0], self._servers.facts
-        assert facts is not None
+    def _body(self, group: list[Response], sampling: Sampling, stream: str) -> dict[str, Any]:
+        """Everything is stated, so that no default of a server or of the model's generation_config.json joins in."""
+        first = group[0]
         # a continuation draws other numbers than what it continues
         name = f"{stream}/{first.request.key}/{len(first.ids)}/{first.num_redrawn}"
-        bias = {"logit_bias": self._bias} if self._bias else {}
-        return bias | {
-            "model": facts.model,
+        body: dict[str, Any] = {"logit_bias": self._bias} if self._bias else {}
+        return body | {
+            "model": self._servers.facts.model,
             "prompt": [*first.context, *first.ids],
             "max_tokens": first.room - len(first.ids),
             "n": len(group),
+            # vLLM takes a signed 64-bit seed, and adds the index of a choice
             "seed": hash_name(name) >> 2,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -355,17 +343,11 @@ class VLLMEngine:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "stop_token_ids": self._stop_ids,
+            # the model's own EOS need not be among the trainer's stop tokens
             "ignore_eos": True,
+            # 0 likeliest tokens beside the sampled one
             "logprobs": 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
         }
-
-
-def _place(section: VLLM, run_dir: Path) -> Path | Literal["shm"] | None:
-    if section.weights_dir is not None:
-        return Path(section.weights_dir).expanduser()
-    if section.weights == "shm":
-        return "shm"
-    return None if section.weights == "auto" and section.is_local else run_dir / "weights"

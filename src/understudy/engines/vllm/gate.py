@@ -1,4 +1,4 @@
-"""Which policy version wrote a reply: nothing is asked while the weights change."""
+"""Keeps requests away while the weights change, and tells each which version answers it."""
 
 from __future__ import annotations
 
@@ -9,38 +9,34 @@ from threading import Condition
 
 from understudy.errors import EngineError
 
-_LOOK_S = 0.5
-"""Between reminders while the last replies are waited for."""
+REMIND_S = 0.5
+"""Between two requests to pause while the last replies are waited for."""
 
 
 class Gate:
-    """Open: requests pass, and know the version that answers them. Closed: they wait, until it is open or broken."""
+    """Open: requests pass, and learn the version that answers them. Closed: they wait until it is open or broken."""
 
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._changed = Condition()
         self._open = False
         self._error: str | None = None
         self._num_inside = 0
-        self._version = -1
-
-    @property
-    def version(self) -> int:
+        self.version = -1
         """Of the weights; -1 before the first."""
-        return self._version
 
     @contextmanager
     def passing(self) -> Iterator[int]:
-        """The version. Raises EngineError where the gate is broken, or does not open in time."""
-        until = time.monotonic() + self._patience_s
+        """Yields the version. Raises EngineError if the gate is broken, or does not open in time."""
+        until = time.monotonic() + self._timeout_s
         with self._changed:
             while not self._open:
                 if self._error is not None:
                     raise EngineError(self._error)
                 if not self._changed.wait(max(0.0, until - time.monotonic())):
-                    raise EngineError(f"no weights were pushed to the rollout engine within {self._patience_s:g} s")
+                    raise EngineError(f"no weights were pushed to the rollout engine within {self._timeout_s:g} s")
             self._num_inside += 1
-            version = self._version
+            version = self.version
         try:
             yield version
         finally:
@@ -49,33 +45,33 @@ class Gate:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Nothing passes any more; what is inside goes on."""
+        """Lets nothing pass any more; requests that are inside go on."""
         with self._changed:
             self._open = False
 
     def drain(self, remind: Callable[[], None]) -> None:
-        """Returns when nothing is inside, after `remind` has been called now and then. Raises EngineError when late."""
-        until = time.monotonic() + self._patience_s
+        """Returns when nothing is inside; calls `remind` every `REMIND_S`. Raises EngineError when that takes too long."""
+        until = time.monotonic() + self._timeout_s
         while True:
             with self._changed:
-                if self._changed.wait_for(lambda: self._num_inside == 0, _LOOK_S):
+                if self._changed.wait_for(lambda: self._num_inside == 0, REMIND_S):
                     return
                 if self._error is not None:
                     raise EngineError(self._error)
             if time.monotonic() > until:
                 raise EngineError(
-                    f"{self._num_inside} requests to the rollout engine did not end in {self._patience_s:g} s"
+                    f"{self._num_inside} requests to the rollout engine did not end in {self._timeout_s:g} s"
                 )
             remind()
 
     def open(self, version: int) -> None:
-        """Lets requests pass again."""
+        """Lets requests pass again, unless it is broken."""
         with self._changed:
-            self._version, self._open = version, self._error is None
+            self.version, self._open = version, self._error is None
             self._changed.notify_all()
 
     def break_with(self, error: str) -> None:
-        """Whoever waits or comes later gets an EngineError. The first reason stays."""
+        """Raises EngineError for all who wait or come later. The first reason stays."""
         with self._changed:
             self._open = False
             self._error = self._error or error

@@ -1,72 +1,22 @@
-"""What vLLM says, read with distrust, and the samples that it becomes."""
+"""Reads vLLM's replies, and raises BadReply for anything that does not fit the request."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from understudy.engines.hf.assemble import prefix_length
 from understudy.http import BadReply, Reply
-from understudy.types import Author, Finish, Request, Sample
 
 LEAST = -9999.0
-"""What vLLM writes for minus infinity, which no token that was drawn can have."""
+"""What vLLM writes for minus infinity, which no drawn token can have."""
 SLACK = 1e-6
 """By which rounding may lift a log-probability above 0."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Tokens of one response, as far as one reply has them."""
-
-    ids: list[int]
-    logprob: list[float]
-    finish: str
-    """"stop", "length", or "abort": the server was paused."""
-
-
-@dataclass(eq=False)
-class Draft:
-    """A response that is being written, perhaps in several parts and by several versions."""
-
-    request: Request
-    context: list[int]
-    room: int
-    """Tokens that the student may write in all."""
-    ids: list[int] = field(default_factory=list)
-    logprob: list[float] = field(default_factory=list)
-    version: list[int] = field(default_factory=list)
-    finish: Finish | None = None
-    num_fruitless: int = 0
-    """Replies in a row without a token."""
-    num_redrawn: int = 0
-    """Draws that gave no token which exists."""
-
-    def add(self, part: Part, version: int, vocab_size: int) -> None:
-        """Appends a part. It ends before the first token from `vocab_size` on, and with it the response, truncated; a
-        response without any token is drawn again."""
-        keep = next((place for place, token in enumerate(part.ids) if token >= vocab_size), len(part.ids))
-        self.ids += part.ids[:keep]
-        self.logprob += part.logprob[:keep]
-        self.version += [version] * keep
-        self.num_fruitless = 0 if keep else self.num_fruitless + 1
-        if keep < len(part.ids):
-            self.num_redrawn += 1
-            self.finish = "length" if self.ids else None
-        elif part.finish == "stop":
-            self.finish = "stop"
-        elif part.finish == "length" or len(self.ids) >= self.room:
-            self.finish = "length"
-
-
-def read_parts(reply: Reply, body: dict[str, Any]) -> list[Part]:
-    """The `n` responses to a request, in order. Raises BadReply for anything that does not fit it."""
-    choices = _choices(reply, body["n"])
-    return [_read_part(choice, body) for choice in choices]
+def read_choices(reply: Reply, body: dict[str, Any]) -> list[tuple[list[int], list[float], str]]:
+    """Ids, log-probabilities and finish of the `n` responses, in order; "abort": the server was paused."""
+    return [_read_choice(choice, body) for choice in _choices(reply, body["n"])]
 
 
 def _choices(reply: Reply, num: int) -> list[dict[str, Any]]:
@@ -79,10 +29,10 @@ def _choices(reply: Reply, num: int) -> list[dict[str, Any]]:
     return sorted(choices, key=lambda choice: int(choice["index"]))
 
 
-def _read_part(choice: dict[str, Any], body: dict[str, Any]) -> Part:
+def _read_choice(choice: dict[str, Any], body: dict[str, Any]) -> tuple[list[int], list[float], str]:
     ids, finish = choice.get("token_ids"), choice.get("finish_reason")
-    given = choice.get("prompt_token_ids")
-    if given is not None and given != body["prompt"]:
+    prompt = choice.get("prompt_token_ids")
+    if prompt is not None and prompt != body["prompt"]:
         raise BadReply("it read other prompt tokens than were sent")
     if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
         raise BadReply("no token ids (vLLM before 0.20 does not give them)")
@@ -91,8 +41,9 @@ def _read_part(choice: dict[str, Any], body: dict[str, Any]) -> Part:
     if len(ids) > body["max_tokens"]:
         raise BadReply(f"{len(ids)} tokens where at most {body['max_tokens']} were asked for")
     logprobs = choice.get("logprobs")
-    found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    logprob = check_logprobs(found if ids else [], len(ids))
+    values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    # a reply without tokens has no log-probabilities either
+    logprob = check_logprobs(values if ids else [], len(ids))
     stop = set(body["stop_token_ids"])
     if any(token in stop for token in ids[:-1]):
         raise BadReply("it went on after a token that ends a response")
@@ -103,11 +54,11 @@ def _read_part(choice: dict[str, Any], body: dict[str, Any]) -> Part:
         )
     if finish == "length" and not ended and len(ids) < body["max_tokens"]:
         raise BadReply(f"it gave up after {len(ids)} of {body['max_tokens']} tokens")
-    return Part(ids, logprob, "stop" if ended else finish)
+    return ids, logprob, "stop" if ended else finish
 
 
 def check_logprobs(values: object, num_tokens: int) -> list[float]:
-    """One number a token. Raises BadReply for another count, what is missing, not finite, or above 0."""
+    """One number a token. Raises BadReply for a wrong count and for a number that is missing, not finite, or above 0."""
     if not isinstance(values, list) or len(values) != num_tokens:
         count = len(values) if isinstance(values, list) else "no"
         raise BadReply(f"{count} log-probabilities for {num_tokens} tokens")
@@ -120,7 +71,7 @@ def check_logprobs(values: object, num_tokens: int) -> list[float]:
 
 
 def read_scores(reply: Reply, ids: Sequence[int]) -> list[float]:
-    """`prompt_logprobs` of every token but the first. Raises BadReply."""
+    """`prompt_logprobs` of every token but the first."""
     rows = _choices(reply, 1)[0].get("prompt_logprobs")
     if not isinstance(rows, list) or len(rows) != len(ids):
         raise BadReply(
@@ -131,34 +82,3 @@ def read_scores(reply: Reply, ids: Sequence[int]) -> list[float]:
         entry = row.get(str(token)) if isinstance(row, dict) else None
         found.append(entry.get("logprob") if isinstance(entry, dict) else None)
     return check_logprobs(found, len(ids) - 1)
-
-
-def to_samples(drafts: Sequence[Draft], tokenizer: Any, *, with_logprob: bool) -> list[Sample]:
-    """One sample for each finished draft. `with_logprob=False`: the server's numbers refer to another distribution."""
-    texts: list[str] = tokenizer.batch_decode([_shown(draft) for draft in drafts], skip_special_tokens=True)
-    return [_to_sample(draft, text, with_logprob) for draft, text in zip(drafts, texts, strict=True)]
-
-
-def _shown(draft: Draft) -> list[int]:
-    """The response without the token that ended it."""
-    prompt = draft.request.token_ids.numel()
-    return [*draft.context[prompt:], *(draft.ids[:-1] if draft.finish == "stop" else draft.ids)]
-
-
-def _to_sample(draft: Draft, text: str, with_logprob: bool) -> Sample:
-    assert draft.finish is not None
-    request, num_read, num_written = draft.request, len(draft.context), len(draft.ids)
-    num_given = prefix_length(request)
-    whose = torch.tensor([Author.PROMPT, Author.TEACHER, Author.STUDENT], dtype=torch.uint8)
-    return Sample(
-        prompt=request.prompt,
-        index=request.index,
-        token_ids=torch.tensor([*draft.context, *draft.ids], dtype=torch.int64),
-        author=whose.repeat_interleave(torch.tensor([num_read - num_given, num_given, num_written])),
-        prompt_length=request.token_ids.numel(),
-        finish=draft.finish,
-        text=text,
-        rollout_logprob=torch.tensor([math.nan] * num_read + draft.logprob) if with_logprob else None,
-        policy_version=torch.tensor([-1] * num_read + draft.version, dtype=torch.int64),
-        teacher=request.prompt.teacher,
-    )

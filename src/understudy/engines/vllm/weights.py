@@ -1,30 +1,69 @@
-"""The student's weights as files that a server on the same machine, or on the same file system, reads."""
+"""How the student's weights travel: as files that a server on the same file system reads, or from GPU to GPU by NCCL."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+import stat
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, Literal
+from threading import Thread
+from typing import IO, Any, Literal, Protocol, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from understudy.engines.vllm.shared_memory import SHARED_MEMORY, make_private, memory_left, open_lock
+from understudy.engines.base import Weights
+from understudy.engines.vllm.servers import Servers
 from understudy.errors import EngineError, RecipeError
 from understudy.models import unwrap
 
+Result = TypeVar("Result")
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where the kernel keeps it)
 SHARD_BYTES = 4 * 2**30
-"""Of one file: what is copied to the CPU at a time."""
+"""Size of one file, which is what is copied to the CPU at a time."""
 ROOM = 1.05
-"""Of the weights' size that must be free: headers, configuration and tokenizer come on top."""
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Free space over the weights' size: headers, configuration and tokenizer come on top."""
+_POLL_S = 0.01
+
+
+def engine_dtype(asked: str, model: nn.Module) -> torch.dtype:
+    """`auto`: that of the student's weights, and float32 for one that no engine has."""
+    own: torch.dtype = unwrap(model).dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return known.get(asked, own if own in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
+
+
+def with_head(model: nn.Module, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """The weights with the head also where it is the embedding: an engine may keep a copy of its own (vLLM's on CPUs does)."""
+    tied = _tied_names(unwrap(model))
+    seen: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        if tied is not None and name in tied:
+            seen[name] = tensor
+        yield name, tensor
+    if tied is not None and tied[1] not in seen:
+        if tied[0] not in seen:
+            raise ValueError(f"the weights have no {tied[0]}, which is also the head")
+        yield tied[1], seen[tied[0]]
+
+
+def _tied_names(model: Any) -> tuple[str, str] | None:
+    """Names of the embedding's weight and of the head's where they are one tensor."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
+    return f"{names[embedding]}.weight", f"{names[head]}.weight"
 
 
 class WeightStore:
@@ -42,37 +81,58 @@ class WeightStore:
         dtype: torch.dtype,
         place: Path | Literal["shm"] | None,
     ) -> None:
-        """`place`: None for shared memory where it has room and `run_dir` where it has not. Raises RecipeError for another
-        run that is at work there, and for a folder there that others can write to."""
+        """`place`: None for shared memory where it has room, else `run_dir`. Raises RecipeError for another run that is at
+        work there, and for a folder there that others can write to."""
         self._model = unwrap(model)
         self._tokenizer = tokenizer
         self._dtype = dtype
-        self._tied = _tied_head(self._model)
-        self._folder = self._choose(run_dir, place)
+        tensors: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
+        num_tied = self._model.get_input_embeddings().weight.numel() if _tied_names(self._model) else 0
+        self._num_bytes = (sum(tensor.numel() for tensor in tensors) + num_tied) * dtype.itemsize
+        name = "understudy-" + blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
+        shared = SHARED_MEMORY / name
+        if isinstance(place, Path):
+            self.folder = place / name
+        elif place == "shm":
+            if not SHARED_MEMORY.is_dir():
+                raise RecipeError(f"rollout.weights is shm, but there is no {SHARED_MEMORY}; use directory")
+            self.folder = shared
+        else:
+            # what a killed run left there counts as free, because it is removed before anything is written
+            has_room = SHARED_MEMORY.is_dir() and _free(SHARED_MEMORY) + _size(shared) > ROOM * self._num_bytes
+            self.folder = shared if has_room else run_dir / "weights" / name
+        make_private(self.folder)
         self._lock: IO[bytes] | None = self._take()
 
-    @property
-    def folder(self) -> Path:
-        """Where everything lies."""
-        return self._folder
+    @contextmanager
+    def written(self, weights: Weights, name: str) -> Iterator[Path]:
+        """A directory that vLLM loads, removed at the end. Raises EngineError where it cannot be written."""
+        directory = self.write(weights, name)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of one version."""
-        tensors: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
-        numbers = sum(tensor.numel() for tensor in tensors) + (self._tied.num_weights if self._tied else 0)
-        return numbers * self._dtype.itemsize
-
-    def write(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Path:
-        """A directory that vLLM loads. Raises EngineError where it cannot be written."""
-        target, aside = self._folder / name, self._folder / f"{name}.tmp"
+    def write(self, weights: Weights, name: str) -> Path:
+        """As `written`, but it stays until `drop_tensors` and `close`."""
+        target, aside = self.folder / name, self.folder / f"{name}.tmp"
         try:
             for path in (aside, target):
                 shutil.rmtree(path, ignore_errors=True)
             aside.mkdir()
-            self._check_room(self._folder)
+            free = _free(self.folder)
+            if free < ROOM * self._num_bytes:
+                raise EngineError(
+                    f"{self.folder} has {free / 2**30:.2f} GiB free, and the student's weights take "
+                    f"{self._num_bytes / 2**30:.2f}; free some, or set rollout.weights: directory and rollout.weights_dir"
+                )
             self._write_shards(weights, aside)
-            self._describe(aside)
+            config: Any = type(self._model.config).from_dict(self._model.config.to_dict())
+            # the files' precision, not the model's
+            config.dtype = self._dtype
+            config.architectures = [type(self._model).__name__]
+            config.save_pretrained(aside)
+            self._tokenizer.save_pretrained(aside)
             aside.rename(target)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -87,128 +147,114 @@ class WeightStore:
         for path in directory.glob("*.safetensors"):
             path.unlink(missing_ok=True)
 
-    def drop(self, directory: Path) -> None:
-        """Removes one version."""
-        shutil.rmtree(directory, ignore_errors=True)
-
     def close(self) -> None:
         """Removes everything."""
         if self._lock is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
             self._lock = None
 
-    def _choose(self, run_dir: Path, place: Path | Literal["shm"] | None) -> Path:
-        name = "understudy-" + blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
-        if isinstance(place, Path):
-            return place / name
-        shared = SHARED_MEMORY / name
-        if place == "shm":
-            if not SHARED_MEMORY.is_dir():
-                raise RecipeError(f"rollout.weights is shm, but there is no {SHARED_MEMORY}; use directory")
-            return shared
-        # what a killed run left there is room too, and is removed before anything is written
-        has_room = SHARED_MEMORY.is_dir() and _free(SHARED_MEMORY) + _size(shared) > ROOM * self.num_bytes
-        return shared if has_room else run_dir / "weights" / name
-
     def _take(self) -> IO[bytes]:
-        """Ours alone while the file is open: the kernel gives it free when this process ends, however it ends."""
-        make_private(self._folder)
-        lock = open_lock(self._folder / "lock")
+        """Locks the folder and empties it. The kernel releases the lock when this process ends, however it ends."""
+        path = self.folder / "lock"
+        try:
+            # no link is followed: /dev/shm is everybody's
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise RecipeError(f"cannot open {path}: {error.strerror}; see who made it and remove it") from error
+        lock = os.fdopen(number, "r+b")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
             raise RecipeError(
-                f"another run is at work with the same run_dir (it holds {self._folder}); wait for it, or choose another"
+                f"another run is at work with the same run_dir (it holds {self.folder}); wait for it, or choose another"
             ) from error
-        for path in self._folder.iterdir():
+        for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
         return lock
 
-    def _check_room(self, folder: Path) -> None:
-        free = _free(folder)
-        if free < ROOM * self.num_bytes:
-            raise EngineError(
-                f"{folder} has {free / 2**30:.2f} GiB free, and the student's weights take {self.num_bytes / 2**30:.2f}; free "
-                "some, or set rollout.weights: directory and rollout.weights_dir"
-            )
-
-    def _write_shards(self, weights: Iterable[tuple[str, Tensor]], directory: Path) -> None:
-        index: dict[str, str] = {}
+    def _write_shards(self, weights: Weights, directory: Path) -> None:
+        files: dict[str, str] = {}
         shard: dict[str, Tensor] = {}
-        size = 0
+
+        def flush() -> None:
+            file = f"model-{len(set(files.values())) + 1:05d}.safetensors"
+            save_file(shard, directory / file, metadata={"format": "pt"})
+            files.update(dict.fromkeys(shard, file))
+            shard.clear()
+
         for name, tensor in weights:
             value = tensor.detach().to("cpu", self._dtype if tensor.is_floating_point() else None)
-            # safetensors refuses tensors that share memory
-            shard[name] = value.clone() if value.data_ptr() == tensor.data_ptr() else value
-            shard[name] = shard[name].contiguous()
-            size += value.numel() * value.element_size()
-            if size >= SHARD_BYTES:
-                _flush(shard, directory, index)
-                size = 0
-        _flush(shard, directory, index)
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-    def _describe(self, directory: Path) -> None:
-        """Configuration and tokenizer. The precision is that of the files."""
-        config: Any = type(self._model.config).from_dict(self._model.config.to_dict())
-        config.dtype = self._dtype
-        config.architectures = [type(self._model).__name__]
-        config.save_pretrained(directory)
-        self._tokenizer.save_pretrained(directory)
+            # safetensors refuses tensors that share memory, and those of a tied head do
+            value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
+            shard[name] = value.contiguous()
+            if sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
+                flush()
+        if shard:
+            flush()
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def with_head(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The head also where it is the embedding: an engine may keep a copy of its own (vLLM's on CPUs packs one)."""
-    tied = _tied_head(unwrap(model))
-    found: dict[str, Tensor] = {}
-    for name, tensor in weights:
-        if tied is not None and name in (tied.embedding, tied.head):
-            found[name] = tensor
-        yield name, tensor
-    if tied is not None and tied.head not in found:
-        if tied.embedding not in found:
-            raise ValueError(f"the weights have no {tied.embedding}, which is also the head")
-        yield tied.head, found[tied.embedding]
+def make_private(folder: Path) -> None:
+    """Makes a folder for this user alone. Raises RecipeError for one that another user made or may write to: its name can be
+    guessed, and /dev/shm is everybody's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = True
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        made = False
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        wrong = "is a link" if stat.S_ISLNK(found.st_mode) else "is no folder"
+    # a network file system may give a folder that was just made to another user
+    elif not made and found.st_uid != os.geteuid():
+        wrong = f"belongs to another user ({found.st_uid})"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        wrong = "may be written to by others"
+    else:
+        return
+    raise RecipeError(
+        f"{folder}, where the student's weights were to go, {wrong}, and nothing is written there: see who made it and remove "
+        "it, or set rollout.weights_dir"
+    )
 
 
-def engine_dtype(asked: str, model: nn.Module) -> torch.dtype:
-    """`auto` is that of the student's weights, and float32 for those that no engine has."""
-    own = unwrap(model).dtype
-    return FLOATS.get(asked, own if own in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
+def memory_left(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process may still take before something is killed; None where the kernel does not say.
 
+    The least of what the machine has and what the limit of each of its control groups leaves. Cached files count as free: the
+    kernel drops them first.
+    """
 
-@dataclass(frozen=True)
-class _Tied:
-    """Names of an embedding's weight and of the head's, which are one."""
+    def entries(path: Path) -> dict[str, int]:
+        # lines such as `MemAvailable: 1024 kB` and `active_file 4096`
+        words = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
+        return {name: int(value) for name, value, *_ in words if value.isdigit()}
 
-    embedding: str
-    head: str
-    num_weights: int
-
-
-def _tied_head(model: Any) -> _Tied | None:
-    """None where each has its own."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return None
-    names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
-    return _Tied(f"{names[embedding]}.weight", f"{names[head]}.weight", embedding.weight.numel())
-
-
-def _flush(shard: dict[str, Tensor], directory: Path, index: dict[str, str]) -> None:
-    if shard:
-        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-        shard.clear()
+    found = []
+    with suppress(OSError, ValueError):
+        found.append(1024 * entries(proc / "meminfo")["MemAvailable"])
+    groups: list[Path] = []
+    with suppress(OSError):
+        # "0::" is the hierarchy of version 2; limits of the groups above hold too
+        own = [line[3:] for line in (proc / "self" / "cgroup").read_text().splitlines() if line.startswith("0::")]
+        groups = [cgroups / part for path in own for part in (Path(path.strip("/")), *Path(path.strip("/")).parents)]
+    for folder in groups:
+        with suppress(OSError, ValueError):
+            limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+            if limit != "max":
+                cached = entries(folder / "memory.stat")
+                files = cached.get("active_file", 0) + cached.get("inactive_file", 0)
+                found.append(max(0, int(limit) - int(used) + files))
+    return min(found, default=None)
 
 
 def _free(folder: Path) -> int:
     free = shutil.disk_usage(folder).free
-    # what is free in shared memory is a limit, and no memory that is set aside
+    # the size of shared memory is a limit, and the memory behind it may be taken already
     left = memory_left() if folder.is_relative_to(SHARED_MEMORY) else None
     return free if left is None else min(free, left)
 
@@ -218,3 +264,123 @@ def _size(folder: Path) -> int:
     with suppress(OSError):
         total = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     return total
+
+
+class Group(Protocol):
+    """Rank 0 of an NCCL group."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Queues a tensor, which all other ranks receive."""
+        ...
+
+    def is_done(self) -> bool:
+        """Whether everything that was queued has been sent."""
+        ...
+
+
+class NCCLGroup:
+    """A group on one GPU, by torch's own bindings. Returns when all ranks are there."""
+
+    def __init__(self, unique_id: bytes, num_ranks: int, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._comm = [torch.cuda.nccl.init_rank(num_ranks, unique_id, 0)]
+            # vLLM's ranks begin with the sum of one number each
+            torch.cuda.nccl.all_reduce([torch.zeros(1, device=device)], comms=self._comm)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """On the current stream."""
+        with torch.cuda.device(self._device):
+            torch.cuda.nccl.broadcast([tensor], comms=self._comm)
+
+    def is_done(self) -> bool:
+        """Whether the current stream is idle."""
+        return torch.cuda.current_stream(self._device).query()
+
+
+class NCCLTransfer:
+    """Sends weights from the trainer's GPU to those of vLLM servers (0.32 or later), without a file.
+
+    One NCCL group: the trainer is rank 0, the workers of all servers follow. Tests have no GPU: the order of requests and
+    ranks is tested against a stub of a server, the broadcasts are not, so the comparison after a push is what counts.
+    Whatever fails or takes longer than `timeout_s` is an EngineError.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        dtype: torch.dtype,
+        device: torch.device,
+        timeout_s: float,
+        open_group: Callable[[bytes, int, torch.device], Group] | None = None,
+    ) -> None:
+        """`dtype`: of the engine; `device`: of the weights. Raises RecipeError where that is no GPU."""
+        if open_group is None and device.type != "cuda":
+            raise RecipeError("rollout.weights is nccl, but the trainer has no GPU; use auto, shm or directory")
+        self._servers = servers
+        self._dtype = dtype
+        self._device = device
+        self._timeout_s = timeout_s
+        self._open_group = open_group or NCCLGroup
+        self._new_id = torch.cuda.nccl.unique_id if open_group is None else lambda: bytes(128)
+        self._group: Group | None = None
+
+    def send(self, weights: Weights) -> None:
+        """Broadcasts the weights in the precision of the engine."""
+        if self._group is None:
+            self._group = self._connect()
+        group, given, num_servers = self._group, list(weights), len(self._servers.urls)
+        info = {
+            "names": [name for name, _ in given],
+            "dtype_names": [str(self._dtype).removeprefix("torch.")] * len(given),
+            "shapes": [list(tensor.shape) for _, tensor in given],
+        }
+        self._servers.post([{}] * num_servers, "/start_weight_update")
+        # servers answer when they have received everything, so the request must be under way first
+        received = _begin(lambda: self._servers.post([{"update_info": info}] * num_servers, "/update_weights"))
+        # referred to until they have been sent: NCCL reads the memory later
+        sent = [tensor.detach().to(self._device, self._dtype).contiguous() for _, tensor in given]
+        for tensor in sent:
+            group.broadcast(tensor)
+        self._wait(received.done, received)
+        received.result()
+        self._wait(group.is_done, received)
+        self._servers.post([{}] * num_servers, "/finish_weight_update")
+
+    def _connect(self) -> Group:
+        """Both sides wait for each other, so each does in a thread of its own."""
+        sizes = self._servers.world_sizes()
+        num_ranks, unique_id = 1 + sum(sizes), self._new_id()
+        common = {"nccl_unique_id_b64": b64encode(unique_id).decode(), "world_size": num_ranks, "packed": False}
+        bodies = [{"init_info": common | {"rank_offset": 1 + sum(sizes[:number])}} for number in range(len(sizes))]
+        joined = _begin(lambda: self._servers.post(bodies, "/init_weight_transfer_engine"))
+        opened = _begin(lambda: self._open_group(unique_id, num_ranks, self._device))
+        self._wait(lambda: joined.done() and opened.done(), joined, opened)
+        return opened.result()
+
+    def _wait(self, done: Callable[[], bool], *others: Future[Any]) -> None:
+        until = time.monotonic() + self._timeout_s
+        while not done():
+            for other in others:
+                if other.done() and other.exception() is not None:
+                    other.result()
+            if time.monotonic() > until:
+                raise EngineError(
+                    f"weights did not pass to the rollout engine by NCCL in {self._timeout_s:g} s: see that its GPUs and the "
+                    "trainer's reach each other, or use rollout.weights: auto"
+                )
+            time.sleep(_POLL_S)
+
+
+def _begin(work: Callable[[], Result]) -> Future[Result]:
+    """Runs in a daemon thread, not in a pool that is waited for: a collective that lost a peer never returns."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="nccl", daemon=True).start()
+    return future

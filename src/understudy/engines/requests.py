@@ -1,0 +1,135 @@
+"""Requests to an engine: prefixes that a teacher wrote, the limits to keep, and the responses that become samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.errors import DataError, RecipeError
+from understudy.types import Author, Finish, Request, Sample
+
+
+def cut_prefix(response_ids: Tensor, share: float, *, max_new_tokens: int) -> Tensor | None:
+    """The first l = min(floor(share * L), L - 1) tokens, L = min(len(response_ids), max_new_tokens); None where l = 0.
+
+    The response ends with its EOS, which is never part of the prefix: at least one token is left to the student. A cut falls
+    between two tokens of the student's tokenizer, so a character of several byte-level tokens may be cut in two; the student
+    reads ids, and only the decoded text of the prefix alone would show it. Raises ValueError for a share outside [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share is {share}; it must lie in [0, 1]")
+    length = min(response_ids.numel(), max_new_tokens)
+    num_given = min(math.floor(share * length), length - 1)
+    return response_ids[:num_given] if num_given > 0 else None
+
+
+def guided_requests(
+    requests: Sequence[Request],
+    responses: Sequence[Tensor | None],
+    share: float,
+    *,
+    max_new_tokens: int,
+    offset: int = 0,
+) -> list[Request]:
+    """The requests, in order, each with the start of its response as prefix; no prefix where there is no response or l = 0.
+
+    `offset` is added to the index. Where guided samples stand beside on-policy ones it is larger than every index of the
+    step, on all ranks, so that no two share a name and with it their draws; 0 where they replace them.
+    """
+    return [
+        replace(
+            request,
+            index=request.index + offset,
+            prefix_ids=None if response is None else cut_prefix(response, share, max_new_tokens=max_new_tokens),
+        )
+        for request, response in zip(requests, responses, strict=True)
+    ]
+
+
+@dataclass(eq=False)
+class Response:
+    """What the student has written for one request so far, perhaps in several parts and with several versions."""
+
+    request: Request
+    context: list[int]
+    """Prompt and prefix."""
+    room: int
+    """Tokens that the student may write in all."""
+    ids: list[int] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    version: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    """None while it is being written."""
+    num_redrawn: int = 0
+    """Draws thrown away because the tokenizer does not have their token."""
+
+
+def open_responses(requests: Sequence[Request], max_new_tokens: int) -> list[Response]:
+    """An empty response for each request. Raises DataError for an empty prompt and for a prefix that leaves no room."""
+    responses = []
+    for request in requests:
+        prefix = [] if request.prefix_ids is None else request.prefix_ids.tolist()
+        if request.token_ids.numel() == 0:
+            raise DataError(f"request {request.key} has no prompt token; a prompt needs at least one (a BOS will do)")
+        if len(prefix) >= max_new_tokens:
+            raise DataError(
+                f"request {request.key}: a prefix of {len(prefix)} tokens leaves nothing of max_new_tokens "
+                f"{max_new_tokens} to the student; cut it (`engines.requests.cut_prefix`)"
+            )
+        responses.append(Response(request, request.token_ids.tolist() + prefix, max_new_tokens - len(prefix)))
+    return responses
+
+
+def check_positions(requests: Sequence[Request], max_new_tokens: int, limit: int | None, owner: str) -> None:
+    """Raises RecipeError for a request whose longest response needs more than `limit` positions; `owner` has that many."""
+    for request in requests:
+        length = request.token_ids.numel()
+        if limit is not None and length + max_new_tokens > limit:
+            raise RecipeError(
+                f"request {request.key}: {length} prompt tokens and max_new_tokens {max_new_tokens} make "
+                f"{length + max_new_tokens}, but {owner}; lower max_new_tokens or drop longer prompts"
+            )
+
+
+def to_samples(responses: Sequence[Response], tokenizer: Any, *, with_logprob: bool = True) -> list[Sample]:
+    """One sample for each finished response; its text has neither special tokens nor the token that ended it.
+
+    `with_logprob=False`: the numbers refer to another distribution than `Sample.rollout_logprob` promises.
+    """
+    if not responses:
+        # batch_decode makes one empty text of an empty list
+        return []
+    shown = []
+    for one in responses:
+        prefix = one.context[one.request.token_ids.numel() :]
+        shown.append(prefix + (one.ids[:-1] if one.finish == "stop" else one.ids))
+    # all at once: a fast tokenizer decodes a batch in parallel
+    texts: list[str] = tokenizer.batch_decode(shown, skip_special_tokens=True)
+    samples = []
+    for one, text in zip(responses, texts, strict=True):
+        assert one.finish is not None
+        num_prompt, num_read = one.request.token_ids.numel(), len(one.context)
+        author = torch.full((num_read + len(one.ids),), Author.STUDENT, dtype=torch.uint8)
+        author[:num_read] = Author.TEACHER
+        author[:num_prompt] = Author.PROMPT
+        logprob = torch.tensor([math.nan] * num_read + one.logprob, dtype=torch.float32)
+        samples.append(
+            Sample(
+                prompt=one.request.prompt,
+                index=one.request.index,
+                token_ids=torch.tensor(one.context + one.ids),
+                author=author,
+                prompt_length=num_prompt,
+                finish=one.finish,
+                text=text,
+                rollout_logprob=logprob if with_logprob else None,
+                policy_version=torch.tensor([-1] * num_read + one.version),
+                teacher=one.request.prompt.teacher,
+            )
+        )
+    return samples
