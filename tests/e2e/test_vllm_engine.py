@@ -198,7 +198,7 @@ def test_pushes_in_the_middle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 def test_what_breaks_it_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last test, after which the engine is unusable: a tied head that was left out; a server that is killed."""
     if engine.tied:
-        monkeypatch.setattr(engine.engine, "_with_head", without_head)
+        monkeypatch.setattr("understudy.engines.vllm.engine.with_head", without_head)
         spread(engine.model, 0.05, seed=3)
         with pytest.raises(EngineError, match="tied output layer"):
             push(engine, 99)
@@ -213,6 +213,6 @@ def test_what_breaks_it_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch)
         engine.engine.generate(requests(1), WARM, step=0)
 
 
-def without_head(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def without_head(_: object, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """As `save_pretrained` leaves it out."""
     return (one for one in weights if one[0] != "lm_head.weight")

@@ -117,6 +117,7 @@ def to_samples(responses: Sequence[Response], tokenizer: Any, *, with_logprob: b
         author = torch.full((num_read + len(one.ids),), Author.STUDENT, dtype=torch.uint8)
         author[:num_read] = Author.TEACHER
         author[:num_prompt] = Author.PROMPT
+        # tensors of its own and no views: a view is pickled, for other ranks, with all of the tensor that it is cut from
         logprob = torch.tensor([math.nan] * num_read + one.logprob, dtype=torch.float32)
         samples.append(
             Sample(

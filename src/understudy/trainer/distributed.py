@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -111,15 +111,4 @@ class SharedEngine:
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
         """As `Engine.generate`; a collective call."""
-
-        def write(part: list[Request]) -> list[Sample]:
-            # copies: a view would be sent with all of the tensor that it is cut from
-            return [_copied(sample) for sample in self.engine.generate(part, sampling, step=step, stream=stream)]
-
-        return self.ranks.share(requests, write)
-
-
-def _copied(sample: Sample) -> Sample:
-    tensors = ("token_ids", "author", "rollout_logprob", "policy_version")
-    values = {name: getattr(sample, name) for name in tensors}
-    return replace(sample, **{name: value.clone() for name, value in values.items() if value is not None})
+        return self.ranks.share(requests, lambda part: self.engine.generate(part, sampling, step=step, stream=stream))

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any, Literal, Protocol, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -266,20 +266,8 @@ def _size(folder: Path) -> int:
     return total
 
 
-class Group(Protocol):
-    """Rank 0 of an NCCL group."""
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """Queues a tensor, which all other ranks receive."""
-        ...
-
-    def is_done(self) -> bool:
-        """Whether everything that was queued has been sent."""
-        ...
-
-
 class NCCLGroup:
-    """A group on one GPU, by torch's own bindings. Returns when all ranks are there."""
+    """Rank 0 of a group, by torch's own bindings. Returns when all ranks are there."""
 
     def __init__(self, unique_id: bytes, num_ranks: int, device: torch.device) -> None:
         self._device = device
@@ -289,12 +277,12 @@ class NCCLGroup:
             torch.cuda.nccl.all_reduce([torch.zeros(1, device=device)], comms=self._comm)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """On the current stream."""
+        """Queues a tensor on the current stream; all other ranks receive it."""
         with torch.cuda.device(self._device):
             torch.cuda.nccl.broadcast([tensor], comms=self._comm)
 
     def is_done(self) -> bool:
-        """Whether the current stream is idle."""
+        """Whether everything that was queued has been sent."""
         return torch.cuda.current_stream(self._device).query()
 
 
@@ -312,7 +300,7 @@ class NCCLTransfer:
         dtype: torch.dtype,
         device: torch.device,
         timeout_s: float,
-        open_group: Callable[[bytes, int, torch.device], Group] | None = None,
+        open_group: Callable[[bytes, int, torch.device], NCCLGroup] | None = None,
     ) -> None:
         """`dtype`: of the engine; `device`: of the weights. Raises RecipeError where that is no GPU."""
         if open_group is None and device.type != "cuda":
@@ -323,7 +311,7 @@ class NCCLTransfer:
         self._timeout_s = timeout_s
         self._open_group = open_group or NCCLGroup
         self._new_id = torch.cuda.nccl.unique_id if open_group is None else lambda: bytes(128)
-        self._group: Group | None = None
+        self._group: NCCLGroup | None = None
 
     def send(self, weights: Weights) -> None:
         """Broadcasts the weights in the precision of the engine."""
@@ -347,7 +335,7 @@ class NCCLTransfer:
         self._wait(group.is_done, received)
         self._servers.post([{}] * num_servers, "/finish_weight_update")
 
-    def _connect(self) -> Group:
+    def _connect(self) -> NCCLGroup:
         """Both sides wait for each other, so each does in a thread of its own."""
         sizes = self._servers.world_sizes()
         num_ranks, unique_id = 1 + sum(sizes), self._new_id()
