@@ -113,17 +113,17 @@ def test_an_engine_that_was_started_again_gets_its_weights_again(
     from understudy.engines.vllm.engine import VLLMEngine
 
     models = distillation(tmp_path / "m", train={"lr": 3e-2, "steps": 6})
-    plain, calls = VLLMEngine._ask, []
+    plain, calls = VLLMEngine._body, []
     with nothing_left(), EngineStub(models["student"]["model"]) as stub:
 
-        def restarted(self: VLLMEngine, body: dict[str, Any], key: str) -> Any:
-            calls.append(key)
+        def restarted(self: VLLMEngine, *args: Any) -> Any:
+            calls.append(args)
             if len(calls) == 28:
                 # between two pushes, as somebody who looks after servers would
                 stub.model = StubModel(models["student"]["model"])
-            return plain(self, body, key)
+            return plain(self, *args)
 
-        monkeypatch.setattr(VLLMEngine, "_ask", restarted)
+        monkeypatch.setattr(VLLMEngine, "_body", restarted)
         run_dir = train(tmp_path / "run", **with_engine(models, stub.url, **overlap))
     told = [json.loads(line)["text"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert sum("lost its weights" in text for text in told) == 1

@@ -290,8 +290,8 @@ class VLLMEngine:
         num_fruitless = 0
         while True:
             first, length = group[0], len(group[0].ids)
-            body = self._body(group, sampling, stream)
             with self._gate.passing() as version:
+                body = self._body(group, sampling, stream)
                 try:
                     choices = self._servers.client.request(
                         "/v1/completions", partial(read_choices, body=body), key=first.request.key, json=body
