@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-
-from understudy import config, facts
-from understudy.card import model_card
+from understudy import config
 from understudy.engines import Engine
-from understudy.errors import CheckpointError, DataError
+from understudy.errors import DataError
 from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary
-from understudy.files import write_atomically, write_json
+from understudy.export import export_student, write_facts
+from understudy.files import write_atomically
 from understudy.models import num_positions, row_style, save_hf
 from understudy.recipe import Recipe, check_same_recipe, doctor
-from understudy.recipe.checks import Files, Finding, Parts, check_files
+from understudy.recipe.checks import Files, Parts, check_files
 from understudy.recipe.load import (
     Loaded,
     Teachers,
@@ -35,7 +31,6 @@ from understudy.recipe.load import (
     to_compare,
 )
 from understudy.report import write_report
-from understudy.tasks import num_repeated, overlap, overlap_message
 from understudy.teachers import Judge
 from understudy.trainer.checkpoint import (
     STUDENT,
@@ -43,14 +38,13 @@ from understudy.trainer.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_teacher_state,
-    sync_tree,
 )
 from understudy.trainer.collect import TOKEN_SCORES, Collector
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks, SharedEngine
 from understudy.trainer.loggers import JsonLines, make_loggers
 from understudy.trainer.loop import Ending, Trainer
-from understudy.trainer.observe import Observer, peak_memory_gib
+from understudy.trainer.observe import Observer
 from understudy.trainer.optimizer import Optimizer
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.prompts import PromptStream
@@ -60,11 +54,6 @@ from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.update import StudentModel
 from understudy.types import Prompt
-
-ENDS_ON_POLICY = 0.05
-"""Share of a teacher's response in a prefix below which it is a token or two."""
-MAX_COMPARED = 200_000
-"""Training prompts that are compared with the evaluation's: computed tasks have millions."""
 
 
 @dataclass(frozen=True)
@@ -91,33 +80,30 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     ranks = Ranks.from_environment(choose_device(recipe.device))
     if examine:
         doctor.refuse(ranks.gather(doctor.attempt_all("room", files) if ranks.is_main else [])[0])
-    console.note("loading " + " and ".join(_models(recipe)))
+    teachers = [f"{label} ({section.shown})" for label, section in recipe.all_teachers.items()]
+    console.note("loading " + " and ".join([f"the student ({recipe.student.model or 'from scratch'})", *teachers]))
     with ExitStack() as opened:
         parts = assemble(files, run_dir, checkpoint, ranks, console, opened)
-        trainer, loaded = parts.trainer, parts.loaded
-        found: list[Finding] = []
-        if examine:
-            found = doctor.examine_parts(parts)
-            doctor.refuse(found)
-            doctor.show_briefly(console, found)
+        trainer, found = parts.trainer, doctor.examine_parts(parts) if examine else []
+        doctor.refuse(found)
         # from here on the run directory is written
         trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
-        if ranks.is_main:
-            for text in (
-                [*loaded.warnings, *_data_warnings(recipe), *_schedule_warnings(recipe)] if not checkpoint else ()
-            ):
-                trainer.observer.warn(trainer.progress.step, text)
-            if examine:
-                doctor.write_findings(run_dir.doctor, found)
+        if ranks.is_main and examine:
+            doctor.show_briefly(console, found)
+            doctor.write_findings(run_dir.doctor, found)
+        if ranks.is_main and checkpoint is None:
+            for item in doctor.attempt_all("advice", parts):
+                if item.level != "ok":
+                    trainer.observer.warn(trainer.progress.step, item.found)
         started, status = time.time(), "failed"
         try:
             ending = trainer.run()
             status = ending
             if ranks.is_main and ending != "stopped by a signal":
-                _export(recipe, run_dir, loaded, trainer)
+                export_student(parts, run_dir)
         finally:
             if ranks.is_main:
-                _write_facts(recipe, run_dir, loaded, trainer.progress, status, started)
+                write_facts(parts, run_dir, status, started)
             trainer.observer.close()
     report = write_report(run_dir.path) if ranks.is_main else None
     return Result(run_dir, ending, tuple(trainer.observer.summaries), report)
@@ -131,11 +117,6 @@ def _find_start(run_dir: RunDir, recipe: Recipe, resume: bool) -> Path | None:
     run_dir.check_started()
     check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), recipe)
     return find_checkpoint(run_dir.checkpoints)
-
-
-def _models(recipe: Recipe) -> list[str]:
-    names = [f"the student ({recipe.student.model or 'from scratch'})"]
-    return [*names, *(f"{label} ({section.shown})" for label, section in recipe.all_teachers.items())]
 
 
 def assemble(
@@ -260,28 +241,6 @@ def _check_eval_prompts(recipe: Recipe, loaded: Loaded, engine: Engine) -> None:
         )
 
 
-def _data_warnings(recipe: Recipe) -> list[str]:
-    """Warns of evaluation problems that are trained on, and of those that repeat."""
-    # the splits of a computed task are disjoint by construction, and millions long
-    if recipe.eval is None or (recipe.task.computed and recipe.eval_task is None):
-        return []
-    held_out, training = eval_prompts(recipe), recipe.task.prompts("train")
-    shared = overlap(training, held_out, limit=MAX_COMPARED)
-    warnings = [overlap_message(shared, len(held_out))] if shared else []
-    repeated = num_repeated(held_out)
-    return [*warnings, f"{repeated} evaluation prompts repeat an earlier one"] if repeated else warnings
-
-
-def _schedule_warnings(recipe: Recipe) -> list[str]:
-    share = recipe.run_method.plan(recipe.train.steps - 1).prefix_share
-    if share < ENDS_ON_POLICY:
-        return []
-    return [
-        f"samples still begin with {share:.0%} of a teacher's response at the last step, so training does not end on the "
-        "student's own; lower method.anneal_steps or raise train.steps"
-    ]
-
-
 def _observer(
     recipe: Recipe, run_dir: RunDir, checkpoint: Path | None, progress: Progress, ranks: Ranks, console: Console
 ) -> Observer:
@@ -348,52 +307,6 @@ def evaluator(
             )
 
     return evaluate
-
-
-def _export(recipe: Recipe, run_dir: RunDir, loaded: Loaded, trainer: Trainer) -> None:
-    """The final student and its card."""
-    lora = recipe.student.lora
-    merged = lora is None or lora.save == "merged"
-    aside = run_dir.path / ".writing-student"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        save_hf(loaded.model, loaded.renderer.tokenizer, aside, merged=merged)
-        (aside / "README.md").write_text(
-            model_card(recipe, trainer.progress, trainer.observer.summaries), encoding="utf-8"
-        )
-        sync_tree(aside)
-        shutil.rmtree(run_dir.student, ignore_errors=True)
-        aside.rename(run_dir.student)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write {run_dir.student}: {error}; free space, then finish with --resume"
-        ) from error
-
-
-def _write_facts(
-    recipe: Recipe, run_dir: RunDir, loaded: Loaded, progress: Progress, status: str, started: float
-) -> None:
-    parameters = list(loaded.model.parameters())
-    values: Mapping[str, Any] = {
-        "status": status,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "steps": progress.step,
-        "updates": progress.updates,
-        "samples": progress.num_samples,
-        "response_tokens": progress.num_tokens,
-        "training_s": round(progress.elapsed_s, 2),
-        "student_parameters": sum(value.numel() for value in parameters),
-        "trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
-        "vocabulary": loaded.vocab_size,
-        "teacher": ", ".join(section.shown for section in recipe.all_teachers.values()) or None,
-        "hardware": facts.hardware(loaded.device),
-        "peak_memory_gib": round(peak_memory_gib(), 3),
-        "versions": facts.installed(),
-        "commit": facts.commit(),
-    }
-    write_json(run_dir.facts, values)
 
 
 __all__ = ["Result", "assemble", "evaluator", "train"]

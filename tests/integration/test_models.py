@@ -17,7 +17,6 @@ from understudy.models import (
     backbone_hidden,
     build_causal_lm,
     check_model_dir,
-    compare_chat_templates,
     compare_vocabularies,
     enable_gradient_checkpointing,
     lm_head,
@@ -252,14 +251,6 @@ def test_different_eos_is_refused() -> None:
         VocabularyError, match=r"'</s>' \(id 1\) for the student, '<\|im_end\|>' \(id 2\) for the teacher"
     ):
         compare_vocabularies(words(TOKENS), words(TOKENS, eos="<|im_end|>"))
-
-
-def test_chat_templates_are_compared() -> None:
-    """peers 8."""
-    plain, chat = words(TOKENS), words(TOKENS, template="{{ messages }}")
-    assert compare_chat_templates(chat, chat) is None
-    assert "the student has none" in str(compare_chat_templates(plain, chat))
-    assert "not the same" in str(compare_chat_templates(words(TOKENS, template="x"), chat))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])

@@ -14,7 +14,7 @@ from understudy.models.backbone import (
 )
 from understudy.models.load import DType, build_causal_lm, check_build, check_model_dir, load_causal_lm
 from understudy.models.save import apply_lora, save_hf
-from understudy.models.vocabulary import compare_chat_templates, compare_vocabularies, load_tokenizer, stop_ids
+from understudy.models.vocabulary import compare_vocabularies, load_tokenizer, stop_ids
 
 __all__ = [
     "DType",
@@ -23,7 +23,6 @@ __all__ = [
     "build_causal_lm",
     "check_build",
     "check_model_dir",
-    "compare_chat_templates",
     "compare_vocabularies",
     "disable_dropout",
     "enable_gradient_checkpointing",

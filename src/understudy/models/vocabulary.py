@@ -96,16 +96,3 @@ def _by_id(tokenizer: Any) -> dict[int, str]:
 
 def _show(token: str | None) -> str:
     return "absent" if token is None else repr(token)
-
-
-def compare_chat_templates(student_tokenizer: Any, teacher_tokenizer: Any) -> str | None:
-    """Returns a warning if the two chat templates differ, else None."""
-    student, teacher = student_tokenizer.chat_template, teacher_tokenizer.chat_template
-    if student == teacher:
-        return None
-    lacking = [name for name, template in (("student", student), ("teacher", teacher)) if not template]
-    how = f"the {lacking[0]} has none" if lacking else "their texts are not the same"
-    return (
-        f"the chat templates of student and teacher differ ({how}). Prompts are rendered with the student's, so the "
-        "teacher scores text in a form that it may not know; this can cost tenths of a nat per token"
-    )

@@ -31,7 +31,7 @@ def examine(recipe: Recipe, build: Build) -> list[Finding]:
         return found
     try:
         with build(files) as parts:
-            return latest([*found, *examine_parts(parts)])
+            return latest([*found, *examine_parts(parts), *attempt_all("advice", parts)])
     except (UnderstudyError, RuntimeError, MemoryError, OSError) as error:
         return [*found, Finding("loading", "error", "models, data and the first prompts", str(error), AS_SAID)]
 

@@ -19,7 +19,6 @@ from understudy.errors import RecipeError, VocabularyError
 from understudy.models import (
     apply_lora,
     build_causal_lm,
-    compare_chat_templates,
     compare_vocabularies,
     disable_dropout,
     enable_gradient_checkpointing,
@@ -121,7 +120,6 @@ class Loaded:
     vocab_size: int
     device: torch.device
     compute_dtype: torch.dtype | None
-    warnings: tuple[str, ...]
     tokenizers: Tokenizers
 
 
@@ -134,12 +132,8 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     tokenizers = tokenizers or Tokenizers(recipe)
     tokenizer = tokenizers.student
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    warnings: list[str] = []
-    is_chat = any(part.is_chat for part in recipe.task.places().values())
     for source in tokenizers.sources:
-        other, vocab_size = tokenizers.other(source)
-        warned = compare_chat_templates(tokenizer, other) if is_chat else None
-        warnings += [warned] if warned else []
+        _, vocab_size = tokenizers.other(source)
     student = recipe.student
     model = load_base(recipe, tokenizer, vocab_size, device, None if student.lora else resume_from)
     model = model if student.lora is None else _adapt(model, student, recipe.seed, resume_from)
@@ -154,7 +148,6 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         vocab_size=vocab_size,
         device=device,
         compute_dtype=None if dtype is None else getattr(torch, dtype),
-        warnings=tuple(warnings),
         tokenizers=tokenizers,
     )
 

@@ -21,12 +21,16 @@ from understudy.recipe.load import (
     tokenizer_source,
 )
 from understudy.recipe.schema import Recipe
-from understudy.tasks import Task
+from understudy.tasks import Task, num_repeated, overlap, overlap_message
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import RunFacts, TeacherSection, check_names
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.loggers import check_loggers
 
+ENDS_ON_POLICY = 0.05
+"""Share of a teacher's response in a prefix below which it is a token or two."""
+MAX_COMPARED = 200_000
+"""Training prompts that are compared with the evaluation's: computed tasks have millions."""
 NUM_RENDERED = 8
 """First prompts that are rendered."""
 
@@ -238,6 +242,29 @@ def _responses(files: Files) -> tuple[Result, ...]:
     return ()
 
 
+def _overlap(files: Files) -> Iterator[Result]:
+    recipe = files.recipe
+    # the splits of a computed task are disjoint by construction, and millions long
+    if recipe.eval is None or (recipe.task.computed and recipe.eval_task is None):
+        return
+    held_out = eval_prompts(recipe)
+    shared = overlap(recipe.task.prompts("train"), held_out, limit=MAX_COMPARED)
+    yield Result(overlap_message(shared, len(held_out)), "warning" if shared else "ok", about="overlap")
+    if repeated := num_repeated(held_out):
+        yield Result(f"{repeated} evaluation prompts repeat an earlier one", "warning", about="repeated")
+
+
+def _last_step(files: Files) -> Iterator[Result]:
+    recipe = files.recipe
+    share = recipe.run_method.plan(recipe.train.steps - 1).prefix_share
+    if share >= ENDS_ON_POLICY:
+        yield Result(
+            f"samples still begin with {share:.0%} of a teacher's response at the last step, so training does not end on the "
+            "student's own; lower method.anneal_steps or raise train.steps",
+            "warning",
+        )
+
+
 CHECKS = (
     Check("machine", "files", "device, packages and loggers", _machine),
     Check("task", "files", "data, and the fields that the method reads", _task),
@@ -247,5 +274,7 @@ CHECKS = (
     Check("teachers", "files", "each teacher against the run", _teachers),
     Check("prompts", "files", "the first prompts as tokens", _prompts),
     Check("responses", "files", "a teacher's own responses against the prompts", _responses),
+    Check("data", "advice", "evaluation problems against those that are trained on", _overlap),
+    Check("last step", "advice", "whether training ends on the student's own samples", _last_step),
 )
 """In this order: a check may rely on those before it."""

@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 from understudy.errors import EngineError, UnderstudyError
 
 Level = Literal["ok", "warning", "error"]
-Stage = Literal["files", "room", "loaded", "rehearsed"]
-"""What a check needs: the recipe with its files and data; models whose sizes are known; everything loaded; and samples that
-were rehearsed. Rules that need the recipe alone are `schema.RULES`: no recipe is made that breaks one."""
+Stage = Literal["files", "room", "loaded", "rehearsed", "advice"]
+"""The input of a check: the recipe with its files and data; models whose sizes are known; everything loaded; samples that
+were rehearsed; and all data, read whole, for warnings that no run has to heed. Rules that need the recipe alone are
+`schema.RULES`: no recipe is made that breaks one."""
 AS_SAID = "as the message says"
 UNEXPECTED = "this check itself failed; report it, or skip all checks with --no-doctor"
 Returned = TypeVar("Returned")

@@ -252,7 +252,7 @@ CHECKS = (
     Check("health", "loaded", "whether its server answers", _health),
     Check("vocabulary", "loaded", "rows of embedding and head against the tokens that exist", _padding),
     Check("end of a response", "loaded", "tokens that end a response, on every side", _ends),
-    Check("chat template", "loaded", f"{NUM_COMPARED} prompts in the template of every side", _templates),
+    Check("chat template", "advice", f"{NUM_COMPARED} prompts in the template of every side", _templates),
     Check("temperature", "loaded", "that of the scores against the student's", _temperature),
     Check("lengths", "loaded", "first prompts and max_new_tokens against all positions", _lengths),
 )
