@@ -360,7 +360,8 @@ def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path) -> Non
     first, second = found.compared({found.grid.combinations()[0]: {}})
     first.log.parent.mkdir(parents=True)
     jobs = [Job(config.dump(cell.recipe), False, str(cell.log)) for cell in (first, second)]
-    ended = list(run_processes(jobs, 1, stopped=(first.path / "metrics.jsonl").is_file))
+    metrics = first.path / "metrics.jsonl"
+    ended = list(run_processes(jobs, 1, stopped=lambda: metrics.is_file() and metrics.stat().st_size > 0))
     assert [(item.index, item.stopped) for item in ended] == [(0, True)]
     assert (first.state(), second.state()) == ("started", "new")
     done = json.loads((first.path / "run.json").read_text())
