@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,7 +102,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         sampling=WARM,
         run_dir=tmp_path_factory.mktemp("run"),
     )
-    with nothing_left(), engine:
+    with nothing_left(), closing(engine):
         made = Engine(model, engine, request.param)
         started = time.perf_counter()
         assert push(made, 0) < FLOAT32_GAP

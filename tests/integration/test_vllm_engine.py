@@ -11,7 +11,7 @@ import time
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -86,7 +86,7 @@ def make_engine(
             sampling=sampling,
             run_dir=tmp_path / "run",
         )
-        yield stack.enter_context(made), servers
+        yield stack.enter_context(closing(made)), servers
 
 
 @torch.no_grad()
@@ -804,7 +804,7 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
         sampling=LONG,
         run_dir=tmp_path / "run",
     )
-    with nothing_left(), engine:
+    with nothing_left(), closing(engine):
         assert push(engine, model) < TOLERANCE
         assert push(engine, moved(model, seed=2), 1) < TOLERANCE
         for sample in engine.generate(requests(1), LONG, step=0):

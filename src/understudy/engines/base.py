@@ -88,5 +88,5 @@ class Engine(Generates, Protocol):
         ...
 
     def close(self) -> None:
-        """Gives up what is in flight, and leaves no thread, process or connection behind."""
+        """Cancels what is in flight, and leaves no thread, process or connection behind."""
         ...

@@ -53,7 +53,7 @@ def guided_requests(
 
 @dataclass(eq=False)
 class Response:
-    """What the student has written for one request so far, perhaps in several parts and with several versions."""
+    """A response that is being written, perhaps in several parts and by several versions of the weights."""
 
     request: Request
     context: list[int]

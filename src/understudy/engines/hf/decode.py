@@ -41,13 +41,13 @@ class Row:
 
 @dataclass(eq=False)
 class _State:
-    """What the model has read so far of b rows."""
+    """The tokens of b rows that the model has read so far."""
 
     cache: Any
     mask: Tensor | None
-    """[b, C + N] bool, False on padding; None where no row is padded."""
+    """[b, C + N] bool, False on padding; None if no row is padded."""
     positions: Tensor
-    """[b, C + N] int64, 0 on padding; [1, C + N] where no row is padded."""
+    """[b, C + N] int64, 0 on padding; [1, C + N] if no row is padded."""
     length: int
 
     def select(self, rows: Tensor) -> None:

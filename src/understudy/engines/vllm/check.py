@@ -41,12 +41,12 @@ class PushCheck:
         self._tolerance = tolerance
         self._num_tokens = num_tokens
         self._checksums: dict[str, int] = {}
-        """Of the last weights, by name."""
+        """Checksums of the last weights, by name."""
         self._changed = False
         """Whether weights changed since the last comparison."""
         self._asked: list[list[int]] = []
         """The sequences of the last comparison."""
-        self._said: dict[str, list[list[float]]] = {}
+        self._answers: dict[str, list[list[float]]] = {}
         """The answers to `_asked`, by server."""
         self._num_still: dict[str, int] = {}
         """Pushes in a row that moved nothing, by server."""
@@ -72,12 +72,12 @@ class PushCheck:
         chosen = self._choose(probe)
         asked = [row.tolist() for row in chosen.token_ids]
         old = self._asked if self._changed else []
-        said = self._servers.score(old + asked)
-        now = {url: rows[len(old) :] for url, rows in said.items()}
-        gap = self._compare(chosen, now, version)
-        for url, rows in said.items() if old else ():
-            movable = sum(value < CERTAIN for row in self._said[url] for value in row)
-            if rows[: len(old)] != self._said[url]:
+        answers = self._servers.score(old + asked)
+        new = {url: rows[len(old) :] for url, rows in answers.items()}
+        gap = self._compare(chosen, new, version)
+        for url, rows in answers.items() if old else ():
+            movable = sum(value < CERTAIN for row in self._answers[url] for value in row)
+            if rows[: len(old)] != self._answers[url]:
                 self._num_still[url] = 0
             elif movable >= MIN_MOVABLE:
                 self._num_still[url] = self._num_still.get(url, 0) + 1
@@ -88,27 +88,28 @@ class PushCheck:
                 "log-probabilities before and after each, to the last bit: pushes do not arrive there. See that the server "
                 "reads the weights that it is sent (rollout.weights), and that train.lr is large enough to change anything"
             )
-        self._asked, self._said, self._changed = asked, now, False
+        self._asked, self._answers, self._changed = asked, new, False
         return gap
 
     def again(self, probe: Probe, version: int) -> None:
         """Raises DisagreesError if a server no longer has the weights of the last push."""
         chosen = self._choose(probe)
-        self._compare(chosen, self._servers.score([row.tolist() for row in chosen.token_ids]), version)
+        answers = self._servers.score([row.tolist() for row in chosen.token_ids])
+        self._compare(chosen, answers, version)
 
     def _choose(self, probe: Probe) -> Probe:
         # scoring writes one token, which has to fit too
         longest = (self._servers.facts.max_length or 2**31) - 1
         return probe.first(self._num_tokens, longest)
 
-    def _compare(self, chosen: Probe, said: dict[str, list[list[float]]], version: int) -> float | None:
+    def _compare(self, chosen: Probe, answers: dict[str, list[list[float]]], version: int) -> float | None:
         """Returns the largest gap of all servers, None where there is nothing to compare. Raises DisagreesError."""
         if chosen.num_compared == 0:
             return None
         own = torch.cat([row.double() for row in chosen.logprob])
         compared = ~own.isnan()
         gaps = {}
-        for url, rows in said.items():
+        for url, rows in answers.items():
             values = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
             gaps[url] = float((values - own)[compared].abs().mean())
         self.last_gap = max(gaps.values())

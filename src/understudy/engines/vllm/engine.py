@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -235,7 +234,7 @@ class VLLMEngine:
         return to_samples(responses, self._tokenizer, with_logprob=promises(facts.logprobs_mode, sampling))
 
     def close(self) -> None:
-        """Gives up what is in flight, stops the run's own servers, and removes the weights. A second call does nothing."""
+        """Cancels requests in flight, stops the run's own servers, and removes the weights. A second call does nothing."""
         self._closed = True
         self._gate.break_with("the rollout engine is closed")
         try:
@@ -243,14 +242,6 @@ class VLLMEngine:
         finally:
             if self._store is not None:
                 self._store.close()
-
-    def __enter__(self) -> VLLMEngine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @contextmanager
     def _breaks_on_error(self, version: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Keeps requests away while the weights change, and tells each which version answers it."""
+"""Holds requests back while the weights change, and tells each which version answers it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Gate:
         self._error: str | None = None
         self._num_inside = 0
         self.version = -1
-        """Of the weights; -1 before the first."""
+        """Version of the weights; -1 before the first push."""
 
     @contextmanager
     def passing(self) -> Iterator[int]:

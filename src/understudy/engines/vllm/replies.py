@@ -9,9 +9,9 @@ from typing import Any
 from understudy.http import BadReply, Reply
 
 LEAST = -9999.0
-"""What vLLM writes for minus infinity, which no drawn token can have."""
+"""vLLM's substitute for minus infinity, which no drawn token can have."""
 SLACK = 1e-6
-"""By which rounding may lift a log-probability above 0."""
+"""Rounding may lift a log-probability this far above 0."""
 
 
 def read_choices(reply: Reply, body: dict[str, Any]) -> list[tuple[list[int], list[float], str]]:

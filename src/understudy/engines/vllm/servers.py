@@ -21,14 +21,14 @@ SERVED_NAME = "student"
 DEV_MODE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 """The first opens the routes that pause a server and replace its weights."""
 DYING_S = 3.0
-"""From a server's last reply to the end of its process."""
+"""Time from a server's last reply to the end of its process."""
 CONTROL_RETRIES = 3
-"""Of requests that manage a server; they do not fail because it is crowded."""
+"""Retries of requests that manage a server; a crowded server is no reason for them to fail."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a server says about itself; None: it does not say."""
+    """Facts a server reports about itself; None: it does not say."""
 
     model: str
     max_length: int | None
@@ -38,7 +38,7 @@ class Facts:
 class Servers:
     """Servers that are asked for samples through `client`, and managed through a client of its own.
 
-    `start` comes before everything else. Raises EngineError, naming the server, for what fails.
+    `start` comes before everything else. Every failure is an EngineError that names the server.
     """
 
     def __init__(self, section: VLLM, run_dir: Path, *, dtype: str, mode: str, seed: int) -> None:
@@ -132,9 +132,9 @@ class Servers:
         self._resume()
 
     def pause(self) -> None:
-        """Interrupts what every server writes: it replies with what is there and the finish "abort". Later requests wait.
+        """Interrupts all generation: replies come with the tokens so far and the finish "abort". Later requests wait.
 
-        Where a server has no such route, its requests run to their end.
+        On a server without that route, requests run to their end.
         """
 
         def ask(server: int) -> None:
@@ -194,7 +194,7 @@ class Servers:
         return dict(zip(self.urls, self._all(ask), strict=True))
 
     def close(self) -> None:
-        """Gives up what is in flight, and stops the run's own servers."""
+        """Cancels requests in flight, and stops the run's own servers."""
         # last in, first out: the clients close, then all processes are told, and only then is each waited for
         with ExitStack() as stack:
             for process in self._processes:
@@ -257,7 +257,7 @@ class Servers:
         ]
 
     def _read_facts(self) -> Facts:
-        """Raises RecipeError for servers that differ, that lack the model, or that cannot do what is needed."""
+        """Asks all servers. Raises RecipeError if they differ, lack the model, or would die of a seeded request."""
 
         def read_model(reply: Reply) -> tuple[str, int | None]:
             cards = reply.json().get("data") or []

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import FrameType
 
 KILL_S = 10.0
-"""How long the kernel may take to end killed processes."""
+"""Time for the kernel to end killed processes."""
 POLL_S = 0.1
 PR_SET_CHILD_SUBREAPER = 36
-"""Of linux/prctl.h: orphans below this process become its children, so that none escapes by losing its parent."""
+"""From linux/prctl.h: orphans below this process become its children, so that none escapes by losing its parent."""
 
 
 def supervise(parent: int, stop_s: float, args: Sequence[str]) -> int:
