@@ -172,7 +172,8 @@ class VLLMEngine:
                         # After the reload, or the last prefixes of the old weights could still get in, and before a
                         # request can read them.
                         self._servers.forget()
-            # Compared while the gate is closed: what is computed beside a request changes the last bits of its numbers.
+            # After the servers resumed, because a paused one answers nothing, and while the gate is closed, because what is
+            # computed beside a request changes the last bits of its numbers.
             gap = None if probe is None else self._check.after_push(probe, version)
             self._last_probe = probe
             # Last, so that no sample is ever written with weights that did not arrive.
