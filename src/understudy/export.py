@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the student with its model card, and the facts of the run."""
+"""The outputs of a finished run: the student with its model card, and the facts of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`record`: what the student's start writes, with a teacher's scores of it; training replays both without the teacher.
+"""`record`: the student's samples with a teacher's scores; training replays both without the teacher.
 
 Offline on-policy distillation, arXiv 2604.13010. Samples and draws are those of the first step of training, so a student
 that takes one step on them takes the step that it would have taken beside the teacher.
@@ -49,7 +49,7 @@ class Amount:
 
 
 def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -> str:
-    """How it ended: "finished", or "stopped by a signal", after which the same call continues.
+    """Returns "finished", or "stopped by a signal", after which the same call continues.
 
     Raises RecipeError for a recipe whose teacher or method cannot be recorded, and for an `out` that holds anything but
     this recording.
@@ -62,31 +62,28 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
     check(recipe)
     # no reference model and no responses: neither is recorded
     scored = replace(recipe, method=OPD() if k is None else TopK(k=k), reference=None, responses=None)
+    shown = ", ".join(section.shown for section in recipe.all_teachers.values())
     with Console() as console:
-        console.note(f"loading the student and {_shown(recipe)}")
+        console.note(f"loading the student and {shown}")
         loaded = load_student(scored)
         teachers = load_teachers(scored, loaded)
         assert teachers.teacher is not None
-        meta = ScoredMeta.of(teachers.teacher, teacher_setup(scored, loaded, "teacher"), _shown(recipe), k)
+        meta = ScoredMeta.of(teachers.teacher, teacher_setup(scored, loaded, "teacher"), shown, k)
         known = recorded(out, meta)
         limit = prompt_limit(recipe, recipe.sampling, [loaded.model, *teachers.models])
         requests = _requests(recipe, loaded.renderer, limit, amount)
         missing = [request for request in requests if request.key not in known]
         write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
-        pairs = _Pairs(recipe, loaded, teachers.teacher, k, console)
+        pairs = _write_and_score(recipe, loaded, teachers.teacher, k, missing, console)
         try:
             with terminable(), contextlib.closing(teachers):
-                total = write_scored(out, meta, pairs.of(missing), shard_samples=BLOCK_REQUESTS)
+                total = write_scored(out, meta, pairs, shard_samples=BLOCK_REQUESTS)
         except KeyboardInterrupt:
             console.note(f"stopped by a signal; the same command continues ({out})")
             return "stopped by a signal"
-        console.note(f"{total:,} samples, {len(known):,} of them from before, scored by {_shown(recipe)}, in {out}")
+        console.note(f"{total:,} samples, {len(known):,} of them from before, scored by {shown}, in {out}")
         console.note(f"train on them with   teacher={{type: stored, path: {out}, fingerprint: {meta.fingerprint}}}")
     return "finished"
-
-
-def _shown(recipe: Recipe) -> str:
-    return ", ".join(section.shown for section in recipe.all_teachers.values())
 
 
 def _check_teachers(recipe: Recipe) -> None:
@@ -163,10 +160,7 @@ def _check_out(out: Path, recipe: Recipe) -> None:
 
 
 def _requests(recipe: Recipe, renderer: Renderer, limit: int, amount: Amount) -> list[Request]:
-    """Of the first prompts that training draws, each once; those over `limit` tokens are left out.
-
-    Raises DataError where none is left.
-    """
+    """Requests for the first prompts that training draws, each prompt once. Raises DataError where none fits in `limit`."""
     prompts = recipe.task.prompts("train")
     order = PromptStream(prompts, renderer.start, seed=recipe.seed, max_prompt_tokens=limit)
     wanted = amount.prompts or recipe.train.steps * recipe.train.prompts_per_step
@@ -184,26 +178,14 @@ def _requests(recipe: Recipe, renderer: Renderer, limit: int, amount: Amount) ->
     return [Request(prompt, index, ids) for prompt, ids in found.values() for index in range(num_samples)]
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Samples with their scores, made block by block when they are asked for."""
-
-    recipe: Recipe
-    loaded: Loaded
-    teacher: Teacher
-    k: int | None
-    console: Console
-
-    def of(self, requests: Sequence[Request]) -> Iterator[tuple[Sample, Scores]]:
-        """One pair for each request, in order."""
-        need: frozenset[Need] = frozenset({"sampled"} if self.k is None else {"sampled", "topk"})
-        with (
-            sampling_with(self.recipe, self.loaded) as engine,
-            self.console.progress("record", len(requests)) as advance,
-        ):
-            for start in range(0, len(requests), BLOCK_REQUESTS):
-                block = requests[start : start + BLOCK_REQUESTS]
-                samples = engine.generate(block, self.recipe.sampling, step=FIRST_STEP)
-                scores = self.teacher.score(samples, need, k=self.k)
-                yield from zip(samples, scores, strict=True)
-                advance(len(block))
+def _write_and_score(
+    recipe: Recipe, loaded: Loaded, teacher: Teacher, k: int | None, requests: Sequence[Request], console: Console
+) -> Iterator[tuple[Sample, Scores]]:
+    """A sample with its scores for each request, in order, made block by block when it is asked for."""
+    need: frozenset[Need] = frozenset({"sampled"} if k is None else {"sampled", "topk"})
+    with sampling_with(recipe, loaded) as engine, console.progress("record", len(requests)) as advance:
+        for start in range(0, len(requests), BLOCK_REQUESTS):
+            block = requests[start : start + BLOCK_REQUESTS]
+            samples = engine.generate(block, recipe.sampling, step=FIRST_STEP)
+            yield from zip(samples, teacher.score(samples, need, k=k), strict=True)
+            advance(len(block))

@@ -30,7 +30,7 @@ PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
 LOWEST_TEMPERATURE = 0.01
 """vLLM draws at this temperature whatever is below."""
 PATIENCE_S = 900.0
-"""For a response of any length, which may wait behind others."""
+"""Seconds for a response of any length, which may wait behind others."""
 SLOWEST = 10.0
 """Tokens a second of one response in a large batch, beneath which something is wrong: 36 are usual."""
 
@@ -165,7 +165,7 @@ class VLLM(EngineSection):
     """vLLM servers, version 0.20 or later, with `VLLM_SERVER_DEV_MODE=1`, which opens the routes that replace weights."""
 
     url: str | tuple[str, ...] | None = None
-    """Of servers that you start; with several, requests are shared out."""
+    """URL of a server that you start; requests are shared out over several."""
     launch: Launch | None = None
     """In place of `url`: servers of the run's own."""
     model: str | None = None
@@ -186,9 +186,9 @@ class VLLM(EngineSection):
     api_key_env: str = ""
     """The environment variable that holds the key, where the server wants one."""
     timeout_s: float | None = None
-    """Of one response, whole; None: 900, or a second for every 10 tokens of `max_new_tokens` where that is more."""
+    """Seconds for one whole response; None: 900, or one for every 10 tokens of `max_new_tokens` where that is more."""
     deadline_s: float | None = None
-    """Of one request with all its attempts; None: four times `timeout_s`."""
+    """Seconds for one request with all its attempts; None: four times `timeout_s`."""
     max_retries: int = 5
     max_concurrency: int = 256
     """Requests in flight over all servers; they batch what they get."""
@@ -219,7 +219,7 @@ class VLLM(EngineSection):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Of the servers that the user starts, without a path."""
+        """URLs of the servers that the user starts, without a path."""
         given = () if self.url is None else (self.url,) if isinstance(self.url, str) else self.url
         return tuple(url.rstrip("/").removesuffix("/v1") for url in given)
 
@@ -230,7 +230,7 @@ class VLLM(EngineSection):
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """For requests to the servers; without `for_responses` for short ones."""
+        """Limits of requests to the servers; without `for_responses` those of short ones."""
         timeout_s = PATIENCE_S if self.timeout_s is None else self.timeout_s
         return RetryPolicy(
             timeout_s=timeout_s,

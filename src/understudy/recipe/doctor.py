@@ -48,7 +48,7 @@ def attempt_all(stage: Stage, parts: Files) -> list[Finding]:
 
 
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:
-    """Those that no run should start with."""
+    """The errors among the findings."""
     return [finding for finding in findings if finding.level == "error"]
 
 

@@ -246,7 +246,7 @@ class Teachers:
 
     @property
     def scorers(self) -> dict[str, Teacher]:
-        """Those that give token scores, by name, and the reference."""
+        """The teachers that give token scores, by name, and the reference."""
         members = {} if self.teacher is None else self.teacher.members()
         return members | ({} if self.reference is None else {"reference": self.reference})
 

@@ -42,7 +42,7 @@ class Lora:
     target_modules: tuple[str, ...] | None = None
     """None: every linear layer but the output layer."""
     save: Literal["merged", "adapter"] = "merged"
-    """What the final `student/` directory holds."""
+    """Contents of the final `student/` directory."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -63,7 +63,7 @@ class Student:
     tokenizer: str | None = None
     """None: that of `model`, or the task's own for a model from scratch."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """For the chat template, such as `enable_thinking: false` of Qwen3."""
+    """Settings of the chat template, such as `enable_thinking: false` of Qwen3."""
     revision: str | None = None
     dtype: DType = "float32"
     """Precision of the weights; `train.compute_dtype` is that of the computation."""
@@ -101,7 +101,7 @@ class Recipe:
     reference: TeacherSection | None = config.choice(REFERENCES, optional=True)
     """None: the student's start, where the method asks for a reference."""
     responses: ResponseSection | None = config.choice(RESPONSES, optional=True)
-    """Where a teacher's own responses come from: prefixes, slots of rejected samples, and what is imitated."""
+    """Source of a teacher's own responses: for prefixes, slots of rejected samples, and imitation."""
     task: Task = config.choice(TASKS)
     method: Method = config.choice(METHODS, refused=REFUSED)
     sampling: Sampling = Sampling()
@@ -112,7 +112,7 @@ class Recipe:
     """Generation, scoring and updates at the same time; None: one after the other."""
     eval: Eval | None = None
     eval_task: Task | None = config.choice(TASKS, optional=True)
-    """Where evaluation problems come from; None: `task`."""
+    """Source of evaluation problems; None: `task`."""
 
     def __post_init__(self) -> None:
         if self.device != "auto" and self.device.split(":")[0] not in ("cpu", "cuda"):
@@ -155,7 +155,7 @@ class Recipe:
 
     @cached_property
     def uses(self) -> Uses:
-        """What the method makes use of at some step of the run."""
+        """Everything that the method makes use of at some step of the run."""
         return self.run_method.uses(self.train.steps)
 
 
@@ -298,7 +298,7 @@ RESUMABLE_ENDS = (
     *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),
     *(".max_concurrency", ".break_after", ".batch_tokens", ".cache"),
 )
-"""Where a server is and how patiently it is asked."""
+"""Ends of keys that say where a server is and how patiently it is asked."""
 
 
 def _is_resumable(key: str) -> bool:

@@ -50,14 +50,14 @@ class Arithmetic(Task):
 
     family: Family = "addition"
     digits: int = 3
-    """Of each summand (addition)."""
+    """Digits of each summand (addition)."""
     operations: int = 4
-    """In a row (chain)."""
+    """Operations in a row (chain)."""
     num_solutions: int | None = None
-    """At most so many training problems, each with its solution; None: all that there are."""
+    """The most training problems, each with its solution; None: all that there are."""
     seed: int = 0
     alphabet: Family | None = None
-    """Whose tokens the tokenizer has; None: the family's own. For students of several families."""
+    """Family whose tokens the tokenizer has; None: its own. For students of several families."""
 
     def __post_init__(self) -> None:
         if self.family not in _FAMILIES:
@@ -150,7 +150,7 @@ def _chain(code: int, operations: int) -> tuple[str, str]:
 
 
 def _steps(number: int) -> list[tuple[str, str, int]]:
-    """What can happen in step 1 or 2: a phrase, a sign and an amount. Only the second may double."""
+    """The events of step 1 or 2, each a phrase, a sign and an amount. Only the second may double."""
     steps = [(phrase.format(n), "+", n) for phrase in GAINS for n in AMOUNTS]
     steps += [(phrase.format(n), "-", n) for phrase in LOSSES for n in AMOUNTS]
     return [*steps, (DOUBLING, "*", 2)] if number == 2 else steps

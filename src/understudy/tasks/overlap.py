@@ -11,7 +11,7 @@ from understudy.types import Prompt
 
 NUM_EXAMPLES = 3
 _TYPESETTING = re.compile(r"\\[()]|\.(?!\d)|[^\w+*/=<>^().-]|_")
-"""What two copies of a problem differ in: white space, marks of mathematics, braces, backslashes, commas and full stops."""
+"""Characters in which two copies of a problem differ: white space, mathematical markup, braces, commas and full stops."""
 
 
 def overlap(train: Sequence[Prompt], evaluation: Sequence[Prompt], limit: int | None = None) -> list[str]:

@@ -21,7 +21,7 @@ from understudy.tasks.verifiers import VERIFIERS, find_verifier
 from understudy.types import Grade, Prompt
 
 Row = tuple[str, Mapping[str, Any]]
-"""Where the row stands (file and line), and its fields."""
+"""The place of the row (file and line), and its fields."""
 
 NUM_CHECKED_ROWS = 8
 """Rows of each file that a dry run reads."""
@@ -29,7 +29,7 @@ NUM_CHECKED_ROWS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Records(Task):
-    """What file-backed tasks share: which field means what, how a prompt is worded, and how train and validation part.
+    """A task that reads rows: which field means what, how a prompt is worded, and how train and validation are split.
 
     A field may be nested, `reward_model.ground_truth`. A row's prompt is a string, or a list of messages of a chat.
     Without `reference_field` the samples cannot be graded; they are left unscored. With `validation_share` a row goes
@@ -267,12 +267,12 @@ def _distinct_ids(prompts: Iterator[Prompt]) -> Iterator[Prompt]:
 
 
 def problem_key(prompt: Prompt) -> str:
-    """What names the problem in a prompt's id, whatever data set, template or repetition it comes in."""
+    """The part of a prompt's id that names the problem, whatever data set, template or repetition it comes in."""
     return prompt.id.rpartition("/")[2].partition("~")[0]
 
 
 def normalise(text: str) -> str:
-    """For telling whether two prompts are the same: letter case and white space aside."""
+    """The text without letter case and white space, for comparing two prompts."""
     return " ".join(text.casefold().split())
 
 

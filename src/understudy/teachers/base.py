@@ -72,7 +72,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run asks of one of its teachers, for the rules of the teacher's section."""
+    """The demands of a run on one of its teachers, for the rules of the teacher's section."""
 
     where: str
     """The section's place in the recipe: "teacher", or "teachers.NAME"."""
@@ -185,7 +185,7 @@ class Recording(Protocol):
 
     @property
     def name(self) -> str:
-        """Where they come from."""
+        """The teacher that scored them."""
 
     @property
     def prompt_ids(self) -> frozenset[str]:

@@ -45,7 +45,7 @@ class Privileged(TeacherSection):
     ema: float | None = None
     """Decay d in [0, 1): after every update `teacher <- d * teacher + (1 - d) * student`. None: frozen."""
     template: str = TEMPLATE
-    """What the teacher is asked; {prompt}, {solution}, {reference} and {feedback} are replaced, nothing else is."""
+    """The teacher's prompt; {prompt}, {solution}, {reference} and {feedback} are replaced, nothing else is."""
     system: str | None = None
     """A system message that only the teacher is shown, behind one that the chat has."""
     dtype: DType = "auto"
@@ -255,7 +255,7 @@ class PrivilegedTeacher(Teacher):
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights as they are now, and of how prompts are reworded."""
+        """Hash of the weights as they are now, and of how prompts are reworded."""
         if self._fingerprint is None:
             section, renderer = self._section, self._renderer
             rewording = [section.template, section.system, renderer.template_kwargs, renderer.tokenizer.chat_template]
@@ -342,7 +342,7 @@ class PrivilegedTeacher(Teacher):
         )
 
     def _unscored(self, sample: Sample, need: frozenset[Need], k: int | None, reason: str) -> Unscored:
-        """Of the shapes that its scores would have."""
+        """NaN scores in the shapes that the sample's scores would have."""
         size, nan = sample.num_response_tokens, float("nan")
         fields: dict[str, Tensor] = {}
         if need & {"sampled", "topk"}:

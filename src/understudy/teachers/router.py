@@ -51,7 +51,7 @@ class RoutedTeacher(Teacher):
 
     @property
     def name(self) -> str:
-        """All names."""
+        """Returns all names."""
         return ", ".join(self._teachers)
 
     @property
@@ -87,7 +87,7 @@ class RoutedTeacher(Teacher):
 
     @property
     def concurrency(self) -> int:
-        """What all of them can."""
+        """Returns the smallest of the teachers."""
         return min(teacher.concurrency for teacher in self._teachers.values())
 
     def members(self) -> dict[str, Teacher]:
@@ -97,7 +97,7 @@ class RoutedTeacher(Teacher):
         return RoutedTeacher({name: teacher.uncached() for name, teacher in self._teachers.items()})
 
     def stats(self) -> dict[str, Any]:
-        """Of each that counts, by its name."""
+        """Returns the counts of each teacher that has some, by its name."""
         counted = {name: getattr(teacher, "stats", None) for name, teacher in self._teachers.items()}
         return {name: stats() for name, stats in counted.items() if stats is not None}
 

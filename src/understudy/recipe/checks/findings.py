@@ -28,12 +28,12 @@ class Finding:
     checked: str
     found: str
     advice: str = ""
-    """What to do; empty where nothing is wrong."""
+    """The next step; empty where nothing is wrong."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check finds."""
+    """A verdict of a check."""
 
     found: str
     level: Level = "ok"
@@ -49,7 +49,7 @@ class Check:
     name: str
     stage: Stage
     checked: str
-    """What is compared with what, for people."""
+    """The two things that are compared, as the report names them."""
     run: Callable[[Any], Iterable[Result]]
     """Looks at `Files` or, from the stage "loaded" on, `Parts`. No result: the check does not apply."""
 

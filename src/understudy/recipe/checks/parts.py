@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from understudy.recipe.checks.files import Files
 from understudy.recipe.checks.findings import within
 from understudy.recipe.load import Loaded, Teachers, response_setup
 from understudy.recipe.schema import Recipe
-from understudy.teachers import Source, Start, Teacher, TeacherSection
+from understudy.teachers import Start, Teacher, TeacherSection
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.collect import Collector
 from understudy.trainer.loop import Trainer
@@ -30,7 +30,7 @@ NUM_PROMPTS = 32
 HEALTH_S = 30.0
 """Seconds without an answer after which a server is taken to be gone."""
 WAIT_S = 300.0
-"""For samples, verdicts or scores of a few prompts from servers."""
+"""Seconds in which servers have to return samples, verdicts or scores of a few prompts."""
 
 Returned = TypeVar("Returned")
 
@@ -40,7 +40,7 @@ class Healthy(Protocol):
     """An engine or teacher whose server says how it is."""
 
     def health(self) -> str:
-        """What the server says of itself, in a line. Raises EngineError where it does not answer."""
+        """The server's own description, in a line. Raises EngineError where it does not answer."""
         ...
 
 
@@ -60,11 +60,6 @@ class Side:
     def model(self) -> nn.Module | None:
         """Its model in this process."""
         return self.teacher.model
-
-    @property
-    def source(self) -> Source | None:
-        """Its tokenizer, where that is not the student's."""
-        return self.section.vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +105,6 @@ class Parts(Files):
             section = recipe.reference or Start()
             found.append(Side("reference", None, self.teachers.reference.uncached(), section))
         return found
-
-    @cached_property
-    def tokenizers_of(self) -> dict[str, tuple[Source, Any, int]]:
-        """By label, of the sides that bring one: its source, the tokenizer, and the tokens that it shares."""
-        tokenizers = self.loaded.tokenizers
-        return {side.label: (side.source, *tokenizers.other(side.source)) for side in self.sides if side.source}
 
     @cached_property
     def prompts(self) -> list[tuple[Prompt, Tensor]]:

@@ -23,9 +23,9 @@ from understudy.types import Author, Sample, Scores
 
 NUM_PROMPTS = 2
 MAX_SAMPLES = 2
-"""Of each prompt: rewards are compared within a prompt."""
+"""Samples of each prompt: rewards are compared within a prompt."""
 MAX_NEW_TOKENS = 64
-"""Of a rehearsed response: enough to see a difference, and quick."""
+"""Length of a rehearsed response: enough to see a difference, and quick."""
 LIMITS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Mean |difference| of log-probabilities that a precision explains, in nats: 5e-7 and 5e-3 were measured between two
 engines on small models in float32 and bfloat16; large ones sum more, and sampled log-probabilities are kept in float32."""
@@ -149,7 +149,7 @@ def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]
 
 
 def _determinism(parts: Parts) -> Iterator[Result]:
-    """A teacher that is asked again says the same."""
+    """Asks the teacher again, in another order and for one sample alone, and compares its scores."""
     rehearsed, teacher = parts.rehearsed, parts.teachers.teacher
     if rehearsed is None or teacher is None or teacher.recording is not None:
         return
@@ -198,7 +198,7 @@ def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scor
 
 
 def _own_scores(parts: Parts) -> Iterator[Result]:
-    """What the student wrote has one log-probability, whoever computes it."""
+    """Compares the log-probabilities of the student's tokens as the trainer, the engine and a teacher compute them."""
     student, teacher = parts.trainer.student, parts.teachers.teacher
     samples = [] if parts.rehearsed is None else parts.rehearsed.own
     if not samples or student.temperature != parts.recipe.temperature:
@@ -241,7 +241,7 @@ def _own_scores(parts: Parts) -> Iterator[Result]:
 
 
 def _sampled(sample: Sample) -> Tensor:
-    """What the engine says of the response; NaN where it says nothing. [R]."""
+    """The engine's log-probabilities of the response; NaN where it gives none. [R]"""
     if sample.rollout_logprob is None:
         return torch.full((sample.num_response_tokens,), math.nan)
     return sample.rollout_logprob[sample.prompt_length :]

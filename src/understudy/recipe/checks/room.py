@@ -27,7 +27,7 @@ ADAM_MOMENTS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What the estimates are counted from."""
+    """The sizes that the estimates of disk and memory are made from."""
 
     recipe: Recipe
     device: torch.device
@@ -41,7 +41,7 @@ class Needs:
     is_loaded: bool = False
     """Whether all weights are in memory already."""
     has_moments: bool = False
-    """Whether the optimizer's are, as in a run that goes on."""
+    """Whether the optimizer's moments are in memory already, as in a resumed run."""
 
     @property
     def longest(self) -> int:

@@ -136,14 +136,19 @@ def _named(tokenizer: Any, ids: set[int]) -> str:
 
 
 def _templates(parts: Parts) -> Iterator[Result]:
-    if not parts.tokenizers_of or parts.prompts[0][0].messages is None:
+    if parts.prompts[0][0].messages is None:
         return
     lines, differing = [], False
-    for label, (_, tokenizer, _) in parts.tokenizers_of.items():
-        differences = (_difference(parts, *item, tokenizer, label) for item in parts.prompts[:NUM_COMPARED])
+    for side in parts.sides:
+        if side.section.vocabulary is None:
+            continue
+        tokenizer, _ = parts.loaded.tokenizers.other(side.section.vocabulary)
+        differences = (_difference(parts, *item, tokenizer, side.label) for item in parts.prompts[:NUM_COMPARED])
         difference = next((found for found in differences if found is not None), None)
         differing = differing or difference is not None
-        lines.append(difference or f"the {label}'s template gives the student's tokens")
+        lines.append(difference or f"the {side.label}'s template gives the student's tokens")
+    if not lines:
+        return
     if differing:
         advice = (
             "prompts are rendered with the student's, so the teacher judges text in a form that it may not know, which can "
@@ -155,7 +160,7 @@ def _templates(parts: Parts) -> Iterator[Result]:
 
 
 def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
-    """Where the other side's rendering first differs; None where it does not."""
+    """Describes the first token at which the other side's rendering differs; None where none does."""
     try:
         other = Renderer(tokenizer, parts.recipe.student.template_kwargs).start(prompt).tolist()
     except UnderstudyError as error:

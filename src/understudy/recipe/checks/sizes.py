@@ -17,7 +17,7 @@ from understudy.models import unwrap
 
 GIB = 2**30
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Of a number, by the names of torch and of safetensors."""
+"""Bytes of a number, by the names of torch and of safetensors."""
 _CGROUP = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
     (
@@ -46,7 +46,7 @@ class Size:
 
 
 def size_of(model: nn.Module) -> Size:
-    """Of a loaded model."""
+    """Returns the size of a loaded model."""
     parameters = list(model.parameters())
     weights = sum(value.numel() * value.element_size() for value in parameters)
     trained = sum(value.numel() * value.element_size() for value in parameters if value.requires_grad)
@@ -54,7 +54,7 @@ def size_of(model: nn.Module) -> Size:
 
 
 def size_on_disk(source: str | None, dtype: str) -> Size | None:
-    """Of a model directory, by its configuration and the headers of its weights; None for anything else."""
+    """Returns the size of a model directory from its configuration and the headers of its weights; None for anything else."""
     folder = Path(source or "").expanduser()
     files = sorted(folder.glob("*.safetensors")) if source else []
     if not files or not (folder / "config.json").is_file():

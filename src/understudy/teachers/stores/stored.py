@@ -45,7 +45,7 @@ class Stored(TeacherSection):
     """The same, by its fingerprint."""
     dtype: DType = "auto"
     revision: str | None = None
-    """Both of `model`."""
+    """Precision and revision of `model`."""
 
     @property
     def gives(self) -> frozenset[Need]:
@@ -167,7 +167,7 @@ class StoredTeacher(Teacher):
 
     @property
     def fingerprint(self) -> str:
-        """That of the teacher that scored."""
+        """The fingerprint of the teacher that scored."""
         return self._meta.fingerprint
 
     @property
@@ -183,7 +183,7 @@ class StoredTeacher(Teacher):
         return len(self._where)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """What was recorded, to the last bit; of a top-K row the first `k`.
+        """The recorded scores, bit for bit; of a top-K row the first `k`.
 
         Raises ScoreError for another need, a larger k, a sample that was not recorded and one with other tokens,
         ValueError for "topk" without k.
