@@ -61,11 +61,7 @@ class Uniform(TeacherSection):
 
 class UniformTeacher(Teacher):
     def __init__(self, setup: Setup, scale: float) -> None:
-        self.setup, self.scale = setup, scale
-
-    @property
-    def name(self) -> str:
-        return self.setup.name
+        self.name, self.setup, self.scale = setup.name, setup, scale
 
     @property
     def fingerprint(self) -> str:

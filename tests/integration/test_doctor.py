@@ -379,7 +379,7 @@ def test_the_first_difference_of_the_templates_is_shown(tmp_path: Path) -> None:
 def test_scores_at_another_temperature_are_found(tmp_path: Path) -> None:
     with parts_of(recipe_of(tmp_path, **distillation(tmp_path))) as parts:
         teacher: Any = parts.teachers.teacher
-        teacher._temperature = 2.0
+        teacher.temperature = 2.0
         found = ask("temperature", parts)
     assert found.level == "error"
     assert "the student samples at 1; the teacher scores at 2" in found.found

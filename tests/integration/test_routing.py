@@ -25,6 +25,8 @@ SAMPLED: frozenset[Need] = frozenset({"sampled"})
 class Constant:
     """Says one number for every token; moves by one with every update."""
 
+    concurrency = 1
+
     def __init__(self, name: str, value: float) -> None:
         self.name = name
         self.fingerprint = f"{name}={value}"

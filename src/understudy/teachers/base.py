@@ -158,23 +158,17 @@ class TeacherSection(ABC):
 class Opened(ABC):
     """A teacher or judge that is loaded or connected."""
 
+    name: str
+    """As prompts name it (`Prompt.teacher`)."""
+    model: nn.Module | None = None
+    """Its model in this process."""
     remote: bool = False
     """Whether it waits for a server."""
 
     @property
     @abstractmethod
-    def name(self) -> str:
-        """As prompts name it (`Prompt.teacher`)."""
-
-    @property
-    @abstractmethod
     def fingerprint(self) -> str:
         """Changes whenever scores or verdicts may; caches are keyed by it."""
-
-    @property
-    def model(self) -> nn.Module | None:
-        """Its model in this process."""
-        return None
 
     def close(self) -> None:
         """Gives up what is in flight; nothing is left of threads and connections."""
@@ -198,6 +192,11 @@ class Recording(Protocol):
 class Teacher(Opened):
     """Scores of responses, aligned to their token ids. What is not abstract suits a teacher with frozen weights."""
 
+    concurrency: int = 1
+    """Calls of `score` that may run at the same time, each in a thread of its own."""
+    temperature: float | None = None
+    """Temperature of its scores, where it knows it."""
+
     @abstractmethod
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """One for each sample, in order. Raises ScoreError for a need that this teacher cannot meet."""
@@ -215,16 +214,6 @@ class Teacher(Opened):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state()`."""
-
-    @property
-    def concurrency(self) -> int:
-        """Calls of `score` that may run at the same time, each in a thread of its own."""
-        return 1
-
-    @property
-    def temperature(self) -> float | None:
-        """Temperature of its scores, where it knows it."""
-        return None
 
     @property
     def max_tokens(self) -> int | None:

@@ -111,6 +111,9 @@ class LocalTeacher(Teacher):
     frozen here, and nothing else may run it meanwhile.
     """
 
+    model: nn.Module
+    temperature: float
+
     def __init__(
         self,
         model: nn.Module,
@@ -124,13 +127,13 @@ class LocalTeacher(Teacher):
         around: Callable[[], AbstractContextManager[object]] | None = None,
         generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None,
     ) -> None:
-        self._model = model if around else model.requires_grad_(False)
+        self.model = model if around else model.requires_grad_(False)
         self._around = around
         self._generate = generate
         self._style = row_style(model)
-        self._name = name
+        self.name = name
         self._vocab_size = vocab_size
-        self._temperature = temperature
+        self.temperature = temperature
         self._offload = offload
         self._device = lm_head(model, vocab_size=vocab_size).weight.device if device is None else torch.device(device)
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
@@ -139,36 +142,20 @@ class LocalTeacher(Teacher):
         self._lock = RLock()
 
     @property
-    def name(self) -> str:
-        """As prompts name it."""
-        return self._name
-
-    @property
-    def temperature(self) -> float:
-        return self._temperature
-
-    @property
     def max_tokens(self) -> int | None:
-        return num_positions(self._model)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, frozen unless someone else trains it."""
-        return self._model
+        return num_positions(self.model)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """The model's own responses. Raises ScoreError where nobody gave the teacher an engine to write with."""
         if self._generate is None:
-            raise ScoreError(f"teacher {self._name!r} has no engine to write with; set Setup.generate")
+            raise ScoreError(f"teacher {self.name!r} has no engine to write with; set Setup.generate")
         with self.on_device():
-            return self._generate(
-                self._model, prompts, Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
-            )
+            return self._generate(self.model, prompts, Sampling(temperature=temperature, max_new_tokens=max_new_tokens))
 
     def head_for(self, name: str | None) -> LMHead:
         """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
         with self._alone():
-            head = lm_head(self._model, temperature=self._temperature, vocab_size=self._vocab_size)
+            head = lm_head(self.model, temperature=self.temperature, vocab_size=self._vocab_size)
         bias = None if head.bias is None else head.bias.to(self._device)
         return LMHead(head.weight.to(self._device), bias, head.softcap, head.scale, head.temperature, head.vocab_size)
 
@@ -180,9 +167,9 @@ class LocalTeacher(Teacher):
     def hash_weights(self) -> str:
         """The fingerprint of the weights as they are now."""
         digest = blake2b(digest_size=16)
-        base = unwrap(self._model)
+        base = unwrap(self.model)
         config = {key: value for key, value in base.config.to_dict().items() if key not in PROVENANCE}
-        digest.update(json.dumps([config, self._temperature, self._vocab_size], sort_keys=True, default=str).encode())
+        digest.update(json.dumps([config, self.temperature, self._vocab_size], sort_keys=True, default=str).encode())
         for name, value in base.state_dict().items():
             if self._around is not None and any(part in name for part in ADAPTERS):
                 continue
@@ -202,7 +189,7 @@ class LocalTeacher(Teacher):
         """
         if need - CAN:
             raise ScoreError(
-                f"teacher {self._name!r} is a local model and cannot give {sorted(need - CAN)}; it gives {sorted(CAN)}"
+                f"teacher {self.name!r} is a local model and cannot give {sorted(need - CAN)}; it gives {sorted(CAN)}"
             )
         if "topk" in need and (k is None or k < 1):
             raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
@@ -212,7 +199,7 @@ class LocalTeacher(Teacher):
         found: dict[int, Scores] = {}
         self._keeps_hidden = self._hidden_bytes(samples) <= MAX_HIDDEN_BYTES
         lengths = [sample.token_ids.numel() - 1 for sample in samples]
-        with self._lock, self._alone(), self.on_device(), evaluating(self._model):
+        with self._lock, self._alone(), self.on_device(), evaluating(self.model):
             for group in micro_batches(lengths, self._max_batch_tokens, self._style):
                 chosen = [samples[index] for index in group]
                 found.update(zip(group, self._score_group(chosen, need, k), strict=True))
@@ -221,12 +208,12 @@ class LocalTeacher(Teacher):
     def _score_group(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
         """One forward over samples side by side."""
         layout = lay_out(samples, style=self._style)
-        states = backbone_hidden(self._model, layout.input_ids.to(self._device), layout.position_ids.to(self._device))
+        states = backbone_hidden(self.model, layout.input_ids.to(self._device), layout.position_ids.to(self._device))
         hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if need & {"sampled", "topk"}:
             target = torch.cat([sample.response_ids for sample in samples]).to(self._device)
-            head = lm_head(self._model, temperature=self._temperature, vocab_size=self._vocab_size)
+            head = lm_head(self.model, temperature=self.temperature, vocab_size=self._vocab_size)
             rows = score_rows(hidden, head, target, k=k if "topk" in need else None)
             fields |= {name: value.cpu().split(layout.sizes) for name, value in rows.items()}
         if "full" in need:
@@ -237,7 +224,7 @@ class LocalTeacher(Teacher):
         ]
 
     def _hidden_bytes(self, samples: Sequence[Sample]) -> int:
-        weight = unwrap(self._model).get_output_embeddings().weight
+        weight = unwrap(self.model).get_output_embeddings().weight
         return int(sum(sample.num_response_tokens for sample in samples) * weight.shape[1] * weight.element_size())
 
     def _check_positions(self, samples: Sequence[Sample]) -> None:
@@ -245,7 +232,7 @@ class LocalTeacher(Teacher):
         for sample in samples:
             if limit is not None and sample.token_ids.numel() - 1 > limit:
                 raise ScoreError(
-                    f"sample {sample.key} has {sample.token_ids.numel()} tokens, but teacher {self._name!r} has {limit} "
+                    f"sample {sample.key} has {sample.token_ids.numel()} tokens, but teacher {self.name!r} has {limit} "
                     "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
                 )
 
@@ -263,7 +250,7 @@ class LocalTeacher(Teacher):
         if not self._offload:
             yield
             return
-        tensors = [*self._model.parameters(), *self._model.buffers()]
+        tensors = [*self.model.parameters(), *self.model.buffers()]
         on_host = [tensor.data for tensor in tensors]
         try:
             for tensor in tensors:

@@ -236,22 +236,13 @@ class PrivilegedTeacher(Teacher):
         self, inner: LocalTeacher, section: Privileged, setup: Setup, average: MovingAverage | None = None
     ) -> None:
         self._inner = inner
+        self.name, self.model, self.temperature = inner.name, inner.model, inner.temperature
         self._section = section
         self._setup = setup
         assert setup.renderer is not None
         self._renderer = setup.renderer
         self._average = average
         self._fingerprint: str | None = None
-
-    @property
-    def name(self) -> str:
-        """As prompts name it."""
-        return self._inner.name
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that scores."""
-        return self._inner.model
 
     @property
     def fingerprint(self) -> str:
@@ -282,10 +273,6 @@ class PrivilegedTeacher(Teacher):
             next(found) if reason is None else self._unscored(sample, need, k, reason)
             for sample, reason in zip(shown, reasons, strict=True)
         ]
-
-    @property
-    def temperature(self) -> float:
-        return self._inner.temperature
 
     @property
     def max_tokens(self) -> int | None:

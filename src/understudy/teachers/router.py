@@ -48,11 +48,8 @@ class RoutedTeacher(Teacher):
         if not teachers:
             raise ValueError("RoutedTeacher needs at least one teacher")
         self._teachers = dict(teachers)
-
-    @property
-    def name(self) -> str:
-        """Returns all names."""
-        return ", ".join(self._teachers)
+        self.name = ", ".join(teachers)
+        self.concurrency = min(teacher.concurrency for teacher in teachers.values())
 
     @property
     def fingerprint(self) -> str:
@@ -84,11 +81,6 @@ class RoutedTeacher(Teacher):
                 raise ScoreError(f"teacher {name!r} returned {len(scores)} scores for {len(group)} samples")
             found.update(zip(group, scores, strict=True))
         return [found[index] for index in range(len(samples))]
-
-    @property
-    def concurrency(self) -> int:
-        """Returns the smallest of the teachers."""
-        return min(teacher.concurrency for teacher in self._teachers.values())
 
     def members(self) -> dict[str, Teacher]:
         return dict(self._teachers)

@@ -131,15 +131,10 @@ class ChatTeacher(Judge):
         self._endpoint = Endpoint(
             base=section.url, api_key_env=section.api_key_env, retry_policy=section.retry_policy, seed=seed
         )
-        self._name = name
+        self.name = name
         self._constrain: Constrain = section.constrain
         self._open: set[HttpClient] = set()
         self._closed = False
-
-    @property
-    def name(self) -> str:
-        """As prompts name it."""
-        return self._name
 
     @property
     def fingerprint(self) -> str:

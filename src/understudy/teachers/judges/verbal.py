@@ -187,6 +187,8 @@ class VerbalTeacher(Judge):
     positions, or that its tokenizer cannot encode, leaves its sample unscored.
     """
 
+    model: nn.Module
+
     def __init__(
         self,
         model: nn.Module,
@@ -204,6 +206,7 @@ class VerbalTeacher(Judge):
                 f"model has {head.num_tokens} rows: they do not belong together"
             )
         self._asker = asker
+        self.name, self.model = name, model
         self._reader = LocalTeacher(
             model,
             name=name,
@@ -212,16 +215,6 @@ class VerbalTeacher(Judge):
             device=device,
             offload=offload,
         )
-
-    @property
-    def name(self) -> str:
-        """As prompts name it."""
-        return self._reader.name
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, frozen."""
-        return self._reader.model
 
     @cached_property
     def fingerprint(self) -> str:

@@ -176,9 +176,9 @@ class HttpTeacher(Teacher):
 
     def __init__(self, section: Http, setup: Setup) -> None:
         self._section = section
-        self._name = setup.name
+        self.name, self.concurrency = setup.name, section.max_concurrency
         self._vocab_size = setup.vocab_size
-        self._temperature = setup.temperature
+        self.temperature: float = setup.temperature
         self._format = _format(section, setup.tokenizer)
         self._spare = 0
         self._finding = Lock()
@@ -192,20 +192,10 @@ class HttpTeacher(Teacher):
         )
 
     @property
-    def name(self) -> str:
-        """As prompts name it."""
-        return self._name
-
-    @property
-    def temperature(self) -> float:
-        """Of its scores."""
-        return self._temperature
-
-    @property
     def fingerprint(self) -> str:
         """Hash of interface, model, revision, temperature and vocabulary size. The weights behind the name are unseen."""
         section = self._section
-        facts = [section.api, section.model, section.revision, float(self._temperature), self._vocab_size]
+        facts = [section.api, section.model, section.revision, float(self.temperature), self._vocab_size]
         return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     @property
@@ -217,11 +207,6 @@ class HttpTeacher(Teacher):
     def health(self) -> str:
         """What the server says of itself, in a line. Raises EngineError as `info`."""
         return ", ".join(f"{key} {value}" for key, value in self.info().items())
-
-    @property
-    def concurrency(self) -> int:
-        """As many as may be in flight: one batch that waits holds up no other."""
-        return self._section.max_concurrency
 
     def close(self) -> None:
         """Gives up what is in flight."""
@@ -305,7 +290,7 @@ class HttpTeacher(Teacher):
 
     @property
     def _who(self) -> str:
-        return f"teacher {self._name!r} ({self._section.shown})"
+        return f"teacher {self.name!r} ({self._section.shown})"
 
     @property
     def _most(self) -> float:
@@ -315,7 +300,7 @@ class HttpTeacher(Teacher):
 
     def _too_many(self, k: int) -> ScoreError:
         return ScoreError(
-            f"the method asks for k = {k}, teacher {self._name!r} gives {self._most:.0f}: start vLLM with "
+            f"the method asks for k = {k}, teacher {self.name!r} gives {self._most:.0f}: start vLLM with "
             f"--max-logprobs {k} and set teacher.k_max to it, or lower method.k"
         )
 
@@ -335,7 +320,7 @@ class HttpTeacher(Teacher):
             short = max((found[index].short for index in waiting), default=0)
             if short and num_top >= self._most:
                 raise ScoreError(
-                    f"sample {samples[waiting[0]].key}: {short} of the {num_top} likeliest tokens of teacher {self._name!r} "
+                    f"sample {samples[waiting[0]].key}: {short} of the {num_top} likeliest tokens of teacher {self.name!r} "
                     f"are past the student's {self._vocab_size} tokens, and the server gives no more: raise its "
                     "--max-logprobs and teacher.k_max with it, or lower method.k"
                 )

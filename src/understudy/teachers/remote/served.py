@@ -213,17 +213,13 @@ class ServedTeacher(Teacher):
     remote = True
 
     def __init__(self, section: Served, about: About, setup: Setup) -> None:
+        self.name, self.temperature, self.concurrency = setup.name, setup.temperature, section.max_concurrency
         self._section = section
         self._about = about
         self._setup = setup
         self._client = section._client(setup, section.retry_policy, _reply_bytes(about))
         self._head: LMHead | None = None
         self._lock = Lock()
-
-    @property
-    def name(self) -> str:
-        """As prompts name it."""
-        return self._setup.name
 
     @property
     def about(self) -> About:
@@ -235,10 +231,6 @@ class ServedTeacher(Teacher):
         """Hash of the server's, temperature and vocabulary."""
         facts = [self._about.fingerprint, self._setup.temperature, self._setup.vocab_size]
         return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-
-    @property
-    def temperature(self) -> float:
-        return self._setup.temperature
 
     @property
     def max_tokens(self) -> int | None:
@@ -363,11 +355,6 @@ class ServedTeacher(Teacher):
     def stats(self) -> Mapping[str, Any]:
         """Of the connections (`HttpClient.stats`)."""
         return self._client.stats()
-
-    @property
-    def concurrency(self) -> int:
-        """As many as may be in flight: one batch that waits holds up no other."""
-        return self._section.max_concurrency
 
     def close(self) -> None:
         """Gives up what is in flight."""

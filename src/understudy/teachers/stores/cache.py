@@ -83,6 +83,7 @@ class CachedTeacher(Teacher):
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
         self.teacher = teacher
+        self.name, self.concurrency = teacher.name, teacher.concurrency
         self._path = path
         self._chunk_tokens = chunk_tokens
         self._max_drift = max_drift
@@ -101,11 +102,6 @@ class CachedTeacher(Teacher):
             raise RecipeError(
                 f"cannot open the cache of scores {path}: {error}; give another teacher.cache, or delete the file"
             ) from error
-
-    @property
-    def name(self) -> str:
-        """The teacher's."""
-        return self.teacher.name
 
     @property
     def fingerprint(self) -> str:
@@ -127,11 +123,6 @@ class CachedTeacher(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The teacher's."""
         self.teacher.load_state(state)
-
-    @property
-    def concurrency(self) -> int:
-        """The teacher's."""
-        return self.teacher.concurrency
 
     def uncached(self) -> Teacher:
         return self.teacher

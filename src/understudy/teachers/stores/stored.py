@@ -150,7 +150,7 @@ class StoredTeacher(Teacher):
     """Scores of exactly the samples of a recording."""
 
     def __init__(self, path: Path, files: Iterable[str], meta: ScoredMeta, *, name: str) -> None:
-        self._name = name
+        self.name, self.temperature = name, meta.temperature
         self._meta = meta
         self._path = path
         self._open: dict[str, Any] = {}
@@ -161,18 +161,9 @@ class StoredTeacher(Teacher):
         }
 
     @property
-    def name(self) -> str:
-        """As prompts name it."""
-        return self._name
-
-    @property
     def fingerprint(self) -> str:
         """The fingerprint of the teacher that scored."""
         return self._meta.fingerprint
-
-    @property
-    def temperature(self) -> float:
-        return self._meta.temperature
 
     @property
     def recording(self) -> StoredTeacher:
