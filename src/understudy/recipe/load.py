@@ -245,15 +245,10 @@ class Teachers:
     """Writes responses of its own."""
 
     @property
-    def scorers(self) -> dict[str, Teacher]:
-        """The teachers that give token scores, by name, and the reference."""
-        members = {} if self.teacher is None else self.teacher.members()
-        return members | ({} if self.reference is None else {"reference": self.reference})
-
-    @property
     def models(self) -> list[nn.Module]:
-        """Their models in this process that read what the student reads."""
-        return [one.model for one in self.scorers.values() if one.model is not None]
+        """The models in this process that read what the student reads."""
+        members = () if self.teacher is None else self.teacher.members().values()
+        return [one.model for one in (*members, self.reference) if one is not None and one.model is not None]
 
     def close(self) -> None:
         """Ends connections."""

@@ -250,10 +250,10 @@ def _nothing_beside_the_update_moves_with_it(recipe: Recipe) -> None:
         )
     if any(section.replays for section in recipe.all_teachers.values()):
         raise ValueError("async has nothing to overlap where samples are stored; remove the section async")
-    scorers = dict(recipe.all_teachers)
+    scorers = list(recipe.all_teachers.items())
     if "reference" in recipe.method.needs:
-        scorers["reference"] = recipe.reference or Start()
-    for label, section in scorers.items():
+        scorers.append(("reference", recipe.reference or Start()))
+    for label, section in scorers:
         if section.follows_student or (section.is_start and recipe.student.lora is not None):
             raise ValueError(
                 f"async has the {label} score beside the update, but it runs on the student's own weights or follows "

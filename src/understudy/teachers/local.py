@@ -102,7 +102,7 @@ class Local(TeacherSection):
 
 
 class LocalTeacher(Teacher):
-    """Any causal language model as a judge: sampled-token scores, top-K of the full softmax, or hidden states.
+    """Any causal language model: sampled-token scores, top-K of the full softmax, or hidden states.
 
     Scores are those at `temperature`, the student's, over the first `vocab_size` tokens: padding rows of the head are cut
     off before the softmax. The weights stay in their own precision; softmaxes are in float32 (float64 for float64).

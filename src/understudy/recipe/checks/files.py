@@ -52,7 +52,7 @@ class Files:
         """Each tokenizer is loaded and compared once for all checks and for the run."""
         return Tokenizers(self.recipe)
 
-    @property
+    @cached_property
     def renderer(self) -> Renderer:
         """The student's tokenizer with its chat template."""
         return Renderer(self.tokenizers.student, self.recipe.student.template_kwargs)
