@@ -35,6 +35,27 @@ class Facts:
     logprobs_mode: str | None
 
 
+class _NoRouteError(EngineError):
+    """The server does not know the path."""
+
+
+def _nothing(reply: Reply) -> None:
+    """The status is all that counts."""
+
+
+def _success(reply: Reply) -> None:
+    """`{"success": false}`: requests still hold blocks of the cache. Older servers reply with nothing."""
+    if reply.content.strip() and reply.json().get("success") is False:
+        raise BadReply("the prefix cache is still in use")
+
+
+def _entry(values: Any, *names: str) -> Any:
+    """An entry of nested mappings; None if it is not there."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
 class Servers:
     """Servers that are asked for samples through `client`, and managed through a client of its own.
 
@@ -115,7 +136,7 @@ class Servers:
         self.explain(0.0)
         if not self.started:
             raise EngineError("the rollout engine has no weights yet")
-        self._all(lambda server: self._ask(server, "/health", _nothing, method="GET"))
+        self.everywhere("/health", method="GET")
         return f"vLLM at {', '.join(self.urls)}"
 
     @contextmanager
@@ -147,7 +168,7 @@ class Servers:
                 self._paused.discard(server)
                 self._unpausable.add(server)
 
-        self._all_to_the_end(ask)
+        self._all_uncancelled(ask)
 
     def _resume(self) -> None:
         def ask(server: int) -> None:
@@ -155,20 +176,16 @@ class Servers:
                 self._ask(server, "/resume", _nothing)
                 self._paused.discard(server)
 
-        self._all_to_the_end(ask)
+        self._all_uncancelled(ask)
 
     def reload(self, directory: Path) -> None:
         """Every server reads its weights from a directory."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
-        self.post([body] * len(self.urls), "/collective_rpc")
+        self.everywhere("/collective_rpc", bodies=[body] * len(self.urls))
 
     def forget(self) -> None:
         """Every server drops its prefix cache: it would answer from keys and values of the old weights, without a word."""
-        self._all(lambda server: self._ask(server, "/reset_prefix_cache", _success))
-
-    def post(self, bodies: Sequence[dict[str, Any]], path: str) -> None:
-        """Sends each server its own body, side by side."""
-        self._all(lambda server: self._ask(server, path, _nothing, bodies[server]))
+        self.everywhere("/reset_prefix_cache", _success)
 
     def world_sizes(self) -> list[int]:
         """GPUs of each server."""
@@ -179,7 +196,18 @@ class Servers:
                 raise BadReply(f"the world size {size!r}")
             return size
 
-        return self._all(lambda server: self._ask(server, "/get_world_size", read, method="GET"))
+        return self.everywhere("/get_world_size", read, method="GET")
+
+    def everywhere(
+        self,
+        path: str,
+        read: Callable[[Reply], Any] = _nothing,
+        *,
+        bodies: Sequence[dict[str, Any]] | None = None,
+        method: str = "POST",
+    ) -> list[Any]:
+        """Asks all servers at the same time, each with its own body. The first error cancels the rest."""
+        return self._all(lambda server: self._ask(server, path, read, bodies and bodies[server], method))
 
     def score(self, sequences: Sequence[list[int]]) -> dict[str, list[list[float]]]:
         """By server, for each sequence the log-probabilities of all tokens but the first, at temperature 1."""
@@ -304,7 +332,7 @@ class Servers:
         assert self._control is not None
         return self._control.each(range(len(self.urls)), ask)
 
-    def _all_to_the_end(self, ask: Callable[[int], None]) -> None:
+    def _all_uncancelled(self, ask: Callable[[int], None]) -> None:
         """As `_all`, but nothing is cancelled, as a server may still obey a request that is given up."""
 
         def attempt(server: int) -> EngineError | None:
@@ -330,24 +358,3 @@ class Servers:
             kind = _NoRouteError if refused.status in (404, 405) else EngineError
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if kind is _NoRouteError else ""
             raise kind(f"rollout engine {self.urls[server]}: {key} was refused: {refused}{hint}") from refused
-
-
-class _NoRouteError(EngineError):
-    """The server does not know the path."""
-
-
-def _nothing(reply: Reply) -> None:
-    """The status is all that counts."""
-
-
-def _success(reply: Reply) -> None:
-    """`{"success": false}`: requests still hold blocks of the cache. Older servers reply with nothing."""
-    if reply.content.strip() and reply.json().get("success") is False:
-        raise BadReply("the prefix cache is still in use")
-
-
-def _entry(values: Any, *names: str) -> Any:
-    """An entry of nested mappings; None if it is not there."""
-    for name in names:
-        values = values.get(name) if isinstance(values, dict) else None
-    return values

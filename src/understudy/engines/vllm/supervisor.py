@@ -89,7 +89,8 @@ def _running(child: subprocess.Popen[bytes]) -> set[int]:
                 pass
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
+        # a process may end while it is read
+        with suppress(OSError, IndexError):
             # "pid (name) state parent ...", and a name may hold anything
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))

@@ -323,9 +323,11 @@ class NCCLTransfer:
             "dtype_names": [str(self._dtype).removeprefix("torch.")] * len(given),
             "shapes": [list(tensor.shape) for _, tensor in given],
         }
-        self._servers.post([{}] * num_servers, "/start_weight_update")
+        self._servers.everywhere("/start_weight_update", bodies=[{}] * num_servers)
         # servers answer when they have received everything, so the request must be under way first
-        received = _begin(lambda: self._servers.post([{"update_info": info}] * num_servers, "/update_weights"))
+        received = _begin(
+            lambda: self._servers.everywhere("/update_weights", bodies=[{"update_info": info}] * num_servers)
+        )
         # referred to until they have been sent: NCCL reads the memory later
         sent = [tensor.detach().to(self._device, self._dtype).contiguous() for _, tensor in given]
         for tensor in sent:
@@ -333,7 +335,7 @@ class NCCLTransfer:
         self._wait(received.done, received)
         received.result()
         self._wait(group.is_done, received)
-        self._servers.post([{}] * num_servers, "/finish_weight_update")
+        self._servers.everywhere("/finish_weight_update", bodies=[{}] * num_servers)
 
     def _connect(self) -> NCCLGroup:
         """Both sides wait for each other, so each does in a thread of its own."""
@@ -341,7 +343,7 @@ class NCCLTransfer:
         num_ranks, unique_id = 1 + sum(sizes), self._new_id()
         common = {"nccl_unique_id_b64": b64encode(unique_id).decode(), "world_size": num_ranks, "packed": False}
         bodies = [{"init_info": common | {"rank_offset": 1 + sum(sizes[:number])}} for number in range(len(sizes))]
-        joined = _begin(lambda: self._servers.post(bodies, "/init_weight_transfer_engine"))
+        joined = _begin(lambda: self._servers.everywhere("/init_weight_transfer_engine", bodies=bodies))
         opened = _begin(lambda: self._open_group(unique_id, num_ranks, self._device))
         self._wait(lambda: joined.done() and opened.done(), joined, opened)
         return opened.result()
