@@ -2,12 +2,12 @@
 
     step_000100/student/               the model and its tokenizer, as Hugging Face or PEFT loads them
     step_000100/optimizer.safetensors  the optimizer's state by parameter name
-    step_000100/teacher.safetensors    what moves of a teacher; most have nothing
+    step_000100/teacher.safetensors    state of a teacher that follows the student; most have none
     step_000100/progress.json          steps, data position, best evaluation, versions
     step_000100/files.json             size and SHA-256 of every file
 
 A checkpoint is written under another name, synced file by file, and renamed. Random numbers and schedules are functions
-of (seed, step), so their state is the step.
+of (seed, step), so the step is all of their state.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TEACHER = "teacher.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, beside its weights. Written with every checkpoint."""
+    """How far a run is, beside its weights. Written with every checkpoint."""
 
     step: int = 0
     """Steps done."""
     updates: int = 0
-    """Optimizer updates made: steps without those that were skipped."""
+    """Optimizer updates made: all steps but the skipped ones."""
     position: int = 0
     """Prompts passed (`PromptStream`)."""
     skipped_in_row: int = 0
@@ -55,14 +55,12 @@ class Progress:
     """The highest avg@k so far and its step."""
 
     def evaluated(self, value: float) -> Progress:
-        """With the evaluation of this step considered."""
-        if self.best_value is not None and value <= self.best_value:
-            return self
-        return replace(self, best_step=self.step, best_value=value)
+        """With this step's avg@k as the best one if it is."""
+        is_best = self.best_value is None or value > self.best_value
+        return replace(self, best_step=self.step, best_value=value) if is_best else self
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
     return folder / f"step_{step:06d}"
 
 
@@ -82,9 +80,10 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_student(aside / STUDENT)
-        save_file({name: value.detach().cpu().clone() for name, value in optimizer.items()}, aside / _OPTIMIZER)
-        if teacher:
-            save_file({name: value.detach().cpu().clone() for name, value in teacher.items()}, aside / _TEACHER)
+        for name, state in ((_OPTIMIZER, optimizer), (_TEACHER, teacher)):
+            if state or name == _OPTIMIZER:
+                # clones: safetensors refuses tensors that share memory
+                save_file({key: value.detach().cpu().clone() for key, value in (state or {}).items()}, aside / name)
         (aside / _PROGRESS).write_text(json.dumps({"format": FORMAT} | asdict(progress), indent=2))
         (aside / _FILES).write_text(json.dumps(_digest(aside), indent=2))
         sync_tree(aside)
@@ -118,10 +117,9 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
     Raises CheckpointError where a file is missing or differs from what was written.
     """
     try:
-        written = json.loads((path / _FILES).read_text())
-        if written != _digest(path):
-            found = _digest(path)
-            wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+        written, found = json.loads((path / _FILES).read_text()), _digest(path)
+        wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+        if wrong:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: {', '.join(wrong)} differ from what was written; delete this checkpoint "
                 "and resume from the one before"
@@ -139,13 +137,13 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
 
 
 def load_teacher_state(path: Path) -> dict[str, Tensor]:
-    """What a teacher that moves had become; empty for others. After `load_checkpoint`, which checks the file."""
+    """State of a teacher that follows the student; empty for others. Call `load_checkpoint` first: it checks the file."""
     file = path / _TEACHER
     return load_file(file) if file.is_file() else {}
 
 
 def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:
-    """Removes all but the newest `keep_last` checkpoints and that of `keep_step`, and what a killed write left."""
+    """Removes all but the newest `keep_last` checkpoints and that of `keep_step`, and the rest of killed writes."""
     found = _finished(folder)
     kept = {path.name for path in found[-keep_last:]}
     if keep_step is not None:
@@ -153,8 +151,7 @@ def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:
     for path in found:
         if path.name not in kept:
             # renamed first: a removal that is cut short must not leave half a checkpoint under its name
-            doomed = folder / f".removing-{path.name}"
-            path.rename(doomed)
+            path.rename(folder / f".removing-{path.name}")
     for path in [*folder.glob(".removing-*"), *folder.glob(".writing-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -171,7 +168,7 @@ def _digest(folder: Path) -> dict[str, list[object]]:
 
 
 def sync_tree(folder: Path) -> None:
-    """Waits until every file and directory below is on the disk."""
+    """Waits until the directory and everything below it is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live display on a terminal, plain lines at a calm rate in a log."""
+"""A run's output for people: a live display on a terminal, plain lines at a calm rate in a log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REFRESH_PER_S = 4
 _LINE_EVERY_S = 5.0
 _LINE_AT_LATEST_S = 300.0
 _LINE_SHARE = 0.02
-"""Of the time so far, until the next plain line: a run of hours writes hundreds of lines, not thousands."""
+"""Share of the time so far until the next plain line: a run of hours writes hundreds of lines, not thousands."""
 _PLAIN_WIDTH = 160
 """Columns of a table in a log, which has no width of its own."""
 
@@ -38,8 +38,8 @@ class Console:
     """Progress, notes and tables of one run. A context manager; leaving it gives the terminal back.
 
     `live=None` decides by the stream: a terminal gets a display that is redrawn, everything else plain lines.
-    `quiet` writes nothing (ranks other than the first). Texts may come from a model: control characters, terminal
-    escape sequences and secrets are taken out, and nothing is read as markup.
+    `quiet` writes nothing (ranks other than the first). Strings may come from a model: control characters, terminal
+    escape sequences and secrets are removed, and nothing is read as markup.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Console:
         self.close()
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
-        """Begins a run of `total_steps`, of which `first_step` were done before (by the run that is resumed)."""
+        """Begins a run of `total_steps`, of which `first_step` were done before it was resumed."""
         self._run = _Pace(self._clock, total_steps, first_step)
         self._recent.clear()
         self._task = self._bars.add_task("train", total=total_steps, completed=first_step, left="")
@@ -88,24 +88,25 @@ class Console:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` is done; `metrics` are its numbers, named as in metrics.jsonl. Raises RuntimeError before `start`."""
         if self._run is None or self._task is None:
-            raise RuntimeError("Console.update before Console.start: how many steps there are is not known yet")
+            raise RuntimeError("Console.update before Console.start: the number of steps is not known yet")
         self._recent.append(metrics)
         self._run.done = step
         self._bars.update(self._task, completed=step, left=self._run.left())
         if not self._live and self._run.is_due():
-            facts = [*self._numbers(), ", ".join(self._phases()), self._run.left()]
-            self._say("  ".join([f"step {step:,}/{self._run.total:,}", *filter(None, facts)]))
+            numbers, phases = self._facts()
+            facts = [f"step {step:,}/{self._run.total:,}", *numbers, ", ".join(phases), self._run.left()]
+            self.note("  ".join(filter(None, facts)))
 
     def evaluated(self, step: int, name: str, found: Interval) -> None:
         """The main held-out metric, such as ("avg@4", Interval(0.979, 0.968, 0.989)); it stays in view."""
         self._accuracy = f"{name} {quantity(name, found.value)} at step {step:,}"
-        self._say(f"step {step:,}: {name} {interval(name, found)}")
+        self.note(f"step {step:,}: {name} {interval(name, found)}")
 
-    def note(self, text: str) -> None:
-        self._say(text)
+    def note(self, text: str, style: str = "") -> None:
+        self._out.print(Text(self._clean(text), style=style), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self._say(f"warning: {text}", style="yellow")
+        self.note(f"warning: {text}", style="yellow")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Rows of text under `columns`; raises ValueError where a row has another length."""
@@ -131,63 +132,56 @@ class Console:
             pace.done += count
             self._bars.update(task, completed=pace.done, left=pace.left())
             if not self._live and pace.done < total and pace.is_due(first=False):
-                self._say(f"{title}: {pace.done:,}/{total:,}  {pace.left()}")
+                self.note(f"{title}: {pace.done:,}/{total:,}  {pace.left()}")
 
         try:
             yield advance
         finally:
             self._bars.remove_task(task)
             if alone:
-                self._hide()
+                self.close()
             if alone or pace.elapsed() >= _LINE_EVERY_S:
-                self._say(f"{title}: {pace.done:,}/{total:,} in {seconds(pace.elapsed())}")
+                self.note(f"{title}: {pace.done:,}/{total:,} in {seconds(pace.elapsed())}")
 
     def close(self) -> None:
         """Ends the display; the last state stays on the screen. Does nothing a second time."""
-        self._hide()
+        display, self._display = self._display, None
+        if display is not None:
+            display.stop()
 
     def _show(self) -> None:
         if self._live and self._display is None:
             self._display = Live(get_renderable=self._render, console=self._out, refresh_per_second=_REFRESH_PER_S)
             self._display.start()
 
-    def _hide(self) -> None:
-        display, self._display = self._display, None
-        if display is not None:
-            display.stop()
-
     def _render(self) -> rich.console.Group:
-        lines = [" \u00b7 ".join(line) for line in (self._numbers(), self._phases()) if line]
-        texts = [Text(f"  {self._clean(line)}", style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
+        lines = [self._clean("  " + " \u00b7 ".join(line)) for line in self._facts() if line]
+        texts = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
         return rich.console.Group(self._bars, *texts)
 
-    def _numbers(self) -> list[str]:
-        last = self._recent[-1] if self._recent else {}
-        loss = f"loss {number(last['loss'])}" if "loss" in last else ""
-        speed = self._mean("tokens_per_s")
-        return [part for part in (loss, self._accuracy, "" if speed is None else f"{number(speed)} tokens/s") if part]
+    def _facts(self) -> tuple[list[str], list[str]]:
+        """Loss, accuracy and speed; and seconds of each phase, as ["generate 0.19 s", ...]. Means over the last steps."""
+        recent = list(self._recent)
 
-    def _phases(self) -> list[str]:
-        """As ["generate 0.19 s", ...], means over the last steps."""
-        means = ((name.removesuffix("_s"), self._mean(name)) for name in PHASES)
-        return [f"{name} {number(value)} s" for name, value in means if value is not None]
+        def mean(name: str) -> float | None:
+            known = [metrics[name] for metrics in recent if math.isfinite(metrics.get(name, math.nan))]
+            return sum(known) / len(known) if known else None
 
-    def _mean(self, name: str) -> float | None:
-        values = [metrics[name] for metrics in list(self._recent) if name in metrics]
-        known = [value for value in values if math.isfinite(value)]
-        return sum(known) / len(known) if known else None
-
-    def _say(self, text: str, style: str = "") -> None:
-        self._out.print(Text(self._clean(text), style=style), soft_wrap=True)
+        numbers = [f"loss {number(recent[-1]['loss'])}"] if recent and "loss" in recent[-1] else []
+        numbers += [self._accuracy] if self._accuracy else []
+        speed = mean("tokens_per_s")
+        numbers += [] if speed is None else [f"{number(speed)} tokens/s"]
+        phases = ((name.removesuffix("_s"), mean(name)) for name in PHASES)
+        return numbers, [f"{name} {number(value)} s" for name, value in phases if value is not None]
 
     def _clean(self, text: str) -> str:
-        """What the stream's encoding cannot write becomes "?"."""
+        """Makes text safe to print; characters that the stream's encoding lacks become "?"."""
         encoding = self._out.encoding
         return visible(without_secrets(text)).encode(encoding, "replace").decode(encoding)
 
 
 class _Pace:
-    """How far something is, when it will end and when it is time to say so again."""
+    """Progress of something: how far it is, when it will end and when the next line about it is due."""
 
     def __init__(self, clock: Callable[[], float], total: int, first: int) -> None:
         self._clock = clock
@@ -208,7 +202,7 @@ class _Pace:
         return f"{seconds(self.elapsed() / here * (self.total - self.done))} left"
 
     def is_due(self, first: bool = True) -> bool:
-        """Whether to write a line now: after the first step, the last, and at a rate that slows down in between."""
+        """Whether to write a line now: after the first step and the last, and between them at a falling rate."""
         now = self.elapsed()
         if self._said is None:
             due = first or now >= _LINE_EVERY_S

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: always JSON lines in the run directory, and on request TensorBoard, W&B, Trackio."""
+"""Loggers of a run's numbers: always JSON lines in the run directory, on request TensorBoard, W&B and Trackio."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 from understudy.errors import CheckpointError, RecipeError, nearest
+from understudy.files import write_atomically
 from understudy.text import plain_tree, without_secrets
 
 _LOG = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ PROJECT = "understudy"
 
 
 class MetricLogger(Protocol):
-    """Takes the numbers of every optimizer step."""
+    """Logs the numbers of every optimizer step."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -32,8 +34,8 @@ class MetricLogger(Protocol):
 class JsonLines:
     """One JSON object per line, written to the file before `log` returns, so that a killed process loses at most one.
 
-    A non-finite value is written as null and its name listed under "nonfinite". An unfinished last line, left by a
-    killed process, is cut off when the file is opened.
+    A non-finite value is written as null and its name listed under "nonfinite". Opening the file cuts off an unfinished
+    last line, which a killed process leaves.
 
     Raises CheckpointError where the file cannot be written (a full disk) or does not hold JSON lines.
     """
@@ -42,7 +44,9 @@ class JsonLines:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_unfinished_line(path)
+            content = path.read_bytes() if path.is_file() else b""
+            if content and not content.endswith(b"\n"):
+                os.truncate(path, content.rfind(b"\n") + 1)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -53,15 +57,12 @@ class JsonLines:
         for name, value in values.items():
             if name in ("step", "nonfinite"):
                 raise ValueError(f"a metric cannot be named {name!r}: every line of {self.path.name} has that key")
-            if not math.isfinite(value):
-                nonfinite.append(name)
-                record[name] = None
-            else:
-                record[name] = value if isinstance(value, int) else float(value)
+            record[name] = value if isinstance(value, int) else float(value) if math.isfinite(value) else None
+            nonfinite += [] if math.isfinite(value) else [name]
         self.write(record | {"nonfinite": nonfinite} if nonfinite else record)
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Any record with a "step", such as an event."""
+        """Writes any record that has a "step", such as an event."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         try:
             if self._file.write(line) != len(line):
@@ -74,26 +75,17 @@ class JsonLines:
 
         Other lines stay byte by byte. The file is replaced in one rename.
         """
-        aside = self.path.with_name(self.path.name + ".tmp")
-        try:
-            with self.path.open("rb") as lines, aside.open("wb") as kept:
-                kept.writelines(line for number, line in enumerate(lines, 1) if self._step(line, number) <= step)
-                kept.flush()
-                os.fsync(kept.fileno())
-            self._file.close()
-            aside.replace(self.path)
-            self._file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise _unwritable(self.path, error) from error
-
-    def _step(self, line: bytes, number: int) -> int:
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.path}:{number}: not a JSON object with a step: {line[:80]!r}; repair or delete the line"
-            ) from error
+        kept = []
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+            try:
+                kept += [line] if int(json.loads(line)["step"]) <= step else []
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self.path}:{number}: not a JSON object with a step: {line[:80]!r}; repair or delete the line"
+                ) from error
+        write_atomically(self.path, b"".join(kept))
+        self._file.close()
+        self._file = self.path.open("ab", buffering=0)
 
     def sync(self) -> None:
         """Waits until every line is on the disk: before a checkpoint, so that a power cut leaves no gap before it."""
@@ -110,22 +102,6 @@ def _unwritable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then continue with --resume"
     )
-
-
-def _cut_unfinished_line(path: Path) -> None:
-    if not path.is_file() or path.stat().st_size == 0:
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                file.truncate(start + newline + 1)
-                return
-            end = start
-        file.truncate(0)
 
 
 class TensorBoard:
@@ -203,7 +179,7 @@ LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], MetricL
 
 
 class Guarded:
-    """A logger whose failures (network, a full quota) are told once and then endured: no run dies of its dashboard."""
+    """A logger whose failures (network, a full quota) are reported once and then ignored: no run dies of its dashboard."""
 
     def __init__(self, name: str, inner: MetricLogger, warn: Callable[[str], None]) -> None:
         self.name = name
@@ -212,14 +188,17 @@ class Guarded:
         self._warned = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._endure(lambda: self._inner.log(step, values), f"step {step}")
+        with self._guard(f"step {step}"):
+            self._inner.log(step, values)
 
     def close(self) -> None:
-        self._endure(self._inner.close, "the end of the run")
+        with self._guard("the end of the run"):
+            self._inner.close()
 
-    def _endure(self, call: Callable[[], None], when: str) -> None:
+    @contextmanager
+    def _guard(self, when: str) -> Iterator[None]:
         try:
-            call()
+            yield
         except Exception as error:
             if not self._warned:
                 self._warned = True
@@ -261,7 +240,7 @@ def make_loggers(
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """What a dry run can check: every name is known and its package can be found; nothing is imported or written."""
+    """Checks that every name is known and its package can be found; imports and writes nothing."""
     for name in names:
         if name not in LOGGERS:
             raise RecipeError(f"loggers: unknown logger {name!r}; {nearest(name, LOGGERS)}")

@@ -1,4 +1,4 @@
-"""AdamW over what is trained, by parameter name, and the learning rate of a step."""
+"""AdamW over the trained parameters, addressed by name, with the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from understudy.trainer.settings import Train
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101); matrices decay, vectors do not. Its state is addressed by parameter names."""
+    """AdamW (arXiv 1711.05101); matrices decay, vectors (norms, biases) do not. Its state is keyed by parameter names."""
 
     def __init__(self, model: nn.Module, settings: Train) -> None:
         self._settings = settings
@@ -29,7 +29,7 @@ class Optimizer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return list(self._named.values())
 
     def clip(self) -> float:
@@ -57,7 +57,7 @@ class Optimizer:
         return rate
 
     def zero_grad(self) -> None:
-        """Forgets the gradients and frees their memory."""
+        """Drops the gradients and frees their memory."""
         self._adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class Optimizer:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """What `state` gave. Raises CheckpointError where it belongs to other parameters."""
+        """Restores what `state` returned. Raises CheckpointError where it belongs to other parameters."""
         names = {name.rpartition("/")[0] for name in state}
         differing = sorted(names - set(self._named))
         if differing:

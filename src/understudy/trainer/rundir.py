@@ -12,46 +12,49 @@ from understudy.errors import RecipeError
 class RunDir:
     """Paths under one run.
 
-    recipe.yaml  doctor.json  run.json  metrics.jsonl  events.jsonl  report.html
-    eval/step_000100.json  eval/step_000100.jsonl  samples/step_000100.jsonl
-    checkpoints/step_000100/  student/  bad_batches/
+    recipe.yaml    the resolved recipe          metrics.jsonl  numbers of every step
+    run.json       versions, device, ending     events.jsonl   warnings and skipped steps
+    doctor.json    checks before the first step of the process that wrote it last
+    report.html    student/  the final student, a Hugging Face directory
+    eval/step_000100.json and .jsonl            samples/step_000100.jsonl
+    checkpoints/step_000100/                    bad_batches/
     """
 
     path: Path
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe."""
         return self.path / "recipe.yaml"
 
     @property
     def facts(self) -> Path:
-        """What is known of the run beside its recipe: versions, device, sizes, how it ended."""
         return self.path / "run.json"
 
     @property
     def doctor(self) -> Path:
-        """What was checked before the first step of the process that wrote it last."""
         return self.path / "doctor.json"
 
     @property
     def eval(self) -> Path:
-        """Summaries and samples of evaluations."""
         return self.path / "eval"
 
     @property
     def checkpoints(self) -> Path:
-        """One directory each."""
         return self.path / "checkpoints"
 
     @property
     def student(self) -> Path:
-        """The final student, a Hugging Face directory."""
         return self.path / "student"
 
     def check_new(self) -> None:
-        """Raises RecipeError where a run, or anything else but logs of engines that did not start, is there already."""
-        if self.path.exists() and (not self.path.is_dir() or any(not _is_trace(item) for item in self.path.iterdir())):
+        """Raises RecipeError where a run, or anything else but traces of engines that did not start, is there already."""
+
+        def is_trace(path: Path) -> bool:
+            if path.name == "weights" and path.is_dir():
+                return not any(path.iterdir())
+            return path.name.startswith("engine_") and path.suffix == ".log"
+
+        if self.path.exists() and (not self.path.is_dir() or not all(map(is_trace, self.path.iterdir()))):
             raise RecipeError(
                 f"run_dir {self.path} exists and is not empty; continue it with --resume, or choose another run_dir"
             )
@@ -68,10 +71,3 @@ class RunDir:
                 # a killed process may leave a file that it was writing aside
                 if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
                     file.unlink()
-
-
-def _is_trace(path: Path) -> bool:
-    """Of an engine that did not start: its log, and the empty directory of its weights."""
-    if path.name == "weights" and path.is_dir():
-        return not any(path.iterdir())
-    return path.name.startswith("engine_") and path.suffix == ".log"

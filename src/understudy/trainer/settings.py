@@ -1,4 +1,4 @@
-"""What a recipe says about training and evaluation: the sections `train`, `eval` and `sampling`'s companions."""
+"""The sections `train`, `async` and `eval` of a recipe."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def _at_least(section: object, low: float, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """The section `train`. One step: prompts are drawn, sampled, scored, and one optimizer update is made."""
+    """The section `train`. A step draws prompts, samples responses, scores them and makes optimizer updates."""
 
     steps: int
     prompts_per_step: int = 64
     samples_per_prompt: int = 1
     minibatches: int = 1
-    """Updates that a step's samples are divided over."""
+    """Optimizer updates that divide a step's samples among them."""
     passes: int = 1
-    """Times that the samples are gone through; with more than one update the ratio to the sampling student is not 1."""
+    """Epochs over a step's samples; with more than one update the ratio to the sampling student is not 1."""
     max_prompt_tokens: int = 1024
     """Longer prompts are left out, counted and reported; they are never cut."""
     lr: float = 1e-5
     schedule: Shape = "constant"
     warmup_steps: int = 0
     final_lr_share: float = 0.0
-    """Where the schedule ends, as a share of `lr`."""
+    """End of the schedule, as a share of `lr`."""
     weight_decay: float = 0.0
-    """On matrices; vectors (norms, biases) are not decayed."""
+    """Applies to matrices; vectors (norms, biases) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0
     micro_batch_tokens: int | None = None
-    """Slots of one forward and backward, padding included. None: 16,384, or 2,048 on a CPU, whose cache holds no more."""
+    """Tokens of one forward and backward, padding included. None: 16,384, or 2,048 on a CPU, whose cache holds no more."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """bfloat16: mixed precision over float32 weights; None: the precision of the weights."""
     gradient_checkpointing: bool = False
@@ -62,12 +62,9 @@ class Train:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "micro_batch_tokens")
-        _at_least(self, 1, "minibatches", "passes")
-        _at_least(self, 1, "save_every", "keep_last")
-        _at_least(
-            self, 0, "lr", "warmup_steps", "final_lr_share", "weight_decay", "save_samples_every", "max_grad_norm"
-        )
-        _at_least(self, 0, "eps", "stop_at")
+        _at_least(self, 1, "minibatches", "passes", "save_every", "keep_last")
+        _at_least(self, 0, "lr", "warmup_steps", "final_lr_share", "weight_decay", "max_grad_norm", "eps", "stop_at")
+        _at_least(self, 0, "save_samples_every")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and less than 1")
         for name in ("stop_at", "final_lr_share"):
@@ -79,13 +76,13 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Async:
-    """The section `async`: generation, scoring and updates at the same time. Without it they take turns."""
+    """The section `async`: generation, scoring and updates overlap. Without it they take turns."""
 
     max_staleness: int = 0
-    """Steps that samples may be older than the weights that learn from them. 0: strictly on-policy; only scoring overlaps
-    with generation."""
+    """Most steps between the weights that sample and those that learn from the samples. 0: strictly on-policy; only scoring
+    overlaps with generation."""
     timeout_s: float = 1800.0
-    """Without a finished sample until the run stops."""
+    """Seconds without a finished sample after which the run stops."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "max_staleness")
@@ -94,23 +91,23 @@ class Async:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """The section `eval`: held-out problems, before, while and after training."""
+    """The section `eval`: held-out problems, evaluated before, during and after training."""
 
     every: int | None = None
     """Steps between evaluations; None: only before and after."""
     at_start: bool = True
     split: Split = "test"
     problems: int | None = 200
-    """The first so many of the split; None: all."""
+    """Number of problems, the first of the split; None: all."""
     samples_per_prompt: int = 1
     sampling: Sampling | None = None
     """None: as in training."""
     greedy: bool = False
     """Also one answer to each problem at temperature 0, the metric `greedy`."""
     reject_below: float | None = None
-    """Also test-time rejection: an answer that the judge gives a lower digit is drawn again, the metric `rejection@N`."""
+    """Also test-time rejection: an answer to which the judge gives a lower digit is drawn again (`rejection@N`)."""
     max_attempts: int = 4
-    """N: draws of one answer under rejection; the last counts where none was accepted."""
+    """N, the most draws of one answer under rejection; the last counts where none was accepted."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every", "problems", "samples_per_prompt")
