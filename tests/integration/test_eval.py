@@ -241,7 +241,7 @@ def test_the_report_reads_what_was_written(tmp_path: Path) -> None:
     assert raw["metrics"]["avg@4"]["num_problems"] == 6
     assert raw["sampling"]["temperature"] == 0.7
     assert (raw["unscored"], raw["too_long"]) == (0, 0)
-    attempts = record.attempts()
+    attempts = [attempt for found in record.problems().values() for attempt in found]
     assert len(attempts) == 24
     first, last = attempts[0], attempts[3]
     assert (first.prompt_id, first.prompt, first.reference) == (PROMPTS[0].id, PROMPTS[0].text, PROMPTS[0].reference)

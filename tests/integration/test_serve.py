@@ -1086,7 +1086,7 @@ def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_serves_until_a_signal(number: int, on_disk: Path) -> None:
     """It prints where it is and what it serves, answers, and ends by itself, leaving nothing."""
-    code = "from understudy.cli.serving import serve; import sys; serve(sys.argv[1], port=0, max_batch_tokens=512)"
+    code = "from understudy.cli.app import serve_teacher; import sys; serve_teacher(sys.argv[1], port=0, max_batch_tokens=512)"
     with nothing_left():
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(on_disk)],

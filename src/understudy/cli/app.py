@@ -1,13 +1,13 @@
-"""The commands. What they do lives elsewhere; here is how they are asked for and how errors are told.
-
-Everything heavy is imported inside a command, so that `--help` answers at once.
+"""The commands with their options. Their work is done elsewhere; everything heavy is imported inside a command, so that
+`--help` answers at once.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,17 +24,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides, such as method.k=64 or train.lr=1e-5.", show_default=False
-    ),
-]
-ModelDir = Annotated[
-    str | None,
-    typer.Option("--model", metavar="DIR", help="Another model than the recipe's student.", show_default=False),
-]
+
+def _option(*names: str, help: str, default: str | bool = False, **settings: Any) -> Any:
+    """An option that shows `default` as its default, or nothing: most of them are None, which explains nothing."""
+    return typer.Option(*names, help=help, show_default=default, **settings)
+
+
+def _argument(metavar: str, help: str) -> Any:
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+RecipeFile = Annotated[Path, _argument("RECIPE", "A recipe (YAML).")]
+RecipeOrRun = Annotated[Path, _argument("RECIPE|RUN", "A recipe, or a run directory: its final student.")]
+Overrides = Annotated[list[str] | None, _argument("[KEY=VALUE]...", "Overrides, such as method.k=64 or train.lr=1e-5.")]
+ModelDir = Annotated[str | None, _option("--model", metavar="DIR", help="Another model than the recipe's student.")]
 
 
 @app.command()
@@ -72,17 +75,10 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command(name="eval")
 def evaluate(
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE|RUN", help="A recipe, or a run directory: its final student.", show_default=False
-        ),
-    ],
+    recipe: RecipeOrRun,
     overrides: Overrides = None,
     model: ModelDir = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Write summary and samples there.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, _option("--out", metavar="DIR", help="Write summary and samples there.")] = None,
 ) -> None:
     """Evaluate a student on held-out problems: avg@k, pass@k, maj@k, lengths, each with a 95 % interval."""
     from understudy.cli import commands
@@ -92,27 +88,15 @@ def evaluate(
 
 @app.command()
 def sample(
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE|RUN", help="A recipe, or a run directory: its final student.", show_default=False
-        ),
-    ],
+    recipe: RecipeOrRun,
     overrides: Overrides = None,
     model: ModelDir = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="A prompt of your own; may be repeated.", show_default=False)
-    ] = None,
+    prompt: Annotated[list[str] | None, _option("--prompt", help="A prompt of your own; may be repeated.")] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="Prompts of the task to take.")] = 4,
-    split: Annotated[
-        str, typer.Option("--split", help="Split that they come from: train, validation or test.")
-    ] = "train",
+    split: Annotated[str, typer.Option("--split", help="Their split: train, validation or test.")] = "train",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of each prompt.")] = 1,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="FILE", help="Write JSON lines (prompt, response, ...) there.", show_default=False
-        ),
+        Path | None, _option("--out", metavar="FILE", help="Write JSON lines (prompt, response, ...) there.")
     ] = None,
 ) -> None:
     """Print what a model writes; with --out, a data set that SFT can be trained on."""
@@ -126,21 +110,17 @@ def sample(
 @app.command()
 def record(
     recipe: RecipeFile,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where to write, or to continue.", show_default=False)
-    ],
+    out: Annotated[Path, _option("--out", metavar="DIR", help="Where to write, or to continue.")],
     overrides: Overrides = None,
     prompts: Annotated[
         int | None,
-        typer.Option("--prompts", min=1, help="Training prompts, in the order of training.", show_default="as trained"),
+        _option("--prompts", min=1, help="Training prompts, in the order of training.", default="as trained"),
     ] = None,
     samples: Annotated[
-        int | None,
-        typer.Option("--samples", min=1, help="Samples of each prompt.", show_default="train.samples_per_prompt"),
+        int | None, _option("--samples", min=1, help="Samples of each prompt.", default="train.samples_per_prompt")
     ] = None,
     k: Annotated[
-        int | None,
-        typer.Option("--k", min=1, help="Most likely tokens of each row.", show_default="what the method needs"),
+        int | None, _option("--k", min=1, help="Most likely tokens of each row.", default="what the method needs")
     ] = None,
 ) -> None:
     """Store samples of the student's start with the teacher's scores, to train without the teacher.
@@ -156,12 +136,9 @@ def record(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    run_dir: Annotated[Path, _argument("RUN", "A run directory.")],
     baseline: Annotated[
-        Path | None,
-        typer.Option(
-            "--baseline", metavar="RUN", help="Another run to compare the evaluation with.", show_default=False
-        ),
+        Path | None, _option("--baseline", metavar="RUN", help="Another run to compare the evaluation with.")
     ] = None,
 ) -> None:
     """Write RUN/report.html: curves, tables and transcripts on one page that works offline."""
@@ -176,36 +153,25 @@ def compare(
     overrides: Overrides = None,
     vary: Annotated[
         list[str] | None,
-        typer.Option(
-            "--vary",
-            metavar="KEY=V1,V2",
-            help="An axis, such as method.type=opd,gkd; may be repeated.",
-            show_default=False,
-        ),
+        _option("--vary", metavar="KEY=V1,V2", help="An axis, such as method.type=opd,gkd; may be repeated."),
     ] = None,
-    grid: Annotated[
-        Path | None, typer.Option("--grid", metavar="FILE", help="Axes, seeds and tuning (YAML).", show_default=False)
-    ] = None,
+    grid: Annotated[Path | None, _option("--grid", metavar="FILE", help="Axes, seeds and tuning (YAML).")] = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Seeds 0..N-1 of every combination.", show_default="5")
+        int | None, _option("--seeds", min=1, help="Seeds 0..N-1 of every combination.", default="5")
     ] = None,
     tune: Annotated[
         list[str] | None,
-        typer.Option(
-            "--tune", metavar="KEY=V1,V2", help="Choose a value by avg@k on the validation split.", show_default=False
-        ),
+        _option("--tune", metavar="KEY=V1,V2", help="Choose a value by avg@k on the validation split."),
     ] = None,
     target: Annotated[
-        float | None, typer.Option("--target", help="avg@k that samples are counted to.", show_default="0.5")
+        float | None, _option("--target", help="avg@k that samples are counted to.", default="0.5")
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(
-            "--baseline", metavar="AXIS=LABEL", help="What differences are to.", show_default="the first axis' first"
-        ),
+        _option("--baseline", metavar="AXIS=LABEL", help="What differences are to.", default="the first axis' first"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where to write.", show_default="RUN_DIR-compare")
+        Path | None, _option("--out", metavar="DIR", help="Where to write.", default="RUN_DIR-compare")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once; they share the cores.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="Make the runs as tasks of Ray.")] = False,
@@ -216,59 +182,54 @@ def compare(
     The same command again goes on with what is missing.
     """
     from understudy.cli import comparing
+    from understudy.compare.grid import read_grid
 
-    asked = comparing.Asked(
-        vary=vary or [],
-        grid=grid,
-        seeds=seeds,
-        tune=tune or [],
-        target=target,
-        baseline=baseline or [],
-        out=out,
-        jobs=jobs,
-        ray=ray,
-        dry_run=dry_run,
+    read = partial(
+        read_grid,
+        grid,
+        vary=vary or (),
+        tune=tune or (),
+        baseline=baseline or (),
+        changes={"seeds": seeds, "target": target},
     )
-    ending = comparing.compare(recipe, overrides or [], asked)
+    ending = comparing.compare(recipe, overrides or [], read, out=out, jobs=jobs, ray=ray, dry_run=dry_run)
     if ending != "finished":
         raise typer.Exit(EXIT_FAILED if ending == "failed" else EXIT_SIGNAL)
 
 
 @app.command(name="serve-teacher")
 def serve_teacher(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub name.", show_default=False)],
-    host: Annotated[str | None, typer.Option("--host", help="Address to listen at.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option("--port", help="0: any that is free.", show_default="8100")] = None,
+    model: Annotated[str, _argument("MODEL", "A model directory or hub name.")],
+    host: Annotated[str | None, _option("--host", help="Address to listen at.", default="127.0.0.1")] = None,
+    port: Annotated[int | None, _option("--port", help="0: any that is free.", default="8100")] = None,
     token_env: Annotated[
         str | None,
-        typer.Option(
+        _option(
             "--token-env",
             metavar="NAME",
             help="Environment variable with the token that clients must send; needed beyond this machine.",
-            show_default=False,
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Precision of the weights.", show_default="the checkpoint's")
+        str | None, _option("--dtype", help="Precision of the weights.", default="the checkpoint's")
     ] = None,
     hidden_dtype: Annotated[
         str | None,
-        typer.Option("--hidden-dtype", help="bfloat16 or float32: hidden states as sent.", show_default="the weights'"),
+        _option("--hidden-dtype", help="bfloat16 or float32: hidden states as sent.", default="the weights'"),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Such as cuda:1.", show_default="a GPU if any")] = None,
+    device: Annotated[str | None, _option("--device", help="Such as cuda:1.", default="a GPU if any")] = None,
     max_batch_tokens: Annotated[
-        int | None,
-        typer.Option("--max-batch-tokens", min=1, help="Tokens of one forward.", show_default="2048 (CPU), 16384"),
+        int | None, _option("--max-batch-tokens", min=1, help="Tokens of one forward.", default="2048 (CPU), 16384")
     ] = None,
     max_request_bytes: Annotated[
-        int | None, typer.Option("--max-request-bytes", min=1, help="Of one request.", show_default="64 MiB")
+        int | None, _option("--max-request-bytes", min=1, help="Of one request.", default="64 MiB")
     ] = None,
     max_reply_bytes: Annotated[
-        int | None, typer.Option("--max-reply-bytes", min=1, help="Of one answer.", show_default="1 GiB")
+        int | None, _option("--max-reply-bytes", min=1, help="Of one answer.", default="1 GiB")
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.", show_default=False)] = None,
+    revision: Annotated[str | None, _option("--revision", help="Of a hub model.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="DIR", help="Of the model.", show_default="the model's own")
+        str | None, _option("--tokenizer", metavar="DIR", help="Of the model.", default="the model's own")
     ] = None,
     share_prompts: Annotated[
         bool, typer.Option("--share-prompts/--no-share-prompts", help="Read the prompt of several responses once.")
@@ -278,31 +239,22 @@ def serve_teacher(
 
     Hidden states and the head give whole rows at a few KB a token. It ends with Ctrl-C.
     """
-    from understudy.cli import serving
+    # the parameters have the names of the settings; None keeps a setting's default
+    given = {name: value for name, value in locals().items() if value is not None}
+    import transformers
 
-    serving.serve(
-        model,
-        host=host,
-        port=port,
-        token_env=token_env,
-        dtype=dtype,
-        hidden_dtype=hidden_dtype,
-        device=device,
-        max_batch_tokens=max_batch_tokens,
-        max_request_bytes=max_request_bytes,
-        max_reply_bytes=max_reply_bytes,
-        revision=revision,
-        tokenizer=tokenizer,
-        share_prompts=share_prompts,
-    )
+    from understudy import config
+    from understudy.serve import Settings, run
+    from understudy.text import visible
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # plain lines: a server's log has no display that is redrawn
+    run(config.parse(Settings, given), lambda line: typer.echo(visible(line)))
 
 
 @app.command()
-def methods(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="One method, with its keys.", show_default=False)
-    ] = None,
-) -> None:
+def methods(name: Annotated[str | None, _argument("[NAME]", "One method, with its keys.")] = None) -> None:
     """List the methods, or the keys of one."""
     from understudy.cli import describe
 

@@ -1,32 +1,31 @@
-"""The runs of a comparison: their recipes, what is checked before any of them starts, and how far each of them is."""
+"""The runs of a comparison: their recipes, the checks before any of them starts, and how far each of them is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal
 
 from understudy import config
 from understudy.compare.grid import Combination, Grid, apply, nested, slug
 from understudy.errors import RecipeError, UnderstudyError
-from understudy.methods import METHODS, REFUSED, Method, RolloutPlan
+from understudy.methods import METHODS, REFUSED, Method
 from understudy.recipe import Recipe, check_same_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import eval_prompts
 from understudy.tasks import overlap
 from understudy.trainer.rollouts import MAX_ROUNDS
 from understudy.trainer.rundir import RunDir
-from understudy.trainer.settings import Train
 
 State = Literal["new", "started", "finished"]
 
 DONE = ("finished", "good enough")
-"""Values of `status` in run.json after which a run is not continued."""
+"""Values of `status` in run.json that end a run for good."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Cell:
     recipe: Recipe
     tuned: Mapping[str, Any]
     dropped: tuple[str, ...]
-    """Sections of the base recipe that the method has no use for."""
+    """Sections of the base recipe that were left out because the method has no use for them."""
 
     @property
     def path(self) -> Path:
@@ -46,22 +45,27 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """What it printed; beside the run directory, which has to be empty when a run begins."""
+        """Its console output; beside the run directory, which has to be empty when a run begins."""
         return self.path.with_name(self.path.name + ".log")
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Combination and seed, as people read them."""
         return f"{self.combination.name}, {self.path.name}"
 
     @cached_property
     def budget_tokens(self) -> int:
-        """Response tokens that training may take at most, were every response as long as the student's may be."""
+        """Most response tokens that training may take: every response as long as `max_new_tokens`."""
         train, method = self.recipe.train, self.recipe.run_method
-        moments = (method.at(step) for step in range(train.steps))
-        return (
-            sum(_most_samples(part.plan(step), train) for part, step in moments) * self.recipe.sampling.max_new_tokens
-        )
+        total = 0
+        for part, step in (method.at(step) for step in range(train.steps)):
+            plan = part.plan(step)
+            # a guided sample stands beside the others of its prompt
+            guided = plan.prefix_share > 0 and plan.guided == "beside"
+            rounds = MAX_ROUNDS if plan.rewards is not None and plan.rewards.dynamic_sampling else 1
+            attempts = 2 if plan.acceptance is not None and plan.acceptance.on_reject == "resample" else 1
+            total += rounds * attempts * train.prompts_per_step * (train.samples_per_prompt + guided)
+        return total * self.recipe.sampling.max_new_tokens
 
     def state(self) -> State:
         """Raises RecipeError where the directory holds another run, or something else."""
@@ -71,7 +75,11 @@ class Cell:
                 raise RecipeError(f"{self.path} exists and holds no run; move it away, or choose another --out")
             return "new"
         check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), self.recipe)
-        return "finished" if _status(run_dir) in DONE else "started"
+        try:
+            facts = json.loads(run_dir.facts.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # killed before or while it wrote them
+            facts = None
+        return "finished" if isinstance(facts, dict) and facts.get("status") in DONE else "started"
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,8 @@ class Cells:
     @cached_property
     def tuning(self) -> list[Cell]:
         """One run for every combination and value that is tuned, evaluated on the validation split."""
-        if not self.grid.tune:
-            return []
-        return [
-            self._tuning_cell(combination, tuned)
-            for combination in self.grid.combinations()
-            for tuned in self.grid.tunings()
-        ]
+        pairs = product(self.grid.combinations(), self.grid.tunings() if self.grid.tune else [])
+        return [self._tuning_cell(combination, tuned) for combination, tuned in pairs]
 
     def compared(self, tuned: Mapping[Combination, Mapping[str, Any]]) -> list[Cell]:
         """Every combination that `tuned` has with every seed; the seeds of a combination differ in nothing else."""
@@ -106,34 +109,39 @@ class Cells:
         return cells
 
     def check(self) -> None:
-        """Everything that can be found wrong before a run starts, each message with the cell's name.
+        """Finds everything that can be found wrong before a run starts; each message has the cell's name.
 
         Raises RecipeError, DataError or VocabularyError.
         """
         for cell in self.tuning:
             with _named(cell.name):
-                _check_unseen(cell.recipe, self._cell(cell.combination, cell.tuned, seed=0).recipe)
+                check(cell.recipe)
+                compared = self._cell(cell.combination, cell.tuned, seed=0).recipe
+                shared = overlap(eval_prompts(cell.recipe), eval_prompts(compared))
+                if shared:
+                    raise RecipeError(
+                        f"{len(shared)} problems of the evaluation are also in the validation split "
+                        f"({', '.join(shared[:3])}): tuning would see what is compared; give the task another "
+                        "split_validation or validation_share"
+                    )
                 cell.state()
         for combination in self.grid.combinations():
             # nothing that is checked depends on the seed
-            candidates = [self._cell(combination, tuned, seed=0) for tuned in self.grid.tunings()]
-            for cell in candidates:
+            for tuned in self.grid.tunings():
                 with _named(combination.name):
-                    check(cell.recipe)
-            self._check_started([self.compared({combination: tuned}) for tuned in self.grid.tunings()])
-
-    def _check_started(self, candidates: Sequence[Sequence[Cell]]) -> None:
-        """Raises RecipeError where a directory fits none of the recipes that tuning may yet choose."""
-        for same_seed in zip(*candidates, strict=True):
-            problems = []
-            for cell in same_seed:
-                try:
-                    cell.state()
-                    break
-                except RecipeError as error:
-                    problems.append(error)
-            else:
-                raise RecipeError(f"cell {same_seed[0].name}: {problems[0]}") from problems[0]
+                    check(self._cell(combination, tuned, seed=0).recipe)
+            # a directory has to fit one of the recipes that tuning may yet choose
+            candidates = [self.compared({combination: tuned}) for tuned in self.grid.tunings()]
+            for same_seed in zip(*candidates, strict=True):
+                problems = []
+                for cell in same_seed:
+                    try:
+                        cell.state()
+                        break
+                    except RecipeError as error:
+                        problems.append(error)
+                else:
+                    raise RecipeError(f"cell {same_seed[0].name}: {problems[0]}") from problems[0]
 
     def _tuning_cell(self, combination: Combination, tuned: Mapping[str, Any]) -> Cell:
         labels = [f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in tuned.items()]
@@ -196,38 +204,9 @@ def _unused(values: Mapping[str, Any]) -> list[str]:
     return names + ([] if any(part.plan(0).takes_responses for part in method.members) else ["responses"])
 
 
-def _most_samples(plan: RolloutPlan, train: Train) -> int:
-    """That one step may ask for."""
-    # a guided sample stands beside the others of its prompt
-    guided = plan.prefix_share > 0 and plan.guided == "beside"
-    rounds = MAX_ROUNDS if plan.rewards is not None and plan.rewards.dynamic_sampling else 1
-    attempts = 2 if plan.acceptance is not None and plan.acceptance.on_reject == "resample" else 1
-    return rounds * attempts * train.prompts_per_step * (train.samples_per_prompt + guided)
-
-
 def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:
     """The token budget of each combination."""
     return {cell.combination: cell.budget_tokens for cell in cells}
-
-
-def _check_unseen(tuning: Recipe, compared: Recipe) -> None:
-    """Raises RecipeError where a tuning run would look at a problem that is compared."""
-    check(tuning)
-    shared = overlap(eval_prompts(tuning), eval_prompts(compared))
-    if shared:
-        raise RecipeError(
-            f"{len(shared)} problems of the evaluation are also in the validation split ({', '.join(shared[:3])}): tuning "
-            "would see what is compared; give the task another split_validation or validation_share"
-        )
-
-
-def _status(run_dir: RunDir) -> str:
-    """How the run ended, empty where it has not, or where run.json cannot be read."""
-    try:
-        facts = json.loads(run_dir.facts.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return str(facts.get("status") or "") if isinstance(facts, dict) else ""
 
 
 @contextmanager

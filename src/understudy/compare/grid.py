@@ -1,4 +1,4 @@
-"""What is compared: axes of labelled changes to one recipe, seeds, and keys that are tuned before.
+"""The grid of a comparison: axes of labelled changes to one recipe, seeds, and keys that are tuned first.
 
 A combination takes one label of every axis. All combinations share every other key of the base recipe.
 """
@@ -21,7 +21,7 @@ from understudy.recipe import Recipe
 
 NUM_SEEDS = 5
 TUNE_SEED = 1000
-"""Of tuning runs: none of the compared seeds."""
+"""Seed of tuning runs: none of the compared seeds."""
 MAX_SLUG = 100
 """Characters of a directory's name."""
 RESERVED = ("seed", "run_dir")
@@ -93,7 +93,7 @@ class Grid:
         return Combination(tuple((axis, chosen.get(axis, label)) for axis, label in combination.labels))
 
     def to_json(self) -> dict[str, Any]:
-        """As a grid file says it."""
+        """As a grid file spells it."""
         values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
         return values | {"tune": {key: list(options) for key, options in self.tune.items()}}
 
@@ -106,12 +106,12 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The labels, as people read them."""
         return ", ".join(label for _, label in self.labels) or "the recipe"
 
     @property
     def slug(self) -> str:
-        """For directories: the labels, and a hash of them where a label cannot be written as it is."""
+        """A directory's name: the labels, and a hash of them where a label cannot be part of a file name."""
         return slug([label for _, label in self.labels]) or "recipe"
 
 
@@ -138,18 +138,28 @@ def read_grid(
     values = {} if path is None else dict(config.read_yaml(path))
     where = "" if path is None else f"{path}: "
     try:
-        values["vary"] = _read_axes(values.get("vary"))
-        for text in vary:
-            axis, options = _assignment(text, "--vary")
-            _add(values["vary"], axis, {label: axis_change(axis, value, base) for label, value in options}, "--vary")
-        values["tune"] = _read_tune(values.get("tune"))
-        for text in tune:
-            key, options = _assignment(text, "--tune")
-            _add(values["tune"], key, tuple(value for _, value in options), "--tune")
+        axes, tuned = _read_axes(values.get("vary")), _read_tune(values.get("tune"))
+        for option, texts, there in (("--vary", vary, axes), ("--tune", tune, tuned)):
+            for text in texts:
+                key, options = _assignment(text, option)
+                if key in there:
+                    raise RecipeError(f"{option} {key}: given twice; write all its values in one place")
+                is_axis = option == "--vary"
+                there[key] = (
+                    {label: axis_change(key, value, base) for label, value in options}
+                    if is_axis
+                    else tuple(value for _, value in options)
+                )
         given = values.get("baseline") or {}
         if not isinstance(given, Mapping):
             raise RecipeError(f"baseline is {config.brief(given)}; it must be a mapping: AXIS: LABEL")
-        values["baseline"] = {str(axis): str(label) for axis, label in given.items()} | dict(map(_pair, baseline))
+        chosen = {str(axis): str(label) for axis, label in given.items()}
+        for text in baseline:
+            axis, equals, label = text.partition("=")
+            if not equals:
+                raise RecipeError(f"--baseline {text!r}: write AXIS=LABEL, such as method.type=sft")
+            chosen[axis] = label
+        values |= {"vary": axes, "tune": tuned, "baseline": chosen}
         values |= {key: value for key, value in (changes or {}).items() if value is not None}
         return config.parse(Grid, values)
     except RecipeError as error:
@@ -159,9 +169,9 @@ def read_grid(
 def axis_change(axis: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     """`a.b=value` as a nested mapping. `SECTION.type=X`: the section with those of the base's keys that X has."""
     section, _, key = axis.partition(".")
-    table = _choices().get(section)
-    if table is not None and key == "type":
-        kind = table.get(str(value))
+    tables = {item.name: item.metadata["choice"].table for item in fields(Recipe) if "choice" in item.metadata}
+    if section in tables and key == "type":
+        kind = tables[section].get(str(value))
         known = {item.name for item in fields(kind) if item.init} if kind is not None else set()
         kept = {name: item for name, item in dict(base.get(section) or {}).items() if name in known}
         return {section: Whole({"type": value} | kept)}
@@ -210,13 +220,8 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _choices() -> dict[str, Mapping[str, type[Any]]]:
-    """Sections of a recipe that have a `type`, with their tables."""
-    return {item.name: item.metadata["choice"].table for item in fields(Recipe) if "choice" in item.metadata}
-
-
 def _read_axes(value: Any) -> dict[str, Any]:
-    """Axes of a file: labels become texts, and an empty change is written as such."""
+    """The axes of a file, with labels as strings and an empty change as an empty mapping."""
     if not isinstance(value or {}, Mapping):
         raise RecipeError(f"vary is {config.brief(value)}; it must be a mapping of axes, each a mapping of labels")
     axes: dict[str, Any] = {}
@@ -241,47 +246,25 @@ def _read_tune(value: Any) -> dict[str, Any]:
     return {str(key): tuple(options) for key, options in (value or {}).items()}
 
 
-def _add(there: dict[str, Any], key: str, item: Any, option: str) -> None:
-    if key in there:
-        raise RecipeError(f"{option} {key}: given twice; write all its values in one place")
-    there[key] = item
-
-
 def _assignment(text: str, option: str) -> tuple[str, list[tuple[str, Any]]]:
     """`KEY=V1,V2` as the key and `[(text, value), ...]`."""
     key, equals, values = text.partition("=")
-    texts = [part.strip() for part in split_values(values)]
-    if not equals or any(not part for part in (*key.split("."), *texts)):
+    if not equals or not all(key.split(".")) or not values.strip() or values.rstrip().endswith(","):
         raise RecipeError(f"{option} {text!r}: write KEY=V1,V2, such as method.type=opd,gkd")
-    if len(set(texts)) != len(texts):
-        raise RecipeError(f"{option} {text!r}: a value stands twice")
     try:
-        return key, [(part, yaml.safe_load(part)) for part in texts]
+        options = [(part, yaml.safe_load(part)) for part in split_values(values)]
     except yaml.YAMLError as error:
         raise RecipeError(f"{option} {text!r}: not valid YAML: {' '.join(str(error).split())}") from error
+    if len({part for part, _ in options}) != len(options):
+        raise RecipeError(f"{option} {text!r}: a value stands twice")
+    return key, options
 
 
 def split_values(text: str) -> list[str]:
-    """At the commas outside brackets, braces and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for sign in text:
-        if quote:
-            quote = "" if sign == quote else quote
-        elif sign in "'\"" and not parts[-1].strip():
-            quote = sign
-        depth += (sign in "[{") - (sign in "]}") if not quote else 0
-        if sign == "," and depth == 0 and not quote:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return parts
-
-
-def _pair(text: str) -> tuple[str, str]:
-    axis, equals, label = text.partition("=")
-    if not equals:
-        raise RecipeError(f"--baseline {text!r}: write AXIS=LABEL, such as method.type=sft")
-    return axis, label
+    """Splits at the commas that separate YAML values, not at those inside brackets, braces and quotes."""
+    listed = f"[{text}]"
+    parsed: Any = yaml.compose(listed, yaml.SafeLoader)
+    return [listed[node.start_mark.index : node.end_mark.index] for node in parsed.value]
 
 
 def _check_unreserved(keys: Iterable[str], where: str) -> None:

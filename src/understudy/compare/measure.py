@@ -1,19 +1,20 @@
-"""What one run says, read from its directory. What was not recorded is None, never a number."""
+"""Reads the numbers of one run from its directory. A number that was not recorded is None."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from understudy.compare.cells import Cell
 from understudy.format import Interval
-from understudy.report.read import EvalRecord, RunRecord, Series, read_run
+from understudy.report.read import Series, read_run
 
 END_SHARE = 0.1
-"""Of the steps, the last ones: what "at the end" is a mean over."""
+"""Share of the steps, the last ones, that a value "at the end" is the mean of."""
 CURVES = ("grad_norm", "student_entropy")
 
 
@@ -28,6 +29,7 @@ class Measured:
     final: Interval | None
     """The main metric at the end, with its interval over problems."""
     greedy: float | None
+    """Accuracy at temperature 0: the metric `greedy`, or the main one of an evaluation that draws so."""
     split: str
     scores: Mapping[str, float]
     """The final evaluation's mean score by problem; empty where its samples were not saved or not scored."""
@@ -50,64 +52,50 @@ class Measured:
 def measure(cell: Cell) -> Measured:
     """Raises CheckpointError or DataError, naming the file, for a directory that cannot be read."""
     run = read_run(cell.path)
-    final = run.evals[-1] if run.evals else None
-    metric = _main_metric(final)
-    used = _samples_by_step(run)
     series = run.series
+    empty = Series.of({})
+    counted = series.get("num_samples", empty)
+    used = {0: 0} | dict(zip(counted.steps.tolist(), map(int, counted.values.tolist()), strict=True))
+    metric, final, greedy, split = None, None, None, ""
+    scores: dict[str, float] = {}
+    accuracy: dict[int, float | None] = {}
+    if run.evals:
+        last = run.evals[-1]
+        split = last.split
+        greedy = next((item.value for name, item in last.metrics.items() if name.startswith("greedy")), None)
+        name = f"avg@{last.samples_per_prompt}"
+        if name in last.metrics:
+            metric, final = name, last.metrics[name]
+            section = cell.recipe.eval
+            if greedy is None and section and (section.sampling or cell.recipe.sampling).temperature == 0:
+                greedy = final.value
+            known = {record.step: record.metrics[name].value for record in run.evals if name in record.metrics}
+            accuracy = {used[step]: value for step, value in known.items() if step in used and value is not None}
+        for problem, attempts in last.problems().items():
+            graded = [attempt.score for attempt in attempts if attempt.score is not None]
+            if len(graded) == len(attempts):
+                scores[problem] = math.fsum(graded) / len(graded)
+    grad_norm, entropy = series.get("grad_norm", empty), series.get("student_entropy", empty)
+    if "loss" in series:  # a skipped step has no loss, or one that is not finite
+        updated = series["loss"].steps[np.isfinite(series["loss"].values)]
+        kept = np.isin(grad_norm.steps, updated)
+        grad_norm = Series(grad_norm.steps[kept], grad_norm.values[kept])
+    num_last = max(1, round(END_SHARE * len(entropy.steps)))
     return Measured(
         steps=run.last_step,
         samples=max(used.values(), default=None),
         metric=metric,
-        final=None if final is None or metric is None else final.metrics[metric],
-        greedy=_greedy(cell, final, metric),
-        split="" if final is None else final.split,
-        scores={} if final is None else _scores(final),
-        accuracy=_accuracy(run, metric, used),
+        final=final,
+        greedy=greedy,
+        split=split,
+        scores=scores,
+        accuracy=Series.of(accuracy),
         curves={name: _over_samples(series[name], used) for name in CURVES if name in series},
         tokens_per_s=_tokens_per_s(series),
-        peak_memory_gib=_of(np.max, series.get("peak_memory_gib")),
-        grad_norm=_of(np.mean, _updated(series.get("grad_norm"), series.get("loss"))),
-        entropy_at_end=_of(np.mean, _end(series.get("student_entropy"))),
+        peak_memory_gib=_reduced(np.max, series.get("peak_memory_gib", empty).values),
+        grad_norm=_reduced(np.mean, grad_norm.values),
+        entropy_at_end=_reduced(np.mean, entropy.values[-num_last:]),
     )
-
-
-def _main_metric(record: EvalRecord | None) -> str | None:
-    name = None if record is None else f"avg@{record.samples_per_prompt}"
-    return name if record is not None and name in record.metrics else None
-
-
-def _greedy(cell: Cell, final: EvalRecord | None, metric: str | None) -> float | None:
-    """A metric called greedy, or the main one where evaluation draws at temperature 0."""
-    if final is None:
-        return None
-    named = next((item.value for name, item in final.metrics.items() if name.startswith("greedy")), None)
-    if named is not None or metric is None or cell.recipe.eval is None:
-        return named
-    sampling = cell.recipe.eval.sampling or cell.recipe.sampling
-    return final.metrics[metric].value if sampling.temperature == 0 else None
-
-
-def _samples_by_step(run: RunRecord) -> dict[int, int]:
-    """Training samples used when a step was done; {0: 0} alone where they were not recorded."""
-    used = run.series.get("num_samples")
-    return {0: 0} | (
-        {} if used is None else dict(zip(used.steps.tolist(), map(int, used.values.tolist()), strict=True))
-    )
-
-
-def _scores(record: EvalRecord) -> dict[str, float]:
-    """Mean score of each problem whose attempts are all scored."""
-    found = {}
-    for problem, attempts in record.problems().items():
-        scores = [attempt.score for attempt in attempts if attempt.score is not None]
-        if len(scores) == len(attempts):
-            found[problem] = math.fsum(scores) / len(scores)
-    return found
-
-
-def _accuracy(run: RunRecord, metric: str | None, used: Mapping[int, int]) -> Series:
-    known = {record.step: record.metrics[metric].value for record in run.evals if metric and metric in record.metrics}
-    return Series.of({used[step]: value for step, value in known.items() if step in used and value is not None})
 
 
 def _over_samples(series: Series, used: Mapping[int, int]) -> Series:
@@ -134,22 +122,7 @@ def _tokens_per_s(series: Mapping[str, Series]) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def _updated(series: Series | None, loss: Series | None) -> Series | None:
-    """Without the steps that were skipped: those without a loss, or with one that is not finite."""
-    if series is None or loss is None:
-        return series
-    kept = np.isin(series.steps, loss.steps[np.isfinite(loss.values)])
-    return Series(series.steps[kept], series.values[kept])
-
-
-def _end(series: Series | None) -> Series | None:
-    if series is None:
-        return None
-    num = max(1, round(END_SHARE * len(series.steps)))
-    return Series(series.steps[-num:], series.values[-num:])
-
-
-def _of(reduce: object, series: Series | None) -> float | None:
+def _reduced(reduce: Callable[[NDArray[np.float64]], np.float64], values: NDArray[np.float64]) -> float | None:
     """A number of the finite values; None where there is none."""
-    known = np.array([]) if series is None else series.values[np.isfinite(series.values)]
-    return float(reduce(known)) if len(known) else None  # type: ignore[operator]
+    known = values[np.isfinite(values)]
+    return float(reduce(known)) if len(known) else None

@@ -1,22 +1,45 @@
-"""The files of a comparison: table.md, cells.csv, compare.json and compare.html."""
+"""The files of a comparison: table.md, cells.csv, compare.json and compare.html.
+
+The page holds the table, its curves and everything needed to make it again. Its frame, charts and script are those of a
+run's report; the axis counts training samples, which methods share.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from understudy.compare.cells import Cell, budgets
-from understudy.compare.page import page
+import numpy as np
+
+from understudy.compare.cells import budgets
+from understudy.compare.measure import Measured
 from understudy.compare.run import Comparison, Outcome, tuning_score
-from understudy.compare.table import NOT_REACHED, Row, estimate_json, markdown
+from understudy.compare.table import NOT_REACHED, Row, markdown
+from understudy.config import write_yaml
 from understudy.files import write_atomically, write_json
-from understudy.format import MISSING, Interval
+from understudy.format import MISSING, Interval, quantity
+from understudy.report.page import render
+from understudy.report.read import Series
+from understudy.report.svg import Chart, Line
 from understudy.text import without_secrets
 
 NUMBERS = ("steps", "samples", "greedy", "tokens_per_s", "peak_memory_gib", "grad_norm", "entropy_at_end")
+MAX_LINES = 8
+"""Lines in one chart: as many as there are colours. More combinations are drawn in further charts."""
+OVER = "training sample"
+BAND = "Line: mean over seeds, as far as every seed went. Band: lowest to highest seed."
+_KINDS: Sequence[tuple[Chart, Callable[[Measured], Series | None]]] = (
+    (Chart("Accuracy", "held-out avg@k", (), percent=True, over=OVER), lambda run: run.accuracy),
+    (Chart("Gradient norm", "2-norm, before clipping", (), over=OVER), lambda run: run.curves.get("grad_norm")),
+    (
+        Chart("Entropy", "of the student, nats per token", (), over=OVER),
+        lambda run: run.curves.get("student_entropy"),
+    ),
+)
 
 
 def write_outputs(comparison: Comparison) -> Path:
@@ -37,21 +60,19 @@ def cells_csv(comparison: Comparison) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(_csv_row(outcome, grid.target) for outcome in comparison.outcomes)
+    for outcome in comparison.outcomes:
+        cell, run = outcome.cell, outcome.measured
+        row = [*(label for _, label in cell.combination.labels), cell.recipe.seed, *cell.tuned.values(), outcome.status]
+        numbers: list[object] = [""] * (5 + len(NUMBERS))
+        if run is not None:
+            final = run.final or Interval(None)
+            numbers = [final.value, final.low, final.high, run.metric, *(getattr(run, name) for name in NUMBERS)]
+            numbers = [MISSING if value is None else value for value in numbers]
+            is_known = grid.target is not None and len(run.accuracy.steps)
+            reached = run.samples_until(grid.target or 0.0) if is_known else MISSING
+            numbers.append(NOT_REACHED if reached is None else reached)
+        writer.writerow([*row, *numbers, cell.path, cell.log, outcome.error or ""])
     return text.getvalue()
-
-
-def _csv_row(outcome: Outcome, target: float | None) -> list[object]:
-    cell, run = outcome.cell, outcome.measured
-    first = [*(label for _, label in cell.combination.labels), cell.recipe.seed, *cell.tuned.values(), outcome.status]
-    last = [cell.path, cell.log, outcome.error or ""]
-    if run is None:
-        return [*first, *([""] * (5 + len(NUMBERS))), *last]
-    final = run.final or Interval(None)
-    numbers = [final.value, final.low, final.high, run.metric, *(getattr(run, name) for name in NUMBERS)]
-    reached: object = run.samples_until(target) if target is not None and len(run.accuracy.steps) else MISSING
-    known = [MISSING if value is None else value for value in numbers]
-    return [*first, *known, NOT_REACHED if reached is None else reached, *last]
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -75,13 +96,16 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    estimates = {"accuracy": estimate_json(row.accuracy), "difference": estimate_json(row.difference)}
-    rest = {key: value for key, value in asdict(row).items() if key not in ("combination", "accuracy", "difference")}
-    return {"labels": dict(row.combination.labels)} | estimates | rest
+    values = asdict(row) | {"labels": dict(row.combination.labels)}
+    del values["combination"]
+    for name in ("accuracy", "difference"):
+        if values[name] is not None:
+            del values[name]["num_problems"]
+    return values
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    cell: Cell = outcome.cell
+    cell = outcome.cell
     values: dict[str, Any] = {
         "labels": dict(cell.combination.labels),
         "tuned": dict(cell.tuned),
@@ -96,3 +120,83 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         return values
     final = run.final or Interval(None)
     return values | {"metric": run.metric, "final": asdict(final)} | {name: getattr(run, name) for name in NUMBERS}
+
+
+def page(comparison: Comparison) -> str:
+    """The page as HTML."""
+    return render("compare/page.html", kind="compare", **page_values(comparison))
+
+
+def page_values(comparison: Comparison) -> dict[str, Any]:
+    """Everything that the template shows."""
+    cells, outcomes = comparison.cells, comparison.outcomes
+    drawn, missing = _charts(comparison)
+    columns, tuning = tuning_rows(comparison)
+    failed = [outcome for outcome in (*comparison.tuning, *outcomes) if outcome.status == "failed"]
+    failures = f"{len(failed)} {'run' if len(failed) == 1 else 'runs'} failed." if failed else ""
+    again = (failures, "They are listed below; the same command tries them again.") if failed else None
+    finished = sum(outcome.status == "finished" for outcome in outcomes)
+    left_out = {item.cell.combination.name: " and ".join(item.cell.dropped) for item in outcomes if item.cell.dropped}
+    listed = "; ".join(f"{name}: {sections}" for name, sections in left_out.items())
+    return {
+        "title": cells.out.resolve().name,
+        "subtitle": "",
+        "alert": (comparison.unfinished, failures) if comparison.unfinished else again,
+        "chips": [("runs", f"{finished} of {len(outcomes)} finished"), ("seeds", str(cells.grid.seeds))],
+        "result": comparison.table,
+        "drawn": drawn,
+        "missing": missing,
+        "tune_seed": cells.grid.tune_seed,
+        "tuning_columns": columns,
+        "tuning": tuning,
+        "failed": [(outcome.cell.name, outcome.error or "", str(outcome.cell.log)) for outcome in failed],
+        "command": without_secrets(comparison.command),
+        "left_out": listed and f"Sections of the recipe that a method has no use for were left out. {listed}.",
+        "grid": without_secrets(write_yaml(cells.grid.to_json())),
+        "recipe": without_secrets(write_yaml(cells.base)),
+    }
+
+
+def tuning_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of tuning runs."""
+    grid, found = comparison.cells.grid, []
+    for outcome in comparison.tuning:
+        cell = outcome.cell
+        score = quantity("accuracy", tuning_score(outcome)) if outcome.status == "finished" else outcome.status
+        chosen = "yes" if comparison.tuned.get(cell.combination) == dict(cell.tuned) else ""
+        labels = [label for _, label in cell.combination.labels] or [cell.combination.name]
+        found.append([*labels, *map(str, cell.tuned.values()), score, chosen])
+    return [*(list(grid.vary) or ["recipe"]), *grid.tune, "avg@k on validation", "chosen"], found
+
+
+def _charts(comparison: Comparison) -> tuple[list[Chart], list[str]]:
+    """The charts, and the titles of those that no run recorded."""
+    runs: dict[str, list[Measured]] = {row.combination.name: [] for row in comparison.table.rows}
+    for outcome in comparison.outcomes:
+        if outcome.measured is not None:
+            runs[outcome.cell.combination.name].append(outcome.measured)
+    found, missing = [], []
+    for chart, read in _KINDS:
+        lines = [line for name, seeds in runs.items() if (line := mean_line(name, [read(run) for run in seeds]))]
+        parts = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+        for index, part in enumerate(parts, 1):
+            title = chart.title if len(parts) == 1 else f"{chart.title} ({index} of {len(parts)})"
+            found.append(replace(chart, title=title, lines=part, note=BAND))
+        if not lines:
+            missing.append(chart.title.lower())
+    return found, missing
+
+
+def mean_line(name: str, seeds: Sequence[Series | None]) -> Line | None:
+    """Mean, lowest and highest over seeds, where every seed has a finite value; None where there is no such point."""
+    points = [
+        {at: value for at, value in zip(item.steps.tolist(), item.values.tolist(), strict=True) if np.isfinite(value)}
+        for item in seeds
+        if item is not None
+    ]
+    common = sorted(set.intersection(*map(set, points))) if points else []
+    if not common:
+        return None
+    values = np.array([[seed[at] for at in common] for seed in points], dtype=np.float64)
+    line = Series(np.array(common, dtype=np.int64), values.mean(axis=0))
+    return Line(name, line, values.min(axis=0), values.max(axis=0)) if len(points) > 1 else Line(name, line)

@@ -1,6 +1,7 @@
-"""Cells as processes of their own, so that the memory, the crash and the signal of one is not another's.
+"""Runs cells as processes of their own, so that memory, crashes and signals of one do not reach another.
 
-They are forked from a server that has imported everything and computed nothing, so that a cell starts at once.
+They are forked from a server that has imported everything and computed nothing, so that a cell starts at once. A pool of
+`concurrent.futures` would not do: it breaks as a whole when one worker dies, and cannot ask a single one to save and end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -26,7 +26,7 @@ from understudy.text import visible, without_secrets
 
 FAILED, STOPPED = 1, 130
 POLL_S = 0.2
-"""How long a signal waits until it is passed on."""
+"""Seconds until a signal is passed on."""
 MAX_ERROR_CHARS = 2_000
 
 Stopped = Callable[[], bool]
@@ -60,33 +60,46 @@ def run_processes(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> It
     waiting = list(enumerate(jobs))[::-1]
     running: dict[Any, tuple[int, ForkServerProcess]] = {}
     asked = False
-    with _threads(num_at_once):
-        try:
-            while (waiting and not asked) or running:
-                while waiting and len(running) < num_at_once and not asked:
-                    index, job = waiting.pop()
-                    process = context.Process(target=work_in_process, args=(job,))
-                    process.start()
-                    running[process.sentinel] = (index, process)
-                for sentinel in wait(list(running), timeout=POLL_S):
-                    index, process = running.pop(sentinel)
-                    process.join()
-                    yield _ended(index, process.exitcode or 0, Path(jobs[index].log))
-                if not asked and stopped():
-                    asked = True
-                    for _, process in running.values():
-                        process.terminate()
-        finally:
-            for _, process in running.values():
-                process.kill()
+    # the processes inherit it when the server starts
+    sets_threads = num_at_once > 1 and "OMP_NUM_THREADS" not in os.environ
+    if sets_threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads_each(num_at_once))
+    try:
+        while (waiting and not asked) or running:
+            while waiting and len(running) < num_at_once and not asked:
+                index, job = waiting.pop()
+                process = context.Process(target=work_in_process, args=(job,))
+                process.start()
+                running[process.sentinel] = (index, process)
+            for sentinel in wait(list(running), timeout=POLL_S):
+                index, process = running.pop(sentinel)
                 process.join()
+                yield ending(index, process.exitcode or 0, Path(jobs[index].log))
+            if not asked and stopped():
+                asked = True
+                for _, process in running.values():
+                    process.terminate()
+    finally:
+        if sets_threads:
+            del os.environ["OMP_NUM_THREADS"]
+        for _, process in running.values():
+            process.kill()
+            process.join()
 
 
 def work_in_process(job: Job) -> None:
     """The body of a cell's process. Exits with 0, 1 for a failure (its last line is in the log) or 130 for a signal."""
-    # a terminal's Ctrl-C goes to the whole group; the comparison alone hears it and passes it on once
+
+    def end_with_parent() -> None:
+        # saves and ends the run when the comparison is gone: nobody else would wait for it
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # a terminal's Ctrl-C goes to the whole group; the comparison alone receives it and passes it on once
     os.setsid()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -123,52 +136,21 @@ def prepare(job: Job) -> None:
 
 
 def ending(index: int, code: int, log: Path) -> Ended:
-    """From an exit code of `work`."""
+    """From an exit code of `work`, or the signal that ended its process (negative)."""
     if code == 0:
         return Ended(index, None)
-    return Ended(index, _last_error(log), stopped=code == STOPPED)
-
-
-def _ended(index: int, code: int, log: Path) -> Ended:
     if code in (-signal.SIGTERM, -signal.SIGINT):
         return Ended(index, "stopped by a signal before its first step", stopped=True)
     if code < 0:
-        name = signal.Signals(-code).name
         hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
-        return Ended(index, f"the process was ended by {name}{hint}")
-    return ending(index, code, log)
-
-
-def _last_error(log: Path) -> str:
-    """The last line that tells an error, or the last line."""
+        return Ended(index, f"the process was ended by {signal.Signals(-code).name}{hint}")
     try:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     except OSError as error:
-        return f"the log cannot be read: {error}"
-    told = [line for line in lines if line.startswith("error: ")] or lines or ["nothing was printed"]
-    return without_secrets(visible(told[-1].removeprefix("error: ")))[:MAX_ERROR_CHARS]
-
-
-def _end_with_parent() -> None:
-    """Saves and ends the run when the comparison is gone: nobody else would wait for it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def _threads(num_at_once: int) -> Iterator[None]:
-    """OMP_NUM_THREADS for the processes: an even share of the cores, unless it is set."""
-    name = "OMP_NUM_THREADS"
-    if name in os.environ or num_at_once == 1:
-        yield
-        return
-    os.environ[name] = str(threads_each(num_at_once))
-    try:
-        yield
-    finally:
-        del os.environ[name]
+        lines = [f"the log cannot be read: {error}"]
+    errors = [line for line in lines if line.startswith("error: ")] or lines or ["nothing was printed"]
+    text = without_secrets(visible(errors[-1].removeprefix("error: ")))[:MAX_ERROR_CHARS]
+    return Ended(index, text, stopped=code == STOPPED)
 
 
 def threads_each(num_at_once: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from understudy import config
@@ -13,7 +12,7 @@ from understudy.compare.cells import Cell, Cells, budgets
 from understudy.compare.grid import Combination
 from understudy.compare.measure import Measured, measure
 from understudy.compare.on_ray import check_ray, run_on_ray
-from understudy.compare.processes import Ended, Job, prepare, run_processes
+from understudy.compare.processes import Job, prepare, run_processes
 from understudy.compare.table import Table, budget_warning, caption, rows, table
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.format import quantity
@@ -22,7 +21,7 @@ from understudy.trainer.signals import StopSignal
 
 Ending = Literal["finished", "failed", "stopped by a signal"]
 SAVE_EVERY_S = 60.0
-"""Between outputs that are written while runs are still to be made."""
+"""Seconds between outputs that are written while runs are still being made."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,19 @@ class Comparison:
 
     @property
     def unfinished(self) -> str:
-        """What is still to be made, for people; empty where nothing is."""
+        """Says how many runs are still to be made; empty where none is."""
         if not self.running and all(outcome.status != "not run" for outcome in (*self.tuning, *self.outcomes)):
             return ""
         grid = self.cells.grid
-        texts = [f"{_num_ended(self.tuning)} of {len(self.cells.tuning)} tuning runs"] if grid.tune else []
-        texts.append(f"{_num_ended(self.outcomes)} of {len(grid.combinations()) * grid.seeds} runs")
-        when = "This was written while it ran; if it runs no more, the" if self.running else "The"
-        return f"Unfinished: {' and '.join(texts)} have ended. {when} same command goes on."
+        kinds = [(self.outcomes, len(grid.combinations()) * grid.seeds, "runs")]
+        if grid.tune:
+            kinds.insert(0, (self.tuning, len(self.cells.tuning), "tuning runs"))
+        ended = " and ".join(
+            f"{sum(outcome.status != 'not run' for outcome in outcomes)} of {total} {name}"
+            for outcomes, total, name in kinds
+        )
+        when = "This was written while it ran; if it no longer runs, the" if self.running else "The"
+        return f"Unfinished: {ended} have ended. {when} same command continues it."
 
 
 @dataclass
@@ -83,45 +87,43 @@ class Runner:
     stopped: Callable[[], bool] = field(default=lambda: False)
 
     def run(
-        self, cells: Sequence[Cell], title: str, tell: Callable[[list[Outcome]], None] = lambda _: None
+        self, cells: Sequence[Cell], title: str, on_end: Callable[[list[Outcome]], None] = lambda _: None
     ) -> list[Outcome]:
-        """Runs what is not finished, and measures everything that is, once. `tell` hears of all after each run that ends."""
+        """Runs every unfinished cell and measures every finished one, once. `on_end` gets all outcomes after each run."""
         states = [cell.state() for cell in cells]
         found = [
-            _outcome(cell) if state == "finished" else Outcome(cell, "not run")
+            Outcome(cell, "finished", measured=measure(cell)) if state == "finished" else Outcome(cell, "not run")
             for cell, state in zip(cells, states, strict=True)
         ]
         todo = [index for index, state in enumerate(states) if state != "finished"]
         if len(todo) < len(cells):
             self.console.note(f"{title}: {len(cells) - len(todo)} of {len(cells)} are finished already")
-        if todo and not self.stopped():
-            jobs = [Job(config.dump(cells[at].recipe), states[at] == "started", str(cells[at].log)) for at in todo]
-            for job in jobs:
-                prepare(job)
-            run = run_on_ray if self.use_ray else run_processes
-            with self.console.progress(title, len(todo)) as advance:
-                for item in run(jobs, self.num_at_once, self.stopped):
-                    at = todo[item.index]
-                    found[at] = _outcome(cells[at], item)
-                    self._show(found[at])
-                    advance(1)
-                    tell(list(found))
+        if not todo or self.stopped():
+            return found
+        jobs = [Job(config.dump(cells[at].recipe), states[at] == "started", str(cells[at].log)) for at in todo]
+        for job in jobs:
+            prepare(job)
+        run = run_on_ray if self.use_ray else run_processes
+        with self.console.progress(title, len(todo)) as advance:
+            for ended in run(jobs, self.num_at_once, self.stopped):
+                at = todo[ended.index]
+                cell = cells[at]
+                if ended.error is not None and not ended.stopped:
+                    found[at] = Outcome(cell, "failed", ended.error)
+                    self.console.warn(f"{cell.name} failed: {ended.error} (log: {cell.log})")
+                elif ended.error is None and cell.state() == "finished":
+                    measured = measure(cell)
+                    found[at] = Outcome(cell, "finished", measured=measured)
+                    value = measured.final and f": {measured.metric} {quantity('accuracy', measured.final.value)}"
+                    self.console.note(f"{cell.name}{value or ''}")
+                advance(1)
+                on_end(list(found))
         return found
-
-    def _show(self, outcome: Outcome) -> None:
-        cell, measured = outcome.cell, outcome.measured
-        if measured is not None:
-            final = (
-                "" if measured.final is None else f": {measured.metric} {quantity('accuracy', measured.final.value)}"
-            )
-            self.console.note(f"{cell.name}{final}")
-        elif outcome.status == "failed":
-            self.console.warn(f"{cell.name} failed: {outcome.error} (log: {cell.log})")
 
 
 @dataclass
 class Drafts:
-    """Saves a comparison while its runs are made, now and then: a machine that dies leaves what was known."""
+    """Saves a comparison now and then while its runs are made, so that a machine that dies leaves what was known."""
 
     save: Callable[[Comparison], object]
     console: Console
@@ -129,7 +131,7 @@ class Drafts:
     _last: float | None = None
 
     def __call__(self, make: Callable[[], Comparison]) -> None:
-        """Nothing within `SAVE_EVERY_S` of the last time. What cannot be written is told, and stops no run."""
+        """Does nothing within `SAVE_EVERY_S` of the last time. A draft that cannot be written warns and stops no run."""
         if self._last is not None and self.clock() - self._last < SAVE_EVERY_S:
             return
         try:
@@ -172,7 +174,7 @@ def compare(
 def choose(cells: Cells, tuning: Sequence[Outcome]) -> dict[Combination, dict[str, Any]]:
     """The tuned values with the highest final avg@k, the first among equals; a combination without any is left out.
 
-    Runs that have not ended leave their combination open, so that a comparison that goes on chooses among all.
+    A combination with runs that have not ended stays open, so that a comparison that is continued chooses among all.
     """
     if not cells.grid.tune:
         return {combination: {} for combination in cells.grid.combinations()}
@@ -204,7 +206,7 @@ def summarise(
     *,
     running: bool = False,
 ) -> Comparison:
-    """The table of runs, whatever their order."""
+    """The comparison with its table, whatever the order of the runs."""
     measured: dict[Combination, dict[int, Measured]] = {}
     failed: dict[Combination, int] = {}
     for outcome in outcomes:
@@ -216,20 +218,3 @@ def summarise(
     found = rows(grid, measured, failed, tuned)
     shown = table(grid, found, caption(grid, found, budgets(outcome.cell for outcome in outcomes)))
     return Comparison(cells, outcomes, tuning, tuned, shown, command, running)
-
-
-def _num_ended(outcomes: Sequence[Outcome]) -> int:
-    return sum(outcome.status != "not run" for outcome in outcomes)
-
-
-def _outcome(cell: Cell, ended: Ended | None = None) -> Outcome:
-    if ended is not None and ended.error is not None:
-        return Outcome(cell, "not run" if ended.stopped else "failed", None if ended.stopped else ended.error)
-    if cell.state() != "finished":
-        return Outcome(cell, "not run")
-    return Outcome(cell, "finished", measured=measure(cell))
-
-
-def default_out(base: Mapping[str, Any]) -> Path:
-    """Beside the recipe's own run directory."""
-    return Path(f"{base['run_dir']}-compare")

@@ -6,14 +6,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from understudy.compare.estimate import crossed_mean
 from understudy.compare.grid import Combination, Grid
 from understudy.compare.measure import END_SHARE, Measured
-from understudy.eval import Estimate
-from understudy.format import MISSING, Interval, change, interval, number, quantity
+from understudy.eval import Estimate, crossed_mean
+from understudy.format import MISSING, change, interval, number, quantity
 from understudy.trainer.rollouts import MAX_ROUNDS
 
 NOT_REACHED = "not reached"
@@ -64,12 +63,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What the comparison says, as rows and as the words around them."""
+    """The result of a comparison, as rows and as the words around them."""
 
     rows: Sequence[Row]
     caption: Sequence[str]
-    columns: Sequence[str] = field(default_factory=tuple)
-    texts: Sequence[Sequence[str]] = field(default_factory=tuple)
+    columns: Sequence[str]
+    texts: Sequence[Sequence[str]]
     """The rows as they are shown, under `columns`."""
 
 
@@ -80,46 +79,38 @@ def rows(
     tuned: Mapping[Combination, Mapping[str, Any]],
 ) -> list[Row]:
     """A row for every combination of the grid, in its order, whatever the order of the runs."""
-    return [
-        _row(grid, combination, measured, failed.get(combination, 0), tuned.get(combination, {}))
-        for combination in grid.combinations()
-    ]
-
-
-def _row(
-    grid: Grid,
-    combination: Combination,
-    measured: Mapping[Combination, Runs],
-    num_failed: int,
-    tuned: Mapping[str, Any],
-) -> Row:
-    runs = dict(sorted(measured.get(combination, {}).items()))
-    base = grid.baseline_of(combination)
-    paired = {seed: measured.get(base, {}).get(seed) for seed in runs}
-    pairs = {
-        seed: (other, runs[seed])
-        for seed, other in paired.items()
-        if other is not None and other.scores and runs[seed].scores
-    }
-    names = {run.metric for run in runs.values()}
-    return Row(
-        combination=combination,
-        tuned=tuned,
-        num_finished=len(runs),
-        num_failed=num_failed,
-        num_seeds=grid.seeds,
-        metric=names.pop() if len(names) == 1 else None,
-        accuracy=mean_accuracy(runs),
-        difference=paired_accuracy(pairs),
-        num_paired=len(pairs),
-        is_baseline=base == combination,
-        greedy=_over_seeds(statistics.fmean, [run.greedy for run in runs.values()]),
-        reached=None if grid.target is None else samples_to_target(runs, grid.target),
-        tokens_per_s=_over_seeds(statistics.fmean, [run.tokens_per_s for run in runs.values()]),
-        peak_memory_gib=_over_seeds(max, [run.peak_memory_gib for run in runs.values()]),
-        grad_norm=_over_seeds(statistics.fmean, [run.grad_norm for run in runs.values()]),
-        entropy_at_end=_over_seeds(statistics.fmean, [run.entropy_at_end for run in runs.values()]),
-    )
+    found = []
+    for combination in grid.combinations():
+        runs = dict(sorted(measured.get(combination, {}).items()))
+        base = grid.baseline_of(combination)
+        others = measured.get(base, {})
+        pairs = {
+            seed: (others[seed], run)
+            for seed, run in runs.items()
+            if seed in others and others[seed].scores and run.scores
+        }
+        names = {run.metric for run in runs.values()}
+        found.append(
+            Row(
+                combination=combination,
+                tuned=tuned.get(combination, {}),
+                num_finished=len(runs),
+                num_failed=failed.get(combination, 0),
+                num_seeds=grid.seeds,
+                metric=names.pop() if len(names) == 1 else None,
+                accuracy=mean_accuracy(runs),
+                difference=paired_accuracy(pairs),
+                num_paired=len(pairs),
+                is_baseline=base == combination,
+                greedy=_over_seeds(statistics.fmean, [run.greedy for run in runs.values()]),
+                reached=None if grid.target is None else samples_to_target(runs, grid.target),
+                tokens_per_s=_over_seeds(statistics.fmean, [run.tokens_per_s for run in runs.values()]),
+                peak_memory_gib=_over_seeds(max, [run.peak_memory_gib for run in runs.values()]),
+                grad_norm=_over_seeds(statistics.fmean, [run.grad_norm for run in runs.values()]),
+                entropy_at_end=_over_seeds(statistics.fmean, [run.entropy_at_end for run in runs.values()]),
+            )
+        )
+    return found
 
 
 def mean_accuracy(runs: Runs) -> Estimate | None:
@@ -153,40 +144,35 @@ def samples_to_target(runs: Runs, target: float) -> Reached | None:
 def table(grid: Grid, found: Sequence[Row], caption: Sequence[str]) -> Table:
     """The rows as text."""
     metrics = {row.metric for row in found if row.metric}
+    show_greedy = any(row.greedy is not None for row in found)
     columns = [*(list(grid.vary) or ["recipe"]), *(f"tuned {key}" for key in grid.tune)]
-    greedy = any(row.greedy is not None for row in found)
-    columns += [metrics.pop() if len(metrics) == 1 else "avg@k", "difference", *(["greedy"] if greedy else [])]
+    columns += [metrics.pop() if len(metrics) == 1 else "avg@k", "difference", *(["greedy"] if show_greedy else [])]
     columns += [] if grid.target is None else [f"samples to {number(100 * grid.target)} %"]
     columns += ["tokens/s", "peak GiB", "gradient norm", "entropy at end", "seeds"]
-    return Table(found, caption, columns, [_texts(row, grid, greedy) for row in found])
+    texts = []
+    for row in found:
+        cells = [label for _, label in row.combination.labels] or [row.combination.name]
+        cells += [str(row.tuned[key]) if key in row.tuned else MISSING for key in grid.tune]
+        cells += [interval("accuracy", row.accuracy), _difference(row)]
+        cells += [quantity("accuracy", row.greedy)] if show_greedy else []
+        cells += [] if grid.target is None else [MISSING if row.reached is None else str(row.reached)]
+        numbers = (row.tokens_per_s, row.peak_memory_gib, row.grad_norm, row.entropy_at_end)
+        cells += [quantity("", value) for value in numbers]
+        failed = f", {row.num_failed} failed" if row.num_failed else ""
+        all_ended_well = row.num_finished == row.num_seeds
+        cells.append(str(row.num_seeds) if all_ended_well else f"{row.num_finished} of {row.num_seeds}{failed}")
+        texts.append(cells)
+    return Table(found, caption, columns, texts)
 
 
-def _texts(row: Row, grid: Grid, greedy: bool) -> list[str]:
-    texts = [label for _, label in row.combination.labels] or [row.combination.name]
-    texts += [str(row.tuned[key]) if key in row.tuned else MISSING for key in grid.tune]
-    texts += [_estimate(row.accuracy), difference_text(row)]
-    texts += [quantity("accuracy", row.greedy)] if greedy else []
-    texts += [] if grid.target is None else [MISSING if row.reached is None else str(row.reached)]
-    numbers = (row.tokens_per_s, row.peak_memory_gib, row.grad_norm, row.entropy_at_end)
-    return [*texts, *(quantity("", value) for value in numbers), seeds_text(row)]
-
-
-def difference_text(row: Row) -> str:
+def _difference(row: Row) -> str:
     """Signed, in points; "baseline" in the row that others are compared with."""
     if row.is_baseline:
         return BASELINE
     if row.difference is None:
         return NO_PAIRS if row.num_paired else MISSING
-    text = change("accuracy", _interval(row.difference))
+    text = change("accuracy", row.difference)
     return text if row.num_paired == row.num_seeds else f"{text} ({row.num_paired} pairs of seeds)"
-
-
-def seeds_text(row: Row) -> str:
-    """As "5", or "3 of 5, 1 failed"."""
-    if row.num_finished == row.num_seeds:
-        return str(row.num_seeds)
-    failed = f", {row.num_failed} failed" if row.num_failed else ""
-    return f"{row.num_finished} of {row.num_seeds}{failed}"
 
 
 def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]) -> list[str]:
@@ -198,7 +184,8 @@ def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]
         else "Accuracy is the mean over problems of the final evaluation. [95 % intervals] are over problems alone: one seed "
         "says nothing about others."
     ]
-    chosen = ", ".join(f"{axis}={label}" for axis, label in _baseline(grid).items())
+    base = dict(grid.baseline_of(grid.combinations()[0]).labels)
+    chosen = ", ".join(f"{axis}={base[axis]}" for axis in list(grid.baseline) or list(grid.vary)[:1])
     if chosen:
         lines.append(f"Difference: to the row with {chosen} and otherwise the same labels, paired by seed and problem.")
     if grid.target is not None:
@@ -220,20 +207,14 @@ def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]
             "Each interval is for its row alone. There is no correction for many rows: of twenty differences that are none, "
             "one is expected to look like one."
         )
-    lines += [text for text in (_lacking(grid, found), budget_warning(budgets)) if text]
-    return lines
-
-
-def _lacking(grid: Grid, found: Sequence[Row]) -> str:
-    """Empty where every run finished."""
-    if all(row.num_finished == grid.seeds for row in found):
-        return ""
-    failed = [f"{row.combination.name} ({row.num_failed} of {grid.seeds})" for row in found if row.num_failed]
-    told = f" Runs failed in {'; '.join(failed)}." if failed else ""
-    return (
-        "Not every run finished: means, differences and samples to the target rest on the seeds that did, and say nothing "
-        f"about the others.{told}"
-    )
+    if any(row.num_finished < grid.seeds for row in found):
+        failed = [f"{row.combination.name} ({row.num_failed} of {grid.seeds})" for row in found if row.num_failed]
+        told = f" Runs failed in {'; '.join(failed)}." if failed else ""
+        lines.append(
+            "Not every run finished: means, differences and samples to the target rest on the seeds that did, and say "
+            f"nothing about the others.{told}"
+        )
+    return lines + ([warning] if (warning := budget_warning(budgets)) else [])
 
 
 def budget_warning(budgets: Mapping[Combination, int]) -> str:
@@ -254,20 +235,9 @@ def budget_warning(budgets: Mapping[Combination, int]) -> str:
 def markdown(shown: Table, unfinished: str = "") -> str:
     """A pipe table with its caption above; `unfinished` says at the top what is still to be made."""
     first = [f"**{unfinished}**", ""] if unfinished else []
-    lines = [*first, *shown.caption, "", _line(shown.columns), _line(["---"] * len(shown.columns))]
-    lines += map(_line, shown.texts)
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
-
-
-def _baseline(grid: Grid) -> dict[str, str]:
-    combinations = grid.combinations()
-    base = dict(grid.baseline_of(combinations[0]).labels)
-    names = list(grid.baseline) or list(grid.vary)[:1]
-    return {axis: base[axis] for axis in names}
+    table_rows = [shown.columns, ["---"] * len(shown.columns), *shown.texts]
+    lines = ("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in table_rows)
+    return "\n".join([*first, *shown.caption, "", *lines]) + "\n"
 
 
 def _common(scores: Sequence[Mapping[str, float]]) -> list[str]:
@@ -279,16 +249,3 @@ def _over_seeds(reduce: Callable[[Sequence[float]], float], values: Sequence[flo
     """None unless every seed recorded it: a mean over some would be of other runs than its row's."""
     known = [value for value in values if value is not None]
     return reduce(known) if known and len(known) == len(values) else None
-
-
-def _interval(found: Estimate) -> Interval:
-    return Interval(found.value, found.low, found.high)
-
-
-def _estimate(found: Estimate | None) -> str:
-    return interval("accuracy", None if found is None else _interval(found))
-
-
-def estimate_json(found: Estimate | None) -> dict[str, float] | None:
-    """For compare.json."""
-    return None if found is None else {"value": found.value, "low": found.low, "high": found.high}
