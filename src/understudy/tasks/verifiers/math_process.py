@@ -2,7 +2,8 @@
 
 Sympy can be made to compute for hours or to fill the memory by a dozen characters, and math-verify's own limit (SIGALRM
 and a Python handler) works in the main thread only and not inside a long C call. So the comparison runs in a process of
-its own, which is kept for the next one and dies when a limit is reached.
+its own, which is kept for the next one and dies when a limit is reached. A process pool with time limits (`pebble`) would
+limit wall-clock time only, so that a verdict would depend on the load, and would give the worker the trainer's environment.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import IO, cast
@@ -22,15 +24,7 @@ from understudy.errors import UnderstudyError
 WALL_FACTOR = 10.0
 """Wall-clock limit over processor-time limit: on a busy machine the verdict must not depend on the load."""
 _PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "HOME", "TMPDIR")
-"""All that the worker sees of the environment: it reads model text and needs no key."""
-
-
-class _EndedError(Exception):
-    """The worker ended without a reply; carries its exit status."""
-
-    def __init__(self, returncode: int) -> None:
-        super().__init__(returncode)
-        self.returncode = returncode
+"""Variables that the worker inherits. It reads what a model wrote and gets no key."""
 
 
 class _Worker:
@@ -47,27 +41,28 @@ class _Worker:
             env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
             start_new_session=True,
         )
-        try:
-            hello = self._receive()
-        except _EndedError as error:
-            hello = {"error": f"the process ended with status {error.returncode}"}
-        if "error" in hello:
+        hello = self._receive()
+        if hello is None or "error" in hello:
             self.kill()
-            raise UnderstudyError(f"math-verify cannot be started: {hello['error']}; is `math-verify` installed?")
+            reason = hello["error"] if hello else f"the process ended with status {self.process.returncode}"
+            raise UnderstudyError(f"math-verify cannot be started: {reason}; is `math-verify` installed?")
 
-    def ask(self, request: dict[str, object]) -> dict[str, object]:
+    def ask(self, request: dict[str, object]) -> dict[str, object] | None:
+        """Returns the reply; None where the worker ended instead, `process.returncode` is then its exit status."""
         pipe = cast("IO[bytes]", self.process.stdin)
         try:
             pipe.write(json.dumps(request).encode() + b"\n")
             pipe.flush()
         except BrokenPipeError:
-            raise _EndedError(self.process.wait()) from None
+            self.process.wait()
+            return None
         return self._receive()
 
-    def _receive(self) -> dict[str, object]:
+    def _receive(self) -> dict[str, object] | None:
         line = cast("IO[bytes]", self.process.stdout).readline()
         if not line.endswith(b"\n"):
-            raise _EndedError(self.process.wait())
+            self.process.wait()
+            return None
         return cast("dict[str, object]", json.loads(line))
 
     def kill(self) -> None:
@@ -75,14 +70,12 @@ class _Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with suppress(BrokenPipeError):  # a request that was never read is still in the buffer
                     pipe.close()
-                except BrokenPipeError:  # a request that was never read is still in the buffer
-                    continue
 
 
 _turns = BoundedSemaphore(os.cpu_count() or 1)
-"""Comparisons at a time: more would only wait for each other, each in a process of its own."""
+"""Concurrent comparisons: more would only wait for each other, each in a process of its own."""
 _idle: list[_Worker] = []
 """Workers that wait for the next comparison. `append` and `pop` of a list are atomic, so threads need no lock."""
 
@@ -95,39 +88,27 @@ def compare(reference: str, answer: str, timeout_s: float) -> tuple[bool, str]:
     """
     request: dict[str, object] = {"reference": reference, "answer": answer}
     request |= {"cpu_s": timeout_s, "wall_s": WALL_FACTOR * timeout_s}
-    try:
-        return _compare_once(request)
-    except _EndedError as first:
-        if -first.returncode in (signal.SIGPROF, signal.SIGALRM):
+    status = 0
+    for _ in range(2):  # somebody else may have ended the worker: only a second death is the expression's fault
+        with _turns:
+            worker = _idle_worker() or _Worker()
+            try:
+                reply = worker.ask(request)
+            except BaseException:  # also an interrupt: a late reply must never be read as that of the next question
+                worker.kill()
+                raise
+            if reply is not None:
+                _idle.append(worker)
+                return (False, f"not comparable: {reply['error']}") if "error" in reply else (bool(reply["equal"]), "")
+            worker.kill()
+        status = -worker.process.returncode
+        if status in (signal.SIGPROF, signal.SIGALRM):
             return False, f"the comparison took more than {timeout_s:g} s"
-    try:  # somebody else may have ended the worker: only a second death is the expression's fault
-        return _compare_once(request)
-    except _EndedError as second:
-        if -second.returncode in (signal.SIGPROF, signal.SIGALRM):
-            return False, f"the comparison took more than {timeout_s:g} s"
-        return False, f"the comparison ended its process with status {second.returncode}"
-
-
-def _compare_once(request: dict[str, object]) -> tuple[bool, str]:
-    with _turns:
-        return _ask_worker(request)
-
-
-def _ask_worker(request: dict[str, object]) -> tuple[bool, str]:
-    worker = _idle_worker() or _Worker()
-    try:
-        reply = worker.ask(request)
-    except BaseException:  # also an interrupt: a late reply must never be read as that of the next question
-        worker.kill()
-        raise
-    _idle.append(worker)
-    if "error" in reply:
-        return False, f"not comparable: {reply['error']}"
-    return bool(reply["equal"]), ""
+    return False, f"the comparison ended its process with status {-status}"
 
 
 def _idle_worker() -> _Worker | None:
-    """One that is alive; somebody else may have ended it while it waited."""
+    """An idle worker that is alive; somebody else may have ended it while it waited."""
     while True:
         try:
             worker = _idle.pop()
@@ -139,7 +120,7 @@ def _idle_worker() -> _Worker | None:
 
 
 def close_workers() -> None:
-    """End the idle workers; new ones start when they are needed."""
+    """Ends the idle workers; new ones start when they are needed."""
     while _idle:
         _idle.pop().kill()
 
