@@ -1,4 +1,4 @@
-"""`train` and `eval`."""
+"""The commands `train` and `eval`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from understudy import run
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
-from understudy.format import Interval, interval, metric_note
+from understudy.format import interval, metric_note
 from understudy.methods import SFT
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
@@ -24,7 +24,7 @@ from understudy.trainer.signals import terminable
 
 
 def quieten_libraries() -> None:
-    """Progress bars and notes of transformers and datasets would tear the display."""
+    """Turns off progress bars and notes of transformers and datasets, which would tear the display."""
     import datasets
     import transformers
 
@@ -34,7 +34,7 @@ def quieten_libraries() -> None:
 
 
 def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, examine: bool = True) -> str:
-    """How the run ended; "checked" for a dry run."""
+    """Returns how the run ended; "checked" for a dry run."""
     recipe = load_recipe(path, overrides)
     quieten_libraries()
     ranks = Ranks.from_environment(choose_device(recipe.device)) if not dry_run else Ranks()
@@ -56,7 +56,7 @@ def _show_result(console: Console, result: run.Result) -> None:
         console.table(*_table("before and after" if len(result.summaries) > 1 else "evaluation", result.summaries))
     path = result.run_dir.path
     if result.ending == "stopped by a signal":
-        console.note(f"stopped by a signal; the checkpoint is saved, go on with --resume ({path})")
+        console.note(f"stopped by a signal; the checkpoint is saved, continue with --resume ({path})")
         return
     console.note(f"student  {result.run_dir.student}")
     console.note(f"report   {result.report}")
@@ -66,22 +66,20 @@ def _table(title: str, summaries: Sequence[EvalSummary]) -> tuple[str, list[str]
     """First and last evaluation, metric by metric."""
     shown = [summaries[0], summaries[-1]] if len(summaries) > 1 else [summaries[0]]
     last = shown[-1]
-    rows = []
-    for name in last.metrics:
-        cells = [summary.metrics.get(name) for summary in shown]
-        texts = [
-            "not recorded" if cell is None else interval(name, Interval(cell.value, cell.low, cell.high))
-            for cell in cells
-        ]
-        rows.append([name, metric_note(name), *texts])
+    rows = [
+        [name, metric_note(name), *(interval(name, summary.metrics.get(name)) for summary in shown)]
+        for name in last.metrics
+    ]
     columns = ["metric", "", *(f"step {summary.step:,}" for summary in shown)]
     described = f"{title}: {last.num_problems:,} {last.split} problems, 95 % intervals over problems"
     return described, columns, rows
 
 
 def load_for_use(path: Path, overrides: Sequence[str], model: str | None) -> Recipe:
-    """The recipe whose student is `model`, or of a run directory: its final student. Of teachers a judge is kept that
-    evaluations ask."""
+    """The recipe with `model` as its student, or with the final student of a run directory.
+
+    It keeps no teacher but the judge that evaluations ask.
+    """
     if path.is_dir():
         run_dir = RunDir(path)
         run_dir.check_started()

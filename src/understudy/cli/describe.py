@@ -1,4 +1,4 @@
-"""`methods` and `init`: what there is, and a recipe to begin with."""
+"""The commands `methods`, which lists them, and `init`, which writes a recipe to begin with."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import yaml
+
 from understudy import config
 from understudy.errors import RecipeError, nearest
 from understudy.files import write_atomically
-from understudy.methods import METHODS, Method
+from understudy.methods import METHODS
 from understudy.recipe import Recipe
 from understudy.trainer.console import Console
 
 
 def methods(name: str | None) -> None:
-    """The table of methods, or the keys of one with their defaults."""
+    """Prints the table of methods, or the keys of one with their defaults."""
     with Console() as console:
         if name is None:
-            rows = [[key, _summary(kind), _needs(kind)] for key, kind in METHODS.items()]
+            rows = []
+            for key, kind in METHODS.items():
+                summary = (inspect.getdoc(inspect.getmodule(kind)) or "").splitlines()[0].partition(": ")[2]
+                has_default = all(item.default is not MISSING for item in fields(kind))
+                needs = ", ".join(sorted(kind().needs)) if has_default else "what its parts ask for"
+                rows.append([key, summary, needs])
             console.table("methods", ["type", "what it minimises", "asks the teacher for"], rows)
             return
         if name not in METHODS:
@@ -36,24 +43,11 @@ def methods(name: str | None) -> None:
             console.table(f"method: {{type: {name}, ...}}", ["key", "values", "default"], rows)
 
 
-def _summary(kind: type[Method]) -> str:
-    document = inspect.getdoc(inspect.getmodule(kind)) or ""
-    return document.splitlines()[0].partition(": ")[2]
-
-
-def _needs(kind: type[Method]) -> str:
-    """What it asks for as it is by default."""
-    needs_keys = any(item.default is MISSING for item in fields(kind))
-    return "what its parts ask for" if needs_keys else ", ".join(sorted(kind().needs))
-
-
 def init(path: Path, student: str, teacher: str) -> str:
-    """Writes the recipe; what to do next. Raises RecipeError where the file exists."""
+    """Writes the recipe and returns what to do next. Raises RecipeError where the file exists."""
     if path.exists():
         raise RecipeError(f"{path} exists; choose another file")
     text = TEMPLATE.format(student=json.dumps(student), teacher=json.dumps(teacher), name=path.stem)
-    import yaml
-
     config.parse(Recipe, yaml.safe_load(text))
     write_atomically(path, text)
     return f"wrote {path}; check it with: understudy train {path} --dry-run"

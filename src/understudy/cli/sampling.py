@@ -1,16 +1,17 @@
-"""`sample`: what a model writes, on the screen or as a data set."""
+"""The command `sample`: prints a model's responses or writes them as a data set."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 from understudy.cli.commands import load_for_use, quieten_libraries
 from understudy.errors import RecipeError
-from understudy.eval.summary import prompt_text
+from understudy.eval.summary import prompt_text, sample_row
 from understudy.files import write_json_lines
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
@@ -22,7 +23,7 @@ from understudy.types import Prompt, Request, Sample
 
 SPLITS = ("train", "validation", "test")
 BLOCK_REQUESTS = 256
-"""Requests between two moves of the progress bar."""
+"""Requests between two updates of the progress bar."""
 
 
 def sample(
@@ -36,7 +37,7 @@ def sample(
     num_samples: int,
     out: Path | None,
 ) -> None:
-    """Samples of own prompts or of the task's; raises RecipeError for an unknown split or a file that exists."""
+    """Samples the given prompts or those of the task. Raises RecipeError for an unknown split or a file that exists."""
     if split not in SPLITS:
         raise RecipeError(f"--split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if out is not None and out.exists():
@@ -60,7 +61,8 @@ def sample(
                 samples += engine.generate(block, recipe.sampling, step=0, stream="sample/cli")
                 advance(len(block))
         if out is not None:
-            write_json_lines(out, [_row(item) for item in samples])
+            kept = ("prompt", "response", "reference", "finish", "num_tokens")
+            write_json_lines(out, [{key: row[key] for key in kept} for row in map(sample_row, samples)])
             console.note(f"{len(samples)} samples in {out}")
             return
         console.table(
@@ -79,9 +81,7 @@ def _own(recipe: Recipe, texts: Sequence[str]) -> list[Prompt]:
 
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """A prompt that is given twice draws two samples, not one twice."""
-    from dataclasses import replace
-
+    """Numbers prompts that are given twice, because draws are keyed by id: they would get the same sample twice."""
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:
@@ -89,13 +89,3 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
         count = seen[prompt.id]
         found.append(prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}"))
     return found
-
-
-def _row(sample: Sample) -> dict[str, object]:
-    return {
-        "prompt": prompt_text(sample.prompt),
-        "response": sample.text,
-        "reference": sample.prompt.reference,
-        "finish": sample.finish,
-        "num_tokens": sample.num_response_tokens,
-    }

@@ -1,4 +1,4 @@
-"""Draw samples of held-out prompts, grade them, and write the summary with the samples beside it."""
+"""Samples held-out prompts, grades the samples, and writes the summary with the samples beside it."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _grade(task: Task, sample: Sample) -> Sample:
 
 
 def write_eval(out_dir: Path, summary: EvalSummary, samples: Iterable[Sample]) -> None:
-    """The summary last, and an old one gone first: where a summary stands, its own samples stand beside it.
+    """Removes an old summary first and writes the new one last: beside a summary always lie its own samples.
 
     Raises CheckpointError if they cannot be written.
     """
@@ -185,4 +185,4 @@ def write_eval(out_dir: Path, summary: EvalSummary, samples: Iterable[Sample]) -
     except OSError as error:
         raise CheckpointError(f"cannot replace {path}: {error.strerror or error}; fix permissions") from error
     write_json_lines(path.with_suffix(".jsonl"), (sample_row(sample) for sample in samples))
-    write_json(path, summary.to_json())
+    write_json(path, asdict(summary))

@@ -1,9 +1,9 @@
-"""An evaluation in numbers, and its samples one by one, so that a number can be traced to its texts."""
+"""An evaluation in numbers, and its samples one by one, so that every number can be traced to its texts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from understudy.types import Prompt, Sample
 
 @dataclass(frozen=True)
 class EvalSummary:
-    """What one evaluation found. A metric that could not be computed is absent from `metrics`."""
+    """The result of one evaluation. A metric that could not be computed is absent from `metrics`."""
 
     step: int
     split: str
@@ -24,12 +24,8 @@ class EvalSummary:
     unscored: int = 0
     """Samples without a score: their prompts have no reference."""
     too_long: int = 0
-    """Prompts over the token budget; no sample was drawn of them, and no metric counts them."""
+    """Prompts over the token budget, which are not sampled and count in no metric."""
     sampling: Mapping[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, object]:
-        """As in eval/step_XXXXXX.json."""
-        return asdict(self)
 
 
 def summarise(
@@ -52,13 +48,30 @@ def summarise(
     counts = {len(attempts) for attempts in problems.values()}
     if len(counts) != 1:
         raise ValueError(f"every prompt must have the same number of samples, at least one; found {sorted(counts)}")
-    num_samples = counts.pop()
+    num = counts.pop()
+    values: dict[str, NDArray[np.float64]] = {}  # one value per problem [P]
     scored = [attempts for attempts in problems.values() if all(item.grade is not None for item in attempts)]
-    values = score_values(scored, num_samples) | length_values(list(problems.values()), eos_ids)
+    if scored:
+        scores = np.array([[item.grade.score for item in attempts if item.grade] for attempts in scored])
+        answers = [[item.grade.answer for item in attempts if item.grade] for attempts in scored]
+        num_right = (scores >= RIGHT).sum(axis=1)
+        values[f"avg@{num}"] = scores.mean(axis=1)
+        for k in [*(2**power for power in range(1, num.bit_length()) if 2**power < num), num]:
+            values[f"pass@{k}"] = pass_at_k(num_right, num, k)
+        majority = [majority_score(given, list(row)) for given, row in zip(answers, scores, strict=True)]
+        values[f"maj@{num}"] = np.array(majority)
+    per_sample: dict[str, Callable[[Sample], float]] = {
+        "mean_tokens": lambda item: item.num_response_tokens,
+        "truncated": lambda item: item.truncated,
+        "no_eos": lambda item: item.num_response_tokens == 0 or int(item.token_ids[-1]) not in eos_ids,
+    }
+    for name, value in per_sample.items():
+        rows = [[value(item) for item in attempts] for attempts in problems.values()]
+        values[name] = np.array(rows, dtype=np.float64).mean(axis=1)
     return EvalSummary(
         step=step,
         split=split,
-        samples_per_prompt=num_samples,
+        samples_per_prompt=num,
         num_problems=len(problems),
         metrics={name: bootstrap_mean(value, name) for name, value in values.items()},
         unscored=sum(sample.grade is None for sample in samples),
@@ -67,42 +80,8 @@ def summarise(
     )
 
 
-def score_values(problems: Sequence[Sequence[Sample]], num_samples: int) -> dict[str, NDArray[np.float64]]:
-    """Per problem [P]: avg@n, pass@k for each k, maj@n. Empty where no problem has scores."""
-    if not problems:
-        return {}
-    scores = np.array([[item.grade.score for item in attempts if item.grade] for attempts in problems])
-    answers = [[item.grade.answer for item in attempts if item.grade] for attempts in problems]
-    num_right = (scores >= RIGHT).sum(axis=1)
-    passes = {f"pass@{k}": pass_at_k(num_right, num_samples, k) for k in pass_sizes(num_samples)}
-    majority = np.array([majority_score(given, list(row)) for given, row in zip(answers, scores, strict=True)])
-    return {f"avg@{num_samples}": scores.mean(axis=1)} | passes | {f"maj@{num_samples}": majority}
-
-
-def length_values(problems: Sequence[Sequence[Sample]], eos_ids: Collection[int]) -> dict[str, NDArray[np.float64]]:
-    """Per problem [P]: mean response length, share cut at the length limit, share whose last token is no EOS."""
-
-    def per_problem(values: list[list[float]]) -> NDArray[np.float64]:
-        return np.asarray(np.array(values, dtype=np.float64).mean(axis=1))
-
-    return {
-        "mean_tokens": per_problem([[item.num_response_tokens for item in attempts] for attempts in problems]),
-        "truncated": per_problem([[item.truncated for item in attempts] for attempts in problems]),
-        "no_eos": per_problem([[not _ends(item, eos_ids) for item in attempts] for attempts in problems]),
-    }
-
-
-def pass_sizes(num_samples: int) -> list[int]:
-    """2, 4, 8, ... below the number of samples, and that number."""
-    return [*(2**power for power in range(1, num_samples.bit_length()) if 2**power < num_samples), num_samples]
-
-
-def _ends(sample: Sample, eos_ids: Collection[int]) -> bool:
-    return sample.num_response_tokens > 0 and int(sample.token_ids[-1]) in eos_ids
-
-
 def sample_row(sample: Sample) -> dict[str, object]:
-    """A sample as one line of eval/step_XXXXXX.jsonl; `score` is null where it was not graded."""
+    """A sample as one line of eval/step_N.jsonl or samples/step_N.jsonl; `score` is null where it was not graded."""
     grade = sample.grade
     trained = {
         "reward": sample.reward,
@@ -124,7 +103,7 @@ def sample_row(sample: Sample) -> dict[str, object]:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt for people: its text, or its only message, or all messages with their roles."""
+    """The prompt as people read it: its text, its only message, or all messages with their roles."""
     if prompt.messages is None:
         return prompt.text or ""
     if len(prompt.messages) == 1:
