@@ -204,6 +204,7 @@ def assemble(
         ranks=ranks,
         seed=recipe.seed,
         progress=progress,
+        decode=loaded.renderer.tokenizer.decode,
     )
     return Parts(recipe, loaded, teachers, rollouts, trainer)
 

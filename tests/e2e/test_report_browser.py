@@ -125,6 +125,10 @@ def hostile_run(run_dir: Path, text: str) -> Path:
     run = write_run(run_dir, num_steps=10)
     for step in (0, 10):
         write_eval(run, step, {text: [0.0], "b": [1.0]}, prompt=text, response=text, split=text)
+    tokens = {"text": [text, "b"], "author": [text, "teacher"], text: [text, 1.0]}
+    write_lines(
+        run / "samples" / "step_000010.jsonl", [{"prompt_id": text, "response": text, "prompt": text, "tokens": tokens}]
+    )
     (run / "recipe.yaml").write_text(text)
     (run / "run.json").write_text(json.dumps({"method": text, "student": text, "teacher": text, text: text}))
     write_lines(run / "events.jsonl", [{"step": 1, "kind": text, "text": text}])
@@ -139,6 +143,22 @@ def test_the_page_opens_without_a_complaint_and_draws_its_charts(tmp_path: Path)
     assert "data-script-error" not in page.root
     assert "data-blocked" not in page.root
     assert int(page.root["data-charts"] or 0) == page.dom.count('class="chart"') >= 10
+
+
+def test_a_token_of_the_teacher_looks_different(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=10)
+    tokens = {"text": ["9", "+", "1"], "author": ["teacher", "teacher", "student"]}
+    write_lines(run / "samples" / "step_000010.jsonl", [{"prompt_id": "p", "response": "9+1", "tokens": tokens}])
+    html = write_report(run).read_text()
+    probe = """<script>addEventListener("load", () => {
+      const shown = [...document.querySelectorAll("pre.tokens span")].map((span) => getComputedStyle(span).backgroundColor);
+      Object.assign(document.documentElement.dataset, {text: document.querySelector("pre.tokens").textContent.trim(),
+        same: shown[0] === shown[1], other: shown[0] === shown[2]});
+    });</script>"""
+    opened = tmp_path / "probe.html"
+    opened.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html))
+    root = open_page(opened, tmp_path / "profile").root
+    assert (root["data-text"], root["data-same"], root["data-other"]) == ("9+1", "true", "false")
 
 
 def test_hostile_text_is_inert(tmp_path: Path, visits: tuple[str, list[str]]) -> None:

@@ -242,6 +242,33 @@ def test_one_evaluation_shows_training_samples_and_claims_nothing(tmp_path: Path
     assert "Training samples of step 1" in page.text
 
 
+def token_sample(**tokens: list[object]) -> dict[str, object]:
+    return {"prompt_id": "p", "prompt": "1+1=", "response": "two!", "finish": "stop", "tokens": tokens}
+
+
+def test_each_token_is_shown_with_its_author_and_its_values(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=10)
+    alone = token_sample(text=["one"], author=["student"])
+    guided = token_sample(text=[HOSTILE, "!"], author=["teacher", "student"], advantage=[None, 0.5])
+    write_lines(run / "samples" / "step_000010.jsonl", [alone, guided])
+    page = report(run)
+    spans = [found for tag, found in page.tags if tag == "span" and "title" in found]
+    assert [(found["class"], found["title"]) for found in spans] == [
+        ("by-teacher", "author: teacher \u00b7 advantage: not known"),
+        ("by-student", "author: student \u00b7 advantage: 0.5"),
+        ("by-student", "author: student"),
+    ]
+    assert HOSTILE in page.text
+    assert "Wrong before, right after" in page.text
+
+
+def test_token_values_without_their_token_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=10)
+    write_lines(run / "samples" / "step_000010.jsonl", [token_sample(text=["a", "b"], author=["student"])])
+    with pytest.raises(DataError, match=r"step_000010\.jsonl:1: 'tokens' needs a list 'text'"):
+        write_report(run)
+
+
 def test_a_run_killed_in_its_first_step_still_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"status": "running", "error": None}))
     page = report(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from understudy.eval.estimators import RIGHT, Estimate, bootstrap_mean, majority_score, pass_at_k
-from understudy.types import Prompt, Sample
+from understudy.types import Author, Prompt, Sample
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,22 @@ def sample_row(sample: Sample) -> dict[str, object]:
         "score": None if grade is None else grade.score,
         "note": "not graded: the prompt has no reference" if grade is None else grade.note,
     } | {name: value for name, value in trained.items() if value is not None}
+
+
+def token_table(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, list[object]]:
+    """One list for each value that the report shows per response token. To show another value, add its list here.
+
+    `text` holds the tokens themselves; each part of a character that is split over tokens is U+FFFD.
+    """
+    response = slice(sample.prompt_length, None)
+    table: dict[str, list[object]] = {
+        "text": [decode([token]) for token in sample.token_ids[response].tolist()],
+        "author": [Author(author).name.lower() for author in sample.author[response].tolist()],
+    }
+    if sample.rollout_logprob is not None:
+        values = sample.rollout_logprob[response].tolist()
+        table["log-probability"] = [None if math.isnan(value) else round(value, 4) for value in values]
+    return table
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -20,7 +20,7 @@ from understudy.format import Interval, number, seconds
 from understudy.report.charts import charts
 from understudy.report.read import EvalRecord, RunRecord, read_baseline, read_run
 from understudy.report.svg import draw
-from understudy.report.transcripts import training_groups, transcript_groups
+from understudy.report.transcripts import token_groups, training_groups, transcript_groups
 from understudy.report.verdict import Comparison, compare, conclude, rows
 from understudy.text import encodable, plain_tree, visible, without_secrets
 
@@ -29,6 +29,8 @@ MAX_RECIPE_CHARS = 40_000
 MAX_FACT_CHARS = 2_000
 MAX_TEXT_CHARS = 3_000
 """Characters of one shown response, so that long reasoning does not make the page heavy."""
+MAX_TOKENS = 800
+"""Tokens of a response that is shown token by token."""
 
 
 def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
@@ -43,7 +45,9 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
     before = read_baseline(baseline) if baseline else run.evals[0] if len(run.evals) > 1 else None
     comparison = compare(before, after) if before and after else None
     groups, note = transcript_groups(comparison) if comparison else ([], "")
-    if not groups:
+    if groups:
+        groups += token_groups(run.samples)
+    else:
         groups, note = training_groups(run.samples)
     facts = dict(_flat(plain_tree(run.facts)))
     # the rarer and more telling events survive a cut, in their order
@@ -66,6 +70,7 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         attempts_note=note,
         groups=groups,
         max_chars=MAX_TEXT_CHARS,
+        max_tokens=MAX_TOKENS,
         recipe=None if run.recipe is None else shorten(without_secrets(run.recipe), MAX_RECIPE_CHARS),
         facts={name: shorten(text, MAX_FACT_CHARS) for name, text in facts.items()},
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import yaml
@@ -32,6 +33,8 @@ class Attempt:
     reference: str | None = None
     score: float | None = None
     note: str = ""
+    tokens: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    """Values of each response token by name, as `eval.summary.token_table` makes them; empty where none were saved."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,19 @@ def read_attempts(path: Path) -> list[Attempt]:
                 reference=reference,
                 score=_number(row.get("score")),
                 note=str(row.get("note") or ""),
+                tokens=_token_table(row.get("tokens") or {"text": []}, f"{path}:{number}"),
             )
         )
     return attempts
+
+
+def _token_table(table: object, where: str) -> dict[str, list[object]]:
+    """Raises DataError unless every value has an entry for each token."""
+    found = cast(dict[object, list[object]], table) if isinstance(table, dict) else {}
+    sizes = {len(values) if isinstance(values, list) else -1 for values in found.values()}
+    if "text" not in found or -1 in sizes or len(sizes) != 1:
+        raise DataError(f"{where}: 'tokens' needs a list 'text', and lists of the same length beside it")
+    return {str(name): values for name, values in found.items()}
 
 
 def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:

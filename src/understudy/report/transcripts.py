@@ -86,6 +86,17 @@ def transcript_groups(comparison: Comparison) -> tuple[list[Group], str]:
     return groups, note if groups else ""
 
 
+def token_groups(samples: Sequence[tuple[int, Path]]) -> list[Group]:
+    """Training samples of the last saved step token by token, those first in which several authors wrote."""
+    if not samples:
+        return []
+    step, path = samples[-1]
+    known = [attempt for attempt in read_attempts(path) if attempt.tokens.get("text")]
+    known.sort(key=lambda attempt: -len(set(attempt.tokens.get("author", ()))))
+    shown = [(Side("token by token", [attempt]),) for attempt in known[:PER_GROUP]]
+    return [Group(f"Training samples of step {step:,}", f"{len(shown)} shown", shown)] if shown else []
+
+
 def training_groups(samples: Sequence[tuple[int, Path]]) -> tuple[list[Group], str]:
     """Without two evaluations: responses from training, from the first and the last step that saved any."""
     if not samples:

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 
 from understudy.errors import CheckpointError, TrainingError, WeightsLostError
-from understudy.eval.summary import EvalSummary, sample_row
+from understudy.eval.summary import EvalSummary, sample_row, token_table
 from understudy.files import write_json_lines
 from understudy.linear import LMHead
 from understudy.methods import Method
@@ -64,6 +64,8 @@ class Trainer:
     ranks: Ranks
     seed: int
     progress: Progress
+    decode: Callable[[Sequence[int]], str]
+    """Turns token ids into text, for the samples that are saved."""
     several_teachers: bool = False
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
@@ -289,7 +291,8 @@ class Trainer:
     def _save_samples(self, samples: Sequence[Sample]) -> None:
         every, step = self.settings.save_samples_every, self.progress.step
         if every and self.ranks.is_main and (step == 1 or step % every == 0):
-            rows = [sample_row(sample) for sample in samples[:SAVED_SAMPLES]]
+            saved = samples[:SAVED_SAMPLES]
+            rows = [sample_row(sample) | {"tokens": token_table(sample, self.decode)} for sample in saved]
             write_json_lines(self.run_dir.path / "samples" / f"step_{step:06d}.jsonl", rows)
 
     @contextmanager
