@@ -112,6 +112,17 @@ def test_prefixes_are_imitated_and_the_rest_is_not(tmp_path: Path, updates: list
     assert row["loss"] - other["loss"] == pytest.approx(0.5 * row["loss/prefix"] * (count - own) / count, rel=1e-3)
 
 
+def test_saved_samples_say_who_wrote_each_token(tmp_path: Path) -> None:
+    result = train(tmp_path, **guided(tmp_path, train={"steps": 1}))
+    lines = (result.run_dir.path / "samples" / "step_000001.jsonl").read_text().splitlines()
+    tables = [(json.loads(line)["tokens"], json.loads(line)["num_tokens"]) for line in lines]
+    assert {author for table, _ in tables for author in table["author"]} == {"teacher", "student"}
+    for table, num_tokens in tables:
+        assert {len(values) for values in table.values()} == {num_tokens}
+        assert [value is None for value in table["log-probability"]] == [who == "teacher" for who in table["author"]]
+    assert 'class="by-teacher"' in (result.run_dir.path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("kind", ["beside", "replace"])
 def test_without_guidance_it_is_the_run_without_responses(
     tmp_path: Path, kind: str, updates: list[list[MicroBatch]]
