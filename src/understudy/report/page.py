@@ -20,7 +20,7 @@ from understudy.format import Interval, number, seconds
 from understudy.report.charts import charts
 from understudy.report.read import EvalRecord, RunRecord, read_baseline, read_run
 from understudy.report.svg import draw
-from understudy.report.transcripts import token_groups, training_groups, transcript_groups
+from understudy.report.transcripts import training_groups, transcript_groups
 from understudy.report.verdict import Comparison, compare, conclude, rows
 from understudy.text import encodable, plain_tree, visible, without_secrets
 
@@ -46,9 +46,11 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
     comparison = compare(before, after) if before and after else None
     groups, note = transcript_groups(comparison) if comparison else ([], "")
     if groups:
-        groups += token_groups(run.samples)
+        groups += training_groups(run.samples[-1:])
     else:
-        groups, note = training_groups(run.samples)
+        groups = training_groups(sorted({*run.samples[:1], *run.samples[-1:]}))
+        note = "There are no two evaluations with samples, so these are attempts from training."
+        note = note if groups else "No attempts were recorded."
     facts = dict(_flat(plain_tree(run.facts)))
     # the rarer and more telling events survive a cut, in their order
     telling = sorted(range(len(run.events)), key=lambda index: (run.events[index].kind == "info", index))[:MAX_EVENTS]

@@ -86,24 +86,11 @@ def transcript_groups(comparison: Comparison) -> tuple[list[Group], str]:
     return groups, note if groups else ""
 
 
-def token_groups(samples: Sequence[tuple[int, Path]]) -> list[Group]:
-    """Training samples of the last saved step token by token, those first in which several authors wrote."""
-    if not samples:
-        return []
-    step, path = samples[-1]
-    known = [attempt for attempt in read_attempts(path) if attempt.tokens.get("text")]
-    known.sort(key=lambda attempt: -len(set(attempt.tokens.get("author", ()))))
-    shown = [(Side("token by token", [attempt]),) for attempt in known[:PER_GROUP]]
-    return [Group(f"Training samples of step {step:,}", f"{len(shown)} shown", shown)] if shown else []
-
-
-def training_groups(samples: Sequence[tuple[int, Path]]) -> tuple[list[Group], str]:
-    """Without two evaluations: responses from training, from the first and the last step that saved any."""
-    if not samples:
-        return [], "No attempts were recorded."
+def training_groups(samples: Sequence[tuple[int, Path]]) -> list[Group]:
+    """A few of the training samples in each file, those first in which several authors wrote."""
     groups = []
-    for step, path in dict((samples[0], samples[-1])).items():
-        attempts = read_attempts(path)[:PER_GROUP]
-        problems = [(Side("attempt", [attempt]),) for attempt in attempts]
+    for step, path in samples:
+        attempts = sorted(read_attempts(path), key=lambda attempt: -len(set(attempt.tokens.get("author", ()))))
+        problems = [(Side("attempt", [attempt]),) for attempt in attempts[:PER_GROUP]]
         groups.append(Group(f"Training samples of step {step:,}", f"{len(problems)} shown", problems))
-    return groups, "There are no two evaluations with samples, so these are attempts from training."
+    return groups
