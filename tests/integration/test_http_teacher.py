@@ -36,10 +36,9 @@ from understudy.packing import Unscored, attach_scores
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Setup
 from understudy.teachers.local import LocalTeacher
-from understudy.teachers.remote import prompt_scores
-from understudy.teachers.remote.http import Http, HttpTeacher
-from understudy.teachers.remote.prompt_scores import group_by_prompt
-from understudy.teachers.remote.score_check import MAX_FOREIGN_MASS, TOLERANCE, Answer, Raw, check, check_at
+from understudy.teachers.remote import formats
+from understudy.teachers.remote.http import Http, HttpTeacher, group_by_prompt
+from understudy.teachers.remote.score_check import MAX_FOREIGN_MASS, TOLERANCE, Answer, RawScores, check, check_given
 from understudy.teachers.stores.cache import CachedTeacher
 from understudy.types import Need, Sample, Scores
 
@@ -564,7 +563,7 @@ def test_a_missing_number_is_asked_for_again_and_then_has_a_reason(api: str, val
 
 
 @st.composite
-def raws(draw: st.DrawFn) -> tuple[Sample, Raw, int]:
+def raws(draw: st.DrawFn) -> tuple[Sample, RawScores, int]:
     """What an honest server says about a random row of each response token."""
     size, k = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     vocab = draw(st.integers(k, 9))
@@ -576,14 +575,14 @@ def raws(draw: st.DrawFn) -> tuple[Sample, Raw, int]:
     rows = [list(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(top.indices, top.values, strict=True)]
     return (
         sample("p", [1], response),
-        Raw(response, [float(row[t]) for row, t in zip(logp, response, strict=True)], rows),
+        RawScores(response, [float(row[t]) for row, t in zip(logp, response, strict=True)], rows),
         k,
     )
 
 
 @given(raws(), st.data())
 def test_check_returns_what_was_said_and_refuses_what_cannot_be(
-    made: tuple[Sample, Raw, int], data: st.DataObject
+    made: tuple[Sample, RawScores, int], data: st.DataObject
 ) -> None:
     one, raw, k = made
     scores = check(one, raw, k=k, num_top=k, vocab_size=9).scores
@@ -605,7 +604,7 @@ def test_check_returns_what_was_said_and_refuses_what_cannot_be(
                 check(one, other, k=k, num_top=k, vocab_size=9)
 
 
-def _corrupted(raw: Raw, row: int, column: int) -> dict[str, Raw]:
+def _corrupted(raw: RawScores, row: int, column: int) -> dict[str, RawScores]:
     def put(values: Sequence[Any], at: int, value: Any) -> list[Any]:
         return [*values[:at], value, *values[at + 1 :]]
 
@@ -636,19 +635,19 @@ def _corrupted(raw: Raw, row: int, column: int) -> dict[str, Raw]:
 
 def test_a_rounded_zero_is_zero_and_a_contradiction_is_none() -> None:
     one = sample("p", [1], [2])
-    found = check(one, Raw([2], [TOLERANCE / 2], [[(2, TOLERANCE / 2)]]), k=1, num_top=1, vocab_size=9).scores
+    found = check(one, RawScores([2], [TOLERANCE / 2], [[(2, TOLERANCE / 2)]]), k=1, num_top=1, vocab_size=9).scores
     assert found is not None
     assert found.logprob is not None
     assert found.topk_logprob is not None
     assert (found.logprob.tolist(), found.topk_logprob.tolist()) == ([0.0], [[0.0]])
-    for raw in (Raw([2], [-1.0], [[(2, -1.1)]]), Raw([2], [-1.0], [[(3, -1.1)]])):
+    for raw in (RawScores([2], [-1.0], [[(2, -1.1)]]), RawScores([2], [-1.0], [[(3, -1.1)]])):
         with pytest.raises(BadReply, match="contradicts"):
             check(one, raw, k=1, num_top=1, vocab_size=9)
 
 
 @pytest.mark.parametrize(("mass", "lost"), [(MAX_FOREIGN_MASS / 2, False), (MAX_FOREIGN_MASS * 2, True)])
 def test_foreign_probability_is_left_out_up_to_a_bound(mass: float, lost: bool) -> None:
-    raw = Raw([2], [-0.1], [[(2, -0.1), (9, math.log(mass)), (3, -7.0)]])
+    raw = RawScores([2], [-0.1], [[(2, -0.1), (9, math.log(mass)), (3, -7.0)]])
     answer: Answer = check(sample("p", [1], [2]), raw, k=2, num_top=3, vocab_size=9)
     assert (answer.scores is None) == lost
     assert answer.short == 0
@@ -663,7 +662,7 @@ def test_foreign_probability_is_left_out_up_to_a_bound(mass: float, lost: bool) 
 @pytest.mark.parametrize("most", [10, 40, 2**18])
 def test_scores_of_given_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a response is cut so that no reply is too large."""
-    monkeypatch.setattr(prompt_scores, "MAX_GIVEN", most)
+    monkeypatch.setattr(formats, "MAX_GIVEN", most)
     model = tiny(sharp=4.0)
     made = samples()
     ids = [torch.rand(one.num_response_tokens, NUM_ROWS).argsort(-1)[:, :5] for one in made]
@@ -687,15 +686,15 @@ def test_scores_of_given_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> N
             other.score_at(made, ids)
         other.close()
     with pytest.raises(BadReply, match="not all"):
-        check_at(sample("p", [1], [2]), Raw([2], [-0.1], [[(3, -0.2)]]), torch.tensor([[4]]))
-    assert check_at(sample("p", [1], [2]), Raw([2], [-0.1], [[(3, None)]]), torch.tensor([[3]])).scores is None
+        check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, -0.2)]]), torch.tensor([[4]]))
+    assert check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, None)]]), torch.tensor([[3]])).scores is None
 
 
 def test_two_numbers_for_one_token_do_not_contradict() -> None:
     ids = torch.tensor([[3, 2]])
-    assert check_at(sample("p", [1], [2]), Raw([2], [-0.1], [[(3, -0.2), (2, -0.1)]]), ids).scores is not None
+    assert check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, -0.2), (2, -0.1)]]), ids).scores is not None
     with pytest.raises(BadReply, match="contradict"):
-        check_at(sample("p", [1], [2]), Raw([2], [-0.1], [[(3, -0.2), (2, -0.2)]]), ids)
+        check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, -0.2), (2, -0.2)]]), ids)
 
 
 # --- vLLM's route for token ids
@@ -1003,7 +1002,7 @@ def test_the_section_reads_and_checks_itself() -> None:
             config.parse(Http, {"url": "http://h", "model": "m", "api": "vllm"} | values).check()
     for values, shown in (
         ({"api": "tgi"}, "api"),
-        ({"url": []}, "empty list"),
+        ({"url": []}, "url is empty"),
         ({"api_key_env": "sk-123"}, "NAME"),
         ({"k_max": 0}, "k_max"),
         ({"batch_tokens": 0}, "batch_tokens"),

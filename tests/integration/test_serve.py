@@ -38,7 +38,16 @@ from understudy.serve import prompts as serve_prompts
 from understudy.serve import worker as serve_worker
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import LocalTeacher, Setup
-from understudy.teachers.remote.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
+from understudy.teachers.remote.protocol import (
+    ABOUT,
+    CONTENT_TYPE,
+    HEAD,
+    SCORE,
+    About,
+    ProtocolError,
+    ScoreReply,
+    ScoreRequest,
+)
 from understudy.teachers.remote.served import Served, ServedTeacher
 from understudy.types import Need, Sample, Scores
 
@@ -101,9 +110,9 @@ def local(model: Any, **options: Any) -> LocalTeacher:
     return LocalTeacher(model, **{"name": "t", "vocab_size": VOCABULARY, "temperature": TEMPERATURE} | options)
 
 
-def ask(some: Sequence[Sample], **options: Any) -> Ask:
+def ask(some: Sequence[Sample], **options: Any) -> ScoreRequest:
     facts: dict[str, Any] = {"need": frozenset({"sampled"}), "temperature": TEMPERATURE, "vocab_size": VOCABULARY}
-    return Ask(
+    return ScoreRequest(
         tokens=torch.cat([one.token_ids for one in some]).int(),
         lengths=torch.tensor([len(one.token_ids) for one in some], dtype=torch.int32),
         prompt_lengths=torch.tensor([one.prompt_length for one in some], dtype=torch.int32),
@@ -326,7 +335,7 @@ def test_requests_that_wait_together_are_answered_together_and_alike(monkeypatch
     plain = scorer.score
     gate = threading.Event()
 
-    def held(asks: Sequence[Ask]) -> list[Answer]:
+    def held(asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
         assert gate.wait(WAIT_S)
         calls.append([one.kind for one in asks])
         return plain(asks)
@@ -358,7 +367,7 @@ def test_a_request_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyP
     plain, gate = scorer.score, threading.Event()
     bad = ask(samples()[:1])
 
-    def fails(asks: Sequence[Ask]) -> list[Answer]:
+    def fails(asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
         assert gate.wait(WAIT_S)
         if bad in asks:
             raise RuntimeError("a kernel failed")
@@ -400,7 +409,7 @@ def test_an_error_that_is_no_exception_is_told_and_ends_no_server(monkeypatch: p
     scorer = Scorer(tiny(), letters(), name="tiny")
     plain, errors = scorer.score, [Panic("a kernel panicked")]
 
-    def fails(asks: Sequence[Ask]) -> list[Answer]:
+    def fails(asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
         if errors:
             raise errors.pop()
         return plain(asks)
@@ -429,7 +438,7 @@ def test_a_full_queue_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) ->
     scorer, gate, began = Scorer(tiny(), letters(), name="tiny"), threading.Event(), threading.Event()
     plain = scorer.score
 
-    def held(asks: Sequence[Ask]) -> list[Answer]:
+    def held(asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
         began.set()
         assert gate.wait(WAIT_S)
         return plain(asks)
@@ -469,7 +478,7 @@ def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """429 and Retry-After over the client: the client waits as long and gets its scores."""
     model, plain, count = tiny(sharp=4.0), serve_worker.Worker.submit, []
 
-    def busy_once(self: serve_worker.Worker, one: Ask) -> Any:
+    def busy_once(self: serve_worker.Worker, one: ScoreRequest) -> Any:
         count.append(time.monotonic())
         if len(count) == 1:
             raise Refusal(429, "ask later", {"Retry-After": "1"})
@@ -506,7 +515,7 @@ def test_what_nobody_waits_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) 
     scorer, gate, began, calls = Scorer(tiny(), letters(), name="tiny"), threading.Event(), threading.Event(), []
     plain = scorer.score
 
-    def held(asks: Sequence[Ask]) -> list[Answer]:
+    def held(asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
         calls.extend(one.temperature for one in asks)
         began.set()
         assert gate.wait(WAIT_S)
@@ -623,9 +632,7 @@ def asked_by_hand(url: str, text: str) -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("text", ["", f"POST {SCORE} HTTP/1.1\r\nHost: localhost\r\n"])
 def test_a_client_that_never_asks_is_dropped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from understudy.serve import connection
-
-    monkeypatch.setattr(connection, "QUIET_S", 0.1)
+    monkeypatch.setattr(serve_app, "QUIET_S", 0.1)
     with serving(tiny()) as url, asked_by_hand(url, text) as line:
         with suppress(ConnectionResetError):
             assert line.recv(1_000) == b""
@@ -633,11 +640,11 @@ def test_a_client_that_never_asks_is_dropped(text: str, monkeypatch: pytest.Monk
 
 
 def test_a_reply_that_nobody_takes_is_given_up_and_a_slow_client_gets_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from understudy.serve import connection, scorer
+    from understudy.serve import scorer
 
-    monkeypatch.setattr(connection, "QUIET_S", 0.6)
-    gone, plain = threading.Event(), connection.Connection.connection_lost
-    monkeypatch.setattr(connection.Connection, "connection_lost", lambda self, exc: (gone.set(), plain(self, exc))[1])
+    monkeypatch.setattr(serve_app, "QUIET_S", 0.6)
+    gone, plain = threading.Event(), serve_app.Connection.connection_lost
+    monkeypatch.setattr(serve_app.Connection, "connection_lost", lambda self, exc: (gone.set(), plain(self, exc))[1])
     written, write = [], scorer.write_head
     monkeypatch.setattr(scorer, "write_head", lambda *args: (written.append(1), write(*args))[1])
     model = tiny(dtype="float32", num_rows=200_000)
@@ -695,18 +702,18 @@ def test_hidden_states_of_a_shared_prompt_are_held_in_parts(monkeypatch: pytest.
 
 def test_a_header_without_end_is_not_read() -> None:
     body = save({"tokens": torch.zeros(1)}, {f"x{i}": "y" for i in range(10_000)})
-    with pytest.raises(FrameError, match="header of at most"):
-        Ask.decode(body)
+    with pytest.raises(ProtocolError, match="header of at most"):
+        ScoreRequest.decode(body)
 
 
 def test_bodies_are_read_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads, decode = [], Ask.decode
+    threads, decode = [], ScoreRequest.decode
 
-    def seen(data: bytes) -> Ask:
+    def seen(data: bytes) -> ScoreRequest:
         threads.append(threading.current_thread().name)
         return decode(data)
 
-    monkeypatch.setattr(Ask, "decode", staticmethod(seen))
+    monkeypatch.setattr(ScoreRequest, "decode", staticmethod(seen))
     with serving(tiny()) as url:
         assert post(url, ask(samples()).encode()).status_code == 200
     assert threads
@@ -781,7 +788,7 @@ def test_a_body_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_not_well_formed_is_named() -> None:
     some = samples()
     right = ask(some)
-    wrong: dict[str, Ask] = {
+    wrong: dict[str, ScoreRequest] = {
         "prompt length 0": replace(right, prompt_lengths=torch.zeros_like(right.prompt_lengths)),
         "add up": replace(right, tokens=right.tokens[1:]),
         "one of each": replace(right, lengths=right.lengths[1:]),
@@ -868,7 +875,7 @@ def test_no_body_makes_the_server_fail() -> None:
 def test_no_reply_makes_the_client_fail() -> None:
     """Half a reply, and one with a few other bytes, is told apart or is a well-formed answer."""
     draw = random.Random(8)
-    right = Answer(
+    right = ScoreReply(
         fingerprint="f", token_ids=torch.arange(5).int(), fields={"logprob": torch.zeros(5), "entropy": torch.ones(5)}
     ).encode()
     for _ in range(500):
@@ -876,8 +883,8 @@ def test_no_reply_makes_the_client_fail() -> None:
         for _ in range(draw.randint(0, 3) if flipped else 0):
             flipped[draw.randrange(len(flipped))] = draw.randrange(256)
         try:
-            found = Answer.decode(bytes(flipped))
-        except FrameError:
+            found = ScoreReply.decode(bytes(flipped))
+        except ProtocolError:
             continue
         assert all(len(value) == len(found.token_ids) for value in found.fields.values())
 
@@ -905,7 +912,7 @@ def test_a_wrong_reply_is_asked_for_again_and_then_an_error_that_names_the_sampl
         plain, count = Scorer.score, []
         bad = WRONG[what]
 
-        def twice(self: Scorer, asks: Sequence[Ask]) -> list[Answer]:
+        def twice(self: Scorer, asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
             count.append(1)
             answers = plain(self, asks)
             return [bad(answer) if len(count) % 2 or always else answer for answer in answers]
@@ -926,7 +933,7 @@ def test_a_score_that_stays_no_number_leaves_its_sample_unscored(need: str, monk
     """Never a number; the other samples keep theirs; a NaN that passes is not seen."""
     model, plain, count = tiny(sharp=4.0), Scorer.score, []
 
-    def broken(self: Scorer, asks: Sequence[Ask]) -> list[Answer]:
+    def broken(self: Scorer, asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
         count.append(1)
         answers = plain(self, asks)
         for answer in answers if always or len(count) == 1 else []:
@@ -1061,7 +1068,7 @@ def test_another_format_is_told_apart() -> None:
         said | {"tokenizer": None},
         {k: v for k, v in said.items() if k != "dtype"},
     ):
-        with pytest.raises(FrameError):
+        with pytest.raises(ProtocolError):
             About.decode(json.loads(json.dumps(wrong)))
 
 

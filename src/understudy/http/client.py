@@ -70,7 +70,7 @@ class RetryPolicy(RetryOptions):
     break_after: int = 3
     """Consecutive failures after which a replica is left alone for a while, if there are others."""
     waits: bool = True
-    """Whether a server that is not there (nobody listens) or busy (429, 503) is asked until `deadline_s`, as it may be
+    """Whether a server that is unreachable (nobody listens) or busy (429, 503) is asked until `deadline_s`, as it may be
     restarting; else that counts against `max_retries`."""
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ def check_address(url: str, what: str, example: str = "http://host:8000") -> Non
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise RecipeError(f"{what} is no address; write it as {example}") from error
+        raise RecipeError(f"{what} is not a URL; write it as {example}") from error
     if parts.username is not None or parts.password is not None:
         raise RecipeError(f"{what} holds a user or password; put a key into an environment variable and name that")
     if parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
@@ -99,7 +99,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply of one replica; whoever reads one sees only statuses 200 to 299."""
+    """The reply of one replica. `HttpClient.request` only hands on those with status 200 to 299."""
 
     url: str
     """Base URL of the replica."""
@@ -117,7 +117,7 @@ class Reply:
         try:
             return loads(self.content)
         except (ValueError, RecursionError):
-            raise BadReply(f"a reply that is no JSON: {self.text}") from None
+            raise BadReply(f"a reply that is not JSON: {self.text}") from None
 
     def outcome(self, variable: str) -> Reply | Refused | Failure:
         """Returns the reply itself on success, else what its status means. `variable` names the key to hide."""
@@ -145,7 +145,7 @@ def check_size(headers: Mapping[str, str], limit: int) -> None:
     """Raises BadReply if a body announces more than `limit` bytes or is compressed, as its size is then unknown."""
     coding = headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
-        raise BadReply(f"a body compressed with {coding[:20]}, which nobody asked for")
+        raise BadReply(f"a body compressed with {coding[:20]}, although the request forbids it")
     length = headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > limit:
         raise too_large(limit)

@@ -1,102 +1,105 @@
-"""The routes of a served teacher."""
+"""The routes of a served teacher and its connections. Imported late: starlette and uvicorn come with the extra `serve`."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 from urllib.parse import urlsplit
 
+import h11
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from understudy.serve.scorer import Refusal, Scorer
-from understudy.serve.settings import is_loopback
+from understudy.serve.server import is_loopback
 from understudy.serve.worker import DEAD, Worker
-from understudy.teachers.remote.frames import ABOUT, CONTENT_TYPE, HEAD, SCORE, About, Answer, Ask, FrameError
+from understudy.teachers.remote.protocol import (
+    ABOUT,
+    CONTENT_TYPE,
+    HEAD,
+    SCORE,
+    About,
+    ProtocolError,
+    ScoreReply,
+    ScoreRequest,
+)
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-
-Said: TypeAlias = "Response | Pieces"
 HEALTH = "/health"
 BODY_S = 120.0
-"""How long a body may take to arrive."""
+"""Time that a body has to arrive."""
 PIECE_BYTES = 256 * 1024
-"""Of a reply that is handed on at a time: what a slow client costs beside the reply itself."""
+"""Bytes of a reply that are handed on at a time: the memory that a slow client costs beside the reply itself."""
+QUIET_S = 30.0
+"""Interval at which a connection is looked at. If nothing moved since the last look it is closed: half a header, or a reply
+that nobody takes, would hold its memory for ever."""
 CLOSE = {"Connection": "close"}
-"""What is left of a body that is not read would be taken for the next request."""
+"""The rest of a body that is not read would be taken for the next request."""
 
 
 def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> Starlette:
-    """The application; `token` empty: anyone who reaches it may ask."""
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
-
-    expected = f"Bearer {token}".encode() if token else b""
+    """Returns the application. Without a `token` everyone who reaches it may ask."""
+    expected = f"Bearer {token}".encode()
 
     def guarded(
-        answer: Callable[[Request], Awaitable[Said]], expected: bytes = expected
-    ) -> Callable[[Request], Awaitable[Said]]:
-        async def route(request: Request) -> Said:
-            if not token and not is_local(request.headers.get("host", "")):
-                # a page of another site may have its own name lead here
-                return refused(
+        answer: Callable[[Request], Awaitable[Response]], *, open_to_all: bool = False
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def route(request: Request) -> Response:
+            said = request.headers.get("authorization", "").encode()
+            if not token and not _is_local(request.headers.get("host", "")):
+                # DNS rebinding: a page of another site may let its own name lead here
+                return _refused(
                     Refusal(421, "without a token this teacher answers to localhost and 127.0.0.1 alone", CLOSE)
                 )
-            said = request.headers.get("authorization", "").encode()
-            if expected and not hmac.compare_digest(said, expected):
+            if token and not open_to_all and not hmac.compare_digest(said, expected):
                 headers = {"WWW-Authenticate": "Bearer"} | CLOSE
-                return refused(Refusal(401, "this teacher asks for a token (Authorization: Bearer)", headers))
+                return _refused(Refusal(401, "this teacher asks for a token (Authorization: Bearer)", headers))
             try:
                 return await answer(request)
             except Refusal as refusal:
-                return refused(refusal)
+                return _refused(refusal)
 
         return route
 
-    def refused(refusal: Refusal) -> Response:
-        return JSONResponse({"error": {"message": refusal.message}}, refusal.status, refusal.headers)
-
     async def health(request: Request) -> Response:
-        if not worker.alive:
-            return refused(Refusal(503, DEAD))
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok"}) if worker.alive else _refused(Refusal(503, DEAD))
 
-    async def teacher(request: Request) -> Response:
+    async def describe(request: Request) -> Response:
         return JSONResponse(about.encode())
 
-    async def head(request: Request) -> Pieces:
-        return Pieces(await asyncio.to_thread(scorer.head))
+    async def head(request: Request) -> Response:
+        return _binary(await asyncio.to_thread(scorer.head))
 
-    async def score(request: Request) -> Pieces:
-        body = await read_body(request, about.limits.request_bytes)
-        # a large body takes a while, and the loop answers others meanwhile
-        answer = await wait_for(request, await asyncio.to_thread(submit, body))
-        return Pieces(await asyncio.to_thread(answer.encode))
+    async def score(request: Request) -> Response:
+        body = await _read_body(request, about.limits.request_bytes)
+        # decoding a large body takes a while, and the loop answers others meanwhile
+        future = await asyncio.to_thread(submit, body)
+        return _binary(await asyncio.to_thread((await _wait_for(request, future)).encode))
 
-    def submit(body: bytes) -> Future[Answer]:
+    def submit(body: bytes) -> Future[ScoreReply]:
         try:
-            return worker.submit(Ask.decode(body))
-        except FrameError as error:
+            return worker.submit(ScoreRequest.decode(body))
+        except ProtocolError as error:
             raise Refusal(400, str(error)) from error
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refused(Refusal(error.status_code, str(error.detail), error.headers))
+        return _refused(Refusal(error.status_code, str(error.detail), error.headers))
 
     async def on_error(request: Request, error: Exception) -> Response:
         # the text of an unexpected error may hold what a client must not see
-        return refused(Refusal(500, f"the teacher failed ({type(error).__name__}); its log says more"))
+        return _refused(Refusal(500, f"the teacher failed ({type(error).__name__}); its log says more"))
 
     return Starlette(
         routes=[
-            Route(HEALTH, guarded(health, expected=b"")),
-            Route(ABOUT, guarded(teacher)),
+            Route(HEALTH, guarded(health, open_to_all=True)),
+            Route(ABOUT, guarded(describe)),
             Route(HEAD, guarded(head)),
             Route(SCORE, guarded(score), methods=["POST"]),
         ],
@@ -104,37 +107,32 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """A binary reply. Each piece waits until the client has taken those before, so no reply is copied for a slow one."""
+def _refused(refusal: Refusal) -> Response:
+    return JSONResponse({"error": {"message": refusal.message}}, refusal.status, refusal.headers)
 
-    body: bytes
 
-    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
-        """As ASGI asks for."""
-        size = len(self.body)
-        said = {"content-type": CONTENT_TYPE, "content-length": str(size)}
-        headers = [(name.encode(), value.encode()) for name, value in said.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for start in range(0, max(1, size), PIECE_BYTES):
-            end = start + PIECE_BYTES
-            await send({"type": "http.response.body", "body": self.body[start:end], "more_body": end < size})
-            # to send to a client that has gone waits for nothing
+def _binary(body: bytes) -> Response:
+    """Returns a reply in pieces. Each waits until the client has taken those before, so a slow one costs no copy."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), PIECE_BYTES):
+            yield body[start : start + PIECE_BYTES]
+            # sending to a client that has gone never waits, so others would not get their turn
             await asyncio.sleep(0)
 
+    return StreamingResponse(pieces(), media_type=CONTENT_TYPE, headers={"Content-Length": str(len(body))})
 
-def is_local(host: str) -> bool:
-    """Whether a header Host names this machine by itself: localhost or an address of loopback, with any port."""
+
+def _is_local(host: str) -> bool:
+    """Whether a Host header names this machine by itself: localhost or a loopback address, with any port."""
     try:
         return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:
         return False
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, limit: int) -> bytes:
     """Raises Refusal before more than `limit` bytes are read, and for a body that does not arrive."""
-    from starlette.requests import ClientDisconnect
-
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip() != CONTENT_TYPE:
         raise Refusal(415, f"the body must be {CONTENT_TYPE} (safetensors)", CLOSE)
@@ -157,12 +155,17 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def wait_for(request: Request, future: Any) -> Any:
-    """The worker's answer. What nobody waits for any more is not computed. Raises Refusal."""
-    answer = asyncio.wrap_future(future)
-    gone = asyncio.ensure_future(_disconnected(request))
+async def _wait_for(request: Request, future: Future[ScoreReply]) -> ScoreReply:
+    """Returns the worker's answer. If the client goes away it is cancelled, and not computed. Raises Refusal."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, gone = asyncio.wrap_future(future), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {answer, gone}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise Refusal(400, "the client went away", CLOSE)
         return answer.result()
@@ -171,6 +174,37 @@ async def wait_for(request: Request, future: Any) -> Any:
         answer.cancel()
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class Connection(H11Protocol):
+    """A connection that ends when its client neither asks nor takes; uvicorn waits for ever inside a request or reply."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _last: tuple[Any, ...] | None = None
+    _num_resumed = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override, unused-ignore]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(QUIET_S, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        self._num_resumed += 1
+        super().resume_writing()
+
+    def _look(self) -> None:
+        # a state that is equal at two looks has not moved; None: it is the server's turn, or the body's (`BODY_S`)
+        state: tuple[Any, ...] | None = None
+        done = self.cycle is None or self.cycle.response_complete
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and (done or self.flow.write_paused):
+            state = "reply", unsent, self._num_resumed, id(self.cycle)
+        elif done and self.conn.their_state is h11.IDLE:
+            state = "header", id(self.cycle)
+        if state is not None and state == self._last:
+            self.transport.abort()
+            return
+        self._last = state
+        self._timer = self.loop.call_later(QUIET_S, self._look)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from understudy.models import backbone_hidden, unwrap
 from understudy.models.backbone import evaluating
-from understudy.types import Sample
 
 FILL = 0.75
 """A response shorter than this share of the longest beside it goes into another batch: padding is computed too."""
 WORTH = 0.9
-"""Slots, as a share of those of whole sequences, below which continuing from a cache is worth its copies."""
+"""Share of the slots of whole sequences below which continuing from a cache is worth its copies."""
 _BY_LENGTH = ("longrope", "dynamic")
-"""Rotary embeddings whose frequencies follow the length of what is read: a prompt that was read alone has others than the
+"""Rotary embeddings whose frequencies depend on the length of the input: a prompt that is read alone has others than the
 same prompt before its response."""
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Error of a hidden state over the largest, in the probe: another kernel adds up in another order. float64 is as coarse as
@@ -26,8 +25,8 @@ float32, because a model with float64 weights may have norms or a softmax in flo
 
 
 def continued_batches(prompt: int, responses: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices that continue together, longest first; a batch's slots, copies of the prompt's cache included, are at most
-    `max_tokens` unless it is one response alone."""
+    """Returns indices that continue together, longest first. A batch's slots, copies of the prompt's cache included, are at
+    most `max_tokens` unless it is one response alone."""
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(responses)), key=lambda index: (-responses[index], index)):
@@ -50,7 +49,7 @@ def is_worth(prompt: int, responses: Sequence[int], max_tokens: int) -> bool:
 def continued_hidden(
     model: nn.Module, prompt: Tensor, responses: Sequence[Tensor], max_tokens: int, device: torch.device
 ) -> list[Tensor]:
-    """Hidden states that predict the tokens of each response, in order. [P], [R] each -> [R, H] each."""
+    """Returns the hidden states that predict the tokens of each response. [P], [R] each -> [R, H] each."""
     decoder = unwrap(model).get_decoder()
     num_prompt = len(prompt)
     places = torch.arange(num_prompt, device=device)[None]
@@ -66,6 +65,7 @@ def continued_hidden(
         for row, index in enumerate(batch):
             ids[row, : len(responses[index]) - 1] = responses[index][:-1]
         places = torch.arange(num_prompt, num_prompt + width, device=device).expand(len(batch), -1)
+        # a forward appends to its cache in place, and other batches need the prompt's alone
         own = deepcopy(cache)
         own.batch_repeat_interleave(len(batch))
         states = decoder(input_ids=ids.to(device), position_ids=places, past_key_values=own, use_cache=True)
@@ -76,10 +76,13 @@ def continued_hidden(
 
 
 def can_continue(model: nn.Module) -> bool:
-    """Whether continuing gives the hidden states of whole sequences, found out with a few tokens: the caches of some
-    architectures do not allow it, and the lengths at which some rotary embeddings change are longer than any probe."""
+    """Whether continuing gives the hidden states of whole sequences, tried with a few tokens: the caches of some
+    architectures do not allow it. The lengths at which some rotary embeddings change are longer than any probe."""
     base = unwrap(model)
-    if _depends_on_length(base):
+    # layers and configuration name the kind of their rotary embedding in nested mappings; any mention counts
+    named = [getattr(module, "rope_type", None) for module in base.modules()]
+    named += [getattr(base.config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    if any(kind in repr(named) for kind in _BY_LENGTH):
         return False
     weight = base.get_output_embeddings().weight
     ids = torch.arange(1, 17).remainder(weight.shape[0])
@@ -97,28 +100,3 @@ def can_continue(model: nn.Module) -> bool:
             if not error <= _TOLERANCE[base.dtype]:
                 return False
     return True
-
-
-def _depends_on_length(model: nn.Module) -> bool:
-    """Whether a rotary embedding, of a layer or of the configuration, has other frequencies for other lengths."""
-    config: Any = model.config
-    said = [getattr(module, "rope_type", None) for module in model.modules()]
-    said += [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
-    return any(name in word for word in _words(said) for name in _BY_LENGTH)
-
-
-def _words(said: Any) -> list[str]:
-    """Every string in nested mappings and lists."""
-    if isinstance(said, str):
-        return [said]
-    values = said.values() if isinstance(said, Mapping) else said if isinstance(said, list) else ()
-    return [word for value in values for word in _words(value)]
-
-
-def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of samples with the same prompt tokens, in the order of their first."""
-    groups: dict[bytes, list[int]] = {}
-    for index, sample in enumerate(samples):
-        key = sample.token_ids[: sample.prompt_length].numpy().tobytes()
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())

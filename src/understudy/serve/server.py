@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import socket
 import time
@@ -15,26 +16,89 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from understudy.errors import EngineError, RecipeError
-from understudy.models import check_model_dir, load_causal_lm, load_tokenizer, probe_head
-from understudy.serve.app import build_app
-from understudy.serve.scorer import Scorer
-from understudy.serve.settings import Settings
+from understudy.http import read_key
+from understudy.models import DType, check_model_dir, load_causal_lm, load_tokenizer, probe_head
+from understudy.serve.scorer import HiddenDType, Scorer
 from understudy.serve.worker import Worker
-from understudy.teachers.remote.frames import About
+from understudy.teachers.remote.protocol import About
 
 if TYPE_CHECKING:
     import uvicorn
 
+MAX_REQUEST_BYTES = 64 * 2**20
+"""16 million ids."""
+MAX_REPLY_BYTES = 2**30
+"""128,000 hidden states of 4,096 numbers in bfloat16."""
 START_S = 30.0
 STOP_S = 10
-"""How long requests under way may take when the server is told to stop."""
+"""Time that requests under way have when the server is told to stop."""
 BACKLOG = 1_024
 MAX_CONNECTIONS = 4_096
-"""Beyond which is answered 503: each takes a file and some memory, whether it asks or not."""
+"""More connections are answered 503: each takes a file and some memory, whether it asks or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of `understudy serve-teacher`."""
+
+    model: str
+    """A directory or a hub name."""
+    tokenizer: str | None = None
+    """For a model that has none beside it."""
+    revision: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8100
+    """0: any that is free."""
+    token_env: str = ""
+    """The NAME of the environment variable with the token that clients must send."""
+    dtype: DType = "auto"
+    device: str = "auto"
+    hidden_dtype: HiddenDType = "auto"
+    """Precision in which hidden states are sent; "auto": the model's own."""
+    max_batch_tokens: int | None = None
+    """Slots of one forward."""
+    max_request_bytes: int = MAX_REQUEST_BYTES
+    max_reply_bytes: int = MAX_REPLY_BYTES
+    share_prompts: bool = True
+    """Read the prompt of several responses once."""
+
+    def check(self) -> None:
+        """Raises RecipeError for a number out of range, and for an address that others can reach without a token."""
+        if not 0 <= self.port <= 65_535:
+            raise RecipeError(f"--port is {self.port}; it must lie in [0, 65535], 0 for any that is free")
+        for name in ("max_batch_tokens", "max_request_bytes", "max_reply_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not self.token() and not is_loopback(self.host):
+            raise RecipeError(
+                f"--host {self.host} can be reached from other machines: name a variable with a token for clients "
+                "(--token-env NAME), or keep to 127.0.0.1"
+            )
+
+    def token(self) -> str:
+        """Returns the token, "" if none is asked for. Raises RecipeError, without it, if its variable is not set or a header
+        cannot carry it."""
+        if not self.token_env:
+            return ""
+        token = read_key(self.token_env)
+        if not token:
+            raise RecipeError(f"--token-env {self.token_env}: that environment variable is not set, or empty")
+        return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; of all names, only localhost is known to be one."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_installed() -> None:
-    """Raises RecipeError where the extra is missing."""
+    """Raises RecipeError if the extra is missing."""
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -45,7 +109,7 @@ def check_installed() -> None:
 
 
 def load(settings: Settings) -> Scorer:
-    """Raises RecipeError where the model cannot be loaded, or its head is of a kind that is not known."""
+    """Raises RecipeError if the model cannot be loaded, or its head is of an unknown kind."""
     check_model_dir(settings.model)
     tokenizer = load_tokenizer(settings.tokenizer or settings.model, revision=settings.revision)
     device = settings.device
@@ -72,7 +136,7 @@ class Running:
 
 
 def run(settings: Settings, note: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM. Raises RecipeError before anything is loaded where it cannot be served."""
+    """Serves until SIGINT or SIGTERM. Raises RecipeError before anything is loaded if it cannot be served."""
     check_installed()
     settings.check()
     with closing(_bind(settings)) as listening:
@@ -87,7 +151,7 @@ def run(settings: Settings, note: Callable[[str], None]) -> None:
 
 @contextmanager
 def serve_beside(scorer: Scorer, settings: Settings) -> Iterator[Running]:
-    """A server in a thread of this process, for as long as the block runs. Raises RecipeError as `run`."""
+    """Serves in a thread of this process for as long as the block runs. Raises RecipeError as `run`."""
     check_installed()
     settings.check()
     with (
@@ -112,10 +176,10 @@ def serve_beside(scorer: Scorer, settings: Settings) -> Iterator[Running]:
 def _serving(
     scorer: Scorer, settings: Settings, listening: socket.socket, note: Callable[[str], None] | None
 ) -> Iterator[tuple[uvicorn.Server, Running]]:
-    """Worker and application around a listening socket; the worker ends with the block."""
+    """Worker and application behind a listening socket; the worker ends with the block."""
     import uvicorn
 
-    from understudy.serve.connection import Connection
+    from understudy.serve.app import Connection, build_app
 
     about = scorer.about(request_bytes=settings.max_request_bytes, reply_bytes=settings.max_reply_bytes)
     worker = Worker(scorer, reply_bytes=settings.max_reply_bytes, note=note)
@@ -153,10 +217,10 @@ def _bind(settings: Settings) -> socket.socket:
 
 @contextmanager
 def _signals_end_quietly() -> Iterator[None]:
-    """The signal that ended the server is raised by it once more, for whoever is outside; it has done its work."""
+    """Swallows the signal that ended the server: uvicorn raises it once more when it has stopped."""
 
     def done(number: int, frame: FrameType | None) -> None:
-        """Nothing."""
+        pass
 
     before: dict[int, Any] = {number: signal.signal(number, done) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,10 +11,20 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from understudy.errors import EngineError, RecipeError
-from understudy.http import HttpClient, Refused, RetryPolicy, check_address, check_variable, read_key
+from understudy.http import (
+    BadReply,
+    HttpClient,
+    Refused,
+    RetryOptions,
+    RetryPolicy,
+    check_address,
+    check_variable,
+    read_key,
+    without_key,
+)
+from understudy.http import Reply as HttpReply
 from understudy.teachers.base import Judge, ScoreForm, Setup, TeacherSection
 from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
-from understudy.teachers.remote.endpoint import UNKNOWN_FIELD, Endpoint, complete
 from understudy.types import Need, Prompt, Sample, Verdict
 
 Constrain = Literal["auto", "guided_choice", "structured_outputs", "none"]
@@ -23,17 +33,20 @@ _CONSTRAINTS: dict[str, dict[str, Any]] = {
     "structured_outputs": {"structured_outputs": {"choice": list(DIGITS)}},
     "none": {},
 }
-"""vLLM dropped `guided_choice` for `structured_outputs` in 0.12 (docs.vllm.ai, "Structured Outputs"), and ignores a name that
+"""vLLM dropped `guided_choice` for `structured_outputs` in 0.12 (docs.vllm.ai, "Structured Outputs"), and ignores a field that
 it does not know, so a reply is read with the same care under a constraint."""
+_UNKNOWN_FIELD = (400, 422)
+"""Statuses that other servers give to an unknown field."""
+_PATH = "/chat/completions"
 TOP_LOGPROBS = 20
-"""The most that OpenAI gives, and vLLM unless told otherwise; a digit that is not among them has no weight."""
+"""Largest number that OpenAI gives, and vLLM unless told otherwise; a digit that is not among them has no weight."""
 REMINDER = "Say one digit from 0 to 9 and nothing else."
 _OWN_KEYS = frozenset({"model", "messages", "stream", "n", "logprobs", "top_logprobs"})
 _SHOWN_REPLY_CHARS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(TeacherSection):
+class Chat(RetryOptions, TeacherSection):
     """The section of a recipe for a judge behind a chat endpoint."""
 
     says_digits = True
@@ -45,31 +58,22 @@ class Chat(TeacherSection):
     model: str
     """Its name at the server."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The NAME of the environment variable with the key; where it is not set, none is sent."""
+    """The NAME of the environment variable with the key; if it is not set, none is sent."""
     constrain: Constrain = "auto"
-    """How the server is told to say a digit only. "auto": `structured_outputs`, and nothing where that is refused."""
+    """How the server is told to say a digit only. "auto": `structured_outputs`, and nothing if that is refused."""
     template: str | None = None
     """With {problem}, {response} and {fence}; None: `wording.WHOLE`."""
     step_template: str | None = None
     """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
     step_separator: str = STEP_SEPARATOR
     max_tokens: int = 8
-    """Of a verdict; more for a model that thinks first."""
+    """Limit of a verdict; more for a model that thinks first."""
     limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How the request names its limit of tokens; newer models of OpenAI take the second only."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Added to every request, such as `chat_template_kwargs: {enable_thinking: false}`; null takes a key out."""
-    timeout_s: float = 120.0
-    """Of one attempt."""
-    deadline_s: float = 600.0
-    """Of one request with all its attempts and waits."""
-    max_retries: int = 5
-    """Of a request that timed out, lost its connection, met status 429 or 500 and above, or got no chat completion."""
-    backoff_s: float = 0.5
-    """Before the first retry; doubled with each, up to a minute."""
     max_parse_retries: int = 2
-    """Of a reply without a readable digit; then the sample is unscored."""
-    max_concurrency: int = 16
+    """Retries after a reply without a readable digit; then the sample is unscored."""
 
     def __post_init__(self) -> None:
         _ = self.wording, self.retry_policy
@@ -82,12 +86,12 @@ class Chat(TeacherSection):
 
     @property
     def wording(self) -> Wording:
-        """What the judge is asked."""
+        """The judge's questions."""
         return Wording.of(self.template, self.step_template, self.step_separator)
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """How long and how often the server is asked."""
+        """Raises ValueError for a value out of range."""
         return RetryPolicy.of(self)
 
     @property
@@ -99,18 +103,18 @@ class Chat(TeacherSection):
         return f"{self.model} at {self.url}"
 
     def check(self) -> str:
-        """Raises RecipeError for an address or a model name that cannot be one; nothing is sent."""
+        """Raises RecipeError for a URL or model name that cannot be one; nothing is sent."""
         check_address(self.url, "teacher.url", "http://host:8000/v1")
         if self.url.rstrip("/").endswith("/completions"):
             raise RecipeError(
-                f"teacher.url is {self.url!r}; give the base that /chat/completions is added to, such as http://host:8000/v1"
+                f"teacher.url is {self.url!r}; give the base that {_PATH} is added to, such as http://host:8000/v1"
             )
         if not self.model.strip():
             raise RecipeError("teacher.model is empty; give the model's name at the server (see its /v1/models)")
         return f"teacher: {self.shown}, not asked yet"
 
     def open(self, setup: Setup) -> ChatTeacher:
-        """Nothing is sent yet. Raises RecipeError as `check`, and for a key that no header can carry."""
+        """Opens the judge; nothing is sent yet. Raises RecipeError as `check`, and for a key that a header cannot carry."""
         self.check()
         _ = read_key(self.api_key_env)
         return ChatTeacher(self, name=setup.name, seed=setup.seed)
@@ -120,35 +124,33 @@ class ChatTeacher(Judge):
     """A chat model as a judge that says one digit, at temperature 0, and as a writer of responses.
 
     "argmax" is the digit that it says. "expectation" is `sum_d d p(d)` over the digits among the `TOP_LOGPROBS` tokens
-    that the server names where it says a digit, renormalised. Questions go out side by side; order is that of the samples.
-    How the server encodes a response that spells special tokens is up to the server.
+    that the server names where it says a digit, renormalised. Questions are sent concurrently; results are in the order of
+    the samples. How the server encodes a response that spells special tokens is up to the server.
     """
 
     remote = True
 
     def __init__(self, section: Chat, *, name: str, seed: int = 0) -> None:
         self._section = section
-        self._endpoint = Endpoint(
-            base=section.url, api_key_env=section.api_key_env, retry_policy=section.retry_policy, seed=seed
-        )
         self.name = name
+        self._seed = seed
         self._constrain: Constrain = section.constrain
         self._open: set[HttpClient] = set()
         self._closed = False
 
     @property
     def fingerprint(self) -> str:
-        """Hash of address, model and all that a request says beside its question. The weights behind it are unseen."""
+        """Hash of URL, model and all that a request holds beside its question. The weights behind it are unseen."""
         section, words = self._section, self._section.wording
         how = [section.constrain, section.max_tokens, section.max_parse_retries, dict(section.extra_body)]
         facts = [section.url, section.model, words.whole, words.step, words.separator, how]
         return blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
-        """One for each sample, in order; no digit after all retries, or a question too long for the model: no score.
+        """Returns a verdict on each sample, in order; no score without a digit, and for a question too long for the model.
 
-        Raises EngineError where the server refuses or does not answer, RecipeError for "expectation" at a server that
-        gives no probabilities.
+        Raises EngineError if the server refuses or does not answer, RecipeError for "expectation" at a server that gives no
+        probabilities.
         """
         asked = [self._section.wording.questions(sample, steps=steps) for sample in samples]
         named = [
@@ -156,7 +158,7 @@ class ChatTeacher(Judge):
             for sample, questions in zip(samples, asked, strict=True)
             for number, question in enumerate(questions)
         ]
-        # whether a constraint is understood is found out by one question before the others are sent
+        # the first question shows whether a constraint is understood, so it is sent before the others
         first = named[:1] if self._constrain == "auto" else []
         replies: list[Reply] = []
         with self._client() as client:
@@ -165,13 +167,26 @@ class ChatTeacher(Judge):
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
-        """The model's own response to each prompt, in order; None for an empty one, one that was cut off, and a prompt that
-        is too long. Raises EngineError as `judge`."""
+        """Returns the model's own response to each prompt, in order; None for an empty one, one that was cut off, and a
+        prompt that is too long. Raises EngineError as `judge`."""
+
+        def write(prompt: Prompt) -> str | None:
+            messages = [
+                dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)
+            ]
+            try:
+                choice = _complete(client, self._body(messages, max_new_tokens, temperature), prompt.id)
+            except Refused as refused:
+                if refused.too_long:
+                    return None
+                raise self._error(refused) from None
+            return None if choice.get("finish_reason") == "length" else _content(choice) or None
+
         with self._client() as client:
-            return client.each(prompts, lambda prompt: self._write(client, prompt, max_new_tokens, temperature))
+            return client.each(prompts, write)
 
     def close(self) -> None:
-        """Gives up what other threads ask, and answers no more."""
+        """Cancels the requests of other threads and answers no more."""
         self._closed = True
         for client in list(self._open):
             client.close()
@@ -179,24 +194,21 @@ class ChatTeacher(Judge):
     @contextmanager
     def _client(self) -> Iterator[HttpClient]:
         """Connections of one call."""
-        with self._endpoint.open() as client:
+        section = self._section
+        with HttpClient(
+            [section.url],
+            name="teacher",
+            retry_policy=section.retry_policy,
+            api_key_env=section.api_key_env,
+            seed=self._seed,
+        ) as client:
             self._open.add(client)
             try:
                 if self._closed:
-                    raise EngineError(f"the judge {self._section.shown} is closed")
+                    raise EngineError(f"the judge {section.shown} is closed")
                 yield client
             finally:
                 self._open.discard(client)
-
-    def _write(self, client: HttpClient, prompt: Prompt, max_new_tokens: int, temperature: float) -> str | None:
-        messages = [dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)]
-        try:
-            choice = complete(client, self._body(messages, max_new_tokens, temperature), prompt.id)
-        except Refused as refused:
-            if refused.too_long:
-                return None
-            raise self._endpoint.error(refused) from None
-        return None if choice.get("finish_reason") == "length" else _content(choice) or None
 
     def _ask(self, client: HttpClient, key: str, question: str, score: ScoreForm) -> Reply:
         messages = [{"role": "user", "content": question}]
@@ -211,7 +223,7 @@ class ChatTeacher(Judge):
             except Refused as refused:
                 if refused.too_long:
                     return Reply(None, attempt, f"the server refuses the question as too long: {refused.message}")
-                raise self._endpoint.error(refused) from None
+                raise self._error(refused) from None
             said = _content(choice)
             value = read_digit(said)
             number = value if value is None or score == "argmax" else self._expectation(choice, value)
@@ -220,7 +232,7 @@ class ChatTeacher(Judge):
             if said.strip():
                 spoken = [{"role": "assistant", "content": said}, {"role": "user", "content": REMINDER}]
                 messages = [messages[0], *spoken]
-        shown = self._endpoint.safe(said)[:_SHOWN_REPLY_CHARS]
+        shown = without_key(said, self._section.api_key_env)[:_SHOWN_REPLY_CHARS]
         return Reply(None, attempts, f"no digit in {attempts} replies, the last of which begins {shown!r}")
 
     def _body(self, messages: list[dict[str, str]], max_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
@@ -230,20 +242,20 @@ class ChatTeacher(Judge):
 
     def _send_constrained(self, client: HttpClient, body: dict[str, Any], key: str) -> dict[str, Any]:
         if self._constrain != "auto":
-            return complete(client, body | _CONSTRAINTS[self._constrain], key)
+            return _complete(client, body | _CONSTRAINTS[self._constrain], key)
         try:
-            choice = complete(client, body | _CONSTRAINTS["structured_outputs"], key)
+            choice = _complete(client, body | _CONSTRAINTS["structured_outputs"], key)
         except Refused as refused:
-            if refused.too_long or refused.status not in UNKNOWN_FIELD:
+            if refused.too_long or refused.status not in _UNKNOWN_FIELD:
                 raise
-            choice = complete(client, body, key)
+            choice = _complete(client, body, key)
             self._constrain = "none"
             return choice
         self._constrain = "structured_outputs"
         return choice
 
     def _expectation(self, choice: dict[str, Any], said: int) -> float | None:
-        """The mean digit where `said` stands; None where no token is that digit."""
+        """Returns the mean digit at the token that says `said`; None if no token is that digit."""
         tokens = (choice.get("logprobs") or {}).get("content") or ()
         place = next((token for token in tokens if token["token"].strip() == str(said)), None)
         if tokens and place is None:
@@ -257,6 +269,35 @@ class ChatTeacher(Judge):
         weights = [math.fsum(math.exp(v) for token, v in named.items() if token.strip() == digit) for digit in DIGITS]
         total = math.fsum(weights)
         return math.fsum(d * weight for d, weight in enumerate(weights)) / total if total > 0 else None
+
+    def _error(self, refused: Refused) -> EngineError:
+        """Returns the error for a status that a retry does not change, with what to do."""
+        env = self._section.api_key_env
+        key_set = bool(read_key(env))
+        unset = f"set {env or 'api_key_env'} to a key"
+        hints = {
+            401: f"the key in {env} is not accepted" if key_set else unset,
+            403: f"the key in {env} may not use this model" if key_set else unset,
+            404: "check teacher.url (it mostly ends in /v1) and that the server has that model",
+        }
+        hint = hints.get(refused.status, "check teacher.constrain, teacher.limit_key and teacher.extra_body")
+        return EngineError(f"{self._section.url.rstrip('/')}{_PATH} refuses with {refused}; {hint}")
+
+
+def _complete(client: HttpClient, body: dict[str, Any], key: str) -> dict[str, Any]:
+    """Returns the first choice of a chat completion. Raises as `HttpClient.request`."""
+
+    def read(reply: HttpReply) -> dict[str, Any]:
+        try:
+            choice = reply.json()["choices"][0]
+            content = choice["message"].get("content")
+        except (LookupError, TypeError, AttributeError):
+            choice, content = None, None
+        if not isinstance(choice, dict) or not (content is None or isinstance(content, str)):
+            raise BadReply(f"a reply that is not a chat completion: {reply.text}")
+        return choice
+
+    return client.request(_PATH, read, json=body, key=key)
 
 
 def _content(choice: dict[str, Any]) -> str:

@@ -1,128 +1,83 @@
-"""A teacher behind an engine's HTTP interface: tokens go out, their log-probabilities come back."""
+"""A teacher behind an inference server's HTTP interface: tokens go out, their log-probabilities come back."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
-from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from understudy.errors import RecipeError, ScoreError
-from understudy.http import HttpClient, Refused, RetryPolicy, check_address, check_variable, read_key
-from understudy.teachers.base import RunFacts, Setup, Source, Teacher, TeacherSection
-from understudy.teachers.remote.prompt_scores import (
-    VLLM,
-    Completions,
-    Format,
-    SGLang,
-    VLLMTokens,
-    group_by_prompt,
-    is_too_long,
-    join_given,
-    named,
-    read_reply,
-    refusal,
-    spellings_of,
-)
-from understudy.teachers.remote.score_check import Answer, check, check_at, no_rows, unscored
-from understudy.teachers.remote.server_info import look
-from understudy.teachers.stores.cache import CACHE_FILE, CachedTeacher
+from understudy.errors import DataError, EngineError, RecipeError, ScoreError, nearest
+from understudy.http import BadReply, HttpClient, Refused, Reply, check_address, check_variable, read_key
+from understudy.teachers.base import RunFacts, Setup
+from understudy.teachers.grouping import by_prompt, chunks
+from understudy.teachers.remote.base import RemoteSection, RemoteTeacher
+from understudy.teachers.remote.formats import FORMATS, WireFormat, is_too_long
+from understudy.teachers.remote.score_check import Answer, check, check_given, empty_scores, unscored
+from understudy.teachers.stores.cache import CachedTeacher
 from understudy.types import Need, Sample, Scores
 
-Api = Literal["vllm", "sglang", "completions"]
-DEFAULT_K_MAX = {"vllm": 20}
-"""What a server gives unless told otherwise: vLLM's `--max-logprobs`; SGLang has no limit."""
+MAX_SAMPLES = 512
+"""Samples in one request; vLLM takes 1,024 prompts (`VLLM_MAX_COMPLETION_PROMPTS`)."""
 ASKED_AGAIN = 2
-"""Times that a sample whose scores are not finite is scored anew, after all others; a number that stays away comes from the
-weights, and asking again does not change them."""
+"""Times that a sample whose scores are not finite is scored again, after all others. A number that stays away comes from
+the weights, so retrying longer does not help."""
 SPARE = 4
-"""Tokens asked for beyond K, at least, once a row of K held one that the student lacks."""
-_VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
-_UNKNOWN_FIELD = frozenset({400, 422})
-_NO_ROUTE = frozenset({403, 404, 405})
-"""Of a path that is not there, or that a server was not told to open."""
+"""Tokens asked for beyond K, at least, after a row of K held one that the student lacks."""
+_SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""Errors of reading a reply of another shape; torch reports a number that is too large as a RuntimeError."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Http(TeacherSection):
+class Http(RemoteSection):
     """The section of a recipe for a teacher behind vLLM, SGLang or a completions server that echoes log-probabilities."""
 
-    url: str | tuple[str, ...]
-    """The base, such as http://host:8000 (a /v1 behind it is no matter), or those of several replicas of one server."""
     model: str
     """Its name at the server."""
-    api: Api
-    """How the server is asked: by vLLM's `prompt_logprobs` (of its route for token ids where `--enable-scale-out` opened it),
-    SGLang's /generate, or `echo` of the first completions."""
+    api: str
+    """The server's wire format, a key of `formats.FORMATS`."""
     api_key_env: str = ""
-    """The NAME of the environment variable with the key; empty: none is sent."""
+    """The NAME of the environment variable with the API key; empty: none is sent."""
     k_max: int | None = None
-    """The most likeliest tokens that the server gives; None: vLLM's 20, which its `--max-logprobs` raises."""
-    batch_tokens: int = 16_384
-    """Of all samples in one request; vLLM's route for token ids takes one sample each, `max_concurrency` at a time."""
-    tokenizer: str | None = None
-    """The teacher's, a directory or hub name, which is compared with the student's; None: they are taken to be the same."""
-    cache: str | None = None
-    """A directory on a local disk, where scores are kept for the next run."""
+    """Largest top-k the server returns; None: vLLM's 20, which its `--max-logprobs` raises."""
     revision: str = ""
-    """Whatever tells these weights from others of the same name; a cache keeps their scores apart."""
-    timeout_s: float = 120.0
-    """Of one attempt."""
-    deadline_s: float = 600.0
-    """Of one request with all its attempts and waits."""
-    max_retries: int = 5
-    """Of a request that timed out, lost its connection, met status 429 or 500 and above, or got a wrong reply."""
-    backoff_s: float = 0.5
-    """Before the first retry; doubled with each, up to a minute."""
-    max_concurrency: int = 16
-    """Requests in flight over all replicas."""
+    """Any word that tells these weights from others of the same name; a cache keeps their scores apart."""
 
     def __post_init__(self) -> None:
-        _ = self.retry_policy
+        super().__post_init__()
         check_variable(self.api_key_env, "api_key_env")
-        for key, value in (("batch_tokens", self.batch_tokens), ("k_max", self.k_max)):
-            if value is not None and value < 1:
-                raise ValueError(f"{key} is {value}; it must be at least 1")
-        if not self.bases:
-            raise ValueError("url is an empty list; give the address of the server")
+        if self.api not in FORMATS:
+            raise ValueError(f"api is {self.api!r}; {nearest(self.api, FORMATS)}")
+        if self.k_max is not None and self.k_max < 1:
+            raise ValueError(f"k_max is {self.k_max}; it must be at least 1")
 
     @property
     def gives(self) -> frozenset[Need]:
-        """No top-K from a completions server: it names tokens by text, and several tokens may share one."""
-        return frozenset({"none", "sampled"} if self.api == "completions" else {"none", "sampled", "topk"})
-
-    @property
-    def retry_policy(self) -> RetryPolicy:
-        """Of all its requests."""
-        return RetryPolicy.of(self)
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """As they stand in the recipe."""
-        return (self.url,) if isinstance(self.url, str) else tuple(self.url)
+        """Needs that the server's format can meet."""
+        return FORMATS[self.api].gives
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """What paths are added to, with their own /v1."""
+        """The URLs without /v1, which is part of the paths."""
         return tuple(url.rstrip("/").removesuffix("/v1") for url in self.urls)
-
-    @property
-    def vocabulary(self) -> Source | None:
-        return None if self.tokenizer is None else Source(self.tokenizer)
 
     @property
     def shown(self) -> str:
         return f"{self.model} at {', '.join(self.urls)}"
 
+    @property
+    def largest_k(self) -> float:
+        """Largest top-k the server returns, `math.inf` for no limit."""
+        return self.k_max or FORMATS[self.api].default_k_max or math.inf
+
     def check(self) -> str:
-        """Raises RecipeError for an address or a model name that cannot be one; nothing is sent."""
+        """Raises RecipeError for a URL or model name that cannot be one; nothing is sent."""
         for url in self.urls:
             check_address(url, "teacher.url")
             if url.rstrip("/").endswith(("/completions", "/generate")):
@@ -139,7 +94,7 @@ class Http(TeacherSection):
         self.check_k(run.k)
 
     def check_temperature(self, temperature: float) -> None:
-        """Raises RecipeError for another than 1."""
+        """Raises RecipeError for another temperature than 1."""
         if temperature != 1.0:
             raise RecipeError(
                 f"sampling.temperature is {temperature:g}, but {self.api} scores given tokens at temperature 1 whatever "
@@ -148,55 +103,49 @@ class Http(TeacherSection):
             )
 
     def check_k(self, k: int) -> None:
-        """Raises RecipeError for more tokens of a row than the server gives."""
-        limit = self.k_max or DEFAULT_K_MAX.get(self.api)
-        if limit is not None and k > limit:
+        """Raises RecipeError for a larger top-k than the server returns."""
+        if k > self.largest_k:
             raise RecipeError(
-                f"the method asks for k = {k}, the teacher {self.shown} gives {limit}: start vLLM with --max-logprobs {k} and "
-                f"set teacher.k_max: {k}, or lower method.k"
+                f"the method asks for k = {k}, the teacher {self.shown} gives {self.largest_k}: start vLLM with "
+                f"--max-logprobs {k} and set teacher.k_max: {k}, or lower method.k"
             )
 
     def open(self, setup: Setup) -> HttpTeacher | CachedTeacher:
-        """Nothing is sent yet. Raises RecipeError as `check`, for a key that no header can carry, a cache that cannot be
-        opened, and a temperature at which these servers give no scores."""
+        """Opens the teacher; nothing is sent yet. Raises RecipeError as `check` and `check_temperature`, for a key that a
+        header cannot carry, and for a cache that cannot be opened."""
         self.check()
         read_key(self.api_key_env)
         self.check_temperature(setup.temperature)
-        teacher = HttpTeacher(self, setup)
-        return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
+        return self.cached(HttpTeacher(self, setup))
 
 
-class HttpTeacher(Teacher):
-    """log T(y_t) and the K likeliest tokens by the server's softmax, over its whole head, at temperature 1.
+class HttpTeacher(RemoteTeacher):
+    """log T(y_t) and the K likeliest tokens by the server's softmax over its whole head, at temperature 1.
 
-    Each scored sequence needs one position more than it has tokens at vLLM (`--max-model-len`), which generates a token.
+    vLLM generates a token with each request, so a sample needs one position more than it has tokens (`--max-model-len`).
     """
 
-    remote = True
-
     def __init__(self, section: Http, setup: Setup) -> None:
-        self._section = section
-        self.name, self.concurrency = setup.name, section.max_concurrency
-        self._vocab_size = setup.vocab_size
-        self.temperature: float = setup.temperature
-        self._format = _format(section, setup.tokenizer)
-        self._spare = 0
-        self._finding = Lock()
-        self._unsure = isinstance(self._format, VLLMTokens)
-        self._client = HttpClient(
+        client = HttpClient(
             section.bases,
             name=f"teacher {setup.name!r}",
             retry_policy=section.retry_policy,
             api_key_env=section.api_key_env,
             seed=setup.seed,
         )
+        super().__init__(section, setup, client)
+        self._section = section
+        self._format: WireFormat = FORMATS[section.api](section.model, setup.tokenizer)
+        self._format_known = False
+        """Whether the server has answered in `_format`, or its fallback was chosen."""
+        self._format_lock = Lock()
+        self._spare = 0
+        """Tokens asked for beyond K, because ids past the student's vocabulary take places in a row."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of interface, model, revision, temperature and vocabulary size. The weights behind the name are unseen."""
-        section = self._section
-        facts = [section.api, section.model, section.revision, float(self.temperature), self._vocab_size]
-        return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        return self.hashed(self._section.api, self._section.model, self._section.revision)
 
     @property
     def max_tokens(self) -> int | None:
@@ -205,39 +154,29 @@ class HttpTeacher(Teacher):
         return limit
 
     def health(self) -> str:
-        """What the server says of itself, in a line. Raises EngineError as `info`."""
+        """Returns what the server tells about itself, in a line. Raises EngineError as `info`."""
         return ", ".join(f"{key} {value}" for key, value in self.info().items())
 
-    def close(self) -> None:
-        """Gives up what is in flight."""
-        self._client.close()
-
-    def stats(self) -> dict[str, Any]:
-        """Requests, retries, failures and bytes."""
-        return self._client.stats()
-
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """One for each sample, in order; `Unscored` where a number is not finite after all. Entropies are not given.
+        """Scores of each sample, in order; `Unscored` if a number is not finite after all. Entropies are not given.
 
-        Raises ScoreError for another need, for more tokens than the server gives and for a sample that is too long for it,
-        ValueError for "topk" without k, EngineError where the server does not answer or not what was asked.
+        Raises ScoreError for another need, a larger top-k than the server returns and a sample that is too long for it,
+        ValueError for "topk" without k, EngineError if the server does not answer, or not what was asked.
         """
-        if need - self._section.gives:
-            raise ScoreError(
-                f"{self._who} cannot give {sorted(need - self._section.gives)}; behind "
-                f"{self._section.api} it gives {sorted(self._section.gives)}"
-            )
+        gives = self._section.gives
+        if need - gives:
+            behind = f"behind {self._section.api} it gives {sorted(gives)}"
+            raise ScoreError(f"{self._who} cannot give {sorted(need - gives)}; {behind}")
         if not need - {"none"}:
             return [Scores(sample.response_ids) for sample in samples]
         if "topk" in need and (k is None or k < 1):
             raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
-        kept = min(k, self._vocab_size) if k is not None and "topk" in need else None
-        if kept is not None and kept > self._most:
-            raise self._too_many(kept)
-        answers = self._ask_until_scored(samples, kept)
+        kept = min(k, self._setup.vocab_size) if k is not None and "topk" in need else None
+        if kept is not None:
+            self._check_k(kept)
         return [
             unscored(sample, kept, f"{self._who}: {answer.missing}") if answer.scores is None else answer.scores
-            for sample, answer in zip(samples, answers, strict=True)
+            for sample, answer in zip(samples, self._ask_until_scored(samples, kept), strict=True)
         ]
 
     def score_at(self, samples: Sequence[Sample], ids: Sequence[Tensor]) -> list[Scores]:
@@ -246,63 +185,91 @@ class HttpTeacher(Teacher):
         Raises ScoreError for a server that cannot be asked for given ids, else as `score`.
         """
         form = self._format
-        if not isinstance(form, SGLang | VLLMTokens):
+        if form.given_field is None:
             raise self._no_given(f"the route {form.path} names none")
         for sample, rows in zip(samples, ids, strict=True):
             if rows.dim() != 2 or len(rows) != sample.num_response_tokens or not rows.shape[1]:
-                raise ValueError(
-                    f"sample {sample.key}: ids have shape {tuple(rows.shape)}, not ({len(sample.response_ids)}, K)"
-                )
-            if rows.shape[1] > self._most:
-                raise self._too_many(rows.shape[1])
+                size = len(sample.response_ids)
+                raise ValueError(f"sample {sample.key}: ids have shape {tuple(rows.shape)}, not ({size}, K)")
+            self._check_k(rows.shape[1])
         pieces = [
-            (index, *piece) for index, pair in enumerate(zip(samples, ids, strict=True)) for piece in form.cut(*pair)
+            (index, *piece) for index, pair in enumerate(zip(samples, ids, strict=True)) for piece in form.split(*pair)
         ]
-        asked = [piece for _, piece, _ in pieces]
+        parts, given = [sample for _, sample, _ in pieces], [rows for *_, rows in pieces]
 
         def ask(group: list[int]) -> list[Answer]:
-            part, rows = [asked[index] for index in group], [pieces[index][2] for index in group]
             try:
-                return self._send(
-                    form.path,
-                    form.body_at(part, rows),
-                    part,
-                    form.parts,
-                    lambda index, sample, said: check_at(sample, form.read_at(sample, said, rows[index]), rows[index]),
-                )
+                return self._send(form, parts, group, 0, check_given, given)
             except Refused as refused:
-                if isinstance(form, VLLMTokens) and (refused.status in _NO_ROUTE or form.given in refused.message):
+                # a server that lacks the route may be asked for other scores by its fallback, but not for these
+                if form.fallback(refused) or str(form.given_field) in refused.message:
                     raise self._no_given(str(refused)) from None
                 raise
 
-        found = self._spread(asked, range(len(asked)), ask)
-        by_sample: list[list[Answer]] = [[] for _ in samples]
-        for number, (index, _, _) in enumerate(pieces):
-            by_sample[index].append(found[number])
-        return [join_given(*item, who=self._who) for item in zip(samples, ids, by_sample, strict=True)]
+        answers = self._ask_all(parts, range(len(parts)), ask)
+        found: list[list[Answer]] = [[] for _ in samples]
+        for number, (index, *_) in enumerate(pieces):
+            found[index].append(answers[number])
+        return [self._join(*item) for item in zip(samples, ids, found, strict=True)]
+
+    def _join(self, sample: Sample, ids: Tensor, answers: Sequence[Answer]) -> Scores:
+        """Scores of a sample's pieces, in order; `Unscored` if one of them is."""
+        found = [empty_scores(sample, ids.shape[1])] if not answers else []
+        for answer in answers:
+            if answer.scores is None:
+                return unscored(sample, ids.shape[1], f"{self._who}: {answer.missing}")
+            found.append(answer.scores)
+        names = ("token_ids", "logprob", "topk_ids", "topk_logprob")
+        return Scores(**{name: torch.cat([getattr(piece, name) for piece in found]) for name in names})
 
     def info(self) -> dict[str, Any]:
-        """`models` that every replica has, `max_length` in tokens and `version`, None where none is told.
+        """Returns `models` that every replica has, `max_length` in tokens and `version`, None if the server does not tell.
 
         Raises EngineError for a replica that does not answer, and one that lacks the model.
         """
-        return look(self._client, self._section.model, _VERSIONS.get(self._section.api))
+        model, path = self._section.model, self._format.version_path
+
+        def read_models(reply: Reply) -> dict[str, int | None]:
+            try:
+                return {card["id"]: card.get("max_model_len") for card in reply.json()["data"]}
+            except (LookupError, TypeError, AttributeError):
+                raise BadReply("/v1/models lists no models") from None
+
+        def read_version(reply: Reply) -> str | None:
+            try:
+                return str(reply.json()["version"])
+            except (BadReply, LookupError, TypeError):
+                return None
+
+        lengths: list[dict[str, int | None]] = []
+        versions: set[str | None] = set()
+        for number, url in enumerate(self._client.urls):
+            get = partial(self._client.request, method="GET", replica=number)
+            try:
+                lengths.append(get("/v1/models", read_models, key="/v1/models"))
+            except Refused as refused:
+                hint = "check teacher.url and teacher.api_key_env"
+                raise EngineError(f"{url} refuses /v1/models with {refused}; {hint}") from None
+            if model not in lengths[-1]:
+                raise EngineError(f"{url} has no model {model!r}; it has: {', '.join(map(str, lengths[-1])) or 'none'}")
+            if path is not None:
+                with suppress(Refused):
+                    versions.add(get(path, read_version, key=path))
+        return {
+            "models": [name for name in lengths[0] if all(name in others for others in lengths)],
+            "max_length": min((length for known in lengths if (length := known[model]) is not None), default=None),
+            "version": ", ".join(sorted(version for version in versions if version is not None)) or None,
+        }
 
     @property
     def _who(self) -> str:
         return f"teacher {self.name!r} ({self._section.shown})"
 
-    @property
-    def _most(self) -> float:
-        """Tokens of a top-K row that the server gives."""
-        limit = self._section.k_max or DEFAULT_K_MAX.get(self._section.api)
-        return math.inf if limit is None else float(limit)
-
-    def _too_many(self, k: int) -> ScoreError:
-        return ScoreError(
-            f"the method asks for k = {k}, teacher {self.name!r} gives {self._most:.0f}: start vLLM with "
-            f"--max-logprobs {k} and set teacher.k_max to it, or lower method.k"
-        )
+    def _check_k(self, k: int) -> None:
+        try:
+            self._section.check_k(k)
+        except RecipeError as error:
+            raise ScoreError(str(error)) from None
 
     def _no_given(self, why: str) -> ScoreError:
         return ScoreError(
@@ -311,97 +278,130 @@ class HttpTeacher(Teacher):
         )
 
     def _ask_until_scored(self, samples: Sequence[Sample], k: int | None) -> list[Answer]:
-        found = {index: Answer(no_rows(sample, k)) for index, sample in enumerate(samples)}
+        """Asks again for samples whose scores are not finite, and for more tokens where some are not the student's."""
+        limit = self._section.largest_k
+        found = {index: Answer(empty_scores(sample, k)) for index, sample in enumerate(samples)}
         waiting: Sequence[int] = range(len(samples))
         for _ in range(1 + ASKED_AGAIN):
-            num_top = 0 if k is None else int(min(k + self._spare, self._most))
-            found |= self._spread(samples, waiting, partial(self._ask, samples, k, num_top))
+            num_top = 0 if k is None else int(min(k + self._spare, limit))
+            judge = partial(check, k=k, num_top=num_top, vocab_size=self._setup.vocab_size)
+            found |= self._ask_all(
+                samples,
+                waiting,
+                lambda group: self._send(self._format, samples, group, num_top, judge),  # noqa: B023
+            )
             waiting = [index for index in waiting if found[index].scores is None]
             short = max((found[index].short for index in waiting), default=0)
-            if short and num_top >= self._most:
+            if short and num_top >= limit:
                 raise ScoreError(
                     f"sample {samples[waiting[0]].key}: {short} of the {num_top} likeliest tokens of teacher {self.name!r} "
-                    f"are past the student's {self._vocab_size} tokens, and the server gives no more: raise its "
+                    f"are past the student's {self._setup.vocab_size} tokens, and the server gives no more: raise its "
                     "--max-logprobs and teacher.k_max with it, or lower method.k"
                 )
             if short:
                 self._spare += max(short, SPARE)
         return [found[index] for index in range(len(samples))]
 
-    def _ask(self, samples: Sequence[Sample], k: int | None, num_top: int, group: list[int]) -> list[Answer]:
-        """One request, a second one where a server does not know a field."""
-        form, asked = self._format, [samples[index] for index in group]
-
-        def judge(index: int, sample: Sample, said: Any) -> Answer:
-            return check(sample, form.read(sample, said), k=k, num_top=num_top, vocab_size=self._vocab_size)
-
-        try:
-            return self._send(form.path, form.body(asked, num_top), asked, form.parts, judge)
-        except Refused as refused:
-            if not (isinstance(form, Completions) and form.as_ids and refused.status in _UNKNOWN_FIELD):
-                raise
-        # whether tokens come as ids or as text is told by the reply, so it is read as before
-        plain = replace(form, as_ids=False)
-        answers = self._send(plain.path, plain.body(asked, num_top), asked, form.parts, judge)
-        self._format = plain
-        return answers
-
-    def _send(
-        self,
-        path: str,
-        body: dict[str, Any],
-        samples: Sequence[Sample],
-        parts: Callable[[Any], list[Any]],
-        judge: Callable[[int, Sample, Any], Answer],
-    ) -> list[Answer]:
-        return self._client.request(
-            path, lambda reply: read_reply(reply, samples, parts, judge), key=named(samples), json=body
-        )
-
-    def _spread(
+    def _ask_all(
         self, samples: Sequence[Sample], chosen: Sequence[int], ask: Callable[[list[int]], list[Answer]]
     ) -> dict[int, Answer]:
-        """Answers by index. Raises ScoreError, EngineError."""
+        """Answers by index, requests side by side. Raises ScoreError, EngineError.
+
+        The first request of all goes out alone: it shows whether the server knows the route and its fields.
+        """
 
         def run(group: list[int]) -> list[Answer]:
             try:
                 return ask(group)
             except Refused as refused:
-                raise self._refusal(refused, samples, group) from None
+                raise self._refusal(refused, [samples[index] for index in group]) from None
+
+        def groups(indices: Sequence[int]) -> list[list[int]]:
+            max_tokens = 1 if self._format.single else self._section.batch_tokens
+            return group_by_prompt(samples, indices, max_tokens=max_tokens)
 
         found: dict[int, Answer] = {}
-        with self._finding:
-            if self._unsure:
-                found = self._find_route(samples, chosen, ask)
-        left = [index for index in chosen if index not in found]
-        one_each = isinstance(self._format, VLLMTokens)
-        groups = group_by_prompt(samples, left, max_tokens=1 if one_each else self._section.batch_tokens)
-        for group, answers in zip(groups, self._client.each(groups, run), strict=True):
+        with self._format_lock:
+            for first in [] if self._format_known else groups(chosen)[:1]:
+                try:
+                    found = dict(zip(first, ask(first), strict=True))
+                except Refused as refused:
+                    fallback = self._format.fallback(refused)
+                    if fallback is None:
+                        raise self._refusal(refused, [samples[index] for index in first]) from None
+                    self._format = fallback
+                self._format_known = True
+        rest = groups([index for index in chosen if index not in found])
+        for group, answers in zip(rest, self._client.each(rest, run), strict=True):
             found.update(zip(group, answers, strict=True))
         return found
 
-    def _refusal(self, refused: Refused, samples: Sequence[Sample], group: list[int]) -> Exception:
+    def _send(
+        self,
+        form: WireFormat,
+        samples: Sequence[Sample],
+        group: Sequence[int],
+        num_top: int,
+        judge: Callable[..., Answer],
+        given: Sequence[Tensor] | None = None,
+    ) -> list[Answer]:
+        """One request: `judge(sample, raw, *given ids)` of each sample's part of the reply."""
         asked = [samples[index] for index in group]
-        return refusal(refused, asked, who=self._who, api_key_env=self._section.api_key_env)
+        ids = None if given is None else [given[index] for index in group]
 
-    def _find_route(
-        self, samples: Sequence[Sample], chosen: Sequence[int], ask: Callable[[list[int]], list[Answer]]
-    ) -> dict[int, Answer]:
-        """The first sample's answer by vLLM's route for token ids; none where the server lacks it, and another is asked."""
-        for first in group_by_prompt(samples, chosen, max_tokens=1)[:1]:
+        def read(reply: Reply) -> list[Answer]:
+            who, answers = reply.url, []
             try:
-                answers = ask(first)
-            except Refused as refused:
-                if is_too_long(refused) or refused.status not in _NO_ROUTE | _UNKNOWN_FIELD:
-                    raise self._refusal(refused, samples, first) from None
-                self._format = VLLM(self._section.model)
-                answers = []
-            self._unsure = False
-            return dict(zip(first, answers, strict=False))
-        return {}
+                parts = form.parts(reply.json())
+                if len(parts) != len(asked):
+                    raise BadReply(f"{len(parts)} samples came back for {len(asked)}")
+                for index, (sample, part) in enumerate(zip(asked, parts, strict=True)):
+                    who = f"{reply.url}, sample {sample.key}"
+                    extra = () if ids is None else (ids[index],)
+                    answers.append(judge(sample, form.read(sample, part, *extra), *extra))
+                return answers
+            except BadReply as error:
+                raise BadReply(f"{who}: {error}") from None
+            except _SHAPE_ERRORS as error:
+                raise BadReply(f"{who}: a reply of another shape ({type(error).__name__} {error})") from None
+
+        return self._client.request(form.path, read, key=_named(asked), json=form.body(asked, num_top, ids))
+
+    def _refusal(self, refused: Refused, samples: Sequence[Sample]) -> ScoreError | EngineError:
+        """The error, with what to do, for a status that a retry does not change."""
+        longest = max(samples, key=lambda sample: sample.token_ids.numel())
+        if is_too_long(refused):
+            return ScoreError(
+                f"sample {longest.key} has {longest.token_ids.numel()} tokens, which {self._who} refuses as too long "
+                f"({refused.message}): raise its --max-model-len (one more than the longest sample), or lower max_new_tokens"
+            )
+        env = self._section.api_key_env
+        locked = f"the key in {env} is not accepted" if env else "set teacher.api_key_env"
+        hints = {
+            401: locked,
+            403: locked,
+            404: "check teacher.url, teacher.api, and that the server has that model (see its /v1/models)",
+        }
+        hint = hints.get(
+            refused.status, "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer"
+        )
+        return EngineError(f"{self._who} refuses {_named(samples)} with {refused}; {hint}")
 
 
-def _format(section: Http, tokenizer: Any) -> Format:
-    if section.api == "completions":
-        return Completions(section.model, None if tokenizer is None else spellings_of(tokenizer))
-    return VLLMTokens(section.model) if section.api == "vllm" else SGLang()
+def _named(samples: Sequence[Sample]) -> str:
+    rest = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
+    return f"sample {samples[0].key}{rest}"
+
+
+def group_by_prompt(samples: Sequence[Sample], chosen: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Indices for each request, samples of one prompt side by side; at most `max_tokens` tokens or one sample.
+
+    A response without a token is left out. Raises DataError for a sample without a prompt token.
+    """
+    for index in chosen:
+        if samples[index].prompt_length < 1:
+            key = samples[index].key
+            raise DataError(f"sample {key} has no prompt token, so nothing predicts its first response token")
+    kept = [index for index in chosen if samples[index].num_response_tokens]
+    grouped = [kept[place] for same in by_prompt([samples[index] for index in kept]) for place in same]
+    return chunks(grouped, lambda index: samples[index].token_ids.numel(), max_tokens, MAX_SAMPLES)

@@ -1,4 +1,4 @@
-"""What of a server's reply is a score: the ids that were sent, finite numbers at most 0, K distinct likeliest tokens."""
+"""Decides which numbers of a reply are scores: those of the ids that were sent, finite, at most 0, K distinct likeliest."""
 
 from __future__ import annotations
 
@@ -15,63 +15,60 @@ from understudy.packing import Unscored
 from understudy.types import Sample, Scores
 
 TOLERANCE = 1e-4
-"""How far above 0 a log-probability may lie, which is then taken as 0: a float32 log-softmax rounds by less."""
+"""A log-probability this far above 0 is taken as 0: a float32 log-softmax rounds by less."""
 AGREEMENT = 1e-3
-"""How far two numbers for one token in one reply may lie apart; more, and the rows belong to other tokens."""
+"""Largest distance of two numbers for one token in one reply; beyond it the rows belong to other tokens."""
 LEAST_LOGPROB = -9999.0
-"""What vLLM writes for minus infinity, which JSON has not (`clamp_prompt_logprobs`): no score either."""
+"""vLLM's minus infinity, which JSON lacks (`clamp_prompt_logprobs`): not a score either."""
 MAX_FOREIGN_MASS = 0.01
-"""Of a teacher's probability on ids that the student lacks, at any one token.
+"""Largest probability of ids that the student lacks, at any one token.
 
-Padding rows hold some e^-10, so scores are left as the server's softmax has them: what all such ids hold together is not
-known from a top-K reply, and a top-K that is scaled up beside a sampled score that is not would be two distributions. A
-teacher that means such an id is no teacher of that token.
+Padding rows hold some e^-10, so scores stay as the server's softmax has them: the total of all such ids is not known from a
+top-K reply, and a top-K that is scaled up beside a sampled score that is not would be two distributions. A teacher that
+gives more to such ids cannot teach that token.
 """
 
 
 @dataclass(frozen=True, eq=False)
-class Raw:
-    """What a server says about one sample, one row for each response token."""
+class RawScores:
+    """A server's numbers for one sample, one row for each response token."""
 
     token_ids: Sequence[int]
-    """[R] the ids that it scored."""
+    """[R] ids that it scored."""
     logprob: Sequence[Any]
-    """[R] numbers; None where there is none."""
+    """[R] numbers, None where one is missing."""
     top: Sequence[Sequence[tuple[int, Any]]] | None = None
-    """[R] its likeliest tokens in its order, beside their numbers; or those that were asked for by id."""
+    """[R] rows of (id, number): the likeliest in the server's order, or the ids that were given."""
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What became of one sample of a reply."""
+    """Scores of one sample, or why there are none."""
 
     scores: Scores | None
     missing: str = ""
-    """Why there are none."""
     short: int = 0
-    """Entries of a top-K row that fell to ids past the student's vocabulary and must be asked for beyond K."""
+    """Entries of a top-K row that are past the student's vocabulary, so that as many more must be asked for."""
 
 
-def check(sample: Sample, raw: Raw, *, k: int | None, num_top: int, vocab_size: int) -> Answer:
-    """Scores of the ids that were sent, finite, at most 0, with `k` distinct likeliest tokens in descending order.
+def check(sample: Sample, raw: RawScores, *, k: int | None, num_top: int, vocab_size: int) -> Answer:
+    """Returns scores of the ids that were sent, with the `k` likeliest tokens in descending order, or what is not finite.
 
     `num_top`: how many were asked for, at least `k`. Ids past `vocab_size` are dropped (see `MAX_FOREIGN_MASS`).
-    Raises BadReply for what no honest reply holds; a score that is missing is no number but a reason.
+    Raises BadReply for a malformed response.
     """
     wanted = sample.response_ids
-    said = torch.tensor(list(raw.token_ids), dtype=torch.int64)
-    if not torch.equal(said, wanted):
-        raise BadReply(f"{len(said)} tokens came back that are not the {len(wanted)} that were sent")
+    if not torch.equal(torch.tensor(list(raw.token_ids), dtype=torch.int64), wanted):
+        raise BadReply(f"{len(raw.token_ids)} tokens came back that are not the {len(wanted)} that were sent")
     logprob = _numbers(raw.logprob)
     if len(logprob) != len(wanted):
         raise BadReply(f"{len(logprob)} scores for {len(wanted)} response tokens")
-    _check_sign(sample, logprob)
     if k is None:
-        return _lacking("logprob", logprob) or Answer(Scores(wanted, logprob.clamp(max=0).float()))
-    ids, values = _top_rows(sample, raw, num_top)
-    if lacking := _lacking("logprob", logprob) or _lacking("topk_logprob", values):
+        return _not_finite("logprob", logprob) or Answer(Scores(wanted, logprob.clamp(max=0).float()))
+    ids, values = _top_rows(raw, num_top)
+    if lacking := _not_finite("logprob", logprob) or _not_finite("topk_logprob", values):
         return lacking
-    _check_top(sample, wanted, logprob, ids, values)
+    _check_top(wanted, logprob, ids, values)
     foreign = ids >= vocab_size
     mass = (values.exp() * foreign).sum(-1)
     if bool((mass > MAX_FOREIGN_MASS).any()):
@@ -84,15 +81,15 @@ def check(sample: Sample, raw: Raw, *, k: int | None, num_top: int, vocab_size: 
     short = int((k - (~foreign).sum(-1)).max()) if len(ids) else 0
     if short > 0:
         return Answer(None, f"{short} of {num_top} likeliest tokens are past the student's vocabulary", short)
-    # what is kept moves to the front in its order
+    # a stable sort moves the student's ids to the front and keeps their order
     order = foreign.to(torch.int8).argsort(dim=-1, stable=True)[:, :k]
     top = values.gather(-1, order).clamp(max=0).float()
     return Answer(Scores(wanted, logprob.clamp(max=0).float(), ids.gather(-1, order), top))
 
 
-def check_at(sample: Sample, raw: Raw, ids: Tensor) -> Answer:
-    """The same with the numbers of given ids [R, K] in their order."""
-    answer = check(sample, Raw(raw.token_ids, raw.logprob), k=None, num_top=0, vocab_size=0)
+def check_given(sample: Sample, raw: RawScores, ids: Tensor) -> Answer:
+    """Returns scores of the ids that were sent, with the numbers of given ids [R, K] in their order; as `check`."""
+    answer = check(sample, raw, k=None, num_top=0, vocab_size=0)
     if answer.scores is None:
         return answer
     rows = [dict(row) for row in raw.top or ()]
@@ -102,17 +99,16 @@ def check_at(sample: Sample, raw: Raw, ids: Tensor) -> Answer:
         raise BadReply("not all of the ids that were asked for came back")
     values = _numbers([row[int(token)] for row, asked in zip(rows, ids, strict=True) for token in asked])
     values = values.reshape(ids.shape)
-    _check_sign(sample, values)
-    apart = (values - _numbers(raw.logprob)[:, None]).abs()
-    wrong = (ids == sample.response_ids[:, None]) & values.isfinite() & (apart > AGREEMENT)
+    distance = (values - _numbers(raw.logprob)[:, None]).abs()
+    wrong = (ids == sample.response_ids[:, None]) & values.isfinite() & (distance > AGREEMENT)
     if bool(wrong.any()):
         raise BadReply(f"response token {int(wrong.nonzero()[0, 0])}: two numbers for it contradict each other")
     scores = Scores(answer.scores.token_ids, answer.scores.logprob, ids, values.clamp(max=0).float())
-    return _lacking("topk_logprob", values) or Answer(scores)
+    return _not_finite("topk_logprob", values) or Answer(scores)
 
 
-def _lacking(name: str, values: Tensor) -> Answer | None:
-    """What is wrong with numbers [R] or [R, K] that are not all finite; None where they are."""
+def _not_finite(name: str, values: Tensor) -> Answer | None:
+    """Returns which of numbers [R] or [R, K] are not finite; None if all are."""
     missing = ~values.isfinite() | (values <= LEAST_LOGPROB)
     rows = missing.reshape(len(values), -1).any(-1).nonzero()
     if not len(rows):
@@ -120,13 +116,8 @@ def _lacking(name: str, values: Tensor) -> Answer | None:
     return Answer(None, f"{name} of response token {int(rows[0])} (and {len(rows) - 1} more) is not finite")
 
 
-def _check_sign(sample: Sample, values: Tensor) -> None:
-    if bool((values > TOLERANCE).any()):
-        raise BadReply(f"{float(values[values > TOLERANCE][0])} is above 0, so no log-probability")
-
-
-def _top_rows(sample: Sample, raw: Raw, num_top: int) -> tuple[Tensor, Tensor]:
-    """[R, num_top] ids and numbers, cut to what was asked for: vLLM adds the sampled token to its likeliest."""
+def _top_rows(raw: RawScores, num_top: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and numbers [R, num_top]. Rows are cut: vLLM adds the sampled token to its likeliest."""
     rows = raw.top
     if rows is None or len(rows) != len(raw.token_ids):
         raise BadReply(f"{0 if rows is None else len(rows)} rows for {len(raw.token_ids)} tokens")
@@ -137,12 +128,11 @@ def _top_rows(sample: Sample, raw: Raw, num_top: int) -> tuple[Tensor, Tensor]:
     ids, values = ids.reshape(len(rows), num_top), values.reshape(len(rows), num_top)
     if bool((ids < 0).any()) or (num_top > 1 and bool((ids.sort(-1).values.diff(dim=-1) == 0).any())):
         raise BadReply("a row of likeliest tokens names a token twice, or none")
-    _check_sign(sample, values)
     return ids, values
 
 
-def _check_top(sample: Sample, wanted: Tensor, logprob: Tensor, ids: Tensor, values: Tensor) -> None:
-    """Rows are descending, and the sampled token agrees with them: it is among them, or below them all."""
+def _check_top(wanted: Tensor, logprob: Tensor, ids: Tensor, values: Tensor) -> None:
+    """Rows must be descending, and the sampled token must agree with them: be among them, or below them all."""
     if bool((values.diff(dim=-1) > 0).any()):
         raise BadReply("the likeliest tokens are not in descending order")
     same = ids == wanted[:, None]
@@ -157,12 +147,15 @@ def _check_top(sample: Sample, wanted: Tensor, logprob: Tensor, ids: Tensor, val
 
 
 def _numbers(values: Sequence[Any]) -> Tensor:
-    """float64: rounding is left to the end."""
-    return torch.tensor([number(value) for value in values], dtype=torch.float64)
+    """Returns float64, so that rounding is left to the end. Raises BadReply for a number above 0."""
+    found = torch.tensor([number(value) for value in values], dtype=torch.float64)
+    if bool((found > TOLERANCE).any()):
+        raise BadReply(f"{float(found[found > TOLERANCE][0])} is above 0, so no log-probability")
+    return found
 
 
 def number(value: Any) -> float:
-    """NaN for what is not there. Raises TypeError for what is no number."""
+    """Returns NaN for None. Raises TypeError for anything but an int or a float, True and False included."""
     if value is None:
         return math.nan
     if type(value) not in (float, int):
@@ -171,18 +164,14 @@ def number(value: Any) -> float:
 
 
 def unscored(sample: Sample, k: int | None, reason: str) -> Unscored:
-    """NaN, and id -1, in every row; `k`: of a top-K row, None for none. Entropies, which no server gives, stay absent."""
-    return Unscored(sample.response_ids, **_blank(sample, k), reason=reason)
+    """Returns NaN, and id -1, in every row; `k`: entries of a top-K row, None for no such rows."""
+    return Unscored(**vars(empty_scores(sample, k)), reason=reason)
 
 
-def no_rows(sample: Sample, k: int | None) -> Scores:
-    """Of a response without a token, which no server need be asked for."""
-    return Scores(sample.response_ids, **_blank(sample, k))
-
-
-def _blank(sample: Sample, k: int | None) -> dict[str, Tensor]:
-    size, nan = sample.num_response_tokens, math.nan
-    fields = {"logprob": torch.full((size,), nan)}
+def empty_scores(sample: Sample, k: int | None) -> Scores:
+    """Returns rows of NaN and -1: no row for a response without a token, which is not sent to a server."""
+    size = sample.num_response_tokens
+    top = {}
     if k is not None:
-        fields |= {"topk_ids": torch.full((size, k), -1), "topk_logprob": torch.full((size, k), nan)}
-    return fields
+        top = {"topk_ids": torch.full((size, k), -1), "topk_logprob": torch.full((size, k), math.nan)}
+    return Scores(sample.response_ids, torch.full((size,), math.nan), **top)

@@ -1,0 +1,295 @@
+"""Wire formats: how each kind of server is asked for the scores of given tokens, and how its reply is read.
+
+    vllm         POST /inference/v1/generate with `prompt_logprobs` where the server has it, else POST /v1/completions
+    sglang       POST /generate with `return_logprob`
+    completions  POST /v1/completions with `echo` and `logprobs`, as OpenAI first had it
+
+A new format is a subclass of `WireFormat`, a line in `FORMATS`, which makes its name a value of `teacher.api`, and a test
+beside those of the others in tests/integration/test_http_teacher.py. Nothing else knows the formats. A format only
+translates: retries, batches and replicas are `HttpTeacher`'s, and `score_check` decides which numbers are scores.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from io import BytesIO
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from understudy.errors import ScoreError
+from understudy.http import BadReply, Refused
+from understudy.teachers.remote.score_check import RawScores, number
+from understudy.types import Need, Sample
+
+MAX_GIVEN = 2**18
+"""Numbers in a reply about given ids of one sample: some 8 MB of JSON."""
+_UNKNOWN_FIELD = frozenset({400, 422})
+_NO_ROUTE = frozenset({403, 404, 405})
+"""Statuses of a path that does not exist, or that a server was not told to open."""
+_NO_ROOM = ("max_tokens must be at least 1", "maximum model length")
+"""vLLM's messages for a sequence that leaves no position for the one token that is generated."""
+
+
+class WireFormat(ABC):
+    """One kind of server. It must score at temperature 1, as all that are known do whatever a request says."""
+
+    path: ClassVar[str]
+    """Behind the base URL."""
+    gives: ClassVar[frozenset[Need]] = frozenset({"none", "sampled", "topk"})
+    default_k_max: ClassVar[int | None] = None
+    """Largest top-k that the server returns unless told otherwise; None: no limit."""
+    version_path: ClassVar[str | None] = None
+    """Path whose reply has a "version"; None: the server does not tell."""
+    single: ClassVar[bool] = False
+    """Whether a request holds one sample only."""
+    given_field: ClassVar[str | None] = None
+    """Field of a request that names the ids to score; None: the server scores sampled and likeliest tokens only."""
+
+    def __init__(self, model: str, tokenizer: Any = None) -> None:
+        """`model`: its name at the server. `tokenizer`: the student's, None where it is unknown."""
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """The JSON of a request. `num_top`: likeliest tokens of each row, 0 for none; `given`: ids [R, K] of each sample."""
+
+    @abstractmethod
+    def parts(self, reply: Any) -> list[Any]:
+        """The parts of a reply's JSON, one for each sample, in order."""
+
+    @abstractmethod
+    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+        """Reads one sample's part. Raises BadReply; any LookupError, TypeError, ValueError or AttributeError becomes one."""
+
+    def fallback(self, refused: Refused) -> WireFormat | None:
+        """Returns the format to use instead if this server does not know the route or a field; None: it is an error."""
+        return None
+
+    def split(self, sample: Sample, given: Tensor) -> list[tuple[Sample, Tensor]]:
+        """Cuts a sample with its given ids into pieces whose replies stay small."""
+        return [(sample, given)] if len(given) else []
+
+
+class VLLMCompletions(WireFormat):
+    """vLLM's `prompt_logprobs` of completions. Tested with 0.32; it uses nothing that is newer than 0.20.
+
+    The server writes the text of every token of every row. One that only scores may be started with
+    `--skip-tokenizer-init`, which spares that; it then no longer refuses ids past its vocabulary but crashes.
+    """
+
+    path = "/v1/completions"
+    default_k_max = 20
+    version_path = "/version"
+
+    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt": [sample.token_ids.tolist() for sample in samples],
+            # vLLM generates at least one token
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": num_top,
+            "return_token_ids": True,
+        }
+
+    def parts(self, reply: Any) -> list[Any]:
+        return _choices(reply)
+
+    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+        """`prompt_logprobs`: None, then for each token a mapping from ids, its own and the likeliest, to numbers."""
+        ids, start = sample.token_ids.tolist(), sample.prompt_length
+        if (said := part.get("prompt_token_ids")) is not None and said != ids:
+            raise BadReply("the prompt that was scored is not the one that was sent")
+        rows = part["prompt_logprobs"]
+        if len(rows) != len(ids):
+            raise BadReply(f"{len(rows)} places for {len(ids)} tokens")
+        values = [{int(token): number(entry["logprob"]) for token, entry in row.items()} for row in rows[start:]]
+        if lacking := [token for token, row in zip(ids[start:], values, strict=True) if token not in row]:
+            raise BadReply(f"token {lacking[0]} was sent, and other tokens were scored in its place")
+        # likeliest first, and NaN before everything, so that a missing number is never cut off with the rest of a row
+        top = [sorted(row.items(), key=lambda item: -math.inf if math.isnan(item[1]) else -item[1]) for row in values]
+        return RawScores(ids[start:], [row[token] for token, row in zip(ids[start:], values, strict=True)], top)
+
+
+class VLLMTokens(VLLMCompletions):
+    """vLLM's route for token ids, which `--enable-scale-out` opens: one sequence a request, and no text is written.
+
+    `prompt_logprobs` is that of the completions. Given ids are a field of 0.32's V2 model runner; earlier versions ignore it.
+    """
+
+    path = "/inference/v1/generate"
+    single = True
+    given_field = "prompt_logprob_token_ids"
+
+    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        (sample,) = samples
+        params: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "prompt_logprobs": num_top}
+        if given is not None:
+            # row i belongs to the token behind place `prompt_logprob_start + i`
+            params |= {self.given_field: given[0].tolist(), "prompt_logprob_start": sample.prompt_length - 1}
+        ids = sample.token_ids.tolist()
+        return {"model": self.model, "token_ids": ids, "sampling_params": params, "return_token_ids": True}
+
+    def parts(self, reply: Any) -> list[Any]:
+        return [dict(reply)]
+
+    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+        """Numbers of given ids are in `prompt_token_id_logprobs`, [R, K] in numpy's file format."""
+        raw = super().read(sample, part)
+        if given is None:
+            return raw
+        if "prompt_token_id_logprobs" not in part:
+            raise ScoreError(f"the server took no notice of {self.given_field}, which vLLM knows from 0.32 on")
+        stream = BytesIO(b64decode(part["prompt_token_id_logprobs"], validate=True))
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise BadReply("the scores of given ids are in an unknown format")
+        # shape and type are compared before anything of the size that they name is allocated
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        if shape != tuple(given.shape) or dtype.kind != "f":
+            raise BadReply(f"scores of given ids have shape {shape} of {dtype}, not {tuple(given.shape)} of floats")
+        values = np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran else "C").tolist()
+        return replace(raw, top=[list(zip(*row, strict=True)) for row in zip(given.tolist(), values, strict=True)])
+
+    def fallback(self, refused: Refused) -> WireFormat | None:
+        if is_too_long(refused) or refused.status not in _NO_ROUTE | _UNKNOWN_FIELD:
+            return None
+        return VLLMCompletions(self.model)
+
+
+class SGLang(WireFormat):
+    """SGLang's native route (`GenerateReqInput` in its io_struct.py). Scores begin behind the prompt, whose keys and values
+    its prefix cache shares among the samples of a group."""
+
+    path = "/generate"
+    version_path = "/get_server_info"
+    given_field = "token_ids_logprob"
+
+    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        body = {
+            "input_ids": [sample.token_ids.tolist() for sample in samples],
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            # the first place that is asked for has no number, so that is the prompt's last token
+            "logprob_start_len": [sample.prompt_length - 1 for sample in samples],
+            "top_logprobs_num": num_top,
+            "return_text_in_logprobs": False,
+            "stream": False,
+        }
+        # a server takes one list of ids for all places of a sample, so it is their union
+        return body if given is None else body | {self.given_field: [ids.unique().tolist() for ids in given]}
+
+    def parts(self, reply: Any) -> list[Any]:
+        return list(reply)
+
+    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+        """`meta_info`: lists of [logprob, id, text]."""
+        facts: Mapping[str, Any] = part["meta_info"]
+        beside = "input_top_logprobs" if given is None else "input_token_ids_logprobs"
+        length, size = sample.token_ids.numel(), sample.num_response_tokens
+        if facts.get("prompt_tokens", length) != length:
+            raise BadReply(f"{facts['prompt_tokens']} tokens were read of {length}")
+        places, rows = facts["input_token_logprobs"], facts.get(beside) or None
+        for name, found in (("input_token_logprobs", places), (beside, rows)):
+            if found is not None and len(found) != size + 1:
+                raise BadReply(f"{name} has {len(found) - 1} places for {size} response tokens")
+        return RawScores(
+            [place[1] for place in places[1:]],
+            [number(place[0]) for place in places[1:]],
+            None if rows is None else [[(entry[1], number(entry[0])) for entry in row or ()] for row in rows[1:]],
+        )
+
+    def split(self, sample: Sample, given: Tensor) -> list[tuple[Sample, Tensor]]:
+        """Pieces are samples whose prompts reach up to their rows: every place gets the numbers of the union of all rows'
+        ids, so that a reply grows with the square of the rows."""
+        rows, begun = max(1, math.isqrt(MAX_GIVEN // given.shape[1])), sample.prompt_length
+        return [
+            (
+                replace(sample, token_ids=sample.token_ids[: begun + start + rows], prompt_length=begun + start),
+                given[start : start + rows],
+            )
+            for start in range(0, len(given), rows)
+        ]
+
+
+class Completions(WireFormat):
+    """Any server with `echo` and `logprobs` of OpenAI's first completions, which writes tokens as text."""
+
+    path = "/v1/completions"
+    # tokens are named by text, which several tokens may share, so there is no top-k
+    gives = frozenset({"none", "sampled"})
+
+    def __init__(self, model: str, tokenizer: Any = None, *, as_ids: bool = True) -> None:
+        """`as_ids`: asks for ids in place of text, which vLLM knows, and a strict server refuses as an unknown field."""
+        super().__init__(model, tokenizer)
+        self._as_ids = as_ids
+        self._spellings: dict[int, frozenset[str]] = {}
+
+    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        body = {
+            "model": self.model,
+            "prompt": [sample.token_ids.tolist() for sample in samples],
+            # some servers generate at least one token; it is cut off
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "echo": True,
+            "logprobs": 1,
+        }
+        return body | {"return_tokens_as_token_ids": True} if self._as_ids else body
+
+    def parts(self, reply: Any) -> list[Any]:
+        return _choices(reply)
+
+    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+        """`logprobs`: `tokens` and `token_logprobs`, the first of which is None."""
+        ids, start = sample.token_ids.tolist(), sample.prompt_length
+        tokens, numbers = part["logprobs"]["tokens"], part["logprobs"]["token_logprobs"]
+        if len(tokens) not in (len(ids), len(ids) + 1) or len(numbers) != len(tokens):
+            raise BadReply(f"{len(tokens)} tokens and {len(numbers)} numbers came back for {len(ids)} tokens")
+        for token, said in zip(ids, tokens, strict=False):
+            if not self._is_spelled(token, said):
+                raise BadReply(f"token {token} was sent, and {said!r} was scored in its place")
+        return RawScores(ids[start:], [number(value) for value in numbers[start : len(ids)]])
+
+    def fallback(self, refused: Refused) -> WireFormat | None:
+        if not self._as_ids or refused.status not in _UNKNOWN_FIELD or is_too_long(refused):
+            return None
+        return Completions(self.model, self.tokenizer, as_ids=False)
+
+    def _is_spelled(self, token: int, said: str) -> bool:
+        """Whether a server may write the token like this. Bytes of a character have no text, so any replacement will do."""
+        if said.startswith("token_id:"):
+            return said == f"token_id:{token}"
+        if self.tokenizer is None:
+            raise BadReply("tokens came back as text, and no tokenizer is there to compare it with")
+        if token not in self._spellings:
+            piece = str(self.tokenizer.convert_ids_to_tokens(token))
+            # decoding drops the space that SentencePiece writes as U+2581
+            texts = {self.tokenizer.decode([token]), piece, piece.replace("\u2581", " ")}
+            self._spellings[token] = frozenset(texts)
+        known = self._spellings[token]
+        partial = any("\ufffd" in text for text in known)
+        return said in known or (partial and (said.startswith("bytes:") or "\ufffd" in said))
+
+
+FORMATS: Mapping[str, type[WireFormat]] = {"vllm": VLLMTokens, "sglang": SGLang, "completions": Completions}
+"""`teacher.api` in a recipe -> its format."""
+
+
+def is_too_long(refused: Refused) -> bool:
+    """Whether a sample does not fit the model."""
+    return refused.too_long or any(text in refused.message for text in _NO_ROOM)
+
+
+def _choices(reply: Any) -> list[Any]:
+    """Choices in the order of the prompts."""
+    choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+    if [choice["index"] for choice in choices] != list(range(len(choices))):
+        raise BadReply("choices are numbered otherwise than the samples")
+    return choices

@@ -1,0 +1,340 @@
+"""Messages between a served teacher and its client: safetensors, with the facts in the header.
+
+    GET  /v1/teacher   About as JSON
+    GET  /v1/head      weight [V, H], bias [V]?; softcap, scale
+    POST /v1/score     ScoreRequest -> ScoreReply
+
+Every tensor of a reply has one row for each response token of all samples, in their order: R rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from understudy.linear.head import LMHead
+
+FORMAT = 1
+CONTENT_TYPE = "application/octet-stream"
+ABOUT, HEAD, SCORE = "/v1/teacher", "/v1/head", "/v1/score"
+NEEDS = frozenset({"sampled", "topk", "full", "given"})
+"""Needs that a request may name; "given" are log-probabilities at the client's own ids."""
+TEMPERATURES = (1e-3, 1e3)
+MAX_SAMPLES = 65_536
+"""Samples in one request."""
+_INTEGERS = (torch.int32,)
+_NUMBERS = (torch.float32, torch.float64)
+_STATES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_HEADER_BYTES = 64 * 1024
+"""Largest header of a message; reading a longer one would take seconds in which nobody else is answered."""
+_LENGTH_BYTES = 8
+"""Bytes before a safetensors header, which hold its length."""
+FIELDS: dict[str, tuple[tuple[torch.dtype, ...], int]] = {
+    "logprob": (_NUMBERS, 1),
+    "entropy": (_NUMBERS, 1),
+    "topk_ids": (_INTEGERS, 2),
+    "topk_logprob": (_NUMBERS, 2),
+    "given_logprob": (_NUMBERS, 2),
+    "hidden": (_STATES, 2),
+}
+"""Fields of a reply: dtypes and number of dimensions."""
+
+Size = Annotated[int, Field(ge=1, le=2**31)]
+StateDType = Literal["bfloat16", "float16", "float32", "float64"]
+
+
+class ProtocolError(ValueError):
+    """Bytes that are not a well-formed message; the text says what is wrong with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of one request."""
+
+    request_bytes: PositiveInt
+    reply_bytes: PositiveInt
+    batch_tokens: int
+    """Tokens of one forward; larger requests are cut."""
+    positions: int | None
+    """Tokens of a sequence; None: the model has no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The teacher's tokenizer."""
+
+    digest: str
+    """`recording.tokenizer_digest`."""
+    size: int
+    """The highest id, plus one."""
+    eos_id: int | None
+    chat_template: str | None
+    """Hash of the template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Description of a served teacher."""
+
+    model: str
+    fingerprint: str
+    """Hash of configuration, weights and precision of the hidden states."""
+    num_rows: PositiveInt
+    """Rows of the head, padding included."""
+    tokenizer: Tokens
+    hidden_size: PositiveInt
+    dtype: StateDType
+    """Precision of the weights."""
+    hidden_dtype: StateDType
+    """Precision in which hidden states are sent."""
+    limits: Limits
+    format: int = FORMAT
+
+    def encode(self) -> dict[str, Any]:
+        """Returns values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def decode(values: Any) -> About:
+        """Reads what `encode` gives; a later server may say more. Raises ProtocolError for anything else."""
+        if not isinstance(values, Mapping) or "format" not in values:
+            raise ProtocolError("it is not the description of a served teacher")
+        if values["format"] != FORMAT:
+            raise ProtocolError(
+                f"it speaks format {values['format']!r}, this client {FORMAT}: use the same version of both"
+            )
+        about: About = _validate(About, values)
+        return about
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RequestFacts:
+    need: str
+    temperature: Annotated[FiniteFloat, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
+    vocab_size: Size
+    k: Size | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeadFacts:
+    fingerprint: str
+    scale: FiniteFloat
+    softcap: FiniteFloat | None = None
+
+
+def _validate(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ProtocolError(f"{place} is {values.get(place)!r}: {first['msg']}") from error
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoreRequest:
+    """Sequences, and what the teacher is to return about their responses."""
+
+    tokens: Tensor
+    """[N] int32, the sequences one after another."""
+    lengths: Tensor
+    """[B] int32; they add up to N."""
+    prompt_lengths: Tensor
+    """[B] int32, at least 1, at most the length."""
+    need: frozenset[str]
+    temperature: float
+    vocab_size: int
+    k: int | None = None
+    """For "topk"."""
+    ids: Tensor | None = None
+    """[R, K] int32, for "given"."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return int(self.tokens.numel())
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.num_tokens - int(self.prompt_lengths.long().sum())
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Requests of one kind may be answered together."""
+        return tuple(sorted(self.need)), self.k, self.temperature, self.vocab_size
+
+    def encode(self) -> bytes:
+        """Returns the body of a request."""
+        tensors = {"tokens": self.tokens, "lengths": self.lengths, "prompt_lengths": self.prompt_lengths}
+        if self.ids is not None:
+            tensors["ids"] = self.ids
+        facts = {"need": ",".join(sorted(self.need)), "temperature": repr(self.temperature)}
+        facts |= {"vocab_size": str(self.vocab_size)} | ({} if self.k is None else {"k": str(self.k)})
+        return _write(tensors, facts)
+
+    @staticmethod
+    def decode(data: bytes) -> ScoreRequest:
+        """Raises ProtocolError for a body that is not well formed."""
+        tensors, said = _read(data, needed={"tokens", "lengths", "prompt_lengths"}, allowed={"ids"})
+        for name, tensor in tensors.items():
+            _check(name, tensor, _INTEGERS, 2 if name == "ids" else 1)
+        facts: _RequestFacts = _validate(_RequestFacts, said)
+        need = frozenset(facts.need.split(","))
+        if need - NEEDS:
+            raise ProtocolError(
+                f"need is {facts.need!r}; it must be of {', '.join(sorted(NEEDS))}, with commas between"
+            )
+        if "topk" in need and facts.k is None:
+            raise ProtocolError("k is missing; need topk asks for a whole number of at least 1")
+        request = ScoreRequest(
+            **tensors,
+            need=need,
+            temperature=facts.temperature,
+            vocab_size=facts.vocab_size,
+            k=facts.k if "topk" in need else None,
+        )
+        request._check_lengths()
+        return request
+
+    def _check_lengths(self) -> None:
+        lengths, prompts = self.lengths.long(), self.prompt_lengths.long()
+        if not lengths.numel() or prompts.numel() != lengths.numel():
+            raise ProtocolError(
+                f"{lengths.numel()} lengths and {prompts.numel()} prompt_lengths; there must be one of each a sample"
+            )
+        if lengths.numel() > MAX_SAMPLES:
+            raise ProtocolError(f"{lengths.numel():,} samples; one request holds at most {MAX_SAMPLES:,}")
+        wrong = ((prompts < 1) | (prompts > lengths)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ProtocolError(
+                f"sample {at} has length {int(lengths[at])} and prompt length {int(prompts[at])}; a prompt has at least one "
+                "token and is not longer than its sequence"
+            )
+        if int(lengths.sum()) != self.num_tokens:
+            raise ProtocolError(f"the lengths add up to {int(lengths.sum())}, and there are {self.num_tokens} tokens")
+        if (self.ids is None) == ("given" in self.need):
+            raise ProtocolError("ids come with need given, and with no other")
+        if self.ids is not None and (len(self.ids) != self.num_rows or self.ids.shape[1] < 1):
+            raise ProtocolError(
+                f"ids is {list(self.ids.shape)}; it needs a row for each of {self.num_rows} response tokens"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoreReply:
+    """A served teacher's scores of the response tokens of one request."""
+
+    fingerprint: str
+    token_ids: Tensor
+    """[R] int32, those that were scored."""
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """`logprob`, `entropy` [R], `topk_ids`, `topk_logprob` [R, k], `hidden` [R, H], `given_logprob` [R, K]."""
+
+    def encode(self) -> bytes:
+        """Returns the body of a reply."""
+        narrow = {name: value.int() if name == "topk_ids" else value for name, value in self.fields.items()}
+        return _write({"token_ids": self.token_ids, **narrow}, {"fingerprint": self.fingerprint})
+
+    @staticmethod
+    def decode(data: bytes) -> ScoreReply:
+        """Raises ProtocolError for half a reply, and for any field of another kind."""
+        tensors, facts = _read(data, needed={"token_ids"}, allowed=FIELDS)
+        if "fingerprint" not in facts:
+            raise ProtocolError("it has no fingerprint")
+        token_ids = tensors.pop("token_ids")
+        _check("token_ids", token_ids, _INTEGERS, 1)
+        for name, tensor in tensors.items():
+            _check(name, tensor, *FIELDS[name])
+            if len(tensor) != len(token_ids):
+                raise ProtocolError(f"{name} has {len(tensor)} rows for {len(token_ids)} tokens")
+        return ScoreReply(fingerprint=facts["fingerprint"], token_ids=token_ids, fields=tensors)
+
+
+def fields_of(need: Collection[str]) -> frozenset[str]:
+    """Returns the fields of a reply to such a request, no more and no fewer."""
+    names = {"logprob", "entropy"} if {"sampled", "topk"} & set(need) else set()
+    if "topk" in need:
+        names |= {"topk_ids", "topk_logprob"}
+    if "full" in need:
+        names.add("hidden")
+    if "given" in need:
+        names.add("given_logprob")
+    return frozenset(names)
+
+
+def row_bytes(
+    need: Collection[str], *, scores: torch.dtype, hidden: torch.dtype, hidden_size: int, num_top: int, num_given: int
+) -> int:
+    """Returns the bytes of one row of a reply, and of the hidden state that given ids are scored from."""
+    names, size = fields_of(need), torch.promote_types(scores, torch.float32).itemsize
+    row = torch.int32.itemsize + num_given * size
+    if "logprob" in names:
+        row += 2 * size
+    if "topk_ids" in names:
+        row += num_top * (size + torch.int32.itemsize)
+    if "hidden" in names:
+        row += hidden_size * hidden.itemsize
+    if "given" in need:
+        row += hidden_size * scores.itemsize
+    return row
+
+
+def write_head(head: LMHead, fingerprint: str) -> bytes:
+    """Returns weight and bias as they are, every row; temperature and vocabulary are the client's."""
+    tensors = {"weight": head.weight.detach()}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach()
+    facts = {"fingerprint": fingerprint, "scale": repr(head.scale)}
+    return _write(tensors, facts | ({} if head.softcap is None else {"softcap": repr(head.softcap)}))
+
+
+def read_head(data: bytes) -> tuple[LMHead, str]:
+    """Returns the head and the teacher's fingerprint. Raises ProtocolError."""
+    tensors, said = _read(data, needed={"weight"}, allowed={"bias"})
+    for name, tensor in tensors.items():
+        _check(name, tensor, _STATES, 2 if name == "weight" else 1)
+    facts: _HeadFacts = _validate(_HeadFacts, said)
+    try:
+        return LMHead(tensors["weight"], tensors.get("bias"), facts.softcap, facts.scale), facts.fingerprint
+    except ValueError as error:
+        raise ProtocolError(f"it is not a head: {error}") from error
+
+
+def _write(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
+    data: bytes = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dict(facts))
+    return data
+
+
+def _read(
+    data: bytes, *, needed: Collection[str], allowed: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns tensors and the header's facts. Raises ProtocolError for other bytes and other tensors."""
+    size = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if size > min(_HEADER_BYTES, len(data)):
+        raise ProtocolError(f"it is not a safetensors message with a header of at most {_HEADER_BYTES:,} bytes")
+    try:
+        tensors: dict[str, Tensor] = load(data)
+        header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + size])
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise ProtocolError(f"it is not a safetensors message of known tensors ({type(error).__name__})") from error
+    missing, unknown = sorted(set(needed) - tensors.keys()), sorted(tensors.keys() - set(needed) - set(allowed))
+    if missing or unknown:
+        raise ProtocolError(f"it lacks {missing or 'nothing'} and has {unknown or 'nothing'} that was not asked for")
+    return tensors, header.get("__metadata__") or {}
+
+
+def _check(name: str, tensor: Tensor, dtypes: Collection[torch.dtype], dims: int) -> None:
+    if tensor.dtype not in dtypes or tensor.dim() != dims:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise ProtocolError(f"{name} is {found} with {tensor.dim()} dimensions; it must be {wanted} with {dims}")
