@@ -1,4 +1,4 @@
-"""What a judge is asked about a response, and how the digit in its reply is read."""
+"""The questions that a judge is asked about a response, and how the digit in its reply is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from understudy.types import Prompt, Sample, Verdict
 
 DIGITS = tuple("0123456789")
 SIGNAL_BYTES: dict[ScoreForm, int] = {"argmax": 1, "expectation": 40}
-"""What one reply says: a digit, or ten float32 probabilities."""
+"""Bytes of one reply: a digit, or ten float32 probabilities."""
 STEP_SEPARATOR = "\n\n"
 
 WHOLE = """\
@@ -69,7 +69,7 @@ _ANSWER = re.compile(
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a question; `foreign`: written by the student or the data set, so never to be obeyed."""
+    """A part of a question; `foreign`: written by the student or the data set, so not an instruction to the judge."""
 
     text: str
     foreign: bool
@@ -101,13 +101,13 @@ class Wording:
 
     @staticmethod
     def of(template: str | None, step_template: str | None, separator: str) -> Wording:
-        """None: the default."""
+        """Returns a wording with the defaults in place of None."""
         return Wording(
             WHOLE if template is None else template, STEP if step_template is None else step_template, separator
         )
 
     def questions(self, sample: Sample, *, steps: bool) -> list[Question]:
-        """One about the whole response, or one for each of its steps, in order."""
+        """Returns one question about the whole response, or one for each of its steps, in order."""
         problem = problem_text(sample.prompt)
         if not steps:
             return [_fill(self.whole, {"problem": problem, "response": sample.text})]
@@ -119,7 +119,7 @@ class Wording:
 
 
 def _fill(template: str, values: dict[str, str]) -> Question:
-    """One pass, so that a field's name inside a value is text. A field of the other template stays as it is written."""
+    """Fills fields in one pass, so that a field's name inside a value stays text. Fields of the other template stay too."""
     pieces, end = [], 0
     for found in _FIELD.finditer(template):
         name = found[1]
@@ -132,7 +132,7 @@ def _fill(template: str, values: dict[str, str]) -> Question:
 
 
 def _fence(values: dict[str, str]) -> str:
-    """A mark that is in none of the values; the same for nearly all, so that servers keep what stands before them."""
+    """Returns a line that is in none of the values. It is the same for nearly all, which servers' prefix caches need."""
     digest = blake2b(digest_size=_FENCE_BYTES)
     while any(digest.hexdigest() in value for value in values.values()):
         digest.update(b"\0")
@@ -140,12 +140,12 @@ def _fence(values: dict[str, str]) -> str:
 
 
 def as_text(question: Question) -> str:
-    """The question as one text."""
+    """Returns the question as one text."""
     return "".join(piece.text for piece in question)
 
 
 def problem_text(prompt: Prompt) -> str:
-    """The text of a prompt; a chat of several messages with their roles."""
+    """Returns the text of a prompt; a chat of several messages with their roles."""
     if prompt.messages is None:
         return prompt.text or ""
     if len(prompt.messages) == 1:
@@ -154,12 +154,12 @@ def problem_text(prompt: Prompt) -> str:
 
 
 def split_steps(text: str, separator: str) -> list[str]:
-    """The parts between separators that hold more than white space; a text without any is one step."""
+    """Returns the parts between separators that hold more than white space; a text without any is one step."""
     return [part for part in text.split(separator) if part.strip()] or [text]
 
 
 def read_digit(text: str) -> int | None:
-    """The digit that a reply says: exactly one line has a number, and it says one digit from 0 to 9 and no other word.
+    """Returns the digit of a reply: exactly one line has a number, and it says one digit from 0 to 9 and no other word.
 
     "7", " 7.", "Score: 7", "**7**", "7/9" are 7; "10", "7.5", "-7", "7/10", "3 or 4", "2 steps are wrong", "" are None.
     """
@@ -170,28 +170,29 @@ def read_digit(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one question: a number in [0, 9], or why there is none."""
+    """A judge's reply to one question: a number in [0, 9], or why there is none."""
 
     value: float | None
     attempts: int = 1
     note: str = ""
 
 
-def verdict(replies: Sequence[Reply], *, score: ScoreForm, steps: bool) -> Verdict:
-    """The replies to the questions about one sample. One that is missing leaves the sample without a score."""
-    values = [reply.value for reply in replies if reply.value is not None]
-    missing = [(index, reply.note) for index, reply in enumerate(replies, 1) if reply.value is None]
-    notes = [f"step {index} of {len(replies)}: {note}" if steps else note for index, note in missing]
-    return Verdict(
-        score=None if missing else min(values),
-        steps=tuple(values) if steps and not missing else (),
-        signal_bytes=SIGNAL_BYTES[score] * len(values),
-        attempts=sum(reply.attempts for reply in replies),
-        note="; ".join(notes),
-    )
-
-
 def verdicts(replies: Sequence[Reply], counts: Sequence[int], *, score: ScoreForm, steps: bool) -> list[Verdict]:
-    """One for each sample; `counts` of the replies, in order, are about it."""
-    rest = iter(replies)
-    return [verdict([next(rest) for _ in range(count)], score=score, steps=steps) for count in counts]
+    """Returns a verdict on each sample. `counts`: how many of the replies, in order, are about it. A reply without a number
+    leaves its sample without a score; with `steps` the score is the lowest."""
+    rest, found = iter(replies), []
+    for count in counts:
+        mine = [next(rest) for _ in range(count)]
+        values = [reply.value for reply in mine if reply.value is not None]
+        missing = [(index, reply.note) for index, reply in enumerate(mine, 1) if reply.value is None]
+        notes = [f"step {index} of {count}: {note}" if steps else note for index, note in missing]
+        found.append(
+            Verdict(
+                score=None if missing else min(values),
+                steps=tuple(values) if steps and not missing else (),
+                signal_bytes=SIGNAL_BYTES[score] * len(values),
+                attempts=sum(reply.attempts for reply in mine),
+                note="; ".join(notes),
+            )
+        )
+    return found

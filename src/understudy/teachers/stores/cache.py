@@ -1,12 +1,13 @@
-"""A teacher's scores on the disk: what was scored once is not asked again, by this run or by the next."""
+"""A cache of a teacher's scores on disk: this run and later ones ask for nothing twice."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
 from threading import Condition
@@ -21,6 +22,7 @@ from understudy.errors import RecipeError, ScoreError
 from understudy.linear.head import LMHead
 from understudy.packing import Unscored
 from understudy.teachers.base import Teacher
+from understudy.teachers.grouping import chunks
 from understudy.types import Author, Need, Prompt, Sample, Scores
 
 FORMAT = 1
@@ -34,21 +36,21 @@ update of the weights that anybody would call another teacher moves them by more
 move by more than either, so the mean over the sample is compared.
 """
 COMPARED = 3
-"""Stored entries, at most, that are scored again: their tokens count, and two more than one make up for short ones."""
+"""Most stored entries that are scored again: their tokens count, and two more than one make up for short ones."""
 COMPARED_TOKENS = 64
-"""Enough of them. A token that is certain, such as the end of a short answer, scores 0 by any teacher; of 64 some are not."""
+"""Enough tokens. One that is certain, such as the end of a short answer, scores 0 by any teacher; of 64 some are not."""
 COMPARED_OF = 200
-"""Oldest entries, among which the longest responses are looked for: to read all of a large file would take minutes."""
+"""Oldest entries, among which the longest responses are chosen: to read all of a large file would take minutes."""
 COMPARE_EVERY = 1_000
-"""Misses after which it is compared again: a server may change its weights during a run. It costs at most 3 in 1,000."""
+"""Misses between two comparisons: a server may change its weights during a run. It costs at most 3 in 1,000."""
 CHUNK_TOKENS = 262_144
-"""Scored between two writes: what a kill costs at most, and 16 requests of 16,384 tokens in flight."""
+"""Tokens scored between two writes: the most that a kill costs, and 16 requests of 16,384 tokens in flight."""
 WAIT_S = 60.0
-"""For another process that writes."""
+"""Time that another process has to finish its write."""
 NARROW = ("token_ids", "topk_ids")
-"""int32 on the disk."""
+"""Stored as int32."""
 _ROWS_AT_A_TIME = 500
-"""Below the variables that any SQLite allows in one statement."""
+"""Below the number of variables that any SQLite allows in one statement."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS scores (
     key BLOB PRIMARY KEY, fingerprint TEXT NOT NULL, teacher TEXT, prompt_length INTEGER NOT NULL, value BLOB NOT NULL
@@ -57,22 +59,14 @@ CREATE INDEX IF NOT EXISTS by_fingerprint ON scores (fingerprint);
 """
 
 
-@dataclass
-class _Counts:
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-
-
 class CachedTeacher(Teacher):
-    """Any teacher whose scores depend on tokens alone, asked once for each (fingerprint, tokens, prompt length, need, k).
+    """Asks any teacher whose scores depend on tokens alone once for each (fingerprint, tokens, prompt length, need, k).
 
-    The file (SQLite, with a write-ahead log) survives a kill and serves several processes of one machine; a log needs
+    The file (SQLite, with a write-ahead log) survives a kill and serves several processes of one machine; the log needs
     shared memory, so it belongs on a local disk. Whole rows ("full") are not kept: hidden states of one sample are
-    megabytes, and their head moves with the teacher. What was not scored (`Unscored`) is asked again.
+    megabytes, and their head changes with the teacher. An `Unscored` sample is asked for again.
 
-    Where every sample is in the file the teacher is never asked. Before it is asked first, and after every `COMPARE_EVERY`
+    If every sample is in the file, the teacher is never asked. Before its first request, and after every `COMPARE_EVERY`
     samples, some stored entries of its fingerprint are scored again: a server shows no weights, so a fingerprint cannot tell
     that they changed behind a name.
     """
@@ -87,15 +81,15 @@ class CachedTeacher(Teacher):
         self._path = path
         self._chunk_tokens = chunk_tokens
         self._max_drift = max_drift
-        self._counts = _Counts()
+        self._counts = Counter(hits=0, misses=0, bytes_read=0, bytes_written=0)
         self._since: dict[str, int] = {}
-        """Misses since each fingerprint was compared."""
+        """Misses since the last comparison, by fingerprint."""
         self._asked: set[bytes] = set()
-        """What some thread is asking the teacher for."""
+        """Keys that some thread is asking the teacher for."""
         self._lock = Condition()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # prompts and responses are nobody else's; SQLite gives its log the same mode
+            # prompts and responses are private; SQLite gives its log the same mode
             path.touch(mode=0o600)
             self._file = _connect(path)
         except (OSError, sqlite3.Error) as error:
@@ -113,7 +107,7 @@ class CachedTeacher(Teacher):
         return self.teacher.head_for(name)
 
     def follow(self, student: nn.Module) -> None:
-        """The teacher follows; where that changes its fingerprint, nothing stored is used any more."""
+        """Lets the teacher follow; if that changes its fingerprint, nothing stored is used any more."""
         self.teacher.follow(student)
 
     def state(self) -> dict[str, Tensor]:
@@ -128,7 +122,7 @@ class CachedTeacher(Teacher):
         return self.teacher
 
     def close(self) -> None:
-        """Closes the teacher, which ends what is waited for, and the file."""
+        """Closes the teacher, which ends waiting requests, and the file."""
         try:
             self.teacher.close()
         finally:
@@ -136,15 +130,14 @@ class CachedTeacher(Teacher):
                 self._file.close()
 
     def stats(self) -> dict[str, int]:
-        """Since it was opened: samples that the teacher was not asked about (`hits`) and those that it was (`misses`), and the
-        `bytes_read` and `bytes_written`."""
-        return {item.name: getattr(self._counts, item.name) for item in fields(self._counts)}
+        """Samples since it was opened that the teacher was not asked for (`hits`) and was asked for (`misses`), and bytes."""
+        return dict(self._counts)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """As the teacher's; samples with the same tokens are asked for once.
+        """Scores as the teacher; samples with the same tokens are asked for once.
 
-        Raises what the teacher raises, after what it scored before is stored, and ScoreError where it does not agree with
-        what is stored, or where the file is damaged.
+        Raises the teacher's errors, after storing what it scored before them, and ScoreError if the teacher contradicts
+        stored scores, or the file is damaged.
         """
         if need - {"none", "sampled", "topk"} or not need - {"none"} or ("topk" in need and (k is None or k < 1)):
             return self.teacher.score(samples, need, k=k)
@@ -152,13 +145,13 @@ class CachedTeacher(Teacher):
         asked = "sampled" if "topk" not in need else f"topk/{k}"
         keys = [_key(fingerprint, sample, asked) for sample in samples]
         by_key = dict(zip(keys, samples, strict=True))
-        self._counts.hits += len(samples) - len(by_key)
+        self._counts["hits"] += len(samples) - len(by_key)
         found: dict[bytes, Scores] = {}
         while len(found) < len(by_key):
             mine = self._look(by_key, found, fingerprint)
             try:
-                for chunk in _chunks(mine, self._chunk_tokens):
-                    # outside the lock: other threads ask for other samples meanwhile
+                for chunk in chunks(mine, lambda item: item[1].token_ids.numel(), self._chunk_tokens):
+                    # outside the lock, so that other threads can ask for other samples meanwhile
                     scores = self.teacher.score([sample for _, sample in chunk], need, k=k)
                     with self._lock:
                         self._write(fingerprint, chunk, scores)
@@ -172,7 +165,7 @@ class CachedTeacher(Teacher):
     def _look(
         self, by_key: Mapping[bytes, Sample], found: dict[bytes, Scores], fingerprint: str
     ) -> list[tuple[bytes, Sample]]:
-        """Adds what is stored to `found`; what is left to this thread to ask for. Waits where others ask for all of it."""
+        """Adds stored scores to `found`, and returns what this thread has to ask for. Waits if others ask for all of it."""
         with self._lock:
             first = not found
             while True:
@@ -181,10 +174,10 @@ class CachedTeacher(Teacher):
                 mine = [(key, sample) for key, sample in lacking.items() if key not in found and key not in self._asked]
                 if mine or len(found) == len(by_key):
                     break
-                # each asker leaves when its teacher has answered or given up, which has a deadline of its own
+                # every asker notifies when its teacher has answered or given up, and teachers have deadlines
                 self._lock.wait(WAIT_S)
-            self._counts.misses += len(mine)
-            self._counts.hits += len(by_key) - len(mine) if first else 0
+            self._counts["misses"] += len(mine)
+            self._counts["hits"] += len(by_key) - len(mine) if first else 0
             if mine:
                 self._compare(fingerprint)
                 self._since[fingerprint] += len(mine)
@@ -202,11 +195,11 @@ class CachedTeacher(Teacher):
                 if not torch.equal(tensors.pop("token_ids"), sample.token_ids):
                     raise self._damaged(f"sample {sample.key} is stored with other tokens")
                 found[key] = Scores(sample.response_ids, **tensors)
-                self._counts.bytes_read += len(value)
+                self._counts["bytes_read"] += len(value)
         return found
 
     def _write(self, fingerprint: str, chunk: Sequence[tuple[bytes, Sample]], scores: Sequence[Scores]) -> None:
-        """All or nothing; where another process was first, its entry stays."""
+        """Writes all or nothing. If another process was first, its entry stays."""
         rows = [
             (key, fingerprint, sample.teacher, sample.prompt_length, _pack(sample, score))
             for (key, sample), score in zip(chunk, scores, strict=True)
@@ -216,31 +209,39 @@ class CachedTeacher(Teacher):
         try:
             for row in rows:
                 self._run("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?)", row)
-                self._counts.bytes_written += len(row[-1])
+                self._counts["bytes_written"] += len(row[-1])
             self._run("COMMIT")
         except BaseException:
             self._file.rollback()
             raise
 
     def _compare(self, fingerprint: str) -> None:
-        """Raises ScoreError where the teacher does not give what is stored under its fingerprint."""
+        """Raises ScoreError if the teacher contradicts what is stored under its fingerprint, or does not score it any more."""
         if self._since.get(fingerprint, COMPARE_EVERY) < COMPARE_EVERY:
             return
         stored = self._longest(fingerprint)
-        if stored:
-            samples = [sample for sample, _ in stored]
-            drift = self._drift(self.teacher.score(samples, frozenset({"sampled"})), [before for _, before in stored])
-            if not drift <= self._max_drift:
-                tokens = sum(sample.num_response_tokens for sample in samples)
+        gaps = []
+        now = self.teacher.score([sample for sample, _ in stored], frozenset({"sampled"})) if stored else []
+        for scores, (_, before) in zip(now, stored, strict=True):
+            if isinstance(scores, Unscored) or scores.logprob is None:
+                reason = scores.reason if isinstance(scores, Unscored) else "it gave no log-probabilities"
                 raise ScoreError(
-                    f"teacher {self.name!r} is not the one that filled {self._path}: {tokens} response tokens that are "
-                    f"stored there now score {drift:.3g} nats a token otherwise (at most {self._max_drift:g}). Serve the "
-                    "model that filled it, or change teacher.revision (scores are then stored apart), or delete the file"
+                    f"cannot tell whether teacher {self.name!r} is the one that filled {self._path}: what is stored there it "
+                    f"does not score any more ({reason}); see to the teacher, or give another teacher.cache"
                 )
+            gaps.append((scores.logprob.double() - before.double()).abs())
+        # `not <=` in place of `>`, so that NaN counts as different
+        if gaps and not (drift := float(torch.cat(gaps).mean())) <= self._max_drift:
+            raise ScoreError(
+                f"teacher {self.name!r} is not the one that filled {self._path}: {sum(map(len, gaps))} response tokens that "
+                f"are stored there now score {drift:.3g} nats a token otherwise (at most {self._max_drift:g}). Serve the "
+                "model that filled it, or change teacher.revision (scores are then stored apart), or delete the file"
+            )
         self._since[fingerprint] = 0
 
     def _longest(self, fingerprint: str) -> list[tuple[Sample, Tensor]]:
-        """Up to `COMPARED` stored samples with the most response tokens, as few as have `COMPARED_TOKENS`; their scores."""
+        """Returns stored samples with the most response tokens, at most `COMPARED`, as few as have `COMPARED_TOKENS`, with
+        their scores."""
         query = "SELECT teacher, prompt_length, value FROM scores WHERE fingerprint = ? ORDER BY rowid LIMIT ?"
         found: list[tuple[Sample, Tensor]] = []
         for index, (teacher, prompt_length, value) in enumerate(self._run(query, [fingerprint, COMPARED_OF])):
@@ -251,22 +252,6 @@ class CachedTeacher(Teacher):
         while sum(len(before) for _, before in chosen[:-1]) >= COMPARED_TOKENS:
             chosen.pop()
         return chosen
-
-    def _drift(self, now: Sequence[Scores], before: Sequence[Tensor]) -> float:
-        """Mean over all tokens. Raises ScoreError where there is no score to compare."""
-        for scores in now:
-            if isinstance(scores, Unscored) or scores.logprob is None:
-                reason = scores.reason if isinstance(scores, Unscored) else "it gave no log-probabilities"
-                raise ScoreError(
-                    f"cannot tell whether teacher {self.name!r} is the one that filled {self._path}: what is stored there it "
-                    f"does not score any more ({reason}); see to the teacher, or give another teacher.cache"
-                )
-        gaps = [
-            (scores.logprob.double() - stored.double()).abs()
-            for scores, stored in zip(now, before, strict=True)
-            if scores.logprob is not None
-        ]
-        return float(torch.cat(gaps).mean())
 
     def _run(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         try:
@@ -293,7 +278,7 @@ class CachedTeacher(Teacher):
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Raises sqlite3.Error for a file that is no cache, or of another version."""
+    """Opens or creates the file. Raises sqlite3.Error if it is not a cache, or has another version."""
     end = time.monotonic() + WAIT_S
     while True:
         file = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
@@ -302,14 +287,14 @@ def _connect(path: Path) -> sqlite3.Connection:
             if found not in (0, FORMAT):
                 raise sqlite3.DatabaseError(f"it has format {found}, this version writes {FORMAT}")
             file.execute("PRAGMA journal_mode=WAL")
-            # a commit survives the death of the process; the last ones may go with the power, and are asked for again
+            # a commit survives the death of the process; a power failure may lose the last ones, which are asked for again
             file.execute("PRAGMA synchronous=NORMAL")
             file.executescript(_TABLES)
             file.execute(f"PRAGMA user_version={FORMAT}")
             return file
         except sqlite3.OperationalError as error:
             file.close()
-            # a change of the journal waits for nobody, whatever the timeout
+            # SQLite does not wait for a change of the journal mode, whatever the timeout
             if "locked" not in str(error) or time.monotonic() > end:
                 raise
             time.sleep(0.05)
@@ -323,20 +308,6 @@ def _key(fingerprint: str, sample: Sample, asked: str) -> bytes:
     digest.update(repr((fingerprint, sample.teacher, sample.prompt_length, asked)).encode())
     digest.update(sample.token_ids.long().contiguous().numpy().tobytes())
     return digest.digest()
-
-
-def _chunks(items: Sequence[tuple[bytes, Sample]], max_tokens: int) -> list[list[tuple[bytes, Sample]]]:
-    """In their order, each of at most `max_tokens` tokens, or of one sample."""
-    chunks: list[list[tuple[bytes, Sample]]] = []
-    room = 0
-    for item in items:
-        size = item[1].token_ids.numel()
-        if not chunks or size > room:
-            chunks.append([])
-            room = max_tokens
-        chunks[-1].append(item)
-        room -= size
-    return chunks
 
 
 def _pack(sample: Sample, scores: Scores) -> bytes:
@@ -353,7 +324,7 @@ def _pack(sample: Sample, scores: Scores) -> bytes:
 
 
 def _sample(token_ids: Tensor, prompt_length: int, teacher: str | None, index: int) -> Sample:
-    """Tokens alone, which is all that the teacher of a cache reads."""
+    """Returns a sample of tokens alone, which is all that the teacher of a cache reads."""
     return Sample(
         prompt=Prompt(id="stored", teacher=teacher),
         index=index,

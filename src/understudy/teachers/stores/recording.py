@@ -1,9 +1,9 @@
-"""Samples written to a directory together with a teacher's scores of them.
+"""Recordings: samples in a directory together with a teacher's scores of them.
 
-    meta.json                   whose scores, at which temperature, over which tokens; size and SHA-256 of every file
+    meta.json                   teacher, temperature and vocabulary of the scores; size and SHA-256 of every file
     scores_00000.safetensors    some samples with their scores, under i.FIELD for the i-th; their facts in the header
 
-A file is written whole and then entered into meta.json, so a recording that is cut short is continued.
+A file is written whole and then entered into meta.json, so an interrupted recording can be continued.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from understudy.types import Need, Sample, Scores
 
 FORMAT = 1
 SHARD_SAMPLES = 64
-"""Samples in one file: what a killed recording loses at most."""
+"""Samples in one file: the most that a killed recording loses."""
 META = "meta.json"
 SAMPLE_TENSORS = ("token_ids", "author", "rollout_logprob", "policy_version")
 FACTS = ("index", "prompt_length", "finish", "text")
 SCORE_TENSORS = ("logprob", "entropy", "topk_ids", "topk_logprob")
 NARROW = ("token_ids", "topk_ids")
-"""int32 on the disk."""
+"""Stored as int32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredMeta:
-    """What all scores of a recording share."""
+    """Facts that all scores of a recording share."""
 
     teacher: str
-    """As people know it."""
+    """The teacher's name in messages."""
     fingerprint: str
     vocab_size: int
     temperature: float
@@ -53,7 +53,7 @@ class ScoredMeta:
 
     @staticmethod
     def of(teacher: Teacher, setup: Setup, shown: str, k: int | None = None) -> ScoredMeta:
-        """Of an open teacher and the setup that it was opened with."""
+        """Describes an open teacher and the setup that it was opened with."""
         return ScoredMeta(
             teacher=shown,
             fingerprint=teacher.fingerprint,
@@ -65,7 +65,7 @@ class ScoredMeta:
 
     @property
     def gives(self) -> frozenset[Need]:
-        """What can be asked of these scores."""
+        """Needs that these scores meet."""
         return frozenset({"none", "sampled"} if self.k is None else {"none", "sampled", "topk"})
 
 
@@ -81,7 +81,7 @@ class Record:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Changes with any token, id or the EOS. Raises ValueError for None."""
+    """Returns a hash that changes with any token, id or the EOS. Raises ValueError for None."""
     if tokenizer is None:
         raise ValueError("Setup.tokenizer is None; stored scores are compared with the student's tokenizer")
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
@@ -89,7 +89,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def recorded(path: Path, meta: ScoredMeta) -> frozenset[str]:
-    """Keys of the samples that are there already, which need not be made again.
+    """Returns the keys of samples that are there already and need not be made again.
 
     Raises RecipeError for a recording of something else, and for a damaged one.
     """
@@ -103,9 +103,9 @@ def recorded(path: Path, meta: ScoredMeta) -> frozenset[str]:
 def write_scored(
     path: Path, meta: ScoredMeta, pairs: Iterable[tuple[Sample, Scores]], *, shard_samples: int = SHARD_SAMPLES
 ) -> int:
-    """Adds samples with their scores and closes the recording; how many it then holds. Those that are there are skipped.
+    """Adds samples with their scores, completes the recording, and returns how many it holds. Known samples are skipped.
 
-    Each `shard_samples` are on the disk before the next are taken from `pairs`; what was taken when `pairs` fails is
+    Each `shard_samples` are on disk before the next are taken from `pairs`; if `pairs` fails, what was taken before is
     written too, and the next call continues. Raises ScoreError for scores that are not what `meta` promises, RecipeError
     as `recorded`, CheckpointError if a file cannot be written.
     """
@@ -153,7 +153,7 @@ def _check_pair(sample: Sample, scores: Scores, meta: ScoredMeta) -> None:
 
 
 def _add_file(path: Path, record: Record, pairs: Sequence[tuple[Sample, Scores]]) -> Record:
-    """The pairs in a file of their own, and the record with it, on the disk."""
+    """Writes the pairs to a file of their own and enters it into the record."""
     tensors: dict[str, Tensor] = {}
     rows = []
     for number, (sample, scores) in enumerate(pairs):
@@ -161,7 +161,7 @@ def _add_file(path: Path, record: Record, pairs: Sequence[tuple[Sample, Scores]]
             for name in names:
                 value: Tensor | None = getattr(owner, name)
                 if value is not None:
-                    # a copy: samples of one batch are views of one tensor
+                    # a copy, because samples of one batch are views of one tensor, which safetensors refuses
                     dtype = torch.int32 if name in NARROW else value.dtype
                     tensors[f"{number}.{name}"] = value.detach().to("cpu", dtype, copy=True).contiguous()
         rows.append({"prompt": sample.prompt.id} | {name: getattr(sample, name) for name in FACTS})
@@ -180,7 +180,7 @@ def _save(path: Path, record: Record) -> Record:
 
 
 def read_record(path: Path) -> Record:
-    """Raises RecipeError where there is none, or none that can be read."""
+    """Reads meta.json. Raises RecipeError if it is missing or damaged."""
     file = path / META
     if not file.is_file():
         raise RecipeError(f"there are no stored scores in {path}: it has no {META}; record them first")
@@ -196,7 +196,7 @@ def read_record(path: Path) -> Record:
 
 
 def check_sizes(path: Path, record: Record) -> None:
-    """Raises RecipeError for a file that is missing or has another length than was written."""
+    """Raises RecipeError if a file is missing or has another length than was written."""
     for name, (size, _) in record.files.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -206,7 +206,7 @@ def check_sizes(path: Path, record: Record) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The facts of a file's samples."""
+    """Returns the facts of a file's samples."""
     with safe_open(file, framework="pt") as opened:
         rows: list[dict[str, Any]] = json.loads(opened.metadata()["samples"])
     return rows

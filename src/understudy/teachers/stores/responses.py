@@ -1,4 +1,8 @@
-"""Where a teacher's own responses come from: the task, a file, a data set, or the teacher, which writes each once."""
+"""A teacher's own responses: from the task, a file, a data set, or the teacher itself, which writes each once.
+
+Written responses are kept as lines of JSON, which are only ever appended: run directories lie on network disks too, shared by
+several machines, where SQLite's log does not work and locks may be missing.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +33,26 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 Generate = Callable[[Sequence[Prompt]], list[str | None]]
-"""The teacher's response to each prompt as text, without special tokens; None where it gave none, or did not end one."""
+"""Returns the teacher's response to each prompt as text, without special tokens; None for none, or an unfinished one."""
 Texts = Callable[[Sequence[Request]], list[Sequence[str]]]
-"""Every response to each request's prompt."""
+"""Returns every known response to each request's prompt."""
 CACHE_FORMAT = 1
+WAIT_S = 60.0
+"""Interval of looks at responses that another thread writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherResponses(ResponseSection):
-    """The section `responses` of type `teacher`: written by the teacher when a prompt first needs one, then kept."""
+    """The section `responses` of type `teacher`: the teacher writes a response when a prompt first needs one."""
 
     by_teacher = True
 
     temperature: float | None = None
+    """None: the student's."""
     max_new_tokens: int | None = None
-    """None, both: as the student samples."""
+    """None: the student's."""
     cache: str | None = None
-    """A directory, which runs may share; None: `responses` in the run directory."""
+    """A directory that runs may share; None: `responses` in the run directory."""
 
     def __post_init__(self) -> None:
         self.sampling(Sampling())
@@ -65,14 +72,14 @@ class TeacherResponses(ResponseSection):
         return lambda prompt: ()
 
     def sampling(self, student: Sampling) -> Sampling:
-        """How the teacher writes. Raises ValueError for values out of range."""
+        """Returns the teacher's sampling. Raises ValueError for values out of range."""
         return Sampling(
             temperature=student.temperature if self.temperature is None else self.temperature,
             max_new_tokens=student.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
         )
 
     def check(self) -> str:
-        """Raises RecipeError where the cache cannot be a directory."""
+        """Raises RecipeError if the cache cannot be a directory."""
         if self.cache is not None and Path(self.cache).exists() and not Path(self.cache).is_dir():
             raise RecipeError(f"responses.cache is {self.cache!r}, which is a file; name a directory")
         return f"responses: {self.shown}, kept in {self.cache or 'the run directory'}"
@@ -98,12 +105,13 @@ class ResponseSetup:
     sampling: Sampling
     """The student's."""
     generate: Generate | None = None
+    """For type `teacher` only, as the next."""
     fingerprint: str | None = None
-    """Of the teacher; both are for `teacher` only."""
+    """The teacher's."""
 
 
 def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseStore:
-    """The store of a section. Raises RecipeError or DataError, also for `teacher` where no teacher writes."""
+    """Opens the store of a section. Raises RecipeError or DataError, also for type `teacher` if no teacher writes."""
     if not isinstance(section, TeacherResponses):
         find = section.find()
         return ResponseStore(
@@ -118,21 +126,15 @@ def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseSt
         "max_new_tokens": sampling.max_new_tokens,
         "seed": setup.seed,
     }
-    folder = setup.run_dir / "responses" if section.cache is None else Path(section.cache)
-    cache = ResponseCache(folder, identity)
+    cache = ResponseCache(setup.run_dir / "responses" if section.cache is None else Path(section.cache), identity)
     written = WrittenOnce(setup.generate, cache)
     return ResponseStore(written, setup, shown=section.shown, on_demand=True, take_damaged=cache.take_damaged)
 
 
-WAIT_S = 60.0
-"""Between looks at what another thread writes."""
-
-
 class ResponseStore:
-    """A teacher's responses as tokens of the student.
+    """A teacher's responses as tokens of the student. One of several to a prompt is drawn by (seed, step, request).
 
-    Of several responses to a prompt one is drawn by (seed, step, request). `on_demand`: every prompt can get one.
-    `take_damaged`: how many further lines of the cache could not be read.
+    `on_demand`: every prompt can get one. `take_damaged`: returns how many more lines of the cache could not be read.
     """
 
     def __init__(
@@ -150,14 +152,14 @@ class ResponseStore:
         self._on_demand = on_demand
         self._take_damaged = take_damaged
         self._counts: Counter[str] = Counter()
-        # several threads generate where generation overlaps with the update
+        # generation runs in threads of its own while the student learns
         self._lock = Lock()
         self.shown = shown
 
     def find(self, requests: Sequence[Request], step: int) -> list[Tensor | None]:
-        """For each request a response [F] int64 that ends with EOS; None where there is none (`take_counts`).
+        """Returns a response [F] int64 for each request, whole and with EOS at its end; None if there is none.
 
-        A text that the student's tokenizer cannot say is left out. A response is not cut.
+        A text that the student's tokenizer cannot encode faithfully counts as none (`take_counts`).
         """
         if not requests:
             return []
@@ -176,10 +178,8 @@ class ResponseStore:
         return found
 
     def take_counts(self) -> dict[str, int]:
-        """Since the last call: requests without a response, and texts that did not survive the student's tokenizer.
-
-        `responses_damaged` is there where lines of the cache could not be read.
-        """
+        """Returns, since the last call, requests without a response and texts that the student's tokenizer cannot encode;
+        `responses_damaged` if lines of the cache could not be read."""
         with self._lock:
             counts = {name: self._counts[name] for name in ("responses_missing", "responses_unreadable")}
             self._counts.clear()
@@ -187,13 +187,14 @@ class ResponseStore:
         return counts | {"responses_damaged": num_damaged} if num_damaged else counts
 
     def coverage(self, prompts: Sequence[Prompt]) -> tuple[int, int]:
-        """How many of the prompts have a response that the student's tokenizer can say, and how many there are."""
+        """Returns how many prompts have a response that the student's tokenizer can encode, and how many there are."""
         if self._on_demand:
             return len(prompts), len(prompts)
-        return sum(self._has_response(prompt) for prompt in prompts), len(prompts)
+        encoded = ((self._renderer.faithful(text) for text in self._of(prompt)) for prompt in prompts)
+        return sum(any(ids is not None for ids in responses) for responses in encoded), len(prompts)
 
     def check(self, prompts: Sequence[Prompt], task: str, limit: int | None = None) -> tuple[int, int]:
-        """`coverage` of the first `limit` prompts. Raises RecipeError where none of them has a response."""
+        """Returns `coverage` of the first `limit` prompts. Raises RecipeError if none of them has a response."""
         looked_at = list(islice(prompts, limit))
         num_found, num_prompts = self.coverage(looked_at)
         if num_found == 0:
@@ -206,28 +207,27 @@ class ResponseStore:
             raise RecipeError(f"none of the {num_prompts} prompts of task {task} has a response in {self.shown}: {why}")
         return num_found, num_prompts
 
-    def _has_response(self, prompt: Prompt) -> bool:
-        return any(self._renderer.faithful(text) is not None for text in self._of(prompt))
-
     def _of(self, prompt: Prompt) -> Sequence[str]:
         return self._texts([Request(prompt, 0, Tensor())])[0]
 
 
 class WrittenOnce:
-    """Texts of a generator, each prompt's kept as soon as it is there. The prompts of one call that lack a text, also in
-    what other processes have written by then, are generated together. A prompt to which the teacher gave nothing is asked
-    again by the next run only."""
+    """Texts of a generator, kept as soon as they are written.
+
+    The prompts of one call that no process has written yet are generated together. A prompt to which the teacher gave
+    nothing is asked again by the next run only.
+    """
 
     def __init__(self, generate: Generate, cache: ResponseCache) -> None:
         self._generate = generate
         self._cache = cache
         self._without: set[str] = set()
         self._being_written: set[str] = set()
-        """By this or another thread."""
+        """Keys that some thread has claimed."""
         self._changed = Condition()
 
     def __call__(self, requests: Sequence[Request]) -> list[Sequence[str]]:
-        """Raises DataError where the generator returns another number of texts than it was given prompts."""
+        """Raises DataError if the generator returns another number of texts than it was given prompts."""
         keys = [request_key(request) for request in requests]
         while lacking := self._claim(keys, requests):
             try:
@@ -240,8 +240,8 @@ class WrittenOnce:
             return [(self._cache.texts[key],) if key in self._cache.texts else () for key in keys]
 
     def _claim(self, keys: Sequence[str], requests: Sequence[Request]) -> dict[str, Prompt]:
-        """The prompts that this thread is to have written; what another thread writes is waited for, and claimed where that
-        thread fails. Each teacher has a deadline of its own."""
+        """Returns the prompts that this thread has to write. Waits for those of other threads, and claims them if those fail;
+        every teacher has a deadline."""
         with self._changed:
             while True:
                 lacking = self._lacking(keys, requests)
@@ -271,10 +271,10 @@ class WrittenOnce:
 
 
 class ResponseCache:
-    """Texts by key in `folder/HASH.jsonl`, the hash being that of `identity`: all that decides a text beside its prompt.
+    """Texts by key in `folder/HASH.jsonl`; the hash is that of `identity`, everything that decides a text beside its prompt.
 
-    Lines are only ever appended, so several processes may share the file, and of a killed one a line is lost at most: a
-    line that is not whole is skipped. Of two texts for one key the first in the file counts, for every process.
+    Lines are only appended, so several processes may share the file, and a killed one loses at most a line: one that is not
+    whole is skipped. The first of two texts for one key counts, for every process.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -282,14 +282,13 @@ class ResponseCache:
         self._header = header
         self.path = folder / f"{blake2b(_line(header), digest_size=8).hexdigest()}.jsonl"
         self.texts: dict[str, str] = {}
-        """By key."""
         self._num_damaged = 0
         self._offset = 0
-        """In the file: what lies before it has been read, and ends with a line."""
+        """Bytes of the file that have been read, up to the end of a line."""
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads what was appended since. Raises CheckpointError if the file is there and cannot be read."""
+        """Reads what was appended since. Raises CheckpointError if the file exists and cannot be read."""
         try:
             with self.path.open("rb", buffering=0) as file:
                 _lock(file, exclusive=False)
@@ -300,12 +299,12 @@ class ResponseCache:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}; fix permissions") from error
 
     def take_damaged(self) -> int:
-        """Lines, found since the last call, that could not be read."""
+        """Returns the number of damaged lines that were found since the last call."""
         num_damaged, self._num_damaged = self._num_damaged, 0
         return num_damaged
 
     def add(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        """(key, prompt id, text) of each that no process has added yet, on the disk when this returns.
+        """Adds (key, prompt id, text) unless some process has added the key; on disk when this returns.
 
         Raises CheckpointError if it cannot be written.
         """
@@ -321,11 +320,11 @@ class ResponseCache:
                 ]
                 if not lines:
                     return
-                # what a killed process left unfinished becomes a line of its own
+                # the unfinished line of a killed process becomes a line of its own, which is then skipped
                 first = b"\n" if unfinished else b"" if self._offset else _line(self._header)
                 _write(file, first + b"".join(lines))
                 os.fsync(file.fileno())
-                # where there are no locks, another's text may have come before
+                # without locks, another process may have written its text before ours
                 self._read(file)
         except OSError as error:
             raise CheckpointError(
@@ -333,22 +332,22 @@ class ResponseCache:
             ) from error
 
     def _read(self, file: FileIO) -> bool:
-        """Takes in everything from the offset on; whether the file ends within a line."""
+        """Reads everything from the offset on. Returns whether the file ends within a line."""
         if os.fstat(file.fileno()).st_size < self._offset:
-            # another file than before
+            # it is another file than before
             self._offset = 0
         file.seek(self._offset)
         data = file.readall()
         *whole, last = data.split(b"\n")
         for line in whole:
             self._num_damaged += not self._take(line)
-        # a last line without its end may yet be under way: it is read again
+        # another process may still be writing the last line, so it is read again
         self._take(last)
         self._offset += len(data) - len(last)
         return bool(last)
 
     def _take(self, line: bytes) -> bool:
-        """Keeps the text of a line; False for a line that cannot be read."""
+        """Keeps the text of a line. Returns False for a damaged one."""
         try:
             row = json.loads(line) if line.strip() else {}
         except ValueError:
@@ -359,21 +358,20 @@ class ResponseCache:
 
 
 def _lock(file: FileIO, *, exclusive: bool) -> None:
-    """Until it is closed, for one writer or for readers. Without locks, as on some network disks, lines are appended all
-    the same."""
+    """Locks the file until it is closed. Without locks, as on some network disks, lines are appended all the same."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
 
 
 def _write(file: FileIO, data: bytes) -> None:
-    """In one call of the system, unless it takes less."""
+    """Writes in one system call, unless that takes less."""
     while data:
         data = data[file.write(data) :]
 
 
 def request_key(request: Request) -> str:
-    """Names a prompt as it is read: its id and its rendered tokens."""
+    """Returns a hash of a prompt's id and its rendered tokens."""
     digest = blake2b(request.prompt.id.encode("utf-8", "surrogatepass"), digest_size=16)
     digest.update(b"\0" + request.token_ids.numpy().tobytes())
     return digest.hexdigest()
