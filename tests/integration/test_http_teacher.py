@@ -982,6 +982,42 @@ def test_a_network_of_faults_changes_no_score(tmp_path: Any, scale_out: bool) ->
         assert bool(stub.asked("/v1/completions")) != scale_out
 
 
+# --- a new format
+
+
+class Plain(formats.WireFormat):
+    """A server that takes ids and returns one number for each but the first."""
+
+    path = "/scores"
+    gives = frozenset({"none", "sampled"})
+
+    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        return {"ids": [one.token_ids.tolist() for one in samples]}
+
+    def parts(self, reply: Any) -> list[Any]:
+        return list(reply["rows"])
+
+    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+        return RawScores(part["ids"][sample.prompt_length :], part["numbers"][sample.prompt_length - 1 :])
+
+
+def test_a_new_format_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(formats.FORMATS, "plain", Plain)  # type: ignore[arg-type]
+    model = tiny(sharp=2.0)
+    with Server(model) as server:
+
+        def answer(path: str, body: Any) -> Any:
+            rows = ((ids, server.rows(ids).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]) for ids in body["ids"])
+            return {"rows": [{"ids": ids, "numbers": row.tolist()} for ids, row in rows]}
+
+        monkeypatch.setattr(server, "answer", answer)
+        for one, like in zip(scored(server, "plain", SAMPLED), local(model).score(samples(), SAMPLED), strict=True):
+            same(one, like, top=False)
+        assert {asked.path for asked in server.asked} == {"/scores"}
+        with pytest.raises(ScoreError, match="plain .*gives \\['none', 'sampled'\\]"):
+            scored(server, "plain", TOPK, 2)
+
+
 # --- the section
 
 
