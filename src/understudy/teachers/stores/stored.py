@@ -1,4 +1,4 @@
-"""Scores that were recorded with the samples (offline OPD, arXiv 2604.13010): no teacher is loaded to train with them."""
+"""A teacher whose scores were recorded with the samples (offline OPD, arXiv 2604.13010), so that none is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from understudy.types import Need, Request, Sample, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Stored(TeacherSection):
-    """The section `teacher` of type `stored`: samples and scores that were recorded before."""
+    """The section of a recipe for samples and scores that were recorded before."""
 
     alone = True
     replays = True
@@ -57,7 +57,7 @@ class Stored(TeacherSection):
         return f"scores stored in {self.path}"
 
     def check(self) -> str:
-        """Raises RecipeError for a recording that is damaged, not complete, or of another teacher."""
+        """Raises RecipeError for a recording that is damaged, incomplete, or of another teacher."""
         record = self._record()
         if self.model is not None:
             check_model_dir(self.model)
@@ -115,7 +115,7 @@ class Stored(TeacherSection):
                     f"the scores in {path} were stored with {name} {stored}, this run has {wanted}: record them again"
                 )
         if self.model is not None:
-            # weights alone are hashed: no device is needed for it
+            # the weights are only hashed, which needs no accelerator
             model = Local(self.model, dtype=self.dtype, revision=self.revision)
             self._compare(meta, model.open(replace(setup, device="cpu")).fingerprint)
         for name, (_, digest) in record.files.items():
@@ -170,7 +170,7 @@ class StoredTeacher(Teacher):
         return self
 
     def __len__(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self._where)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
@@ -209,9 +209,9 @@ class StoredTeacher(Teacher):
         return Scores(sample.response_ids, **found)
 
     def samples_for(self, requests: Sequence[Request]) -> list[Sample | None]:
-        """The recorded sample for each request, by prompt and index; None where there is none.
+        """Returns the recorded sample for each request, by prompt and index; None if there is none.
 
-        Raises ScoreError where a prompt is rendered to other tokens than when it was recorded.
+        Raises ScoreError if a prompt is rendered to other tokens than when it was recorded.
         """
         return [self._sample(request) if request.key in self._where else None for request in requests]
 
@@ -233,7 +233,7 @@ class StoredTeacher(Teacher):
         return sample
 
     def _tensor(self, key: str, field: str) -> Tensor | None:
-        """Read when it is asked for: a recording may be larger than memory."""
+        """Reads a tensor when it is needed: a recording may be larger than memory."""
         file, number, _ = self._where[key]
         if file not in self._open:
             opened: Any = safe_open(self._path / file, framework="pt")
