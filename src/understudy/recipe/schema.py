@@ -72,16 +72,13 @@ class Student:
 
     def __post_init__(self) -> None:
         if self.start is not None:
-            self._pick_start(self.start)
+            if self.start not in self.starts:
+                raise ValueError(f"start is {self.start!r}; {nearest(self.start, self.starts)}")
+            if self.model not in (None, self.starts[self.start]):
+                raise ValueError("model and start are both given; keep one")
+            object.__setattr__(self, "model", self.starts[self.start])
         if (self.model is None) == (self.build is None):
             raise ValueError("give either model (a directory or a hub name) or build (sizes of a model from scratch)")
-
-    def _pick_start(self, start: str) -> None:
-        if start not in self.starts:
-            raise ValueError(f"start is {start!r}; {nearest(start, self.starts)}")
-        if self.model not in (None, self.starts[start]):
-            raise ValueError("model and start are both given; keep one")
-        object.__setattr__(self, "model", self.starts[start])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from understudy.teachers.base import (
     Source,
     Teacher,
     TeacherSection,
-    Weights,
 )
 from understudy.teachers.judges.chat import Chat
 from understudy.teachers.judges.verbal import Verbal
@@ -20,7 +19,7 @@ from understudy.teachers.reference import REFERENCES, Start
 from understudy.teachers.remote.http import Http
 from understudy.teachers.remote.served import Served
 from understudy.teachers.router import RoutedTeacher, check_names
-from understudy.teachers.stores.stored import Stored, StoredTeacher
+from understudy.teachers.stores.stored import Stored
 
 TEACHERS: dict[str, type[TeacherSection]] = {
     "local": Local,
@@ -50,10 +49,8 @@ __all__ = [
     "Source",
     "Start",
     "Stored",
-    "StoredTeacher",
     "Teacher",
     "TeacherSection",
     "Verbal",
-    "Weights",
     "check_names",
 ]

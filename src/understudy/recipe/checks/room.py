@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,8 @@ class Needs:
         return self.recipe.train.prompts_per_step * self.recipe.train.samples_per_prompt
 
 
-def _before(files: Files) -> Needs | None:
-    """By the files of the models; None where some are not on this machine, which are looked at once loaded."""
+def _before(files: Files) -> list[Needs]:
+    """By the files of the models; empty where some are not on this machine, which are looked at once loaded."""
     recipe = files.recipe
     sections = recipe.all_teachers | ({} if recipe.reference is None else {"reference": recipe.reference})
     others: dict[str, Size] = {}
@@ -69,11 +69,11 @@ def _before(files: Files) -> Needs | None:
                 others[label] = size
     except (OSError, ValueError, KeyError):
         # loading will say what is wrong with the directory
-        return None
+        return []
     # with adapters little is trained, and how much is known once they are there
     if student is None or recipe.student.lora is not None:
-        return None
-    return Needs(recipe=recipe, device=choose_device(recipe.device), student=student, others=others)
+        return []
+    return [Needs(recipe=recipe, device=choose_device(recipe.device), student=student, others=others)]
 
 
 def _after(parts: Parts) -> Needs:
@@ -179,28 +179,10 @@ def _cache(run: Needs) -> int:
     return tokens * run.student.cache_elements * run.student.number_bytes
 
 
-def _disk_before(files: Files) -> Iterator[Result]:
-    if (run := _before(files)) is not None:
-        yield _disk(run)
-
-
-def _memory_before(files: Files) -> Iterator[Result]:
-    if (run := _before(files)) is not None:
-        yield _memory(run)
-
-
-def _disk_after(parts: Parts) -> Iterator[Result]:
-    yield _disk(_after(parts))
-
-
-def _memory_after(parts: Parts) -> Iterator[Result]:
-    yield _memory(_after(parts))
-
-
 DISK, MEMORY = "free space against checkpoints, student and samples", "free memory against an estimate of one step"
 CHECKS = (
-    Check("disk", "room", DISK, _disk_before),
-    Check("memory", "room", MEMORY, _memory_before),
-    Check("disk", "loaded", DISK, _disk_after),
-    Check("memory", "loaded", MEMORY, _memory_after),
+    Check("disk", "room", DISK, lambda files: map(_disk, _before(files))),
+    Check("memory", "room", MEMORY, lambda files: map(_memory, _before(files))),
+    Check("disk", "loaded", DISK, lambda parts: [_disk(_after(parts))]),
+    Check("memory", "loaded", MEMORY, lambda parts: [_memory(_after(parts))]),
 )
