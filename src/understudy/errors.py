@@ -18,6 +18,10 @@ class DataError(UnderstudyError):
     """A data set or a row of it is wrong; the message names file and line."""
 
 
+class TemplateError(DataError):
+    """A chat template refuses a conversation, or rewrites what was said in it."""
+
+
 class VocabularyError(UnderstudyError):
     """Student and teacher do not speak the same tokens."""
 

@@ -41,7 +41,7 @@ from understudy.trainer.checkpoint import (
 )
 from understudy.trainer.collect import TOKEN_SCORES, Collector
 from understudy.trainer.console import Console
-from understudy.trainer.distributed import Ranks, SharedEngine
+from understudy.trainer.distributed import Ranks
 from understudy.trainer.loggers import JsonLines, make_loggers
 from understudy.trainer.loop import Ending, Trainer
 from understudy.trainer.observe import Observer
@@ -158,6 +158,7 @@ def assemble(
         engine=engine,
         sampling=recipe.sampling,
         renderer=loaded.renderer,
+        environment_of=recipe.task.environment,
         teacher=teachers.teacher,
         reference=teachers.reference,
         responses=open_store(recipe, loaded, teachers),
@@ -274,7 +275,6 @@ def evaluator(
 ) -> Callable[[int], EvalSummary]:
     """A function that evaluates the engine's weights at a step as the section `eval` says, and saves what it finds."""
     settings = recipe.eval
-    shared = SharedEngine(engine, ranks)
 
     def evaluate(step: int) -> EvalSummary:
         assert settings is not None
@@ -291,7 +291,8 @@ def evaluator(
                 prompts=prompts,
                 task=recipe.held_out,
                 renderer=loaded.renderer,
-                engine=shared,
+                engine=engine,
+                share=ranks.share,
                 sampling=settings.sampling or recipe.sampling,
                 samples_per_prompt=settings.samples_per_prompt,
                 step=step,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
-Finish = Literal["stop", "length", "data"]
+Finish = Literal["stop", "length", "data", "environment"]
 
 
 class Author(IntEnum):
@@ -144,9 +144,10 @@ class Sample:
     """[L] uint8, values of `Author`."""
     prompt_length: int
     finish: Finish
-    """"stop": ended by itself (the terminating EOS is among the tokens); "length": truncated; "data": from a file."""
+    """"stop": ended by itself (the terminating EOS is among the tokens); "length": truncated, or out of turns; "data": from
+    a file; "environment": the environment failed."""
     text: str
-    """The response decoded, without special tokens."""
+    """The response decoded, without special tokens; of several turns the student's last message, which is what is graded."""
     rollout_logprob: Tensor | None = None
     """[L] float32, log-probability under the unfiltered distribution that sampled the token; NaN where none did."""
     policy_version: Tensor | None = None
@@ -158,6 +159,8 @@ class Sample:
     advantage: float | None = None
     """The reward compared with those of the same prompt's other samples."""
     verdict: Verdict | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """Said after the prompt, by the student and its environment in turn; empty where nobody answers the student."""
     scores: Scores | None = None
     """From the teacher; None: it was not asked. `packing.attach_scores` checks and sets them."""
     reference_scores: Scores | None = None
@@ -171,6 +174,11 @@ class Sample:
     @property
     def num_response_tokens(self) -> int:
         return int(self.token_ids.numel()) - self.prompt_length
+
+    @property
+    def num_written_tokens(self) -> int:
+        """Response tokens that the student or a teacher wrote."""
+        return int((self.author[self.prompt_length :] != Author.ENVIRONMENT).sum())
 
     @property
     def truncated(self) -> bool:
@@ -292,7 +300,7 @@ class Request:
     token_ids: Tensor
     """[P] int64, the rendered prompt, at least one token."""
     prefix_ids: Tensor | None = None
-    """[F] int64, response tokens that a teacher has written and the student continues."""
+    """[F] int64, response tokens that are there before the student writes: a teacher's, or earlier turns."""
 
     @property
     def key(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from understudy import config
 from understudy.cli.commands import quieten_libraries
+from understudy.environments.play import play
 from understudy.errors import DataError, RecipeError
 from understudy.files import write_atomically
 from understudy.methods import OPD, TopK
@@ -186,6 +187,7 @@ def _write_and_score(
     with sampling_with(recipe, loaded) as engine, console.progress("record", len(requests)) as advance:
         for start in range(0, len(requests), BLOCK_REQUESTS):
             block = requests[start : start + BLOCK_REQUESTS]
-            samples = engine.generate(block, recipe.sampling, step=FIRST_STEP)
+            parts = (engine, loaded.renderer, recipe.task.environment)
+            samples = play(*parts, block, recipe.sampling, step=FIRST_STEP)
             yield from zip(samples, teacher.score(samples, need, k=k), strict=True)
             advance(len(block))

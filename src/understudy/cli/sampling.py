@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import cast
 
 from understudy.cli.commands import load_for_use, quieten_libraries
+from understudy.environments import single_turn
+from understudy.environments.play import play
 from understudy.errors import RecipeError
 from understudy.eval.summary import prompt_text, sample_row
 from understudy.files import write_json_lines
@@ -46,6 +48,7 @@ def sample(
     quieten_libraries()
     check(recipe, training=False)
     chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
+    environment_of = single_turn if prompts else recipe.task.environment
     with terminable(), Console() as console:
         loaded = load_student(recipe)
         rendered = [loaded.renderer.start(prompt) for prompt in chosen]
@@ -58,7 +61,8 @@ def sample(
         with sampling_with(recipe, loaded) as engine, console.progress("sample", len(requests)) as advance:
             for start in range(0, len(requests), BLOCK_REQUESTS):
                 block = requests[start : start + BLOCK_REQUESTS]
-                samples += engine.generate(block, recipe.sampling, step=0, stream="sample/cli")
+                parts = (engine, loaded.renderer, environment_of)
+                samples += play(*parts, block, recipe.sampling, step=0, stream="sample/cli")
                 advance(len(block))
         if out is not None:
             kept = ("prompt", "response", "reference", "finish", "num_tokens")

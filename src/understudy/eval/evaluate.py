@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from understudy.environments.play import play
 from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
@@ -24,6 +25,9 @@ BLOCK_REQUESTS = 1024
 """Requests in one call of the engine: enough to fill its batches, few enough to show progress and grade meanwhile."""
 MAX_GRADERS = 4
 """Threads; a verifier may keep a process for each."""
+Write = Callable[[Sequence[Request]], list[Sample]]
+Play = Callable[[Sequence[Request], Sampling, str], list[Sample]]
+"""Returns one sample for each request; the last argument names the stream of random draws."""
 
 
 def run_eval(
@@ -41,13 +45,15 @@ def run_eval(
     progress: Callable[[int, int], None] | None = None,
     greedy: bool = False,
     rejection: Rejection | None = None,
+    share: Callable[[Sequence[Request], Write], list[Sample]] | None = None,
 ) -> EvalSummary:
     """Evaluates and, with `out_dir`, writes step_XXXXXX.jsonl and then step_XXXXXX.json there.
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
     evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
     as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `progress` is called with the
-    samples done and in all. Raises DataError for prompts with equal ids and if no prompt fits the budget.
+    samples done and in all; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
+    equal ids and if no prompt fits the budget.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
@@ -55,19 +61,25 @@ def run_eval(
     if not ends:
         raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended")
     fitting, too_long = _render(prompts, renderer, max_prompt_tokens)
+
+    def play_episodes(requests: Sequence[Request], sampling: Sampling, stream: str) -> list[Sample]:
+        def write(part: Sequence[Request]) -> list[Sample]:
+            return play(engine, renderer, task.environment, part, sampling, step=0, stream=stream)
+
+        return write(requests) if share is None else share(requests, write)
+
     requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
-    samples = _sample_and_grade(requests, task, engine, sampling, f"eval/{split}", progress)
+    samples = _sample_and_grade(requests, task, play_episodes, sampling, f"eval/{split}", progress)
     summary = summarise(
         samples, step=step, split=split, eos_ids=ends, too_long=len(too_long), sampling=asdict(sampling)
     )
+    first = [Request(prompt, 0, ids) for prompt, ids in fitting]
     if greedy:
-        once = [Request(prompt, 0, ids) for prompt, ids in fitting]
-        best = _sample_and_grade(once, task, engine, replace(sampling, temperature=0.0), f"eval/{split}/greedy", None)
+        best = _sample_and_grade(first, task, play_episodes, replace(sampling, temperature=0.0), f"eval/{split}/greedy")
         found = summarise(best, step=step, split=split, eos_ids=ends).metrics.get("avg@1")
         summary = summary if found is None else replace(summary, metrics={**summary.metrics, "greedy": found})
     if rejection is not None:
-        first = [Request(prompt, 0, ids) for prompt, ids in fitting]
-        rejected = rejection.metrics(first, task, engine, sampling, f"eval/{split}/rejection")
+        rejected = rejection.metrics(first, task, play_episodes, sampling, f"eval/{split}/rejection")
         summary = replace(summary, metrics={**summary.metrics, **rejected})
     if out_dir is not None:
         write_eval(out_dir, summary, samples)
@@ -84,7 +96,7 @@ class Rejection:
     max_attempts: int
 
     def metrics(
-        self, requests: Sequence[Request], task: Task, engine: Generates, sampling: Sampling, stream: str
+        self, requests: Sequence[Request], task: Task, play_episodes: Play, sampling: Sampling, stream: str
     ) -> dict[str, Estimate]:
         """`rejection@N`, the score of the answers that stand in the end, and `attempts`, draws of each.
 
@@ -94,7 +106,7 @@ class Rejection:
         attempts = dict.fromkeys((request.prompt.id for request in requests), 0)
         left = list(requests)
         for number in range(self.max_attempts):
-            written = engine.generate(left, sampling, step=0, stream=f"{stream}/{number}")
+            written = play_episodes(left, sampling, f"{stream}/{number}")
             verdicts = self.judge(written)
             again = []
             for request, sample, verdict in zip(left, written, verdicts, strict=True):
@@ -135,18 +147,17 @@ def _render(
 def _sample_and_grade(
     requests: Sequence[Request],
     task: Task,
-    engine: Generates,
+    play_episodes: Play,
     sampling: Sampling,
     stream: str,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Samples with their grades, in the order of the requests. One block is graded while the next is generated."""
     graded: list[Future[Sample]] = []
     pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grade")
     try:
         for block in _blocks(requests, BLOCK_REQUESTS):
-            samples = engine.generate(block, sampling, step=0, stream=stream)
-            _check_order(block, samples)
+            samples = play_episodes(block, sampling, stream)
             graded += [pool.submit(_grade, task, sample) for sample in samples]
             if progress is not None:
                 progress(len(graded), len(requests))
@@ -159,17 +170,9 @@ def _blocks(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request
     return (requests[start : start + size] for start in range(0, len(requests), size))
 
 
-def _check_order(requests: Sequence[Request], samples: Sequence[Sample]) -> None:
-    expected, found = [item.key for item in requests], [item.key for item in samples]
-    if expected != found:
-        wrong = next((key for key, other in zip(expected, found, strict=False) if key != other), expected[-1])
-        raise DataError(
-            f"the engine returned {len(found)} samples for {len(expected)} requests, and not that of {wrong} in its place"
-        )
-
-
 def _grade(task: Task, sample: Sample) -> Sample:
-    if sample.prompt.reference is None:
+    """Returns the sample graded by its environment, else by the task where it has a reference."""
+    if sample.grade is not None or sample.prompt.reference is None:
         return sample
     return replace(sample, grade=task.grade(sample.prompt, sample.text))
 

@@ -62,7 +62,7 @@ def summarise(
         majority = [majority_score(given, list(row)) for given, row in zip(answers, scores, strict=True)]
         values[f"maj@{num}"] = np.array(majority)
     per_sample: dict[str, Callable[[Sample], float]] = {
-        "mean_tokens": lambda item: item.num_response_tokens,
+        "mean_tokens": lambda item: item.num_written_tokens,
         "truncated": lambda item: item.truncated,
         "no_eos": lambda item: item.num_response_tokens == 0 or int(item.token_ids[-1]) not in eos_ids,
     }
@@ -93,9 +93,9 @@ def sample_row(sample: Sample) -> dict[str, object]:
     return {
         "prompt_id": sample.prompt.id,
         "prompt": prompt_text(sample.prompt),
-        "response": sample.text,
+        "response": conversation(sample),
         "finish": sample.finish,
-        "num_tokens": sample.num_response_tokens,
+        "num_tokens": sample.num_written_tokens,
         "answer": None if grade is None else grade.answer,
         "reference": sample.prompt.reference,
         "score": None if grade is None else grade.score,
@@ -117,6 +117,13 @@ def token_table(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[
         values = sample.rollout_logprob[response].tolist()
         table["log-probability"] = [None if math.isnan(value) else round(value, 4) for value in values]
     return table
+
+
+def conversation(sample: Sample) -> str:
+    """The response for people: its text, or everything that was said where an environment answered."""
+    if len(sample.messages) <= 1:
+        return sample.text
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in sample.messages)
 
 
 def prompt_text(prompt: Prompt) -> str:

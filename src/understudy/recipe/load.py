@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from understudy.engines import Engine, EngineSetup
+from understudy.environments import single_turn
+from understudy.environments.play import play
 from understudy.errors import RecipeError, VocabularyError
 from understudy.models import (
     apply_lora,
@@ -305,7 +307,7 @@ def _respond(
     ends = tuple({*loaded.renderer.stop_ids, *stop_ids(loaded.renderer.tokenizer, model)})
     engine = replace(engine_setup(recipe, loaded), stop_ids=ends, autocast=None).hf(model)
     requests = [Request(prompt, 0, loaded.renderer.start(prompt)) for prompt in prompts]
-    written = engine.generate(requests, sampling, step=0, stream="teacher")
+    written = play(engine, loaded.renderer, single_turn, requests, sampling, step=0, stream="teacher")
     return [None if sample.truncated else sample.text for sample in written]
 
 

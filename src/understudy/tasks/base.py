@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from understudy.environments import SINGLE_TURN, Environment
 from understudy.errors import RecipeError
 from understudy.types import Grade, Prompt
 
@@ -31,6 +32,10 @@ class Task(ABC):
     @abstractmethod
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verdict on one response. Several threads may call it."""
+
+    def environment(self, prompt: Prompt) -> Environment:
+        """Returns a new environment for one episode: who answers the student. Here nobody does."""
+        return SINGLE_TURN
 
     def check_files(self) -> None:
         """Raises RecipeError or DataError for what can be found wrong without reading everything."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from understudy import config
+from understudy.environments import Environment
 from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
@@ -56,11 +57,18 @@ class Mix(Task):
         return LazyPrompts(prompt, range(len(names) * min(len(prompts) for prompts in found.values())))
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
-        """The verdict of the part that the prompt is of."""
+        """The verdict of the part that the prompt comes from."""
+        return self._part(prompt).grade(prompt, text)
+
+    def environment(self, prompt: Prompt) -> Environment:
+        """That of the part that the prompt comes from."""
+        return self._part(prompt).environment(prompt)
+
+    def _part(self, prompt: Prompt) -> Task:
         part = self.parts.get(prompt.id.partition(SEPARATOR)[0])
         if part is None:
             raise DataError(f"prompt {prompt.id} is of none of the parts {', '.join(self.parts)}")
-        return part.grade(prompt, text)
+        return part
 
     def check_files(self) -> None:
         for part in self.parts.values():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from understudy.errors import DataError, RecipeError
+from understudy.errors import DataError, RecipeError, TemplateError
 from understudy.models.vocabulary import tokenizer_ends
 from understudy.types import Author, Message, Prompt, Sample, ToolCall
 
@@ -87,8 +87,8 @@ class Renderer:
         `said`: all messages since the prompt; those after the student's last one are new. Through a template that is the
         end of the student's turn, unless the student wrote it, the new messages, and the beginning of a turn; after a
         prompt of plain text it is the contents of the new messages. A special token that a new message spells out is
-        encoded as plain characters. Raises DataError for a template that changes what was said before: the student would
-        be trained on a context that no later turn has.
+        encoded as plain characters. Raises TemplateError for a template that changes what was said before: the student
+        would be trained on a context that no later turn has; DataError for messages that cannot be encoded.
         """
         last = max(index for index, message in enumerate(said) if message["role"] == "assistant")
         new = said[last + 1 :]
@@ -165,7 +165,7 @@ class Renderer:
         try:
             return str(self.tokenizer.apply_chat_template([dict(message) for message in messages], **options))
         except Exception as error:  # a template raises whatever it likes
-            raise DataError(f"the chat template refuses prompt {prompt.id}: {error}") from error
+            raise TemplateError(f"the chat template refuses prompt {prompt.id}: {error}") from error
 
     def _between(self, prompt: Prompt, before: Sequence[Said], new: Sequence[Said], contents: Sequence[str]) -> str:
         """What follows the student's last message, the last of `before`, up to its next turn."""
@@ -176,7 +176,7 @@ class Renderer:
         whole = self._template(prompt, [*told, *filled])
         if not whole.startswith(known):
             at = next(i for i, (one, other) in enumerate(zip(known, whole + "\0", strict=False)) if one != other)
-            raise DataError(
+            raise TemplateError(
                 f"the chat template rewrites the student's earlier turns when a message of role {new[0]['role']!r} follows: "
                 f"{known[max(0, at - SHOWN_CHARS) :]!r} became {whole[max(0, at - SHOWN_CHARS) :][: 2 * SHOWN_CHARS]!r}. "
                 "Several turns need a template that leaves them as they are (Qwen3's drops <think> blocks): change "

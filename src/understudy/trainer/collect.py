@@ -11,6 +11,7 @@ from torch import Tensor
 
 from understudy.engines import Engine
 from understudy.engines.requests import guided_requests
+from understudy.environments.play import EnvironmentOf, play
 from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
 from understudy.packing import ScoreField, attach_scores
@@ -78,6 +79,7 @@ class Collector:
     engine: Engine
     sampling: Sampling
     renderer: Renderer
+    environment_of: EnvironmentOf
     teacher: Teacher | None
     reference: Teacher | None
     responses: ResponseStore | None
@@ -125,14 +127,18 @@ class Collector:
 
     def write_again(self, requests: Sequence[Request], step: int) -> list[Sample]:
         """Another attempt at each request, with other draws."""
-        return self.engine.generate(requests, self.sampling, step=step, stream="resample") if requests else []
+        return self._play(requests, step, "resample")
 
     def _write(self, requests: Sequence[Request], step: int) -> list[Sample]:
         if not requests:
             return []
         if self.teacher is not None and self.teacher.recording is not None:
             return self._replay(self.teacher.recording, requests)
-        return self.engine.generate(requests, self.sampling, step=step)
+        return self._play(requests, step, "sample")
+
+    def _play(self, requests: Sequence[Request], step: int, stream: str) -> list[Sample]:
+        parts = (self.engine, self.renderer, self.environment_of)
+        return play(*parts, requests, self.sampling, step=step, stream=stream)
 
     def _replay(self, teacher: Recording, requests: Sequence[Request]) -> list[Sample]:
         """A prompt that is drawn twice in a step gives the same samples twice, as over epochs."""

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from understudy.engines import Generates
-from understudy.types import Metric, Request, Sample, Sampling, add_metrics
+from understudy.types import Metric, add_metrics
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -98,17 +97,3 @@ class Ranks:
         """Waits until every rank is here."""
         if self.world > 1:
             dist.barrier()
-
-
-@dataclass(frozen=True)
-class SharedEngine:
-    """Generates for evaluation: each rank writes its part, and every rank gets all samples in the order of requests."""
-
-    engine: Generates
-    ranks: Ranks
-
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
-    ) -> list[Sample]:
-        """As `Engine.generate`; a collective call."""
-        return self.ranks.share(requests, lambda part: self.engine.generate(part, sampling, step=step, stream=stream))

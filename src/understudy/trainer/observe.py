@@ -62,7 +62,7 @@ def collected_metrics(collected: Collected, updates: int) -> dict[str, Metric]:
     own = [sample for sample in written if sample.finish != "data"]
     staleness = staleness_of(collected.samples, updates)
     metrics = {
-        "response_tokens": Metric(sum(sample.num_response_tokens for sample in written), len(written)),
+        "response_tokens": Metric(sum(sample.num_written_tokens for sample in written), len(written)),
         "on_policy": Metric(len(own), len(written)),
         "truncated": Metric(sum(sample.truncated for sample in own), len(own)),
         "staleness": Metric(float(staleness.sum()), staleness.numel()),
@@ -70,6 +70,12 @@ def collected_metrics(collected: Collected, updates: int) -> dict[str, Metric]:
     given = [int((sample.author == Author.TEACHER).sum()) for sample in own]
     if any(given):
         metrics["prefix_tokens"] = Metric(sum(given), sum(count > 0 for count in given))
+    if any(sample.messages for sample in own):
+        read = sum(sample.num_response_tokens - sample.num_written_tokens for sample in own)
+        turns = sum(message["role"] == "assistant" for sample in own for message in sample.messages)
+        failed = sum(sample.finish == "environment" for sample in own)
+        values = {"environment_tokens": read, "turns": turns, "environment_failed": failed}
+        metrics |= {name: Metric(value, len(own)) for name, value in values.items()}
     return metrics | collected.metrics
 
 

@@ -119,7 +119,8 @@ class Rewarder:
         else:
             limit = self.collector.sampling.max_new_tokens
             for sample in samples:
-                grade = self.grade(sample.prompt, sample.text)
+                # an environment may have graded its episode
+                grade = sample.grade or self.grade(sample.prompt, sample.text)
                 if grade is not None:
                     cost = advantages.overlong_penalty(sample.num_response_tokens, limit, rewards.overlong_buffer)
                     rewarded.append(replace(sample, grade=grade, reward=grade.score + cost))

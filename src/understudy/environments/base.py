@@ -1,0 +1,52 @@
+"""The contract between an environment and `play`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from understudy.types import Message
+
+
+@dataclass(frozen=True)
+class Step:
+    """An environment's answer to one message. Raises ValueError for a reward outside [0, 1] and for malformed messages."""
+
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The messages that the student reads next, each with a string for `role` (not "assistant", which is the student) and
+    for `content`; after a prompt of plain text only `content` is read."""
+    done: bool = False
+    """Whether the episode is over; its messages are then not read any more."""
+    reward: float | None = None
+    """The score of the whole episode in [0, 1], in place of the task's verifier; the last one that is given counts."""
+
+    def __post_init__(self) -> None:
+        if self.reward is not None and not 0.0 <= self.reward <= 1.0:
+            raise ValueError(f"the reward is {self.reward}; it must lie in [0, 1]")
+        for message in self.messages:
+            if not isinstance(message.get("content"), str) or message.get("role") in (None, "assistant"):
+                raise ValueError(
+                    f"the message {message!r} needs role and content, both strings, of another than the student"
+                )
+
+
+class Environment(Protocol):
+    """Answers the student in one episode. `Task.environment(prompt)` makes one for every sample.
+
+    The prompt itself, with its system message and tools, is the task's: so its length is known, and privileged teachers are
+    shown it, before anything is written. Everything here is called by one thread at a time; other episodes may run in others.
+    """
+
+    @property
+    def max_turns(self) -> int:
+        """Messages that the student may write."""
+        ...
+
+    def step(self, message: Message) -> Step:
+        """Answers a message. An exception ends this episode alone (`Sample.finish` is "environment")."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what the episode holds. Called once, however it ended."""
+        ...

@@ -1,0 +1,171 @@
+"""Plays episodes: the student writes, its environment answers. The only caller of `Engine.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from understudy.engines import Generates
+from understudy.environments.base import Environment, Step
+from understudy.environments.single_turn import SINGLE_TURN
+from understudy.errors import DataError, TemplateError
+from understudy.tasks.renderer import Renderer, Said
+from understudy.types import Author, Grade, Prompt, Request, Sample, Sampling
+
+MAX_STEPS_AT_ONCE = 32
+"""Environments that answer at the same time, each in a thread: most wait for a search, a tool or a process."""
+
+EnvironmentOf = Callable[[Prompt], Environment]
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """An episode between two turns."""
+
+    request: Request
+    environment: Environment
+    sample: Sample
+    """Everything written so far, by the student and by its environment."""
+    turn_start: int
+    """The first token of the last turn."""
+    said: tuple[Said, ...] = ()
+    next_ids: Tensor | None = None
+    """[L] what the student reads in its next turn; None: the episode is over."""
+
+
+def play(
+    engine: Generates,
+    renderer: Renderer,
+    environment_of: EnvironmentOf,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    step: int,
+    stream: str = "sample",
+) -> list[Sample]:
+    """Returns one sample for each request, in order: a whole episode with all of its turns.
+
+    Episodes go on in lockstep: each turn asks the engine once, for all that are not over. `sampling.max_new_tokens` bounds
+    the whole response, the environment's tokens included. An episode is cut ("length") where that is used up or its
+    environment's `max_turns` are; an environment that raises ends its own episode ("environment").
+    Raises TemplateError for a chat template that cannot continue a conversation, and as the engine.
+    """
+    samples = _write(engine, requests, sampling, step, stream) if requests else []
+    episodes: dict[int, _Episode] = {}
+    with ExitStack() as open_environments:
+        for index, (request, sample) in enumerate(zip(requests, samples, strict=True)):
+            environment = environment_of(request.prompt)
+            if environment is not SINGLE_TURN:
+                open_environments.callback(_close, environment)
+                episodes[index] = _Episode(request, environment, sample, turn_start=sample.prompt_length)
+        if not episodes:
+            return samples
+        pool = open_environments.enter_context(ThreadPoolExecutor(MAX_STEPS_AT_ONCE, "understudy-environment"))
+        going, turn = list(episodes), 1
+        while going:
+            spoken = [episodes[index] for index in going]
+            answered = pool.map(_answer, spoken, repeat(renderer), repeat(sampling.max_new_tokens))
+            episodes |= zip(going, answered, strict=True)
+            going = [index for index in going if episodes[index].next_ids is not None]
+            turn += 1
+            if going:
+                asked = [_continuation(episodes[index]) for index in going]
+                # another stream: a later turn draws other numbers than the first, whatever the engine keys its draws by
+                written = _write(engine, asked, sampling, step, f"{stream}/turn{turn}")
+                episodes |= {index: _join(episodes[index], part) for index, part in zip(going, written, strict=True)}
+    return [episodes[index].sample if index in episodes else sample for index, sample in enumerate(samples)]
+
+
+def _write(engine: Generates, requests: Sequence[Request], sampling: Sampling, step: int, stream: str) -> list[Sample]:
+    """Asks the engine for one turn. Raises DataError where samples and requests do not fit together."""
+    samples = engine.generate(requests, sampling, step=step, stream=stream)
+    expected, found = [request.key for request in requests], [sample.key for sample in samples]
+    if expected != found:
+        wrong = next((key for key, other in zip(expected, found, strict=False) if key != other), expected[-1])
+        raise DataError(
+            f"the engine returned {len(found)} samples for {len(expected)} requests, and not that of {wrong} in its place"
+        )
+    return samples
+
+
+def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Episode:
+    """Returns the episode after its environment has answered the last message of the student."""
+    sample, environment = episode.sample, episode.environment
+    message = renderer.read(sample.token_ids[episode.turn_start :])
+    said = (*episode.said, {"role": "assistant", "content": message.text})
+    over = replace(episode, sample=replace(sample, text=message.text, messages=said), said=said, next_ids=None)
+    if sample.finish != "stop":
+        return over
+    try:
+        reply = environment.step(message)
+    except Exception as error:  # other people's code: a bad episode is data
+        return _failed(over, error)
+    over = replace(over, sample=_graded(over.sample, reply))
+    if reply.done:
+        return over
+    if sum(one["role"] == "assistant" for one in said) >= environment.max_turns:
+        return replace(over, sample=replace(over.sample, finish="length"))
+    said = (*said, *reply.messages)
+    try:
+        ids = renderer.append(sample.token_ids, sample.prompt, said)
+    except TemplateError:
+        raise
+    except DataError as error:
+        return _failed(over, error)
+    if ids.numel() - sample.prompt_length >= max_new_tokens:
+        return replace(over, sample=replace(over.sample, finish="length"))
+    return replace(over, said=said, next_ids=ids)
+
+
+def _graded(sample: Sample, reply: Step) -> Sample:
+    if reply.reward is None:
+        return sample
+    return replace(sample, grade=Grade(reply.reward, note="graded by the environment"))
+
+
+def _failed(episode: _Episode, error: Exception) -> _Episode:
+    said = (*episode.said, {"role": "error", "content": f"{type(error).__name__}: {error}"})
+    return replace(episode, sample=replace(episode.sample, finish="environment", messages=said), said=said)
+
+
+def _continuation(episode: _Episode) -> Request:
+    assert episode.next_ids is not None
+    return replace(episode.request, prefix_ids=episode.next_ids[episode.sample.prompt_length :])
+
+
+def _join(episode: _Episode, written: Sample) -> _Episode:
+    """Returns the episode with one more turn. The engine takes its prefix for a teacher's: here it is known who wrote it."""
+    assert episode.next_ids is not None
+    before, start = episode.sample, episode.next_ids.numel()
+    num_added = start - before.token_ids.numel()
+
+    def joined(old: Tensor, added: float, new: Tensor) -> Tensor:
+        return torch.cat([old, old.new_full((num_added,), added), new[start:]])
+
+    logprobs, versions = (
+        (before.rollout_logprob, written.rollout_logprob),
+        (before.policy_version, written.policy_version),
+    )
+    sample = replace(
+        before,
+        token_ids=written.token_ids,
+        author=joined(before.author, Author.ENVIRONMENT, written.author),
+        finish=written.finish,
+        rollout_logprob=None
+        if logprobs[0] is None or logprobs[1] is None
+        else joined(logprobs[0], torch.nan, logprobs[1]),
+        policy_version=None if versions[0] is None or versions[1] is None else joined(versions[0], -1, versions[1]),
+    )
+    return replace(episode, sample=sample, turn_start=start, next_ids=None)
+
+
+def _close(environment: Environment) -> None:
+    # the sample is there: what its environment leaves behind is no reason to lose it
+    with suppress(Exception):
+        environment.close()

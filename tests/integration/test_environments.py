@@ -1,0 +1,353 @@
+"""Episodes of several turns: who wrote each token, what is trained, and that every path through a run carries them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+
+import understudy
+from tests.engine_stub import EngineStub
+from tests.integration.test_overlap import ahead
+from tests.integration.test_renderer import ASKED
+from tests.integration.test_verbal import CHATML, byte_tokenizer
+from tests.integration.test_vllm_engine import check_logprob, make_engine, push
+from tests.runs import assert_same_run, distillation, metric_rows, train, train_in_two
+from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
+from understudy.engines import Generates, HFEngine
+from understudy.environments import SINGLE_TURN, Step
+from understudy.environments.play import play
+from understudy.errors import DataError, TemplateError
+from understudy.packing import pack
+from understudy.tasks import Arithmetic, Renderer
+from understudy.teachers.local import LocalTeacher
+from understudy.types import Author, Message, Prompt, Request, Sample, Sampling
+
+SHORT = Sampling(max_new_tokens=120)
+TOKENIZER = letters()
+TOKENIZER.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+STUDENT, TEACHER, ENVIRONMENT = (int(who) for who in (Author.STUDENT, Author.TEACHER, Author.ENVIRONMENT))
+SAYS = "#1;"
+"""In the alphabet of additions."""
+
+
+class Scripted:
+    """Answers the first message with `says`, and grades the episode by the length of the second."""
+
+    max_turns = 2
+
+    def __init__(self, says: str = "HI", max_turns: int = 2) -> None:
+        self.says, self.max_turns = says, max_turns
+        self.heard: list[str] = []
+        self.num_closed = 0
+
+    def step(self, message: Message) -> Step:
+        self.heard.append(message.text)
+        if len(self.heard) == 1:
+            return Step(({"role": "user", "content": self.says},))
+        return Step(done=True, reward=len(message.text) % 4 / 3)
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+class Broken(Scripted):
+    """Fails for every other episode, by what the student said."""
+
+    def step(self, message: Message) -> Step:
+        if len(message.text) % 2:
+            raise RuntimeError("the tool is gone")
+        return super().step(message)
+
+
+def requests(num_prompts: int = 4, per_prompt: int = 3) -> list[Request]:
+    """Prompts of plain text, a letter and a number of letters."""
+    return [
+        replace(made, prompt=Prompt(made.prompt.id, text="A"))
+        for number in range(num_prompts)
+        for index in range(per_prompt)
+        for made in [request(f"p{number}", [2 + number, *range(5, 5 + number)], index)]
+    ]
+
+
+def model_of() -> Any:
+    return tiny(dtype="float32", sharp=3.0)
+
+
+@contextmanager
+def engine_of(kind: str, model: Any, folder: Path) -> Iterator[Generates]:
+    if kind == "hf":
+        yield HFEngine(model, TOKENIZER, seed=0, stop_ids=(EOS,), vocab_size=NUM_ROWS)
+        return
+    with make_engine(model, folder, sampling=SHORT) as (engine, _):
+        push(engine, model, 3)
+        yield engine
+
+
+def played(
+    engine: Generates, make: Callable[[], Any] = Scripted, sampling: Sampling = SHORT, given: Sequence[Request] = ()
+) -> tuple[list[Sample], list[Any]]:
+    """Samples, and the environments in the order of the requests."""
+    made: list[Any] = []
+
+    def environment_of(prompt: Prompt) -> Any:
+        made.append(make())
+        return made[-1]
+
+    return play(engine, Renderer(TOKENIZER), environment_of, given or requests(), sampling, step=0), made
+
+
+def response_authors(sample: Sample) -> list[int]:
+    return [int(who) for who in sample.author[sample.prompt_length :]]
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_every_token_has_its_author(tmp_path: Path, kind: str) -> None:
+    """The student's tokens have the log-probabilities that a forward over the whole conversation gives them."""
+    model = model_of()
+    says = TOKENIZER("HI")["input_ids"]
+    with engine_of(kind, model, tmp_path) as engine:
+        samples, environments = played(engine)
+        again, _ = played(engine)
+    assert [sample.token_ids.tolist() for sample in samples] == [sample.token_ids.tolist() for sample in again]
+    whole = [sample for sample in samples if sample.finish == "stop"]
+    assert len(whole) >= 6
+    for asked, sample, environment in zip(requests(), samples, environments, strict=True):
+        assert sample.key == asked.key
+        assert torch.equal(sample.token_ids[: sample.prompt_length], asked.token_ids)
+        assert sample.num_response_tokens <= SHORT.max_new_tokens
+        check_logprob(model, sample)
+        assert sample.policy_version is not None
+        student = sample.author == STUDENT
+        assert set(sample.policy_version[student].tolist()) == {0 if kind == "hf" else 3}
+        assert bool((sample.policy_version[~student] == -1).all())
+        assert environment.num_closed == 1
+    for sample, environment in zip(samples, environments, strict=True):
+        if sample.finish != "stop":
+            continue
+        response = sample.response_ids.tolist()
+        first = response.index(EOS) + 1
+        authors = [STUDENT] * first + [ENVIRONMENT] * 2 + [STUDENT] * (len(response) - first - 2)
+        assert response_authors(sample) == authors
+        assert response[first : first + 2] == says
+        assert sample.text == environment.heard[1] == TOKENIZER.decode(response[first + 2 : -1])
+        assert [message["role"] for message in sample.messages] == ["assistant", "user", "assistant"]
+        assert [message["content"] for message in sample.messages] == [environment.heard[0], "HI", environment.heard[1]]
+        assert sample.grade is not None
+        assert sample.grade.score == len(sample.text) % 4 / 3
+        assert sample.num_written_tokens == len(response) - 2
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_a_later_turn_draws_other_numbers(tmp_path: Path, kind: str) -> None:
+    """An environment that says nothing, before a model that cares for nothing: equal draws would give equal turns."""
+    model = model_of()
+    with torch.no_grad():
+        for weight in model.model.parameters():
+            weight.zero_()
+    with engine_of(kind, model, tmp_path) as engine:
+        _, environments = played(engine, lambda: Scripted(says=""), Sampling(max_new_tokens=200))
+    heard = [environment.heard for environment in environments if len(environment.heard) == 2]
+    assert len(heard) >= 6
+    assert sum(first == second for first, second in heard) < len(heard) / 2
+
+
+def test_a_teacher_may_begin_the_first_turn() -> None:
+    model = model_of()
+    given = [replace(one, prefix_ids=torch.tensor([7, 8])) for one in requests()]
+    with engine_of("hf", model, Path()) as engine:
+        samples, environments = played(engine, given=given)
+    for sample, environment in zip(samples, environments, strict=True):
+        authors = response_authors(sample)
+        assert authors[:2] == [TEACHER, TEACHER]
+        assert TEACHER not in authors[2:]
+        if environment.heard:
+            assert environment.heard[0].startswith(TOKENIZER.decode([7, 8]))
+
+
+def test_nobody_answers_in_a_single_turn() -> None:
+    """The engine's own samples, to the last object."""
+    with engine_of("hf", model_of(), Path()) as engine:
+        plain = engine.generate(requests(), SHORT, step=0)
+        samples = play(engine, Renderer(TOKENIZER), lambda prompt: SINGLE_TURN, requests(), SHORT, step=0)
+    assert [sample.token_ids.tolist() for sample in samples] == [sample.token_ids.tolist() for sample in plain]
+    assert all(sample.messages == () and ENVIRONMENT not in response_authors(sample) for sample in samples)
+    assert play(engine, Renderer(TOKENIZER), lambda prompt: SINGLE_TURN, [], SHORT, step=0) == []
+
+
+def test_teachers_score_the_conversation_and_the_environment_is_not_trained() -> None:
+    """Over the flat ids, as a direct forward; what the environment said is context."""
+    model, teacher = model_of(), tiny("qwen3")
+    with engine_of("hf", model, Path()) as engine:
+        samples, _ = played(engine)
+    scorer = LocalTeacher(teacher, name="t", vocab_size=NUM_ROWS)
+    scores = scorer.score(samples, frozenset({"sampled"}))
+    for sample, score in zip(samples, scores, strict=True):
+        rows = plain_logp(teacher, sample.token_ids)[sample.prompt_length - 1 :]
+        expected = rows.gather(-1, sample.response_ids[:, None]).squeeze(-1)
+        assert score.logprob is not None
+        torch.testing.assert_close(score.logprob.double(), expected.double(), rtol=0, atol=1e-5)
+    batch = pack([replace(sample, scores=score) for sample, score in zip(samples, scores, strict=True)])
+    authors = torch.tensor([who for sample in samples for who in response_authors(sample)])
+    assert torch.equal(batch.mask, authors == STUDENT)
+    assert torch.equal(batch.on_policy, batch.mask)
+    assert bool((authors == ENVIRONMENT).any())
+
+
+def test_an_environment_that_fails_ends_its_own_episode() -> None:
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, environments = played(engine, Broken)
+    finishes = [sample.finish for sample in samples]
+    assert {"stop", "environment"} <= set(finishes)
+    for sample, environment in zip(samples, environments, strict=True):
+        assert environment.num_closed == 1
+        if sample.finish == "environment":
+            assert sample.messages[-1] == {"role": "error", "content": "RuntimeError: the tool is gone"}
+            assert sample.grade is None
+            assert int(sample.token_ids[-1]) == EOS
+
+
+class Everywhere(Scripted):
+    """Never ends an episode."""
+
+    def step(self, message: Message) -> Step:
+        self.heard.append(message.text)
+        return Step(({"role": "user", "content": self.says},))
+
+
+def test_an_episode_has_an_end() -> None:
+    """By its turns, or by its tokens; then the last token is the student's."""
+    with engine_of("hf", model_of(), Path()) as engine:
+        by_turns, environments = played(engine, lambda: Everywhere("", max_turns=3), Sampling(max_new_tokens=400))
+        by_tokens, _ = played(engine, lambda: Everywhere("HELLO", max_turns=999))
+        full, _ = played(engine, lambda: Everywhere("H" * SHORT.max_new_tokens))
+    assert [len(environment.heard) for environment in environments] == [3] * 12
+    assert {sample.finish for sample in by_turns + by_tokens + full} == {"length"}
+    for sample in by_tokens:
+        assert sample.num_response_tokens <= SHORT.max_new_tokens
+        assert response_authors(sample)[-1] == STUDENT
+    assert all(ENVIRONMENT not in response_authors(sample) for sample in full)
+
+
+def test_a_template_that_rewrites_ends_the_run() -> None:
+    """It would do so in every episode."""
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'] if loop.last else 'cut')")
+    renderer = Renderer(tokenizer)
+
+    class Echo:
+        def generate(self, requests: Sequence[Request], *_: object, **__: object) -> list[Sample]:
+            ids = [torch.cat([one.token_ids, renderer.response("4")]) for one in requests]
+            author = [torch.full(row.shape, STUDENT, dtype=torch.uint8) for row in ids]
+            parts = zip(requests, ids, author, strict=True)
+            return [Sample(one.prompt, one.index, row, who, len(one.token_ids), "stop", "4") for one, row, who in parts]
+
+    asked = [Request(ASKED, 0, renderer.start(ASKED))]
+    environment = Scripted()
+    with pytest.raises(TemplateError, match="rewrites"):
+        play(Echo(), renderer, lambda prompt: environment, asked, SHORT, step=0)
+    assert environment.num_closed == 1
+
+
+def test_samples_that_do_not_fit_their_requests_are_refused() -> None:
+    with engine_of("hf", model_of(), Path()) as engine:
+
+        class Swapping:
+            def generate(self, requests: Sequence[Request], *args: Any, **options: Any) -> list[Sample]:
+                return engine.generate(requests, *args, **options)[::-1]
+
+        with pytest.raises(DataError, match="12 samples for 12 requests, and not that of p0#0"):
+            played(Swapping())
+
+
+def test_a_step_is_checked() -> None:
+    with pytest.raises(ValueError, match="must lie in"):
+        Step(reward=2.0)
+    for message in ({"role": "user"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": None}):
+        with pytest.raises(ValueError, match="role and content"):
+            Step((message,))
+
+
+# Whole runs
+
+
+@pytest.fixture
+def talking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task of additions answers the student once."""
+    monkeypatch.setattr(Arithmetic, "environment", lambda task, prompt: Scripted(SAYS))
+
+
+EVAL = {"every": 3, "problems": 8, "at_start": True}
+
+
+def test_a_run_trains_on_episodes(tmp_path: Path, talking: None) -> None:
+    run_dir = train(tmp_path, **distillation(tmp_path / "m", train={"save_samples_every": 1}, eval=EVAL), examine=True)
+    for row in metric_rows(run_dir):
+        assert 0 < row["environment_tokens"] <= 3
+        assert 1 < row["turns"] <= 2
+        assert row["environment_failed"] == 0
+        # what the student wrote, not what it read
+        assert row["student_tokens"] == pytest.approx(8 * row["response_tokens"])
+    saved = [json.loads(line) for line in (run_dir / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    assert any(f"user: {SAYS}" in row["response"] for row in saved)
+    graded = [json.loads(line) for line in (run_dir / "eval" / "step_000006.jsonl").read_text().splitlines()]
+    assert any(row["note"] == "graded by the environment" and row["score"] > 0 for row in graded)
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path: Path, talking: None) -> None:
+    changes = distillation(tmp_path / "m", eval=EVAL)
+    whole = train(tmp_path / "whole", **changes)
+    assert_same_run(whole, train_in_two(tmp_path / "parts", 3, **changes))
+
+
+def test_rewards_of_the_environment_are_learnt_from(tmp_path: Path, talking: None) -> None:
+    changes = distillation(tmp_path / "m", teacher=None, method={"type": "grpo"}, train={"samples_per_prompt": 4})
+    rows = metric_rows(train(tmp_path, **changes))
+    assert all(0 < row["reward"] < 1 for row in rows)
+    assert all("environment_tokens" in row for row in rows)
+
+
+def test_episodes_are_played_ahead(tmp_path: Path, talking: None) -> None:
+    """Beside the update, with no staleness the same samples as without."""
+    plain = metric_rows(train(tmp_path / "plain", **distillation(tmp_path / "m")))
+    fresh = metric_rows(train(tmp_path / "fresh", **ahead(tmp_path / "m", 0)))
+    assert [row["loss"] for row in plain[:1]] == [row["loss"] for row in fresh[:1]]
+    rows = metric_rows(train(tmp_path / "ahead", **ahead(tmp_path / "m", 2)))
+    assert all(row["turns"] > 1 for row in rows)
+    assert max(row["staleness"] for row in rows) > 0
+
+
+def test_a_run_with_servers_plays_episodes(tmp_path: Path, talking: None) -> None:
+    models = distillation(tmp_path / "m")
+    with EngineStub(models["student"]["model"]) as stub:
+        rollout = {"type": "vllm", "url": stub.url, "dtype": "float32"}
+        rows = metric_rows(train(tmp_path / "run", **models, rollout=rollout))
+    assert all(row["turns"] > 1 and row["environment_tokens"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("environment", [Broken, lambda says: Scripted("why?")], ids=["raises", "no tokens"])
+def test_broken_environments_are_counted_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Callable[[str], Any]
+) -> None:
+    monkeypatch.setattr(Arithmetic, "environment", lambda task, prompt: environment(SAYS))
+    rows = metric_rows(train(tmp_path, **distillation(tmp_path / "m")))
+    assert len(rows) == 6
+    assert any(row["environment_failed"] > 0 for row in rows)
+
+
+def test_only_environments_ask_an_engine() -> None:
+    root = Path(understudy.__file__).parent
+    callers = {
+        path.relative_to(root).parts[0]
+        for path in root.rglob("*.py")
+        if re.search(r"\bengine\.generate\(", path.read_text())
+    }
+    assert callers - {"engines"} == {"environments"}
