@@ -25,9 +25,8 @@ from understudy.cli.app import app
 from understudy.compare.cells import Cell, Cells, budgets, parse_cell
 from understudy.compare.grid import Combination, Grid, apply, axis_change, read_grid, split_values
 from understudy.compare.measure import measure
-from understudy.compare.on_ray import check_ray
 from understudy.compare.outputs import MAX_LINES, cells_csv, page, page_values, to_json, write_outputs
-from understudy.compare.processes import Ended, Job, run_processes
+from understudy.compare.processes import Ended, Job, check_ray, run_processes
 from understudy.compare.run import SAVE_EVERY_S, Comparison, Drafts, Outcome, Runner, compare, summarise
 from understudy.compare.table import budget_warning, markdown, samples_to_target
 from understudy.errors import CheckpointError, RecipeError

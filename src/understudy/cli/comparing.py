@@ -12,8 +12,8 @@ from understudy import config
 from understudy.cli.commands import quieten_libraries
 from understudy.compare.cells import Cells, budgets
 from understudy.compare.grid import Grid
-from understudy.compare.on_ray import check_ray
 from understudy.compare.outputs import write_outputs
+from understudy.compare.processes import check_ray
 from understudy.compare.run import Comparison, Ending, Runner
 from understudy.compare.run import compare as make
 from understudy.compare.table import budget_warning

@@ -11,8 +11,7 @@ from understudy import config
 from understudy.compare.cells import Cell, Cells, budgets
 from understudy.compare.grid import Combination
 from understudy.compare.measure import Measured, measure
-from understudy.compare.on_ray import check_ray, run_on_ray
-from understudy.compare.processes import Job, prepare, run_processes
+from understudy.compare.processes import Job, check_ray, prepare, run_on_ray, run_processes
 from understudy.compare.table import Table, budget_warning, caption, rows, table
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.format import quantity

@@ -122,10 +122,22 @@ class TensorBoard:
         self._writer.close()
 
 
-class Wandb:
+class _Service:
+    """Shared methods of W&B and Trackio, whose runs take metrics by step."""
+
+    _run: Any
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Wandb(_Service):
     """Weights & Biases. The key comes from its own login or WANDB_API_KEY; WANDB_MODE=offline needs none.
 
-    The run's id is kept in RUN/wandb/run-id and continued on resume; W&B itself ignores steps that it already has.
+    RUN/wandb/run-id keeps the run's id, so that a resumed run continues it; W&B itself ignores steps that it already has.
     """
 
     def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
@@ -144,14 +156,8 @@ class Wandb:
             settings=wandb.Settings(console="off"),
         )
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
+class Trackio(_Service):
     """Trackio, local unless TRACKIO_SPACE_ID names a Space. A resumed run sends steps after its checkpoint again."""
 
     def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
@@ -163,12 +169,6 @@ class Trackio:
             resume="never" if resume_step is None else "allow",
             embed=False,
         )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], MetricLogger]] = {
