@@ -1,4 +1,4 @@
-"""How files are written: whole or not at all."""
+"""Writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from understudy.errors import CheckpointError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Written aside, synced, renamed; a text in UTF-8. Raises CheckpointError, naming the path, if it cannot be written."""
+    """Writes beside the path, syncs and renames; a string in UTF-8. Raises CheckpointError with the path if that fails."""
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,10 +30,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """`write_atomically` of JSON."""
+    """Writes JSON as `write_atomically`."""
     write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """`write_atomically` of one object a line."""
+    """Writes one JSON object a line as `write_atomically`."""
     write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

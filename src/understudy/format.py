@@ -1,4 +1,4 @@
-"""How numbers are written: alike on the pages, in their charts and in the console."""
+"""Writes numbers alike on the pages, in their charts and in the console."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def quantity(name: str, value: float | None) -> str:
 
 
 def interval(name: str, item: Bounded | None) -> str:
-    """As "41.0 % [35.2, 46.9]"; the value alone where no interval was recorded."""
+    """A value with its interval: "41.0 % [35.2, 46.9]"; the value alone where no interval was recorded."""
     if item is None or item.value is None:
         return MISSING
     if item.low is None or item.high is None:
@@ -108,7 +108,7 @@ def change(name: str, item: Bounded | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """As "1 h 02 min", "3 min 05 s" or "12.3 s"."""
+    """A duration: "1 h 02 min", "3 min 05 s" or "12.3 s"."""
     if value < 60:
         return f"{value:.1f} s"
     whole = round(value)

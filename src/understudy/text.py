@@ -1,4 +1,4 @@
-"""Text from outside (a model, a data set, the environment) made safe to show: visible characters only, no secrets."""
+"""Makes text from outside (a model, a data set, the environment) safe to show: visible characters only, no secrets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def visible(text: str) -> str:
 
 
 def encodable(text: str) -> str:
-    """As `visible`, character by character: what follows an escape character stays."""
+    """Does what `visible` does, but removes only the escape character itself: everything after it stays."""
     return _SURROGATE.sub("\ufffd", _INVISIBLE.sub("", text))
 
 
@@ -53,7 +53,7 @@ def without_secrets(text: str) -> str:
 
 
 def plain_tree(value: object, name: str = "") -> object:
-    """A recipe or facts mapping with secrets hidden and keys as text, for whoever stores it elsewhere."""
+    """A recipe or facts as plain values with secrets hidden and keys as strings, to be stored elsewhere."""
     if _SECRET_NAME.search(name) and value is not None:
         return HIDDEN
     if isinstance(value, Mapping):

@@ -1,9 +1,9 @@
 """The program `understudy`: settings that the C libraries read when a process starts, then the command line.
 
-Without a GPU a step is thousands of small operations. glibc gives every tensor of a few MiB fresh pages and takes them
-back at once, and OpenMP's threads wait for each other by spinning, which costs a whole core when something else runs.
-The defaults below keep freed memory up to 32 MiB a piece (larger buffers go back, or the peak of a large vocabulary would
-be several times what is in use), in huge pages, and let threads sleep; what the user has set stays.
+Without a GPU a step is thousands of small operations. By default glibc maps fresh pages for every tensor of a few MiB and
+unmaps them at once, and OpenMP's threads wait for each other by spinning, which costs a whole core when something else runs.
+The settings below keep freed memory of up to 32 MiB a piece in huge pages (larger buffers are returned, or the peak of a
+large vocabulary would be several times the memory in use) and let threads sleep. Variables that the user has set stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DONE = "UNDERSTUDY_STARTED"
 
 
 def settings_for(environment: Mapping[str, str], *, linux: bool, gpu: bool) -> dict[str, str]:
-    """What to add to the environment; empty where nothing is to be changed."""
+    """Returns the variables to add to the environment; empty where the process can stay as it is."""
     if DONE in environment or gpu or not linux:
         return {}
     return {DONE: "1"} | {name: value for name, value in FOR_CPU.items() if name not in environment}

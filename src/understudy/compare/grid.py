@@ -45,12 +45,12 @@ class Grid:
     seeds: int = NUM_SEEDS
     tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     tune_steps: int | None = None
-    """Steps of a tuning run; None: the recipe's."""
+    """Steps of a tuning run; None: as many as the recipe's."""
     tune_seed: int = TUNE_SEED
     target: float | None = 0.5
-    """The avg@k that `samples to target` waits for; None: no such column."""
+    """The avg@k at which `samples to target` stops counting; None: no such column."""
     baseline: Mapping[str, str] = field(default_factory=dict)
-    """What differences are to: the row with these labels, and the same ones on every other axis. Empty: the first label of the
+    """The row that differences refer to: these labels, and the same ones on every other axis. Empty: the first label of the
     first axis."""
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Grid:
         return Combination(tuple((axis, chosen.get(axis, label)) for axis, label in combination.labels))
 
     def to_json(self) -> dict[str, Any]:
-        """As a grid file spells it."""
+        """Returns the grid as a grid file spells it."""
         values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
         return values | {"tune": {key: list(options) for key, options in self.tune.items()}}
 

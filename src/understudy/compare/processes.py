@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended. `error` is one line; None for a run that reached its end."""
+    """The ending of a job. `error` is one line; None for a run that reached its end."""
 
     index: int
     error: str | None
@@ -169,7 +169,7 @@ def check_ray() -> None:
 
 
 def run_on_ray(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> Iterator[Ended]:
-    """As `run_processes`; with a GPU in the cluster each job takes one. A stopped job is cancelled and resumes later."""
+    """Does what `run_processes` does; each job takes a GPU if there is one. A stopped job is cancelled, and resumes later."""
     import ray
 
     if not ray.is_initialized():

@@ -25,7 +25,7 @@ SAVE_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of the comparison ended; `measured` is None for one that did not finish."""
+    """The ending of a run; `measured` is None for one that did not finish."""
 
     cell: Cell
     status: Literal["finished", "failed", "not run"]

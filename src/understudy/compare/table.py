@@ -1,4 +1,4 @@
-"""One row a combination, each number with what it is a mean over."""
+"""The table of a comparison: one row for each combination, each number with the runs that it rests on."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _difference(row: Row) -> str:
 
 
 def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]) -> list[str]:
-    """How to read the table, and what is unequal in it."""
+    """Explains the numbers of the table, and names every inequality between its rows."""
     lines = [
         "Accuracy is the mean over seeds and problems of the final evaluation. [95 % intervals]: t intervals for seeds and "
         "problems both drawn at random (crossed random effects)."
@@ -190,8 +190,8 @@ def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]
         lines.append(f"Difference: to the row with {chosen} and otherwise the same labels, paired by seed and problem.")
     if grid.target is not None:
         lines.append(
-            f"Samples to {number(100 * grid.target)} %: training samples when an evaluation first was there, median "
-            "over finished seeds; evaluations are as far apart as eval.every says."
+            f"Samples to {number(100 * grid.target)} %: training samples when an evaluation first reached it, median over "
+            "finished seeds; evaluations are eval.every steps apart."
         )
     lines.append(
         "Tokens/s: response tokens that the student wrote (of runs that did not record them: all response tokens) by seconds "
@@ -204,8 +204,8 @@ def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]
         )
     if len(found) > 2:
         lines.append(
-            "Each interval is for its row alone. There is no correction for many rows: of twenty differences that are none, "
-            "one is expected to look like one."
+            "Each interval is for its row alone. There is no correction for many rows: of twenty rows without a true "
+            "difference, one is expected to show one."
         )
     if any(row.num_finished < grid.seeds for row in found):
         failed = [f"{row.combination.name} ({row.num_failed} of {grid.seeds})" for row in found if row.num_failed]

@@ -29,7 +29,7 @@ USUAL: Sequence[tuple[str, str, Mapping[str, str]]] = (
 _PHASE_ORDER = ("generate_s", "score_s", "update_s")
 _NO_PHASE = ("time_s", "step_s")
 MAX_PHASES = 4
-"""As many as a run's page has colours for."""
+"""The number of colours of stacked areas."""
 
 
 @dataclass(frozen=True)

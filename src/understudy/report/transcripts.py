@@ -40,7 +40,7 @@ class Side:
 
     @property
     def tally(self) -> str:
-        """As "3 of 4 right"; empty for a single attempt."""
+        """The score of all attempts, as "(3 of 4 right)"; empty for a single attempt."""
         scores = [attempt.score for attempt in self.attempts if attempt.score is not None]
         if len(self.attempts) < 2:
             return ""
@@ -48,7 +48,7 @@ class Side:
 
     @property
     def facts(self) -> str:
-        """How the attempt ended, its length, the answer that the verifier read, and its note."""
+        """Ending and length of the attempt, the answer that the verifier read, and its note."""
         attempt = self.attempts[0]
         facts = (
             _ENDS.get(attempt.finish, attempt.finish),

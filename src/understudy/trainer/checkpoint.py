@@ -34,7 +34,7 @@ _TEACHER = "teacher.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, beside its weights. Written with every checkpoint."""
+    """The state of a run beside its weights. Written with every checkpoint."""
 
     step: int = 0
     """Steps done."""

@@ -195,7 +195,7 @@ class _Pace:
         return self._clock() - self._start
 
     def left(self) -> str:
-        """As "1 min 40 s left", from the mean speed of this process; empty where nothing is left or nothing done."""
+        """Time left, as "1 min 40 s left", by the mean speed of this process; empty before the first unit and at the end."""
         here = self.done - self._first
         if here <= 0 or self.done >= self.total:
             return ""
