@@ -1,10 +1,11 @@
-"""What a run ran on: versions, commit, hardware. For run.json and the model card."""
+"""Versions, commit and hardware of a run, for run.json and the model card."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ PACKAGES = ("understudy", "torch", "transformers", "tokenizers", "datasets", "pe
 
 
 def installed() -> dict[str, str]:
-    """Versions of what computes; packages that are not there are left out."""
+    """Versions of Python and of the packages that compute; those that are not installed are left out."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -47,13 +48,9 @@ def hardware(device: torch.device) -> str:
     """The card, or the processor and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
-
-
-def _processor() -> str:
-    try:
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux alone has it, and Python does not read it
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else platform.machine()
+    return f"{processor}, {torch.get_num_threads()} of {os.cpu_count()} threads"
