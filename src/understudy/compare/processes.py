@@ -31,6 +31,8 @@ FAILED, STOPPED = 1, 130
 POLL_S = 0.2
 """Seconds until a signal is passed on."""
 MAX_ERROR_CHARS = 2_000
+# the last two are imported on first use, by the optimizer and by the model: two seconds of a core for every cell
+PRELOAD = [__name__, "understudy.run", "torch._dynamo", "transformers.models.auto.modeling_auto"]
 
 Stopped = Callable[[], bool]
 
@@ -59,7 +61,7 @@ def run_processes(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> It
     Once `stopped()` is true no job is started, and those that run are asked to save and end.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "understudy.run"])
+    context.set_forkserver_preload(PRELOAD)
     waiting = list(enumerate(jobs))[::-1]
     running: dict[Any, tuple[int, ForkServerProcess]] = {}
     asked = False
