@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,12 +26,12 @@ from understudy.trainer.signals import terminable
 
 def quieten_libraries() -> None:
     """Turns off progress bars and notes of transformers and datasets, which would tear the display."""
-    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    # not datasets.disable_progress_bars(): most recipes need no data set, and the import takes a second
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, examine: bool = True) -> str:
