@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -365,21 +364,14 @@ def main() -> None:
     parser.add_argument("--max-logprobs", type=int, default=20)
     parser.add_argument("--stale-tied-head", action="store_true")
     parser.add_argument("--ignore-pushes", action="store_true")
-    parser.add_argument("--follow-stdin", action="store_true", help="end when stdin does")
     options = vars(parser.parse_args())
-    late = {name: options.pop(name) for name in ("logprobs_mode", "max_logprobs", "ignore_pushes", "follow_stdin")}
+    late = {name: options.pop(name) for name in ("logprobs_mode", "max_logprobs", "ignore_pushes")}
     torch.set_num_threads(1)
     with EngineStub(options.pop("model_dir"), **options) as stub:
-        for name in ("logprobs_mode", "max_logprobs", "ignore_pushes"):
-            setattr(stub, name, late[name])
+        for name, value in late.items():
+            setattr(stub, name, value)
         print(f"ready {stub.url}", flush=True)
-        try:
-            if late["follow_stdin"]:
-                sys.stdin.read()
-            else:
-                Event().wait()
-        except KeyboardInterrupt:
-            pass
+        Event().wait()
 
 
 if __name__ == "__main__":

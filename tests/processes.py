@@ -1,30 +1,123 @@
-"""Servers and trainings as processes of their own, to be killed."""
+"""Commands, ranks and servers as processes of their own, to be signalled and killed."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+from understudy.compare.processes import PRELOAD
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 240.0
 
 
+class Process:
+    """A function in a process of its own, its output in a file.
+
+    It is forked from a server that has imported torch and transformers, as the cells of a comparison are: a new
+    interpreter would import them for four seconds of a core first.
+    """
+
+    def __init__(self, function: Callable[..., None], *arguments: object, log: Path, **environment: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        given = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400"} | environment
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
+        self._process = context.Process(target=_run, args=(function, arguments, str(log), os.environ | given))
+        self._process.start()
+
+    @property
+    def output(self) -> str:
+        """Standard output and errors so far."""
+        return self._log.read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """Exit code, -9 after SIGKILL; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+        """Exit code. Raises AssertionError with the output where the process does not end."""
+        self._process.join(timeout_s)
+        code = self.poll()
+        assert code is not None, f"still running after {timeout_s:g} s: {self.output}"
+        return code
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and no zombie."""
+        self._process.kill()
+        self.wait()
+
+
+def _run(function: Callable[..., None], arguments: tuple[object, ...], log: str, environment: dict[str, str]) -> None:
+    import torch
+
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _end_with_parent() -> None:
+    """However the tests end, SIGKILL included, nothing that they started goes on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def command_line(*arguments: object) -> None:
+    """`understudy ARGUMENTS`, without the new start that gives it another allocator."""
+    from understudy.cli.app import main
+
+    sys.argv = ["understudy", *map(str, arguments)]
+    main()
+
+
+def run_ranks(function: Callable[..., None], *arguments: object, folder: Path, num_ranks: int = 2) -> None:
+    """Runs a function in processes that find each other as torchrun's do. Raises AssertionError where one fails."""
+    from understudy.engines.vllm.launch import free_port
+
+    found = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        Process(function, *arguments, log=folder / f"rank_{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **found)
+        for rank in range(num_ranks)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.wait() == 0, "\n".join(one.output for one in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 class Server:
-    """A process that prints its address when it is ready; `{port}` in the command is 0, later the port it was given.
+    """A process that prints its address when it is ready; `function` takes a port: 0, later the one it was given.
 
     `kill` is SIGKILL, `start` begins anew on the same port. Runs inside a `with`.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, *, ready: str = r"(http://127\.0\.0\.1:\d+)") -> None:
-        self._command, self._log, self._ready = list(command), log, re.compile(ready)
+    def __init__(self, function: Callable[..., None], *arguments: object, log: Path) -> None:
+        self._function, self._arguments, self._log = function, arguments, log
         self._port = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     @property
     def url(self) -> str:
@@ -32,37 +125,21 @@ class Server:
 
     def start(self, *, wait: bool = True) -> None:
         """`wait`: until it answers, as the first start has to."""
-        command = [part.replace("{port}", str(self._port)) for part in self._command]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-        if wait:
-            self._wait_ready()
-
-    def _wait_ready(self) -> None:
-        assert self._process is not None
+        self._process = Process(self._function, self._port, *self._arguments, log=self._log)
+        if not wait:
+            return
         until = time.monotonic() + PATIENCE_S
-        while (found := self._ready.search(self._log.read_text(errors="replace"))) is None:
+        while (found := re.search(r"http://127\.0\.0\.1:(\d+)", self._process.output)) is None:
             if self._process.poll() is not None or time.monotonic() > until:
                 self.kill()
                 raise RuntimeError(f"not ready: {self._log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.05)
-        self._port = int(found[1].rpartition(":")[2])
+        self._port = int(found[1])
 
     def kill(self) -> None:
-        """SIGKILL, and no zombie."""
         if self._process is not None:
             process, self._process = self._process, None
             process.kill()
-            process.wait(PATIENCE_S)
-            assert process.stdin is not None
-            process.stdin.close()
 
     def __enter__(self) -> Server:
         self.start()
@@ -75,6 +152,12 @@ class Server:
 
 
 def stub(model_dir: str | Path, log: Path, *options: str) -> Server:
-    """`tests.engine_stub`; it ends with this process too, however this one ends."""
-    command = [sys.executable, "-m", "tests.engine_stub", str(model_dir), "--port", "{port}", "--follow-stdin"]
-    return Server([*command, *options], log, ready=r"ready (\S+)")
+    """`tests.engine_stub`."""
+    return Server(_stub, str(model_dir), *options, log=log)
+
+
+def _stub(port: int, *options: str) -> None:
+    from tests.engine_stub import main
+
+    sys.argv = ["tests.engine_stub", *options, "--port", str(port)]
+    main()

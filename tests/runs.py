@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,8 @@ def judge_by_length(
     return [Verdict(float(len(sample.text) * 7 % 10), signal_bytes=1) for sample in samples]
 
 
-if __name__ == "__main__":
-    # under torchrun: the recipe of each folder that is named, one after the other, judged by length
+def train_all(*folders: Path) -> None:
+    """Trains the recipe of each folder, one after the other, graded and judged by length: what a rank does."""
     from understudy import run
     from understudy.recipe import load_recipe
     from understudy.tasks import Arithmetic
@@ -164,10 +163,10 @@ if __name__ == "__main__":
     from understudy.trainer.console import Console
     from understudy.trainer.distributed import Ranks
 
-    torch.set_num_threads(1)
-    Arithmetic.grade = grade_by_length  # type: ignore[method-assign]
-    VerbalTeacher.judge = judge_by_length  # type: ignore[method-assign]
-    for folder in sys.argv[1:]:
-        run.train(load_recipe(Path(folder) / "recipe.yaml"), console=Console(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arithmetic, "grade", grade_by_length)
+        patch.setattr(VerbalTeacher, "judge", judge_by_length)
+        for folder in folders:
+            run.train(load_recipe(folder / "recipe.yaml"), console=Console(quiet=True))
     # without it a thread of gloo may abort the process at its end
     Ranks.from_environment(torch.device("cpu")).close()

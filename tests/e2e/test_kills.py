@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +12,10 @@ from typing import Any
 
 import pytest
 from tests.leaks import nothing_left
-from tests.processes import ROOT, Server, stub
+from tests.processes import PATIENCE_S, Process, Server, command_line, stub
 from tests.runs import distillation, metric_rows, write_recipe
 
 STEPS, PROMPTS = 14, 4
-PATIENCE_S = 240.0
 MAX_STARTS = 12
 
 
@@ -28,8 +24,7 @@ class Training:
 
     def __init__(self, recipe: Path, run_dir: Path) -> None:
         self._recipe, self.run_dir = recipe, run_dir
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log = recipe.with_name("train.log")
+        self._process: Process | None = None
         self.num_starts = 0
         self.errors: list[str] = []
 
@@ -38,20 +33,12 @@ class Training:
         self.num_starts += 1
         assert self.num_starts <= MAX_STARTS, self.errors
         resume = ["--resume"] if (self.run_dir / "recipe.yaml").is_file() else []
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "understudy", "train", str(self._recipe), "--no-doctor", *resume],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"},
-            )
+        command = ["train", self._recipe, "--no-doctor", *resume]
+        self._process = Process(command_line, *command, log=self._recipe.with_name("train.log"))
 
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(PATIENCE_S)
             self._process = None
 
     @property
@@ -64,28 +51,28 @@ class Training:
         """Waits for a step; a run that has ended with an error goes on where it stopped. Raises AssertionError when late."""
         until = time.monotonic() + PATIENCE_S
         while self.steps < step:
-            assert time.monotonic() < until, self._log.read_text()
-            self._go_on()
+            self._go_on(until)
             time.sleep(0.01)
 
     def finish(self) -> None:
         """Waits for its end."""
         until = time.monotonic() + PATIENCE_S
         while self._process is not None:
-            assert time.monotonic() < until, self._log.read_text()
-            self._go_on()
+            self._go_on(until)
             time.sleep(0.02)
 
-    def _go_on(self) -> None:
+    def _go_on(self, until: float) -> None:
         if self._process is None:
             return
+        assert time.monotonic() < until, self._process.output
         code = self._process.poll()
         if code is None:
             return
-        self._process = None
         if code != 0:
-            self.errors.append(self._log.read_text())
+            self.errors.append(self._process.output)
             self.start()
+        else:
+            self._process = None
 
 
 @contextmanager

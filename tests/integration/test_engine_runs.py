@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,8 @@ from transformers import AutoTokenizer
 
 from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
-from tests.runs import assert_close_run, distillation, metric_rows, train, weights, write_recipe
+from tests.processes import run_ranks
+from tests.runs import assert_close_run, distillation, metric_rows, train, train_all, weights, write_recipe
 from tests.stub_model import StubModel
 from understudy.errors import EngineError
 from understudy.models import load_causal_lm
@@ -140,17 +138,7 @@ def test_two_ranks_overlap_as_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_recipe(tmp_path / name, **distillation(tmp_path / "m", **changes))
     one = train(tmp_path / "one", **distillation(tmp_path / "m", **changes))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tests.runs"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks(train_all, tmp_path / "two", folder=tmp_path)
     two = tmp_path / "two" / "run"
     assert consumed(two) == consumed(one) == list(range(24))
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import run_ranks
 from tests.runs import (
     SHORT,
     assert_close_run,
@@ -22,6 +20,7 @@ from tests.runs import (
     metric_rows,
     save_tiny_model,
     train,
+    train_all,
     train_in_two,
     write_recipe,
 )
@@ -159,18 +158,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, more in RANKED.items():
         folder = folders[name] = tmp_path_factory.mktemp(name)
         write_recipe(folder, **_merged(recipe_of(folder, name, steps=3), more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tests.runs"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *map(str, folders.values())],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks(train_all, *folders.values(), folder=tmp_path_factory.mktemp("ranks"))
     return folders
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tests.leaks import nothing_left
+from tests.processes import Process, command_line
 from tests.tiny_models import ARCHITECTURES, BUDGET, NUM_ROWS, ROUNDING, letters, plain_logp, sample, tiny
 from understudy.config import parse
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
@@ -1091,34 +1090,25 @@ def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_process_serves_until_a_signal(number: int, on_disk: Path) -> None:
+def test_a_process_serves_until_a_signal(number: int, on_disk: Path, tmp_path: Path) -> None:
     """It prints where it is and what it serves, answers, and ends by itself, leaving nothing."""
-    code = "from understudy.cli.app import serve_teacher; import sys; serve_teacher(sys.argv[1], port=0, max_batch_tokens=512)"
     with nothing_left():
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(on_disk)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        watchdog = threading.Timer(WAIT_S, process.kill)
-        watchdog.start()
+        command = ["serve-teacher", on_disk, "--port", 0, "--max-batch-tokens", 512]
+        process = Process(command_line, *command, log=tmp_path / "log")
         try:
-            assert process.stdout is not None
-            said = process.stdout.readline()
-            found = re.search(r"(http://127\.0\.0\.1:\d+) .* fingerprint ([0-9a-f]{32})", said)
-            assert found is not None, said + process.stdout.read()
+            until = time.monotonic() + WAIT_S
+            while (
+                found := re.search(r"(http://127\.0\.0\.1:\d+) .* fingerprint ([0-9a-f]{32})", process.output)
+            ) is None:
+                assert process.poll() is None, process.output
+                assert time.monotonic() < until, process.output
+                time.sleep(0.02)
             with opened(found[1]) as teacher:
                 assert teacher.about.fingerprint == found[2]
                 assert len(teacher.score(samples(), NEEDS["full"])) == 7
             process.send_signal(number)
-            rest = process.stdout.read()
-            assert process.wait(WAIT_S) == 0, rest
-            assert "Traceback" not in rest
-            assert "stopped" in rest
+            assert process.wait(WAIT_S) == 0, process.output
+            assert "Traceback" not in process.output
+            assert "stopped" in process.output
         finally:
-            watchdog.cancel()
             process.kill()
-            process.wait(WAIT_S)
-            watchdog.join(WAIT_S)

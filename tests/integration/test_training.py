@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import Process, command_line
 from tests.runs import distillation, tiny_recipe, write_recipe
 from understudy import config, run
 from understudy.errors import CheckpointError, TrainingError
@@ -191,19 +192,14 @@ def test_two_ranks_are_one_run(tmp_path: Path) -> None:
     changes = distillation(tmp_path, eval={"every": 3, "problems": 6})
     alone = train(tmp_path / "alone", **changes).run_dir.path
     path = write_recipe(tmp_path / "both", **changes)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "-m",
-        "understudy",
-        "train",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*command, str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, "-m", "understudy", "train", str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     both = tmp_path / "both" / "run"
@@ -219,13 +215,12 @@ def test_two_ranks_are_one_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(tmp_path: Path, number: signal.Signals) -> None:
     changes = distillation(tmp_path, train={"steps": 100_000})
-    process = _start(write_recipe(tmp_path, **changes))
+    process = Process(command_line, "train", write_recipe(tmp_path, **changes), log=tmp_path / "log")
     run_dir = tmp_path / "run"
     _wait_for_lines(run_dir / "metrics.jsonl", 3, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "--resume" in output
+    assert process.wait(60) == 130, process.output
+    assert "--resume" in process.output
     saved = find_checkpoint(run_dir / "checkpoints")
     assert saved is not None
     progress, _ = load_checkpoint(saved, torch.device("cpu"))
@@ -241,31 +236,24 @@ def test_kill_at_any_instant_then_resume_equals_an_uninterrupted_run(tmp_path: P
     path = write_recipe(tmp_path / "killed", **changes)
     run_dir = tmp_path / "killed" / "run"
     for kill in range(4):
-        process = _start(path, resume=(run_dir / "recipe.yaml").is_file())
+        resume = ["--resume"] if (run_dir / "recipe.yaml").is_file() else []
+        process = Process(command_line, "train", path, *resume, log=tmp_path / "log")
         _wait_for_lines(run_dir / "metrics.jsonl", 3 + 5 * kill, process)
         time.sleep(0.013 * kill)
         process.kill()
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
+        assert process.poll() == -signal.SIGKILL
         saved = find_checkpoint(run_dir / "checkpoints")
         if saved is not None:
             load_checkpoint(saved, torch.device("cpu"))
-    process = _start(path, resume=True)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    process = Process(command_line, "train", path, "--resume", log=tmp_path / "log")
+    assert process.wait(120) == 0, process.output
     assert_same_run(whole, run_dir)
 
 
-def _start(path: Path, *, resume: bool = False) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "understudy", "train", str(path), *(["--resume"] if resume else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def _wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+def _wait_for_lines(path: Path, count: int, process: Process) -> None:
     deadline = time.monotonic() + 120
     while not path.is_file() or path.read_text().count("\n") < count:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.output
         assert time.monotonic() < deadline, f"{path} does not reach {count} lines"
         time.sleep(0.005)
 
