@@ -57,6 +57,15 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps_alone() -> None:
     assert plain(run) == ["step 301/400  3 min 18 s left"]
 
 
+def test_the_time_left_of_a_run_that_a_good_evaluation_ends_is_an_upper_bound() -> None:
+    def run(console: Console, clock: Clock) -> None:
+        console.start(400, ends_early=True)
+        clock.now += 1.0
+        console.update(1, {})
+
+    assert plain(run) == ["step 1/400  at most 6 min 39 s left"]
+
+
 @pytest.mark.parametrize(("step_s", "num_steps", "most"), [(0.05, 1_200, 14), (1.0, 36_000, 330), (600.0, 20, 20)])
 def test_a_log_gets_lines_at_a_calm_rate(step_s: float, num_steps: int, most: int) -> None:
     """One per 5 s at first (60 s: 12, the first and the last), then one per 2 % of the time (10 h: 50 + 50 ln 144)."""

@@ -78,9 +78,12 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def start(self, total_steps: int, first_step: int = 0) -> None:
-        """Begins a run of `total_steps`, of which `first_step` were done before it was resumed."""
-        self._run = _Pace(self._clock, total_steps, first_step)
+    def start(self, total_steps: int, first_step: int = 0, *, ends_early: bool = False) -> None:
+        """Begins a run of `total_steps`, of which `first_step` were done before it was resumed.
+
+        `ends_early`: a good evaluation may end it, so the time left is called an upper bound.
+        """
+        self._run = _Pace(self._clock, total_steps, first_step, ends_early)
         self._recent.clear()
         self._task = self._bars.add_task("train", total=total_steps, completed=first_step, left="")
         self._show()
@@ -123,7 +126,7 @@ class Console:
     def progress(self, title: str, total: int) -> Iterator[_Advance]:
         """`with console.progress("evaluate", 200) as advance: advance(8)`; also inside a run that has started."""
         title = self._clean(title)
-        pace = _Pace(self._clock, total, 0)
+        pace = _Pace(self._clock, total)
         task = self._bars.add_task(title, total=total, left="")
         alone = self._display is None
         self._show()
@@ -183,8 +186,9 @@ class Console:
 class _Pace:
     """Progress of something: how far it is, when it will end and when the next line about it is due."""
 
-    def __init__(self, clock: Callable[[], float], total: int, first: int) -> None:
+    def __init__(self, clock: Callable[[], float], total: int, first: int = 0, ends_early: bool = False) -> None:
         self._clock = clock
+        self._bound = "at most " if ends_early else ""
         self._start = clock()
         self._first = first
         self._said: float | None = None
@@ -199,7 +203,7 @@ class _Pace:
         here = self.done - self._first
         if here <= 0 or self.done >= self.total:
             return ""
-        return f"{seconds(self.elapsed() / here * (self.total - self.done))} left"
+        return f"{self._bound}{seconds(self.elapsed() / here * (self.total - self.done))} left"
 
     def is_due(self, first: bool = True) -> bool:
         """Whether to write a line now: after the first step and the last, and between them at a falling rate."""

@@ -72,7 +72,8 @@ class Trainer:
 
     def run(self) -> Ending:
         """Trains from `progress` to the end, a good evaluation, or a signal; always leaves a checkpoint."""
-        self.observer.start(self.settings.steps, self.progress.step)
+        ends_early = self.settings.stop_at is not None
+        self.observer.start(self.settings.steps, self.progress.step, ends_early=ends_early)
         with StopSignal() as signal, self._saved_on_failure():
             if self.progress.step == 0 and self.evaluation is not None and self.evaluation.at_start:
                 self._evaluate()

@@ -133,9 +133,9 @@ class Observer:
     """Step of the last evaluation in this process."""
     summaries: list[EvalSummary] = field(default_factory=list)
 
-    def start(self, num_steps: int, first_step: int) -> None:
+    def start(self, num_steps: int, first_step: int, *, ends_early: bool) -> None:
         """Shows that training begins or goes on."""
-        self.console.start(num_steps, first_step)
+        self.console.start(num_steps, first_step, ends_early=ends_early)
 
     def step(self, progress: Progress, numbers: Mapping[str, float]) -> None:
         """Logs the numbers of a step; those that were not measured are left out, not zero."""
