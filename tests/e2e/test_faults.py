@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -37,12 +37,14 @@ from tests.leaks import nothing_left
 from tests.runs import assert_same_run, distillation, metric_rows, train
 
 from understudy.errors import EngineError, ScoreError
+from understudy.http.client import RetryPolicy
+from understudy.trainer.signals import StopSignal
 
 STEPS = 4
 PATIENCE_S = 60.0
 TRAIN = {"steps": STEPS, "prompts_per_step": 4, "save_every": 1}
 PATIENT = {"timeout_s": 1.0, "deadline_s": 60.0, "max_retries": 8, "backoff_s": 0.01}
-SHORT = PATIENT | {"max_retries": 2, "deadline_s": 8.0}
+SHORT = PATIENT | {"max_retries": 2, "deadline_s": 4.0}
 SCORES = "/v1/completions"
 """What is counted where the number of requests matters; how a server is asked is found out once beside it."""
 PASSING = [
@@ -167,7 +169,11 @@ def test_a_judges_passing_fault_changes_nothing(fault: Fault, world: World, judg
 
 
 @pytest.mark.parametrize("fault", [reset(), HALF, WRONG_IDS], ids=name_of)
-def test_an_engines_passing_fault_changes_nothing(fault: Fault, world: World, written: Path, tmp_path: Path) -> None:
+def test_an_engines_passing_fault_changes_nothing(
+    fault: Fault, world: World, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the section of an engine has no key for it, and the default waits half a second before each of many retries
+    monkeypatch.setattr(RetryPolicy, "wait_s", lambda *_: PATIENT["backoff_s"])
     with behind(every_third(fault), world.written) as proxy:
         run = train(tmp_path, **world.engine(proxy.url))
     assert proxy.seen[fault.kind] > 1
@@ -273,7 +279,7 @@ def test_or_are_dropped_and_counted(world: World, scored: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("overlap", [None, {"max_staleness": 0}], ids=["in turns", "overlapped"])
 def test_an_interrupt_while_all_hangs_leaves_nothing(
-    overlap: dict[str, Any] | None, world: World, tmp_path: Path
+    overlap: dict[str, Any] | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one asks for the end of the step, the second one does not wait for it."""
 
@@ -281,10 +287,19 @@ def test_an_interrupt_while_all_hangs_leaves_nothing(
         until = time.monotonic() + PATIENCE_S
         while not proxy.seen["hang"] and time.monotonic() < until:
             time.sleep(0.01)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
+        # a signal that arrives before the handler of the one before it has run is lost, so the second waits for the first
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard.wait(PATIENCE_S)
+        os.kill(os.getpid(), signal.SIGINT)
 
+    plain = StopSignal._receive
+
+    def receive(self: StopSignal, *given: Any) -> None:
+        plain(self, *given)
+        heard.set()
+
+    heard = Event()
+    monkeypatch.setattr(StopSignal, "_receive", receive)
     with nothing_left(), FaultProxy(world.served, lambda number, _: HANG if number >= 2 else PASS) as proxy:
         changes = world.engine() | {"async": overlap}
         changes["teacher"] = world.http(proxy.url, timeout_s=PATIENCE_S)["teacher"]
