@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from understudy.cli.app import app
 from understudy.models import build_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import load_recipe
 from understudy.tasks.renderer import Renderer
@@ -28,6 +30,7 @@ SIZES = {
     "teacher": {"architecture": "qwen3", "hidden_size": 64, "num_layers": 2, "num_heads": 4},
 }
 FLOAT_BYTES = 4
+STEPS = 6
 
 
 def understudy(*arguments: object, **environment: str) -> str:
@@ -43,9 +46,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def recipe(shared: Path, tmp_path: Path) -> Path:
-    """The recipe of docs/real-input.md on two models with padded heads."""
+@pytest.fixture(scope="module")
+def models(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models with padded heads."""
+    folder = tmp_path_factory.mktemp("models")
     tokenizer = load_tokenizer(str(shared / "tokenizers" / "qwen"))
     for name, num_rows in PADDED.items():
         model = build_causal_lm(
@@ -55,11 +59,17 @@ def recipe(shared: Path, tmp_path: Path) -> Path:
             pad_token_id=tokenizer.pad_token_id,
             seed=len(name),
         )
-        save_hf(model, tokenizer, tmp_path / name)
+        save_hf(model, tokenizer, folder / name)
+    return folder
+
+
+@pytest.fixture
+def recipe(shared: Path, models: Path, tmp_path: Path) -> Path:
+    """The recipe of docs/real-input.md on them."""
     values = yaml.safe_load((ROOT / "recipes" / "local" / "gsm8k-qwen-tiny.yaml").read_text())
     values |= {"run_dir": str(tmp_path / "run"), "device": "cpu", "eval": None}
-    values["student"] = {"model": str(tmp_path / "student"), "template_kwargs": {"enable_thinking": False}}
-    values["teacher"]["model"] = str(tmp_path / "teacher")
+    values["student"] = {"model": str(models / "student"), "template_kwargs": {"enable_thinking": False}}
+    values["teacher"]["model"] = str(models / "teacher")
     values["task"] |= {
         "path": str(shared / "data" / "gsm8k" / "train.jsonl"),
         "test_path": str(shared / "data" / "gsm8k" / "test.jsonl"),
@@ -69,17 +79,20 @@ def recipe(shared: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
-def test_twenty_steps_on_gsm8k_through_the_qwen_tokenizer(recipe: Path) -> None:
-    checked = understudy("train", recipe, "--dry-run")
-    assert f"share {NUM_TOKENS:,} tokens" in checked
+def test_a_dry_run_compares_the_vocabularies(recipe: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert f"share {NUM_TOKENS:,} tokens" in done.output
     assert not (recipe.parent / "run").exists()
 
-    small = ["train.prompts_per_step=4", "sampling.max_new_tokens=16", "train.save_samples_every=1"]
-    understudy("train", recipe, *small)
+
+@pytest.mark.slow
+def test_steps_on_gsm8k_through_the_qwen_tokenizer(recipe: Path, models: Path) -> None:
+    small = [f"train.steps={STEPS}", "train.prompts_per_step=4", "sampling.max_new_tokens=16"]
+    understudy("train", recipe, *small, "train.save_samples_every=1")
     run_dir = recipe.parent / "run"
     steps = rows(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in steps] == list(range(1, 21))
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in steps)
     assert all(row["loss"] > 0 and row["prompts_too_long"] == 0 for row in steps)
     # a random student is nearly undecided among the tokens that exist
@@ -89,7 +102,7 @@ def test_twenty_steps_on_gsm8k_through_the_qwen_tokenizer(recipe: Path) -> None:
     assert facts["status"] == "finished"
     assert facts["vocabulary"] == NUM_TOKENS
     assert 0 < steps[-1]["peak_memory_gib"] <= facts["peak_memory_gib"] + 1e-3
-    check_padding(recipe.parent / "student", run_dir / "student")
+    check_padding(models / "student", run_dir / "student")
     check_prompts(recipe, run_dir)
 
 
@@ -107,8 +120,8 @@ def check_prompts(recipe: Path, run_dir: Path) -> None:
     known = {prompt.id: prompt for prompt in loaded.task.prompts("train")}
     tokenizer = load_tokenizer(str(run_dir / "student"))
     samples = [row for path in sorted((run_dir / "samples").glob("*.jsonl")) for row in rows(path)]
-    assert len(samples) == 20 * 4
-    assert len({row["prompt_id"] for row in samples}) == 20 * 4
+    assert len(samples) == STEPS * 4
+    assert len({row["prompt_id"] for row in samples}) == STEPS * 4
     for row in samples:
         prompt = known[row["prompt_id"]]
         assert row["prompt"].endswith("Reason step by step and put the final answer in \\boxed{}.")
