@@ -1,10 +1,11 @@
-"""Whole optimizer steps (generate, score, update), ours beside TRL's DistillationTrainer, on the quickstart pair in one run.
+"""Whole optimizer steps (generate, score, update), ours beside TRL's DistillationTrainer, in one run.
 
-Both distil the same student from the same teacher with the same objective (full-vocabulary reverse KL at temperature 1),
-batch 128, 32 new tokens, AdamW at 1e-3, and no logging or saving between. They take turns, each in a process of its own;
-the medians over all steps after the first ten are compared.
+Both distil the same student (0.14 M parameters) from the same teacher (0.8 M) with the same objective (full-vocabulary
+reverse KL at temperature 1), batch 128, 32 new tokens, AdamW at 1e-3, and no logging or saving between. They take turns,
+each in a process of its own; the medians over all steps after the first ten are compared.
 
-    make quickstart                      # makes the pair
+    understudy train recipes/evidence/teacher.yaml
+    understudy train recipes/evidence/medium.yaml
     python benchmarks/step.py            # needs pip install understudy[bench]
     python benchmarks/step.py --turns 5 --json step.json
 """
@@ -131,8 +132,8 @@ def measure(which: str, student: str, teacher: str, steps: int) -> list[dict[str
 def main() -> None:
     """Takes turns, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="runs/quickstart/start/student")
-    parser.add_argument("--teacher", default="runs/quickstart/teacher/student")
+    parser.add_argument("--student", default="runs/evidence/medium/student")
+    parser.add_argument("--teacher", default="runs/evidence/teacher/student")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path)
