@@ -232,13 +232,15 @@ def key_problems(text: str, columns: Mapping[str, type[Any]]) -> Iterator[str]:
 
 
 def metric_problems(text: str) -> Iterator[str]:
-    """Metrics that nothing logs: no string of the code is the name, what follows its slash, or begins with what precedes it."""
+    """Metrics that nothing logs: no string or keyword of the code is the name, what follows its slash, or begins with what
+    precedes it."""
     source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     for table in tables(text):
         names = [name for row in table.rows if table.header[0] == "metric" for name in QUOTED.findall(row["metric"])]
         for name in names:
             first, _, last = name.rpartition("/")
-            if f'"{last}"' not in source and not (first and f'"{first}/' in source):
+            logged = f'"{last}"' in source or re.search(rf"\b{re.escape(last)}=", source)
+            if not logged and not (first and f'"{first}/' in source):
                 yield f"metric {name}"
 
 
