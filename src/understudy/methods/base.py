@@ -90,7 +90,8 @@ class Uses:
     @staticmethod
     def over(plans: Iterable[RolloutPlan]) -> Uses:
         """The union over the plans."""
-        seen = list(plans)
+        # a set: over most of a long run the plan is the same
+        seen = set(plans)
         return Uses(
             own_samples=any(plan.on_policy_share > 0 for plan in seen),
             given_responses=any(plan.on_policy_share < 1 for plan in seen),
