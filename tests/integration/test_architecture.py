@@ -19,6 +19,7 @@ from tests.runs import distillation, metric_rows, tiny_recipe, train
 from understudy import config
 from understudy.cli import doctoring
 from understudy.engines import ENGINES, Engine, EngineSection, EngineSetup
+from understudy.environments import Environment, Step
 from understudy.errors import RecipeError
 from understudy.recipe import Recipe, doctor
 from understudy.recipe.checks import Files, Parts, check
@@ -26,7 +27,7 @@ from understudy.tasks import TASKS, Split, Task, build_tokenizer
 from understudy.tasks.verifiers import VERIFIERS, find_verifier
 from understudy.teachers import TEACHERS, RunFacts, Setup, Teacher, TeacherSection
 from understudy.trainer.console import Console
-from understudy.types import Grade, Need, Prompt, Sample, Scores
+from understudy.types import Grade, Message, Need, Prompt, Sample, Scores
 
 SOURCE = Path(__file__).parents[2] / "src" / "understudy"
 FOLDERS = ("engines", "tasks", "teachers")
@@ -129,6 +130,34 @@ class Echo(Task):
         return build_tokenizer("addition")
 
 
+class GoOn:
+    """Asks the student to go on once, then grades what it says."""
+
+    max_turns = 2
+    heard = 0
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def step(self, message: Message) -> Step:
+        self.turn += 1
+        GoOn.heard += self.turn == 2
+        if self.turn == 1:
+            return Step(({"role": "user", "content": "+"},))
+        return Step(done=True, reward=len(message.text) % 4 / 3)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Talk(Echo):
+    """The same digit in two turns; `type: talk`."""
+
+    def environment(self, prompt: Prompt) -> Environment:
+        return GoOn()
+
+
 def first_is(text: str, reference: str) -> Grade:
     return Grade(float(text[:1] in reference + "0123456"), text[:1])
 
@@ -138,6 +167,7 @@ def newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEACHERS, "uniform", Uniform)
     monkeypatch.setitem(ENGINES, "counted", Counted)  # type: ignore[arg-type]
     monkeypatch.setitem(TASKS, "echo", Echo)  # type: ignore[arg-type]
+    monkeypatch.setitem(TASKS, "talk", Talk)  # type: ignore[arg-type]
     monkeypatch.setitem(VERIFIERS, "first", first_is)  # type: ignore[arg-type]
 
 
@@ -151,6 +181,12 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
         "eval": {"every": 3, "split": "test"},
         "sampling": {"max_new_tokens": 4},
     },
+    "environment": lambda folder: {
+        "task": {"type": "talk"},
+        "method": {"type": "grpo"},
+        "train": {"samples_per_prompt": 4},
+        "sampling": {"max_new_tokens": 24},
+    },
 }
 
 
@@ -163,10 +199,11 @@ def test_a_newcomer_is_checked_examined_and_trained_with(tmp_path: Path, newcome
     found = doctor.examine(recipe, built)
     assert not doctor.errors_of(found), found
     assert "rehearsal" in {item.name for item in found}
-    before = CountedEngine.written
+    before = CountedEngine.written, GoOn.heard
     run_dir = train(tmp_path, **changes)
     assert len(metric_rows(run_dir)) == 6
-    assert (CountedEngine.written > before) == (newcomer == "engine")
+    assert (CountedEngine.written > before[0]) == (newcomer == "engine")
+    assert (GoOn.heard > before[1]) == (newcomer == "environment")
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
 
 
