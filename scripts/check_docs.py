@@ -115,7 +115,11 @@ def problems(page: Path) -> Iterator[str]:
             yield f"link to {target}#{anchor}: no such heading"
     for quoted in QUOTED.findall(text):
         path = quoted.split(":")[0]
-        if path.startswith(FOLDERS) and " " not in path and "*" not in path and not (ROOT / path).exists():
+        if (
+            path.startswith(FOLDERS)
+            and not any(mark in path for mark in (" ", "*", "NAME"))
+            and not (ROOT / path).exists()
+        ):
             yield f"path {quoted}"
     for line in commands(text):
         yield from (f"{problem} in: {line}" for problem in command_problems(line))
