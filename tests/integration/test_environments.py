@@ -26,6 +26,7 @@ from understudy.engines import Generates, HFEngine
 from understudy.environments import SINGLE_TURN, Step
 from understudy.environments.play import play
 from understudy.errors import DataError, TemplateError
+from understudy.models import load_tokenizer
 from understudy.packing import pack
 from understudy.tasks import Arithmetic, Renderer
 from understudy.teachers.local import LocalTeacher
@@ -237,24 +238,59 @@ def test_an_episode_has_an_end() -> None:
     assert all(ENVIRONMENT not in response_authors(sample) for sample in full)
 
 
+class Says:
+    """An engine that writes the same texts in every episode, one a turn."""
+
+    def __init__(self, renderer: Renderer, *texts: str) -> None:
+        self.turns = iter([renderer.response(text) for text in texts])
+
+    def generate(self, requests: Sequence[Request], *_: object, **__: object) -> list[Sample]:
+        ids = next(self.turns)
+        return [self._sample(one, ids) for one in requests]
+
+    def _sample(self, asked: Request, ids: torch.Tensor) -> Sample:
+        context = torch.cat(
+            [asked.token_ids, torch.zeros(0, dtype=torch.int64) if asked.prefix_ids is None else asked.prefix_ids]
+        )
+        author = torch.tensor([0] * len(context) + [STUDENT] * len(ids), dtype=torch.uint8)
+        return Sample(asked.prompt, asked.index, torch.cat([context, ids]), author, len(asked.token_ids), "stop", "")
+
+
 def test_a_template_that_rewrites_ends_the_run() -> None:
     """It would do so in every episode."""
     tokenizer = byte_tokenizer(chat=True)
     tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'] if loop.last else 'cut')")
-    renderer = Renderer(tokenizer)
-
-    class Echo:
-        def generate(self, requests: Sequence[Request], *_: object, **__: object) -> list[Sample]:
-            ids = [torch.cat([one.token_ids, renderer.response("4")]) for one in requests]
-            author = [torch.full(row.shape, STUDENT, dtype=torch.uint8) for row in ids]
-            parts = zip(requests, ids, author, strict=True)
-            return [Sample(one.prompt, one.index, row, who, len(one.token_ids), "stop", "4") for one, row, who in parts]
-
+    renderer, environment = Renderer(tokenizer), Scripted()
     asked = [Request(ASKED, 0, renderer.start(ASKED))]
-    environment = Scripted()
     with pytest.raises(TemplateError, match="rewrites"):
-        play(Echo(), renderer, lambda prompt: environment, asked, SHORT, step=0)
+        play(Says(renderer, "4"), renderer, lambda prompt: environment, asked, SHORT, step=0)
     assert environment.num_closed == 1
+
+
+def test_the_tool_of_the_pages_is_called(shared: Path) -> None:
+    """The example in docs/environments.md, through the template of Qwen3."""
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    tokenizer = load_tokenizer(str(shared / "tokenizers" / "qwen"))
+    renderer = Renderer(tokenizer)
+    prompt = Prompt("p", messages=({"role": "user", "content": "2+2?"},), tools=(names["ADD"],))
+    call, broken = (
+        f"<tool_call>\n{json.dumps({'name': 'add', 'arguments': a})}\n</tool_call>" for a in ({"numbers": [2, 2]}, {})
+    )
+    engine = Says(renderer, f"<think>\nadd\n</think>\n\n{call}", broken, "<tool_call>oops</tool_call>", "4")
+    room = Sampling(max_new_tokens=400)
+    asked = [Request(prompt, 0, renderer.start(prompt))]
+    sample = play(engine, renderer, lambda prompt: names["Adding"](), asked, room, step=0)[0]
+    assert (sample.finish, sample.text) == ("stop", "4")
+    assert [message["role"] for message in sample.messages] == ["assistant", "tool"] * 3 + ["assistant"]
+    answers = [message["content"] for message in sample.messages if message["role"] == "tool"]
+    assert answers[:2] == ["4", "add failed: KeyError('numbers')"]
+    assert "no JSON" in answers[2]
+    whole = tokenizer.apply_chat_template(
+        [*map(dict, prompt.messages or ()), *sample.messages], tools=[names["ADD"]], tokenize=False
+    )
+    assert whole.startswith(tokenizer.decode(sample.token_ids).split("4<|im_end|>")[0])
 
 
 def test_samples_that_do_not_fit_their_requests_are_refused() -> None:

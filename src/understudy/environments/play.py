@@ -31,12 +31,12 @@ class _Episode:
     request: Request
     environment: Environment
     sample: Sample
-    """Everything written so far, by the student and by its environment."""
+    """All turns so far, the environment's answers included."""
     turn_start: int
     """The first token of the last turn."""
     said: tuple[Said, ...] = ()
     next_ids: Tensor | None = None
-    """[L] what the student reads in its next turn; None: the episode is over."""
+    """[L] the context of the next turn; None: the episode is over."""
 
 
 def play(
