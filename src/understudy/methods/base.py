@@ -43,7 +43,7 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """Where the samples of one step come from."""
+    """Sources of one step's samples."""
 
     on_policy_share: float = 1.0
     """Share of the samples that the student writes; the rest are the data's or the teacher's own responses."""

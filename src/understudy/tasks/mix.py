@@ -61,7 +61,7 @@ class Mix(Task):
         return self._part(prompt).grade(prompt, text)
 
     def environment(self, prompt: Prompt) -> Environment:
-        """That of the part that the prompt comes from."""
+        """The environment of the prompt's part."""
         return self._part(prompt).environment(prompt)
 
     def _part(self, prompt: Prompt) -> Task:

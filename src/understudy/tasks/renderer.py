@@ -168,7 +168,7 @@ class Renderer:
             raise TemplateError(f"the chat template refuses prompt {prompt.id}: {error}") from error
 
     def _between(self, prompt: Prompt, before: Sequence[Said], new: Sequence[Said], contents: Sequence[str]) -> str:
-        """What follows the student's last message, the last of `before`, up to its next turn."""
+        """Text from the student's last message, the last of `before`, up to its next turn."""
         # stand-ins for the student's messages, whose own white space a template may well change
         told = [*(prompt.messages or ()), *map(_stand_in, before)]
         known = self._template(prompt, told[:-1]) + str(told[-1]["content"])

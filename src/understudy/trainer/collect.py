@@ -160,7 +160,7 @@ class Collector:
         return guided_requests(requests, found, plan.prefix_share, max_new_tokens=self.sampling.max_new_tokens)
 
     def _guide_some(self, requests: Sequence[Request], plan: RolloutPlan, step: int) -> list[Request]:
-        """Where guided samples replace others: the first of each prompt's requests."""
+        """Guides the first of each prompt's requests, if guided samples replace others."""
         if plan.guided == "beside" or plan.prefix_share == 0:
             return list(requests)
         first = [

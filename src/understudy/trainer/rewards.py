@@ -1,4 +1,4 @@
-"""What samples are worth: verbal acceptance, the verifier's score, and the advantage over the prompt's other samples."""
+"""Rewards: verbal acceptance, the verifier's score, and the advantage over the prompt's other samples."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Verbal(TeacherSection):
 
     @property
     def wording(self) -> Wording:
-        """What the judge is asked."""
+        """Wording of the questions."""
         return Wording.of(self.template, self.step_template, self.step_separator)
 
     @property
@@ -141,7 +141,7 @@ class Asker:
         return self.renderer.ask(wording, [piece.text for piece in question if piece.foreign], self._space)
 
     def _find_digits(self) -> tuple[str, tuple[int, ...]]:
-        """What is added to a question, and the ids of the digits that then follow it, each a token by itself."""
+        """Text to add to a question, and the ids of the digits that may then follow it, each a single token."""
         question = self.wording.questions(_PROBE, steps=False)[0]
         try:
             asked = self.renderer.question(as_text(question))
@@ -268,7 +268,7 @@ def _to_read(ids: Sequence[int], digit_id: int, index: int) -> Sample:
 
 
 def _reply(logits: Tensor, score: ScoreForm) -> Reply:
-    """Of one question. [10]"""
+    """Reads the logits of one question. [10]"""
     if not bool(logits.isfinite().all()):
         return Reply(None, note="the judge's logits are not finite")
     if score == "argmax":
