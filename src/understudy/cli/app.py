@@ -100,9 +100,9 @@ def sample(
     ] = None,
 ) -> None:
     """Print what a model writes; with --out, a data set that SFT can be trained on."""
-    from understudy.cli import sampling
+    from understudy.cli import commands
 
-    sampling.sample(
+    commands.sample(
         recipe, overrides or [], model=model, prompts=prompt or [], num=num, split=split, num_samples=samples, out=out
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -156,18 +156,14 @@ def _sample_and_grade(
     graded: list[Future[Sample]] = []
     pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grade")
     try:
-        for block in _blocks(requests, BLOCK_REQUESTS):
-            samples = play_episodes(block, sampling, stream)
+        for start in range(0, len(requests), BLOCK_REQUESTS):
+            samples = play_episodes(requests[start : start + BLOCK_REQUESTS], sampling, stream)
             graded += [pool.submit(_grade, task, sample) for sample in samples]
             if progress is not None:
                 progress(len(graded), len(requests))
         return [future.result() for future in graded]
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _blocks(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    return (requests[start : start + size] for start in range(0, len(requests), size))
 
 
 def _grade(task: Task, sample: Sample) -> Sample:

@@ -120,7 +120,7 @@ def token_table(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[
 
 
 def conversation(sample: Sample) -> str:
-    """The response for people: its text, or everything that was said where an environment answered."""
+    """The response as people read it: its text, or all messages with their roles where an environment answered."""
     if len(sample.messages) <= 1:
         return sample.text
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in sample.messages)
