@@ -21,7 +21,7 @@ from understudy.recipe.load import (
     tokenizer_source,
 )
 from understudy.recipe.schema import Recipe
-from understudy.tasks import Task, num_repeated, overlap, overlap_message
+from understudy.tasks import Split, Task, num_repeated, overlap, overlap_message
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import RunFacts, TeacherSection, check_names
 from understudy.teachers.stores.responses import open_responses
@@ -82,7 +82,7 @@ def _machine(files: Files) -> Iterator[Result]:
 
 
 def _task(files: Files) -> Iterator[Result]:
-    """Raises RecipeError, too, where the method imitates solutions or rewards right answers and a part has none."""
+    """Raises RecipeError where the method imitates solutions or rewards right answers and a part of the task has none."""
     recipe, name = files.recipe, type(files.recipe.method).__name__
     recipe.task.check_files()
     for place, part in recipe.task.places().items():
@@ -98,9 +98,9 @@ def _task(files: Files) -> Iterator[Result]:
     yield Result(f"task: {recipe.task.name}")
 
 
-def _check_split(part: Task, split: str, place: str) -> None:
+def _check_split(part: Task, split: Split, place: str) -> None:
     try:
-        part.check_split(split)  # type: ignore[arg-type]
+        part.check_split(split)
     except RecipeError as error:
         raise RecipeError(f"{place}: {error}") from error
 
