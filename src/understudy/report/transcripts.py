@@ -18,7 +18,12 @@ _GROUPS: dict[tuple[bool | None, bool | None], str] = {
     (True, True): "Right both times",
     (None, None): "Not graded",
 }
-_ENDS = {"stop": "ended by itself", "length": "cut at the length limit", "data": "from a file"}
+_ENDS = {
+    "stop": "ended by itself",
+    "length": "cut at the length limit",
+    "data": "from a file",
+    "environment": "environment failed",
+}
 
 
 @dataclass(frozen=True)

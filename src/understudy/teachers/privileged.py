@@ -47,7 +47,7 @@ class Privileged(TeacherSection):
     template: str = TEMPLATE
     """The teacher's prompt; {prompt}, {solution}, {reference} and {feedback} are replaced, nothing else is."""
     system: str | None = None
-    """A system message that only the teacher is shown, behind one that the chat has."""
+    """A system message for the teacher alone, added to the one that the chat has."""
     dtype: DType = "auto"
     """ "auto": the checkpoint's own, or the student's where `model` is None."""
     offload: bool = False
@@ -260,8 +260,8 @@ class PrivilegedTeacher(Teacher):
         return self._inner.head_for(name)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """As `LocalTeacher.score`, behind the privileged prompt; `Unscored` for a sample that is then longer than the
-        teacher's positions.
+        """Returns scores as `LocalTeacher.score`, after the privileged prompt; `Unscored` for a sample that is then longer
+        than the teacher's positions.
 
         Raises DataError for a prompt that lacks what the template asks for.
         """
@@ -303,7 +303,7 @@ class PrivilegedTeacher(Teacher):
             )
 
     def _reword(self, sample: Sample) -> Sample:
-        """The same response behind what the teacher is shown."""
+        """Returns the same response after the prompt that the teacher is shown."""
         shown = reword(sample, self._section.template, self._section.system)
         prompt_ids = self._renderer.start(shown)
         author = sample.author[sample.prompt_length :]
@@ -318,7 +318,7 @@ class PrivilegedTeacher(Teacher):
         )
 
     def _too_long(self, shown: Sample) -> str | None:
-        """Why the teacher cannot read it; None where it can."""
+        """Returns why the teacher cannot read the sample; None where it can."""
         length, limit = shown.token_ids.numel(), num_positions(self._inner.model)
         if limit is None or length - 1 <= limit:
             return None

@@ -1,4 +1,4 @@
-"""A judge whose weights are in this process: one forward, and of all logits only those of the ten digits."""
+"""A judge whose weights are in this process: one forward per question, and logits of the ten digits alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PROBE = Sample(
 
 @dataclass(frozen=True, kw_only=True)
 class Verbal(TeacherSection):
-    """The section of a recipe for a judge that is loaded here."""
+    """The section of a recipe for a judge whose weights are in this process."""
 
     says_digits = True
     alone = True
@@ -61,7 +61,7 @@ class Verbal(TeacherSection):
     """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
     step_separator: str = STEP_SEPARATOR
     template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
-    """For the judge's chat template: its digit has to come at once. Templates ignore what they do not know."""
+    """For the chat template: without thinking, so that the digit comes at once. Templates ignore keys they do not know."""
     max_batch_tokens: int | None = None
     """Slots of one forward; None: what suits the device."""
 
@@ -223,7 +223,7 @@ class VerbalTeacher(Judge):
         return blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
-        """One for each sample, in order. Samples do not see each other."""
+        """Returns a verdict for each sample, in order. Samples do not see each other."""
         asked = [self._asker.wording.questions(sample, steps=steps) for sample in samples]
         replies = self._answer([question for questions in asked for question in questions], score)
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
@@ -250,7 +250,7 @@ class VerbalTeacher(Judge):
         return [replies[index] for index in range(len(questions))]
 
     def _digit_logits(self, samples: Sequence[Sample]) -> Tensor:
-        """[N, 10]"""
+        """Returns the logits of the ten digits after each question. [N, 10]"""
         scores = self._reader.score(samples, frozenset({"full"}))
         hidden = torch.cat([found.hidden for found in scores if found.hidden is not None])
         head = lm_head(self.model)
