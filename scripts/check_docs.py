@@ -21,7 +21,7 @@ import yaml
 from understudy import config
 from understudy.cli.app import app
 from understudy.engines import ENGINES
-from understudy.engines.sections import Launch
+from understudy.engines.vllm.settings import Launch
 from understudy.errors import RecipeError
 from understudy.methods import METHODS
 from understudy.methods.base import PolicyMethod

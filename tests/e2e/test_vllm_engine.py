@@ -19,10 +19,10 @@ from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request
 from tests.vllm_env import vllm_python
 from torch import Tensor
 
-from understudy.engines import HFEngine
+from understudy.engines import VLLM, HFEngine
 from understudy.engines.base import Probe
-from understudy.engines.sections import VLLM, Launch
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
+from understudy.engines.vllm.settings import Launch
 from understudy.errors import EngineError
 from understudy.models import build_causal_lm
 from understudy.models.save import merged_state_dict

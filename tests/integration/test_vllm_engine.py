@@ -24,11 +24,11 @@ from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.config import parse
-from understudy.engines import HFEngine
+from understudy.engines import VLLM, HFEngine
 from understudy.engines.base import Probe
-from understudy.engines.sections import VLLM, Launch, logprobs_mode
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.launch import free_port
+from understudy.engines.vllm.settings import Launch, logprobs_mode
 from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
 from understudy.models.save import merged_state_dict

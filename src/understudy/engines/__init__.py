@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from understudy.engines.base import Engine, Generates, Probe, Weights
 from understudy.engines.hf.engine import HFEngine
-from understudy.engines.sections import ENGINES, HF, VLLM, EngineSection, EngineSetup
+from understudy.engines.sections import HF, EngineSection, EngineSetup
+from understudy.engines.vllm.section import VLLM
+
+ENGINES: Mapping[str, type[EngineSection]] = {"hf": HF, "vllm": VLLM}
+"""`rollout.type` in a recipe -> its section."""
 
 __all__ = [
     "ENGINES",

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from understudy.engines.base import Engine, Weights
 from understudy.engines.hf.engine import HFEngine
-from understudy.errors import RecipeError
-from understudy.http import RetryPolicy, check_address, check_variable
-from understudy.models.save import merged_state_dict
 from understudy.types import Sampling
 
 if TYPE_CHECKING:
-    from understudy.engines.vllm.engine import VLLMEngine
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
-"""Modes of vLLM: of the distribution that tokens are drawn from, and of the model's own at temperature 1."""
-LOWEST_TEMPERATURE = 0.01
-"""vLLM draws at this temperature whatever is below."""
-PATIENCE_S = 900.0
-"""Seconds for a response of any length, which may wait behind others."""
-SLOWEST = 10.0
-"""Tokens a second of one response in a large batch, beneath which something is wrong: 36 are usual."""
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,193 +116,3 @@ class HF(EngineSection):
 
     def pushed(self, model: nn.Module) -> Callable[[], Weights] | None:
         return model.state_dict().items if self.copy else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """The section `rollout.launch`: servers that are started with the run and stopped with it."""
-
-    python: str = "python"
-    """An interpreter that has vLLM, which as a rule is in an environment of its own."""
-    command: tuple[str, ...] | None = None
-    """The whole command in its place, `{model}`, `{port}` and `{server}`, the number from 0, filled in."""
-    env: Mapping[str, str] = field(default_factory=dict)
-    """Beside the environment of the run, such as `CUDA_VISIBLE_DEVICES: "{server}"`; the server's number is filled in."""
-    args: tuple[str, ...] = ()
-    """Further arguments of vLLM, such as `[--max-model-len, "4096"]`."""
-    port: int = 0
-    """0: a free one. Several servers take this one and those that follow."""
-    num_servers: int = 1
-    ready_timeout_s: float = 900.0
-    """Loading, compiling and capturing graphs takes minutes for a large model."""
-
-    def __post_init__(self) -> None:
-        if self.num_servers < 1:
-            raise ValueError(f"num_servers is {self.num_servers}; it must be at least 1")
-        if self.command is not None and not any("{port}" in word for word in self.command):
-            raise ValueError("command does not say {port}, so nobody knows where its server listens")
-        if not 0 <= self.port <= 65_535 - self.num_servers:
-            raise ValueError(f"port is {self.port}; it must lie in [0, {65_535 - self.num_servers}]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VLLM(EngineSection):
-    """vLLM servers, version 0.20 or later, with `VLLM_SERVER_DEV_MODE=1`, which opens the routes that replace weights."""
-
-    url: str | tuple[str, ...] | None = None
-    """URL of a server that you start; requests are shared out over several."""
-    launch: Launch | None = None
-    """In place of `url`: servers of the run's own."""
-    model: str | None = None
-    """Its name at the server; None: the first that the server lists."""
-    weights: Literal["auto", "shm", "directory", "nccl"] = "auto"
-    """How they travel: through /dev/shm (`auto` where it has room and the server is on this machine), a directory that both
-    sides see, or from GPU to GPU."""
-    weights_dir: str | None = None
-    """None: `weights` in the run directory."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the engine; auto: that of the student's weights."""
-    check_tolerance: float | None = None
-    """Nats that the engine's log-probabilities may differ from the trainer's, on average, after a push; None: by precision."""
-    probe_tokens: int = 1024
-    """The most that are compared after a push."""
-    grouped: bool = False
-    """Whether samples of one prompt are one request with `n`. Their draws then depend on which samples are written together."""
-    api_key_env: str = ""
-    """The environment variable that holds the key, where the server wants one."""
-    timeout_s: float | None = None
-    """Seconds for one whole response; None: 900, or one for every 10 tokens of `max_new_tokens` where that is more."""
-    deadline_s: float | None = None
-    """Seconds for one request with all its attempts; None: four times `timeout_s`."""
-    max_retries: int = 5
-    max_concurrency: int = 256
-    """Requests in flight over all servers; they batch what they get."""
-
-    def __post_init__(self) -> None:
-        check_variable(self.api_key_env, "api_key_env")
-        if (self.url is None) == (self.launch is None):
-            raise ValueError("give either url (servers that you start) or launch (servers of the run's own)")
-        if self.launch is None and not self.urls:
-            raise ValueError("url is an empty list; give at least one")
-        for url in self.urls:
-            check_address(url, "rollout.url")
-        far = next((url for url in self.urls if urlsplit(url).hostname not in LOOPBACK), None)
-        if self.weights == "shm" and far is not None:
-            raise ValueError(
-                f"weights is shm, but {far} need not be on this machine: use weights: directory with a weights_dir that "
-                "both sides see"
-            )
-        if self.weights_dir is not None and self.weights not in ("auto", "directory"):
-            raise ValueError(f"weights_dir is given, but weights is {self.weights}; keep one")
-        for name, low in (("probe_tokens", 1), ("max_concurrency", 1), ("max_retries", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("timeout_s", "deadline_s", "check_tolerance"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """URLs of the servers that the user starts, without a path."""
-        given = () if self.url is None else (self.url,) if isinstance(self.url, str) else self.url
-        return tuple(url.rstrip("/").removesuffix("/v1") for url in given)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether every server surely sees this machine's memory."""
-        return all(urlsplit(url).hostname in LOOPBACK for url in self.urls)
-
-    @property
-    def retry_policy(self) -> RetryPolicy:
-        """Limits of requests to the servers; without `for_responses` those of short ones."""
-        timeout_s = PATIENCE_S if self.timeout_s is None else self.timeout_s
-        return RetryPolicy(
-            timeout_s=timeout_s,
-            deadline_s=4 * timeout_s if self.deadline_s is None else self.deadline_s,
-            max_retries=self.max_retries,
-            max_concurrency=self.max_concurrency,
-        )
-
-    def open(self, setup: EngineSetup) -> VLLMEngine:
-        from understudy.engines.vllm.engine import VLLMEngine
-
-        return VLLMEngine(
-            self.for_responses(setup.max_new_tokens),
-            setup.model,
-            setup.tokenizer,
-            seed=setup.seed,
-            stop_ids=setup.stop_ids,
-            vocab_size=setup.vocab_size,
-            sampling=setup.sampling,
-            run_dir=setup.run_dir,
-            autocast=setup.autocast,
-        )
-
-    def pushed(self, model: nn.Module) -> Callable[[], Weights]:
-        return lambda: merged_state_dict(model).items()
-
-    @property
-    def launches(self) -> bool:
-        return self.launch is not None
-
-    def check_sampling(self, sampling: Sampling) -> None:
-        """Raises RecipeError for a temperature that vLLM replaces, and filters that falsify its log-probabilities."""
-        check_temperature(sampling)
-        logprobs_mode(sampling)
-
-    def for_responses(self, max_new_tokens: int) -> VLLM:
-        """With the timeout that responses of this length need, where the recipe gives none."""
-        if self.timeout_s is not None:
-            return self
-        return replace(self, timeout_s=max(PATIENCE_S, max_new_tokens / SLOWEST))
-
-    def check(self) -> str:
-        """A line for the dry run. Raises RecipeError for a program that is not there."""
-        if self.launch is None:
-            return f"rollout: vLLM at {', '.join(self.urls)}"
-        program = self.launch.command[0] if self.launch.command else self.launch.python
-        if shutil.which(Path(program).expanduser()) is None:
-            raise RecipeError(
-                f"rollout.launch: there is no program {program!r}; python is the interpreter of the environment that vLLM is in"
-            )
-        return f"rollout: {self.launch.num_servers} vLLM server(s) of its own"
-
-
-ENGINES: Mapping[str, type[EngineSection]] = {"hf": HF, "vllm": VLLM}
-"""`rollout.type` in a recipe -> its section."""
-
-
-def check_temperature(sampling: Sampling) -> None:
-    """Raises RecipeError for a temperature that vLLM replaces by another."""
-    if 0 < sampling.temperature < LOWEST_TEMPERATURE:
-        raise RecipeError(
-            f"sampling.temperature is {sampling.temperature:g}; vLLM draws at {LOWEST_TEMPERATURE:g} whatever is below, so use "
-            f"0 (greedy) or at least {LOWEST_TEMPERATURE:g}"
-        )
-
-
-def logprobs_mode(sampling: Sampling) -> str | None:
-    """The mode in which vLLM gives the log-probabilities that `Sample.rollout_logprob` promises; None: either does.
-
-    Raises RecipeError where none does.
-    """
-    plain = sampling.temperature in (0.0, 1.0)
-    if sampling.filtered and not plain:
-        raise RecipeError(
-            f"sampling.temperature is {sampling.temperature:g} with top_p, top_k or min_p: vLLM gives log-probabilities of the "
-            "untempered or of the filtered distribution, never of the unfiltered distribution at this temperature, which "
-            "training needs. Drop the filter, use temperature 1, or use rollout.type: hf"
-        )
-    if sampling.filtered:
-        return RAW
-    return None if plain else PROCESSED
-
-
-def promises(mode: str | None, sampling: Sampling) -> bool:
-    """Whether a server in this mode (None: unknown, and trusted) gives what `Sample.rollout_logprob` promises."""
-    try:
-        needed = logprobs_mode(sampling)
-    except RecipeError:
-        return False
-    return mode in ((RAW, PROCESSED, None) if needed is None else (needed, None))

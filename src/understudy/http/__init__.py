@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from understudy.http.client import HttpClient, RetryOptions, RetryPolicy
-from understudy.http.replies import BadReply, Refused, Reply, check_address, check_variable, read_key, without_key
+from understudy.http.replies import (
+    BadReply,
+    Refused,
+    Reply,
+    check_address,
+    check_variable,
+    is_loopback,
+    read_key,
+    without_key,
+)
 
 __all__ = [
     "BadReply",
@@ -14,6 +23,7 @@ __all__ = [
     "RetryPolicy",
     "check_address",
     "check_variable",
+    "is_loopback",
     "read_key",
     "without_key",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -25,6 +26,16 @@ _TRANSIENT = frozenset({408, 409, 425, 429})
 _BUSY = frozenset({429, 503})
 _DOES_NOT_FIT = frozenset({400, 413, 422})
 _TOO_LONG = re.compile(r"context.?length|maximum context|too long|too many tokens", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; of all names, only localhost is known to be one."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_address(url: str, what: str, example: str = "http://host:8000") -> None:

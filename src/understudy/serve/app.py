@@ -17,8 +17,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from understudy.http import is_loopback
 from understudy.serve.scorer import Refusal, Scorer
-from understudy.serve.server import is_loopback
 from understudy.serve.worker import DEAD, Worker
 from understudy.teachers.remote.protocol import (
     ABOUT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import socket
 import time
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from understudy.errors import EngineError, RecipeError
-from understudy.http import read_key
+from understudy.http import is_loopback, read_key
 from understudy.models import DType, check_model_dir, load_causal_lm, load_tokenizer, probe_head
 from understudy.serve.scorer import HiddenDType, Scorer
 from understudy.serve.worker import Worker
@@ -85,16 +84,6 @@ class Settings:
         if not token:
             raise RecipeError(f"--token-env {self.token_env}: that environment variable is not set, or empty")
         return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address; of all names, only localhost is known to be one."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_installed() -> None:

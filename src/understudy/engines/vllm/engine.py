@@ -14,11 +14,11 @@ from torch import nn
 
 from understudy.engines.base import Probe, Weights
 from understudy.engines.requests import Response, check_positions, open_responses, to_samples
-from understudy.engines.sections import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
 from understudy.engines.vllm.check import DisagreesError, PushCheck
 from understudy.engines.vllm.gate import Gate
 from understudy.engines.vllm.replies import read_choices
 from understudy.engines.vllm.servers import Servers
+from understudy.engines.vllm.settings import PROCESSED, RAW, VLLMKeys, check_temperature, logprobs_mode, promises
 from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, engine_dtype, with_head
 from understudy.errors import EngineError, RecipeError, WeightsLostError
 from understudy.http import Refused
@@ -49,7 +49,7 @@ class VLLMEngine:
 
     def __init__(
         self,
-        section: VLLM,
+        section: VLLMKeys,
         model: nn.Module,
         tokenizer: Any,
         *,

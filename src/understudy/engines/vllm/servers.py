@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from understudy.engines.sections import VLLM, Launch
 from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.engines.vllm.replies import read_scores
+from understudy.engines.vllm.settings import Launch, VLLMKeys
 from understudy.errors import EngineError, RecipeError
 from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
 
@@ -62,7 +62,7 @@ class Servers:
     `start` comes before everything else. Every failure is an EngineError that names the server.
     """
 
-    def __init__(self, section: VLLM, run_dir: Path, *, dtype: str, mode: str, seed: int) -> None:
+    def __init__(self, section: VLLMKeys, run_dir: Path, *, dtype: str, mode: str, seed: int) -> None:
         """`dtype` and `mode` (of log-probabilities): for servers that are started here."""
         self._section = section
         self._run_dir = run_dir
