@@ -25,7 +25,8 @@ class Step:
         if self.reward is not None and not 0.0 <= self.reward <= 1.0:
             raise ValueError(f"the reward is {self.reward}; it must lie in [0, 1]")
         for message in self.messages:
-            if not isinstance(message.get("content"), str) or message.get("role") in (None, "assistant"):
+            role, content = message.get("role"), message.get("content")
+            if not isinstance(role, str) or role == "assistant" or not isinstance(content, str):
                 raise ValueError(
                     f"the message {message!r} needs role and content, both strings, of another than the student"
                 )

@@ -16,7 +16,7 @@ from understudy.environments.base import Environment, Step
 from understudy.environments.single_turn import SINGLE_TURN
 from understudy.errors import DataError, TemplateError
 from understudy.tasks.renderer import Renderer, Said
-from understudy.types import Author, Grade, Prompt, Request, Sample, Sampling
+from understudy.types import Author, Grade, Message, Prompt, Request, Sample, Sampling
 
 MAX_STEPS_AT_ONCE = 32
 """Environments that answer at the same time, each in a thread: most wait for a search, a tool or a process."""
@@ -104,14 +104,19 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
         return over
     try:
         reply = environment.step(message)
-    except Exception as error:  # other people's code: a bad episode is data
+        if not isinstance(reply, Step):
+            raise TypeError(f"step returned {reply!r}, which is no Step")
+    # other people's code: a bad episode is data. Ctrl-C reaches only the main thread; an exit() in a tool that runs the
+    # student's code would end the run as if it had finished
+    except BaseException as error:
         return _failed(over, error)
-    over = replace(over, sample=_graded(over.sample, reply))
+    over = replace(over, sample=_graded(over.sample, message, reply))
     if reply.done:
         return over
     if sum(one["role"] == "assistant" for one in said) >= environment.max_turns:
         return replace(over, sample=replace(over.sample, finish="length"))
-    said = (*said, *reply.messages)
+    # copies: an environment may use one dictionary for all of its answers
+    said = (*said, *map(dict, reply.messages))
     try:
         ids = renderer.append(sample.token_ids, sample.prompt, said)
     except TemplateError:
@@ -123,13 +128,16 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
     return replace(over, said=said, next_ids=ids)
 
 
-def _graded(sample: Sample, reply: Step) -> Sample:
+def _graded(sample: Sample, message: Message, reply: Step) -> Sample:
+    """Returns the sample with the environment's reward as its grade. The answer is what majority votes count."""
     if reply.reward is None:
         return sample
-    return replace(sample, grade=Grade(reply.reward, note="graded by the environment"))
+    grade = Grade(reply.reward, message.content.strip() or None)
+    # as of every verifier, the note of a right answer is empty: teachers are shown it as feedback
+    return replace(sample, grade=grade if grade.right else replace(grade, note="graded by the environment"))
 
 
-def _failed(episode: _Episode, error: Exception) -> _Episode:
+def _failed(episode: _Episode, error: BaseException) -> _Episode:
     said = (*episode.said, {"role": "error", "content": f"{type(error).__name__}: {error}"})
     return replace(episode, sample=replace(episode.sample, finish="environment", messages=said), said=said)
 
