@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # `split_special_tokens` is set on the tokenizer itself, which the threads of all episodes share
+        self._lock = Lock()
+        self._shown_roles: set[tuple[str, ...]] = set()
         ends = tokenizer_ends(tokenizer) if stop_ids is None else set(stop_ids)
         self.stop_ids: tuple[int, ...] = tuple(sorted(ends | self._terminator()))
 
@@ -87,8 +91,9 @@ class Renderer:
         `said`: all messages since the prompt; those after the student's last one are new. Through a template that is the
         end of the student's turn, unless the student wrote it, the new messages, and the beginning of a turn; after a
         prompt of plain text it is the contents of the new messages. A special token that a new message spells out is
-        encoded as plain characters. Raises TemplateError for a template that changes what was said before: the student
-        would be trained on a context that no later turn has; DataError for messages that cannot be encoded.
+        encoded as plain characters. Raises TemplateError for a template that leaves a new message out, and for one that
+        changes what was said before: the student would be trained on a context that no later turn has; DataError for
+        messages that cannot be encoded.
         """
         last = max(index for index, message in enumerate(said) if message["role"] == "assistant")
         new = said[last + 1 :]
@@ -96,6 +101,7 @@ class Renderer:
         if prompt.messages is None:
             added = [index for content in contents for index in self._encode_untrusted(content)]
         else:
+            self._check_shown(prompt, said[: last + 1], new)
             added = self._encode_around(lambda texts: self._between(prompt, said[: last + 1], new, texts), contents)
             if added[:1] == ids[-1:].tolist() and added[0] in self.stop_ids:
                 added = added[1:]
@@ -167,6 +173,21 @@ class Renderer:
         except Exception as error:  # a template raises whatever it likes
             raise TemplateError(f"the chat template refuses prompt {prompt.id}: {error}") from error
 
+    def _check_shown(self, prompt: Prompt, before: Sequence[Said], new: Sequence[Said]) -> None:
+        """Raises TemplateError for a message that the template leaves out, as many do with a role that they do not know."""
+        roles = tuple(message["role"] for message in new)
+        if roles in self._shown_roles:
+            return
+        slots = [_SLOT.format(index) for index in range(len(new))]
+        shown = self._between(prompt, before, new, slots)
+        for role, slot in zip(roles, slots, strict=True):
+            if slot not in shown:
+                raise TemplateError(
+                    f"the chat template leaves a message of role {role!r} out, so the student would not read what its "
+                    "environment says: give the message another role, or change chat_template in the tokenizer's configuration"
+                )
+        self._shown_roles.add(roles)
+
     def _between(self, prompt: Prompt, before: Sequence[Said], new: Sequence[Said], contents: Sequence[str]) -> str:
         """Text from the student's last message, the last of `before`, up to its next turn."""
         # stand-ins for the student's messages, whose own white space a template may well change
@@ -175,9 +196,10 @@ class Renderer:
         filled = [{**message, "content": content} for message, content in zip(new, contents, strict=True)]
         whole = self._template(prompt, [*told, *filled])
         if not whole.startswith(known):
+            follows = f"a message of role {new[0]['role']!r}" if new else "another turn"
             at = next(i for i, (one, other) in enumerate(zip(known, whole + "\0", strict=False)) if one != other)
             raise TemplateError(
-                f"the chat template rewrites the student's earlier turns when a message of role {new[0]['role']!r} follows: "
+                f"the chat template rewrites the student's earlier turns when {follows} follows: "
                 f"{known[max(0, at - SHOWN_CHARS) :]!r} became {whole[max(0, at - SHOWN_CHARS) :][: 2 * SHOWN_CHARS]!r}. "
                 "Several turns need a template that leaves them as they are (Qwen3's drops <think> blocks): change "
                 "chat_template in the tokenizer's configuration"
@@ -245,7 +267,8 @@ class Renderer:
 
     def _encode(self, text: str, **options: bool) -> list[int]:
         try:
-            return list(self.tokenizer(text, **({"add_special_tokens": False} | options))["input_ids"])
+            with self._lock:
+                return list(self.tokenizer(text, **({"add_special_tokens": False} | options))["input_ids"])
         except Exception as error:  # what `tokenizers` raises has no type of its own
             raise DataError(f"the tokenizer cannot encode {text[:SHOWN_CHARS]!r}: {error}") from error
 
