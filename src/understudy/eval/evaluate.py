@@ -167,8 +167,8 @@ def _sample_and_grade(
 
 
 def _grade(task: Task, sample: Sample) -> Sample:
-    """Returns the sample graded by its environment, else by the task where it has a reference."""
-    if sample.grade is not None or sample.prompt.reference is None:
+    """Returns the sample graded by its environment, else by the task where it has a reference and no environment failed."""
+    if sample.grade is not None or sample.prompt.reference is None or sample.finish == "environment":
         return sample
     return replace(sample, grade=task.grade(sample.prompt, sample.text))
 

@@ -119,8 +119,10 @@ class Rewarder:
         else:
             limit = self.collector.sampling.max_new_tokens
             for sample in samples:
-                # an environment may have graded its episode
-                grade = sample.grade or self.grade(sample.prompt, sample.text)
+                grade = sample.grade
+                # an environment that failed is not the student's mistake
+                if grade is None and sample.finish != "environment":
+                    grade = self.grade(sample.prompt, sample.text)
                 if grade is not None:
                     cost = advantages.overlong_penalty(sample.num_response_tokens, limit, rewards.overlong_buffer)
                     rewarded.append(replace(sample, grade=grade, reward=grade.score + cost))
