@@ -181,6 +181,13 @@ class Sample:
         return int((self.author[self.prompt_length :] != Author.ENVIRONMENT).sum())
 
     @property
+    def conversation(self) -> str:
+        """The whole response to read: its text, or all messages with their roles where an environment answered."""
+        if len(self.messages) <= 1:
+            return self.text
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
+    @property
     def truncated(self) -> bool:
         return self.finish == "length"
 

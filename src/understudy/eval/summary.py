@@ -23,7 +23,7 @@ class EvalSummary:
     num_problems: int
     metrics: Mapping[str, Estimate]
     unscored: int = 0
-    """Samples without a score: their prompts have no reference."""
+    """Samples without a score: their prompts have no reference, or their environment failed."""
     too_long: int = 0
     """Prompts over the token budget, which are not sampled and count in no metric."""
     sampling: Mapping[str, float] = field(default_factory=dict)
@@ -84,6 +84,7 @@ def summarise(
 def sample_row(sample: Sample) -> dict[str, object]:
     """A sample as one line of eval/step_N.jsonl or samples/step_N.jsonl; `score` is null where it was not graded."""
     grade = sample.grade
+    why = f"not graded: the {'environment failed' if sample.finish == 'environment' else 'prompt has no reference'}"
     trained = {
         "reward": sample.reward,
         "advantage": sample.advantage,
@@ -93,13 +94,13 @@ def sample_row(sample: Sample) -> dict[str, object]:
     return {
         "prompt_id": sample.prompt.id,
         "prompt": prompt_text(sample.prompt),
-        "response": conversation(sample),
+        "response": sample.conversation,
         "finish": sample.finish,
         "num_tokens": sample.num_written_tokens,
         "answer": None if grade is None else grade.answer,
         "reference": sample.prompt.reference,
         "score": None if grade is None else grade.score,
-        "note": "not graded: the prompt has no reference" if grade is None else grade.note,
+        "note": why if grade is None else grade.note,
     } | {name: value for name, value in trained.items() if value is not None}
 
 
@@ -117,13 +118,6 @@ def token_table(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[
         values = sample.rollout_logprob[response].tolist()
         table["log-probability"] = [None if math.isnan(value) else round(value, 4) for value in values]
     return table
-
-
-def conversation(sample: Sample) -> str:
-    """The response as people read it: its text, or all messages with their roles where an environment answered."""
-    if len(sample.messages) <= 1:
-        return sample.text
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in sample.messages)
 
 
 def prompt_text(prompt: Prompt) -> str:

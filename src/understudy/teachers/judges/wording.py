@@ -107,15 +107,25 @@ class Wording:
         )
 
     def questions(self, sample: Sample, *, steps: bool) -> list[Question]:
-        """Returns one question about the whole response, or one for each of its steps, in order."""
+        """Returns one question about the whole response, or one for each of its steps, in order.
+
+        Of several turns the judge reads all messages, and the steps are those of the student's messages.
+        """
         problem = problem_text(sample.prompt)
         if not steps:
-            return [_fill(self.whole, {"problem": problem, "response": sample.text})]
-        parts = split_steps(sample.text, self.separator)
-        return [
-            _fill(self.step, {"problem": problem, "steps": self.separator.join(parts[:index]), "step": part})
-            for index, part in enumerate(parts)
-        ]
+            return [_fill(self.whole, {"problem": problem, "response": sample.conversation})]
+        before: list[str] = []
+        questions = []
+        for message in sample.messages or ({"role": "assistant", "content": sample.text},):
+            role, content = message["role"], message["content"]
+            if role != "assistant":
+                before.append(f"{role}: {content}")
+                continue
+            for part in split_steps(content, self.separator):
+                steps_before = self.separator.join(before)
+                questions.append(_fill(self.step, {"problem": problem, "steps": steps_before, "step": part}))
+                before.append(part)
+        return questions
 
 
 def _fill(template: str, values: dict[str, str]) -> Question:
