@@ -164,8 +164,13 @@ def _add_file(path: Path, record: Record, pairs: Sequence[tuple[Sample, Scores]]
                     # a copy, because samples of one batch are views of one tensor, which safetensors refuses
                     dtype = torch.int32 if name in NARROW else value.dtype
                     tensors[f"{number}.{name}"] = value.detach().to("cpu", dtype, copy=True).contiguous()
-        rows.append({"prompt": sample.prompt.id} | {name: getattr(sample, name) for name in FACTS})
-    data = save(tensors, {"samples": json.dumps(rows)})
+        facts: dict[str, Any] = {name: getattr(sample, name) for name in FACTS}
+        if sample.grade is not None:
+            facts["grade"] = asdict(sample.grade)
+        if sample.messages:
+            facts["messages"] = sample.messages
+        rows.append({"prompt": sample.prompt.id} | facts)
+    data = save(tensors, {"samples": json.dumps(rows, default=str)})
     name = f"scores_{len(record.files):05d}.safetensors"
     write_atomically(path / name, data)
     entry = (len(data), hashlib.sha256(data).hexdigest())

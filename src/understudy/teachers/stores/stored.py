@@ -27,7 +27,7 @@ from understudy.teachers.stores.recording import (
     read_rows,
     tokenizer_digest,
 )
-from understudy.types import Need, Request, Sample, Scores
+from understudy.types import Grade, Need, Request, Sample, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +224,9 @@ class StoredTeacher(Teacher):
         row = self._where[request.key][2]
         values: dict[str, Any] = {name: self._tensor(request.key, name) for name in SAMPLE_TENSORS}
         values |= {name: row[name] for name in FACTS}
+        if "grade" in row:
+            values["grade"] = Grade(**row["grade"])
+        values["messages"] = tuple(row.get("messages", ()))
         sample = Sample(prompt=request.prompt, teacher=request.prompt.teacher, **values)
         if not torch.equal(sample.token_ids[: sample.prompt_length], request.token_ids):
             raise ScoreError(
