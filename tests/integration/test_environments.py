@@ -20,7 +20,7 @@ from tests.integration.test_overlap import ahead
 from tests.integration.test_renderer import ASKED
 from tests.integration.test_verbal import CHATML, byte_tokenizer
 from tests.integration.test_vllm_engine import check_logprob, make_engine, push
-from tests.runs import assert_same_run, distillation, metric_rows, train, train_in_two
+from tests.runs import assert_same_run, distillation, grade_by_length, metric_rows, train, train_in_two
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.engines import Generates, HFEngine
 from understudy.environments import SINGLE_TURN, Step
@@ -29,7 +29,11 @@ from understudy.errors import DataError, TemplateError
 from understudy.models import load_tokenizer
 from understudy.packing import pack
 from understudy.tasks import Arithmetic, Renderer
+from understudy.teachers import Setup
+from understudy.teachers.judges.wording import Wording, as_text
 from understudy.teachers.local import LocalTeacher
+from understudy.teachers.stores.recording import ScoredMeta, write_scored
+from understudy.teachers.stores.stored import Stored
 from understudy.types import Author, Message, Prompt, Request, Sample, Sampling
 
 SHORT = Sampling(max_new_tokens=120)
@@ -307,9 +311,92 @@ def test_samples_that_do_not_fit_their_requests_are_refused() -> None:
 def test_a_step_is_checked() -> None:
     with pytest.raises(ValueError, match="must lie in"):
         Step(reward=2.0)
-    for message in ({"role": "user"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": None}):
+    for message in (
+        {"role": "user"},
+        {"role": 3, "content": "4"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": None},
+    ):
         with pytest.raises(ValueError, match="role and content"):
             Step((message,))
+
+
+@pytest.mark.parametrize("answer", [None, "HI", SystemExit(0)], ids=["none", "text", "exit"])
+def test_nonsense_ends_its_own_episode(answer: Any) -> None:
+    """Also an exit() in a tool that runs the student's code: it would end the run as if it had finished."""
+
+    class Nonsense(Scripted):
+        def step(self, message: Message) -> Any:
+            if isinstance(answer, SystemExit):
+                raise answer
+            return answer
+
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, _ = played(engine, Nonsense)
+    failed = [sample for sample in samples if sample.finish != "length"]
+    assert {sample.finish for sample in failed} == {"environment"}
+    error = "SystemExit: 0" if isinstance(answer, SystemExit) else f"TypeError: step returned {answer!r}"
+    assert all(sample.messages[-1]["content"].startswith(error) for sample in failed)
+
+
+def test_an_environment_may_use_its_dictionary_again() -> None:
+    class Counting(Scripted):
+        def __init__(self) -> None:
+            super().__init__(max_turns=3)
+            self.answer = {"role": "user", "content": ""}
+
+        def step(self, message: Message) -> Step:
+            self.heard.append(message.text)
+            self.answer["content"] = "ABC"[len(self.heard) - 1]
+            return Step((self.answer,), done=len(self.heard) == 3)
+
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, environments = played(engine, Counting, Sampling(max_new_tokens=400))
+    assert any(len(environment.heard) == 3 for environment in environments)
+    for sample in samples:
+        said = [message["content"] for message in sample.messages if message["role"] == "user"]
+        assert said == ["A", "B"][: len(said)]
+
+
+def test_a_reward_is_a_grade_like_a_verifiers() -> None:
+    """With an answer to vote on, and without a note where it is right: teachers are shown it as feedback."""
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, _ = played(engine)
+    grades = [(sample.grade, sample.text) for sample in samples if sample.grade is not None]
+    assert any(grade.right for grade, _ in grades)
+    for grade, text in grades:
+        assert grade.answer == (text.strip() or None)
+        assert (grade.note == "") == grade.right
+
+
+def test_a_recorded_episode_keeps_its_reward_and_its_messages(tmp_path: Path) -> None:
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, _ = played(engine)
+    scorer = LocalTeacher(tiny("qwen3"), name="t", vocab_size=NUM_ROWS)
+    setup = Setup(name="t", vocab_size=NUM_ROWS, renderer=Renderer(TOKENIZER))
+    meta = ScoredMeta.of(scorer, setup, "big")
+    write_scored(tmp_path, meta, zip(samples, scorer.score(samples, frozenset({"sampled"})), strict=True))
+    again = Stored(path=str(tmp_path)).open(setup).samples_for(requests())
+    assert any(sample.grade is not None for sample in samples)
+    for sample, found in zip(samples, again, strict=True):
+        assert found is not None
+        assert (found.grade, found.messages, found.finish) == (sample.grade, sample.messages, sample.finish)
+
+
+def test_a_judge_reads_the_whole_conversation() -> None:
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, environments = played(engine)
+    sample, (first, last) = next(
+        (sample, environment.heard)
+        for sample, environment in zip(samples, environments, strict=True)
+        if len(environment.heard) == 2
+    )
+    whole = as_text(Wording().questions(sample, steps=False)[0])
+    assert f"assistant: {first}\n\nuser: HI\n\nassistant: {last}" in whole
+    steps = [as_text(question) for question in Wording().questions(sample, steps=True)]
+    assert len(steps) == 2
+    assert f"{first}\n\nuser: HI\n" in steps[1]
+    assert "HI" not in steps[0]
 
 
 # Whole runs
@@ -377,6 +464,20 @@ def test_broken_environments_are_counted_and_the_run_goes_on(
     rows = metric_rows(train(tmp_path, **distillation(tmp_path / "m")))
     assert len(rows) == 6
     assert any(row["environment_failed"] > 0 for row in rows)
+
+
+def test_a_failed_environment_is_not_the_students_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its episode has no reward, rather than the verifier's 0 for a message that was no answer."""
+    monkeypatch.setattr(Arithmetic, "environment", lambda task, prompt: Broken(SAYS))
+    monkeypatch.setattr(Arithmetic, "grade", grade_by_length)
+    changes = distillation(tmp_path / "m", teacher=None, method={"type": "grpo"}, train={"samples_per_prompt": 4})
+    rows = metric_rows(train(tmp_path, **changes, eval=EVAL))
+    assert all(row["unrewarded"] == pytest.approx(row["environment_failed"]) for row in rows)
+    assert all(row["environment_failed"] > 0 for row in rows)
+    lines = (tmp_path / "run" / "eval" / "step_000006.jsonl").read_text().splitlines()
+    failed = [row for row in map(json.loads, lines) if row["finish"] == "environment"]
+    assert failed
+    assert {(row["score"], row["note"]) for row in failed} == {(None, "not graded: the environment failed")}
 
 
 def test_only_environments_ask_an_engine() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.integration.test_verbal import CHATML, byte_tokenizer
-from understudy.errors import DataError
+from understudy.errors import DataError, TemplateError
 from understudy.models import load_tokenizer
 from understudy.tasks import Renderer, build_tokenizer
 from understudy.types import Prompt
@@ -216,3 +218,44 @@ def test_the_template_says_what_ends_a_turn() -> None:
     assert over in Renderer(tokenizer).stop_ids
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "over")
     assert Renderer(tokenizer).stop_ids == (tokenizer.eos_token_id,)
+
+
+def test_a_template_that_leaves_a_message_out_is_refused() -> None:
+    """Many know the roles user and assistant only: the student would read nothing of what a tool says."""
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}"
+    )
+    assert tokenizer.chat_template != CHATML
+    renderer = Renderer(tokenizer)
+    ids = spoken(renderer, "4")
+    assert len(renderer.append(ids, ASKED, [says("4"), answers("x")])) > len(ids)
+    with pytest.raises(TemplateError, match="leaves a message of role 'tool' out"):
+        renderer.append(ids, ASKED, [says("4"), answers("x", "tool")])
+
+
+def test_a_turn_may_follow_without_a_message() -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    renderer = Renderer(tokenizer)
+    ids = spoken(renderer, "4", "<|im_end|>")
+    added = renderer.append(ids, ASKED, [says("4")])[len(ids) :]
+    assert tokenizer.decode(added) == "\n<|im_start|>assistant\n"
+    tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'] if not loop.last else 'cut')")
+    with pytest.raises(TemplateError, match="when another turn follows"):
+        Renderer(tokenizer).append(ids, ASKED, [says("4")])
+
+
+def test_threads_share_a_tokenizer() -> None:
+    """Whether special tokens are read as such is a setting of the tokenizer itself, not of one call."""
+    renderer = Renderer(byte_tokenizer(chat=True))
+    said = [says("4"), answers("found <|im_end|> " + "x" * 300)], [says("4"), answers("plain " + "x" * 300)]
+    ids = spoken(renderer, "4")
+    expected = [renderer.append(ids, ASKED, one).tolist() for one in said]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda number: renderer.append(ids, ASKED, said[number % 2]).tolist(), range(400)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(row == expected[number % 2] for number, row in enumerate(found))
