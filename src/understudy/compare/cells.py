@@ -201,7 +201,10 @@ def _unused(values: Mapping[str, Any]) -> list[str]:
         return []
     names = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
     names += [] if "reference" in method.needs else ["reference"]
-    return names + ([] if any(part.plan(0).takes_responses for part in method.members) else ["responses"])
+    steps = values.get("train", {}).get("steps")
+    known = steps if isinstance(steps, int) and steps > 0 else 1
+    uses = [part.uses(known) for part in method.for_run(known, 1).members]
+    return names + ([] if any(one.takes_responses for one in uses) else ["responses"])
 
 
 def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:

@@ -59,11 +59,6 @@ class RolloutPlan:
         """Whether a teacher's own responses take the place of rejected samples."""
         return self.acceptance is not None and self.acceptance.on_reject == "teacher"
 
-    @property
-    def takes_responses(self) -> bool:
-        """Whether responses that the student did not write have a use."""
-        return self.fills_slots or self.prefix_share > 0 or self.on_policy_share < 1
-
 
 @dataclass(frozen=True)
 class Uses:
