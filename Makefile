@@ -1,4 +1,4 @@
-# make quickstart, make evidence, make vllm, make test. Each creates .venv where it is missing.
+# make quickstart, make evidence, make vllm, make test, make test-kernels. Each creates .venv where it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence vllm test check clean-quickstart
+.PHONY: quickstart evidence vllm test test-kernels check clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make evidence     compare every method from two starts over five seeds (two hours; goes on where it stopped)"
 	@echo "make vllm         vLLM for CPUs in an environment of its own, for the tests that need a real engine (two minutes)"
 	@echo "make test         all tests"
+	@echo "make test-kernels laws, properties and end-to-end tests under four kinds of CPU kernel (TESTS=tests: all)"
 	@echo "make check        linters, types, import directions, docs"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +38,9 @@ vllm:
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-kernels: $(STAMP)
+	$(BIN)/python scripts/test_kernels.py $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
