@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -386,15 +387,22 @@ def test_golden_losses(tmp_path: Path) -> None:
 
     Regenerate with UNDERSTUDY_GOLDEN=write after a change that is meant.
     """
-    changes = distillation(tmp_path, train={"steps": 30})
-    found = [row["loss"] for row in metrics(train(tmp_path, **changes).run_dir.path)]
+    changes = distillation(tmp_path, train={"steps": 30, "save_samples_every": 1})
+    folder = train(tmp_path, **changes).run_dir.path
+    losses = [row["loss"] for row in metrics(folder)]
+    files = [file.read_text().splitlines() for file in sorted((folder / "samples").iterdir())]
+    texts = [zlib.crc32("\n".join(json.loads(line)["response"] for line in lines).encode()) for lines in files]
     file = Path(__file__).parents[1] / "golden" / "gkd_30_steps.json"
     if os.environ.get("UNDERSTUDY_GOLDEN") == "write":
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps({"losses": losses, "texts": texts}, indent=1) + "\n")
     golden = json.loads(file.read_text())
-    # 1e-3: other processors round differently, and after thirty steps of sampling a different token may be drawn
-    assert found[:5] == pytest.approx(golden[:5], rel=1e-5)
-    assert found == pytest.approx(golden, rel=1e-3)
+    # other processors round differently, and a draw on the edge between two tokens may go the other way there: from then
+    # on it is another run, whose losses say nothing
+    same = [one == other for one, other in zip(texts, golden["texts"], strict=True)]
+    num_same = [*same, False].index(False)
+    assert num_same >= 5
+    assert losses[:5] == pytest.approx(golden["losses"][:5], rel=1e-5)
+    assert losses[:num_same] == pytest.approx(golden["losses"][:num_same], rel=1e-3)
 
 
 def test_solutions_that_are_too_long_are_counted_and_left_out(tmp_path: Path) -> None:
