@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence vllm test test-kernels check clean-quickstart
+.PHONY: quickstart evidence vllm environment test test-fast test-kernels check clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make evidence     compare every method from two starts over five seeds (two hours; goes on where it stopped)"
 	@echo "make vllm         vLLM for CPUs in an environment of its own, for the tests that need a real engine (two minutes)"
 	@echo "make test         all tests"
+	@echo "make test-fast    laws, properties and what is quick of the rest (a minute)"
 	@echo "make test-kernels laws, properties and end-to-end tests under four kinds of CPU kernel (TESTS=tests: all)"
 	@echo "make check        linters, types, import directions, docs"
 
@@ -36,8 +37,13 @@ evidence: $(STAMP)
 vllm:
 	@$(PYTHON) scripts/install_vllm.py
 
+environment: $(STAMP)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/laws tests/properties tests/integration
 
 test-kernels: $(STAMP)
 	$(BIN)/python scripts/test_kernels.py $(TESTS)

@@ -29,6 +29,8 @@ from understudy.teachers import TEACHERS, RunFacts, Setup, Teacher, TeacherSecti
 from understudy.trainer.console import Console
 from understudy.types import Grade, Message, Need, Prompt, Sample, Scores
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parents[2] / "src" / "understudy"
 FOLDERS = ("engines", "tasks", "teachers")
 

@@ -35,6 +35,8 @@ from understudy.methods import METHODS
 from understudy.report.svg import draw
 from understudy.trainer.console import Console
 
+pytestmark = pytest.mark.slow
+
 EVAL = {"every": 3, "problems": 8, "samples_per_prompt": 2}
 
 

@@ -43,6 +43,8 @@ from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer.console import Console
 from understudy.types import Sample, Scores
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 
 

@@ -19,6 +19,8 @@ from understudy.errors import EngineError
 from understudy.models import load_causal_lm
 from understudy.serve import Scorer, Settings, serve_beside
 
+pytestmark = pytest.mark.slow
+
 TOP = {"type": "topk", "k": 4}
 
 

@@ -44,6 +44,8 @@ from understudy.engines import HFEngine
 from understudy.models import build_causal_lm, load_causal_lm, save_hf
 from understudy.types import Sampling
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-5
 PROMPTS = [[5, 6, 7], [8, 9], [4, 3, 2, 10, 11]]
 PATIENCE_S = 20.0

@@ -36,6 +36,8 @@ from understudy.teachers.stores.recording import ScoredMeta, write_scored
 from understudy.teachers.stores.stored import Stored
 from understudy.types import Author, Message, Prompt, Request, Sample, Sampling
 
+pytestmark = pytest.mark.slow
+
 SHORT = Sampling(max_new_tokens=120)
 TOKENIZER = letters()
 TOKENIZER.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

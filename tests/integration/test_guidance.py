@@ -22,6 +22,8 @@ from understudy.trainer import loop
 from understudy.trainer.update import MicroBatch
 from understudy.types import Author, Sample
 
+pytestmark = pytest.mark.slow
+
 ANNEAL, LIMIT = 4, 24
 TASK = Arithmetic("addition", digits=2, num_solutions=40)
 

@@ -30,6 +30,8 @@ from understudy.http.client import MAX_ERROR_BYTES
 from understudy.http.replicas import Attempts, Permit, Replicas
 from understudy.http.replies import MAX_WAIT_S
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-understudy-0123456789"
 WAIT_S = 20.0
 """For what a test waits on; it passes long before."""

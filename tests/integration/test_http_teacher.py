@@ -42,6 +42,8 @@ from understudy.teachers.remote.score_check import MAX_FOREIGN_MASS, TOLERANCE, 
 from understudy.teachers.stores.cache import CachedTeacher
 from understudy.types import Need, Sample, Scores
 
+pytestmark = pytest.mark.slow
+
 SAMPLED: frozenset[Need] = frozenset({"sampled"})
 TOPK: frozenset[Need] = frozenset({"topk"})
 APIS = ("vllm", "sglang", "completions")

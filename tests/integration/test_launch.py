@@ -19,6 +19,8 @@ from understudy.engines.vllm import supervisor
 from understudy.engines.vllm.launch import ServerProcess, free_port, free_ports, port_is_free
 from understudy.errors import EngineError
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 20.0
 
 SERVER = """

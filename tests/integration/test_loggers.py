@@ -18,6 +18,8 @@ import pytest
 from understudy.errors import CheckpointError, RecipeError
 from understudy.trainer.loggers import LOGGERS, Guarded, JsonLines, check_loggers, make_loggers
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {"method": {"type": "gkd"}, "teacher": {"api_key": "sk-very-private", "url": "http://me:pass@host/v1"}}
 
 

@@ -30,6 +30,8 @@ from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer import loop
 from understudy.types import Sample
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {"prompts_per_step": 4, "samples_per_prompt": 2}
 SOLUTIONS = {"type": "solutions"}
 EXTRA: dict[str, dict[str, Any]] = {

@@ -27,6 +27,8 @@ from understudy.errors import EngineError, RecipeError
 from understudy.trainer.loop import Trainer
 from understudy.types import Request, Sample, Sampling
 
+pytestmark = pytest.mark.slow
+
 COPY = {"type": "hf", "copy": True}
 
 

@@ -22,6 +22,8 @@ from understudy.errors import UnderstudyError
 from understudy.tasks import build_tokenizer
 from understudy.teachers.stores.recording import read_record
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, dict[str, torch.Tensor]]
 
 

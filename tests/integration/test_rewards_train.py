@@ -30,6 +30,8 @@ from understudy.trainer import loop, rollouts
 from understudy.trainer.update import MicroBatch
 from understudy.types import Author, Grade, Prompt, Sample, Verdict
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {"prompts_per_step": 4, "samples_per_prompt": 2, "steps": 2}
 Grader = Callable[[object, Prompt, str], Grade | None]
 

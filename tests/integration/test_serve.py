@@ -50,6 +50,8 @@ from understudy.teachers.remote.protocol import (
 from understudy.teachers.remote.served import Served, ServedTeacher
 from understudy.types import Need, Sample, Scores
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 37
 TEMPERATURE = 0.7
 WAIT_S = 60.0

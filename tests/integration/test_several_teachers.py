@@ -39,6 +39,8 @@ from understudy.trainer import loop
 from understudy.trainer.update import MicroBatch
 from understudy.types import Sample, Scores
 
+pytestmark = pytest.mark.slow
+
 MIX = {
     "type": "mix",
     "parts": {

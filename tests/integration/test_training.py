@@ -26,6 +26,8 @@ from understudy.trainer.checkpoint import find_checkpoint, load_checkpoint
 from understudy.trainer.console import Console
 from understudy.trainer.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 DETERMINISTIC = ("loss", "grad_norm", "log_ratio", "student_entropy", "response_tokens", "lr", "num_samples")
 
 
@@ -229,7 +231,6 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: signal.Signals) -> No
     assert json.loads((run_dir / "run.json").read_text())["status"] == "stopped by a signal"
 
 
-@pytest.mark.slow
 def test_kill_at_any_instant_then_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     """`kill -9` at moments spread over the run, most of which goes to writing checkpoints: none loads wrongly."""
     changes = distillation(tmp_path, train={"steps": 30, "save_every": 1, "keep_last": 2})

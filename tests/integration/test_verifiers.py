@@ -17,6 +17,8 @@ from understudy.tasks.verifiers import find_verifier, grade_exact, grade_math, m
 from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
 from understudy.tasks.verifiers.math_process import compare
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NO_ANSWER = ["", "   \n", "I give up.\nReally.", "\\boxed{}", "\\boxed{", "#### ", "<think>\\boxed{1}</think>"]
 WRONG = "123456789"

@@ -34,6 +34,8 @@ from understudy.errors import DataError, EngineError, RecipeError, WeightsLostEr
 from understudy.models.save import merged_state_dict
 from understudy.types import Author, Request, Sample, Sampling
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 """The stub's forward with a cache against one without, in float32."""
 PATIENCE = {"timeout_s": 20.0, "deadline_s": 20.0, "max_retries": 0}
