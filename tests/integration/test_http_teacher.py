@@ -78,6 +78,7 @@ class Server:
         self.closed = 404
         self.num_closed = 0
         self.asked: list[Asked] = []
+        self.broken: list[Exception] = []
         self.models = [{"id": MODEL, "max_model_len": 64}]
         lock, server = Lock(), self
 
@@ -100,7 +101,12 @@ class Server:
                 with lock:
                     number = len(server.asked)
                     server.asked.append(Asked(self.path, body, dict(self.headers)))
-                    found = server.mangle(server.answer(self.path, body), number)
+                    try:
+                        found = server.mangle(server.answer(self.path, body), number)
+                    except Exception as error:
+                        # the client would retry, and a test of wrong replies pass without one
+                        server.broken.append(error)
+                        raise
                 status, reply = found if isinstance(found, tuple) else (200, found)
                 self.send(status, reply)
 
@@ -114,6 +120,8 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loopback.close()
+        if kind is None and self.broken:
+            raise AssertionError(f"the stub itself failed: {self.broken[0]!r}") from self.broken[0]
 
     @torch.no_grad()
     def rows(self, ids: Sequence[int]) -> Tensor:

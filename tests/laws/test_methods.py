@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.worlds import CASES, DISTILLATION, TRUNCATED, World
+from understudy.errors import ScoreError
 from understudy.linear import LMHead, evaluate
 from understudy.methods import AOPD, GKD, METHODS, OPD, REFUSED, SFT, Method, Phases, RolloutPlan, TopK
 from understudy.types import TokenBatch
@@ -313,3 +314,39 @@ def test_uses_covers_every_plan(name: str) -> None:
         assert uses.prefixes or plan.prefix_share == 0
         assert uses.judge or plan.acceptance is None
         assert plan.rewards is None or plan.rewards.source in uses.rewards
+
+
+SCORES = ("teacher_logprob", "reference_logprob", "topk_logprob", "outcome_advantage", "rollout_logprob")
+GIVEN_BY: dict[str, str] = {"sampled": "teacher_logprob", "topk": "topk_logprob", "reference": "reference_logprob"}
+
+
+@pytest.mark.parametrize("field", SCORES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_missing_score_is_refused_or_not_read(name: str, field: str) -> None:
+    """Law 9 for the declaration: what a method reads it `requires`, so NaN there is an error and never a loss."""
+    method, world = CASES[name], World.make()
+    batch = world.judged(method)
+    value = getattr(batch, field)
+    if value is None:
+        return
+    plain = world.evaluate(method, batch=batch).loss
+    try:
+        without = world.evaluate(method, batch=replace(batch, **{field: torch.full_like(value, torch.nan)})).loss
+    except ScoreError:
+        return
+    assert torch.equal(without, plain), f"{name} reads {field} and does not require it"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_score_that_was_not_asked_for_is_not_read(name: str) -> None:
+    """A teacher is asked for `needs` alone: whatever else a batch holds changes nothing."""
+    method, world = CASES[name], World.make()
+    batch = world.judged(method)
+    needs = method.needs
+    unasked = {GIVEN_BY[need]: None for need in GIVEN_BY if need not in needs and "full" not in needs}
+    if "topk" in needs:
+        # a teacher gives the sampled token's score beside its K tokens
+        unasked.pop("teacher_logprob", None)
+    bare = dict.fromkeys(("teacher", "reference")) if "full" not in needs else {}
+    plain = world.evaluate(method, batch=batch, **bare).loss
+    assert torch.equal(world.evaluate(method, batch=replace(batch, **unasked), **bare).loss, plain)

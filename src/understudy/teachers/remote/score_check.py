@@ -34,7 +34,7 @@ class RawScores:
     """A server's numbers for one sample, one row for each response token."""
 
     token_ids: Sequence[int]
-    """[R] ids that it scored."""
+    """[R] ids that it scored, as it says itself; they are compared with what was sent."""
     logprob: Sequence[Any]
     """[R] numbers, None where one is missing."""
     top: Sequence[Sequence[tuple[int, Any]]] | None = None
