@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -137,7 +137,7 @@ def _parse_field(item: Field[Any], hint: Any, value: object, path: str) -> Any:
     if inner is not None:
         return None if value is None and NoneType in get_args(hint) else parse(inner, value, path)
     if isinstance(value, bool) and bool not in _flat(hint):
-        raise RecipeError(f"{path} is {value}; it must be {_words(hint)}")
+        raise RecipeError(f"{path} is {value}; it must be {words(hint)}")
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
@@ -218,19 +218,24 @@ def _dataclass_in(hint: Any) -> type[Any] | None:
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "left out"}
 
 
-def _words(hint: Any) -> str:
-    return " or ".join(_WORDS.get(part, str(part).replace("typing.", "")) for part in _flat(hint))
+def words(hint: Any) -> str:
+    """The values that a key may have, in words: "a number or left out", "token, sequence"."""
+    options = [", ".join(map(str, get_args(part))) for part in _flat(hint) if get_origin(part) is Literal]
+    others = [
+        _WORDS.get(part, str(part).replace("typing.", "")) for part in _flat(hint) if get_origin(part) is not Literal
+    ]
+    return " or ".join([*options, *others])
 
 
 def _complaint(error: ValidationError, hint: Any, value: object) -> str:
     options = [option for part in _flat(hint) for option in get_args(part) if isinstance(option, str)]
     if options:
         return f"it must be one of {', '.join(options)} ({nearest(str(value), options)})"
-    return f"it must be {_words(hint)} ({error.errors()[0]['msg']})"
+    return f"it must be {words(hint)} ({error.errors()[0]['msg']})"
 
 
 def _expected(item: Field[Any], hint: Any) -> str:
     chosen: Choice | None = item.metadata.get("choice")
     if chosen is not None:
         return f"; it needs a `type`: {', '.join(chosen.table)}"
-    return "" if _dataclass_in(hint) else f"; it must be {_words(hint)}"
+    return "" if _dataclass_in(hint) else f"; it must be {words(hint)}"

@@ -284,6 +284,7 @@ def test_methods_and_init(tmp_path: Path) -> None:
     assert code == 0
     assert all(name in text for name in ("opd", "gkd", "topk", "sft"))
     assert "direction" in run("methods", "topk")[1]
+    assert "forward, reverse" in run("methods", "topk")[1]
     assert "did you mean 'gkd'" in run("methods", "gkdd")[1]
     path = tmp_path / "mine.yaml"
     assert run("init", str(path), "--student", "a/b", "--teacher", "c/d")[0] == 0

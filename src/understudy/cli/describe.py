@@ -6,6 +6,7 @@ import inspect
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 
@@ -35,8 +36,9 @@ def methods(name: str | None) -> None:
         console.note(inspect.getdoc(inspect.getmodule(kind)) or "")
         console.note("")
         console.note(inspect.getdoc(kind) or "")
+        hints = get_type_hints(kind)
         rows = [
-            [item.name, str(item.type), "required" if item.default is MISSING else str(item.default)]
+            [item.name, config.words(hints[item.name]), "required" if item.default is MISSING else str(item.default)]
             for item in fields(kind)
         ]
         if rows:
