@@ -19,7 +19,7 @@ from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request
 from tests.vllm_env import vllm_python
 from torch import Tensor
 
-from understudy.engines import VLLM, HFEngine
+from understudy.engines import VLLM, EngineSetup, HFEngine
 from understudy.engines.base import Probe
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.settings import Launch
@@ -92,16 +92,18 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     args = ("--max-num-seqs", "16", "--enforce-eager", "--no-enable-chunked-prefill")
     launch = Launch(python=vllm_python(), env=env, args=args)
     model = build(request.param)
-    engine = VLLMEngine(
-        VLLM(launch=launch, grouped=not request.param),
-        model,
-        letters(VOCAB_SIZE),
-        seed=0,
-        stop_ids=(EOS,),
+    setup = EngineSetup(
+        model=model,
+        tokenizer=letters(VOCAB_SIZE),
         vocab_size=VOCAB_SIZE,
+        stop_ids=(EOS,),
+        autocast=None,
+        seed=0,
         sampling=WARM,
+        max_new_tokens=WARM.max_new_tokens,
         run_dir=tmp_path_factory.mktemp("run"),
     )
+    engine = VLLM(launch=launch, grouped=not request.param).open(setup)
     with nothing_left(), closing(engine):
         made = Engine(model, engine, request.param)
         started = time.perf_counter()

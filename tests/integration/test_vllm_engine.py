@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.config import parse
-from understudy.engines import VLLM, HFEngine
+from understudy.engines import VLLM, EngineSetup, HFEngine
 from understudy.engines.base import Probe
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.launch import free_port
@@ -58,6 +58,27 @@ def requests(per_prompt: int = 3) -> list[Request]:
     return [request(f"p{number}", ids, index) for number, ids in enumerate(PROMPTS) for index in range(per_prompt)]
 
 
+def setup_of(
+    model: Any,
+    tmp_path: Path,
+    *,
+    vocab_size: int | None = None,
+    stop_ids: tuple[int, ...] = (EOS,),
+    sampling: Sampling = LONG,
+) -> EngineSetup:
+    return EngineSetup(
+        model=model,
+        tokenizer=letters(vocab_size or NUM_ROWS),
+        vocab_size=vocab_size or NUM_ROWS,
+        stop_ids=stop_ids,
+        autocast=None,
+        seed=0,
+        sampling=sampling,
+        max_new_tokens=sampling.max_new_tokens,
+        run_dir=tmp_path / "run",
+    )
+
+
 @contextmanager
 def make_engine(
     model: Any,
@@ -79,14 +100,7 @@ def make_engine(
         section.pop("mode", None)
         given = {"url": tuple(server.url for server in servers)} | PATIENCE | section
         made = VLLMEngine(
-            VLLM(**given),
-            model,
-            letters(vocab_size or NUM_ROWS),
-            seed=0,
-            stop_ids=stop_ids,
-            vocab_size=vocab_size or NUM_ROWS,
-            sampling=sampling,
-            run_dir=tmp_path / "run",
+            VLLM(**given), setup_of(model, tmp_path, vocab_size=vocab_size, stop_ids=stop_ids, sampling=sampling)
         )
         yield stack.enter_context(closing(made)), servers
 
@@ -796,16 +810,8 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
     model = moved(model_of(tied=True))
     command = (sys.executable, "-m", "tests.engine_stub", "{model}", "--port", "{port}")
     launch = Launch(command=command, env={"OMP_NUM_THREADS": "1"}, ready_timeout_s=60.0, num_servers=1)
-    engine = VLLMEngine(
-        VLLM(**{"launch": launch} | PATIENCE | {"max_retries": 1}),  # type: ignore[arg-type]
-        model,
-        letters(),
-        seed=0,
-        stop_ids=(EOS,),
-        vocab_size=NUM_ROWS,
-        sampling=LONG,
-        run_dir=tmp_path / "run",
-    )
+    section = VLLM(**{"launch": launch} | PATIENCE | {"max_retries": 1})  # type: ignore[arg-type]
+    engine = section.open(setup_of(model, tmp_path))
     with nothing_left(), closing(engine):
         assert push(engine, model) < TOLERANCE
         assert push(engine, moved(model, seed=2), 1) < TOLERANCE
@@ -857,7 +863,7 @@ def test_a_section_as_a_recipe_writes_it() -> None:
         VLLM, {"url": ["http://localhost:8000/v1", "http://127.0.0.1:8001/"], "timeout_s": 5, "dtype": "bfloat16"}
     )
     assert section.urls == ("http://localhost:8000", "http://127.0.0.1:8001")
-    assert section.retry_policy.timeout_s == 5
+    assert section.retry_policy().timeout_s == 5
     assert section.is_local
     with pytest.raises(RecipeError, match="there is no program"):
         parse(VLLM, {"launch": {"python": "/nowhere/python"}}).check()
@@ -873,7 +879,7 @@ def test_the_timeout_grows_with_the_longest_response(tmp_path: Path) -> None:
     """32,768 tokens at 10 a second; what the recipe says stays."""
 
     def retry_policy(length: int, **given: float) -> tuple[float, float]:
-        found = parse(VLLM, {"url": "http://localhost:1", **given}).for_responses(length).retry_policy
+        found = parse(VLLM, {"url": "http://localhost:1", **given}).retry_policy(length)
         return found.timeout_s, found.deadline_s
 
     assert retry_policy(512) == (900.0, 3600.0)
@@ -883,7 +889,7 @@ def test_the_timeout_grows_with_the_longest_response(tmp_path: Path) -> None:
     assert retry_policy(32_768, deadline_s=6.0) == (3276.8, 6.0)
     long = Sampling(max_new_tokens=32_768)
     with make_engine(model_of(), tmp_path, sampling=long, timeout_s=None, deadline_s=None) as (engine, _):
-        assert engine._section.retry_policy.timeout_s == 3276.8
+        assert engine._servers._policy.timeout_s == 3276.8
 
 
 def test_a_server_of_its_own_writes_no_line_for_each_request(tmp_path: Path) -> None:
@@ -899,12 +905,10 @@ class Pipe:
     def __init__(self, num_servers: int) -> None:
         self.queues: list[SimpleQueue[Tensor]] = [SimpleQueue() for _ in range(num_servers)]
 
-    def broadcast(self, tensor: Tensor) -> None:
-        for queue in self.queues:
-            queue.put(tensor.clone())
-
-    def is_done(self) -> bool:
-        return all(queue.empty() for queue in self.queues)
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            for queue in self.queues:
+                queue.put(tensor.clone())
 
 
 class OverNCCL:

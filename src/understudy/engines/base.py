@@ -26,29 +26,6 @@ class Probe:
     logprob: tuple[Tensor, ...]
     """[L - 1] each: of every token but the first, given those before it. NaN: not compared."""
 
-    def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprob):
-            raise ValueError(f"{len(self.token_ids)} sequences and {len(self.logprob)} rows of log-probabilities")
-        for ids, logprob in zip(self.token_ids, self.logprob, strict=True):
-            if ids.numel() < 2 or logprob.shape != (ids.numel() - 1,):
-                raise ValueError(f"{ids.numel()} tokens and log-probabilities of shape {tuple(logprob.shape)}")
-
-    @property
-    def num_compared(self) -> int:
-        """Tokens with a log-probability."""
-        return sum(int((~logprob.isnan()).sum()) for logprob in self.logprob)
-
-    def first(self, num_tokens: int, longest: int) -> Probe:
-        """The first sequences, each cut to `longest` tokens, until `num_tokens` are compared."""
-        ids, logprob, num_compared = [], [], 0
-        for row, values in zip(self.token_ids, self.logprob, strict=True):
-            if num_compared >= num_tokens or longest < 2:
-                break
-            ids.append(row[:longest])
-            logprob.append(values[: longest - 1])
-            num_compared += int((~logprob[-1].isnan()).sum())
-        return Probe(tuple(ids), tuple(logprob))
-
 
 class Generates(Protocol):
     """Turns requests into samples."""

@@ -69,31 +69,30 @@ class Response:
     """Draws thrown away because the tokenizer does not have their token."""
 
 
-def open_responses(requests: Sequence[Request], max_new_tokens: int) -> list[Response]:
-    """An empty response for each request. Raises DataError for an empty prompt and for a prefix that leaves no room."""
+def open_responses(requests: Sequence[Request], max_new_tokens: int, limit: int | None, owner: str) -> list[Response]:
+    """An empty response for each request.
+
+    Raises DataError for an empty prompt and for a prefix that leaves no room, RecipeError for a request whose longest
+    response needs more than `limit` positions; `owner` has that many.
+    """
     responses = []
     for request in requests:
+        length = request.token_ids.numel()
         prefix = [] if request.prefix_ids is None else request.prefix_ids.tolist()
-        if request.token_ids.numel() == 0:
+        if length == 0:
             raise DataError(f"request {request.key} has no prompt token; a prompt needs at least one (a BOS will do)")
         if len(prefix) >= max_new_tokens:
             raise DataError(
                 f"request {request.key}: a prefix of {len(prefix)} tokens leaves nothing of max_new_tokens "
                 f"{max_new_tokens} to the student; cut it (`engines.requests.cut_prefix`)"
             )
-        responses.append(Response(request, request.token_ids.tolist() + prefix, max_new_tokens - len(prefix)))
-    return responses
-
-
-def check_positions(requests: Sequence[Request], max_new_tokens: int, limit: int | None, owner: str) -> None:
-    """Raises RecipeError for a request whose longest response needs more than `limit` positions; `owner` has that many."""
-    for request in requests:
-        length = request.token_ids.numel()
         if limit is not None and length + max_new_tokens > limit:
             raise RecipeError(
                 f"request {request.key}: {length} prompt tokens and max_new_tokens {max_new_tokens} make "
                 f"{length + max_new_tokens}, but {owner}; lower max_new_tokens or drop longer prompts"
             )
+        responses.append(Response(request, request.token_ids.tolist() + prefix, max_new_tokens - len(prefix)))
+    return responses
 
 
 def to_samples(responses: Sequence[Response], tokenizer: Any, *, with_logprob: bool = True) -> list[Sample]:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from torch import nn
 from understudy.engines.base import Engine, Weights
 from understudy.engines.hf.engine import HFEngine
 from understudy.types import Sampling
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +82,6 @@ class EngineSection(ABC):
         """Whether it starts servers of its own, which belong to one rank alone."""
         return False
 
-    @property
-    def copies(self) -> int:
-        """Copies of the student's weights that it keeps in this process."""
-        return 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class HF(EngineSection):
@@ -106,10 +98,6 @@ class HF(EngineSection):
     @property
     def beside_update(self) -> bool:
         return self.copy
-
-    @property
-    def copies(self) -> int:
-        return int(self.copy)
 
     def open(self, setup: EngineSetup) -> HFEngine:
         return setup.hf(copy.deepcopy(setup.model).requires_grad_(False) if self.copy else setup.model)

@@ -21,38 +21,28 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, room: int) -> None:
         super().__init__()
         self._room = room
-        self._stores: tuple[Tensor, Tensor] | None = None
+        self._stores: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends [B, heads, m, D] each, and returns the filled part."""
-        if self._stores is None:
+        if not self._stores:
             self.lazy_initialization(key_states, value_states)
-            self._stores = self._empty_like(key_states), self._empty_like(value_states)
+            for states in (key_states, value_states):
+                batch, heads, _, size = states.shape
+                self._stores.append(states.new_empty(batch, heads, self._room, size))
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        self._stores[0][:, :, start:end] = key_states
-        self._stores[1][:, :, start:end] = value_states
-        self._fill(end)
+        for store, states in zip(self._stores, (key_states, value_states), strict=True):
+            store[:, :, start:end] = states
+        self.keys, self.values = (store[:, :, :end] for store in self._stores)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keeps the rows `beam_idx`, in this order; they may be fewer or more than before."""
-        if self._stores is None:
-            return
-        end = self.get_seq_length()
-        chosen = self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx)
-        self._stores = self._empty_like(chosen[0]), self._empty_like(chosen[1])
-        for store, filled in zip(self._stores, chosen, strict=True):
-            store[:, :, :end] = filled
-        self._fill(end)
-
-    def _empty_like(self, states: Tensor) -> Tensor:
-        batch, heads, _, size = states.shape
-        return states.new_empty(batch, heads, self._room, size)
-
-    def _fill(self, end: int) -> None:
-        assert self._stores is not None
-        self.keys, self.values = self._stores[0][:, :, :end], self._stores[1][:, :, :end]
+        if self._stores:
+            end = self.get_seq_length()
+            self._stores = [store.index_select(0, beam_idx) for store in self._stores]
+            self.keys, self.values = (store[:, :, :end] for store in self._stores)
 
 
 def new_cache(config: Any, room: int) -> DynamicCache:

@@ -69,12 +69,11 @@ class PushCheck:
 
     def after_push(self, probe: Probe, version: int) -> float | None:
         """Returns the gap. Raises EngineError for a server that disagrees, and for one in which nothing moves."""
-        chosen = self._choose(probe)
-        asked = [row.tolist() for row in chosen.token_ids]
+        asked, own = self._choose(probe)
         old = self._asked if self._changed else []
         answers = self._servers.score(old + asked)
         new = {url: rows[len(old) :] for url, rows in answers.items()}
-        gap = self._compare(chosen, new, version)
+        gap = self._compare(own, new, version)
         for url, rows in answers.items() if old else ():
             movable = sum(value < CERTAIN for row in self._answers[url] for value in row)
             if rows[: len(old)] != self._answers[url]:
@@ -93,21 +92,27 @@ class PushCheck:
 
     def again(self, probe: Probe, version: int) -> None:
         """Raises DisagreesError if a server no longer has the weights of the last push."""
-        chosen = self._choose(probe)
-        answers = self._servers.score([row.tolist() for row in chosen.token_ids])
-        self._compare(chosen, answers, version)
+        asked, own = self._choose(probe)
+        self._compare(own, self._servers.score(asked), version)
 
-    def _choose(self, probe: Probe) -> Probe:
+    def _choose(self, probe: Probe) -> tuple[list[list[int]], Tensor]:
+        """The first sequences with enough tokens to compare, cut to what fits, and the trainer's log-probabilities of all."""
         # scoring writes one token, which has to fit too
         longest = (self._servers.facts.max_length or 2**31) - 1
-        return probe.first(self._num_tokens, longest)
+        asked, own = [], torch.empty(0, dtype=torch.float64)
+        for ids, logprob in zip(probe.token_ids, probe.logprob, strict=True):
+            if int((~own.isnan()).sum()) >= self._num_tokens:
+                break
+            asked.append(ids[:longest].tolist())
+            own = torch.cat([own, logprob[: longest - 1].double()])
+        return asked, own
 
-    def _compare(self, chosen: Probe, answers: dict[str, list[list[float]]], version: int) -> float | None:
+    def _compare(self, own: Tensor, answers: dict[str, list[list[float]]], version: int) -> float | None:
         """Returns the largest gap of all servers, None where there is nothing to compare. Raises DisagreesError."""
-        if chosen.num_compared == 0:
-            return None
-        own = torch.cat([row.double() for row in chosen.logprob])
         compared = ~own.isnan()
+        num_compared = int(compared.sum())
+        if num_compared == 0:
+            return None
         gaps = {}
         for url, rows in answers.items():
             values = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
@@ -118,7 +123,7 @@ class PushCheck:
             each = ", ".join(f"{url}: {gap:.2g}" for url, gap in gaps.items())
             raise DisagreesError(
                 f"after the push of version {version} the rollout engine's log-probabilities are not the trainer's: they "
-                f"differ by {each} nats on average over {chosen.num_compared} tokens, and the precision explains "
+                f"differ by {each} nats on average over {num_compared} tokens, and the precision explains "
                 f"{self._tolerance:g}. The weights did not arrive, or a tied output layer kept its old copy, or the engine "
                 "computes in another precision (rollout.dtype) or reports another kind of number (its --logprobs-mode)"
             )

@@ -10,15 +10,15 @@ from threading import Lock
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from understudy.engines.base import Probe, Weights
-from understudy.engines.requests import Response, check_positions, open_responses, to_samples
+from understudy.engines.requests import Response, open_responses, to_samples
+from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.check import DisagreesError, PushCheck
 from understudy.engines.vllm.gate import Gate
 from understudy.engines.vllm.replies import read_choices
 from understudy.engines.vllm.servers import Servers
-from understudy.engines.vllm.settings import PROCESSED, RAW, VLLMKeys, check_temperature, logprobs_mode, promises
+from understudy.engines.vllm.settings import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
 from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, engine_dtype, with_head
 from understudy.errors import EngineError, RecipeError, WeightsLostError
 from understudy.http import Refused
@@ -47,44 +47,22 @@ class VLLMEngine:
 
     remote: bool = True
 
-    def __init__(
-        self,
-        section: VLLMKeys,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        seed: int,
-        stop_ids: tuple[int, ...],
-        vocab_size: int,
-        sampling: Sampling,
-        run_dir: Path,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        """`sampling`: of the samples that are trained on; those for evaluation may differ, and have no log-probability where
-        the servers do not give the promised one. Raises RecipeError for a setting that vLLM cannot honour."""
-        check_temperature(sampling)
-        needed = logprobs_mode(sampling)
-        section = section.for_responses(sampling.max_new_tokens)
-        self._section = section
-        self._model = model
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._stop_ids = sorted(stop_ids)
-        self._vocab_size = vocab_size
-        self._sampling = sampling
-        self._run_dir = run_dir
-        num_rows = int(unwrap(model).get_output_embeddings().weight.shape[0])
-        padding = range(vocab_size, num_rows)
+    def __init__(self, section: VLLM, setup: EngineSetup) -> None:
+        """`setup.sampling`: of the samples that are trained on; those for evaluation may differ, and have no log-probability
+        where the servers do not give the promised one. Raises RecipeError for a setting that vLLM cannot honour."""
+        self._section, self._setup = section, setup
+        model = unwrap(setup.model)
+        padding = range(setup.vocab_size, int(model.get_output_embeddings().weight.shape[0]))
         self._bias = {str(row): FORBID for row in padding} if 0 < len(padding) <= MAX_BIASED else {}
         self._dtype = engine_dtype(section.dtype, model)
-        exact = self._dtype == torch.float32 == unwrap(model).dtype and autocast in (None, torch.float32)
+        exact = self._dtype == torch.float32 == model.dtype and setup.autocast in (None, torch.float32)
         # a bias shows in processed log-probabilities only
-        mode = needed or (PROCESSED if self._bias else RAW)
-        self._servers = Servers(section, run_dir, dtype=str(self._dtype).removeprefix("torch."), mode=mode, seed=seed)
+        mode = logprobs_mode(setup.sampling) or (PROCESSED if self._bias else RAW)
+        policy = section.retry_policy(setup.max_new_tokens)
+        self._servers = Servers(section, policy, setup.run_dir, dtype=self._dtype, mode=mode, seed=setup.seed)
         tolerance = section.check_tolerance or (FLOAT32_GAP if exact else HALF_GAP)
         self._check = PushCheck(self._servers, self._dtype, tolerance, section.probe_tokens)
-        deadline_s = section.retry_policy.deadline_s
-        self._gate = Gate(deadline_s)
+        self._gate = Gate(policy.deadline_s)
         self._pushing = Lock()
         self._closed = False
         self._last_probe: Probe | None = None
@@ -93,7 +71,7 @@ class VLLMEngine:
         self._transfer: NCCLTransfer | None = None
         if section.weights == "nccl":
             device = next(model.parameters()).device
-            self._transfer = NCCLTransfer(self._servers, self._dtype, device, deadline_s)
+            self._transfer = NCCLTransfer(self._servers, self._dtype, device, policy.deadline_s)
 
     @property
     def concurrency(self) -> int:
@@ -112,7 +90,9 @@ class VLLMEngine:
 
     def health(self) -> str:
         """A line about the servers. Raises EngineError for one that does not answer."""
-        return self._servers.health()
+        self._servers.explain(0.0)
+        self._servers.everywhere("/health", method="GET")
+        return f"vLLM at {', '.join(self._servers.urls)}"
 
     def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> float | None:
         """Gives every server the weights, by the names of the plain model; the first call starts the servers.
@@ -141,15 +121,11 @@ class VLLMEngine:
                 return None
             # The head goes along under a name of its own, because an engine may keep a copy of a tied one. The check notes
             # in passing whether any weight differs from the last push.
-            weights = self._check.watch(with_head(self._model, weights))
+            weights = self._check.watch(with_head(self._setup.model, weights))
             if not self._servers.started and self._section.launch is not None:
-                # Servers of the run's own begin with these weights. Only the tensors are removed afterwards: a server may
-                # read configuration and tokenizer again.
-                start_dir = self._open_store().write(weights, "start")
-                try:
-                    self._start(start_dir)
-                finally:
-                    self._open_store().drop_tensors(start_dir)
+                # Servers of the run's own begin with these weights.
+                with self._open_store().written(weights, "start", keeps_config=True) as directory:
+                    self._start(directory)
             else:
                 if not self._servers.started:
                     self._start(None)
@@ -209,12 +185,11 @@ class VLLMEngine:
         before anything is sent, and EngineError for servers that give no right answer.
         """
         check_temperature(sampling)
-        responses = open_responses(requests, sampling.max_new_tokens)
         # servers tell their limits once they have weights
         with self._gate.passing():
             facts = self._servers.facts
         owner = f"the rollout engine takes {facts.max_length} (start it with a larger --max-model-len)"
-        check_positions(requests, sampling.max_new_tokens, facts.max_length, owner)
+        responses = open_responses(requests, sampling.max_new_tokens, facts.max_length, owner)
         self._wrote_since_check = True
         groups = [[response] for response in responses]
         if self._section.grouped:
@@ -222,7 +197,7 @@ class VLLMEngine:
             for response in responses:
                 same.setdefault((response.room, *response.context), []).append(response)
             groups = list(same.values())
-        write = partial(self._write, sampling=sampling, stream=f"{self._seed}/{stream}/{step}")
+        write = partial(self._write, sampling=sampling, stream=f"{self._setup.seed}/{stream}/{step}")
         try:
             while groups:
                 self._servers.client.each(groups, write)
@@ -232,7 +207,7 @@ class VLLMEngine:
             if not self._closed:
                 self._servers.explain()
             raise
-        return to_samples(responses, self._tokenizer, with_logprob=promises(facts.logprobs_mode, sampling))
+        return to_samples(responses, self._setup.tokenizer, with_logprob=promises(facts.logprobs_mode, sampling))
 
     def close(self) -> None:
         """Cancels requests in flight, stops the run's own servers, and removes the weights. A second call does nothing."""
@@ -258,23 +233,24 @@ class VLLMEngine:
     def _open_store(self) -> WeightStore:
         # not in __init__, because only the rank that pushes may take the folder
         if self._store is None:
-            place: Path | Literal["shm"] | None = self._run_dir / "weights"
+            setup = self._setup
+            place: Path | Literal["shm"] | None = setup.run_dir / "weights"
             if self._section.weights_dir is not None:
                 place = Path(self._section.weights_dir).expanduser()
             elif self._section.weights == "shm":
                 place = "shm"
             elif self._section.weights == "auto" and self._section.is_local:
                 place = None
-            self._store = WeightStore(self._model, self._tokenizer, self._run_dir, dtype=self._dtype, place=place)
+            self._store = WeightStore(setup.model, setup.tokenizer, setup.run_dir, dtype=self._dtype, place=place)
         return self._store
 
     def _start(self, directory: Path | None) -> None:
         self._servers.start(directory)
         mode = self._servers.facts.logprobs_mode
-        if not promises(mode, self._sampling):
+        if not promises(mode, self._setup.sampling):
             raise RecipeError(
                 f"the rollout engine {self._servers.urls[0]} is in logprobs mode {mode}, and the recipe's sampling needs "
-                f"{logprobs_mode(self._sampling) or RAW}: start it with --logprobs-mode"
+                f"{logprobs_mode(self._setup.sampling) or RAW}: start it with --logprobs-mode"
             )
 
     def _write(self, group: list[Response], sampling: Sampling, stream: str) -> None:
@@ -294,7 +270,7 @@ class VLLMEngine:
             self._wrote_since_check = True
             for response, (ids, logprob, finish) in zip(group, choices, strict=True):
                 # without a bias a token may be drawn that the tokenizer does not have: the response ends before it
-                keep = next((place for place, token in enumerate(ids) if token >= self._vocab_size), len(ids))
+                keep = next((place for place, token in enumerate(ids) if token >= self._setup.vocab_size), len(ids))
                 response.ids += ids[:keep]
                 response.logprob += logprob[:keep]
                 response.version += [version] * keep
@@ -334,7 +310,7 @@ class VLLMEngine:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "stop_token_ids": self._stop_ids,
+            "stop_token_ids": sorted(self._setup.stop_ids),
             # the model's own EOS need not be among the trainer's stop tokens
             "ignore_eos": True,
             # 0 likeliest tokens beside the sampled one

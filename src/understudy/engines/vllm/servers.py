@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.engines.vllm.replies import read_scores
-from understudy.engines.vllm.settings import Launch, VLLMKeys
+from understudy.engines.vllm.settings import VLLM, Launch
 from understudy.errors import EngineError, RecipeError
 from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
 
@@ -39,10 +41,6 @@ class _NoRouteError(EngineError):
     """The server does not know the path."""
 
 
-def _nothing(reply: Reply) -> None:
-    """The status is all that counts."""
-
-
 def _success(reply: Reply) -> None:
     """`{"success": false}`: requests still hold blocks of the cache. Older servers reply with nothing."""
     if reply.content.strip() and reply.json().get("success") is False:
@@ -62,19 +60,27 @@ class Servers:
     `start` comes before everything else. Every failure is an EngineError that names the server.
     """
 
-    def __init__(self, section: VLLMKeys, run_dir: Path, *, dtype: str, mode: str, seed: int) -> None:
+    client: HttpClient
+    """Shares requests for samples out between the servers."""
+
+    def __init__(
+        self, section: VLLM, policy: RetryPolicy, run_dir: Path, *, dtype: torch.dtype, mode: str, seed: int
+    ) -> None:
         """`dtype` and `mode` (of log-probabilities): for servers that are started here."""
         self._section = section
+        self._policy = policy
         self._run_dir = run_dir
         self._dtype = dtype
         self._mode = mode
         self._seed = seed
+        self.urls: tuple[str, ...] = ()
+        """In the order of the servers' numbers."""
         self._processes: list[ServerProcess] = []
+        self._clients: list[HttpClient] = []
+        """The last one manages the servers."""
         self._unpausable: set[int] = set()
         self._paused: set[int] = set()
         """Servers that were asked to pause, whether they answered or not."""
-        self._client: HttpClient | None = None
-        self._control: HttpClient | None = None
         self._facts: Facts | None = None
 
     @property
@@ -89,17 +95,6 @@ class Servers:
             raise EngineError("the rollout engine has no weights yet")
         return self._facts
 
-    @property
-    def client(self) -> HttpClient:
-        """Shares requests for samples out between the servers."""
-        assert self._client is not None
-        return self._client
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """In the order of the servers' numbers."""
-        return () if self._control is None else self._control.urls
-
     def start(self, model_dir: Path | None) -> None:
         """Starts the servers with the weights in `model_dir`, or finds those of the user, and reads their facts."""
         try:
@@ -109,35 +104,27 @@ class Servers:
                 self._start_processes(launch, model_dir)
             urls = [process.url for process in self._processes] or list(self._section.urls)
             # a server of the run's own that has died does not come back, so nobody waits for it
-            policy = replace(self._section.retry_policy, waits=launch is None)
-            self._client = self._open_client(urls, policy)
+            policy = replace(self._policy, waits=launch is None)
+            self.client = self._open_client(urls, policy)
+            self.urls = self.client.urls
             # a client of its own: a request to pause must not wait behind the samples that it is to interrupt
             control = replace(
                 policy, max_retries=min(CONTROL_RETRIES, policy.max_retries), max_concurrency=max(8, len(urls))
             )
             # at the start a server that is not there has another address; later it may be restarting
-            self._control = self._open_client(urls, replace(control, waits=False))
+            self._open_client(urls, replace(control, waits=False))
             facts = self._read_facts()
-            self._control.close()
-            self._control = self._open_client(urls, control)
+            self._clients.pop().close()
+            self._open_client(urls, control)
             self._facts = facts
         except BaseException:
             self.close()
-            self._processes = []
             raise
 
     def explain(self, within_s: float = DYING_S) -> None:
         """After a failure: raises EngineError with the end of its log for a server of the run's own that died of it."""
         for process in self._processes:
             process.check(within_s)
-
-    def health(self) -> str:
-        """A line with all servers. Raises EngineError for one that does not answer."""
-        self.explain(0.0)
-        if not self.started:
-            raise EngineError("the rollout engine has no weights yet")
-        self.everywhere("/health", method="GET")
-        return f"vLLM at {', '.join(self.urls)}"
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -159,21 +146,20 @@ class Servers:
         """
 
         def ask(server: int) -> None:
-            if server in self._unpausable:
-                return
-            self._paused.add(server)
-            try:
-                self._ask(server, "/pause?mode=abort", _nothing)
-            except _NoRouteError:
-                self._paused.discard(server)
-                self._unpausable.add(server)
+            if server not in self._unpausable:
+                self._paused.add(server)
+                try:
+                    self._ask(server, "/pause?mode=abort")
+                except _NoRouteError:
+                    self._paused.discard(server)
+                    self._unpausable.add(server)
 
         self._all_uncancelled(ask)
 
     def _resume(self) -> None:
         def ask(server: int) -> None:
             if server in self._paused:
-                self._ask(server, "/resume", _nothing)
+                self._ask(server, "/resume")
                 self._paused.discard(server)
 
         self._all_uncancelled(ask)
@@ -201,7 +187,7 @@ class Servers:
     def everywhere(
         self,
         path: str,
-        read: Callable[[Reply], Any] = _nothing,
+        read: Callable[[Reply], Any] = lambda _: None,
         *,
         bodies: Sequence[dict[str, Any]] | None = None,
         method: str = "POST",
@@ -225,17 +211,18 @@ class Servers:
         """Cancels requests in flight, and stops the run's own servers."""
         # last in, first out: the clients close, then all processes are told, and only then is each waited for
         with ExitStack() as stack:
-            for process in self._processes:
-                stack.callback(process.stop)
-            for process in self._processes:
-                stack.callback(process.ask_to_stop)
-            for client in (self._control, self._client):
-                if client is not None:
-                    stack.callback(client.close)
+            stack.callback(self._processes.clear)
+            for end in (ServerProcess.stop, ServerProcess.ask_to_stop):
+                for process in self._processes:
+                    stack.callback(end, process)
+            for client in self._clients:
+                stack.callback(client.close)
 
     def _open_client(self, urls: Sequence[str], policy: RetryPolicy) -> HttpClient:
         key = self._section.api_key_env
-        return HttpClient(urls, name="rollout engine", retry_policy=policy, api_key_env=key, seed=self._seed)
+        client = HttpClient(urls, name="rollout engine", retry_policy=policy, api_key_env=key, seed=self._seed)
+        self._clients.append(client)
+        return client
 
     def _start_processes(self, launch: Launch, model_dir: Path) -> None:
         given = range(launch.port, launch.port + launch.num_servers)
@@ -265,7 +252,7 @@ class Servers:
             "served-model-name": SERVED_NAME,
             "host": "127.0.0.1",
             "port": str(port),
-            "dtype": self._dtype,
+            "dtype": str(self._dtype).removeprefix("torch."),
             "logprobs-mode": self._mode,
             # else the model's own temperature, penalties and so on would join those of the recipe
             "generation-config": "vllm",
@@ -287,25 +274,18 @@ class Servers:
     def _read_facts(self) -> Facts:
         """Asks all servers. Raises RecipeError if they differ, lack the model, or would die of a seeded request."""
 
-        def read_model(reply: Reply) -> tuple[str, int | None]:
-            cards = reply.json().get("data") or []
-            names = [card.get("id") for card in cards]
-            wanted = self._section.model or (names[0] if names else None)
-            if wanted not in names:
-                raise RecipeError(
-                    f"{reply.url} has no model {wanted!r}; it has {', '.join(map(repr, names)) or 'none'}"
-                )
-            return str(wanted), cards[names.index(wanted)].get("max_model_len")
-
-        def read_config(reply: Reply) -> Any:
-            return _entry(reply.json(), "vllm_config")
-
         def ask(server: int) -> Facts:
-            model, max_length = self._ask(server, "/v1/models", read_model, method="GET")
+            cards = self._ask(server, "/v1/models", Reply.json, method="GET").get("data") or []
+            models = {card.get("id"): card for card in cards}
+            model = self._section.model or next(iter(models), None)
+            if model not in models:
+                listed = ", ".join(map(repr, models)) or "none"
+                raise RecipeError(f"{self.urls[server]} has no model {model!r}; it has {listed}")
             try:
-                config = self._ask(server, "/server_info?config_format=json", read_config, method="GET")
+                info = self._ask(server, "/server_info?config_format=json", Reply.json, method="GET")
             except _NoRouteError:
-                config = None
+                info = None
+            config = _entry(info, "vllm_config")
             on_cpu = _entry(config, "device_config", "device_type") == "cpu"
             if on_cpu and _entry(config, "scheduler_config", "enable_chunked_prefill") is True:
                 # its worker rewinds the generator of a seeded request after each chunk, which a CPU's cannot
@@ -314,7 +294,8 @@ class Servers:
                     "start it with --no-enable-chunked-prefill (rollout.launch.args)"
                 )
             mode = _entry(config, "model_config", "logprobs_mode")
-            return Facts(model, max_length, mode if isinstance(mode, str) else None)
+            max_length = models[model].get("max_model_len")
+            return Facts(str(model), max_length, mode if isinstance(mode, str) else None)
 
         found = self._all(ask)
         first = found[0]
@@ -329,8 +310,9 @@ class Servers:
 
     def _all(self, ask: Callable[[int], Result]) -> list[Result]:
         """`ask` for every server at the same time; the first error cancels the rest."""
-        assert self._control is not None
-        return self._control.each(range(len(self.urls)), ask)
+        if not self._clients:
+            raise EngineError("the rollout engine has no weights yet")
+        return self._clients[-1].each(range(len(self.urls)), ask)
 
     def _all_uncancelled(self, ask: Callable[[int], None]) -> None:
         """As `_all`, but nothing is cancelled, as a server may still obey a request that is given up."""
@@ -347,13 +329,17 @@ class Servers:
             raise errors[0]
 
     def _ask(
-        self, server: int, path: str, read: Callable[[Reply], Result], body: Any = None, method: str = "POST"
-    ) -> Result:
-        assert self._control is not None
+        self,
+        server: int,
+        path: str,
+        read: Callable[[Reply], Any] = lambda _: None,
+        body: Any = None,
+        method: str = "POST",
+    ) -> Any:
         name = path.partition("?")[0]
         key = f"{method} {name}" + (f" ({body['method']})" if name == "/collective_rpc" else "")
         try:
-            return self._control.request(path, read, key=key, json=body, method=method, replica=server)
+            return self._clients[-1].request(path, read, key=key, json=body, method=method, replica=server)
         except Refused as refused:
             kind = _NoRouteError if refused.status in (404, 405) else EngineError
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if kind is _NoRouteError else ""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from torch import nn
 
 from understudy.engines.base import Weights
-from understudy.engines.sections import EngineSection
+from understudy.engines.sections import EngineSection, EngineSetup
 from understudy.errors import RecipeError
 from understudy.http import RetryPolicy, check_address, check_variable, is_loopback
 from understudy.models.save import merged_state_dict
 from understudy.types import Sampling
+
+if TYPE_CHECKING:
+    from understudy.engines.vllm.engine import VLLMEngine
 
 PROCESSED, RAW = "processed_logprobs", "raw_logprobs"
 """Modes of vLLM: of the distribution that tokens are drawn from, and of the model's own at temperature 1."""
@@ -56,8 +59,8 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLMKeys(EngineSection):
-    """The keys of `rollout: {type: vllm}` and what follows from them; `VLLM` opens the engine."""
+class VLLM(EngineSection):
+    """vLLM servers, version 0.20 or later, with `VLLM_SERVER_DEV_MODE=1`, which opens the routes that replace weights."""
 
     url: str | tuple[str, ...] | None = None
     """URL of a server that you start; requests are shared out over several."""
@@ -96,21 +99,19 @@ class VLLMKeys(EngineSection):
             raise ValueError("url is an empty list; give at least one")
         for url in self.urls:
             check_address(url, "rollout.url")
-        far = next((url for url in self.urls if not is_loopback(urlsplit(url).hostname or "")), None)
-        if self.weights == "shm" and far is not None:
+        if self.weights == "shm" and not self.is_local:
             raise ValueError(
-                f"weights is shm, but {far} need not be on this machine: use weights: directory with a weights_dir that "
-                "both sides see"
+                f"weights is shm, but {', '.join(self.urls)} need not be on this machine: use weights: directory with a "
+                "weights_dir that both sides see"
             )
         if self.weights_dir is not None and self.weights not in ("auto", "directory"):
             raise ValueError(f"weights_dir is given, but weights is {self.weights}; keep one")
-        for name, low in (("probe_tokens", 1), ("max_concurrency", 1), ("max_retries", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("timeout_s", "deadline_s", "check_tolerance"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
+        if self.probe_tokens < 1:
+            raise ValueError(f"probe_tokens is {self.probe_tokens}; it must be at least 1")
+        if self.check_tolerance is not None and self.check_tolerance <= 0:
+            raise ValueError(f"check_tolerance is {self.check_tolerance}; it must be above 0")
+        # checks the limits
+        self.retry_policy()
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -123,16 +124,20 @@ class VLLMKeys(EngineSection):
         """Whether every server surely sees this machine's memory."""
         return all(is_loopback(urlsplit(url).hostname or "") for url in self.urls)
 
-    @property
-    def retry_policy(self) -> RetryPolicy:
-        """Limits of requests to the servers; without `for_responses` those of short ones."""
-        timeout_s = PATIENCE_S if self.timeout_s is None else self.timeout_s
+    def retry_policy(self, max_new_tokens: int = 0) -> RetryPolicy:
+        """Limits of requests for responses of this length. Raises ValueError for a limit out of range."""
+        timeout_s = max(PATIENCE_S, max_new_tokens / SLOWEST) if self.timeout_s is None else self.timeout_s
         return RetryPolicy(
             timeout_s=timeout_s,
             deadline_s=4 * timeout_s if self.deadline_s is None else self.deadline_s,
             max_retries=self.max_retries,
             max_concurrency=self.max_concurrency,
         )
+
+    def open(self, setup: EngineSetup) -> VLLMEngine:
+        from understudy.engines.vllm.engine import VLLMEngine
+
+        return VLLMEngine(self, setup)
 
     def pushed(self, model: nn.Module) -> Callable[[], Weights]:
         return lambda: merged_state_dict(model).items()
@@ -143,14 +148,7 @@ class VLLMKeys(EngineSection):
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises RecipeError for a temperature that vLLM replaces, and filters that falsify its log-probabilities."""
-        check_temperature(sampling)
         logprobs_mode(sampling)
-
-    def for_responses(self, max_new_tokens: int) -> Self:
-        """With the timeout that responses of this length need, where the recipe gives none."""
-        if self.timeout_s is not None:
-            return self
-        return replace(self, timeout_s=max(PATIENCE_S, max_new_tokens / SLOWEST))
 
     def check(self) -> str:
         """A line for the dry run. Raises RecipeError for a program that is not there."""
@@ -176,8 +174,9 @@ def check_temperature(sampling: Sampling) -> None:
 def logprobs_mode(sampling: Sampling) -> str | None:
     """The mode in which vLLM gives the log-probabilities that `Sample.rollout_logprob` promises; None: either does.
 
-    Raises RecipeError where none does.
+    Raises RecipeError where none does, and for a temperature that vLLM replaces.
     """
+    check_temperature(sampling)
     plain = sampling.temperature in (0.0, 1.0)
     if sampling.filtered and not plain:
         raise RecipeError(

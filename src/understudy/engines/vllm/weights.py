@@ -7,15 +7,14 @@ import json
 import os
 import shutil
 import stat
-import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -26,14 +25,11 @@ from understudy.engines.vllm.servers import Servers
 from understudy.errors import EngineError, RecipeError
 from understudy.models import unwrap
 
-Result = TypeVar("Result")
-
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where the kernel keeps it)
 SHARD_BYTES = 4 * 2**30
 """Size of one file, which is what is copied to the CPU at a time."""
 ROOM = 1.05
 """Free space over the weights' size: headers, configuration and tokenizer come on top."""
-_POLL_S = 0.01
 
 
 def engine_dtype(asked: str, model: nn.Module) -> torch.dtype:
@@ -101,20 +97,23 @@ class WeightStore:
             # what a killed run left there counts as free, because it is removed before anything is written
             has_room = SHARED_MEMORY.is_dir() and _free(SHARED_MEMORY) + _size(shared) > ROOM * self._num_bytes
             self.folder = shared if has_room else run_dir / "weights" / name
-        make_private(self.folder)
-        self._lock: IO[bytes] | None = self._take()
+        self._lock: IO[bytes] | None = _take_folder(self.folder)
 
     @contextmanager
-    def written(self, weights: Weights, name: str) -> Iterator[Path]:
-        """A directory that vLLM loads, removed at the end. Raises EngineError where it cannot be written."""
+    def written(self, weights: Weights, name: str, *, keeps_config: bool = False) -> Iterator[Path]:
+        """A directory that vLLM loads, removed at the end; `keeps_config`: except configuration and tokenizer, which a
+        server that is started with them may read again. Raises EngineError where it cannot be written."""
         directory = self.write(weights, name)
         try:
             yield directory
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            for path in directory.glob("*.safetensors"):
+                path.unlink(missing_ok=True)
+            if not keeps_config:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def write(self, weights: Weights, name: str) -> Path:
-        """As `written`, but it stays until `drop_tensors` and `close`."""
+        """As `written`, but it stays until `close`."""
         target, aside = self.folder / name, self.folder / f"{name}.tmp"
         try:
             for path in (aside, target):
@@ -142,38 +141,12 @@ class WeightStore:
             ) from error
         return target
 
-    def drop_tensors(self, directory: Path) -> None:
-        """Leaves configuration and tokenizer, which a server that was started with them may read again."""
-        for path in directory.glob("*.safetensors"):
-            path.unlink(missing_ok=True)
-
     def close(self) -> None:
         """Removes everything."""
         if self._lock is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
             self._lock = None
-
-    def _take(self) -> IO[bytes]:
-        """Locks the folder and empties it. The kernel releases the lock when this process ends, however it ends."""
-        path = self.folder / "lock"
-        try:
-            # no link is followed: /dev/shm is everybody's
-            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise RecipeError(f"cannot open {path}: {error.strerror}; see who made it and remove it") from error
-        lock = os.fdopen(number, "r+b")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise RecipeError(
-                f"another run is at work with the same run_dir (it holds {self.folder}); wait for it, or choose another"
-            ) from error
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-        return lock
 
     def _write_shards(self, weights: Weights, directory: Path) -> None:
         files: dict[str, str] = {}
@@ -197,16 +170,19 @@ class WeightStore:
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def make_private(folder: Path) -> None:
-    """Makes a folder for this user alone. Raises RecipeError for one that another user made or may write to: its name can be
-    guessed, and /dev/shm is everybody's."""
+def _take_folder(folder: Path) -> IO[bytes]:
+    """Makes, locks and empties a folder for this user alone. The kernel releases the lock however this process ends.
+
+    Raises RecipeError for a folder that another user made or may write to, as its name can be guessed and /dev/shm is
+    everybody's, and for one where another run is at work.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = True
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         made = False
-    found = folder.lstat()
+    found, wrong = folder.lstat(), None
     if not stat.S_ISDIR(found.st_mode):
         wrong = "is a link" if stat.S_ISLNK(found.st_mode) else "is no folder"
     # a network file system may give a folder that was just made to another user
@@ -214,12 +190,28 @@ def make_private(folder: Path) -> None:
         wrong = f"belongs to another user ({found.st_uid})"
     elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         wrong = "may be written to by others"
-    else:
-        return
-    raise RecipeError(
-        f"{folder}, where the student's weights were to go, {wrong}, and nothing is written there: see who made it and remove "
-        "it, or set rollout.weights_dir"
-    )
+    if wrong is not None:
+        raise RecipeError(
+            f"{folder}, where the student's weights were to go, {wrong}, and nothing is written there: see who made it and "
+            "remove it, or set rollout.weights_dir"
+        )
+    path = folder / "lock"
+    try:
+        # no link is followed
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+b")
+    except OSError as error:
+        raise RecipeError(f"cannot open {path}: {error.strerror}; see who made it and remove it") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise RecipeError(
+            f"another run is at work with the same run_dir (it holds {folder}); wait for it, or choose another"
+        ) from error
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    return lock
 
 
 def memory_left(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -276,14 +268,12 @@ class NCCLGroup:
             # vLLM's ranks begin with the sum of one number each
             torch.cuda.nccl.all_reduce([torch.zeros(1, device=device)], comms=self._comm)
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Queues a tensor on the current stream; all other ranks receive it."""
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Returns when all other ranks have received the tensors."""
         with torch.cuda.device(self._device):
-            torch.cuda.nccl.broadcast([tensor], comms=self._comm)
-
-    def is_done(self) -> bool:
-        """Whether everything that was queued has been sent."""
-        return torch.cuda.current_stream(self._device).query()
+            for tensor in tensors:
+                torch.cuda.nccl.broadcast([tensor], comms=self._comm)
+            torch.cuda.current_stream().synchronize()
 
 
 class NCCLTransfer:
@@ -317,60 +307,54 @@ class NCCLTransfer:
         """Broadcasts the weights in the precision of the engine."""
         if self._group is None:
             self._group = self._connect()
-        group, given, num_servers = self._group, list(weights), len(self._servers.urls)
+        group, given = self._group, list(weights)
+        empty: list[dict[str, Any]] = [{}] * len(self._servers.urls)
         info = {
             "names": [name for name, _ in given],
             "dtype_names": [str(self._dtype).removeprefix("torch.")] * len(given),
             "shapes": [list(tensor.shape) for _, tensor in given],
         }
-        self._servers.everywhere("/start_weight_update", bodies=[{}] * num_servers)
-        # servers answer when they have received everything, so the request must be under way first
-        received = _begin(
-            lambda: self._servers.everywhere("/update_weights", bodies=[{"update_info": info}] * num_servers)
+        self._servers.everywhere("/start_weight_update", bodies=empty)
+        tensors = [tensor.detach().to(self._device, self._dtype).contiguous() for _, tensor in given]
+        # servers answer when they have received everything
+        update = [{"update_info": info}] * len(empty)
+        self._together(
+            lambda: self._servers.everywhere("/update_weights", bodies=update), lambda: group.broadcast(tensors)
         )
-        # referred to until they have been sent: NCCL reads the memory later
-        sent = [tensor.detach().to(self._device, self._dtype).contiguous() for _, tensor in given]
-        for tensor in sent:
-            group.broadcast(tensor)
-        self._wait(received.done, received)
-        received.result()
-        self._wait(group.is_done, received)
-        self._servers.everywhere("/finish_weight_update", bodies=[{}] * num_servers)
+        self._servers.everywhere("/finish_weight_update", bodies=empty)
 
     def _connect(self) -> NCCLGroup:
-        """Both sides wait for each other, so each does in a thread of its own."""
         sizes = self._servers.world_sizes()
         num_ranks, unique_id = 1 + sum(sizes), self._new_id()
         common = {"nccl_unique_id_b64": b64encode(unique_id).decode(), "world_size": num_ranks, "packed": False}
         bodies = [{"init_info": common | {"rank_offset": 1 + sum(sizes[:number])}} for number in range(len(sizes))]
-        joined = _begin(lambda: self._servers.everywhere("/init_weight_transfer_engine", bodies=bodies))
-        opened = _begin(lambda: self._open_group(unique_id, num_ranks, self._device))
-        self._wait(lambda: joined.done() and opened.done(), joined, opened)
-        return opened.result()
+        group: NCCLGroup = self._together(
+            lambda: self._servers.everywhere("/init_weight_transfer_engine", bodies=bodies),
+            lambda: self._open_group(unique_id, num_ranks, self._device),
+        )
+        return group
 
-    def _wait(self, done: Callable[[], bool], *others: Future[Any]) -> None:
-        until = time.monotonic() + self._timeout_s
-        while not done():
-            for other in others:
-                if other.done() and other.exception() is not None:
-                    other.result()
-            if time.monotonic() > until:
-                raise EngineError(
-                    f"weights did not pass to the rollout engine by NCCL in {self._timeout_s:g} s: see that its GPUs and the "
-                    "trainer's reach each other, or use rollout.weights: auto"
-                )
-            time.sleep(_POLL_S)
+    def _together(self, ask: Callable[[], Any], take_part: Callable[[], Any]) -> Any:
+        """Returns the result of `take_part`. Servers and trainer wait for each other, so each side has a thread of its own."""
+        futures: list[Future[Any]] = []
+        for work in (ask, take_part):
+            future: Future[Any] = Future()
 
+            def run(work: Callable[[], Any] = work, future: Future[Any] = future) -> None:
+                try:
+                    future.set_result(work())
+                except BaseException as error:
+                    future.set_exception(error)
 
-def _begin(work: Callable[[], Result]) -> Future[Result]:
-    """Runs in a daemon thread, not in a pool that is waited for: a collective that lost a peer never returns."""
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="nccl", daemon=True).start()
-    return future
+            # not in a pool that is waited for: a collective that lost a peer never returns
+            Thread(target=run, name="nccl", daemon=True).start()
+            futures.append(future)
+        done, late = wait(futures, self._timeout_s, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if late:
+            raise EngineError(
+                f"weights did not pass to the rollout engine by NCCL in {self._timeout_s:g} s: see that its GPUs and the "
+                "trainer's reach each other, or use rollout.weights: auto"
+            )
+        return futures[1].result()

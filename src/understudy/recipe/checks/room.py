@@ -150,7 +150,9 @@ def _persistent(run: Needs) -> dict[str, int]:
     held = {} if run.has_moments else {"optimizer": ADAM_MOMENTS * run.student.trained}
     if run.is_loaded:
         return held
-    copies = {"the engine's copy": run.recipe.engine.copies * run.student.weights}
+    # an engine of this process that writes beside an update has weights of its own
+    has_copy = run.recipe.engine.runs_here and run.recipe.engine.beside_update
+    copies = {"the engine's copy": has_copy * run.student.weights}
     others = {label: size.weights for label, size in run.others.items()}
     return {"student": run.student.weights} | copies | others | held
 
