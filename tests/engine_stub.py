@@ -210,14 +210,11 @@ class EngineStub:
         return 200, reply | {"choices": numbered, "usage": usage}
 
     def _generate(self, request: Request, gone: Callable[[], bool]) -> tuple[int, Any]:
-        """One sequence in and out as token ids; scores of given ids need the V2 model runner, which no CPU has."""
+        """One sequence in and out as token ids."""
         if not self.scale_out:
             message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
             raise Refused(403, message, "PermissionDeniedError")
         params = request.body["sampling_params"]
-        if params.get("prompt_logprob_token_ids") is not None:
-            message = "prompt_logprob_token_ids requires the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)."
-            raise Refused(400, message, param="prompt_logprob_token_ids")
         body = {"model": request.body.get("model"), "prompt": request.body["token_ids"], "return_token_ids": True}
         status, reply = self._completions(replace(request, body=params | body), gone)
         scores = reply["choices"][0]["prompt_logprobs"]

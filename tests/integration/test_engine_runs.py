@@ -14,10 +14,11 @@ from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.processes import run_ranks
 from tests.runs import assert_close_run, distillation, metric_rows, train, train_all, weights, write_recipe
+from tests.serving import serve_beside
 from tests.stub_model import StubModel
 from understudy.errors import EngineError
 from understudy.models import load_causal_lm
-from understudy.serve import Scorer, Settings, serve_beside
+from understudy.serve import Scorer, Settings
 
 pytestmark = pytest.mark.slow
 
@@ -55,9 +56,9 @@ def test_a_served_teacher_gives_whole_rows(tmp_path: Path) -> None:
     models = distillation(tmp_path / "m", method={"type": "gkd"})
     path = models["teacher"]["model"]
     scorer = Scorer(load_causal_lm(path, dtype="float32", device="cpu"), AutoTokenizer.from_pretrained(path), name="t")
-    with nothing_left(), serve_beside(scorer, Settings(model=path, port=0)) as running:
+    with nothing_left(), serve_beside(scorer, Settings(model=path, port=0)) as url:
         here = train(tmp_path / "here", **models)
-        there = train(tmp_path / "there", **(models | {"teacher": {"type": "served", "url": running.url}}))
+        there = train(tmp_path / "there", **(models | {"teacher": {"type": "served", "url": url}}))
     assert_close_run(here, there, atol=1e-4)
 
 

@@ -572,15 +572,13 @@ def test_a_replica_that_hangs_is_probed_and_holds_up_no_request(monkeypatch: pyt
     def sick(asked: Asked, _: int) -> Says:
         if not well.is_set():
             free.wait(WAIT_S)
-        return FAIR if asked.path != "/ready" else Says(b"no such path", 404)
+        return FAIR if asked.path != "/health" else Says(b"no such path", 404)
 
     with ExitStack() as stack:
         stack.callback(free.set)
         one, other = (stack.enter_context(Server(answer)) for answer in (sick, lambda *_: FAIR))
         retry_policy = RetryPolicy(timeout_s=0.2, backoff_s=0.001, break_after=1)
-        client = stack.enter_context(
-            HttpClient([one.url, other.url], name="teacher", retry_policy=retry_policy, probe_path="/ready")
-        )
+        client = stack.enter_context(HttpClient([one.url, other.url], name="teacher", retry_policy=retry_policy))
 
         def asked(path: str, when: Callable[[], bool]) -> int:
             for i in range(2_000):
@@ -589,10 +587,10 @@ def test_a_replica_that_hangs_is_probed_and_holds_up_no_request(monkeypatch: pyt
                 assert client.request("/x", number, key=str(i)) == 1
             return sum(asked.path == path for asked in one.asked)
 
-        assert asked("/x", lambda: any(asked.path == "/ready" for asked in one.asked)) == 1
+        assert asked("/x", lambda: any(asked.path == "/health" for asked in one.asked)) == 1
         for i in range(50):
             assert client.request("/x", number, key=str(i)) == 1
-        assert [asked.path for asked in one.asked] == ["/x", "/ready"]
+        assert [asked.path for asked in one.asked] == ["/x", "/health"]
         well.set()
         free.set()
         assert asked("/x", lambda: sum(asked.path == "/x" for asked in one.asked) > 3) > 3

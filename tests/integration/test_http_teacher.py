@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import pairwise
 from threading import Lock
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +24,7 @@ from tests.faults import HALF, TRUNCATED, WRONG_IDS, FaultProxy, reset, seeded, 
 from tests.leaks import nothing_left
 from tests.loopback import JSONHandler, Loopback
 from tests.runs import save_tiny_model
-from tests.tiny_models import NUM_ROWS, letters, plain_logp, sample, tiny
+from tests.tiny_models import NUM_ROWS, letters, sample, tiny
 from understudy import config
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError
 from understudy.http import BadReply
@@ -38,7 +35,7 @@ from understudy.teachers import Setup
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.remote import formats
 from understudy.teachers.remote.http import Http, HttpTeacher, group_by_prompt
-from understudy.teachers.remote.score_check import MAX_FOREIGN_MASS, TOLERANCE, Answer, RawScores, check, check_given
+from understudy.teachers.remote.score_check import MAX_FOREIGN_MASS, TOLERANCE, Answer, RawScores, check
 from understudy.teachers.stores.cache import CachedTeacher
 from understudy.types import Need, Sample, Scores
 
@@ -74,7 +71,7 @@ class Server:
         self.shift = torch.zeros(NUM_ROWS, dtype=torch.float64)
         self.as_text = False
         self.strict = False
-        self.tokens = self.given = False
+        self.tokens = False
         self.closed = 404
         self.num_closed = 0
         self.asked: list[Asked] = []
@@ -158,19 +155,10 @@ class Server:
         return {"prompt_token_ids": ids, "prompt_logprobs": places}
 
     def _token_ids(self, body: dict[str, Any]) -> Any:
-        """As vLLM 0.32, with its V2 model runner where `given`."""
         ids, params = body["token_ids"], body["sampling_params"]
         assert (params["max_tokens"], params["detokenize"]) == (1, False)
         found = self._choice({"prompt_logprobs": params["prompt_logprobs"]}, ids)
-        found |= {"choices": [{"index": 0, "token_ids": [5]}], "prompt_token_id_logprobs": None}
-        if asked := params.get("prompt_logprob_token_ids"):
-            if not self.given:
-                message = "prompt_logprob_token_ids requires the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)."
-                return 400, {"error": {"message": message, "param": "prompt_logprob_token_ids"}}
-            start = params["prompt_logprob_start"]
-            assert len(asked) == len(ids) - 1 - start
-            found["prompt_token_id_logprobs"] = npy(self.rows(ids)[start:].gather(-1, torch.tensor(asked)).float())
-        return found
+        return found | {"choices": [{"index": 0, "token_ids": [5]}]}
 
     def _spell(self, token: int) -> str:
         return str(letters().decode([token]))
@@ -178,26 +166,17 @@ class Server:
     def _sglang(self, body: dict[str, Any]) -> list[Any]:
         assert body["sampling_params"]["max_new_tokens"] == 0
         replies = []
-        for number, (ids, start) in enumerate(zip(body["input_ids"], body["logprob_start_len"], strict=True)):
+        for ids, start in zip(body["input_ids"], body["logprob_start_len"], strict=True):
             logp = self.rows(ids)
-            own, top, at = [[None, ids[start], None]], [None], [None]
+            own, top = [[None, ids[start], None]], [None]
             for j in range(start, len(ids) - 1):
                 own.append([float(logp[j, ids[j + 1]]), ids[j + 1], None])
                 likeliest = logp[j].topk(body["top_logprobs_num"])
                 top.append([[float(v), int(i), None] for v, i in zip(*likeliest, strict=True)])
-                at.append([[float(logp[j, i]), i, None] for i in body.get("token_ids_logprob", [[]] * 99)[number]])
             facts = {"prompt_tokens": len(ids), "input_token_logprobs": own}
             facts["input_top_logprobs"] = top if body["top_logprobs_num"] else [None] * len(own)
-            facts |= {"input_token_ids_logprobs": at} if "token_ids_logprob" in body else {}
             replies.append({"text": "", "meta_info": facts})
         return replies
-
-
-def npy(values: Tensor) -> str:
-    """As vLLM's `numpy2base64` writes an array."""
-    stream = BytesIO()
-    np.save(stream, values.numpy(), allow_pickle=False)
-    return b64encode(stream.getvalue()).decode("ascii")
 
 
 def samples() -> list[Sample]:
@@ -666,47 +645,6 @@ def test_foreign_probability_is_left_out_up_to_a_bound(mass: float, lost: bool) 
         assert check(sample("p", [1], [2]), raw, k=3, num_top=3, vocab_size=9).short == 1
 
 
-# --- given ids
-
-
-@pytest.mark.parametrize("most", [10, 40, 2**18])
-def test_scores_of_given_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a response is cut so that no reply is too large."""
-    monkeypatch.setattr(formats, "MAX_GIVEN", most)
-    model = tiny(sharp=4.0)
-    made = samples()
-    ids = [torch.rand(one.num_response_tokens, NUM_ROWS).argsort(-1)[:, :5] for one in made]
-    with Server(model) as server:
-        judge = HttpTeacher(section(server, "sglang"), setup())
-        for one, rows, found in zip(made, ids, judge.score_at(made, ids), strict=True):
-            logp = plain_logp(model, one.token_ids)[one.prompt_length - 1 :]
-            assert found.topk_ids is not None
-            assert torch.equal(found.topk_ids, rows)
-            torch.testing.assert_close(found.topk_logprob, logp.gather(-1, rows).float(), rtol=0, atol=ATOL)
-            own = logp.gather(-1, one.response_ids[:, None]).squeeze(-1)
-            torch.testing.assert_close(found.logprob, own.float(), rtol=0, atol=ATOL)
-        with pytest.raises(ValueError, match="not \\(5, K\\)"):
-            judge.score_at(made[:1], [ids[0][:2]])
-        judge.close()
-        for body in (asked.body for asked in server.asked):
-            pieces = zip(body["input_ids"], body["logprob_start_len"], body["token_ids_logprob"], strict=True)
-            assert all(len(given) * (len(ids) - 1 - start) <= max(most, 5) for ids, start, given in pieces)
-        other = HttpTeacher(section(server, "vllm"), setup())
-        with pytest.raises(ScoreError, match="sglang"):
-            other.score_at(made, ids)
-        other.close()
-    with pytest.raises(BadReply, match="not all"):
-        check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, -0.2)]]), torch.tensor([[4]]))
-    assert check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, None)]]), torch.tensor([[3]])).scores is None
-
-
-def test_two_numbers_for_one_token_do_not_contradict() -> None:
-    ids = torch.tensor([[3, 2]])
-    assert check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, -0.2), (2, -0.1)]]), ids).scores is not None
-    with pytest.raises(BadReply, match="contradict"):
-        check_given(sample("p", [1], [2]), RawScores([2], [-0.1], [[(3, -0.2), (2, -0.2)]]), ids)
-
-
 # --- vLLM's route for token ids
 
 
@@ -776,88 +714,6 @@ def test_a_wrong_reply_of_the_route_is_asked_again_and_never_believed(kind: str)
         server.mangle = lambda reply, number: wrong(reply)
         with pytest.raises(EngineError, match=r"3 attempts.*sample p0|sample p0.*3 attempts"):
             scored(server, "vllm", SAMPLED)
-
-
-def test_given_tokens_are_asked_of_vllm_row_by_row() -> None:
-    """Equal to the log-softmax at these ids."""
-    model = tiny(sharp=4.0)
-    made = samples()
-    ids = [torch.rand(one.num_response_tokens, NUM_ROWS).argsort(-1)[:, :5] for one in made]
-    with Server(model) as server:
-        server.tokens = server.given = True
-        judge = HttpTeacher(section(server), setup())
-        for one, rows, found in zip(made, ids, judge.score_at(made, ids), strict=True):
-            logp = plain_logp(model, one.token_ids)[one.prompt_length - 1 :]
-            assert found.topk_ids is not None
-            assert torch.equal(found.topk_ids, rows)
-            torch.testing.assert_close(found.topk_logprob, logp.gather(-1, rows).float(), rtol=0, atol=ATOL)
-            own = logp.gather(-1, one.response_ids[:, None]).squeeze(-1)
-            torch.testing.assert_close(found.logprob, own.float(), rtol=0, atol=ATOL)
-        with pytest.raises(ScoreError, match="--max-logprobs 21"):
-            judge.score_at(made[:1], [torch.zeros(5, 21, dtype=torch.int64)])
-        judge.close()
-
-
-def other_scores(change: Callable[[Tensor], Any]) -> Callable[[Any, int], Any]:
-    def mangle(reply: Any, number: int) -> Any:
-        stored = BytesIO(b64decode(reply["prompt_token_id_logprobs"]))
-        found = change(torch.from_numpy(np.load(stored)))
-        return reply | {"prompt_token_id_logprobs": npy(found) if isinstance(found, Tensor) else found}
-
-    return mangle
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda values: values[1:],
-        lambda values: values.T,
-        lambda values: values.to(torch.int64),
-        lambda values: values + 50.0,
-        lambda values: values.roll(1, 0),
-        lambda values: None,
-        lambda values: "no base64",
-        lambda values: npy(values)[:40],
-        lambda values: npy(values)[:-8],
-    ],
-    ids=["a row less", "transposed", "integers", "above 0", "other rows", "null", "text", "a head alone", "cut off"],
-)
-def test_wrong_scores_of_given_tokens_are_refused(change: Callable[[Tensor], Any]) -> None:
-    one = samples()[0]
-    ids = torch.stack([one.response_ids, (one.response_ids + 1) % NUM_ROWS], dim=-1)
-    with Server(tiny(sharp=4.0), other_scores(change)) as server:
-        server.tokens = server.given = True
-        judge = HttpTeacher(section(server), setup())
-        with pytest.raises(EngineError, match="3 attempts"):
-            judge.score_at([one], [ids])
-        judge.close()
-
-
-def test_a_given_score_that_is_not_finite_is_no_score() -> None:
-    one = samples()[0]
-    with Server(tiny(), other_scores(lambda values: values.fill_(-math.inf))) as server:
-        server.tokens = server.given = True
-        judge = HttpTeacher(section(server), setup())
-        (found,) = judge.score_at([one], [one.response_ids[:, None]])
-        judge.close()
-    assert isinstance(found, Unscored)
-
-
-@pytest.mark.parametrize("kind", ["closed", "earlier", "V1"])
-def test_a_vllm_that_knows_no_given_tokens_is_said_so(kind: str) -> None:
-    def without(reply: Any, number: int) -> Any:
-        return {name: value for name, value in reply.items() if name != "prompt_token_id_logprobs"}
-
-    model, one = tiny(sharp=2.0), samples()[0]
-    with Server(model, without if kind == "earlier" else None) as server:
-        server.tokens, server.given = kind != "closed", kind == "earlier"
-        judge = HttpTeacher(section(server), setup())
-        for _ in range(2):
-            with pytest.raises(ScoreError, match=r"0\.32"):
-                judge.score_at([one], [one.response_ids[:, None]])
-            # what it does know is asked as before
-            same(judge.score([one], SAMPLED)[0], local(model).score([one], SAMPLED)[0], top=False)
-        judge.close()
 
 
 # --- tokens as text
@@ -1001,13 +857,13 @@ class Plain(formats.WireFormat):
     path = "/scores"
     gives = frozenset({"none", "sampled"})
 
-    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
         return {"ids": [one.token_ids.tolist() for one in samples]}
 
     def parts(self, reply: Any) -> list[Any]:
         return list(reply["rows"])
 
-    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+    def read(self, sample: Sample, part: Any) -> RawScores:
         return RawScores(part["ids"][sample.prompt_length :], part["numbers"][sample.prompt_length - 1 :])
 
 

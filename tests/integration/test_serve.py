@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tests.leaks import nothing_left
 from tests.processes import Process, command_line
+from tests.serving import serve_beside
 from tests.tiny_models import ARCHITECTURES, BUDGET, NUM_ROWS, ROUNDING, letters, plain_logp, sample, tiny
 from understudy.config import parse
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
@@ -31,7 +32,7 @@ from understudy.linear import LMHead, evaluate
 from understudy.methods import GKD
 from understudy.models import save_hf
 from understudy.packing import Unscored, pack
-from understudy.serve import Refusal, Scorer, Settings, serve_beside
+from understudy.serve import Refusal, Scorer, Settings, run
 from understudy.serve import app as serve_app
 from understudy.serve import prompts as serve_prompts
 from understudy.serve import worker as serve_worker
@@ -94,8 +95,8 @@ def setup(**options: Any) -> Setup:
 def serving(model: Any, *, beside: dict[str, Any] | None = None, **options: Any) -> Iterator[str]:
     """The address of a server of this process. `beside`: settings; `options`: of the scorer."""
     scorer = Scorer(model, letters(), name="tiny", **options)
-    with serve_beside(scorer, Settings(model="tiny", **{"port": 0} | (beside or {}))) as running:
-        yield running.url
+    with serve_beside(scorer, Settings(model="tiny", **{"port": 0} | (beside or {}))) as url:
+        yield url
 
 
 @contextmanager
@@ -200,22 +201,6 @@ def test_loss_and_gradient_through_served_states_are_those_through_local_ones() 
             assert torch.equal(served, expected)
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_given_ids_are_gathered_from_the_whole_softmax(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from understudy.serve import scorer
-
-    monkeypatch.setattr(scorer, "CHUNK_ELEMENTS", 3 * VOCABULARY)
-    model, some = tiny("cohere", sharp=4.0), [*samples(), *group()]
-    draw = torch.Generator().manual_seed(4)
-    ids = [torch.randint(0, VOCABULARY, (one.num_response_tokens, 6), generator=draw) for one in some]
-    with serving(model, share_prompts=share) as url, opened(url) as teacher:
-        for one, rows, scores in zip(some, ids, teacher.score_at(some, ids), strict=True):
-            logp = plain_logp(model, one.token_ids, TEMPERATURE, VOCABULARY)[one.prompt_length - 1 :]
-            assert scores.topk_ids is not None
-            assert torch.equal(scores.topk_ids, rows)
-            torch.testing.assert_close(scores.topk_logprob, logp.gather(-1, rows), rtol=0, atol=ROUNDING)
-
-
 def test_hidden_states_may_be_sent_in_bfloat16() -> None:
     """Half the bytes; another fingerprint, because scores differ."""
     model = tiny(dtype="float32", sharp=4.0)
@@ -269,7 +254,7 @@ def test_a_shared_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     scorer.score([ask(group(200, [4] * 8))])
     shared, slots[:] = sum(slots), []
-    monkeypatch.setattr(scorer, "_shares", False)
+    monkeypatch.setattr(scorer, "shares_prompts", False)
     scorer.score([ask(group(200, [4] * 8))])
     # the probe of a new view aside, 200 + 8 * 3 slots against 8 * 203
     assert shared <= 224 + 16
@@ -524,23 +509,21 @@ def test_what_nobody_waits_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(scorer, "score", held)
     headers = {"Content-Type": CONTENT_TYPE}
-    with serve_beside(scorer, Settings(model="tiny", port=0)) as running, httpx.Client(timeout=WAIT_S) as client:
+    with serve_beside(scorer, Settings(model="tiny", port=0)) as url, httpx.Client(timeout=WAIT_S) as client:
         first = threading.Thread(
             target=client.post,
-            args=(running.url + SCORE,),
+            args=(url + SCORE,),
             kwargs={"content": ask(samples()).encode(), "headers": headers},
         )
         first.start()
         assert began.wait(WAIT_S)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(
-                running.url + SCORE, content=ask(samples(), temperature=1.5).encode(), headers=headers, timeout=0.3
-            )
+            httpx.post(url + SCORE, content=ask(samples(), temperature=1.5).encode(), headers=headers, timeout=0.3)
         # the loop that sees it go is the one that answers this
-        assert httpx.get(running.url + "/health").status_code == 200
+        assert httpx.get(url + "/health").status_code == 200
         gate.set()
         first.join(WAIT_S)
-        assert post(running.url, ask(samples(), temperature=0.9).encode()).status_code == 200
+        assert post(url, ask(samples(), temperature=0.9).encode()).status_code == 200
     assert calls == [TEMPERATURE, 0.9]
 
 
@@ -672,18 +655,6 @@ def test_a_reply_that_nobody_takes_is_given_up_and_a_slow_client_gets_it_whole(m
         assert len(written) == 1
 
 
-def test_given_ids_count_the_states_that_they_are_scored_from() -> None:
-    """The reply of one number a token is small, and what it is made of is not; a client's batches know."""
-    model, some = tiny(), [sample(f"p{i}", [3], [4] * 20) for i in range(6)]
-    ids = [torch.zeros(20, 1, dtype=torch.int64) for _ in some]
-    with serving(model, beside={"max_reply_bytes": 20 * (32 * 8 + 8 + 4)}) as url:
-        refused = post(url, ask(some, need=frozenset({"given"}), ids=torch.cat(ids).int()).encode())
-        assert refused.status_code == 413
-        assert "--max-reply-bytes" in message(refused)
-        with opened(url) as teacher:
-            assert len(teacher.score_at(some, ids)) == len(some)
-
-
 def test_hidden_states_of_a_shared_prompt_are_held_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     from understudy.serve import scorer
 
@@ -729,11 +700,9 @@ def test_a_port_that_is_taken_says_so() -> None:
 
 
 def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from understudy.serve import check_installed
-
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(RecipeError, match=r"pip install 'understudy\[serve\]'"):
-        check_installed()
+        run(Settings(model="m"), print)
 
 
 def test_requests_over_a_limit_are_refused_with_what_to_do() -> None:
@@ -801,8 +770,6 @@ def test_what_is_not_well_formed_is_named() -> None:
         "temperature is": replace(right, temperature=0.0),
         "temperature is 'nan'": replace(right, temperature=float("nan")),
         "k is": replace(right, need=frozenset({"topk"})),
-        "ids come": replace(right, need=frozenset({"given"})),
-        "a row for each": replace(right, need=frozenset({"given"}), ids=torch.zeros(2, 2, dtype=torch.int32)),
         "tokens is int64": replace(right, tokens=right.tokens.long()),
         "vocab_size is 41": replace(right, vocab_size=41),
         "must lie in [0, 40)": replace(right, tokens=right.tokens - 3),
@@ -824,7 +791,7 @@ def test_no_body_makes_the_server_fail() -> None:
     server says afterwards what it said before."""
     draw = random.Random(7)
     right = ask([*samples(), *group()], need=frozenset({"topk", "full"}), k=3).encode()
-    given = ask(samples()[:1], need=frozenset({"given"}), ids=torch.ones(5, 2, dtype=torch.int32)).encode()
+    small = ask(samples()[:1]).encode()
     size = int.from_bytes(right[:8], "little")
     bodies = [
         b"",
@@ -839,7 +806,7 @@ def test_no_body_makes_the_server_fail() -> None:
     ]
     for _ in range(200):
         bodies.append(draw.randbytes(draw.randint(0, 400)))
-        source = draw.choice([right, given])
+        source = draw.choice([right, small])
         bodies.append(source[: draw.randint(0, len(source))])
         flipped = bytearray(source)
         for _ in range(draw.randint(1, 4)):

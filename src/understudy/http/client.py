@@ -62,6 +62,12 @@ class RetryOptions:
     max_concurrency: int = 16
     """Requests in flight over all replicas."""
 
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        """Raises ValueError for a value out of range."""
+        names = [item.name for item in fields(RetryPolicy)]
+        return RetryPolicy(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy(RetryOptions):
@@ -79,12 +85,6 @@ class RetryPolicy(RetryOptions):
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
         if not (0 < self.timeout_s < math.inf and 0 < self.deadline_s < math.inf and 0 <= self.backoff_s < math.inf):
             raise ValueError("timeout_s and deadline_s must be above 0, and backoff_s at least 0")
-
-    @staticmethod
-    def of(section: object) -> RetryPolicy:
-        """Returns the policy with the keys that a recipe's section has. Raises ValueError for a value out of range."""
-        names = [item.name for item in fields(RetryPolicy)]
-        return RetryPolicy(**{name: getattr(section, name) for name in names if hasattr(section, name)})
 
     def wait_s(self, seed: int, key: str, attempt: int) -> float:
         """Returns 50 to 100 % of `backoff_s * 2^(attempt - 1)`: jitter keeps many requests from returning at once."""
@@ -126,9 +126,7 @@ class HttpClient:
         api_key_env: str = "",
         seed: int = 0,
         max_reply_bytes: int = MAX_REPLY_BYTES,
-        probe_path: str = "/health",
     ) -> None:
-        """`probe_path`: requested from a replica that was left alone before it gets requests again."""
         if not urls:
             raise ValueError(f"{name} has no address")
         for url in urls:
@@ -139,7 +137,6 @@ class HttpClient:
         self._api_key_env = api_key_env
         self._seed = seed
         self._max_reply_bytes = max_reply_bytes
-        self._probe_path = probe_path
         self._replicas = Replicas(
             self.urls, break_after=retry_policy.break_after, cool_down_s=retry_policy.backoff_s, clock=time.monotonic
         )
@@ -300,7 +297,7 @@ class HttpClient:
         alive: bool | None = None
         try:
             async with asyncio.timeout(PROBE_S):
-                address = f"{replica.url}/{self._probe_path.lstrip('/')}"
+                address = f"{replica.url}/health"
                 async with self._background.client.stream("GET", address, headers=self._headers()) as response:
                     alive = response.status_code < 500 or response.status_code == 501
         except Exception:  # nobody awaits this task, so an error would only be logged

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from understudy.serve.scorer import Refusal, Scorer
-from understudy.serve.server import Running, Settings, check_installed, load, run, serve_beside
+from understudy.serve.server import Settings, run
 
-__all__ = ["Refusal", "Running", "Scorer", "Settings", "check_installed", "load", "run", "serve_beside"]
+__all__ = ["Refusal", "Scorer", "Settings", "run"]

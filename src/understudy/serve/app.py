@@ -54,21 +54,18 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
             said = request.headers.get("authorization", "").encode()
             if not token and not _is_local(request.headers.get("host", "")):
                 # DNS rebinding: a page of another site may let its own name lead here
-                return _refused(
-                    Refusal(421, "without a token this teacher answers to localhost and 127.0.0.1 alone", CLOSE)
-                )
+                raise Refusal(421, "without a token this teacher answers to localhost and 127.0.0.1 alone", CLOSE)
             if token and not open_to_all and not hmac.compare_digest(said, expected):
                 headers = {"WWW-Authenticate": "Bearer"} | CLOSE
-                return _refused(Refusal(401, "this teacher asks for a token (Authorization: Bearer)", headers))
-            try:
-                return await answer(request)
-            except Refusal as refusal:
-                return _refused(refusal)
+                raise Refusal(401, "this teacher asks for a token (Authorization: Bearer)", headers)
+            return await answer(request)
 
         return route
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"}) if worker.alive else _refused(Refusal(503, DEAD))
+        if not worker.alive:
+            raise Refusal(503, DEAD)
+        return JSONResponse({"status": "ok"})
 
     async def describe(request: Request) -> Response:
         return JSONResponse(about.encode())
@@ -88,13 +85,13 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
         except ProtocolError as error:
             raise Refusal(400, str(error)) from error
 
-    async def on_http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _refused(Refusal(error.status_code, str(error.detail), error.headers))
-
     async def on_error(request: Request, error: Exception) -> Response:
-        # the text of an unexpected error may hold what a client must not see
-        return _refused(Refusal(500, f"the teacher failed ({type(error).__name__}); its log says more"))
+        if isinstance(error, HTTPException):
+            error = Refusal(error.status_code, str(error.detail), error.headers)
+        elif not isinstance(error, Refusal):
+            # the text of an unexpected error may hold what a client must not see
+            error = Refusal(500, f"the teacher failed ({type(error).__name__}); its log says more")
+        return JSONResponse({"error": {"message": error.message}}, error.status, error.headers)
 
     return Starlette(
         routes=[
@@ -103,12 +100,8 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
             Route(HEAD, guarded(head)),
             Route(SCORE, guarded(score), methods=["POST"]),
         ],
-        exception_handlers={HTTPException: on_http_error, Exception: on_error},
+        exception_handlers=dict.fromkeys((HTTPException, Refusal, Exception), on_error),
     )
-
-
-def _refused(refusal: Refusal) -> Response:
-    return JSONResponse({"error": {"message": refusal.message}}, refusal.status, refusal.headers)
 
 
 def _binary(body: bytes) -> Response:

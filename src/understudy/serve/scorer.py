@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from hashlib import blake2b
 from threading import Lock
 from typing import Any, Literal
@@ -11,8 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from understudy.linear.head import LMHead
-from understudy.linear.products import project
 from understudy.models import lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
 from understudy.serve.prompts import can_continue, continued_hidden, is_worth
@@ -24,22 +22,21 @@ from understudy.teachers.remote.protocol import (
     Limits,
     ScoreReply,
     ScoreRequest,
+    Shapes,
     Tokens,
-    fields_of,
+    reply_fields,
     row_bytes,
     write_head,
 )
-from understudy.teachers.rows import CHUNK_ELEMENTS, score_rows
+from understudy.teachers.rows import score_rows
 from understudy.teachers.stores.recording import tokenizer_digest
-from understudy.types import Author, Need, Prompt, Sample, Scores
+from understudy.types import Author, Prompt, Sample, Scores
 
 HiddenDType = Literal["auto", "bfloat16", "float32"]
 GROUP_BYTES = 2**30
 """Hidden states of a shared prompt that are held until all are scored; 128,000 of 4,096 numbers in bfloat16."""
 NUM_VIEWS = 16
 """Pairs of temperature and vocabulary that are kept ready."""
-NEEDED: tuple[Need, ...] = ("sampled", "topk", "full")
-"""Needs that `LocalTeacher` meets; "given" is computed from "full"."""
 
 
 class Refusal(Exception):  # noqa: N818 (an answer with a status, raised where it is known)
@@ -70,10 +67,13 @@ class Scorer:
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
         self.max_batch_tokens = max_batch_tokens or default
         self._hidden_dtype = unwrap(model).dtype if hidden_dtype == "auto" else getattr(torch, hidden_dtype)
-        self._shares = share_prompts and can_continue(model)
-        self._views: OrderedDict[tuple[float, int], LocalTeacher] = OrderedDict()
+        self.shares_prompts = share_prompts and can_continue(model)
+        """Whether a prompt of several responses is read once."""
+        view = partial(LocalTeacher, model, name=name, max_batch_tokens=self.max_batch_tokens)
+        self._view = lru_cache(NUM_VIEWS)(view)
+        """The weights as a teacher at a temperature and over a vocabulary."""
         self._num_embedded = int(unwrap(model).get_input_embeddings().weight.shape[0])
-        weights = self._view(1.0, head.num_tokens).fingerprint
+        weights = self._view(temperature=1.0, vocab_size=head.num_tokens).fingerprint
         self._fingerprint = blake2b(f"{weights}/{self._hidden_dtype}".encode(), digest_size=16).hexdigest()
         template = tokenizer.chat_template
         self._tokens = Tokens(
@@ -84,11 +84,6 @@ class Scorer:
         )
         self._head: bytes | None = None
         self._head_lock = Lock()
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether a prompt of several responses is read once."""
-        return self._shares
 
     def about(self, *, request_bytes: int, reply_bytes: int) -> About:
         """Returns the description for clients."""
@@ -130,32 +125,26 @@ class Scorer:
                 f"sample {longest} of the request has {int(request.lengths[longest])} tokens, and the model has {limit} "
                 "positions (max_position_embeddings): send shorter sequences",
             )
-        for name, ids, size in (
-            ("tokens", request.tokens, self._num_embedded),
-            ("ids", request.ids, request.vocab_size),
-        ):
-            if ids is not None and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-                raise Refusal(422, f"{name} holds {int(ids.min())} to {int(ids.max())}; they must lie in [0, {size})")
-        if request.num_tokens and int(request.tokens.max()) >= request.vocab_size:
-            for index, sample in enumerate(_samples(request)):
-                highest = int(sample.response_ids.max()) if sample.num_response_tokens else 0
-                if highest >= request.vocab_size:
-                    raise Refusal(
-                        422,
-                        f"the response of sample {index} holds token {highest}, and vocab_size is {request.vocab_size}",
-                    )
+        lowest, highest = int(request.tokens.min()), int(request.tokens.max())
+        if lowest < 0 or highest >= self._num_embedded:
+            raise Refusal(422, f"tokens holds {lowest} to {highest}; they must lie in [0, {self._num_embedded})")
+        if highest < request.vocab_size:
+            return
+        for index, sample in enumerate(_samples(request)):
+            if foreign := [token for token in sample.response_ids.tolist() if token >= request.vocab_size]:
+                raise Refusal(
+                    422,
+                    f"the response of sample {index} holds token {foreign[0]}, and vocab_size is {request.vocab_size}",
+                )
 
     def reply_bytes(self, request: ScoreRequest) -> int:
-        """Returns an upper limit of the reply's tensors, and of the hidden states that given ids are scored from."""
-        row = row_bytes(
-            request.need,
-            scores=unwrap(self._model).dtype,
-            hidden=self._hidden_dtype,
-            hidden_size=lm_head(self._model).weight.shape[1],
-            num_top=min(request.k or 0, request.vocab_size),
-            num_given=0 if request.ids is None else request.ids.shape[1],
-        )
+        """Returns the bytes of the reply's tensors."""
+        row = row_bytes(self._fields(request), scores=unwrap(self._model).dtype, hidden=self._hidden_dtype)
         return row * request.num_rows
+
+    def _fields(self, request: ScoreRequest) -> Shapes:
+        hidden_size = lm_head(self._model).weight.shape[1]
+        return reply_fields(request.need, num_top=min(request.k or 0, request.vocab_size), hidden_size=hidden_size)
 
     @torch.no_grad()
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreReply]:
@@ -168,42 +157,32 @@ class Scorer:
 
     def _score(self, request: ScoreRequest, samples: list[Sample]) -> list[Scores]:
         """As `LocalTeacher.score`, but a prompt that several samples share is read once if that is worth it."""
-        need: set[Need] = {name for name in NEEDED if name in request.need}
-        if "given" in request.need:
-            need.add("full")
+        weight = lm_head(self._model).weight
+        most = max(1, GROUP_BYTES // (weight.shape[1] * weight.dtype.itemsize))
         found: dict[int, Scores] = {}
-        for group in self._groups(samples) if self._shares else []:
-            together = [samples[index] for index in group]
-            lengths = [sample.num_response_tokens for sample in together]
-            if len(group) > 1 and is_worth(together[0].prompt_length, lengths, self.max_batch_tokens):
-                found.update(zip(group, self._continue(request, together, need), strict=True))
+        for same in by_prompt(samples) if self.shares_prompts else []:
+            for group in chunks(same, lambda index: samples[index].num_response_tokens, most):
+                together = [samples[index] for index in group]
+                lengths = [sample.num_response_tokens for sample in together]
+                if len(group) > 1 and is_worth(together[0].prompt_length, lengths, self.max_batch_tokens):
+                    found.update(zip(group, self._continue(request, together), strict=True))
         rest = [index for index in range(len(samples)) if index not in found]
         if rest:
-            view = self._view(request.temperature, request.vocab_size)
-            whole = view.score([samples[index] for index in rest], frozenset(need), k=request.k)
+            view = self._view(temperature=request.temperature, vocab_size=request.vocab_size)
+            whole = view.score([samples[index] for index in rest], request.need, k=request.k)
             found.update(zip(rest, whole, strict=True))
         return [found[index] for index in range(len(samples))]
 
-    def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Returns indices of samples with one prompt, whose hidden states take at most `GROUP_BYTES`, or of one sample."""
-        weight = lm_head(self._model).weight
-        most = max(1, GROUP_BYTES // (weight.shape[1] * weight.dtype.itemsize))
-        return [
-            group
-            for same in by_prompt(samples)
-            for group in chunks(same, lambda index: samples[index].num_response_tokens, most)
-        ]
-
-    def _continue(self, request: ScoreRequest, samples: list[Sample], need: set[Need]) -> list[Scores]:
+    def _continue(self, request: ScoreRequest, samples: list[Sample]) -> list[Scores]:
         """Samples with one prompt."""
         prompt, responses = samples[0].token_ids[: samples[0].prompt_length], [one.response_ids for one in samples]
         with evaluating(self._model):
             states = continued_hidden(self._model, prompt, responses, self.max_batch_tokens, self._device)
-        fields: dict[str, Sequence[Tensor]] = {"hidden": states} if "full" in need else {}
-        if need & {"sampled", "topk"}:
+        fields: dict[str, Sequence[Tensor]] = {"hidden": states} if "full" in request.need else {}
+        if request.need & {"sampled", "topk"}:
             head = lm_head(self._model, temperature=request.temperature, vocab_size=request.vocab_size)
             target = torch.cat(responses).to(self._device)
-            rows = score_rows(torch.cat(states), head, target, k=request.k if "topk" in need else None)
+            rows = score_rows(torch.cat(states), head, target, k=request.k)
             sizes = [len(response) for response in responses]
             fields |= {name: value.cpu().split(sizes) for name, value in rows.items()}
         return [
@@ -213,46 +192,13 @@ class Scorer:
 
     def _answer(self, request: ScoreRequest, scores: Sequence[Scores]) -> ScoreReply:
         found: dict[str, Tensor] = {}
-        for name in fields_of(request.need) - {"given_logprob"}:
+        for name in self._fields(request):
             parts = [getattr(score, name) for score in scores]
             found[name] = torch.cat(
                 [part.to(self._hidden_dtype) for part in parts] if name == "hidden" else parts
             ).cpu()
-        if request.ids is not None:
-            head = lm_head(self._model, temperature=request.temperature, vocab_size=request.vocab_size)
-            hidden = torch.cat([score.hidden for score in scores if score.hidden is not None])
-            found["given_logprob"] = given_logprob(hidden, head, request.ids).cpu()
         token_ids = torch.cat([score.token_ids for score in scores]).int()
         return ScoreReply(fingerprint=self._fingerprint, token_ids=token_ids, fields=found)
-
-    def _view(self, temperature: float, vocab_size: int) -> LocalTeacher:
-        """Returns the weights as a teacher at a temperature and over a vocabulary."""
-        key = temperature, vocab_size
-        if key not in self._views:
-            self._views[key] = LocalTeacher(
-                self._model,
-                name=self._name,
-                vocab_size=vocab_size,
-                temperature=temperature,
-                max_batch_tokens=self.max_batch_tokens,
-            )
-        self._views.move_to_end(key)
-        while len(self._views) > NUM_VIEWS:
-            self._views.popitem(last=False)
-        return self._views[key]
-
-
-@torch.no_grad()
-def given_logprob(hidden: Tensor, head: LMHead, ids: Tensor) -> Tensor:
-    """`log_softmax(head.logits(hidden)).gather(ids)`, a chunk of rows at a time. [T, H], [T, K] -> [T, K]."""
-    dtype, device = torch.promote_types(hidden.dtype, torch.float32), head.weight.device
-    rows = max(1, CHUNK_ELEMENTS // head.num_tokens)
-    found = torch.empty(ids.shape, dtype=dtype, device=device)
-    for start in range(0, len(ids), rows):
-        part = slice(start, start + rows)
-        logits = project(hidden[part].to(device, dtype), head)
-        found[part] = logits.gather(-1, ids[part].to(device).long()) - logits.logsumexp(-1, keepdim=True)
-    return found
 
 
 def _samples(request: ScoreRequest) -> list[Sample]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from threading import Thread
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from understudy.errors import EngineError, RecipeError
+from understudy.errors import RecipeError
 from understudy.http import is_loopback, read_key
 from understudy.models import DType, check_model_dir, load_causal_lm, load_tokenizer, probe_head
 from understudy.serve.scorer import HiddenDType, Scorer
@@ -28,7 +25,6 @@ MAX_REQUEST_BYTES = 64 * 2**20
 """16 million ids."""
 MAX_REPLY_BYTES = 2**30
 """128,000 hidden states of 4,096 numbers in bfloat16."""
-START_S = 30.0
 STOP_S = 10
 """Time that requests under way have when the server is told to stop."""
 BACKLOG = 1_024
@@ -86,8 +82,12 @@ class Settings:
         return token
 
 
-def check_installed() -> None:
-    """Raises RecipeError if the extra is missing."""
+def run(settings: Settings, note: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Raises RecipeError before anything is loaded if it cannot be served, then if the model cannot be loaded, or its head is
+    of an unknown kind.
+    """
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -95,77 +95,41 @@ def check_installed() -> None:
         raise RecipeError(
             f"serving a teacher needs {error.name or 'more packages'}: pip install 'understudy[serve]'"
         ) from error
-
-
-def load(settings: Settings) -> Scorer:
-    """Raises RecipeError if the model cannot be loaded, or its head is of an unknown kind."""
-    check_model_dir(settings.model)
-    tokenizer = load_tokenizer(settings.tokenizer or settings.model, revision=settings.revision)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_causal_lm(settings.model, dtype=settings.dtype, device=device, revision=settings.revision)
-    probe_head(model)
-    return Scorer(
-        model,
-        tokenizer,
-        name=settings.model,
-        hidden_dtype=settings.hidden_dtype,
-        max_batch_tokens=settings.max_batch_tokens,
-        share_prompts=settings.share_prompts,
-    )
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server that answers."""
-
-    url: str
-    about: About
-
-
-def run(settings: Settings, note: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM. Raises RecipeError before anything is loaded if it cannot be served."""
-    check_installed()
     settings.check()
-    with closing(_bind(settings)) as listening:
-        scorer = load(settings)
-        with _serving(scorer, settings, listening, note) as (server, running):
-            about, guard = running.about, "asks for a token" if settings.token_env else "asks for no token"
-            note(f"{running.url} serves {about.model} ({about.dtype}, {guard}), fingerprint {about.fingerprint}")
-            with _signals_end_quietly():
+    with closing(bind(settings)) as listening:
+        check_model_dir(settings.model)
+        tokenizer = load_tokenizer(settings.tokenizer or settings.model, revision=settings.revision)
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_causal_lm(settings.model, dtype=settings.dtype, device=device, revision=settings.revision)
+        probe_head(model)
+        scorer = Scorer(
+            model,
+            tokenizer,
+            name=settings.model,
+            hidden_dtype=settings.hidden_dtype,
+            max_batch_tokens=settings.max_batch_tokens,
+            share_prompts=settings.share_prompts,
+        )
+        with serving(scorer, settings, listening, note) as (server, url, about):
+            guard = "asks for a token" if settings.token_env else "asks for no token"
+            note(f"{url} serves {about.model} ({about.dtype}, {guard}), fingerprint {about.fingerprint}")
+            # uvicorn raises the signal that ended it once more when it has stopped
+            before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
                 server.run(sockets=[listening])
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
     note("stopped")
 
 
 @contextmanager
-def serve_beside(scorer: Scorer, settings: Settings) -> Iterator[Running]:
-    """Serves in a thread of this process for as long as the block runs. Raises RecipeError as `run`."""
-    check_installed()
-    settings.check()
-    with (
-        closing(_bind(settings)) as listening,
-        _serving(scorer, settings, listening, None) as (server, running),
-    ):
-        thread = Thread(target=server.run, kwargs={"sockets": [listening]}, name="understudy-serve", daemon=True)
-        thread.start()
-        try:
-            deadline = time.monotonic() + START_S
-            while not server.started:
-                if time.monotonic() > deadline or not thread.is_alive():
-                    raise EngineError(f"the server at {running.url} did not start within {START_S:.0f} s")
-                time.sleep(0.005)
-            yield running
-        finally:
-            server.should_exit = True
-            thread.join(2 * STOP_S)
-
-
-@contextmanager
-def _serving(
-    scorer: Scorer, settings: Settings, listening: socket.socket, note: Callable[[str], None] | None
-) -> Iterator[tuple[uvicorn.Server, Running]]:
-    """Worker and application behind a listening socket; the worker ends with the block."""
+def serving(
+    scorer: Scorer, settings: Settings, listening: socket.socket, note: Callable[[str], None] | None = None
+) -> Iterator[tuple[uvicorn.Server, str, About]]:
+    """The server for a listening socket, its URL and its description. The worker ends with the block."""
     import uvicorn
 
     from understudy.serve.app import Connection, build_app
@@ -186,12 +150,12 @@ def _serving(
         )
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        yield uvicorn.Server(config), Running(f"http://{shown}:{port}", about)
+        yield uvicorn.Server(config), f"http://{shown}:{port}", about
     finally:
         worker.close()
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
     """Raises RecipeError for an address that is taken or not of this machine."""
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -202,18 +166,3 @@ def _bind(settings: Settings) -> socket.socket:
             f"cannot listen at {settings.host} port {settings.port} ({error.strerror or error}); choose another --port "
             "(0: any that is free) or --host"
         ) from error
-
-
-@contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """Swallows the signal that ended the server: uvicorn raises it once more when it has stopped."""
-
-    def done(number: int, frame: FrameType | None) -> None:
-        pass
-
-    before: dict[int, Any] = {number: signal.signal(number, done) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

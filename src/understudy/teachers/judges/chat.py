@@ -16,7 +16,6 @@ from understudy.http import (
     HttpClient,
     Refused,
     RetryOptions,
-    RetryPolicy,
     check_address,
     check_variable,
     read_key,
@@ -88,11 +87,6 @@ class Chat(RetryOptions, TeacherSection):
     def wording(self) -> Wording:
         """The judge's questions."""
         return Wording.of(self.template, self.step_template, self.step_separator)
-
-    @property
-    def retry_policy(self) -> RetryPolicy:
-        """Raises ValueError for a value out of range."""
-        return RetryPolicy.of(self)
 
     @property
     def gives(self) -> frozenset[Need]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
-from understudy.http import HttpClient, RetryOptions, RetryPolicy
+from understudy.errors import ScoreError
+from understudy.http import HttpClient, RetryOptions
 from understudy.teachers.base import Setup, Source, Teacher, TeacherSection
 from understudy.teachers.stores.cache import CACHE_FILE, CachedTeacher
+from understudy.types import Need, Sample, Scores
 
 AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
 
@@ -42,11 +45,6 @@ class RemoteSection(RetryOptions, TeacherSection):
         return (self.url,) if isinstance(self.url, str) else tuple(self.url)
 
     @property
-    def retry_policy(self) -> RetryPolicy:
-        """Raises ValueError for a value out of range."""
-        return RetryPolicy.of(self)
-
-    @property
     def vocabulary(self) -> Source | None:
         return None if self.tokenizer is None else Source(self.tokenizer)
 
@@ -60,12 +58,36 @@ class RemoteTeacher(Teacher):
 
     remote = True
 
-    def __init__(self, section: RemoteSection, setup: Setup, client: HttpClient) -> None:
+    def __init__(self, section: RemoteSection, setup: Setup, client: HttpClient, who: str) -> None:
+        """`who`: names the teacher in errors."""
         self.name, self.temperature = setup.name, setup.temperature
         # as many batches as may be in flight, so that one that waits holds up no other
         self.concurrency = section.max_concurrency
+        self._section = section
         self._setup = setup
         self._client = client
+        self._who = who
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """Scores of each sample, in order, on the CPU; `Unscored` if a number is not finite after all.
+
+        Raises ScoreError for another need, a larger top-k than the server returns and a sample that is too long for it,
+        ValueError for "topk" without k, EngineError if the server does not answer, refuses, or is another than before.
+        """
+        gives = self._section.gives
+        if need - gives:
+            raise ScoreError(f"{self._who} cannot give {sorted(need - gives)}; it gives {sorted(gives)}")
+        if "topk" not in need:
+            k = None
+        elif k is None or k < 1:
+            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
+        if not need - {"none"}:
+            return [Scores(sample.response_ids) for sample in samples]
+        return self._score(samples, need - {"none"}, None if k is None else min(k, self._setup.vocab_size))
+
+    @abstractmethod
+    def _score(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
+        """As `score`, for a need that the server meets; `k` at most the vocabulary's size, None without "topk"."""
 
     def stats(self) -> Mapping[str, Any]:
         """Requests, retries, failures and bytes (`HttpClient.stats`)."""

@@ -13,22 +13,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from io import BytesIO
 from typing import Any, ClassVar
 
-import numpy as np
-from torch import Tensor
-
-from understudy.errors import ScoreError
 from understudy.http import BadReply, Refused
 from understudy.teachers.remote.score_check import RawScores, number
 from understudy.types import Need, Sample
 
-MAX_GIVEN = 2**18
-"""Numbers in a reply about given ids of one sample: some 8 MB of JSON."""
 _UNKNOWN_FIELD = frozenset({400, 422})
 _NO_ROUTE = frozenset({403, 404, 405})
 """Statuses of a path that does not exist, or that a server was not told to open."""
@@ -48,8 +39,6 @@ class WireFormat(ABC):
     """Path whose reply has a "version"; None: the server does not tell."""
     single: ClassVar[bool] = False
     """Whether a request holds one sample only."""
-    given_field: ClassVar[str | None] = None
-    """Field of a request that names the ids to score; None: the server scores sampled and likeliest tokens only."""
 
     def __init__(self, model: str, tokenizer: Any = None) -> None:
         """`model`: its name at the server. `tokenizer`: the student's, None where it is unknown."""
@@ -57,24 +46,23 @@ class WireFormat(ABC):
         self.tokenizer = tokenizer
 
     @abstractmethod
-    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
-        """The JSON of a request. `num_top`: likeliest tokens of each row, 0 for none; `given`: ids [R, K] of each sample."""
+    def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
+        """The JSON of a request. `num_top`: likeliest tokens of each row, 0 for none."""
 
     @abstractmethod
     def parts(self, reply: Any) -> list[Any]:
         """The parts of a reply's JSON, one for each sample, in order."""
 
     @abstractmethod
-    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+    def read(self, sample: Sample, part: Any) -> RawScores:
         """Reads one sample's part. Raises BadReply; any LookupError, TypeError, ValueError or AttributeError becomes one."""
 
     def fallback(self, refused: Refused) -> WireFormat | None:
-        """Returns the format to use instead if this server does not know the route or a field; None: it is an error."""
-        return None
+        """Returns the format to use instead if this server does not know the route or a field; None: it is an error.
 
-    def split(self, sample: Sample, given: Tensor) -> list[tuple[Sample, Tensor]]:
-        """Cuts a sample with its given ids into pieces whose replies stay small."""
-        return [(sample, given)] if len(given) else []
+        Not asked about a refusal of a sample that is too long.
+        """
+        return None
 
 
 class VLLMCompletions(WireFormat):
@@ -88,7 +76,7 @@ class VLLMCompletions(WireFormat):
     default_k_max = 20
     version_path = "/version"
 
-    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
         return {
             "model": self.model,
             "prompt": [sample.token_ids.tolist() for sample in samples],
@@ -102,7 +90,7 @@ class VLLMCompletions(WireFormat):
     def parts(self, reply: Any) -> list[Any]:
         return _choices(reply)
 
-    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+    def read(self, sample: Sample, part: Any) -> RawScores:
         """`prompt_logprobs`: None, then for each token a mapping from ids, its own and the likeliest, to numbers."""
         ids, start = sample.token_ids.tolist(), sample.prompt_length
         if (said := part.get("prompt_token_ids")) is not None and said != ids:
@@ -119,48 +107,22 @@ class VLLMCompletions(WireFormat):
 
 
 class VLLMTokens(VLLMCompletions):
-    """vLLM's route for token ids, which `--enable-scale-out` opens: one sequence a request, and no text is written.
-
-    `prompt_logprobs` is that of the completions. Given ids are a field of 0.32's V2 model runner; earlier versions ignore it.
-    """
+    """vLLM's route for token ids, which `--enable-scale-out` opens: one sequence a request, and no text is written."""
 
     path = "/inference/v1/generate"
     single = True
-    given_field = "prompt_logprob_token_ids"
 
-    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
         (sample,) = samples
-        params: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "prompt_logprobs": num_top}
-        if given is not None:
-            # row i belongs to the token behind place `prompt_logprob_start + i`
-            params |= {self.given_field: given[0].tolist(), "prompt_logprob_start": sample.prompt_length - 1}
+        params = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "prompt_logprobs": num_top}
         ids = sample.token_ids.tolist()
         return {"model": self.model, "token_ids": ids, "sampling_params": params, "return_token_ids": True}
 
     def parts(self, reply: Any) -> list[Any]:
         return [dict(reply)]
 
-    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
-        """Numbers of given ids are in `prompt_token_id_logprobs`, [R, K] in numpy's file format."""
-        raw = super().read(sample, part)
-        if given is None:
-            return raw
-        if "prompt_token_id_logprobs" not in part:
-            raise ScoreError(f"the server took no notice of {self.given_field}, which vLLM knows from 0.32 on")
-        stream = BytesIO(b64decode(part["prompt_token_id_logprobs"], validate=True))
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise BadReply("the scores of given ids are in an unknown format")
-        # shape and type are compared before anything of the size that they name is allocated
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        if shape != tuple(given.shape) or dtype.kind != "f":
-            raise BadReply(f"scores of given ids have shape {shape} of {dtype}, not {tuple(given.shape)} of floats")
-        values = np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran else "C").tolist()
-        return replace(raw, top=[list(zip(*row, strict=True)) for row in zip(given.tolist(), values, strict=True)])
-
     def fallback(self, refused: Refused) -> WireFormat | None:
-        if is_too_long(refused) or refused.status not in _NO_ROUTE | _UNKNOWN_FIELD:
-            return None
-        return VLLMCompletions(self.model)
+        return VLLMCompletions(self.model) if refused.status in _NO_ROUTE | _UNKNOWN_FIELD else None
 
 
 class SGLang(WireFormat):
@@ -169,10 +131,9 @@ class SGLang(WireFormat):
 
     path = "/generate"
     version_path = "/get_server_info"
-    given_field = "token_ids_logprob"
 
-    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
-        body = {
+    def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
+        return {
             "input_ids": [sample.token_ids.tolist() for sample in samples],
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
@@ -182,21 +143,18 @@ class SGLang(WireFormat):
             "return_text_in_logprobs": False,
             "stream": False,
         }
-        # a server takes one list of ids for all places of a sample, so it is their union
-        return body if given is None else body | {self.given_field: [ids.unique().tolist() for ids in given]}
 
     def parts(self, reply: Any) -> list[Any]:
         return list(reply)
 
-    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+    def read(self, sample: Sample, part: Any) -> RawScores:
         """`meta_info`: lists of [logprob, id, text]."""
         facts: Mapping[str, Any] = part["meta_info"]
-        beside = "input_top_logprobs" if given is None else "input_token_ids_logprobs"
         length, size = sample.token_ids.numel(), sample.num_response_tokens
         if facts.get("prompt_tokens", length) != length:
             raise BadReply(f"{facts['prompt_tokens']} tokens were read of {length}")
-        places, rows = facts["input_token_logprobs"], facts.get(beside) or None
-        for name, found in (("input_token_logprobs", places), (beside, rows)):
+        places, rows = facts["input_token_logprobs"], facts.get("input_top_logprobs") or None
+        for name, found in (("input_token_logprobs", places), ("input_top_logprobs", rows)):
             if found is not None and len(found) != size + 1:
                 raise BadReply(f"{name} has {len(found) - 1} places for {size} response tokens")
         return RawScores(
@@ -204,18 +162,6 @@ class SGLang(WireFormat):
             [number(place[0]) for place in places[1:]],
             None if rows is None else [[(entry[1], number(entry[0])) for entry in row or ()] for row in rows[1:]],
         )
-
-    def split(self, sample: Sample, given: Tensor) -> list[tuple[Sample, Tensor]]:
-        """Pieces are samples whose prompts reach up to their rows: every place gets the numbers of the union of all rows'
-        ids, so that a reply grows with the square of the rows."""
-        rows, begun = max(1, math.isqrt(MAX_GIVEN // given.shape[1])), sample.prompt_length
-        return [
-            (
-                replace(sample, token_ids=sample.token_ids[: begun + start + rows], prompt_length=begun + start),
-                given[start : start + rows],
-            )
-            for start in range(0, len(given), rows)
-        ]
 
 
 class Completions(WireFormat):
@@ -231,7 +177,7 @@ class Completions(WireFormat):
         self._as_ids = as_ids
         self._spellings: dict[int, frozenset[str]] = {}
 
-    def body(self, samples: Sequence[Sample], num_top: int, given: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
         body = {
             "model": self.model,
             "prompt": [sample.token_ids.tolist() for sample in samples],
@@ -246,7 +192,7 @@ class Completions(WireFormat):
     def parts(self, reply: Any) -> list[Any]:
         return _choices(reply)
 
-    def read(self, sample: Sample, part: Any, given: Tensor | None = None) -> RawScores:
+    def read(self, sample: Sample, part: Any) -> RawScores:
         """`logprobs`: `tokens` and `token_logprobs`, the first of which is None."""
         ids, start = sample.token_ids.tolist(), sample.prompt_length
         tokens, numbers = part["logprobs"]["tokens"], part["logprobs"]["token_logprobs"]
@@ -258,9 +204,8 @@ class Completions(WireFormat):
         return RawScores(ids[start:], [number(value) for value in numbers[start : len(ids)]])
 
     def fallback(self, refused: Refused) -> WireFormat | None:
-        if not self._as_ids or refused.status not in _UNKNOWN_FIELD or is_too_long(refused):
-            return None
-        return Completions(self.model, self.tokenizer, as_ids=False)
+        unknown = self._as_ids and refused.status in _UNKNOWN_FIELD
+        return Completions(self.model, self.tokenizer, as_ids=False) if unknown else None
 
     def _is_spelled(self, token: int, said: str) -> bool:
         """Whether a server may write the token like this. Bytes of a character have no text, so any replacement will do."""

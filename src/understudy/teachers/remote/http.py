@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError, nearest
 from understudy.http import BadReply, HttpClient, Refused, Reply, check_address, check_variable, read_key
 from understudy.teachers.base import RunFacts, Setup
 from understudy.teachers.grouping import by_prompt, chunks
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher
-from understudy.teachers.remote.formats import FORMATS, WireFormat, is_too_long
-from understudy.teachers.remote.score_check import Answer, check, check_given, empty_scores, unscored
+from understudy.teachers.remote.formats import FORMATS, is_too_long
+from understudy.teachers.remote.score_check import Answer, check, empty_scores, unscored
 from understudy.teachers.stores.cache import CachedTeacher
 from understudy.types import Need, Sample, Scores
 
@@ -133,9 +130,10 @@ class HttpTeacher(RemoteTeacher):
             api_key_env=section.api_key_env,
             seed=setup.seed,
         )
-        super().__init__(section, setup, client)
-        self._section = section
-        self._format: WireFormat = FORMATS[section.api](section.model, setup.tokenizer)
+        who = f"teacher {setup.name!r} ({section.api} api: {section.shown})"
+        super().__init__(section, setup, client, who)
+        self._section: Http = section
+        self._format = FORMATS[section.api](section.model, setup.tokenizer)
         self._format_known = False
         """Whether the server has answered in `_format`, or its fallback was chosen."""
         self._format_lock = Lock()
@@ -157,70 +155,32 @@ class HttpTeacher(RemoteTeacher):
         """Returns what the server tells about itself, in a line. Raises EngineError as `info`."""
         return ", ".join(f"{key} {value}" for key, value in self.info().items())
 
-    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """Scores of each sample, in order; `Unscored` if a number is not finite after all. Entropies are not given.
-
-        Raises ScoreError for another need, a larger top-k than the server returns and a sample that is too long for it,
-        ValueError for "topk" without k, EngineError if the server does not answer, or not what was asked.
-        """
-        gives = self._section.gives
-        if need - gives:
-            behind = f"behind {self._section.api} it gives {sorted(gives)}"
-            raise ScoreError(f"{self._who} cannot give {sorted(need - gives)}; {behind}")
-        if not need - {"none"}:
-            return [Scores(sample.response_ids) for sample in samples]
-        if "topk" in need and (k is None or k < 1):
-            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
-        kept = min(k, self._setup.vocab_size) if k is not None and "topk" in need else None
-        if kept is not None:
-            self._check_k(kept)
+    def _score(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
+        """Asks again for samples whose scores are not finite, and for more tokens where some are not the student's."""
+        try:
+            self._section.check_k(k or 0)
+        except RecipeError as error:
+            raise ScoreError(str(error)) from None
+        limit = self._section.largest_k
+        found = {index: Answer(empty_scores(sample, k)) for index, sample in enumerate(samples)}
+        waiting: Sequence[int] = range(len(samples))
+        for _ in range(1 + ASKED_AGAIN):
+            num_top = 0 if k is None else int(min(k + self._spare, limit))
+            found |= self._ask_all(samples, waiting, k, num_top)
+            waiting = [index for index in waiting if found[index].scores is None]
+            short = max((found[index].short for index in waiting), default=0)
+            if short and num_top >= limit:
+                raise ScoreError(
+                    f"sample {samples[waiting[0]].key}: {short} of the {num_top} likeliest tokens of teacher {self.name!r} "
+                    f"are past the student's {self._setup.vocab_size} tokens, and the server gives no more: raise its "
+                    "--max-logprobs and teacher.k_max with it, or lower method.k"
+                )
+            if short:
+                self._spare += max(short, SPARE)
         return [
-            unscored(sample, kept, f"{self._who}: {answer.missing}") if answer.scores is None else answer.scores
-            for sample, answer in zip(samples, self._ask_until_scored(samples, kept), strict=True)
+            unscored(sample, k, f"{self._who}: {answer.missing}") if answer.scores is None else answer.scores
+            for sample, answer in zip(samples, found.values(), strict=True)
         ]
-
-    def score_at(self, samples: Sequence[Sample], ids: Sequence[Tensor]) -> list[Scores]:
-        """`log T` at given ids [R, K] of each sample, as `topk_ids` and `topk_logprob`, beside `logprob`.
-
-        Raises ScoreError for a server that cannot be asked for given ids, else as `score`.
-        """
-        form = self._format
-        if form.given_field is None:
-            raise self._no_given(f"the route {form.path} names none")
-        for sample, rows in zip(samples, ids, strict=True):
-            if rows.dim() != 2 or len(rows) != sample.num_response_tokens or not rows.shape[1]:
-                size = len(sample.response_ids)
-                raise ValueError(f"sample {sample.key}: ids have shape {tuple(rows.shape)}, not ({size}, K)")
-            self._check_k(rows.shape[1])
-        pieces = [
-            (index, *piece) for index, pair in enumerate(zip(samples, ids, strict=True)) for piece in form.split(*pair)
-        ]
-        parts, given = [sample for _, sample, _ in pieces], [rows for *_, rows in pieces]
-
-        def ask(group: list[int]) -> list[Answer]:
-            try:
-                return self._send(form, parts, group, 0, check_given, given)
-            except Refused as refused:
-                # a server that lacks the route may be asked for other scores by its fallback, but not for these
-                if form.fallback(refused) or str(form.given_field) in refused.message:
-                    raise self._no_given(str(refused)) from None
-                raise
-
-        answers = self._ask_all(parts, range(len(parts)), ask)
-        found: list[list[Answer]] = [[] for _ in samples]
-        for number, (index, *_) in enumerate(pieces):
-            found[index].append(answers[number])
-        return [self._join(*item) for item in zip(samples, ids, found, strict=True)]
-
-    def _join(self, sample: Sample, ids: Tensor, answers: Sequence[Answer]) -> Scores:
-        """Scores of a sample's pieces, in order; `Unscored` if one of them is."""
-        found = [empty_scores(sample, ids.shape[1])] if not answers else []
-        for answer in answers:
-            if answer.scores is None:
-                return unscored(sample, ids.shape[1], f"{self._who}: {answer.missing}")
-            found.append(answer.scores)
-        names = ("token_ids", "logprob", "topk_ids", "topk_logprob")
-        return Scores(**{name: torch.cat([getattr(piece, name) for piece in found]) for name in names})
 
     def info(self) -> dict[str, Any]:
         """Returns `models` that every replica has, `max_length` in tokens and `version`, None if the server does not tell.
@@ -261,93 +221,44 @@ class HttpTeacher(RemoteTeacher):
             "version": ", ".join(sorted(version for version in versions if version is not None)) or None,
         }
 
-    @property
-    def _who(self) -> str:
-        return f"teacher {self.name!r} ({self._section.shown})"
-
-    def _check_k(self, k: int) -> None:
-        try:
-            self._section.check_k(k)
-        except RecipeError as error:
-            raise ScoreError(str(error)) from None
-
-    def _no_given(self, why: str) -> ScoreError:
-        return ScoreError(
-            f"{self._who} cannot be asked for the scores of given tokens ({why}): start vLLM 0.32 with --enable-scale-out "
-            "(and its V2 model runner), or serve it with SGLang (teacher.api: sglang) or `understudy serve-teacher`"
-        )
-
-    def _ask_until_scored(self, samples: Sequence[Sample], k: int | None) -> list[Answer]:
-        """Asks again for samples whose scores are not finite, and for more tokens where some are not the student's."""
-        limit = self._section.largest_k
-        found = {index: Answer(empty_scores(sample, k)) for index, sample in enumerate(samples)}
-        waiting: Sequence[int] = range(len(samples))
-        for _ in range(1 + ASKED_AGAIN):
-            num_top = 0 if k is None else int(min(k + self._spare, limit))
-            judge = partial(check, k=k, num_top=num_top, vocab_size=self._setup.vocab_size)
-            found |= self._ask_all(
-                samples,
-                waiting,
-                lambda group: self._send(self._format, samples, group, num_top, judge),  # noqa: B023
-            )
-            waiting = [index for index in waiting if found[index].scores is None]
-            short = max((found[index].short for index in waiting), default=0)
-            if short and num_top >= limit:
-                raise ScoreError(
-                    f"sample {samples[waiting[0]].key}: {short} of the {num_top} likeliest tokens of teacher {self.name!r} "
-                    f"are past the student's {self._setup.vocab_size} tokens, and the server gives no more: raise its "
-                    "--max-logprobs and teacher.k_max with it, or lower method.k"
-                )
-            if short:
-                self._spare += max(short, SPARE)
-        return [found[index] for index in range(len(samples))]
-
     def _ask_all(
-        self, samples: Sequence[Sample], chosen: Sequence[int], ask: Callable[[list[int]], list[Answer]]
+        self, samples: Sequence[Sample], chosen: Sequence[int], k: int | None, num_top: int
     ) -> dict[int, Answer]:
         """Answers by index, requests side by side. Raises ScoreError, EngineError.
 
         The first request of all goes out alone: it shows whether the server knows the route and its fields.
         """
 
-        def run(group: list[int]) -> list[Answer]:
-            try:
-                return ask(group)
-            except Refused as refused:
-                raise self._refusal(refused, [samples[index] for index in group]) from None
-
         def groups(indices: Sequence[int]) -> list[list[int]]:
             max_tokens = 1 if self._format.single else self._section.batch_tokens
             return group_by_prompt(samples, indices, max_tokens=max_tokens)
 
+        def ask(group: list[int]) -> list[Answer]:
+            asked = [samples[index] for index in group]
+            try:
+                return self._send(asked, k, num_top)
+            except Refused as refused:
+                fallback = None if self._format_known or is_too_long(refused) else self._format.fallback(refused)
+                if fallback is None:
+                    raise self._refusal(refused, asked) from None
+                self._format = fallback
+                return []
+
         found: dict[int, Answer] = {}
         with self._format_lock:
-            for first in [] if self._format_known else groups(chosen)[:1]:
-                try:
-                    found = dict(zip(first, ask(first), strict=True))
-                except Refused as refused:
-                    fallback = self._format.fallback(refused)
-                    if fallback is None:
-                        raise self._refusal(refused, [samples[index] for index in first]) from None
-                    self._format = fallback
+            rest = groups(chosen)
+            if rest and not self._format_known:
+                # no answers where the server turned out to need the fallback
+                found = dict(zip(rest[0], ask(rest[0]), strict=False))
                 self._format_known = True
-        rest = groups([index for index in chosen if index not in found])
-        for group, answers in zip(rest, self._client.each(rest, run), strict=True):
+                rest = groups([index for index in chosen if index not in found])
+        for group, answers in zip(rest, self._client.each(rest, ask), strict=True):
             found.update(zip(group, answers, strict=True))
         return found
 
-    def _send(
-        self,
-        form: WireFormat,
-        samples: Sequence[Sample],
-        group: Sequence[int],
-        num_top: int,
-        judge: Callable[..., Answer],
-        given: Sequence[Tensor] | None = None,
-    ) -> list[Answer]:
-        """One request: `judge(sample, raw, *given ids)` of each sample's part of the reply."""
-        asked = [samples[index] for index in group]
-        ids = None if given is None else [given[index] for index in group]
+    def _send(self, asked: Sequence[Sample], k: int | None, num_top: int) -> list[Answer]:
+        """One request. `num_top`: how many of the likeliest tokens it asks for, at least `k`."""
+        form = self._format
 
         def read(reply: Reply) -> list[Answer]:
             who, answers = reply.url, []
@@ -355,17 +266,17 @@ class HttpTeacher(RemoteTeacher):
                 parts = form.parts(reply.json())
                 if len(parts) != len(asked):
                     raise BadReply(f"{len(parts)} samples came back for {len(asked)}")
-                for index, (sample, part) in enumerate(zip(asked, parts, strict=True)):
+                for sample, part in zip(asked, parts, strict=True):
                     who = f"{reply.url}, sample {sample.key}"
-                    extra = () if ids is None else (ids[index],)
-                    answers.append(judge(sample, form.read(sample, part, *extra), *extra))
+                    raw = form.read(sample, part)
+                    answers.append(check(sample, raw, k=k, num_top=num_top, vocab_size=self._setup.vocab_size))
                 return answers
             except BadReply as error:
                 raise BadReply(f"{who}: {error}") from None
             except _SHAPE_ERRORS as error:
                 raise BadReply(f"{who}: a reply of another shape ({type(error).__name__} {error})") from None
 
-        return self._client.request(form.path, read, key=_named(asked), json=form.body(asked, num_top, ids))
+        return self._client.request(form.path, read, key=_named(asked), json=form.body(asked, num_top))
 
     def _refusal(self, refused: Refused, samples: Sequence[Sample]) -> ScoreError | EngineError:
         """The error, with what to do, for a status that a retry does not change."""

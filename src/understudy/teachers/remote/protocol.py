@@ -10,6 +10,7 @@ Every tensor of a reply has one row for each response token of all samples, in t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
@@ -21,12 +22,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from understudy.linear.head import LMHead
+from understudy.types import Need
 
 FORMAT = 1
 CONTENT_TYPE = "application/octet-stream"
 ABOUT, HEAD, SCORE = "/v1/teacher", "/v1/head", "/v1/score"
-NEEDS = frozenset({"sampled", "topk", "full", "given"})
-"""Needs that a request may name; "given" are log-probabilities at the client's own ids."""
+NEEDS: frozenset[Need] = frozenset({"sampled", "topk", "full"})
+"""Needs that a request may name."""
 TEMPERATURES = (1e-3, 1e3)
 MAX_SAMPLES = 65_536
 """Samples in one request."""
@@ -42,12 +44,13 @@ FIELDS: dict[str, tuple[tuple[torch.dtype, ...], int]] = {
     "entropy": (_NUMBERS, 1),
     "topk_ids": (_INTEGERS, 2),
     "topk_logprob": (_NUMBERS, 2),
-    "given_logprob": (_NUMBERS, 2),
     "hidden": (_STATES, 2),
 }
 """Fields of a reply: dtypes and number of dimensions."""
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Fields of a reply, each with the shape of its rows."""
 StateDType = Literal["bfloat16", "float16", "float32", "float64"]
 
 
@@ -149,13 +152,11 @@ class ScoreRequest:
     """[B] int32; they add up to N."""
     prompt_lengths: Tensor
     """[B] int32, at least 1, at most the length."""
-    need: frozenset[str]
+    need: frozenset[Need]
     temperature: float
     vocab_size: int
     k: int | None = None
     """For "topk"."""
-    ids: Tensor | None = None
-    """[R, K] int32, for "given"."""
 
     @property
     def num_tokens(self) -> int:
@@ -175,8 +176,6 @@ class ScoreRequest:
     def encode(self) -> bytes:
         """Returns the body of a request."""
         tensors = {"tokens": self.tokens, "lengths": self.lengths, "prompt_lengths": self.prompt_lengths}
-        if self.ids is not None:
-            tensors["ids"] = self.ids
         facts = {"need": ",".join(sorted(self.need)), "temperature": repr(self.temperature)}
         facts |= {"vocab_size": str(self.vocab_size)} | ({} if self.k is None else {"k": str(self.k)})
         return _write(tensors, facts)
@@ -184,29 +183,18 @@ class ScoreRequest:
     @staticmethod
     def decode(data: bytes) -> ScoreRequest:
         """Raises ProtocolError for a body that is not well formed."""
-        tensors, said = _read(data, needed={"tokens", "lengths", "prompt_lengths"}, allowed={"ids"})
+        tensors, said = _read(data, needed={"tokens", "lengths", "prompt_lengths"})
         for name, tensor in tensors.items():
-            _check(name, tensor, _INTEGERS, 2 if name == "ids" else 1)
+            _check(name, tensor, _INTEGERS, 1)
         facts: _RequestFacts = _validate(_RequestFacts, said)
-        need = frozenset(facts.need.split(","))
-        if need - NEEDS:
+        need = frozenset(name for name in NEEDS if name in facts.need.split(","))
+        if set(facts.need.split(",")) - NEEDS:
             raise ProtocolError(
                 f"need is {facts.need!r}; it must be of {', '.join(sorted(NEEDS))}, with commas between"
             )
         if "topk" in need and facts.k is None:
             raise ProtocolError("k is missing; need topk asks for a whole number of at least 1")
-        request = ScoreRequest(
-            **tensors,
-            need=need,
-            temperature=facts.temperature,
-            vocab_size=facts.vocab_size,
-            k=facts.k if "topk" in need else None,
-        )
-        request._check_lengths()
-        return request
-
-    def _check_lengths(self) -> None:
-        lengths, prompts = self.lengths.long(), self.prompt_lengths.long()
+        lengths, prompts = tensors["lengths"].long(), tensors["prompt_lengths"].long()
         if not lengths.numel() or prompts.numel() != lengths.numel():
             raise ProtocolError(
                 f"{lengths.numel()} lengths and {prompts.numel()} prompt_lengths; there must be one of each a sample"
@@ -220,14 +208,17 @@ class ScoreRequest:
                 f"sample {at} has length {int(lengths[at])} and prompt length {int(prompts[at])}; a prompt has at least one "
                 "token and is not longer than its sequence"
             )
-        if int(lengths.sum()) != self.num_tokens:
-            raise ProtocolError(f"the lengths add up to {int(lengths.sum())}, and there are {self.num_tokens} tokens")
-        if (self.ids is None) == ("given" in self.need):
-            raise ProtocolError("ids come with need given, and with no other")
-        if self.ids is not None and (len(self.ids) != self.num_rows or self.ids.shape[1] < 1):
+        if int(lengths.sum()) != tensors["tokens"].numel():
             raise ProtocolError(
-                f"ids is {list(self.ids.shape)}; it needs a row for each of {self.num_rows} response tokens"
+                f"the lengths add up to {int(lengths.sum())}, and there are {tensors['tokens'].numel()} tokens"
             )
+        return ScoreRequest(
+            **tensors,
+            need=need,
+            temperature=facts.temperature,
+            vocab_size=facts.vocab_size,
+            k=facts.k if "topk" in need else None,
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -238,7 +229,7 @@ class ScoreReply:
     token_ids: Tensor
     """[R] int32, those that were scored."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
-    """`logprob`, `entropy` [R], `topk_ids`, `topk_logprob` [R, k], `hidden` [R, H], `given_logprob` [R, K]."""
+    """`logprob`, `entropy` [R], `topk_ids`, `topk_logprob` [R, k], `hidden` [R, H]."""
 
     def encode(self) -> bytes:
         """Returns the body of a reply."""
@@ -260,33 +251,25 @@ class ScoreReply:
         return ScoreReply(fingerprint=facts["fingerprint"], token_ids=token_ids, fields=tensors)
 
 
-def fields_of(need: Collection[str]) -> frozenset[str]:
-    """Returns the fields of a reply to such a request, no more and no fewer."""
-    names = {"logprob", "entropy"} if {"sampled", "topk"} & set(need) else set()
+def reply_fields(need: Collection[str], *, num_top: int, hidden_size: int) -> Shapes:
+    """Returns the fields of a reply to such a request, no more and no fewer, each with the shape of its rows."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if {"sampled", "topk"} & set(need):
+        shapes |= {"logprob": (), "entropy": ()}
     if "topk" in need:
-        names |= {"topk_ids", "topk_logprob"}
+        shapes |= {"topk_ids": (num_top,), "topk_logprob": (num_top,)}
     if "full" in need:
-        names.add("hidden")
-    if "given" in need:
-        names.add("given_logprob")
-    return frozenset(names)
+        shapes["hidden"] = (hidden_size,)
+    return shapes
 
 
-def row_bytes(
-    need: Collection[str], *, scores: torch.dtype, hidden: torch.dtype, hidden_size: int, num_top: int, num_given: int
-) -> int:
-    """Returns the bytes of one row of a reply, and of the hidden state that given ids are scored from."""
-    names, size = fields_of(need), torch.promote_types(scores, torch.float32).itemsize
-    row = torch.int32.itemsize + num_given * size
-    if "logprob" in names:
-        row += 2 * size
-    if "topk_ids" in names:
-        row += num_top * (size + torch.int32.itemsize)
-    if "hidden" in names:
-        row += hidden_size * hidden.itemsize
-    if "given" in need:
-        row += hidden_size * scores.itemsize
-    return row
+def row_bytes(shapes: Shapes, *, scores: torch.dtype, hidden: torch.dtype) -> int:
+    """Returns the bytes of one row of a reply with these fields."""
+    types = {"topk_ids": torch.int32, "hidden": hidden}
+    number = torch.promote_types(scores, torch.float32)
+    return torch.int32.itemsize + sum(
+        math.prod(shape) * types.get(name, number).itemsize for name, shape in shapes.items()
+    )
 
 
 def write_head(head: LMHead, fingerprint: str) -> bytes:
@@ -316,7 +299,7 @@ def _write(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
 
 
 def _read(
-    data: bytes, *, needed: Collection[str], allowed: Collection[str]
+    data: bytes, *, needed: Collection[str], allowed: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns tensors and the header's facts. Raises ProtocolError for other bytes and other tensors."""
     size = int.from_bytes(data[:_LENGTH_BYTES], "little")

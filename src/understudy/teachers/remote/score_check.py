@@ -38,7 +38,7 @@ class RawScores:
     logprob: Sequence[Any]
     """[R] numbers, None where one is missing."""
     top: Sequence[Sequence[tuple[int, Any]]] | None = None
-    """[R] rows of (id, number): the likeliest in the server's order, or the ids that were given."""
+    """[R] rows of (id, number), the likeliest in the server's order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,26 +85,6 @@ def check(sample: Sample, raw: RawScores, *, k: int | None, num_top: int, vocab_
     order = foreign.to(torch.int8).argsort(dim=-1, stable=True)[:, :k]
     top = values.gather(-1, order).clamp(max=0).float()
     return Answer(Scores(wanted, logprob.clamp(max=0).float(), ids.gather(-1, order), top))
-
-
-def check_given(sample: Sample, raw: RawScores, ids: Tensor) -> Answer:
-    """Returns scores of the ids that were sent, with the numbers of given ids [R, K] in their order; as `check`."""
-    answer = check(sample, raw, k=None, num_top=0, vocab_size=0)
-    if answer.scores is None:
-        return answer
-    rows = [dict(row) for row in raw.top or ()]
-    if len(rows) != len(ids) or any(
-        int(token) not in row for row, asked in zip(rows, ids, strict=True) for token in asked
-    ):
-        raise BadReply("not all of the ids that were asked for came back")
-    values = _numbers([row[int(token)] for row, asked in zip(rows, ids, strict=True) for token in asked])
-    values = values.reshape(ids.shape)
-    distance = (values - _numbers(raw.logprob)[:, None]).abs()
-    wrong = (ids == sample.response_ids[:, None]) & values.isfinite() & (distance > AGREEMENT)
-    if bool(wrong.any()):
-        raise BadReply(f"response token {int(wrong.nonzero()[0, 0])}: two numbers for it contradict each other")
-    scores = Scores(answer.scores.token_ids, answer.scores.logprob, ids, values.clamp(max=0).float())
-    return _not_finite("topk_logprob", values) or Answer(scores)
 
 
 def _not_finite(name: str, values: Tensor) -> Answer | None:

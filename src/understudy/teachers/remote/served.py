@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from threading import Lock
 
 import torch
-from torch import Tensor
 
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
 from understudy.http import (
@@ -22,20 +22,25 @@ from understudy.http import (
     read_key,
 )
 from understudy.linear.head import LMHead
-from understudy.packing import Unscored
+from understudy.packing import LOGPROB_TOLERANCE, Unscored
 from understudy.teachers.base import Setup
+from understudy.teachers.grouping import by_prompt
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher
 from understudy.teachers.remote.protocol import (
     ABOUT,
     HEAD,
+    MAX_SAMPLES,
     SCORE,
     TEMPERATURES,
     About,
     ProtocolError,
     ScoreReply,
+    ScoreRequest,
+    Shapes,
     read_head,
+    reply_fields,
+    row_bytes,
 )
-from understudy.teachers.remote.served_batches import HEADER_BYTES, ScoreBatches
 from understudy.teachers.stores.cache import CachedTeacher
 from understudy.teachers.stores.recording import tokenizer_digest
 from understudy.types import Need, Sample, Scores
@@ -45,6 +50,8 @@ OPENING_S = 30.0
 """Time that a replica has to describe itself."""
 ABOUT_BYTES = 2**20
 """Largest description."""
+HEADER_BYTES = 64 * 1024
+"""Room in a message beside its tensors."""
 NOT_FINITE_TRIES = 2
 """Times that a score that is not finite is asked for again before its sample is `Unscored`."""
 _HINTS = {
@@ -185,8 +192,8 @@ class ServedTeacher(RemoteTeacher):
         # the longest reply is the scores of one request, or the head with its bias
         head = about.num_rows * (about.hidden_size + 1) * getattr(torch, about.dtype).itemsize
         longest = max(about.limits.reply_bytes, int(head)) + HEADER_BYTES
-        super().__init__(section, setup, section.connect(setup, section.retry_policy, longest))
-        self._section = section
+        super().__init__(section, setup, section.connect(setup, section.retry_policy, longest), section.shown)
+        self._section: Served = section
         self._about = about
         self._head: LMHead | None = None
         self._lock = Lock()
@@ -228,61 +235,51 @@ class ServedTeacher(RemoteTeacher):
         facts = self._setup.temperature, self._setup.vocab_size
         return LMHead(head.weight.to(device), bias, head.softcap, head.scale, *facts)
 
-    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """Scores of each sample, in order, on the CPU; `Unscored` if a score is not finite after all.
-
-        Raises ScoreError for another need and for a sample longer than the teacher's positions, EngineError if the server
-        does not answer, refuses, or is another teacher than before, ValueError for "topk" without k.
-        """
-        if need - CAN:
-            raise ScoreError(f"{self._section.shown} cannot give {sorted(need - CAN)}; it gives {sorted(CAN)}")
-        if "topk" in need and (k is None or k < 1):
-            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
-        asked: frozenset[str] = need - {"none"}
-        if not asked:
-            return [Scores(sample.response_ids) for sample in samples]
-        return self._score(samples, asked, k if "topk" in need else None, None)
-
-    def score_at(self, samples: Sequence[Sample], ids: Sequence[Tensor]) -> list[Scores]:
-        """`topk_logprob` [R, K] of `topk_ids` = the given ids [R, K] of each sample, from the full softmax.
-
-        Raises ValueError for ids without a row for each response token, else as `score`.
-        """
-        for sample, rows in zip(samples, ids, strict=True):
-            if rows.dim() != 2 or rows.shape[0] != sample.num_response_tokens or rows.shape[1:] != ids[0].shape[1:]:
-                raise ValueError(
-                    f"sample {sample.key}: ids of shape {tuple(rows.shape)}; one row for each response token"
-                )
-        return self._score(samples, frozenset({"given"}), None, ids)
-
-    def _score(
-        self, samples: Sequence[Sample], need: frozenset[str], k: int | None, ids: Sequence[Tensor] | None
-    ) -> list[Scores]:
+    def _score(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
         """Asks in batches, side by side."""
         limit = self._about.limits.positions
         for sample in samples:
             # the last token is never read
             if limit is not None and sample.token_ids.numel() - 1 > limit:
                 raise ScoreError(
-                    f"sample {sample.key} has {sample.token_ids.numel()} tokens, but {self._section.shown} has {limit} "
+                    f"sample {sample.key} has {sample.token_ids.numel()} tokens, but {self._who} has {limit} "
                     "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
                 )
-        work = ScoreBatches(self._about, samples, need, self._setup.temperature, self._setup.vocab_size, k, ids)
-        # no replica waits while another one has everything
-        share = math.ceil(sum(sample.token_ids.numel() for sample in samples) / len(self._client.urls))
-        batches = work.batches(min(self._section.batch_tokens, max(1, share)))
+        shapes = reply_fields(need, num_top=k or 0, hidden_size=self._about.hidden_size)
+        batches = self._batches(samples, shapes)
         try:
-            answers = self._client.each(batches, lambda batch: self._ask(work, batch))
+            answers = self._client.each(
+                batches, lambda batch: self._ask([samples[index] for index in batch], need, k, shapes)
+            )
         except Refused as refused:
             raise self._section.refusal(refused) from None
-        found = {
-            index: score
-            for batch, scores in zip(batches, answers, strict=True)
-            for index, score in zip(batch, scores, strict=True)
-        }
+        found = dict(zip(chain(*batches), chain(*answers), strict=True))
         return [found[index] for index in range(len(samples))]
 
-    def _ask(self, work: ScoreBatches, batch: Sequence[int]) -> list[Scores]:
+    def _batches(self, samples: Sequence[Sample], shapes: Shapes) -> list[list[int]]:
+        """Returns indices for each request, samples of one prompt side by side. A request and its reply keep within the
+        server's limits unless it is one sample alone."""
+        about, limits = self._about, self._about.limits
+        row = row_bytes(shapes, scores=getattr(torch, about.dtype), hidden=getattr(torch, about.hidden_dtype))
+        # no replica waits while another one has everything
+        share = math.ceil(sum(sample.token_ids.numel() for sample in samples) / len(self._client.urls))
+        max_tokens = min(self._section.batch_tokens, max(1, share))
+        most = max_tokens, limits.request_bytes - HEADER_BYTES, limits.reply_bytes
+        batches: list[list[int]] = []
+        used = [0, 0, 0]
+        for index in chain(*by_prompt(samples)):
+            length, rows = samples[index].token_ids.numel(), samples[index].num_response_tokens
+            # tokens, bytes sent (ids and the two lengths), bytes received
+            size = length, (length + 2) * torch.int32.itemsize, rows * row
+            used = [sum(pair) for pair in zip(used, size, strict=True)]
+            if not batches or any(a > b for a, b in zip(used, most, strict=True)) or len(batches[-1]) == MAX_SAMPLES:
+                batches.append([])
+                used = list(size)
+            batches[-1].append(index)
+        return batches
+
+    def _ask(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None, shapes: Shapes) -> list[Scores]:
+        """One request."""
         tries = min(NOT_FINITE_TRIES, self._section.max_retries)
 
         def read(reply: Reply) -> list[Scores]:
@@ -292,16 +289,24 @@ class ServedTeacher(RemoteTeacher):
             except ProtocolError as error:
                 raise BadReply(f"a reply that cannot be read: {error}") from error
             self._check_same(answer.fingerprint, reply.url)
-            scores = work.read(answer, batch)
+            scores = _read_scores(answer, samples, shapes, self._setup.vocab_size)
             lacking = next((score for score in scores if isinstance(score, Unscored)), None)
             if lacking is not None and tries:
                 tries -= 1
                 raise BadReply(lacking.reason)
             return scores
 
-        first = work.samples[batch[0]].key
-        key = first if len(batch) == 1 else f"{first} and {len(batch) - 1} more samples"
-        return self._client.request(SCORE, read, key=key, content=work.request(batch).encode())
+        request = ScoreRequest(
+            tokens=torch.cat([sample.token_ids for sample in samples]).int(),
+            lengths=torch.tensor([sample.token_ids.numel() for sample in samples], dtype=torch.int32),
+            prompt_lengths=torch.tensor([sample.prompt_length for sample in samples], dtype=torch.int32),
+            need=need,
+            temperature=self._setup.temperature,
+            vocab_size=self._setup.vocab_size,
+            k=k,
+        )
+        key = samples[0].key + (f" and {len(samples) - 1} more samples" if len(samples) > 1 else "")
+        return self._client.request(SCORE, read, key=key, content=request.encode())
 
     def _check_same(self, fingerprint: str, url: str) -> None:
         if fingerprint != self._about.fingerprint:
@@ -309,3 +314,47 @@ class ServedTeacher(RemoteTeacher):
                 f"the teacher at {url} is another than when this run began: its fingerprint was {self._about.fingerprint} and "
                 f"is {fingerprint}; serve {self._about.model} as before and resume"
             )
+
+
+def _read_scores(reply: ScoreReply, samples: Sequence[Sample], shapes: Shapes, vocab_size: int) -> list[Scores]:
+    """Returns scores of a request's samples; `Unscored` if any number of a sample is not finite.
+
+    Raises BadReply, naming the sample, for scores of other ids, other fields or shapes, probabilities above 1, and a
+    token twice in a row of the likeliest.
+    """
+    if reply.fields.keys() != shapes.keys():
+        raise BadReply(f"a reply with {sorted(reply.fields)}, where {sorted(shapes)} were asked for")
+    sizes = [sample.num_response_tokens for sample in samples]
+    if len(reply.token_ids) != sum(sizes):
+        raise BadReply(f"a reply of {len(reply.token_ids)} tokens, where {sum(sizes)} were asked for")
+    for name, value in reply.fields.items():
+        if value.shape[1:] != shapes[name]:
+            raise BadReply(f"a reply whose {name} has shape {tuple(value.shape)}")
+    scored = reply.token_ids.split(sizes)
+    parts = {name: value.split(sizes) for name, value in reply.fields.items()}
+    scores: list[Scores] = []
+    for place, sample in enumerate(samples):
+        found = {name: part[place] for name, part in parts.items()}
+        if not torch.equal(scored[place].long(), sample.response_ids):
+            raise BadReply(f"sample {sample.key}: scores of other tokens than were sent")
+        for name in ("logprob", "topk_logprob"):
+            if name in found and bool((found[name] > LOGPROB_TOLERANCE).any()):
+                raise BadReply(f"sample {sample.key}: {name} is above 0, so no log-probability")
+        if "topk_ids" in found:
+            found["topk_ids"] = found["topk_ids"].long()
+            ranked = found["topk_ids"].sort(-1).values
+            if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
+                raise BadReply(f"sample {sample.key}: topk_ids names a token twice")
+            if ranked.numel() and not 0 <= int(ranked.min()) <= int(ranked.max()) < vocab_size:
+                raise BadReply(f"sample {sample.key}: topk_ids names a token that does not exist")
+        broken = sorted(name for name, value in found.items() if not bool(value.isfinite().all()))
+        if not broken:
+            scores.append(Scores(sample.response_ids, **found))
+            continue
+        empty = {name: torch.full_like(value, -1 if name == "topk_ids" else torch.nan) for name, value in found.items()}
+        reason = (
+            f"sample {sample.key}: {broken[0]} is NaN or infinite; serve the teacher with another --dtype (bfloat16 or "
+            "float32 for float16)"
+        )
+        scores.append(Unscored(sample.response_ids, **empty, reason=reason))
+    return scores
