@@ -191,6 +191,13 @@ def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """The leaves that are not equal by their path, as "KEY was OLD, is NEW"; a leaf that is absent is None."""
+    old, new = flatten(before), flatten(after)
+    changed = (key for key in old | new if old.get(key) != new.get(key))
+    return {key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]

@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.runs import distillation, metric_rows, tiny_recipe, train
 from understudy import config
-from understudy.cli import doctoring
+from understudy.cli import commands
 from understudy.engines import ENGINES, Engine, EngineSection, EngineSetup
 from understudy.environments import Environment, Step
 from understudy.errors import RecipeError
@@ -211,7 +211,7 @@ def test_a_newcomer_is_checked_examined_and_trained_with(tmp_path: Path, newcome
 
 @contextmanager
 def built(files: Files) -> Iterator[Parts]:
-    with doctoring.loaded(files, Console(quiet=True)) as parts:
+    with commands.loaded(files, Console(quiet=True)) as parts:
         yield parts
 
 

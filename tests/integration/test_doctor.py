@@ -30,7 +30,7 @@ from tests.runs import (
     train,
 )
 from understudy import config, run
-from understudy.cli import doctoring
+from understudy.cli import commands
 from understudy.engines import HFEngine
 from understudy.engines.vllm.engine import VLLMEngine
 from understudy.errors import EngineError, RecipeError
@@ -54,7 +54,7 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
 
 @contextmanager
 def built(files: Files) -> Iterator[Parts]:
-    with doctoring.loaded(files, QUIET) as parts:
+    with commands.loaded(files, QUIET) as parts:
         yield parts
 
 
@@ -586,7 +586,7 @@ def test_the_command_prints_every_line(
     changes = distillation(tmp_path)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe(tmp_path, **changes)))
-    assert doctoring.examine(path, ["train.steps=3"]) == 0
+    assert commands.doctor(path, ["train.steps=3"]) == 0
     told = capsys.readouterr().out
     for name in (
         "machine",
@@ -602,7 +602,7 @@ def test_the_command_prints_every_line(
         assert name in told
     assert "nothing is wrong" in told
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    assert doctoring.examine(path, []) == 1
+    assert commands.doctor(path, []) == 1
     told = capsys.readouterr().out
     assert told.rstrip().endswith("1 error: the run would stop, or learn something else than the recipe says")
     assert "choose another run_dir" in " ".join(told.split())

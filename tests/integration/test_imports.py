@@ -37,7 +37,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         ("import understudy", set()),
         ("import understudy.cli.app", set()),
-        ("import understudy.cli.entry", set()),
+        ("import understudy.cli", set()),
         ("import understudy.types", {"torch"}),
         ("import understudy.methods, understudy.linear", {"torch"}),
         ("import understudy.recipe", {"torch", "transformers"}),
@@ -62,7 +62,7 @@ def test_help_answers_at_once() -> None:
 
 
 def test_process_settings_are_for_cpus_and_leave_the_users_own() -> None:
-    from understudy.cli.entry import DONE, FOR_CPU, settings_for
+    from understudy.cli import DONE, FOR_CPU, settings_for
 
     assert settings_for({}, linux=True, gpu=True) == {}
     assert settings_for({}, linux=False, gpu=False) == {}

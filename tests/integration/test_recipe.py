@@ -16,7 +16,7 @@ from understudy.compare.cells import Cells
 from understudy.compare.grid import read_grid
 from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError, VocabularyError
 from understudy.methods import GKD, TopK
-from understudy.recipe import Recipe, differing_keys, load_recipe
+from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     text = config.write_yaml(config.dump(recipe))
     again = config.parse(Recipe, yaml.safe_load(text))
     assert again == recipe
-    assert differing_keys(recipe, again) == {}
+    assert config.changes(config.dump(recipe), config.dump(again)) == {}
     assert "micro_batch_tokens: null" in text
 
 
@@ -268,7 +268,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """2 for bad input, one line on stderr, no traceback."""
-    from understudy.cli import main
+    from understudy.cli.app import main
 
     monkeypatch.setattr("sys.argv", ["understudy", "train", str(tmp_path / "no.yaml")])
     with pytest.raises(SystemExit) as stop:

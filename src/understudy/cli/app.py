@@ -67,9 +67,9 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Exit code 2 where something is wrong; `train` runs the same checks first.
     """
-    from understudy.cli import doctoring
+    from understudy.cli import commands
 
-    if doctoring.examine(recipe, overrides or []):
+    if commands.doctor(recipe, overrides or []):
         raise typer.Exit(EXIT_BAD_INPUT)
 
 
@@ -129,8 +129,8 @@ def record(
     """
     from understudy.cli import recording
 
-    amount = recording.Amount(prompts=prompts, samples=samples, k=k)
-    if recording.record(recipe, overrides or [], out=out, amount=amount) != "finished":
+    ending = recording.record(recipe, overrides or [], out=out, prompts=prompts, samples=samples, k=k)
+    if ending != "finished":
         raise typer.Exit(EXIT_SIGNAL)
 
 
@@ -181,7 +181,7 @@ def compare(
 
     The same command again goes on with what is missing.
     """
-    from understudy.cli import comparing
+    from understudy.cli import commands
     from understudy.compare.grid import read_grid
 
     read = partial(
@@ -192,7 +192,7 @@ def compare(
         baseline=baseline or (),
         changes={"seeds": seeds, "target": target},
     )
-    ending = comparing.compare(recipe, overrides or [], read, out=out, jobs=jobs, ray=ray, dry_run=dry_run)
+    ending = commands.compare(recipe, overrides or [], read, out=out, jobs=jobs, ray=ray, dry_run=dry_run)
     if ending != "finished":
         raise typer.Exit(EXIT_FAILED if ending == "failed" else EXIT_SIGNAL)
 

@@ -1,27 +1,38 @@
-"""The commands `train`, `eval` and `sample`."""
+"""The commands `train`, `doctor`, `eval`, `sample` and `compare`."""
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shlex
+import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast, get_args
 
-from understudy import run
+from understudy import config, run
+from understudy.compare.cells import Cells, budgets
+from understudy.compare.grid import Grid
+from understudy.compare.outputs import write_outputs
+from understudy.compare.processes import check_ray
+from understudy.compare.run import Ending, Runner
+from understudy.compare.run import compare as make
+from understudy.compare.table import budget_warning
 from understudy.environments import single_turn
 from understudy.environments.play import play
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary, prompt_text, sample_row
 from understudy.files import write_json_lines
-from understudy.format import interval, metric_note
+from understudy.format import interval, metric_note, number
 from understudy.methods import SFT
 from understudy.recipe import Recipe, load_recipe
-from understudy.recipe.checks import check
+from understudy.recipe.checks import Files, Parts, check
+from understudy.recipe.doctor import errors_of, examine, show
 from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
@@ -30,7 +41,6 @@ from understudy.trainer.settings import Eval, Split
 from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
 
-SPLITS = ("train", "validation", "test")
 BLOCK_REQUESTS = 256
 """Requests between two updates of the progress bar."""
 
@@ -50,7 +60,7 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
     recipe = load_recipe(path, overrides)
     quieten_libraries()
     ranks = Ranks.from_environment(choose_device(recipe.device)) if not dry_run else Ranks()
-    with terminable(), Console(quiet=not ranks.is_main) as console, contextlib.closing(ranks):
+    with terminable(), Console(quiet=not ranks.is_main) as console, closing(ranks):
         if dry_run:
             if not resume:
                 RunDir(Path(recipe.run_dir)).check_new()
@@ -121,7 +131,7 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
     with terminable(), Console() as console:
         loaded = load_student(recipe)
         started = time.perf_counter()
-        with contextlib.closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:
+        with closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:
             summary = run.evaluator(recipe, loaded, engine, teachers.judge, Ranks(), out, console)(0)
         console.table(*_table(recipe.student.model or "random weights", [summary]))
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
@@ -140,15 +150,23 @@ def sample(
     out: Path | None,
 ) -> None:
     """Samples the given prompts or those of the task. Raises RecipeError for an unknown split or a file that exists."""
-    if split not in SPLITS:
-        raise RecipeError(f"--split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if split not in get_args(Split):
+        raise RecipeError(f"--split is {split!r}; it must be one of {', '.join(get_args(Split))}")
     if out is not None and out.exists():
         raise RecipeError(f"--out {out} exists; choose another file")
     recipe = load_for_use(path, overrides, model)
     quieten_libraries()
     check(recipe, training=False)
-    chosen = _own(recipe, prompts) if prompts else list(islice(recipe.task.prompts(cast(Split, split)), num))
-    environment_of = single_turn if prompts else recipe.task.environment
+    chosen, environment_of = list(islice(recipe.task.prompts(cast(Split, split)), num)), recipe.task.environment
+    if prompts:
+        # in the form that the task's prompts have
+        is_chat, environment_of = next(iter(recipe.task.prompts("train"))).messages is not None, single_turn
+        chosen = [
+            Prompt(f"cli/{text}", messages=({"role": "user", "content": text},))
+            if is_chat
+            else Prompt(f"cli/{text}", text=text)
+            for text in prompts
+        ]
     with terminable(), Console() as console:
         loaded = load_student(recipe)
         rendered = [loaded.renderer.start(prompt) for prompt in chosen]
@@ -176,14 +194,6 @@ def sample(
         )
 
 
-def _own(recipe: Recipe, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts from the command line, in the form that the task's prompts have."""
-    pattern = next(iter(recipe.task.prompts("train")))
-    if pattern.messages is None:
-        return [Prompt(f"cli/{text}", text=text) for text in texts]
-    return [Prompt(f"cli/{text}", messages=({"role": "user", "content": text},)) for text in texts]
-
-
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Numbers prompts that are given twice, because draws are keyed by id: they would get the same sample twice."""
     seen: Counter[str] = Counter()
@@ -193,3 +203,82 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
         count = seen[prompt.id]
         found.append(prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}"))
     return found
+
+
+def doctor(path: Path, overrides: Sequence[str]) -> int:
+    """Prints every finding and returns the number of errors. Nothing is written."""
+    recipe = load_recipe(path, overrides)
+    quieten_libraries()
+    with terminable(), Console() as console:
+        found = examine(recipe, lambda files: loaded(files, console))
+        show(console, found)
+    return len(errors_of(found))
+
+
+@contextmanager
+def loaded(files: Files, console: Console) -> Iterator[Parts]:
+    """Loads as for a new run, in a directory that is thrown away; it lies beside the run's, where engines on other machines
+    see it."""
+    console.note("loading as for training")
+    beside = Path(files.recipe.run_dir).absolute().parent
+    while not beside.is_dir():
+        beside = beside.parent
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=beside) as folder, ExitStack() as opened:
+        scratch = Files(replace(files.recipe, run_dir=folder, loggers=()))
+        scratch.tokenizers = files.tokenizers
+        parts = run.assemble(scratch, RunDir(Path(folder)), None, Ranks(), Console(quiet=True), opened)
+        opened.callback(parts.trainer.observer.close)
+        # what is shown names the run's own directory
+        parts.recipe = files.recipe
+        yield parts
+
+
+def compare(
+    path: Path,
+    overrides: Sequence[str],
+    read_grid: Callable[[Mapping[str, Any]], Grid],
+    *,
+    out: Path | None,
+    jobs: int,
+    ray: bool,
+    dry_run: bool,
+) -> Ending:
+    """Returns how the comparison ended. Raises RecipeError, DataError or VocabularyError before a run starts."""
+    base = config.override(config.read_yaml(path), overrides)
+    base.setdefault("run_dir", f"runs/{path.stem}")
+    cells = Cells(read_grid(base), base, out or Path(f"{base['run_dir']}-compare"))
+    quieten_libraries()
+    with Console() as console:
+        if dry_run:
+            if ray:
+                check_ray()
+            cells.check()
+            planned = cells.compared(
+                {combination: cells.grid.tunings()[0] for combination in cells.grid.combinations()}
+            )
+            dropped = {cell.combination: " and ".join(cell.dropped) for cell in planned}
+            tokens = budgets(planned)
+            rows = [[combination.name, number(tokens[combination]), dropped[combination]] for combination in tokens]
+            columns = ["labels", "token budget", "left out, as the method has no use for it"]
+            console.table("combinations", columns, rows)
+            if warning := budget_warning(tokens):
+                console.warn(warning)
+            tuning = f"{len(cells.tuning)} tuning runs, then " if cells.tuning else ""
+            console.note(f"{tuning}{len(planned)} runs into {cells.out}; nothing was run or written")
+            return "finished"
+        command = shlex.join(["understudy", *sys.argv[1:]])
+        found = make(cells, Runner(console, jobs, ray), command=command, save=write_outputs)
+        page = write_outputs(found)
+        # the columns that fit a terminal; the rest is on the page
+        table, grid = found.table, cells.grid
+        num_first, last = max(1, len(grid.vary)) + len(grid.tune) + 2, len(table.columns) - 1
+        shown = [i for i, name in enumerate(table.columns) if i < num_first or i == last or name.startswith("samples")]
+        rows = [[texts[i] for i in shown] for texts in table.texts]
+        console.table("comparison", [table.columns[i] for i in shown], rows)
+        for line in table.caption:
+            console.note(line)
+        if found.ending != "finished":
+            reason = "runs failed" if found.ending == "failed" else found.ending
+            console.warn(f"{reason}; the same command continues with what is missing")
+        console.note(f"page     {page}")
+    return found.ending

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,18 @@ DECIDES = ("seed", "student", "teacher", "teachers", "task", "sampling")
 """The keys of a recipe that decide a sample and its scores, kept beside them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Amount:
-    """How much is recorded; None: as much as the recipe's run draws."""
-
-    prompts: int | None = None
-    samples: int | None = None
-    k: int | None = None
-    """Tokens of each top-K row; None: what the method needs."""
-
-
-def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -> str:
+def record(
+    path: Path, overrides: Sequence[str], *, out: Path, prompts: int | None, samples: int | None, k: int | None
+) -> str:
     """Returns "finished", or "stopped by a signal", after which the same call continues.
 
+    `prompts`, `samples` of each, and `k` tokens of each top-K row; None: as many as the recipe's run draws and reads.
     Raises RecipeError for a recipe whose teacher or method cannot be recorded, and for an `out` that holds anything but
     this recording.
     """
     recipe = load_recipe(path, overrides)
     _check_teachers(recipe)
-    k = rows_needed(recipe, amount.k)
+    k = _rows_needed(recipe, k)
     _check_out(out, recipe)
     quieten_libraries()
     check(recipe)
@@ -72,7 +65,7 @@ def record(path: Path, overrides: Sequence[str], *, out: Path, amount: Amount) -
         meta = ScoredMeta.of(teachers.teacher, teacher_setup(scored, loaded, "teacher"), shown, k)
         known = recorded(out, meta)
         limit = prompt_limit(recipe, recipe.sampling, [loaded.model, *teachers.models])
-        requests = _requests(recipe, loaded.renderer, limit, amount)
+        requests = _requests(recipe, loaded.renderer, limit, prompts, samples)
         missing = [request for request in requests if request.key not in known]
         write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
         pairs = _write_and_score(recipe, loaded, teachers.teacher, k, missing, console)
@@ -110,7 +103,7 @@ def _check_teachers(recipe: Recipe) -> None:
         raise RecipeError("sampling.temperature is 0; the student's own samples are drawn (above 0)")
 
 
-def rows_needed(recipe: Recipe, k: int | None) -> int | None:
+def _rows_needed(recipe: Recipe, k: int | None) -> int | None:
     """Tokens of each top-K row: `k`, or what the method needs; None: scores of the sampled tokens alone.
 
     Raises RecipeError for a method that cannot be trained from a recording, and for a `k` below the method's.
@@ -150,21 +143,19 @@ def _check_out(out: Path, recipe: Recipe) -> None:
         if not out.is_dir() or any(out.iterdir()):
             raise RecipeError(f"--out {out} exists and holds something else; choose another directory")
         return
-    before, now = config.flatten(config.read_yaml(origin)), config.flatten(_origin(recipe))
-    differing = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
-        raise RecipeError(f"--out {out} holds another recording: {'; '.join(differing)}. Choose another directory")
+    if changed := config.changes(config.read_yaml(origin), _origin(recipe)):
+        raise RecipeError(
+            f"--out {out} holds another recording: {'; '.join(changed.values())}. Choose another directory"
+        )
 
 
-def _requests(recipe: Recipe, renderer: Renderer, limit: int, amount: Amount) -> list[Request]:
+def _requests(
+    recipe: Recipe, renderer: Renderer, limit: int, num_prompts: int | None, num_samples: int | None
+) -> list[Request]:
     """Requests for the first prompts that training draws, each prompt once. Raises DataError where none fits in `limit`."""
     prompts = recipe.task.prompts("train")
     order = PromptStream(prompts, renderer.start, seed=recipe.seed, max_prompt_tokens=limit)
-    wanted = amount.prompts or recipe.train.steps * recipe.train.prompts_per_step
+    wanted = num_prompts or recipe.train.steps * recipe.train.prompts_per_step
     found: dict[str, tuple[Prompt, Tensor]] = {}
     for position in range(len(prompts)):
         if len(found) == wanted:
@@ -175,8 +166,8 @@ def _requests(recipe: Recipe, renderer: Renderer, limit: int, amount: Amount) ->
             found.setdefault(prompt.id, (prompt, ids))
     if not found:
         raise DataError(f"all {len(prompts)} training prompts are longer than train.max_prompt_tokens ({limit})")
-    num_samples = amount.samples or recipe.train.samples_per_prompt
-    return [Request(prompt, index, ids) for prompt, ids in found.values() for index in range(num_samples)]
+    indices = range(num_samples or recipe.train.samples_per_prompt)
+    return [Request(prompt, index, ids) for prompt, ids in found.values() for index in indices]
 
 
 def _write_and_score(

@@ -279,17 +279,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return config.parse(Recipe, values)
 
 
-def differing_keys(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Leaves that are not equal, by their path."""
-    first, second = (config.flatten(config.dump(recipe)) for recipe in (one, other))
-    keys = [*first, *(key for key in second if key not in first)]
-    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
-
-
 RESUMABLE = ("run_dir", "device", "train.save_every", "train.keep_last", "train.keep_best")
 """Keys that may change when a run is resumed: they do not change what it computes."""
-
-
 RESUMABLE_SECTIONS = ("loggers", "rollout")
 RESUMABLE_ENDS = (
     *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),
@@ -298,19 +289,15 @@ RESUMABLE_ENDS = (
 """Ends of keys that say where a server is and how patiently it is asked."""
 
 
-def _is_resumable(key: str) -> bool:
-    return key in RESUMABLE or key.split(".")[0] in RESUMABLE_SECTIONS or key.endswith(RESUMABLE_ENDS)
-
-
 def check_same_recipe(saved: Recipe, given: Recipe) -> None:
     """Raises RecipeError that lists the keys in which a resumed run would differ from its start."""
-    changed = {key: pair for key, pair in differing_keys(saved, given).items() if not _is_resumable(key)}
+    changed = [
+        text
+        for key, text in config.changes(config.dump(saved), config.dump(given)).items()
+        if not (key in RESUMABLE or key.split(".")[0] in RESUMABLE_SECTIONS or key.endswith(RESUMABLE_ENDS))
+    ]
     if changed:
-        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         raise RecipeError(
-            f"the run in {saved.run_dir} was started with another recipe: {listed}. Restore these keys, or start a new run "
-            "with another run_dir"
+            f"the run in {saved.run_dir} was started with another recipe: {'; '.join(changed)}. Restore these keys, or start "
+            "a new run with another run_dir"
         )
-
-
-__all__ = ["Lora", "Recipe", "Student", "check_same_recipe", "differing_keys", "load_recipe"]
