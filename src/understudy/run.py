@@ -17,7 +17,7 @@ from understudy.export import export_student, write_facts
 from understudy.files import write_atomically
 from understudy.models import num_positions, row_style, save_hf
 from understudy.recipe import Recipe, check_same_recipe, doctor
-from understudy.recipe.checks import Files, Parts, check_files
+from understudy.recipe.checks import Files, Parts, of_stage
 from understudy.recipe.load import (
     Loaded,
     Teachers,
@@ -76,7 +76,8 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     run_dir = RunDir(Path(recipe.run_dir))
     checkpoint = _find_start(run_dir, recipe, resume)
     files = Files(recipe)
-    check_files(files)
+    for check in of_stage("files"):
+        check(files)
     ranks = Ranks.from_environment(choose_device(recipe.device))
     if examine:
         doctor.refuse(ranks.gather(doctor.attempt_all("room", files) if ranks.is_main else [])[0])

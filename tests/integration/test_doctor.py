@@ -36,7 +36,7 @@ from understudy.engines.vllm.engine import VLLMEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import Recipe, doctor
-from understudy.recipe.checks import Check, Files, Finding, Parts, findings, of_stage, probes, room, sizes
+from understudy.recipe.checks import Check, Files, Finding, Parts, findings, of_stage, probes, room
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers import LocalTeacher
 from understudy.teachers.judges.verbal import VerbalTeacher
@@ -418,7 +418,7 @@ def test_checkpoints_have_to_fit_on_the_disk(
 ) -> None:
     """(keep_last + 1) * (weights + two moments) + the student."""
     recipe = recipe_of(tmp_path, **distillation(tmp_path), train={"keep_last": 3})
-    size = sizes.size_on_disk(recipe.student.model, "float32")
+    size = room.size_on_disk(recipe.student.model, "float32")
     assert size is not None
     need = 4 * 3 * size.weights + size.weights
     usage = SimpleNamespace(free=int(share * need))
@@ -432,7 +432,7 @@ def test_checkpoints_have_to_fit_on_the_disk(
 def test_weights_gradients_and_optimizer_have_to_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = distillation(tmp_path)
     recipe = recipe_of(tmp_path, **changes)
-    student, teacher = (sizes.size_on_disk(str(tmp_path / name), "float32") for name in ("student", "teacher"))
+    student, teacher = (room.size_on_disk(str(tmp_path / name), "float32") for name in ("student", "teacher"))
     assert student is not None
     assert teacher is not None
     certain = 4 * student.weights + teacher.weights
@@ -450,11 +450,11 @@ def test_weights_gradients_and_optimizer_have_to_fit_in_memory(tmp_path: Path, m
 def test_sizes_on_disk_are_those_loaded(tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path / "model", seed=1)
     model = load_causal_lm(path)
-    assert sizes.size_on_disk(path, "auto") == sizes.size_of(model)
-    half = sizes.size_on_disk(path, "bfloat16")
+    assert room.size_on_disk(path, "auto") == room.size_of(model)
+    half = room.size_on_disk(path, "bfloat16")
     assert half is not None
-    assert half.weights * 2 == sizes.size_of(model).weights
-    assert sizes.size_on_disk("org/name", "auto") is None
+    assert half.weights * 2 == room.size_of(model).weights
+    assert room.size_on_disk("org/name", "auto") is None
 
 
 def test_a_server_is_asked_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from understudy.errors import RecipeError
 from understudy.recipe.checks import files, probes, room, sides
 from understudy.recipe.checks.files import Files
 from understudy.recipe.checks.findings import Check, Finding, Stage
@@ -14,9 +11,9 @@ from understudy.recipe.schema import Recipe
 CHECKS: tuple[Check, ...] = (*files.CHECKS, *room.CHECKS, *sides.CHECKS, *probes.CHECKS)
 
 
-def of_stage(stage: Stage) -> Iterator[Check]:
+def of_stage(stage: Stage) -> list[Check]:
     """The checks of a stage, in their order."""
-    return (check for check in CHECKS if check.stage == stage)
+    return [check for check in CHECKS if check.stage == stage]
 
 
 def check(recipe: Recipe, *, training: bool = True, fetch: bool = False) -> list[str]:
@@ -24,16 +21,8 @@ def check(recipe: Recipe, *, training: bool = True, fetch: bool = False) -> list
 
     `training`, `fetch`: as in `Files`. Raises RecipeError, DataError or VocabularyError.
     """
-    return check_files(Files(recipe, training=training, fetch=fetch))
+    given = Files(recipe, training=training, fetch=fetch)
+    return [item.found for one in of_stage("files") for item in one(given)]
 
 
-def check_files(given: Files) -> list[str]:
-    """As `check`; tokenizers that are loaded for it stay with `given`."""
-    found = [item for one in of_stage("files") for item in one(given)]
-    for item in found:
-        if item.level == "error":
-            raise RecipeError(f"{item.name}: {item.found}")
-    return [item.found for item in found]
-
-
-__all__ = ["CHECKS", "Check", "Files", "Finding", "Parts", "Stage", "check", "check_files", "of_stage"]
+__all__ = ["CHECKS", "Check", "Files", "Finding", "Parts", "Stage", "check", "of_stage"]

@@ -23,7 +23,7 @@ from understudy.recipe.load import (
 from understudy.recipe.schema import Recipe
 from understudy.tasks import Split, Task, num_repeated, overlap, overlap_message
 from understudy.tasks.renderer import Renderer
-from understudy.teachers import RunFacts, TeacherSection, check_names
+from understudy.teachers import RunFacts, Source, TeacherSection, check_names
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.loggers import check_loggers
 
@@ -61,7 +61,11 @@ class Files:
     def knows_tokenizer(self) -> bool:
         """Whether the student's tokenizer may be loaded."""
         source = tokenizer_source(self.recipe)
-        return source is None or self.fetch or Path(source.name).expanduser().exists()
+        return source is None or self.has(source)
+
+    def has(self, source: Source) -> bool:
+        """Whether a tokenizer may be loaded."""
+        return self.fetch or Path(source.name).expanduser().exists()
 
     def may_read(self, task: Task) -> bool:
         """Whether the task's prompts may be read."""
@@ -81,13 +85,24 @@ def _machine(files: Files) -> Iterator[Result]:
     yield Result(f"device: {device}")
 
 
+def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:
+    """The parts of a task by their place in the recipe. Raises RecipeError for a missing file or split, with the place."""
+    task.check_files()
+    parts = task.places(section)
+    for place, part in parts.items():
+        try:
+            part.check_split(split)
+        except RecipeError as error:
+            raise RecipeError(f"{place}: {error}") from error
+    return parts
+
+
 def _task(files: Files) -> Iterator[Result]:
     """Raises RecipeError where the method imitates solutions or rewards right answers and a part of the task has none."""
     recipe, name = files.recipe, type(files.recipe.method).__name__
-    recipe.task.check_files()
-    for place, part in recipe.task.places().items():
-        _check_split(part, "train", place)
-        if files.training and recipe.uses.given_responses and recipe.responses is None and not part.has_solutions:
+    imitates = files.training and recipe.uses.given_responses and recipe.responses is None
+    for place, part in _data(recipe.task, "train", "task").items():
+        if imitates and not part.has_solutions:
             raise RecipeError(
                 f"the method {name} imitates solutions, but {place}.solution_field does not say where they are"
             )
@@ -98,21 +113,11 @@ def _task(files: Files) -> Iterator[Result]:
     yield Result(f"task: {recipe.task.name}")
 
 
-def _check_split(part: Task, split: Split, place: str) -> None:
-    try:
-        part.check_split(split)
-    except RecipeError as error:
-        raise RecipeError(f"{place}: {error}") from error
-
-
 def _evaluation(files: Files) -> Iterator[Result]:
     recipe = files.recipe
-    if recipe.eval is None:
-        return
-    recipe.held_out.check_files()
-    for place, part in recipe.held_out.places("eval_task" if recipe.eval_task else "task").items():
-        _check_split(part, recipe.eval.split, place)
-    yield Result(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
+    if recipe.eval is not None:
+        _data(recipe.held_out, recipe.eval.split, "eval_task" if recipe.eval_task else "task")
+        yield Result(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
 
 
 def _sections(files: Files) -> Iterator[Result]:
@@ -138,41 +143,38 @@ def _tokenizers(files: Files) -> Iterator[Result]:
     if source is not None and not files.knows_tokenizer:
         yield Result(f"tokenizer: {source.name} is a hub name, not checked offline")
         return
-    known = [one for one in files.tokenizers.sources if files.fetch or Path(one.name).expanduser().exists()]
-    shared = [f"the student and {one.name} share {files.tokenizers.other(one)[1]:,} tokens" for one in known]
-    yield Result("; ".join([f"tokenizer: {len(files.tokenizers.student):,} tokens", *shared]))
+    yield Result(f"tokenizer: {len(files.tokenizers.student):,} tokens")
+    for other in files.tokenizers.sources:
+        if files.has(other):
+            yield Result(f"the student and {other.name} share {files.tokenizers.other(other)[1]:,} tokens")
 
 
 def _teachers(files: Files) -> tuple[Result, ...]:
-    """Each teacher beside the run: what it needs is there, and every prompt names one."""
-    recipe = files.recipe
+    """Each teacher beside the run: what it needs is there, and every prompt names one.
+
+    Raises RecipeError for a prompt that names no teacher; of data that may not be read, the recipe has to say one.
+    """
+    recipe, task = files.recipe, files.recipe.task
     if not files.training:
         return ()
-    if recipe.teachers:
-        _check_names(files, recipe.teachers)
+    if recipe.teachers and files.may_read(task):
+        check_names(islice(task.prompts("train"), NUM_CHECKED_PROMPTS), recipe.teachers)
+    elif recipe.teachers:
+        for place, part in task.places().items():
+            label = place.rpartition(".")[2]
+            if part.names_teachers:
+                if files.may_read(part):
+                    check_names(islice(part.prompts("train"), NUM_CHECKED_PROMPTS), recipe.teachers)
+            elif place == "task":
+                raise RecipeError(
+                    "there are several teachers, but task names none for its prompts; set task.teacher_field, or make each "
+                    "teacher's problems a part of a task of type mix"
+                )
+            elif label not in recipe.teachers:
+                raise RecipeError(f"{place} names no teacher: {nearest(label, recipe.teachers)}")
     for name, section in recipe.all_teachers.items():
         section.check_run(_facts(files, name, section))
     return ()
-
-
-def _check_names(files: Files, teachers: Mapping[str, TeacherSection]) -> None:
-    """Raises RecipeError for a prompt that names no teacher; of data that may not be read, the recipe has to say one."""
-    task = files.recipe.task
-    if files.may_read(task):
-        check_names(islice(task.prompts("train"), NUM_CHECKED_PROMPTS), teachers)
-        return
-    for place, part in task.places().items():
-        label = place.rpartition(".")[2]
-        if part.names_teachers:
-            if files.may_read(part):
-                check_names(islice(part.prompts("train"), NUM_CHECKED_PROMPTS), teachers)
-        elif place == "task":
-            raise RecipeError(
-                "there are several teachers, but task names none for its prompts; set task.teacher_field, or make each "
-                "teacher's problems a part of a task of type mix"
-            )
-        elif label not in teachers:
-            raise RecipeError(f"{place} names no teacher: {nearest(label, teachers)}")
 
 
 def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
@@ -183,6 +185,16 @@ def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
         steps = (step for step in range(recipe.train.steps) if method.at(step)[0].needs & needed)
         rewards = [method.plan(step).rewards for step in steps]
     k = max((part.reads.k for part in method.members if "topk" in part.needs), default=0)
+
+    def is_asked(place: str, part: Task) -> bool:
+        """Whether samples of the part go to this teacher. False where only data that may not be read could say."""
+        if not recipe.teachers:
+            return True
+        if not part.names_teachers:
+            return place == f"task.parts.{name}"
+        prompts = islice(part.prompts("train"), NUM_CHECKED_PROMPTS) if files.may_read(part) else ()
+        return any(prompt.teacher == name for prompt in prompts)
+
     return RunFacts(
         where=recipe.place_of(name),
         method=type(recipe.method).__name__,
@@ -193,19 +205,8 @@ def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
         graded=all(reward is not None and reward.source == "outcome" for reward in rewards),
         start=recipe.student.model,
         lora=recipe.student.lora is not None,
-        parts={place: part for place, part in recipe.task.places().items() if _is_asked(files, name, place, part)},
+        parts={place: part for place, part in recipe.task.places().items() if is_asked(place, part)},
     )
-
-
-def _is_asked(files: Files, name: str, place: str, part: Task) -> bool:
-    """Whether samples of the part go to the teacher of that name. False where only data that may not be read could say."""
-    if not files.recipe.teachers:
-        return True
-    if not part.names_teachers:
-        return place == f"task.parts.{name}"
-    if not files.may_read(part):
-        return False
-    return any(prompt.teacher == name for prompt in islice(part.prompts("train"), NUM_CHECKED_PROMPTS))
 
 
 def _prompts(files: Files) -> Iterator[Result]:
@@ -230,12 +231,10 @@ def _responses(files: Files) -> tuple[Result, ...]:
             f"responses.type is solutions, but {next(iter(parts))}.solution_field does not say where they are; give it, or "
             "take responses from a file (jsonl, hub) or the teacher"
         )
-    if section.by_teacher or not files.knows_tokenizer:
+    is_here = files.fetch or (section.is_local and recipe.task.is_local)
+    if section.by_teacher or not files.knows_tokenizer or not is_here:
         return ()
-    if not (files.fetch or (section.is_local and recipe.task.is_local)):
-        return ()
-    store = open_responses(section, response_setup(recipe, files.renderer))
-    prompts = recipe.task.prompts("train")
+    store, prompts = open_responses(section, response_setup(recipe, files.renderer)), recipe.task.prompts("train")
     # one at a time: most often the first has one
     if not any(store.coverage([prompt])[0] for prompt in islice(prompts, NUM_CHECKED_PROMPTS)):
         store.check(prompts, recipe.task.name, NUM_CHECKED_PROMPTS)
@@ -255,8 +254,7 @@ def _overlap(files: Files) -> Iterator[Result]:
 
 
 def _last_step(files: Files) -> Iterator[Result]:
-    recipe = files.recipe
-    share = recipe.run_method.plan(recipe.train.steps - 1).prefix_share
+    share = files.recipe.run_method.plan(files.recipe.train.steps - 1).prefix_share
     if share >= ENDS_ON_POLICY:
         yield Result(
             f"samples still begin with {share:.0%} of a teacher's response at the last step, so training does not end on the "

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from understudy.errors import EngineError, UnderstudyError
 
 Level = Literal["ok", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
+"""The most serious last."""
 Stage = Literal["files", "room", "loaded", "rehearsed", "advice"]
 """The input of a check: the recipe with its files and data; models whose sizes are known; everything loaded; samples that
 were rehearsed; and all data, read whole, for warnings that no run has to heed. Rules that need the recipe alone are
 `schema.RULES`: no recipe is made that breaks one."""
 AS_SAID = "as the message says"
-UNEXPECTED = "this check itself failed; report it, or skip all checks with --no-doctor"
 Returned = TypeVar("Returned")
 
 
@@ -38,8 +40,10 @@ class Result:
     found: str
     level: Level = "ok"
     advice: str = ""
+    """The next step; it is not shown where the level is "ok"."""
     about: str = ""
-    """One of several that the same check looks at; it becomes a part of the finding's name."""
+    """One of several that the same check looks at; it becomes a part of the finding's name. Results about the same make
+    one finding: all that is found, the worst level, and every advice."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,15 @@ class Check:
 
     def __call__(self, parts: Any) -> list[Finding]:
         """Raises what the check raises."""
-        return [
-            Finding(
-                f"{item.about}: {self.name}" if item.about else self.name,
-                item.level,
-                self.checked,
-                item.found,
-                item.advice,
-            )
-            for item in self.run(parts)
-        ]
+        findings: dict[str, Finding] = {}
+        for item in self.run(parts):
+            found, level, advice = item.found, item.level, "" if item.level == "ok" else item.advice
+            if (seen := findings.get(item.about)) is not None:
+                found, level = f"{seen.found}; {found}", max(seen.level, level, key=LEVELS.index)
+                advice = "; ".join(dict.fromkeys(text for text in (seen.advice, advice) if text))
+            name = f"{item.about}: {self.name}" if item.about else self.name
+            findings[item.about] = Finding(name, level, self.checked, found, advice)
+        return list(findings.values())
 
     def attempt(self, parts: Any) -> list[Finding]:
         """The findings, or an error with what the check raised: one check that fails must not hide what others find."""
@@ -73,7 +76,8 @@ class Check:
         except UnderstudyError as error:
             return [Finding(self.name, "error", self.checked, str(error), AS_SAID)]
         except Exception as error:
-            return [Finding(self.name, "error", self.checked, f"{type(error).__name__}: {error}", UNEXPECTED)]
+            advice = "this check itself failed; report it, or skip all checks with --no-doctor"
+            return [Finding(self.name, "error", self.checked, f"{type(error).__name__}: {error}", advice)]
 
 
 def within(limit_s: float, what: str, call: Callable[[], Returned]) -> Returned:
@@ -81,26 +85,17 @@ def within(limit_s: float, what: str, call: Callable[[], Returned]) -> Returned:
 
     The thread then ends with the call's own deadline; it is a daemon, so it does not keep the process.
     """
-    results: list[Returned] = []
-    errors: list[BaseException] = []
+    future: Future[Returned] = Future()
 
     def run() -> None:
         try:
-            results.append(call())
+            future.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
     thread = threading.Thread(target=run, name=f"doctor: {what}", daemon=True)
     thread.start()
     thread.join(limit_s)
     if thread.is_alive():
         raise EngineError(f"{what} has not answered in {limit_s:g} s: see whether its server is up, and what it logs")
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-def worst(levels: Iterable[Level]) -> Level:
-    """The most serious; "ok" where there is none."""
-    found = set(levels)
-    return "error" if "error" in found else "warning" if "warning" in found else "ok"
+    return future.result()

@@ -13,7 +13,7 @@ from torch import Tensor
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
-from understudy.recipe.checks.findings import Check, Level, Result, worst
+from understudy.recipe.checks.findings import LEVELS, Check, Level, Result
 from understudy.recipe.checks.parts import Parts, Rehearsed, precision
 from understudy.teachers import LocalTeacher, Teacher
 from understudy.trainer.collect import TOKEN_SCORES, Collected
@@ -111,10 +111,8 @@ def _rehearse(parts: Parts) -> Iterator[Result]:
         yield Result(text, "error", "look at the teacher's scores and the weights' precision")
     elif norm == 0 and plan.rewards is None:
         yield Result(text, "warning", "nothing is learnt from these samples: is the teacher the student itself?")
-    elif norm == 0:
-        yield Result(f"{text}, for all samples of a prompt were rewarded alike")
     else:
-        yield Result(text)
+        yield Result(text if norm else f"{text}, for all samples of a prompt were rewarded alike")
 
 
 def _facts(found: Collected) -> str:
@@ -173,13 +171,13 @@ def _determinism(parts: Parts) -> Iterator[Result]:
     dtypes = [precision(side.model) for side in parts.sides if side.label != "reference"]
     dtype = max(dtypes, key=LIMITS.__getitem__)
     may_lack = parts.trainer.settings.on_missing_score == "drop"
-    level = worst([gap.level(dtype, may_lack=may_lack) for gap in (again, order, alone)])
+    level = max((gap.level(dtype, may_lack=may_lack) for gap in (again, order, alone)), key=LEVELS.index)
     advice = (
         f"more than {str(dtype).removeprefix('torch.')} explains, so the student would chase noise: is there dropout or "
         "sampling in the teacher, do replicas hold other weights, are sequences mixed up in a batch?"
     )
     text = f"differences of log T: again {again}; in another order {order}; alone {alone}"
-    yield Result(text, level, "" if level == "ok" else advice)
+    yield Result(text, level, advice)
 
 
 def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
@@ -206,7 +204,6 @@ def _own_scores(parts: Parts) -> Iterator[Result]:
     wrote = torch.cat([sample.author[sample.prompt_length :] for sample in samples]) == Author.STUDENT
     target = torch.cat([sample.response_ids for sample in samples]).to(student.device)
     dtype = precision(student.model, student.compute_dtype)
-    lines, levels, advice = [], [], []
     with _unchanged(parts):
         with torch.no_grad(), evaluating(student.model):
             trained = score(student.hidden(student.lay_out(samples)), student.head(), target)[0].cpu()[wrote]
@@ -219,32 +216,27 @@ def _own_scores(parts: Parts) -> Iterator[Result]:
                 device=student.device,
                 around=nullcontext,
             )
-            judged = _logprobs(copy, samples, copy.score(samples, frozenset({"sampled"})))[wrote]
-            gap = Gap.of(trained, judged)
-            lines.append(f"log S / T of a teacher that is the student, which should be 0: {gap}")
-            levels.append(gap.level(dtype))
-            if levels[-1] != "ok":
-                advice.append("scoring and training do not compute the same distribution for this model; report it")
+            gap = Gap.of(trained, _logprobs(copy, samples, copy.score(samples, frozenset({"sampled"})))[wrote])
+            found = f"log S / T of a teacher that is the student, which should be 0: {gap}"
+            advice = "scoring and training do not compute the same distribution for this model; report it"
+            yield Result(found, gap.level(dtype), advice)
     if teacher is None or teacher.recording is None:
-        sampled = torch.cat([_sampled(sample) for sample in samples])[wrote]
+        # NaN where the engine gives no log-probabilities
+        given = [
+            torch.full((sample.num_response_tokens,), math.nan)
+            if sample.rollout_logprob is None
+            else sample.rollout_logprob[sample.prompt_length :]
+            for sample in samples
+        ]
         named = parts.recipe.engine.dtype
         of_engine = precision(parts.loaded.model) if named == "auto" else getattr(torch, named)
-        gap = Gap.of(trained, sampled)
-        lines.append(f"between engine and trainer: {gap}")
-        levels.append(gap.level(max(dtype, of_engine, key=LIMITS.__getitem__)))
-        if levels[-1] != "ok":
-            advice.append(
-                "the engine does not draw from what is trained: compare its weights, temperature, precision and what its "
-                "log-probabilities refer to (before or after temperature and filters)"
-            )
-    yield Result("; ".join(lines), worst(levels), "; ".join(advice))
-
-
-def _sampled(sample: Sample) -> Tensor:
-    """The engine's log-probabilities of the response; NaN where it gives none. [R]"""
-    if sample.rollout_logprob is None:
-        return torch.full((sample.num_response_tokens,), math.nan)
-    return sample.rollout_logprob[sample.prompt_length :]
+        gap = Gap.of(trained, torch.cat(given)[wrote])
+        advice = (
+            "the engine does not draw from what is trained: compare its weights, temperature, precision and what its "
+            "log-probabilities refer to (before or after temperature and filters)"
+        )
+        level = gap.level(max(dtype, of_engine, key=LIMITS.__getitem__))
+        yield Result(f"between engine and trainer: {gap}", level, advice)
 
 
 CHECKS = (

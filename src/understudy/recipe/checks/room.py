@@ -1,20 +1,25 @@
-"""Room on the disk and in memory, before the models are loaded and after."""
+"""Room on the disk and in memory, before the models are loaded and after: sizes of models, and how much is free."""
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.linear.chunked import CHUNK_ELEMENTS
-from understudy.models import num_positions
+from understudy.models import num_positions, unwrap
 from understudy.recipe.checks.files import Files
-from understudy.recipe.checks.findings import Check, Level, Result
+from understudy.recipe.checks.findings import Check, Result
 from understudy.recipe.checks.parts import Parts
-from understudy.recipe.checks.sizes import Size, amount, free_disk, free_memory, size_of, size_on_disk, used_by
 from understudy.recipe.load import choose_device
 from understudy.recipe.schema import Recipe
 from understudy.trainer.loop import SAVED_SAMPLES
@@ -23,6 +28,99 @@ from understudy.trainer.update import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_ELS
 TEXT_BYTES = 6
 """Bytes of a token in a file of samples: its text, and what JSON adds."""
 ADAM_MOMENTS = 2
+GIB = 2**30
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a number, by the names of torch and of safetensors."""
+_CGROUP = (
+    ("/sys/fs/cgroup/memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Limit, use, and the part of the use that is given back when it is needed; versions 2 and 1."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model in bytes, and what its activations are counted from."""
+
+    weights: int
+    trained: int
+    """Bytes of the weights that get a gradient."""
+    layer_elements: int
+    """Numbers that one layer keeps for its backward, a token."""
+    cache_elements: int
+    """Numbers in the key-value cache, a token."""
+    hidden: int
+    layers: int
+    number_bytes: int
+
+
+def size_of(model: nn.Module) -> Size:
+    """Returns the size of a loaded model."""
+    parameters = list(model.parameters())
+    weights = sum(value.nbytes for value in parameters)
+    trained = sum(value.nbytes for value in parameters if value.requires_grad)
+    return _size(unwrap(model).config.get_text_config(), weights, trained, parameters[0].element_size())
+
+
+def size_on_disk(source: str | None, dtype: str) -> Size | None:
+    """Returns the size of a model directory from its configuration and the headers of its weights; None for anything else."""
+    folder = Path(source or "").expanduser()
+    files = sorted(folder.glob("*.safetensors")) if source else []
+    if not files or not (folder / "config.json").is_file():
+        return None
+    from transformers import AutoConfig
+
+    elements = stored = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for part in map(tensors.get_slice, tensors.keys()):
+                elements += math.prod(part.get_shape())
+                stored += math.prod(part.get_shape()) * _BYTES.get(part.get_dtype(), 1)
+    number = _BYTES[dtype] if dtype in _BYTES else max(1, round(stored / max(1, elements)))
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
+    return _size(config, elements * number, elements * number, number)
+
+
+def _size(config: Any, weights: int, trained: int, number_bytes: int) -> Size:
+    """A layer keeps its two normalised inputs, queries, keys, values, the attention's output and both residuals (12 H with
+    what softmax and norm add), and four rows of the feed-forward; attention scores are not kept."""
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    wide = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    head = int(getattr(config, "head_dim", None) or hidden // heads)
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    return Size(weights, trained, 12 * hidden + 4 * wide, 2 * layers * shared * head, hidden, layers, number_bytes)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take there; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    for limit, used, cached in _CGROUP:
+        folder = Path(limit).parent
+        try:
+            left = int(Path(limit).read_text()) - int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, left + int(stat.get(cached, 0)))
+        except (OSError, ValueError):
+            # no limit ("max"), or another system
+            continue
+    # processes of one machine share its memory
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def amount(size: float) -> str:
+    """As "1.25 GiB", "3.1 MiB" or "12 KiB"."""
+    if size >= GIB / 10:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.0f} KiB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +142,6 @@ class Needs:
     """Whether the optimizer's moments are in memory already, as in a resumed run."""
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-        most = self.recipe.train.max_prompt_tokens + self.recipe.sampling.max_new_tokens
-        return most if self.positions is None else min(most, self.positions)
-
-    @property
     def num_samples(self) -> int:
         """Samples of one step."""
         return self.recipe.train.prompts_per_step * self.recipe.train.samples_per_prompt
@@ -64,10 +156,10 @@ def _before(files: Files) -> list[Needs]:
         student = size_on_disk(recipe.student.model, recipe.student.dtype)
         for label, section in sections.items():
             weights = section.weights
-            size = None if weights is None else size_on_disk(weights.model, weights.dtype)
-            if size is not None and weights is not None and not weights.offload:
+            size = None if weights is None or weights.offload else size_on_disk(weights.model, weights.dtype)
+            if size is not None:
                 others[label] = size
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         # loading will say what is wrong with the directory
         return []
     # with adapters little is trained, and how much is known once they are there
@@ -86,7 +178,7 @@ def _after(parts: Parts) -> Needs:
         device=loaded.device,
         student=size_of(loaded.model),
         others={label: size_of(model) for label, model in models.items() if model not in (None, loaded.model)},
-        moving=sum(value.numel() * value.element_size() for value in state.values()),
+        moving=sum(value.nbytes for value in state.values()),
         vocab_size=loaded.vocab_size,
         positions=min((size for size in positions if size is not None), default=None),
         is_loaded=True,
@@ -108,8 +200,10 @@ def _disk(run: Needs) -> Result:
     exact, need = count * checkpoint + student.weights, samples
     if recipe.responses is not None and recipe.responses.in_run_dir:
         need += settings.steps * settings.prompts_per_step * text
-    folder = Path(recipe.run_dir)
-    free = free_disk(folder) + used_by(folder / "checkpoints")
+    run_dir = Path(recipe.run_dir).expanduser().absolute()
+    replaced = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    folder = next(one for one in (run_dir, *run_dir.parents) if one.exists())
+    free = shutil.disk_usage(folder).free + replaced
     found = (
         f"{count} checkpoints of {amount(checkpoint)}, the student {amount(student.weights)}, at most {amount(samples)} of "
         f"samples; {amount(free)} are free at {recipe.run_dir}"
@@ -117,68 +211,56 @@ def _disk(run: Needs) -> Result:
     advice = "free space, choose another run_dir, or lower train.keep_last"
     if exact > free:
         return Result(found, "error", advice)
-    if exact + need > free:
-        # only a warning: files of samples are bounded above, not known
-        return Result(found, "warning", f"{advice}; raise train.save_samples_every and eval.every")
-    return Result(found)
+    # only a warning: files of samples are bounded above, not known
+    advice += "; raise train.save_samples_every and eval.every"
+    return Result(found, "warning" if exact + need > free else "ok", advice)
 
 
 def _memory(run: Needs) -> Result:
     free = free_memory(run.device)
     if free is None:
         return Result("this system does not say how much is free, so nothing was compared")
-    held, update, cache = _persistent(run), _update(run), _cache(run)
-    certain = sum(held.values()) + run.student.trained
+    recipe, settings, student = run.recipe, run.recipe.train, run.student
+    # held all the time
+    held = {} if run.has_moments else {"optimizer": ADAM_MOMENTS * student.trained}
+    if not run.is_loaded:
+        # an engine of this process that writes beside an update has weights of its own
+        copies = {"the engine's copy": student.weights * (recipe.engine.runs_here and recipe.engine.beside_update)}
+        others = {label: size.weights for label, size in run.others.items()}
+        held = {"student": student.weights} | copies | others | held
+    # added by one forward and backward
+    longest = settings.max_prompt_tokens + recipe.sampling.max_new_tokens
+    longest = longest if run.positions is None else min(longest, run.positions)
+    default = MICRO_BATCH_TOKENS.get(run.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
+    tokens = min(max(settings.micro_batch_tokens or default, longest), run.num_samples * longest)
+    layers = student.layers * student.layer_elements
+    if settings.gradient_checkpointing:
+        layers = student.layers * student.hidden + student.layer_elements
+    number = 2 if settings.compute_dtype == "bfloat16" else student.number_bytes
+    update = {"gradients": student.trained, "activations": tokens * layers * number}
+    if run.vocab_size is not None:
+        rows = 2 if "full" in recipe.method.needs else 1
+        update["logits"] = 4 * rows * min(CHUNK_ELEMENTS, tokens * run.vocab_size)
+    # keys and values of what is written at a time
+    cache = 0
+    if recipe.uses.own_samples and recipe.engine.runs_here:
+        cache = min(MAX_BATCH_TOKENS, run.num_samples * longest) * student.cache_elements * student.number_bytes
+    certain = sum(held.values()) + student.trained
     estimate = sum(held.values()) + max(sum(update.values()), cache)
     shown = held | update | {"generation cache": cache}
     listed = ", ".join(f"{name} {amount(value)}" for name, value in shown.items() if value)
     after = " beside the weights, which are loaded" if run.is_loaded else ""
     found = f"{listed}; at most {amount(estimate)} at a time{after}; {amount(free)} are free on {run.device}"
-    level: Level = "error" if certain > free else "warning" if estimate > free else "ok"
-    advice = {
-        "ok": "",
-        "warning": "this is an estimate; where memory runs out, lower train.micro_batch_tokens or set "
-        "train.gradient_checkpointing",
-        "error": "weights, gradients and optimizer alone do not fit: take a smaller model, student.lora, student.dtype "
-        "bfloat16, or teacher.offload",
-    }
-    return Result(found, level, advice[level])
-
-
-def _persistent(run: Needs) -> dict[str, int]:
-    """Bytes that are held all the time."""
-    held = {} if run.has_moments else {"optimizer": ADAM_MOMENTS * run.student.trained}
-    if run.is_loaded:
-        return held
-    # an engine of this process that writes beside an update has weights of its own
-    has_copy = run.recipe.engine.runs_here and run.recipe.engine.beside_update
-    copies = {"the engine's copy": has_copy * run.student.weights}
-    others = {label: size.weights for label, size in run.others.items()}
-    return {"student": run.student.weights} | copies | others | held
-
-
-def _update(run: Needs) -> dict[str, int]:
-    """Bytes that one forward and backward adds."""
-    settings, student = run.recipe.train, run.student
-    default = MICRO_BATCH_TOKENS.get(run.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
-    tokens = min(max(settings.micro_batch_tokens or default, run.longest), run.num_samples * run.longest)
-    number = 2 if settings.compute_dtype == "bfloat16" else student.number_bytes
-    layers = student.layers * student.layer_elements
-    if settings.gradient_checkpointing:
-        layers = student.layers * student.hidden + student.layer_elements
-    found = {"gradients": student.trained, "activations": tokens * layers * number}
-    if run.vocab_size is not None:
-        rows = 2 if "full" in run.recipe.method.needs else 1
-        found["logits"] = 4 * rows * min(CHUNK_ELEMENTS, tokens * run.vocab_size)
-    return found
-
-
-def _cache(run: Needs) -> int:
-    """Bytes of the keys and values of what is written at a time."""
-    if not run.recipe.uses.own_samples or not run.recipe.engine.runs_here:
-        return 0
-    tokens = min(MAX_BATCH_TOKENS, run.num_samples * run.longest)
-    return tokens * run.student.cache_elements * run.student.number_bytes
+    if certain > free:
+        advice = (
+            "weights, gradients and optimizer alone do not fit: take a smaller model, student.lora, student.dtype bfloat16, "
+            "or teacher.offload"
+        )
+        return Result(found, "error", advice)
+    advice = (
+        "this is an estimate; where memory runs out, lower train.micro_batch_tokens or set train.gradient_checkpointing"
+    )
+    return Result(found, "warning" if estimate > free else "ok", advice)
 
 
 DISK, MEMORY = "free space against checkpoints, student and samples", "free memory against an estimate of one step"

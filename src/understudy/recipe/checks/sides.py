@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from understudy.errors import UnderstudyError
 from understudy.models import backbone_hidden, lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
-from understudy.recipe.checks.findings import AS_SAID, Check, Level, Result, within, worst
+from understudy.recipe.checks.findings import AS_SAID, Check, Result, within
 from understudy.recipe.checks.parts import HEALTH_S, Parts, Side
 from understudy.recipe.load import prompt_limit
 from understudy.tasks.renderer import Renderer
@@ -35,31 +35,27 @@ def _health(parts: Parts) -> Iterator[Result]:
 
 
 def _padding(parts: Parts) -> Iterator[Result]:
-    size, lines = parts.loaded.vocab_size, list[str]()
-    level: Level = "ok"
+    size = parts.loaded.vocab_size
     for label, model in parts.models.items():
         base = unwrap(model)
         rows = {int(base.get_input_embeddings().weight.shape[0]), int(base.get_output_embeddings().weight.shape[0])}
         if min(rows) < size:
-            level = "error"
-            lines.append(f"the {label} has {min(rows):,} rows for {size:,} tokens")
-        elif max(rows) == size:
-            lines.append(f"the {label} has a row for each of {size:,} tokens")
-        else:
-            mass = _mass_past(model, size, parts)
-            if mass is not None and mass > PADDING_MASS and level == "ok":
-                level = "warning"
-            held = "" if mass is None else f" and had {mass:.2g} of the probability"
-            lines.append(
-                f"the {label} has {max(rows):,} rows, {max(rows) - size:,} past the {size:,} tokens; they are cut off{held}"
-            )
-    advice = {
-        "ok": "",
-        "warning": "scores are renormalised over the tokens that exist; an engine that does not cut them samples some, so "
-        "see whether the tokenizer is the model's own",
-        "error": "this model belongs to another tokenizer; choose another model or student.tokenizer",
-    }
-    yield Result("; ".join(lines), level, advice[level])
+            advice = "this model belongs to another tokenizer; choose another model or student.tokenizer"
+            yield Result(f"the {label} has {min(rows):,} rows for {size:,} tokens", "error", advice)
+            continue
+        if max(rows) == size:
+            yield Result(f"the {label} has a row for each of {size:,} tokens")
+            continue
+        mass = _mass_past(model, size, parts)
+        held = "" if mass is None else f" and had {mass:.2g} of the probability"
+        found = (
+            f"the {label} has {max(rows):,} rows, {max(rows) - size:,} past the {size:,} tokens; they are cut off{held}"
+        )
+        advice = (
+            "scores are renormalised over the tokens that exist; an engine that does not cut them samples some, so see "
+            "whether the tokenizer is the model's own"
+        )
+        yield Result(found, "warning" if mass is not None and mass > PADDING_MASS else "ok", advice)
 
 
 @torch.no_grad()
@@ -80,83 +76,57 @@ def _mass_past(model: nn.Module, size: int, parts: Parts) -> float | None:
     return float(torch.stack(found).mean())
 
 
-def own_ends(model: nn.Module) -> set[int]:
-    """EOS of a model's configurations, as an engine that serves it would stop at."""
-    base = unwrap(model)
-    owners = (base.config, base.config.get_text_config(), getattr(base, "generation_config", None))
-    found: set[int] = set()
-    for owner in owners:
-        value = getattr(owner, "eos_token_id", None)
-        found |= set() if value is None else {value} if isinstance(value, int) else set(value)
-    return found
-
-
-def _chose_ends(model: nn.Module) -> bool:
-    """Whether there are generation settings of its own, not made of its configuration."""
-    settings = getattr(unwrap(model), "generation_config", None)
-    return getattr(settings, "_from_model_config", True) is False
-
-
 def _ends(parts: Parts) -> Iterator[Result]:
     tokenizer, stops = parts.loaded.renderer.tokenizer, set(parts.loaded.renderer.stop_ids)
-    named = _named(tokenizer, stops)
-    level: Level = "ok"
-    advice = ""
-    lines = [
-        f"the student's tokenizer ends with {_named(tokenizer, {tokenizer.eos_token_id})}, its responses at {named}"
-    ]
-    if not any(index < parts.loaded.vocab_size for index in stops):
-        level, advice = "error", "no response would ever end; set eos_token in the tokenizer's configuration"
+
+    def named(ids: set[int]) -> str:
+        return ", ".join(f"{tokenizer.convert_ids_to_tokens(index)!r} ({index})" for index in sorted(ids))
+
+    own = f"the student's tokenizer ends with {named({tokenizer.eos_token_id})}, its responses at {named(stops)}"
+    advice = "no response would ever end; set eos_token in the tokenizer's configuration"
+    yield Result(own, "ok" if any(index < parts.loaded.vocab_size for index in stops) else "error", advice)
     for side in parts.sides:
         if side.model is None:
             continue
-        ends = own_ends(side.model)
-        lines.append(
-            f"the {side.label}'s at {_named(tokenizer, ends) if ends else 'no token that its configuration names'}"
-        )
+        base, ends = unwrap(side.model), set[int]()
+        settings = getattr(base, "generation_config", None)
+        # all that an engine which serves the model would stop at
+        for owner in (base.config, base.config.get_text_config(), settings):
+            value = getattr(owner, "eos_token_id", None)
+            ends |= set() if value is None else {value} if isinstance(value, int) else set(value)
+        found = f"the {side.label}'s at {named(ends) if ends else 'no token that its configuration names'}"
         if ends and not ends & stops:
             # a configuration alone may hold its architecture's default, which nobody chose
-            level = "error" if _chose_ends(side.model) else worst([level, "warning"])
+            chosen = getattr(settings, "_from_model_config", True) is False
             advice = (
                 f"the {side.label} ends with tokens that the student never writes, so it would disapprove of every ending and "
                 "lengths would explode: take the teacher's tokenizer (student.tokenizer), a teacher of the student's kind, or "
                 "correct eos_token_id in its configuration"
             )
-        elif ends - stops and level == "ok":
-            level = "warning"
+            yield Result(found, "error" if chosen else "warning", advice)
+        else:
             advice = (
-                f"the student does not stop at {_named(tokenizer, ends - stops)}; where the {side.label} wants that token "
-                "next, the student writes on: add it to eos_token_id of the student's generation_config.json"
+                f"the student does not stop at {named(ends - stops)}; where the {side.label} wants that token next, the "
+                "student writes on: add it to eos_token_id of the student's generation_config.json"
             )
-    yield Result("; ".join(lines), level, advice)
-
-
-def _named(tokenizer: Any, ids: set[int]) -> str:
-    return ", ".join(f"{tokenizer.convert_ids_to_tokens(index)!r} ({index})" for index in sorted(ids))
+            yield Result(found, "warning" if ends - stops else "ok", advice)
 
 
 def _templates(parts: Parts) -> Iterator[Result]:
     if parts.prompts[0][0].messages is None:
         return
-    lines, differing = [], False
     for side in parts.sides:
         if side.section.vocabulary is None:
             continue
         tokenizer, _ = parts.loaded.tokenizers.other(side.section.vocabulary)
         differences = (_difference(parts, *item, tokenizer, side.label) for item in parts.prompts[:NUM_COMPARED])
         difference = next((found for found in differences if found is not None), None)
-        differing = differing or difference is not None
-        lines.append(difference or f"the {side.label}'s template gives the student's tokens")
-    if not lines:
-        return
-    if differing:
         advice = (
             "prompts are rendered with the student's, so the teacher judges text in a form that it may not know, which can "
             "cost tenths of a nat per token: use models of one family, or the teacher's tokenizer (student.tokenizer)"
         )
-        yield Result("; ".join(lines), "warning", advice)
-    else:
-        yield Result("; ".join(lines))
+        found = difference or f"the {side.label}'s template gives the student's tokens"
+        yield Result(found, "ok" if difference is None else "warning", advice)
 
 
 def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
@@ -168,9 +138,8 @@ def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label
     ours = ids.tolist()
     if ours == other:
         return None
-    at = next(
-        (i for i, pair in enumerate(zip(ours, other, strict=False)) if pair[0] != pair[1]), min(len(ours), len(other))
-    )
+    pairs = enumerate(zip(ours, other, strict=False))
+    at = next((i for i, (one, two) in pairs if one != two), min(len(ours), len(other)))
 
     def around(tokens: list[int]) -> str:
         part = tokens[max(0, at - _SHOWN_TOKENS) : at + _SHOWN_TOKENS]
@@ -185,57 +154,46 @@ def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label
 def _temperature(parts: Parts) -> Iterator[Result]:
     if not parts.sides or not parts.recipe.method.needs & (TOKEN_SCORES | {"reference"}):
         return
-    wanted, lines = parts.trainer.student.temperature, list[str]()
-    level: Level = "ok"
+    wanted = parts.trainer.student.temperature
+    yield Result(f"the student samples at {wanted:g}")
     for side in parts.sides:
         found = side.teacher.temperature
-        if found is None:
-            lines.append(f"the {side.label} does not say at which temperature it scores")
-        else:
-            level = level if found == wanted else "error"
-            lines.append(f"the {side.label} scores at {found:g}")
-    advice = "" if level == "ok" else "log-ratios compare distributions at one temperature; score at the student's"
-    yield Result(f"the student samples at {wanted:g}; {'; '.join(lines)}", level, advice)
+        told = "does not say at which temperature it scores" if found is None else f"scores at {found:g}"
+        advice = "log-ratios compare distributions at one temperature; score at the student's"
+        yield Result(f"the {side.label} {told}", "ok" if found in (None, wanted) else "error", advice)
 
 
 def _lengths(parts: Parts) -> Iterator[Result]:
     recipe, own = parts.recipe, parts.recipe.uses.own_samples
-    models, new = parts.models, recipe.sampling.max_new_tokens if own else 0
-    limit = prompt_limit(recipe, recipe.sampling, models.values()) if own else recipe.train.max_prompt_tokens
+    new = recipe.sampling.max_new_tokens if own else 0
+    limit = prompt_limit(recipe, recipe.sampling, parts.models.values()) if own else recipe.train.max_prompt_tokens
     lengths = [len(ids) for _, ids in parts.prompts]
     kept = [length for length in lengths if length <= limit]
     if not kept:
-        yield Result(
-            f"all are longer than {limit} tokens, the shortest {min(lengths)}",
-            "error",
-            "raise train.max_prompt_tokens, or lower sampling.max_new_tokens",
-        )
+        advice = "raise train.max_prompt_tokens, or lower sampling.max_new_tokens"
+        yield Result(f"all are longer than {limit} tokens, the shortest {min(lengths)}", "error", advice)
         return
-    need, advice = max(kept) + new, ""
-    level: Level = "ok"
+    need = max(kept) + new
+    yield Result(f"{max(kept)} prompt tokens and {new} new ones make {need}")
     rooms = {"student": num_positions(parts.loaded.model)}
     for side in parts.sides:
         rooms[side.label] = within(HEALTH_S, f"the {side.label}", lambda side=side: side.teacher.max_tokens)  # type: ignore[misc]
     rooms["rollout engine"] = parts.collector.engine.num_positions
-    lines = [f"{max(kept)} prompt tokens and {new} new ones make {need}"]
-    lines += [f"the {label} has {room:,} positions" for label, room in rooms.items() if room is not None]
-    short = [label for label, room in rooms.items() if room is not None and room < need]
+    for label, room in rooms.items():
+        if room is not None:
+            advice = f"too little room in the {label}; lower sampling.max_new_tokens or train.max_prompt_tokens"
+            yield Result(f"the {label} has {room:,} positions", "error" if room < need else "ok", advice)
     if len(kept) < len(lengths):
-        level = "warning"
+        left_out = f"{len(lengths) - len(kept)} of {len(lengths)} prompts are longer than {limit} and left out"
         advice = "longer prompts are left out; raise train.max_prompt_tokens, or take models with more positions"
-        lines.append(f"{len(lengths) - len(kept)} of {len(lengths)} prompts are longer than {limit} and left out")
+        yield Result(left_out, "warning", advice)
     for side in parts.sides:
         room, shown = rooms[side.label], _longest_shown(parts, side)
         if shown is None or room is None:
             continue
-        lines.append(f"the {side.label} is shown up to {shown} tokens and has {room} positions")
-        if shown + new > room:
-            level = "warning"
-            advice = "long responses could not be scored: shorten the teacher's template, or max_new_tokens"
-    if short:
-        level = "error"
-        advice = f"too little room in: {', '.join(short)}; lower sampling.max_new_tokens or train.max_prompt_tokens"
-    yield Result("; ".join(lines), level, advice)
+        found = f"the {side.label} is shown up to {shown} tokens and has {room} positions"
+        advice = "long responses could not be scored: shorten the teacher's template, or max_new_tokens"
+        yield Result(found, "warning" if shown + new > room else "ok", advice)
 
 
 def _longest_shown(parts: Parts, side: Side) -> int | None:
