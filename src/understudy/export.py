@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
+import torch
 from safetensors import SafetensorError
 
-from understudy import config, facts
+from understudy import config
 from understudy.errors import CheckpointError
 from understudy.eval.summary import EvalSummary
 from understudy.files import write_json
@@ -59,56 +64,82 @@ def write_facts(parts: Parts, run_dir: RunDir, status: str, started: float) -> N
         "trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "vocabulary": parts.loaded.vocab_size,
         "teacher": ", ".join(section.shown for section in parts.recipe.all_teachers.values()) or None,
-        "hardware": facts.hardware(parts.loaded.device),
+        "hardware": hardware(parts.loaded.device),
         "peak_memory_gib": round(peak_memory_gib(), 3),
-        "versions": facts.installed(),
-        "commit": facts.commit(),
+        "versions": installed(),
+        "commit": commit(),
     }
     write_json(run_dir.facts, values)
 
 
 def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSummary]) -> str:
     """Markdown with the metadata block of the Hugging Face hub: method, data, teacher, commit, metrics, recipe."""
-    teacher = ", ".join(f"`{section.shown}`" for section in recipe.all_teachers.values()) or "none"
-    start = f"`{recipe.student.model}`" if recipe.student.model else "random weights"
+    start, made = recipe.student.model, commit()
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata |= {"base_model": start} if start and not Path(start).expanduser().exists() else {}
     rows = {
         "Method": f"`{type(recipe.method).__name__}`",
-        "Started from": start,
-        "Teacher": teacher,
+        "Started from": f"`{start}`" if start else "random weights",
+        "Teacher": ", ".join(f"`{section.shown}`" for section in recipe.all_teachers.values()) or "none",
         "Data": f"`{recipe.task.name}`",
         "Steps": f"{progress.step:,} ({progress.num_samples:,} samples, {progress.num_tokens:,} response tokens)",
         "Seed": str(recipe.seed),
-        "Made with": f"understudy {facts.installed().get('understudy', '(not installed)')}"
-        + (f", commit `{found}`" if (found := facts.commit()) else ""),
+        "Made with": f"understudy {installed().get('understudy', '(not installed)')}"
+        + (f", commit `{made}`" if made else ""),
     }
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(recipe), sort_keys=False)}---\n",
+        f"---\n{config.write_yaml(metadata | {'tags': ['distillation', 'on-policy', 'understudy']})}---\n",
         f"# {recipe.run_dir.rstrip('/').rpartition('/')[2]}\n",
         "A student trained by distillation with `understudy`.\n",
         "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items()),
-        _metrics(recipe, summaries),
-        f"## Recipe\n\n```yaml\n{config.write_yaml(config.dump(recipe))}```\n",
     ]
-    return "\n".join(part for part in parts if part)
+    if summaries:
+        last = summaries[-1]
+        measured = "".join(
+            f"| {name} | {found.value:.4g} | {found.low:.4g} to {found.high:.4g} |\n"
+            for name, found in last.metrics.items()
+        )
+        parts.append(
+            f"## Evaluation\n\n{last.num_problems:,} problems of `{recipe.held_out.name}`, {last.split} split, "
+            f"{last.samples_per_prompt} samples each, after step {last.step:,}; 95 % intervals over problems.\n\n"
+            f"| metric | value | interval |\n|---|---|---|\n{measured}"
+        )
+    return "\n".join([*parts, f"## Recipe\n\n```yaml\n{config.write_yaml(config.dump(recipe))}```\n"])
 
 
-def _metadata(recipe: Recipe) -> dict[str, object]:
-    values: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if recipe.student.model and not Path(recipe.student.model).expanduser().exists():
-        values["base_model"] = recipe.student.model
-    return values | {"tags": ["distillation", "on-policy", "understudy"]}
+def installed() -> dict[str, str]:
+    """Versions of Python and of the packages that compute; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in ("understudy", "torch", "transformers", "tokenizers", "datasets", "peft"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
-def _metrics(recipe: Recipe, summaries: Sequence[EvalSummary]) -> str:
-    if not summaries:
-        return ""
-    last = summaries[-1]
-    rows = "".join(
-        f"| {name} | {found.value:.4g} | {found.low:.4g} to {found.high:.4g} |\n"
-        for name, found in last.metrics.items()
-    )
-    return (
-        f"## Evaluation\n\n{last.num_problems:,} problems of `{recipe.held_out.name}`, {last.split} split, "
-        f"{last.samples_per_prompt} samples each, after step {last.step:,}; 95 % intervals over problems.\n\n"
-        f"| metric | value | interval |\n|---|---|---|\n{rows}"
-    )
+def commit() -> str | None:
+    """The git commit of this package's source, "-dirty" behind it where files were changed; None outside a checkout."""
+
+    def git(*asked: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *asked]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603 (fixed)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        inside = git("ls-files", "--error-unmatch", Path(__file__).name)
+        return (
+            git("describe", "--always", "--dirty", "--abbrev=40", "--match=", "--exclude=*") if inside else ""
+        ) or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def hardware(device: torch.device) -> str:
+    """The card, or the processor and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux alone has it, and Python does not read it
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else platform.machine()
+    return f"{processor}, {torch.get_num_threads()} of {os.cpu_count()} threads"

@@ -15,7 +15,7 @@ from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary
 from understudy.export import export_student, write_facts
 from understudy.files import write_atomically
-from understudy.models import num_positions, row_style, save_hf
+from understudy.models import num_positions, save_hf
 from understudy.recipe import Recipe, check_same_recipe, doctor
 from understudy.recipe.checks import Files, Parts, of_stage
 from understudy.recipe.load import (
@@ -28,7 +28,6 @@ from understudy.recipe.load import (
     open_engine,
     open_store,
     prompt_limit,
-    to_compare,
 )
 from understudy.report import write_report
 from understudy.teachers import Judge
@@ -39,7 +38,7 @@ from understudy.trainer.checkpoint import (
     load_checkpoint,
     load_teacher_state,
 )
-from understudy.trainer.collect import TOKEN_SCORES, Collector
+from understudy.trainer.collect import Collector
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.loggers import JsonLines, make_loggers
@@ -48,11 +47,9 @@ from understudy.trainer.observe import Observer
 from understudy.trainer.optimizer import Optimizer
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.prompts import PromptStream
-from understudy.trainer.publish import Publisher
 from understudy.trainer.rewards import Rewarder
 from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
-from understudy.trainer.update import StudentModel
 from understudy.types import Prompt
 
 
@@ -74,7 +71,14 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     resumed, TrainingError when it cannot go on.
     """
     run_dir = RunDir(Path(recipe.run_dir))
-    checkpoint = _find_start(run_dir, recipe, resume)
+    # None for a new run, and for one that was killed before its first checkpoint
+    checkpoint = None
+    if resume:
+        run_dir.check_started()
+        check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), recipe)
+        checkpoint = find_checkpoint(run_dir.checkpoints)
+    else:
+        run_dir.check_new()
     files = Files(recipe)
     for check in of_stage("files"):
         check(files)
@@ -110,16 +114,6 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     return Result(run_dir, ending, tuple(trainer.observer.summaries), report)
 
 
-def _find_start(run_dir: RunDir, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None for a new run, and for one that was killed before its first checkpoint."""
-    if not resume:
-        run_dir.check_new()
-        return None
-    run_dir.check_started()
-    check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), recipe)
-    return find_checkpoint(run_dir.checkpoints)
-
-
 def assemble(
     files: Files, run_dir: RunDir, checkpoint: Path | None, ranks: Ranks, console: Console, opened: ExitStack
 ) -> Parts:
@@ -137,21 +131,8 @@ def assemble(
     opened.callback(teachers.close)
     if teachers.teacher is not None and checkpoint is not None:
         teachers.teacher.load_state(load_teacher_state(checkpoint))
-    engine, weights = open_engine(recipe, loaded)
-    opened.callback(engine.close)
-    method, own_samples = recipe.run_method, recipe.uses.own_samples
-    student = StudentModel(
-        model=loaded.model,
-        device=loaded.device,
-        vocab_size=loaded.vocab_size,
-        # imitation knows no rollout temperature
-        temperature=recipe.temperature if own_samples or method.needs & TOKEN_SCORES else 1.0,
-        compute_dtype=loaded.compute_dtype,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
-        style=row_style(loaded.model),
-    )
-    publish = Publisher(engine, student, weights, ranks, to_compare(recipe, loaded) if engine.remote else ())
-    publish(progress.updates, ())
+    publish = open_engine(recipe, loaded, ranks, progress.updates, opened)
+    engine, method, own_samples = publish.engine, recipe.run_method, recipe.uses.own_samples
     # from here on an engine knows how long its sequences may be
     models = [loaded.model, *teachers.models]
     sizes = [engine.num_positions, *(num_positions(model) for model in models)]
@@ -191,7 +172,7 @@ def assemble(
     opened.callback(collected.close)
     eval_dir = run_dir.eval if ranks.is_main else None
     trainer = Trainer(
-        student=student,
+        student=publish.student,
         method=method,
         rollouts=collected,
         publish=publish,
@@ -275,11 +256,15 @@ def evaluator(
     console: Console,
 ) -> Callable[[int], EvalSummary]:
     """A function that evaluates the engine's weights at a step as the section `eval` says, and saves what it finds."""
-    settings = recipe.eval
 
     def evaluate(step: int) -> EvalSummary:
-        assert settings is not None
-        prompts = eval_prompts(recipe)
+        assert recipe.eval is not None
+        settings, prompts, rejection = recipe.eval, eval_prompts(recipe), None
+        sampling = settings.sampling or recipe.sampling
+        if settings.reject_below is not None and judge is not None:
+            rejection = Rejection(
+                lambda samples: ranks.share(samples, judge.judge), settings.reject_below, settings.max_attempts
+            )
         with console.progress("evaluate", len(prompts) * settings.samples_per_prompt) as advance:
             done = 0
 
@@ -294,22 +279,15 @@ def evaluator(
                 renderer=loaded.renderer,
                 engine=engine,
                 share=ranks.share,
-                sampling=settings.sampling or recipe.sampling,
+                sampling=sampling,
                 samples_per_prompt=settings.samples_per_prompt,
                 step=step,
                 split=settings.split,
                 out_dir=out_dir,
-                max_prompt_tokens=prompt_limit(recipe, settings.sampling or recipe.sampling, [loaded.model], engine),
+                max_prompt_tokens=prompt_limit(recipe, sampling, [loaded.model], engine),
                 progress=show,
                 greedy=settings.greedy,
-                rejection=None
-                if settings.reject_below is None or judge is None
-                else Rejection(
-                    lambda samples: ranks.share(samples, judge.judge), settings.reject_below, settings.max_attempts
-                ),
+                rejection=rejection,
             )
 
     return evaluate
-
-
-__all__ = ["Result", "assemble", "evaluator", "train"]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from understudy.engines import Engine, EngineSetup
 from understudy.environments import single_turn
@@ -31,10 +31,11 @@ from understudy.models import (
     row_style,
     stop_ids,
 )
-from understudy.recipe.schema import Recipe, Student
+from understudy.recipe.schema import Recipe
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Judge, Responder, RoutedTeacher, Setup, Source, Start, Teacher
 from understudy.teachers.stores.responses import ResponseSetup, ResponseStore, open_responses
+from understudy.trainer.collect import TOKEN_SCORES
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.publish import NUM_PROBED, Publisher
 from understudy.trainer.update import StudentModel
@@ -48,10 +49,7 @@ def choose_device(name: str) -> torch.device:
     """Raises RecipeError for a device that this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"device is {name!r}, which torch does not know; use auto, cpu, cuda or cuda:N") from error
+    device = torch.device(name)
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -136,9 +134,18 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     for source in tokenizers.sources:
         _, vocab_size = tokenizers.other(source)
-    student = recipe.student
-    model = load_base(recipe, tokenizer, vocab_size, device, None if student.lora else resume_from)
-    model = model if student.lora is None else _adapt(model, student, recipe.seed, resume_from)
+    student, lora = recipe.student, recipe.student.lora
+    model = load_base(recipe, tokenizer, vocab_size, device, None if lora else resume_from)
+    if lora is not None:
+        targets = lora.target_modules or "all-linear"
+        model = apply_lora(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=targets, seed=recipe.seed
+        )
+        if resume_from is not None:
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            set_peft_model_state_dict(model, load_file(resume_from / "adapter_model.safetensors"))
     disable_dropout(model)
     probe_head(model)
     if recipe.train.gradient_checkpointing:
@@ -154,53 +161,29 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     )
 
 
-def load_base(
-    recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.device, resume_from: Path | None
-) -> nn.Module:
+def load_base(recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.device, resume_from: Path | None) -> Any:
     """Loads or builds the student without adapters."""
     student = recipe.student
     source = student.model if resume_from is None else str(resume_from)
-    model: nn.Module
-    if source is None:
-        assert student.build is not None
-        model = build_causal_lm(
-            student.build,
-            vocab_size=vocab_size,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            dtype="float32" if student.dtype == "auto" else student.dtype,
-            device=device,
-            seed=recipe.seed,
-        )
-    else:
-        model = load_causal_lm(
+    if source is not None:
+        return load_causal_lm(
             source,
             dtype=student.dtype,
             device=str(device),
             attn_implementation=student.attn_implementation,
             revision=student.revision if source == student.model else None,
         )
-    return model
-
-
-def _adapt(model: nn.Module, student: Student, seed: int, resume_from: Path | None) -> nn.Module:
-    assert student.lora is not None
-    lora = student.lora
-    adapted = apply_lora(
-        model,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=lora.target_modules or "all-linear",
-        seed=seed,
+    assert student.build is not None
+    return build_causal_lm(
+        student.build,
+        vocab_size=vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        dtype="float32" if student.dtype == "auto" else student.dtype,
+        device=device,
+        seed=recipe.seed,
     )
-    if resume_from is not None:
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        set_peft_model_state_dict(adapted, load_file(resume_from / "adapter_model.safetensors"))
-    return adapted
 
 
 def prompt_limit(recipe: Recipe, sampling: Sampling, models: Iterable[nn.Module], engine: Engine | None = None) -> int:
@@ -327,13 +310,10 @@ def response_setup(
     recipe: Recipe, renderer: Renderer, responder: Responder | None = None, fingerprint: str | None = None
 ) -> ResponseSetup:
     """The run's side of a store of responses; without a responder for sections that need none."""
-    generate: Callable[[Sequence[Prompt]], list[str | None]] | None = None
+    generate = None
     if recipe.responses is not None and responder is not None:
         sampling = recipe.responses.sampling(recipe.sampling)
-        limit, temperature = sampling.max_new_tokens, sampling.temperature
-        generate = lambda prompts: responder.respond(  # noqa: E731
-            prompts, max_new_tokens=limit, temperature=temperature
-        )
+        generate = partial(responder.respond, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature)
     return ResponseSetup(
         renderer=renderer,
         seed=recipe.seed,
@@ -363,31 +343,38 @@ def engine_setup(recipe: Recipe, loaded: Loaded) -> EngineSetup:
     )
 
 
-def open_engine(recipe: Recipe, loaded: Loaded) -> tuple[Engine, Callable[[], Iterable[tuple[str, Tensor]]] | None]:
-    """The engine of a run and what is pushed to it; None where it shares the live model. Raises RecipeError, EngineError."""
-    return recipe.engine.open(engine_setup(recipe, loaded)), recipe.engine.pushed(loaded.model)
+def open_engine(recipe: Recipe, loaded: Loaded, ranks: Ranks, version: int, opened: ExitStack) -> Publisher:
+    """The engine of a run with the student's weights, `version` updates old; `opened` closes it.
+
+    Raises RecipeError, and EngineError for an engine that does not answer or computes something else.
+    """
+    engine = recipe.engine.open(engine_setup(recipe, loaded))
+    opened.callback(engine.close)
+    student = StudentModel(
+        model=loaded.model,
+        device=loaded.device,
+        vocab_size=loaded.vocab_size,
+        # imitation knows no rollout temperature
+        temperature=recipe.temperature if recipe.uses.own_samples or recipe.run_method.needs & TOKEN_SCORES else 1.0,
+        compute_dtype=loaded.compute_dtype,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        style=row_style(loaded.model),
+    )
+    # an engine elsewhere is compared on some prompts before there are samples
+    prompts = islice(recipe.task.prompts("train"), NUM_PROBED if engine.remote else 0)
+    rendered = [(prompt, loaded.renderer.start(prompt)) for prompt in prompts]
+    first = [
+        Sample(prompt, 0, ids, torch.zeros_like(ids, dtype=torch.uint8), 1, "data", "") for prompt, ids in rendered
+    ]
+    publish = Publisher(engine, student, recipe.engine.pushed(loaded.model), ranks, first)
+    publish(version, ())
+    return publish
 
 
 @contextmanager
 def sampling_with(recipe: Recipe, loaded: Loaded) -> Iterator[Engine]:
     """An engine with the weights as they are, compared before and after where it is remote, and closed at the end."""
-    engine, weights = open_engine(recipe, loaded)
-    student = StudentModel(
-        loaded.model, loaded.device, loaded.vocab_size, 1.0, loaded.compute_dtype, style=row_style(loaded.model)
-    )
-    try:
-        first = to_compare(recipe, loaded) if engine.remote else ()
-        Publisher(engine, student, weights, Ranks(), first)(0, ())
+    with ExitStack() as opened:
+        engine = open_engine(recipe, loaded, Ranks(), 0, opened).engine
         yield engine
         engine.verify()
-    finally:
-        engine.close()
-
-
-def to_compare(recipe: Recipe, loaded: Loaded) -> list[Sample]:
-    """Some prompts of the task, for an engine that is compared before there are samples."""
-    prompts = islice(recipe.task.prompts("train"), NUM_PROBED)
-    rendered = [(prompt, loaded.renderer.start(prompt)) for prompt in prompts]
-    return [
-        Sample(prompt, 0, ids, torch.zeros(ids.numel(), dtype=torch.uint8), 1, "data", "") for prompt, ids in rendered
-    ]
