@@ -7,6 +7,7 @@ marked by `choice`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -75,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A copy with `path.to.key=VALUE` applied, VALUE read as YAML. Raises RecipeError for what is no assignment."""
-    result: dict[str, Any] = _copy(values)
+    result = deepcopy(dict(values))
     for text in assignments:
         path, equals, value = text.partition("=")
         if not equals or not path or any(not part for part in path.split(".")):
@@ -91,10 +92,6 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         except yaml.YAMLError as error:
             raise RecipeError(f"{text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
     return result
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def parse(section: type[Section], values: object, path: str = "") -> Section:
@@ -113,7 +110,11 @@ def parse(section: type[Section], values: object, path: str = "") -> Section:
     }
     for key, item in known.items():
         if key not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise RecipeError(f"{_join(path, key)} is missing{_expected(item, hints[item.name])}")
+            chosen, hint = item.metadata.get("choice"), hints[item.name]
+            expected = "" if _dataclass_in(hint) else f"; it must be {words(hint)}"
+            if chosen is not None:
+                expected = f"; it needs a `type`: {', '.join(chosen.table)}"
+            raise RecipeError(f"{_join(path, key)} is missing{expected}")
     try:
         return section(**found)
     except ValueError as error:
@@ -156,26 +157,22 @@ def _parse_choice(chosen: Choice, value: object, path: str) -> Any:
     return parse(chosen.table[name], {key: item for key, item in value.items() if key != "type"}, path)
 
 
-def dump(section: Any) -> dict[str, Any]:
-    """The section as plain values, every default written out: what `parse` reads back to an equal section."""
-    values = {}
+def dump(section: Any, chosen: Choice | None = None) -> dict[str, Any]:
+    """The section as plain values, every default written out, which `parse` reads back to an equal section.
+
+    `chosen`: the table that its `type` is from.
+    """
+    values: dict[str, Any] = {}
+    if chosen is not None:
+        values["type"] = next(name for name, kind in chosen.table.items() if kind is type(section))
     for item in fields(section):
         if not item.init:
             continue
-        value = getattr(section, item.name)
-        chosen: Choice | None = item.metadata.get("choice")
-        if chosen is not None and chosen.named:
-            values[_key(item)] = {name: _dump_choice(chosen, section) for name, section in value.items()}
-        elif chosen is not None and value is not None:
-            values[_key(item)] = _dump_choice(chosen, value)
-        else:
-            values[_key(item)] = dump(value) if is_dataclass(value) else _plain(value)
+        value, table = getattr(section, item.name), item.metadata.get("choice")
+        if table is not None and table.named:
+            value = {name: dump(part, table) for name, part in value.items()}
+        values[_key(item)] = dump(value, table) if is_dataclass(value) else _plain(value)
     return values
-
-
-def _dump_choice(chosen: Choice, value: Any) -> dict[str, Any]:
-    name = next(name for name, kind in chosen.table.items() if kind is type(value))
-    return {"type": name} | dump(value)
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
@@ -239,10 +236,3 @@ def _complaint(error: ValidationError, hint: Any, value: object) -> str:
     if options:
         return f"it must be one of {', '.join(options)} ({nearest(str(value), options)})"
     return f"it must be {words(hint)} ({error.errors()[0]['msg']})"
-
-
-def _expected(item: Field[Any], hint: Any) -> str:
-    chosen: Choice | None = item.metadata.get("choice")
-    if chosen is not None:
-        return f"; it needs a `type`: {', '.join(chosen.table)}"
-    return "" if _dataclass_in(hint) else f"; it must be {words(hint)}"

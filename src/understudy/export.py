@@ -78,7 +78,7 @@ def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSumma
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= {"base_model": start} if start and not Path(start).expanduser().exists() else {}
     rows = {
-        "Method": f"`{type(recipe.method).__name__}`",
+        "Method": f"`{recipe.method_name}`",
         "Started from": f"`{start}`" if start else "random weights",
         "Teacher": ", ".join(f"`{section.shown}`" for section in recipe.all_teachers.values()) or "none",
         "Data": f"`{recipe.task.name}`",

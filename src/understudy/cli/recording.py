@@ -108,7 +108,7 @@ def _rows_needed(recipe: Recipe, k: int | None) -> int | None:
 
     Raises RecipeError for a method that cannot be trained from a recording, and for a `k` below the method's.
     """
-    name, members = type(recipe.method).__name__, recipe.method.members
+    name, members = recipe.method_name, recipe.method.members
     most = max((part.reads.k for part in members if "topk" in part.needs), default=None)
     if k is not None:
         if most is not None and k < most:

@@ -31,7 +31,9 @@ def examine(recipe: Recipe, build: Build) -> list[Finding]:
         return found
     try:
         with build(files) as parts:
-            return latest([*found, *examine_parts(parts), *attempt_all("advice", parts)])
+            found = [*found, *examine_parts(parts), *attempt_all("advice", parts)]
+            # room is looked at twice, and what is loaded says more
+            return list({finding.name: finding for finding in found}.values())
     except (UnderstudyError, RuntimeError, MemoryError, OSError) as error:
         return [*found, Finding("loading", "error", "models, data and the first prompts", str(error), AS_SAID)]
 
@@ -52,17 +54,11 @@ def errors_of(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level == "error"]
 
 
-def latest(findings: Iterable[Finding]) -> list[Finding]:
-    """The last of each name, in the order of their first."""
-    return list({finding.name: finding for finding in findings}.values())
-
-
 def refuse(findings: Iterable[Finding]) -> None:
     """Raises RecipeError that lists the errors, if there are any."""
-    errors = errors_of(findings)
-    if errors:
-        lines = [_line(item) for item in errors]
-        raise RecipeError("\n  ".join([f"{verdict(errors)} (--no-doctor trains all the same)", *lines]))
+    if errors := errors_of(findings):
+        head = f"{verdict(errors)} (--no-doctor trains all the same)"
+        raise RecipeError("\n  ".join([head, *map(_line, errors)]))
 
 
 def verdict(errors: Sequence[Finding]) -> str:

@@ -123,6 +123,11 @@ class Recipe:
             rule(self)
 
     @property
+    def method_name(self) -> str:
+        """As messages and the model card name it: "GKD"."""
+        return type(self.method).__name__
+
+    @property
     def engine(self) -> EngineSection:
         """The engine that writes samples."""
         return self.rollout or HF()
@@ -161,7 +166,7 @@ class Recipe:
 
 
 def _teachers_give_what_is_asked(recipe: Recipe) -> None:
-    method, teachers, name = recipe.method, recipe.all_teachers, _name(recipe)
+    method, teachers, name = recipe.method, recipe.all_teachers, recipe.method_name
     rejects = recipe.eval is not None and recipe.eval.reject_below is not None
     asked = method.needs - {"none", "reference"}
     if asked and not teachers:
@@ -190,7 +195,7 @@ def _teachers_give_what_is_asked(recipe: Recipe) -> None:
 
 def _responses_are_given_and_used(recipe: Recipe) -> None:
     """Responses of a teacher are there where the method uses them, used where they are there, and written by somebody."""
-    uses, responses, name = recipe.uses, recipe.responses, _name(recipe)
+    uses, responses, name = recipe.uses, recipe.responses, recipe.method_name
     if responses is None and (uses.fills_slots or uses.prefixes):
         use, instead = "begins samples with the teacher's own", "method.anneal_steps: 0"
         if uses.fills_slots:
@@ -257,10 +262,6 @@ def _nothing_beside_the_update_moves_with_it(recipe: Recipe) -> None:
                 f"async has the {label} score beside the update, but it runs on the student's own weights or follows "
                 "them; give it a model of its own, or remove the section async"
             )
-
-
-def _name(recipe: Recipe) -> str:
-    return type(recipe.method).__name__
 
 
 RULES: tuple[Callable[[Recipe], None], ...] = (

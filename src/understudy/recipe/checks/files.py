@@ -99,7 +99,7 @@ def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:
 
 def _task(files: Files) -> Iterator[Result]:
     """Raises RecipeError where the method imitates solutions or rewards right answers and a part of the task has none."""
-    recipe, name = files.recipe, type(files.recipe.method).__name__
+    recipe, name = files.recipe, files.recipe.method_name
     imitates = files.training and recipe.uses.given_responses and recipe.responses is None
     for place, part in _data(recipe.task, "train", "task").items():
         if imitates and not part.has_solutions:
@@ -197,7 +197,7 @@ def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
 
     return RunFacts(
         where=recipe.place_of(name),
-        method=type(recipe.method).__name__,
+        method=recipe.method_name,
         k=min(k, len(files.tokenizers.student)) if k and files.knows_tokenizer else k,
         temperature=recipe.temperature,
         samples_per_prompt=recipe.train.samples_per_prompt,

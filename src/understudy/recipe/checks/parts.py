@@ -13,17 +13,16 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from understudy.methods import Method
 from understudy.recipe.checks.files import Files
 from understudy.recipe.checks.findings import within
 from understudy.recipe.load import Loaded, Teachers, response_setup
 from understudy.recipe.schema import Recipe
 from understudy.teachers import Start, Teacher, TeacherSection
 from understudy.teachers.stores.responses import open_responses
-from understudy.trainer.collect import Collector
+from understudy.trainer.collect import Collected, Collector
 from understudy.trainer.loop import Trainer
 from understudy.trainer.rollouts import Rollouts
-from understudy.types import Prompt, Sample
+from understudy.types import Prompt
 
 NUM_PROMPTS = 32
 """First prompts that are rendered and measured."""
@@ -62,17 +61,6 @@ class Side:
         return self.teacher.model
 
 
-@dataclass(frozen=True, eq=False)
-class Rehearsed:
-    """A rehearsal's samples."""
-
-    method: Method
-    scored: list[Sample]
-    """With the scores that the method needs."""
-    own: list[Sample]
-    """Samples with tokens that the student wrote."""
-
-
 class Parts(Files):
     """A run before its first step."""
 
@@ -85,8 +73,8 @@ class Parts(Files):
         self.rollouts = rollouts
         """They draw prompts, also where samples are written ahead of the update."""
         self.trainer = trainer
-        self.rehearsed: Rehearsed | None = None
-        """None before the rehearsal, and where it failed."""
+        self.rehearsed: Collected | None = None
+        """Few samples with the scores that the method needs; None before the rehearsal, and where it failed."""
 
     @property
     def collector(self) -> Collector:
@@ -96,21 +84,20 @@ class Parts(Files):
     @cached_property
     def sides(self) -> list[Side]:
         """Every teacher that gives token scores, and the reference."""
-        recipe, found = self.recipe, []
+        recipe, reference, found = self.recipe, self.teachers.reference, []
         if self.teachers.teacher is not None:
             for name, teacher in self.teachers.teacher.members().items():
                 label, as_named = (f"teacher {name}", name) if recipe.teachers else ("teacher", None)
                 found.append(Side(label, as_named, teacher.uncached(), recipe.all_teachers[name]))
-        if self.teachers.reference is not None:
-            section = recipe.reference or Start()
-            found.append(Side("reference", None, self.teachers.reference.uncached(), section))
+        if reference is not None:
+            found.append(Side("reference", None, reference.uncached(), recipe.reference or Start()))
         return found
 
     @cached_property
     def prompts(self) -> list[tuple[Prompt, Tensor]]:
         """The first that are drawn, rendered. Raises DataError."""
-        stream, first = self.rollouts.prompts, self.trainer.progress.position
-        chosen = [stream[first + index] for index in range(NUM_PROMPTS)]
+        first = self.trainer.progress.position
+        chosen = [self.rollouts.prompts[index] for index in range(first, first + NUM_PROMPTS)]
         return [(prompt, self.loaded.renderer.start(prompt)) for prompt in chosen]
 
     @property
@@ -122,8 +109,8 @@ class Parts(Files):
     @property
     def servers(self) -> dict[str, Healthy]:
         """The engine, teachers and judge that say how they are, by label."""
-        named: dict[str, object] = {"rollout engine": self.collector.engine}
-        named |= {side.label: side.teacher for side in self.sides} | {"judge": self.teachers.judge}
+        named: dict[str, object] = {"rollout engine": self.collector.engine, "judge": self.teachers.judge}
+        named |= {side.label: side.teacher for side in self.sides}
         return {label: one for label, one in named.items() if isinstance(one, Healthy)}
 
     def bounded(self, what: str, call: Callable[[], Returned]) -> Returned:
@@ -135,28 +122,24 @@ class Parts(Files):
     @contextmanager
     def short(self, num_prompts: int, max_samples: int, max_new_tokens: int) -> Iterator[Collector]:
         """The collector for few and short samples; responses that a teacher writes for it are forgotten."""
-        collector = self.collector
-        settings, teacher = collector.settings, collector.teacher
-        sampling = replace(collector.sampling, max_new_tokens=min(max_new_tokens, collector.sampling.max_new_tokens))
-        changed = replace(
-            collector,
-            settings=replace(
-                settings,
-                prompts_per_step=num_prompts,
-                samples_per_prompt=min(max_samples, settings.samples_per_prompt),
-            ),
-            teacher=None if teacher is None else teacher.uncached(),
-            sampling=sampling,
-        )
-        if self.recipe.responses is None or not self.recipe.responses.by_teacher:
-            yield changed
-            return
+        collector, section = self.collector, self.recipe.responses
+        settings, sampling, responses = collector.settings, collector.sampling, collector.responses
+        num_samples = min(max_samples, settings.samples_per_prompt)
+        sampling = replace(sampling, max_new_tokens=min(max_new_tokens, sampling.max_new_tokens))
         with tempfile.TemporaryDirectory() as folder:
-            section = self.recipe.responses.kept_in(Path(folder))
-            recipe = replace(self.recipe, responses=section, sampling=sampling)
-            # a fingerprint would read all weights, and nobody reads this store again
-            setup = response_setup(recipe, self.loaded.renderer, self.teachers.responder, "rehearsal")
-            yield replace(changed, responses=open_responses(section, setup))
+            if section is not None and section.by_teacher:
+                section = section.kept_in(Path(folder))
+                recipe = replace(self.recipe, responses=section, sampling=sampling)
+                # a fingerprint would read all weights, and nobody reads this store again
+                setup = response_setup(recipe, self.loaded.renderer, self.teachers.responder, "rehearsal")
+                responses = open_responses(section, setup)
+            yield replace(
+                collector,
+                settings=replace(settings, prompts_per_step=num_prompts, samples_per_prompt=num_samples),
+                teacher=None if collector.teacher is None else collector.teacher.uncached(),
+                sampling=sampling,
+                responses=responses,
+            )
 
 
 def precision(model: nn.Module | None, compute_dtype: torch.dtype | None = None) -> torch.dtype:

@@ -13,10 +13,10 @@ from torch import Tensor
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
-from understudy.recipe.checks.findings import LEVELS, Check, Level, Result
-from understudy.recipe.checks.parts import Parts, Rehearsed, precision
+from understudy.recipe.checks.findings import Check, Level, Result
+from understudy.recipe.checks.parts import Parts, precision
 from understudy.teachers import LocalTeacher, Teacher
-from understudy.trainer.collect import TOKEN_SCORES, Collected
+from understudy.trainer.collect import TOKEN_SCORES
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.update import accumulate_gradients, prepare
 from understudy.types import Author, Sample, Scores
@@ -97,10 +97,15 @@ def _rehearse(parts: Parts) -> Iterator[Result]:
         )
         found = parts.bounded("writing and rewarding", lambda: rollouts.write(trainer.progress.position, plan, 0))
         scores = parts.bounded("scoring", lambda: collector.score(found.samples, method))
-        own = [sample for sample in found.written if bool((sample.author == Author.STUDENT).any())]
-        found = found.with_scores(scores)
-        parts.rehearsed = Rehearsed(method, found.samples, own)
-        facts = _facts(found)
+        parts.rehearsed = found = found.with_scores(scores)
+        facts = f"{len(found.written)} samples of {sum(sample.num_response_tokens for sample in found.written)} tokens"
+        rewards = [sample.reward for sample in found.samples if sample.reward is not None]
+        if rewards:
+            facts += f", mean reward {sum(rewards) / len(rewards):.2f}"
+        if found.rejected:
+            facts += f", {len(found.rejected)} turned down by the judge"
+        if num_dropped := found.counts["samples_dropped"]:
+            facts += f", {num_dropped} without scores dropped"
         if not found.samples:
             advice = "a weak student's first samples may all be turned down: look at who did it"
             yield Result(f"{facts}; none is left to learn from", "warning", advice)
@@ -113,18 +118,6 @@ def _rehearse(parts: Parts) -> Iterator[Result]:
         yield Result(text, "warning", "nothing is learnt from these samples: is the teacher the student itself?")
     else:
         yield Result(text if norm else f"{text}, for all samples of a prompt were rewarded alike")
-
-
-def _facts(found: Collected) -> str:
-    tokens = sum(sample.num_response_tokens for sample in found.written)
-    facts = f"{len(found.written)} samples of {tokens} tokens"
-    rewards = [sample.reward for sample in found.samples if sample.reward is not None]
-    if rewards:
-        facts += f", mean reward {sum(rewards) / len(rewards):.2f}"
-    if found.rejected:
-        facts += f", {len(found.rejected)} turned down by the judge"
-    num_dropped = found.counts["samples_dropped"]
-    return facts + (f", {num_dropped} without scores dropped" if num_dropped else "")
 
 
 def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]) -> tuple[float, float]:
@@ -151,7 +144,7 @@ def _determinism(parts: Parts) -> Iterator[Result]:
     rehearsed, teacher = parts.rehearsed, parts.teachers.teacher
     if rehearsed is None or teacher is None or teacher.recording is not None:
         return
-    method, samples = rehearsed.method, rehearsed.scored
+    method, samples = parts.trainer.method.at(0)[0], rehearsed.samples
     scores = [sample.scores for sample in samples if sample.scores is not None]
     need = method.needs & TOKEN_SCORES
     if not need or not scores:
@@ -163,21 +156,21 @@ def _determinism(parts: Parts) -> Iterator[Result]:
             return _logprobs(asked, chosen, parts.bounded("scoring", lambda: asked.score(chosen, need, k=k)))
 
     first = _logprobs(asked, samples, scores)
-    again = Gap.of(first, ask(samples))
     sizes = [sample.num_response_tokens for sample in samples]
-    turned = ask(samples[::-1]).split(sizes[::-1])[::-1]
-    order = Gap.of(first, torch.cat(turned))
-    alone = Gap.of(first[: sizes[0]], ask(samples[:1]))
+    gaps = {
+        "differences of log T: again": Gap.of(first, ask(samples)),
+        "in another order": Gap.of(first, torch.cat(ask(samples[::-1]).split(sizes[::-1])[::-1])),
+        "alone": Gap.of(first[: sizes[0]], ask(samples[:1])),
+    }
     dtypes = [precision(side.model) for side in parts.sides if side.label != "reference"]
     dtype = max(dtypes, key=LIMITS.__getitem__)
     may_lack = parts.trainer.settings.on_missing_score == "drop"
-    level = max((gap.level(dtype, may_lack=may_lack) for gap in (again, order, alone)), key=LEVELS.index)
     advice = (
         f"more than {str(dtype).removeprefix('torch.')} explains, so the student would chase noise: is there dropout or "
         "sampling in the teacher, do replicas hold other weights, are sequences mixed up in a batch?"
     )
-    text = f"differences of log T: again {again}; in another order {order}; alone {alone}"
-    yield Result(text, level, advice)
+    for name, gap in gaps.items():
+        yield Result(f"{name} {gap}", gap.level(dtype, may_lack=may_lack), advice)
 
 
 def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
@@ -198,7 +191,8 @@ def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scor
 def _own_scores(parts: Parts) -> Iterator[Result]:
     """Compares the log-probabilities of the student's tokens as the trainer, the engine and a teacher compute them."""
     student, teacher = parts.trainer.student, parts.teachers.teacher
-    samples = [] if parts.rehearsed is None else parts.rehearsed.own
+    written = [] if parts.rehearsed is None else parts.rehearsed.written
+    samples = [sample for sample in written if bool((sample.author == Author.STUDENT).any())]
     if not samples or student.temperature != parts.recipe.temperature:
         return
     wrote = torch.cat([sample.author[sample.prompt_length :] for sample in samples]) == Author.STUDENT
