@@ -78,7 +78,7 @@ def evaluate(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
     model: ModelDir = None,
-    out: Annotated[Path | None, _option("--out", metavar="DIR", help="Write summary and samples there.")] = None,
+    out: Annotated[Path | None, _option(metavar="DIR", help="Write summary and samples there.")] = None,
 ) -> None:
     """Evaluate a student on held-out problems: avg@k, pass@k, maj@k, lengths, each with a 95 % interval."""
     from understudy.cli import commands
@@ -91,13 +91,11 @@ def sample(
     recipe: RecipeOrRun,
     overrides: Overrides = None,
     model: ModelDir = None,
-    prompt: Annotated[list[str] | None, _option("--prompt", help="A prompt of your own; may be repeated.")] = None,
+    prompt: Annotated[list[str] | None, _option(help="A prompt of your own; may be repeated.")] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="Prompts of the task to take.")] = 4,
-    split: Annotated[str, typer.Option("--split", help="Their split: train, validation or test.")] = "train",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of each prompt.")] = 1,
-    out: Annotated[
-        Path | None, _option("--out", metavar="FILE", help="Write JSON lines (prompt, response, ...) there.")
-    ] = None,
+    split: Annotated[str, typer.Option(help="Their split: train, validation or test.")] = "train",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    out: Annotated[Path | None, _option(metavar="FILE", help="Write JSON lines (prompt, response, ...) there.")] = None,
 ) -> None:
     """Print what a model writes; with --out, a data set that SFT can be trained on."""
     from understudy.cli import commands
@@ -110,17 +108,16 @@ def sample(
 @app.command()
 def record(
     recipe: RecipeFile,
-    out: Annotated[Path, _option("--out", metavar="DIR", help="Where to write, or to continue.")],
+    out: Annotated[Path, _option(metavar="DIR", help="Where to write, or to continue.")],
     overrides: Overrides = None,
     prompts: Annotated[
-        int | None,
-        _option("--prompts", min=1, help="Training prompts, in the order of training.", default="as trained"),
+        int | None, _option(min=1, help="Training prompts, in the order of training.", default="as trained")
     ] = None,
     samples: Annotated[
-        int | None, _option("--samples", min=1, help="Samples of each prompt.", default="train.samples_per_prompt")
+        int | None, _option(min=1, help="Samples of each prompt.", default="train.samples_per_prompt")
     ] = None,
     k: Annotated[
-        int | None, _option("--k", min=1, help="Most likely tokens of each row.", default="what the method needs")
+        int | None, _option(min=1, help="Most likely tokens of each row.", default="what the method needs")
     ] = None,
 ) -> None:
     """Store samples of the student's start with the teacher's scores, to train without the teacher.
@@ -137,9 +134,7 @@ def record(
 @app.command()
 def report(
     run_dir: Annotated[Path, _argument("RUN", "A run directory.")],
-    baseline: Annotated[
-        Path | None, _option("--baseline", metavar="RUN", help="Another run to compare the evaluation with.")
-    ] = None,
+    baseline: Annotated[Path | None, _option(metavar="RUN", help="Another run to compare the evaluation with.")] = None,
 ) -> None:
     """Write RUN/report.html: curves, tables and transcripts on one page that works offline."""
     from understudy.report import write_report
@@ -152,28 +147,20 @@ def compare(
     recipe: RecipeFile,
     overrides: Overrides = None,
     vary: Annotated[
-        list[str] | None,
-        _option("--vary", metavar="KEY=V1,V2", help="An axis, such as method.type=opd,gkd; may be repeated."),
+        list[str] | None, _option(metavar="KEY=V1,V2", help="An axis, such as method.type=opd,gkd; may be repeated.")
     ] = None,
-    grid: Annotated[Path | None, _option("--grid", metavar="FILE", help="Axes, seeds and tuning (YAML).")] = None,
-    seeds: Annotated[
-        int | None, _option("--seeds", min=1, help="Seeds 0..N-1 of every combination.", default="5")
-    ] = None,
+    grid: Annotated[Path | None, _option(metavar="FILE", help="Axes, seeds and tuning (YAML).")] = None,
+    seeds: Annotated[int | None, _option(min=1, help="Seeds 0..N-1 of every combination.", default="5")] = None,
     tune: Annotated[
-        list[str] | None,
-        _option("--tune", metavar="KEY=V1,V2", help="Choose a value by avg@k on the validation split."),
+        list[str] | None, _option(metavar="KEY=V1,V2", help="Choose a value by avg@k on the validation split.")
     ] = None,
-    target: Annotated[
-        float | None, _option("--target", help="avg@k that samples are counted to.", default="0.5")
-    ] = None,
+    target: Annotated[float | None, _option(help="avg@k that samples are counted to.", default="0.5")] = None,
     baseline: Annotated[
         list[str] | None,
-        _option("--baseline", metavar="AXIS=LABEL", help="What differences are to.", default="the first axis' first"),
+        _option(metavar="AXIS=LABEL", help="What differences are to.", default="the first axis' first"),
     ] = None,
-    out: Annotated[
-        Path | None, _option("--out", metavar="DIR", help="Where to write.", default="RUN_DIR-compare")
-    ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once; they share the cores.")] = 1,
+    out: Annotated[Path | None, _option(metavar="DIR", help="Where to write.", default="RUN_DIR-compare")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; they share the cores.")] = 1,
     ray: Annotated[bool, typer.Option("--ray", help="Make the runs as tasks of Ray.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; run and write nothing.")] = False,
 ) -> None:
@@ -200,37 +187,27 @@ def compare(
 @app.command(name="serve-teacher")
 def serve_teacher(
     model: Annotated[str, _argument("MODEL", "A model directory or hub name.")],
-    host: Annotated[str | None, _option("--host", help="Address to listen at.", default="127.0.0.1")] = None,
-    port: Annotated[int | None, _option("--port", help="0: any that is free.", default="8100")] = None,
+    host: Annotated[str | None, _option(help="Address to listen at.", default="127.0.0.1")] = None,
+    port: Annotated[int | None, _option(help="0: any that is free.", default="8100")] = None,
     token_env: Annotated[
         str | None,
         _option(
-            "--token-env",
             metavar="NAME",
             help="Environment variable with the token that clients must send; needed beyond this machine.",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None, _option("--dtype", help="Precision of the weights.", default="the checkpoint's")
-    ] = None,
+    dtype: Annotated[str | None, _option(help="Precision of the weights.", default="the checkpoint's")] = None,
     hidden_dtype: Annotated[
-        str | None,
-        _option("--hidden-dtype", help="bfloat16 or float32: hidden states as sent.", default="the weights'"),
+        str | None, _option(help="bfloat16 or float32: hidden states as sent.", default="the weights'")
     ] = None,
-    device: Annotated[str | None, _option("--device", help="Such as cuda:1.", default="a GPU if any")] = None,
+    device: Annotated[str | None, _option(help="Such as cuda:1.", default="a GPU if any")] = None,
     max_batch_tokens: Annotated[
-        int | None, _option("--max-batch-tokens", min=1, help="Tokens of one forward.", default="2048 (CPU), 16384")
+        int | None, _option(min=1, help="Tokens of one forward.", default="2048 (CPU), 16384")
     ] = None,
-    max_request_bytes: Annotated[
-        int | None, _option("--max-request-bytes", min=1, help="Of one request.", default="64 MiB")
-    ] = None,
-    max_reply_bytes: Annotated[
-        int | None, _option("--max-reply-bytes", min=1, help="Of one answer.", default="1 GiB")
-    ] = None,
-    revision: Annotated[str | None, _option("--revision", help="Of a hub model.")] = None,
-    tokenizer: Annotated[
-        str | None, _option("--tokenizer", metavar="DIR", help="Of the model.", default="the model's own")
-    ] = None,
+    max_request_bytes: Annotated[int | None, _option(min=1, help="Of one request.", default="64 MiB")] = None,
+    max_reply_bytes: Annotated[int | None, _option(min=1, help="Of one answer.", default="1 GiB")] = None,
+    revision: Annotated[str | None, _option(help="Of a hub model.")] = None,
+    tokenizer: Annotated[str | None, _option(metavar="DIR", help="Of the model.", default="the model's own")] = None,
     share_prompts: Annotated[
         bool, typer.Option("--share-prompts/--no-share-prompts", help="Read the prompt of several responses once.")
     ] = True,
