@@ -266,13 +266,6 @@ def evaluator(
                 lambda samples: ranks.share(samples, judge.judge), settings.reject_below, settings.max_attempts
             )
         with console.progress("evaluate", len(prompts) * settings.samples_per_prompt) as advance:
-            done = 0
-
-            def show(count: int, total: int) -> None:
-                nonlocal done
-                advance(count - done)
-                done = count
-
             return run_eval(
                 prompts=prompts,
                 task=recipe.held_out,
@@ -285,7 +278,7 @@ def evaluator(
                 split=settings.split,
                 out_dir=out_dir,
                 max_prompt_tokens=prompt_limit(recipe, sampling, [loaded.model], engine),
-                progress=show,
+                progress=advance,
                 greedy=settings.greedy,
                 rejection=rejection,
             )

@@ -36,7 +36,8 @@ from understudy.engines.vllm.engine import VLLMEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import Recipe, doctor
-from understudy.recipe.checks import Check, Files, Finding, Parts, findings, of_stage, probes, room
+from understudy.recipe.checks import Check, Files, Finding, Parts, of_stage, probes, room
+from understudy.recipe.checks.parts import within
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers import LocalTeacher
 from understudy.teachers.judges.verbal import VerbalTeacher
@@ -529,15 +530,15 @@ def test_an_engine_that_is_gone_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_server_that_hangs_is_given_up() -> None:
     released = threading.Event()
     with pytest.raises(EngineError, match=r"the engine has not answered in 0\.05 s"):
-        findings.within(0.05, "the engine", lambda: released.wait(20.0))
+        within(0.05, "the engine", lambda: released.wait(20.0))
     released.set()
     for thread in threading.enumerate():
         if thread.name == "doctor: the engine":
             thread.join(20.0)
             assert not thread.is_alive()
-    assert findings.within(20.0, "the engine", lambda: 3) == 3
+    assert within(20.0, "the engine", lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        findings.within(20.0, "the engine", lambda: 1 // 0)
+        within(20.0, "the engine", lambda: 1 // 0)
 
 
 def test_one_check_that_raises_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def run_eval(
     split: str,
     out_dir: Path | None,
     max_prompt_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
     greedy: bool = False,
     rejection: Rejection | None = None,
     share: Callable[[Sequence[Request], Write], list[Sample]] | None = None,
@@ -52,7 +52,7 @@ def run_eval(
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
     evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
     as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `progress` is called with the
-    samples done and in all; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
+    samples of each block; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
     equal ids and if no prompt fits the budget.
     """
     if samples_per_prompt < 1:
@@ -150,7 +150,7 @@ def _sample_and_grade(
     play_episodes: Play,
     sampling: Sampling,
     stream: str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Sample]:
     """Samples with their grades, in the order of the requests. One block is graded while the next is generated."""
     graded: list[Future[Sample]] = []
@@ -160,7 +160,7 @@ def _sample_and_grade(
             samples = play_episodes(requests[start : start + BLOCK_REQUESTS], sampling, stream)
             graded += [pool.submit(_grade, task, sample) for sample in samples]
             if progress is not None:
-                progress(len(graded), len(requests))
+                progress(len(samples))
         return [future.result() for future in graded]
     finally:
         pool.shutdown(cancel_futures=True)

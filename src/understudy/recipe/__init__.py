@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from understudy.recipe.schema import Lora, Recipe, Student, check_same_recipe, load_recipe
+from understudy.recipe.schema import Recipe, check_same_recipe, load_recipe
 
-__all__ = ["Lora", "Recipe", "Student", "check_same_recipe", "load_recipe"]
+__all__ = ["Recipe", "check_same_recipe", "load_recipe"]

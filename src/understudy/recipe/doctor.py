@@ -10,7 +10,7 @@ from pathlib import Path
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.files import write_json
 from understudy.recipe.checks import Files, Finding, Parts, Stage, of_stage
-from understudy.recipe.checks.findings import AS_SAID
+from understudy.recipe.checks.parts import AS_SAID
 from understudy.recipe.schema import Recipe
 from understudy.trainer.console import Console
 

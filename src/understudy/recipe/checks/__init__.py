@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from understudy.recipe.checks import files, probes, room, sides
-from understudy.recipe.checks.files import Files
-from understudy.recipe.checks.findings import Check, Finding, Stage
-from understudy.recipe.checks.parts import Parts
+from understudy.recipe.checks.parts import Check, Files, Finding, Parts, Stage
 from understudy.recipe.schema import Recipe
 
 CHECKS: tuple[Check, ...] = (*files.CHECKS, *room.CHECKS, *sides.CHECKS, *probes.CHECKS)

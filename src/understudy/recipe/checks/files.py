@@ -5,25 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 from understudy.errors import RecipeError, nearest
 from understudy.models import check_build, check_model_dir
-from understudy.recipe.checks.findings import Check, Result
+from understudy.recipe.checks.parts import Check, Files, Result
 from understudy.recipe.load import (
     NUM_CHECKED_PROMPTS,
-    Tokenizers,
     choose_device,
     eval_prompts,
     response_setup,
     tokenizer_source,
 )
-from understudy.recipe.schema import Recipe
 from understudy.tasks import Split, Task, num_repeated, overlap, overlap_message
-from understudy.tasks.renderer import Renderer
-from understudy.teachers import RunFacts, Source, TeacherSection, check_names
+from understudy.teachers import RunFacts, TeacherSection, check_names
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.loggers import check_loggers
 
@@ -33,43 +28,6 @@ MAX_COMPARED = 200_000
 """Training prompts that are compared with the evaluation's: computed tasks have millions."""
 NUM_RENDERED = 8
 """First prompts that are rendered."""
-
-
-class Files:
-    """A recipe before anything is loaded.
-
-    `training`: False for an evaluation or samples, which need no solutions. `fetch`: data and tokenizers that are not on
-    this machine are read from the network; else they stay unchecked.
-    """
-
-    def __init__(self, recipe: Recipe, *, training: bool = True, fetch: bool = True) -> None:
-        self.recipe = recipe
-        self.training = training
-        self.fetch = fetch
-
-    @cached_property
-    def tokenizers(self) -> Tokenizers:
-        """Each tokenizer is loaded and compared once for all checks and for the run."""
-        return Tokenizers(self.recipe)
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        """The student's tokenizer with its chat template."""
-        return Renderer(self.tokenizers.student, self.recipe.student.template_kwargs)
-
-    @property
-    def knows_tokenizer(self) -> bool:
-        """Whether the student's tokenizer may be loaded."""
-        source = tokenizer_source(self.recipe)
-        return source is None or self.has(source)
-
-    def has(self, source: Source) -> bool:
-        """Whether a tokenizer may be loaded."""
-        return self.fetch or Path(source.name).expanduser().exists()
-
-    def may_read(self, task: Task) -> bool:
-        """Whether the task's prompts may be read."""
-        return self.fetch or task.is_local
 
 
 def _machine(files: Files) -> Iterator[Result]:

@@ -1,46 +1,164 @@
-"""Everything that is loaded for a run, as the checks of the later stages see it."""
+"""What a check looks at, before and after everything is loaded, and what it finds."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from understudy.recipe.checks.files import Files
-from understudy.recipe.checks.findings import within
-from understudy.recipe.load import Loaded, Teachers, response_setup
+from understudy.errors import EngineError, UnderstudyError
+from understudy.recipe.load import Loaded, Teachers, Tokenizers, response_setup, tokenizer_source
 from understudy.recipe.schema import Recipe
-from understudy.teachers import Start, Teacher, TeacherSection
+from understudy.tasks import Task
+from understudy.tasks.renderer import Renderer
+from understudy.teachers import Source, Start, Teacher, TeacherSection
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.collect import Collected, Collector
 from understudy.trainer.loop import Trainer
 from understudy.trainer.rollouts import Rollouts
 from understudy.types import Prompt
 
+Level = Literal["ok", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
+"""The most serious last."""
+Stage = Literal["files", "room", "loaded", "rehearsed", "advice"]
+"""The input of a check: the recipe with its files and data; models whose sizes are known; everything loaded; samples that
+were rehearsed; and all data, read whole, for warnings that no run has to heed. Rules that need the recipe alone are
+`schema.RULES`: no recipe is made that breaks one."""
+AS_SAID = "as the message says"
 NUM_PROMPTS = 32
 """First prompts that are rendered and measured."""
 HEALTH_S = 30.0
 """Seconds without an answer after which a server is taken to be gone."""
 WAIT_S = 300.0
 """Seconds in which servers have to return samples, verdicts or scores of a few prompts."""
-
 Returned = TypeVar("Returned")
 
 
-@runtime_checkable
-class Healthy(Protocol):
-    """An engine or teacher whose server says how it is."""
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor."""
 
-    def health(self) -> str:
-        """The server's own description, in a line. Raises EngineError where it does not answer."""
-        ...
+    name: str
+    level: Level
+    checked: str
+    found: str
+    advice: str = ""
+    """The next step; empty where nothing is wrong."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A verdict of a check."""
+
+    found: str
+    level: Level = "ok"
+    advice: str = ""
+    """The next step; it is not shown where the level is "ok"."""
+    about: str = ""
+    """One of several that the same check looks at; it becomes a part of the finding's name. Results about the same make
+    one finding: all that is found, the worst level, and every advice."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule about a run, in one place."""
+
+    name: str
+    stage: Stage
+    checked: str
+    """The two things that are compared, as the report names them."""
+    run: Callable[[Any], Iterable[Result]]
+    """Looks at `Files` or, from the stage "loaded" on, `Parts`. No result: the check does not apply."""
+
+    def __call__(self, parts: Any) -> list[Finding]:
+        """Raises what the check raises."""
+        findings: dict[str, Finding] = {}
+        for item in self.run(parts):
+            found, level, advice = item.found, item.level, "" if item.level == "ok" else item.advice
+            if (seen := findings.get(item.about)) is not None:
+                found, level = f"{seen.found}; {found}", max(seen.level, level, key=LEVELS.index)
+                advice = "; ".join(dict.fromkeys(text for text in (seen.advice, advice) if text))
+            name = f"{item.about}: {self.name}" if item.about else self.name
+            findings[item.about] = Finding(name, level, self.checked, found, advice)
+        return list(findings.values())
+
+    def attempt(self, parts: Any) -> list[Finding]:
+        """The findings, or an error with what the check raised: one check that fails must not hide what others find."""
+        try:
+            return self(parts)
+        except UnderstudyError as error:
+            return [Finding(self.name, "error", self.checked, str(error), AS_SAID)]
+        except Exception as error:
+            advice = "this check itself failed; report it, or skip all checks with --no-doctor"
+            return [Finding(self.name, "error", self.checked, f"{type(error).__name__}: {error}", advice)]
+
+
+def within(limit_s: float, what: str, call: Callable[[], Returned]) -> Returned:
+    """`call()` in a thread of its own. Raises EngineError where it has not returned after `limit_s` seconds.
+
+    The thread then ends with the call's own deadline; it is a daemon, so it does not keep the process.
+    """
+    future: Future[Returned] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name=f"doctor: {what}", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        raise EngineError(f"{what} has not answered in {limit_s:g} s: see whether its server is up, and what it logs")
+    return future.result()
+
+
+class Files:
+    """A recipe before anything is loaded.
+
+    `training`: False for an evaluation or samples, which need no solutions. `fetch`: data and tokenizers that are not on
+    this machine are read from the network; else they stay unchecked.
+    """
+
+    def __init__(self, recipe: Recipe, *, training: bool = True, fetch: bool = True) -> None:
+        self.recipe = recipe
+        self.training = training
+        self.fetch = fetch
+
+    @cached_property
+    def tokenizers(self) -> Tokenizers:
+        """Each tokenizer is loaded and compared once for all checks and for the run."""
+        return Tokenizers(self.recipe)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The student's tokenizer with its chat template."""
+        return Renderer(self.tokenizers.student, self.recipe.student.template_kwargs)
+
+    @property
+    def knows_tokenizer(self) -> bool:
+        """Whether the student's tokenizer may be loaded."""
+        source = tokenizer_source(self.recipe)
+        return source is None or self.has(source)
+
+    def has(self, source: Source) -> bool:
+        """Whether a tokenizer may be loaded."""
+        return self.fetch or Path(source.name).expanduser().exists()
+
+    def may_read(self, task: Task) -> bool:
+        """Whether the task's prompts may be read."""
+        return self.fetch or task.is_local
 
 
 @dataclass(frozen=True)
@@ -55,11 +173,6 @@ class Side:
     """Without a cache of its scores, which a rehearsal neither reads nor fills."""
     section: TeacherSection
 
-    @property
-    def model(self) -> nn.Module | None:
-        """Its model in this process."""
-        return self.teacher.model
-
 
 class Parts(Files):
     """A run before its first step."""
@@ -72,14 +185,10 @@ class Parts(Files):
         self.teachers = teachers
         self.rollouts = rollouts
         """They draw prompts, also where samples are written ahead of the update."""
+        self.collector = rollouts.collector
         self.trainer = trainer
         self.rehearsed: Collected | None = None
         """Few samples with the scores that the method needs; None before the rehearsal, and where it failed."""
-
-    @property
-    def collector(self) -> Collector:
-        """Writes and scores samples."""
-        return self.rollouts.collector
 
     @cached_property
     def sides(self) -> list[Side]:
@@ -103,15 +212,15 @@ class Parts(Files):
     @property
     def models(self) -> dict[str, nn.Module]:
         """The student's and its teachers' in this process, by label."""
-        sides = {side.label: side.model for side in self.sides if side.model is not None}
+        sides = {side.label: side.teacher.model for side in self.sides if side.teacher.model is not None}
         return {"student": self.loaded.model} | sides
 
     @property
-    def servers(self) -> dict[str, Healthy]:
-        """The engine, teachers and judge that say how they are, by label."""
-        named: dict[str, object] = {"rollout engine": self.collector.engine, "judge": self.teachers.judge}
+    def servers(self) -> dict[str, Callable[[], str]]:
+        """How the servers of engine, teachers and judge are, by label: a line, or EngineError where one does not answer."""
+        named: dict[str, Any] = {"rollout engine": self.collector.engine, "judge": self.teachers.judge}
         named |= {side.label: side.teacher for side in self.sides}
-        return {label: one for label, one in named.items() if isinstance(one, Healthy)}
+        return {label: one.health for label, one in named.items() if hasattr(one, "health")}
 
     def bounded(self, what: str, call: Callable[[], Returned]) -> Returned:
         """`call()`; where it waits for servers, EngineError after `WAIT_S`."""

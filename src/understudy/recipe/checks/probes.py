@@ -13,8 +13,7 @@ from torch import Tensor
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
-from understudy.recipe.checks.findings import Check, Level, Result
-from understudy.recipe.checks.parts import Parts, precision
+from understudy.recipe.checks.parts import Check, Level, Parts, Result, precision
 from understudy.teachers import LocalTeacher, Teacher
 from understudy.trainer.collect import TOKEN_SCORES
 from understudy.trainer.distributed import Ranks
@@ -162,7 +161,7 @@ def _determinism(parts: Parts) -> Iterator[Result]:
         "in another order": Gap.of(first, torch.cat(ask(samples[::-1]).split(sizes[::-1])[::-1])),
         "alone": Gap.of(first[: sizes[0]], ask(samples[:1])),
     }
-    dtypes = [precision(side.model) for side in parts.sides if side.label != "reference"]
+    dtypes = [precision(side.teacher.model) for side in parts.sides if side.label != "reference"]
     dtype = max(dtypes, key=LIMITS.__getitem__)
     may_lack = parts.trainer.settings.on_missing_score == "drop"
     advice = (

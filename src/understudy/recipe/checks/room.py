@@ -17,9 +17,7 @@ from torch import nn
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.linear.chunked import CHUNK_ELEMENTS
 from understudy.models import num_positions, unwrap
-from understudy.recipe.checks.files import Files
-from understudy.recipe.checks.findings import Check, Result
-from understudy.recipe.checks.parts import Parts
+from understudy.recipe.checks.parts import Check, Files, Parts, Result
 from understudy.recipe.load import choose_device
 from understudy.recipe.schema import Recipe
 from understudy.trainer.loop import SAVED_SAMPLES

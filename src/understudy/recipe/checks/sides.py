@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from understudy.errors import UnderstudyError
 from understudy.models import backbone_hidden, lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
-from understudy.recipe.checks.findings import AS_SAID, Check, Result, within
-from understudy.recipe.checks.parts import HEALTH_S, Parts, Side
+from understudy.recipe.checks.parts import AS_SAID, HEALTH_S, Check, Parts, Result, Side, within
 from understudy.recipe.load import prompt_limit
 from understudy.tasks.renderer import Renderer
 from understudy.trainer.collect import TOKEN_SCORES
@@ -27,9 +26,9 @@ _SHOWN_TOKENS = 4
 
 
 def _health(parts: Parts) -> Iterator[Result]:
-    for label, server in parts.servers.items():
+    for label, health in parts.servers.items():
         try:
-            yield Result(within(HEALTH_S, f"the {label}", server.health), about=label)
+            yield Result(within(HEALTH_S, f"the {label}", health), about=label)
         except UnderstudyError as error:
             yield Result(str(error), "error", AS_SAID, about=label)
 
@@ -64,7 +63,7 @@ def _mass_past(model: nn.Module, size: int, parts: Parts) -> float | None:
     head = lm_head(model)
     if head.num_tokens <= size:
         return 0.0
-    side = next((side for side in parts.sides if side.model is model), None)
+    side = next((side for side in parts.sides if side.teacher.model is model), None)
     if side is not None and side.section.weights is not None and side.section.weights.offload:
         return None
     found = []
@@ -86,9 +85,9 @@ def _ends(parts: Parts) -> Iterator[Result]:
     advice = "no response would ever end; set eos_token in the tokenizer's configuration"
     yield Result(own, "ok" if any(index < parts.loaded.vocab_size for index in stops) else "error", advice)
     for side in parts.sides:
-        if side.model is None:
+        if side.teacher.model is None:
             continue
-        base, ends = unwrap(side.model), set[int]()
+        base, ends = unwrap(side.teacher.model), set[int]()
         settings = getattr(base, "generation_config", None)
         # all that an engine which serves the model would stop at
         for owner in (base.config, base.config.get_text_config(), settings):
