@@ -158,7 +158,14 @@ def assemble(
     )
     # raises here, before anything is written, where no prompt fits
     prompts.draw(progress.position, 1)
-    _check_eval_prompts(recipe, loaded, engine)
+    if recipe.eval is not None:
+        # so would an evaluation, but later
+        held_out = eval_prompts(recipe)
+        limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [loaded.model], engine)
+        if not any(len(loaded.renderer.start(prompt)) <= limit for prompt in held_out):
+            raise DataError(
+                f"all {len(held_out)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
+            )
     rollouts = Rollouts(
         prompts=prompts,
         collector=collector,
@@ -172,7 +179,7 @@ def assemble(
     opened.callback(collected.close)
     eval_dir = run_dir.eval if ranks.is_main else None
     trainer = Trainer(
-        student=publish.student,
+        student=loaded,
         method=method,
         rollouts=collected,
         publish=publish,
@@ -210,19 +217,6 @@ def _training_prompts(recipe: Recipe, teachers: Teachers) -> Sequence[Prompt]:
     if not found:
         raise DataError(f"none of the prompts of task {recipe.task.name} is among those of {recording.name}")
     return found
-
-
-def _check_eval_prompts(recipe: Recipe, loaded: Loaded, engine: Engine) -> None:
-    """Raises, before anything is written, what an evaluation would raise later."""
-    if recipe.eval is None:
-        return
-    limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [loaded.model], engine)
-    prompts = eval_prompts(recipe)
-    lengths = (len(loaded.renderer.start(prompt)) for prompt in prompts)
-    if not any(length <= limit for length in lengths):
-        raise DataError(
-            f"all {len(prompts)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
-        )
 
 
 def _observer(

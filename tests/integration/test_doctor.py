@@ -464,7 +464,7 @@ def test_a_server_is_asked_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     recipe = recipe_of(tmp_path, **distillation(tmp_path))
     found = examined(recipe)
     assert found["rollout engine: health"] == Finding(
-        "rollout engine: health", "ok", "whether its server answers", "ready, version 0.32"
+        "ready, version 0.32", name="rollout engine: health", checked="whether its server answers"
     )
 
     def gone(self: object) -> str:
@@ -557,9 +557,9 @@ def test_one_check_that_raises_hides_no_other(tmp_path: Path, monkeypatch: pytes
 
 def test_refusal_lists_errors_and_nothing_else() -> None:
     lines = [
-        Finding("disk", "error", "c", "nothing is free", "free some"),
-        Finding("memory", "warning", "c", "tight"),
-        Finding("lengths", "error", "c", "too long"),
+        Finding("nothing is free", "error", "free some", name="disk"),
+        Finding("tight", "warning", name="memory"),
+        Finding("too long", "error", name="lengths"),
     ]
     doctor.refuse(lines[1:2])
     with pytest.raises(RecipeError) as raised:
@@ -573,7 +573,7 @@ def test_refusal_lists_errors_and_nothing_else() -> None:
 
 
 def test_findings_are_written_as_json(tmp_path: Path) -> None:
-    doctor.write_findings(tmp_path / "doctor.json", [Finding("disk", "ok", "space", "enough")])
+    doctor.write_findings(tmp_path / "doctor.json", [Finding("enough", name="disk", checked="space")])
     values = json.loads((tmp_path / "doctor.json").read_text())
     expected = {"name": "disk", "level": "ok", "checked": "space", "found": "enough", "advice": ""}
     assert values == {"findings": [expected]}

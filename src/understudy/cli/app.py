@@ -218,14 +218,12 @@ def serve_teacher(
     """
     # the parameters have the names of the settings; None keeps a setting's default
     given = {name: value for name, value in locals().items() if value is not None}
-    import transformers
-
     from understudy import config
+    from understudy.cli import commands
     from understudy.serve import Settings, run
     from understudy.text import visible
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    commands.quieten_libraries()
     # plain lines: a server's log has no display that is redrawn
     run(config.parse(Settings, given), lambda line: typer.echo(visible(line)))
 

@@ -35,7 +35,10 @@ def examine(recipe: Recipe, build: Build) -> list[Finding]:
             # room is looked at twice, and what is loaded says more
             return list({finding.name: finding for finding in found}.values())
     except (UnderstudyError, RuntimeError, MemoryError, OSError) as error:
-        return [*found, Finding("loading", "error", "models, data and the first prompts", str(error), AS_SAID)]
+        return [
+            *found,
+            Finding(str(error), "error", AS_SAID, name="loading", checked="models, data and the first prompts"),
+        ]
 
 
 def examine_parts(parts: Parts) -> list[Finding]:

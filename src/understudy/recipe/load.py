@@ -111,15 +111,11 @@ class Tokenizers:
         return self._others[source]
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A student that is ready to sample."""
+@dataclass(frozen=True, kw_only=True)
+class Loaded(StudentModel):
+    """A student that is ready to sample and to train."""
 
-    model: nn.Module
     renderer: Renderer
-    vocab_size: int
-    device: torch.device
-    compute_dtype: torch.dtype | None
     tokenizers: Tokenizers
 
 
@@ -153,10 +149,14 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     dtype = recipe.train.compute_dtype
     return Loaded(
         model=model.train(),
-        renderer=Renderer(tokenizer, student.template_kwargs, stop_ids(tokenizer, model)),
-        vocab_size=vocab_size,
         device=device,
+        vocab_size=vocab_size,
+        # imitation knows no rollout temperature
+        temperature=recipe.temperature if recipe.uses.own_samples or recipe.run_method.needs & TOKEN_SCORES else 1.0,
         compute_dtype=None if dtype is None else getattr(torch, dtype),
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        style=row_style(model),
+        renderer=Renderer(tokenizer, student.template_kwargs, stop_ids(tokenizer, model)),
         tokenizers=tokenizers,
     )
 
@@ -350,23 +350,13 @@ def open_engine(recipe: Recipe, loaded: Loaded, ranks: Ranks, version: int, open
     """
     engine = recipe.engine.open(engine_setup(recipe, loaded))
     opened.callback(engine.close)
-    student = StudentModel(
-        model=loaded.model,
-        device=loaded.device,
-        vocab_size=loaded.vocab_size,
-        # imitation knows no rollout temperature
-        temperature=recipe.temperature if recipe.uses.own_samples or recipe.run_method.needs & TOKEN_SCORES else 1.0,
-        compute_dtype=loaded.compute_dtype,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
-        style=row_style(loaded.model),
-    )
     # an engine elsewhere is compared on some prompts before there are samples
     prompts = islice(recipe.task.prompts("train"), NUM_PROBED if engine.remote else 0)
     rendered = [(prompt, loaded.renderer.start(prompt)) for prompt in prompts]
     first = [
         Sample(prompt, 0, ids, torch.zeros_like(ids, dtype=torch.uint8), 1, "data", "") for prompt, ids in rendered
     ]
-    publish = Publisher(engine, student, recipe.engine.pushed(loaded.model), ranks, first)
+    publish = Publisher(engine, loaded, recipe.engine.pushed(loaded.model), ranks, first)
     publish(version, ())
     return publish
 

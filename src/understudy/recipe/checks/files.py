@@ -9,7 +9,7 @@ from itertools import islice
 
 from understudy.errors import RecipeError, nearest
 from understudy.models import check_build, check_model_dir
-from understudy.recipe.checks.parts import Check, Files, Result
+from understudy.recipe.checks.parts import Check, Files, Finding
 from understudy.recipe.load import (
     NUM_CHECKED_PROMPTS,
     choose_device,
@@ -30,7 +30,7 @@ NUM_RENDERED = 8
 """First prompts that are rendered."""
 
 
-def _machine(files: Files) -> Iterator[Result]:
+def _machine(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     check_loggers(recipe.loggers)
     device = choose_device(recipe.device)
@@ -40,7 +40,7 @@ def _machine(files: Files) -> Iterator[Result]:
         raise RecipeError(
             "rollout.launch starts servers for one rank alone; with several ranks start them yourself and give rollout.url"
         )
-    yield Result(f"device: {device}")
+    yield Finding(f"device: {device}")
 
 
 def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:
@@ -55,7 +55,7 @@ def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:
     return parts
 
 
-def _task(files: Files) -> Iterator[Result]:
+def _task(files: Files) -> Iterator[Finding]:
     """Raises RecipeError where the method imitates solutions or rewards right answers and a part of the task has none."""
     recipe, name = files.recipe, files.recipe.method_name
     imitates = files.training and recipe.uses.given_responses and recipe.responses is None
@@ -68,46 +68,46 @@ def _task(files: Files) -> Iterator[Result]:
             raise RecipeError(
                 f"the method {name} rewards right answers, but {place}.reference_field does not say where they are"
             )
-    yield Result(f"task: {recipe.task.name}")
+    yield Finding(f"task: {recipe.task.name}")
 
 
-def _evaluation(files: Files) -> Iterator[Result]:
+def _evaluation(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     if recipe.eval is not None:
         _data(recipe.held_out, recipe.eval.split, "eval_task" if recipe.eval_task else "task")
-        yield Result(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
+        yield Finding(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
 
 
-def _sections(files: Files) -> Iterator[Result]:
+def _sections(files: Files) -> Iterator[Finding]:
     """Each section by itself."""
     recipe = files.recipe
     if recipe.student.build is not None:
         check_build(recipe.student.build)
     if recipe.student.model is not None:
-        yield Result(f"student: {check_model_dir(recipe.student.model)}", about="student")
+        yield Finding(f"student: {check_model_dir(recipe.student.model)}", name="student")
     if recipe.rollout is not None:
-        yield Result(recipe.rollout.check(), about="rollout")
+        yield Finding(recipe.rollout.check(), name="rollout")
     sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
     for place, section in (sections | {"reference": recipe.reference, "responses": recipe.responses}).items():
         if section is not None:
-            yield Result(section.check(), about=place)
+            yield Finding(section.check(), name=place)
     if recipe.reference is None and "reference" in recipe.method.needs:
-        yield Result("reference: the student's start", about="reference")
+        yield Finding("reference: the student's start", name="reference")
 
 
-def _tokenizers(files: Files) -> Iterator[Result]:
+def _tokenizers(files: Files) -> Iterator[Finding]:
     """Raises VocabularyError for a model whose probabilities are compared and which has other tokens."""
     source = tokenizer_source(files.recipe)
     if source is not None and not files.knows_tokenizer:
-        yield Result(f"tokenizer: {source.name} is a hub name, not checked offline")
+        yield Finding(f"tokenizer: {source.name} is a hub name, not checked offline")
         return
-    yield Result(f"tokenizer: {len(files.tokenizers.student):,} tokens")
+    yield Finding(f"tokenizer: {len(files.tokenizers.student):,} tokens")
     for other in files.tokenizers.sources:
         if files.has(other):
-            yield Result(f"the student and {other.name} share {files.tokenizers.other(other)[1]:,} tokens")
+            yield Finding(f"the student and {other.name} share {files.tokenizers.other(other)[1]:,} tokens")
 
 
-def _teachers(files: Files) -> tuple[Result, ...]:
+def _teachers(files: Files) -> tuple[Finding, ...]:
     """Each teacher beside the run: what it needs is there, and every prompt names one.
 
     Raises RecipeError for a prompt that names no teacher; of data that may not be read, the recipe has to say one.
@@ -167,7 +167,7 @@ def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
     )
 
 
-def _prompts(files: Files) -> Iterator[Result]:
+def _prompts(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     if not files.knows_tokenizer or not files.may_read(recipe.task):
         return
@@ -175,10 +175,10 @@ def _prompts(files: Files) -> Iterator[Result]:
     if recipe.eval is not None and files.may_read(recipe.held_out):
         for prompt in islice(eval_prompts(recipe), NUM_RENDERED):
             files.renderer.start(prompt)
-    yield Result(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
+    yield Finding(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
 
 
-def _responses(files: Files) -> tuple[Result, ...]:
+def _responses(files: Files) -> tuple[Finding, ...]:
     """Raises RecipeError where none of the first training prompts has a response that the student's tokenizer can say."""
     recipe, section = files.recipe, files.recipe.responses
     if section is None or not files.training:
@@ -199,22 +199,22 @@ def _responses(files: Files) -> tuple[Result, ...]:
     return ()
 
 
-def _overlap(files: Files) -> Iterator[Result]:
+def _overlap(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     # the splits of a computed task are disjoint by construction, and millions long
     if recipe.eval is None or (recipe.task.computed and recipe.eval_task is None):
         return
     held_out = eval_prompts(recipe)
     shared = overlap(recipe.task.prompts("train"), held_out, limit=MAX_COMPARED)
-    yield Result(overlap_message(shared, len(held_out)), "warning" if shared else "ok", about="overlap")
+    yield Finding(overlap_message(shared, len(held_out)), "warning" if shared else "ok", name="overlap")
     if repeated := num_repeated(held_out):
-        yield Result(f"{repeated} evaluation prompts repeat an earlier one", "warning", about="repeated")
+        yield Finding(f"{repeated} evaluation prompts repeat an earlier one", "warning", name="repeated")
 
 
-def _last_step(files: Files) -> Iterator[Result]:
+def _last_step(files: Files) -> Iterator[Finding]:
     share = files.recipe.run_method.plan(files.recipe.train.steps - 1).prefix_share
     if share >= ENDS_ON_POLICY:
-        yield Result(
+        yield Finding(
             f"samples still begin with {share:.0%} of a teacher's response at the last step, so training does not end on the "
             "student's own; lower method.anneal_steps or raise train.steps",
             "warning",

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -46,27 +46,16 @@ Returned = TypeVar("Returned")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor."""
+    """One line of the doctor. A check says what it found; its name and what it compares are added."""
 
-    name: str
-    level: Level
-    checked: str
-    found: str
-    advice: str = ""
-    """The next step; empty where nothing is wrong."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A verdict of a check."""
-
+    name: str = field(default="", kw_only=True)
+    """In a check: one of several things that it looks at. Findings about the same make one: all that is found, the worst
+    level, and every advice."""
+    checked: str = field(default="", kw_only=True)
     found: str
     level: Level = "ok"
     advice: str = ""
-    """The next step; it is not shown where the level is "ok"."""
-    about: str = ""
-    """One of several that the same check looks at; it becomes a part of the finding's name. Results about the same make
-    one finding: all that is found, the worst level, and every advice."""
+    """The next step; left out where the level is "ok"."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +66,19 @@ class Check:
     stage: Stage
     checked: str
     """The two things that are compared, as the report names them."""
-    run: Callable[[Any], Iterable[Result]]
-    """Looks at `Files` or, from the stage "loaded" on, `Parts`. No result: the check does not apply."""
+    run: Callable[[Any], Iterable[Finding]]
+    """Looks at `Files` or, from the stage "loaded" on, `Parts`. No finding: the check does not apply."""
 
     def __call__(self, parts: Any) -> list[Finding]:
         """Raises what the check raises."""
         findings: dict[str, Finding] = {}
         for item in self.run(parts):
+            name = f"{item.name}: {self.name}" if item.name else self.name
             found, level, advice = item.found, item.level, "" if item.level == "ok" else item.advice
-            if (seen := findings.get(item.about)) is not None:
+            if (seen := findings.get(name)) is not None:
                 found, level = f"{seen.found}; {found}", max(seen.level, level, key=LEVELS.index)
                 advice = "; ".join(dict.fromkeys(text for text in (seen.advice, advice) if text))
-            name = f"{item.about}: {self.name}" if item.about else self.name
-            findings[item.about] = Finding(name, level, self.checked, found, advice)
+            findings[name] = Finding(found, level, advice, name=name, checked=self.checked)
         return list(findings.values())
 
     def attempt(self, parts: Any) -> list[Finding]:
@@ -97,10 +86,11 @@ class Check:
         try:
             return self(parts)
         except UnderstudyError as error:
-            return [Finding(self.name, "error", self.checked, str(error), AS_SAID)]
+            found, advice = str(error), AS_SAID
         except Exception as error:
+            found = f"{type(error).__name__}: {error}"
             advice = "this check itself failed; report it, or skip all checks with --no-doctor"
-            return [Finding(self.name, "error", self.checked, f"{type(error).__name__}: {error}", advice)]
+        return [Finding(found, "error", advice, name=self.name, checked=self.checked)]
 
 
 def within(limit_s: float, what: str, call: Callable[[], Returned]) -> Returned:

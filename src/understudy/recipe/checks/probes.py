@@ -13,7 +13,7 @@ from torch import Tensor
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
-from understudy.recipe.checks.parts import Check, Level, Parts, Result, precision
+from understudy.recipe.checks.parts import Check, Finding, Level, Parts, precision
 from understudy.teachers import LocalTeacher, Teacher
 from understudy.trainer.collect import TOKEN_SCORES
 from understudy.trainer.distributed import Ranks
@@ -77,7 +77,7 @@ def _unchanged(parts: Parts) -> Iterator[None]:
             parameter.grad = None
 
 
-def _rehearse(parts: Parts) -> Iterator[Result]:
+def _rehearse(parts: Parts) -> Iterator[Finding]:
     """Draws, writes, rewards, scores, packs, and takes loss and gradient. Keeps the samples for the probes."""
     trainer = parts.trainer
     method, step = trainer.method.at(0)
@@ -107,16 +107,16 @@ def _rehearse(parts: Parts) -> Iterator[Result]:
             facts += f", {num_dropped} without scores dropped"
         if not found.samples:
             advice = "a weak student's first samples may all be turned down: look at who did it"
-            yield Result(f"{facts}; none is left to learn from", "warning", advice)
+            yield Finding(f"{facts}; none is left to learn from", "warning", advice)
             return
         loss, norm = _gradient(parts, method, step, found.samples)
     text = f"{facts}; loss {loss:.4g}, gradient norm {norm:.3g}"
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        yield Result(text, "error", "look at the teacher's scores and the weights' precision")
+        yield Finding(text, "error", "look at the teacher's scores and the weights' precision")
     elif norm == 0 and plan.rewards is None:
-        yield Result(text, "warning", "nothing is learnt from these samples: is the teacher the student itself?")
+        yield Finding(text, "warning", "nothing is learnt from these samples: is the teacher the student itself?")
     else:
-        yield Result(text if norm else f"{text}, for all samples of a prompt were rewarded alike")
+        yield Finding(text if norm else f"{text}, for all samples of a prompt were rewarded alike")
 
 
 def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]) -> tuple[float, float]:
@@ -138,7 +138,7 @@ def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]
     return loss, float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
-def _determinism(parts: Parts) -> Iterator[Result]:
+def _determinism(parts: Parts) -> Iterator[Finding]:
     """Asks the teacher again, in another order and for one sample alone, and compares its scores."""
     rehearsed, teacher = parts.rehearsed, parts.teachers.teacher
     if rehearsed is None or teacher is None or teacher.recording is not None:
@@ -169,7 +169,7 @@ def _determinism(parts: Parts) -> Iterator[Result]:
         "sampling in the teacher, do replicas hold other weights, are sequences mixed up in a batch?"
     )
     for name, gap in gaps.items():
-        yield Result(f"{name} {gap}", gap.level(dtype, may_lack=may_lack), advice)
+        yield Finding(f"{name} {gap}", gap.level(dtype, may_lack=may_lack), advice)
 
 
 def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scores]) -> Tensor:
@@ -187,7 +187,7 @@ def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scor
     return torch.cat(found)
 
 
-def _own_scores(parts: Parts) -> Iterator[Result]:
+def _own_scores(parts: Parts) -> Iterator[Finding]:
     """Compares the log-probabilities of the student's tokens as the trainer, the engine and a teacher compute them."""
     student, teacher = parts.trainer.student, parts.teachers.teacher
     written = [] if parts.rehearsed is None else parts.rehearsed.written
@@ -212,7 +212,7 @@ def _own_scores(parts: Parts) -> Iterator[Result]:
             gap = Gap.of(trained, _logprobs(copy, samples, copy.score(samples, frozenset({"sampled"})))[wrote])
             found = f"log S / T of a teacher that is the student, which should be 0: {gap}"
             advice = "scoring and training do not compute the same distribution for this model; report it"
-            yield Result(found, gap.level(dtype), advice)
+            yield Finding(found, gap.level(dtype), advice)
     if teacher is None or teacher.recording is None:
         # NaN where the engine gives no log-probabilities
         given = [
@@ -229,7 +229,7 @@ def _own_scores(parts: Parts) -> Iterator[Result]:
             "log-probabilities refer to (before or after temperature and filters)"
         )
         level = gap.level(max(dtype, of_engine, key=LIMITS.__getitem__))
-        yield Result(f"between engine and trainer: {gap}", level, advice)
+        yield Finding(f"between engine and trainer: {gap}", level, advice)
 
 
 CHECKS = (

@@ -17,7 +17,7 @@ from torch import nn
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.linear.chunked import CHUNK_ELEMENTS
 from understudy.models import num_positions, unwrap
-from understudy.recipe.checks.parts import Check, Files, Parts, Result
+from understudy.recipe.checks.parts import Check, Files, Finding, Parts
 from understudy.recipe.load import choose_device
 from understudy.recipe.schema import Recipe
 from understudy.trainer.loop import SAVED_SAMPLES
@@ -184,7 +184,7 @@ def _after(parts: Parts) -> Needs:
     )
 
 
-def _disk(run: Needs) -> Result:
+def _disk(run: Needs) -> Finding:
     recipe, settings, student = run.recipe, run.recipe.train, run.student
     saved = student.weights if recipe.student.lora is None else student.trained
     checkpoint = saved + ADAM_MOMENTS * student.trained + run.moving
@@ -208,16 +208,16 @@ def _disk(run: Needs) -> Result:
     )
     advice = "free space, choose another run_dir, or lower train.keep_last"
     if exact > free:
-        return Result(found, "error", advice)
+        return Finding(found, "error", advice)
     # only a warning: files of samples are bounded above, not known
     advice += "; raise train.save_samples_every and eval.every"
-    return Result(found, "warning" if exact + need > free else "ok", advice)
+    return Finding(found, "warning" if exact + need > free else "ok", advice)
 
 
-def _memory(run: Needs) -> Result:
+def _memory(run: Needs) -> Finding:
     free = free_memory(run.device)
     if free is None:
-        return Result("this system does not say how much is free, so nothing was compared")
+        return Finding("this system does not say how much is free, so nothing was compared")
     recipe, settings, student = run.recipe, run.recipe.train, run.student
     # held all the time
     held = {} if run.has_moments else {"optimizer": ADAM_MOMENTS * student.trained}
@@ -254,11 +254,11 @@ def _memory(run: Needs) -> Result:
             "weights, gradients and optimizer alone do not fit: take a smaller model, student.lora, student.dtype bfloat16, "
             "or teacher.offload"
         )
-        return Result(found, "error", advice)
+        return Finding(found, "error", advice)
     advice = (
         "this is an estimate; where memory runs out, lower train.micro_batch_tokens or set train.gradient_checkpointing"
     )
-    return Result(found, "warning" if estimate > free else "ok", advice)
+    return Finding(found, "warning" if estimate > free else "ok", advice)
 
 
 DISK, MEMORY = "free space against checkpoints, student and samples", "free memory against an estimate of one step"

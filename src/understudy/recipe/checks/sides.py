@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from understudy.errors import UnderstudyError
 from understudy.models import backbone_hidden, lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
-from understudy.recipe.checks.parts import AS_SAID, HEALTH_S, Check, Parts, Result, Side, within
+from understudy.recipe.checks.parts import AS_SAID, HEALTH_S, Check, Finding, Parts, Side, within
 from understudy.recipe.load import prompt_limit
 from understudy.tasks.renderer import Renderer
 from understudy.trainer.collect import TOKEN_SCORES
@@ -25,25 +25,25 @@ _SHOWN_TOKENS = 4
 """On each side of a difference."""
 
 
-def _health(parts: Parts) -> Iterator[Result]:
+def _health(parts: Parts) -> Iterator[Finding]:
     for label, health in parts.servers.items():
         try:
-            yield Result(within(HEALTH_S, f"the {label}", health), about=label)
+            yield Finding(within(HEALTH_S, f"the {label}", health), name=label)
         except UnderstudyError as error:
-            yield Result(str(error), "error", AS_SAID, about=label)
+            yield Finding(str(error), "error", AS_SAID, name=label)
 
 
-def _padding(parts: Parts) -> Iterator[Result]:
+def _padding(parts: Parts) -> Iterator[Finding]:
     size = parts.loaded.vocab_size
     for label, model in parts.models.items():
         base = unwrap(model)
         rows = {int(base.get_input_embeddings().weight.shape[0]), int(base.get_output_embeddings().weight.shape[0])}
         if min(rows) < size:
             advice = "this model belongs to another tokenizer; choose another model or student.tokenizer"
-            yield Result(f"the {label} has {min(rows):,} rows for {size:,} tokens", "error", advice)
+            yield Finding(f"the {label} has {min(rows):,} rows for {size:,} tokens", "error", advice)
             continue
         if max(rows) == size:
-            yield Result(f"the {label} has a row for each of {size:,} tokens")
+            yield Finding(f"the {label} has a row for each of {size:,} tokens")
             continue
         mass = _mass_past(model, size, parts)
         held = "" if mass is None else f" and had {mass:.2g} of the probability"
@@ -54,7 +54,7 @@ def _padding(parts: Parts) -> Iterator[Result]:
             "scores are renormalised over the tokens that exist; an engine that does not cut them samples some, so see "
             "whether the tokenizer is the model's own"
         )
-        yield Result(found, "warning" if mass is not None and mass > PADDING_MASS else "ok", advice)
+        yield Finding(found, "warning" if mass is not None and mass > PADDING_MASS else "ok", advice)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def _mass_past(model: nn.Module, size: int, parts: Parts) -> float | None:
     return float(torch.stack(found).mean())
 
 
-def _ends(parts: Parts) -> Iterator[Result]:
+def _ends(parts: Parts) -> Iterator[Finding]:
     tokenizer, stops = parts.loaded.renderer.tokenizer, set(parts.loaded.renderer.stop_ids)
 
     def named(ids: set[int]) -> str:
@@ -83,7 +83,7 @@ def _ends(parts: Parts) -> Iterator[Result]:
 
     own = f"the student's tokenizer ends with {named({tokenizer.eos_token_id})}, its responses at {named(stops)}"
     advice = "no response would ever end; set eos_token in the tokenizer's configuration"
-    yield Result(own, "ok" if any(index < parts.loaded.vocab_size for index in stops) else "error", advice)
+    yield Finding(own, "ok" if any(index < parts.loaded.vocab_size for index in stops) else "error", advice)
     for side in parts.sides:
         if side.teacher.model is None:
             continue
@@ -102,16 +102,16 @@ def _ends(parts: Parts) -> Iterator[Result]:
                 "lengths would explode: take the teacher's tokenizer (student.tokenizer), a teacher of the student's kind, or "
                 "correct eos_token_id in its configuration"
             )
-            yield Result(found, "error" if chosen else "warning", advice)
+            yield Finding(found, "error" if chosen else "warning", advice)
         else:
             advice = (
                 f"the student does not stop at {named(ends - stops)}; where the {side.label} wants that token next, the "
                 "student writes on: add it to eos_token_id of the student's generation_config.json"
             )
-            yield Result(found, "warning" if ends - stops else "ok", advice)
+            yield Finding(found, "warning" if ends - stops else "ok", advice)
 
 
-def _templates(parts: Parts) -> Iterator[Result]:
+def _templates(parts: Parts) -> Iterator[Finding]:
     if parts.prompts[0][0].messages is None:
         return
     for side in parts.sides:
@@ -125,7 +125,7 @@ def _templates(parts: Parts) -> Iterator[Result]:
             "cost tenths of a nat per token: use models of one family, or the teacher's tokenizer (student.tokenizer)"
         )
         found = difference or f"the {side.label}'s template gives the student's tokens"
-        yield Result(found, "ok" if difference is None else "warning", advice)
+        yield Finding(found, "ok" if difference is None else "warning", advice)
 
 
 def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
@@ -150,19 +150,19 @@ def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label
     )
 
 
-def _temperature(parts: Parts) -> Iterator[Result]:
+def _temperature(parts: Parts) -> Iterator[Finding]:
     if not parts.sides or not parts.recipe.method.needs & (TOKEN_SCORES | {"reference"}):
         return
     wanted = parts.trainer.student.temperature
-    yield Result(f"the student samples at {wanted:g}")
+    yield Finding(f"the student samples at {wanted:g}")
     for side in parts.sides:
         found = side.teacher.temperature
         told = "does not say at which temperature it scores" if found is None else f"scores at {found:g}"
         advice = "log-ratios compare distributions at one temperature; score at the student's"
-        yield Result(f"the {side.label} {told}", "ok" if found in (None, wanted) else "error", advice)
+        yield Finding(f"the {side.label} {told}", "ok" if found in (None, wanted) else "error", advice)
 
 
-def _lengths(parts: Parts) -> Iterator[Result]:
+def _lengths(parts: Parts) -> Iterator[Finding]:
     recipe, own = parts.recipe, parts.recipe.uses.own_samples
     new = recipe.sampling.max_new_tokens if own else 0
     limit = prompt_limit(recipe, recipe.sampling, parts.models.values()) if own else recipe.train.max_prompt_tokens
@@ -170,10 +170,10 @@ def _lengths(parts: Parts) -> Iterator[Result]:
     kept = [length for length in lengths if length <= limit]
     if not kept:
         advice = "raise train.max_prompt_tokens, or lower sampling.max_new_tokens"
-        yield Result(f"all are longer than {limit} tokens, the shortest {min(lengths)}", "error", advice)
+        yield Finding(f"all are longer than {limit} tokens, the shortest {min(lengths)}", "error", advice)
         return
     need = max(kept) + new
-    yield Result(f"{max(kept)} prompt tokens and {new} new ones make {need}")
+    yield Finding(f"{max(kept)} prompt tokens and {new} new ones make {need}")
     rooms = {"student": num_positions(parts.loaded.model)}
     for side in parts.sides:
         rooms[side.label] = within(HEALTH_S, f"the {side.label}", lambda side=side: side.teacher.max_tokens)  # type: ignore[misc]
@@ -181,18 +181,18 @@ def _lengths(parts: Parts) -> Iterator[Result]:
     for label, room in rooms.items():
         if room is not None:
             advice = f"too little room in the {label}; lower sampling.max_new_tokens or train.max_prompt_tokens"
-            yield Result(f"the {label} has {room:,} positions", "error" if room < need else "ok", advice)
+            yield Finding(f"the {label} has {room:,} positions", "error" if room < need else "ok", advice)
     if len(kept) < len(lengths):
         left_out = f"{len(lengths) - len(kept)} of {len(lengths)} prompts are longer than {limit} and left out"
         advice = "longer prompts are left out; raise train.max_prompt_tokens, or take models with more positions"
-        yield Result(left_out, "warning", advice)
+        yield Finding(left_out, "warning", advice)
     for side in parts.sides:
         room, shown = rooms[side.label], _longest_shown(parts, side)
         if shown is None or room is None:
             continue
         found = f"the {side.label} is shown up to {shown} tokens and has {room} positions"
         advice = "long responses could not be scored: shorten the teacher's template, or max_new_tokens"
-        yield Result(found, "warning" if shown + new > room else "ok", advice)
+        yield Finding(found, "warning" if shown + new > room else "ok", advice)
 
 
 def _longest_shown(parts: Parts, side: Side) -> int | None:
