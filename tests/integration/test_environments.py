@@ -32,8 +32,7 @@ from understudy.tasks import Arithmetic, Renderer
 from understudy.teachers import Setup
 from understudy.teachers.judges.wording import Wording, as_text
 from understudy.teachers.local import LocalTeacher
-from understudy.teachers.stores.recording import ScoredMeta, write_scored
-from understudy.teachers.stores.stored import Stored
+from understudy.teachers.stores.recording import ScoredMeta, Stored, write_scored
 from understudy.types import Author, Message, Prompt, Request, Sample, Sampling
 
 pytestmark = pytest.mark.slow

@@ -1101,7 +1101,9 @@ def test_this_machine_is_asked_without_the_proxy_of_the_environment(
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(section: str) -> None:
     """A recipe is written into the run directory: the key must never be in it."""
     from understudy.engines import VLLM
-    from understudy.teachers import Chat, Http, Served
+    from understudy.teachers.judges.chat import Chat
+    from understudy.teachers.remote.http import Http
+    from understudy.teachers.remote.served import Served
 
     key = "sk-live-0123456789"
     made: dict[str, Callable[[], object]] = {

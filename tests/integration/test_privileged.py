@@ -237,7 +237,7 @@ def test_opening(tmp_path: Path) -> None:
         assert all_equal(scores_of(judge), expected)
         assert judge.model is not student
     for section in (Privileged(), Privileged(ema=0.5)):
-        with pytest.raises(RecipeError, match=r"built from scratch.*set the teacher's model"):
+        with pytest.raises(RecipeError, match=r"built from scratch.*set t\.model"):
             section.open(setup(student=student, fresh_student=model))
 
     adapted = apply_lora(load_causal_lm(str(tmp_path)), rank=2, alpha=8.0)

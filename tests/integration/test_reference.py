@@ -15,7 +15,7 @@ from tests.tiny_models import letters, plain_logp, sample, tiny
 from understudy.errors import RecipeError
 from understudy.models import apply_lora, backbone_hidden, lm_head, load_causal_lm, save_hf, unwrap
 from understudy.teachers import LocalTeacher, Setup, Teacher
-from understudy.teachers.reference import REFERENCES, Start, without_adapters
+from understudy.teachers.local import REFERENCES, Start, without_adapters
 from understudy.types import Need, Sample
 
 ROUNDING = 1e-12

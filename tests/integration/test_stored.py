@@ -22,8 +22,7 @@ from understudy.packing import pack
 from understudy.tasks import build_tokenizer
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Local, LocalTeacher, Setup
-from understudy.teachers.stores.recording import ScoredMeta, recorded, tokenizer_digest, write_scored
-from understudy.teachers.stores.stored import Stored
+from understudy.teachers.stores.recording import ScoredMeta, Stored, recorded, tokenizer_digest, write_scored
 from understudy.types import Author, Need, Request, Sample, Sampling, Scores
 
 SAMPLED: frozenset[Need] = frozenset({"sampled"})
@@ -117,7 +116,7 @@ def test_only_what_is_asked_for_is_returned(tmp_path: Path) -> None:
         stored.score(samples, TOPK, k=5)
     with pytest.raises(ValueError, match="k is None"):
         stored.score(samples, TOPK)
-    with pytest.raises(ScoreError, match=r"have no \['full'\]"):
+    with pytest.raises(ScoreError, match=r"cannot give \['full'\]"):
         stored.score(samples, frozenset({"full"}))
 
 
@@ -126,7 +125,7 @@ def test_a_recording_of_sampled_tokens_gives_these(tmp_path: Path) -> None:
     write_scored(tmp_path, meta, pairs)
     section = Stored(path=str(tmp_path))
     assert sorted(section.gives) == ["none", "sampled"]
-    with pytest.raises(ScoreError, match=r"have no \['topk'\]"):
+    with pytest.raises(ScoreError, match=r"cannot give \['topk'\]"):
         section.open(SETUP).score([pairs[0][0]], TOPK, k=1)
 
 

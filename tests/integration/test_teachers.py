@@ -16,8 +16,7 @@ from understudy.errors import ScoreError, VocabularyError
 from understudy.linear import score
 from understudy.models import load_causal_lm, load_tokenizer, save_hf
 from understudy.packing import attach_scores, pack
-from understudy.teachers import TEACHERS, Local, LocalTeacher, Setup
-from understudy.teachers import rows as teacher_rows
+from understudy.teachers import TEACHERS, Local, LocalTeacher, Setup, local
 from understudy.types import Need, Sample, Sampling
 
 SAMPLED: frozenset[Need] = frozenset({"sampled"})
@@ -67,7 +66,7 @@ def test_scores_are_those_of_each_sample_alone(name: str, max_batch_tokens: int)
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_topk_comes_from_the_full_softmax(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """peers 4: truncated probabilities are those of the whole row, not renormalised."""
-    monkeypatch.setattr(teacher_rows, "CHUNK_ELEMENTS", chunk * 40)
+    monkeypatch.setattr(local, "CHUNK_ELEMENTS", chunk * 40)
     model = tiny(sharp=4.0)
     found = teacher(model, temperature=1.3).score(samples(), TOPK, k=5)
     for one, scores in zip(samples(), found, strict=True):

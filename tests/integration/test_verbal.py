@@ -7,7 +7,7 @@ import math
 import pickle
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from understudy.teachers.judges.wording import (
     as_text,
     problem_text,
     read_digit,
-    split_steps,
 )
 from understudy.types import Author, Prompt, Sample, Verdict
 
@@ -145,7 +144,8 @@ def test_nothing_that_is_graded_can_close_its_fence(problem: str, response: str)
 def test_steps_are_the_parts_that_say_something(parts: list[str]) -> None:
     text = ";".join(parts)
     expected = [part for part in parts if part.strip()]
-    assert split_steps(text, ";") == (expected or [text])
+    questions = Wording(step="{step}", separator=";").questions(case("a", "", text), steps=True)
+    assert [as_text(question) for question in questions] == (expected or [text])
 
 
 def test_a_step_is_shown_with_the_steps_before_it() -> None:
@@ -403,7 +403,8 @@ def asked(
     quick = {"model": "m", "backoff_s": 0.001, "timeout_s": 5.0, "template": "{problem}|{response}"}
     with ChatServer(answer) as server:
         section = config.parse(Chat, quick | {"url": server.url} | keys, "teacher")
-        yield section.open(SETUP), server.requests, server
+        with closing(section.open(SETUP)) as judge:
+            yield judge, server.requests, server
 
 
 def test_digits_come_back_in_the_order_of_the_samples() -> None:

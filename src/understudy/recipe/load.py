@@ -277,7 +277,6 @@ def teacher_setup(recipe: Recipe, loaded: Loaded, name: str) -> Setup:
         start_revision=student.revision,
         fresh_student=lambda: load_base(recipe, loaded.renderer.tokenizer, loaded.vocab_size, loaded.device, None),
         seed=recipe.seed,
-        cache_dir=Path(recipe.run_dir) / "cache",
         generate=lambda model, prompts, sampling: _respond(recipe, loaded, model, prompts, sampling),
     )
 

@@ -16,7 +16,7 @@ from understudy.models.backbone import evaluating
 from understudy.serve.prompts import can_continue, continued_hidden, is_worth
 from understudy.teachers import LocalTeacher
 from understudy.teachers.grouping import by_prompt, chunks
-from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE
+from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE, score_rows
 from understudy.teachers.remote.protocol import (
     About,
     Limits,
@@ -28,7 +28,6 @@ from understudy.teachers.remote.protocol import (
     row_bytes,
     write_head,
 )
-from understudy.teachers.rows import score_rows
 from understudy.teachers.stores.recording import tokenizer_digest
 from understudy.types import Author, Prompt, Sample, Scores
 

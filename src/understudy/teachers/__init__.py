@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from understudy.teachers.base import (
-    Judge,
-    Responder,
-    RunFacts,
-    Setup,
-    Source,
-    Teacher,
-    TeacherSection,
-)
+from understudy.teachers.base import Judge, Responder, RunFacts, Setup, Source, Teacher, TeacherSection
 from understudy.teachers.judges.chat import Chat
 from understudy.teachers.judges.verbal import Verbal
-from understudy.teachers.local import Local, LocalTeacher
+from understudy.teachers.local import REFERENCES, Local, LocalTeacher, Start
 from understudy.teachers.privileged import Privileged
-from understudy.teachers.reference import REFERENCES, Start
 from understudy.teachers.remote.http import Http
 from understudy.teachers.remote.served import Served
 from understudy.teachers.router import RoutedTeacher, check_names
-from understudy.teachers.stores.stored import Stored
+from understudy.teachers.stores.recording import Stored
 
 TEACHERS: dict[str, type[TeacherSection]] = {
     "local": Local,
@@ -35,22 +26,16 @@ TEACHERS: dict[str, type[TeacherSection]] = {
 __all__ = [
     "REFERENCES",
     "TEACHERS",
-    "Chat",
-    "Http",
     "Judge",
     "Local",
     "LocalTeacher",
-    "Privileged",
     "Responder",
     "RoutedTeacher",
     "RunFacts",
-    "Served",
     "Setup",
     "Source",
     "Start",
-    "Stored",
     "Teacher",
     "TeacherSection",
-    "Verbal",
     "check_names",
 ]

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from understudy.errors import ScoreError
 from understudy.linear.head import LMHead
+from understudy.models import DType, check_model_dir, load_causal_lm, probe_head
 from understudy.tasks.base import Task
 from understudy.tasks.renderer import Renderer
 from understudy.types import Need, Prompt, Request, Sample, Sampling, Scores, Verdict
 
 ScoreForm = Literal["argmax", "expectation"]
 """The digit that a judge finds most likely, or the mean of the digits under its probabilities."""
+CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
+"""Scores of a teacher whose whole rows can be computed."""
+
+
+def hash_facts(facts: Sequence[object]) -> str:
+    """A hash of facts; one that is no JSON value counts by its text."""
+    return blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def check_need(need: frozenset[Need], k: int | None, gives: frozenset[Need], what: str) -> None:
+    """Raises ScoreError for a need that `what` does not give, ValueError for "topk" without k."""
+    if need - gives:
+        raise ScoreError(f"{what} cannot give {sorted(need - gives)}; it gives {sorted(gives)}")
+    if "topk" in need and (k is None or k < 1):
+        raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
 
 
 class Source(NamedTuple):
@@ -25,16 +43,6 @@ class Source(NamedTuple):
 
     name: str
     revision: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Weights that a section loads into this process."""
-
-    model: str | None
-    """A directory or hub name; None: the student's start."""
-    dtype: str
-    offload: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +67,6 @@ class Setup:
     fresh_student: Callable[[], nn.Module] | None = None
     """Builds the start again where `start` is None: in a resumed run the live model is not the start any more."""
     seed: int = 0
-    cache_dir: Path | None = None
-    """Cache for results that are expensive to recompute."""
     generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None
     """Writes a response to each prompt with a model of this process; None where one does not end."""
 
@@ -150,9 +156,62 @@ class TeacherSection(ABC):
         return None
 
     @property
-    def weights(self) -> Weights | None:
-        """The weights that it loads into this process; None: none."""
+    def weights(self) -> LoadedSection | None:
+        """The section itself where it loads weights into this process; None: it loads none."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSection(TeacherSection):
+    """The keys of every teacher whose weights are loaded into this process."""
+
+    dtype: DType = "auto"
+    """ "auto": the checkpoint's own, or the student's where the weights are the student's start."""
+    offload: bool = False
+    """Keep the weights in host memory between uses."""
+    attn_implementation: str | None = None
+
+    @property
+    @abstractmethod
+    def source(self) -> Source | None:
+        """The model; None: the student's start."""
+
+    @property
+    def gives(self) -> frozenset[Need]:
+        return CAN
+
+    @property
+    def vocabulary(self) -> Source | None:
+        return self.source
+
+    @property
+    def weights(self) -> LoadedSection:
+        return self
+
+    @property
+    def is_start(self) -> bool:
+        return self.source is None
+
+    @property
+    def shown(self) -> str:
+        return "the student's start" if self.source is None else self.source.name
+
+    def check(self) -> str:
+        """Raises RecipeError for a directory that is no model."""
+        return f"teacher: {self.shown if self.source is None else check_model_dir(self.source.name)}"
+
+    def load(self, device: str | torch.device) -> nn.Module:
+        """The model of `source`. Raises RecipeError where it cannot be loaded."""
+        assert self.source is not None
+        model: nn.Module = load_causal_lm(
+            self.source.name,
+            dtype=self.dtype,
+            device="cpu" if self.offload else device,
+            attn_implementation=self.attn_implementation,
+            revision=self.source.revision,
+        )
+        probe_head(model)
+        return model
 
 
 class Opened(ABC):
@@ -177,9 +236,8 @@ class Opened(ABC):
 class Recording(Protocol):
     """Samples that were recorded before."""
 
-    @property
-    def name(self) -> str:
-        """The teacher that scored them."""
+    name: str
+    """The teacher that scored them."""
 
     @property
     def prompt_ids(self) -> frozenset[str]:

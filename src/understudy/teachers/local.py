@@ -1,4 +1,4 @@
-"""A teacher whose weights are in this process."""
+"""A teacher whose weights are in this process: a model of its own, or the student as it was before the first step."""
 
 from __future__ import annotations
 
@@ -6,30 +6,22 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from threading import RLock
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from understudy.errors import ScoreError
+from understudy.errors import RecipeError, ScoreError
+from understudy.linear import score
 from understudy.linear.head import LMHead
-from understudy.models import (
-    DType,
-    backbone_hidden,
-    check_model_dir,
-    lm_head,
-    load_causal_lm,
-    num_positions,
-    probe_head,
-    row_style,
-    unwrap,
-)
+from understudy.linear.products import project
+from understudy.models import DType, backbone_hidden, lm_head, load_causal_lm, num_positions, row_style, unwrap
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
-from understudy.teachers.base import Setup, Source, Teacher, TeacherSection, Weights
-from understudy.teachers.rows import score_rows
+from understudy.teachers.base import CAN, LoadedSection, Setup, Source, Teacher, TeacherSection, check_need
 from understudy.types import Need, Prompt, Sample, Sampling, Scores
 
 MAX_BATCH_TOKENS = {"cpu": 2_048}
@@ -40,65 +32,115 @@ MAX_HIDDEN_BYTES = 2 * 2**30
 """Hidden states of a step that stay on the device; more wait in host memory for their micro-batch."""
 PROVENANCE = ("_name_or_path", "transformers_version", "architectures", "dtype")
 """Keys of a configuration that are only filled in by saving or loading; precision is told by the weights."""
+CHUNK_ELEMENTS = 64 * 152_064
+"""Logits in one chunk: 64 rows of the largest common vocabulary, 37 MiB in float32."""
 ADAPTERS = (".lora_", ".modules_to_save.")
 """Parts of the names of weights that switching adapters off takes away."""
-CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 
 
 @dataclass(frozen=True)
-class Local(TeacherSection):
+class Local(LoadedSection):
     """The section of a recipe for a teacher that is loaded here."""
 
     writes_responses = True
 
     model: str
     """A directory or a hub name."""
-    dtype: DType = "auto"
-    """ "auto": the checkpoint's own."""
-    offload: bool = False
-    """Keep the weights in host memory between uses."""
     revision: str | None = None
-    attn_implementation: str | None = None
 
     @property
-    def gives(self) -> frozenset[Need]:
-        return CAN
-
-    @property
-    def vocabulary(self) -> Source:
+    def source(self) -> Source:
         return Source(self.model, self.revision)
-
-    @property
-    def weights(self) -> Weights:
-        return Weights(model=self.model, dtype=self.dtype, offload=self.offload)
-
-    @property
-    def shown(self) -> str:
-        return self.model
-
-    def check(self) -> str:
-        """Raises RecipeError for a directory that is no model."""
-        return f"teacher: {check_model_dir(self.model)}"
 
     def open(self, setup: Setup) -> LocalTeacher:
         """Loads the model. Raises RecipeError where it cannot be, VocabularyError where its head is too small."""
-        model = load_causal_lm(
-            self.model,
-            dtype=self.dtype,
-            device="cpu" if self.offload else setup.device,
-            attn_implementation=self.attn_implementation,
-            revision=self.revision,
-        )
-        probe_head(model)
-        return LocalTeacher(
-            model,
-            name=setup.name,
-            vocab_size=setup.vocab_size,
-            temperature=setup.temperature,
-            device=setup.device,
-            offload=self.offload,
-            generate=setup.generate,
-        )
+        return LocalTeacher.beside(setup, self.load(setup.device), offload=self.offload)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(LoadedSection):
+    """The section of a recipe for the student's initial weights. Keys that are left out are the student's.
+
+    With LoRA these are the student's own weights, adapters switched off, and take no memory; else they are loaded again.
+    """
+
+    @property
+    def source(self) -> None:
+        return None
+
+    def check(self) -> str:
+        return f"reference: {self.shown}"
+
+    def open(self, setup: Setup) -> LocalTeacher:
+        """Raises RecipeError for a LoRA student whose weights are not the start once its adapters are off, or which is to
+        be run in another way than it is, and as `load_start`."""
+        student = setup.student
+        if student is not None and unwrap(student) is not student:
+            self._check_adapters(student)
+            return LocalTeacher.beside(setup, student, around=partial(without_adapters, student))
+        return LocalTeacher.beside(setup, self.load_start(setup), offload=self.offload)
+
+    def load_start(self, setup: Setup) -> nn.Module:
+        """A model of its own with the student's initial weights.
+
+        Raises RecipeError where there is neither a start to load nor a way to build it again.
+        """
+        dtype, attention = self.dtype, self.attn_implementation
+        if setup.student is not None:
+            base = unwrap(setup.student)
+            dtype = cast("DType", str(base.dtype).removeprefix("torch.")) if dtype == "auto" else dtype
+            attention = attention or getattr(base.config, "_attn_implementation", None)
+        device = "cpu" if self.offload else setup.device
+        model: nn.Module
+        if setup.start is not None:
+            options = {"attn_implementation": attention, "revision": setup.start_revision}
+            model = load_causal_lm(setup.start, dtype=dtype, device=device, **options)
+            return model
+        if setup.fresh_student is None:
+            raise RecipeError(
+                f"{setup.name}: the student's start cannot be had again: it is built from scratch (student.build), and "
+                "nothing says how to build it once more; set Setup.fresh_student, or name a model instead"
+            )
+        model = setup.fresh_student().to(device).eval()
+        return model if dtype == "auto" else model.to(getattr(torch, dtype))
+
+    def _check_adapters(self, student: nn.Module) -> None:
+        """Raises RecipeError unless the student without its adapters is the start, run as asked."""
+        moving = [
+            name
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad and not any(part in name for part in ADAPTERS)
+        ]
+        if moving:
+            raise RecipeError(
+                f"{len(moving)} weights outside the adapters are trained too, first {moving[0]!r}, so the student without "
+                "its adapters is not its start; train adapters only, or name the start as a model of its own"
+            )
+        base = unwrap(student)
+        attention = getattr(base.config, "_attn_implementation", None)
+        has = {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention}
+        for key, value in has.items():
+            if getattr(self, key) not in (None, "auto", value):
+                raise RecipeError(
+                    f"{key} is {getattr(self, key)!r}, but with LoRA the student's start is the live model without its "
+                    f"adapters, which has {value!r}; leave {key} out, or name the start as a model of its own"
+                )
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Adapters off inside, on again after, and the same parameters trainable. Gradients that are there stay."""
+    trainable: list[tuple[nn.Parameter, bool]] = [(value, value.requires_grad) for value in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+REFERENCES: dict[str, type[TeacherSection]] = {"start": Start, "local": Local}
+"""`reference.type` in a recipe -> its section."""
 
 
 class LocalTeacher(Teacher):
@@ -128,7 +170,9 @@ class LocalTeacher(Teacher):
         generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None,
     ) -> None:
         self.model = model if around else model.requires_grad_(False)
-        self._around = around
+        self._around = around or nullcontext
+        """Entered for every use of the model."""
+        self._keeps_adapters = around is None
         self._generate = generate
         self._style = row_style(model)
         self.name = name
@@ -140,6 +184,26 @@ class LocalTeacher(Teacher):
         self._max_batch_tokens = max_batch_tokens or default
         # several threads may ask, and write with it, where generation overlaps with the update
         self._lock = RLock()
+
+    @staticmethod
+    def beside(
+        setup: Setup,
+        model: nn.Module,
+        *,
+        offload: bool = False,
+        around: Callable[[], AbstractContextManager[object]] | None = None,
+    ) -> LocalTeacher:
+        """The model as a teacher of the run that `setup` describes."""
+        return LocalTeacher(
+            model,
+            name=setup.name,
+            vocab_size=setup.vocab_size,
+            temperature=setup.temperature,
+            device=setup.device,
+            offload=offload,
+            around=around,
+            generate=setup.generate,
+        )
 
     @property
     def max_tokens(self) -> int | None:
@@ -154,7 +218,7 @@ class LocalTeacher(Teacher):
 
     def head_for(self, name: str | None) -> LMHead:
         """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
-        with self._alone():
+        with self._around():
             head = lm_head(self.model, temperature=self.temperature, vocab_size=self._vocab_size)
         bias = None if head.bias is None else head.bias.to(self._device)
         return LMHead(head.weight.to(self._device), bias, head.softcap, head.scale, head.temperature, head.vocab_size)
@@ -171,7 +235,7 @@ class LocalTeacher(Teacher):
         config = {key: value for key, value in base.config.to_dict().items() if key not in PROVENANCE}
         digest.update(json.dumps([config, self.temperature, self._vocab_size], sort_keys=True, default=str).encode())
         for name, value in base.state_dict().items():
-            if self._around is not None and any(part in name for part in ADAPTERS):
+            if not self._keeps_adapters and any(part in name for part in ADAPTERS):
                 continue
             name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
             digest.update(f"{name}/{value.dtype}/{tuple(value.shape)}".encode())
@@ -187,25 +251,30 @@ class LocalTeacher(Teacher):
         Raises ScoreError for another need and for a sample longer than the teacher's positions, ValueError for "topk"
         without k.
         """
-        if need - CAN:
-            raise ScoreError(
-                f"teacher {self.name!r} is a local model and cannot give {sorted(need - CAN)}; it gives {sorted(CAN)}"
-            )
-        if "topk" in need and (k is None or k < 1):
-            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
-        self._check_positions(samples)
+        check_need(need, k, CAN, f"teacher {self.name!r} is a local model and")
+        limit = self.max_tokens
+        for sample in samples:
+            if limit is not None and sample.token_ids.numel() - 1 > limit:
+                raise ScoreError(
+                    f"sample {sample.key} has {sample.token_ids.numel()} tokens, but teacher {self.name!r} has {limit} "
+                    "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
+                )
         if not need - {"none"}:
             return [Scores(sample.response_ids) for sample in samples]
         found: dict[int, Scores] = {}
-        self._keeps_hidden = self._hidden_bytes(samples) <= MAX_HIDDEN_BYTES
+        weight = unwrap(self.model).get_output_embeddings().weight
+        num_tokens = sum(sample.num_response_tokens for sample in samples)
+        keeps_hidden = num_tokens * weight.shape[1] * weight.element_size() <= MAX_HIDDEN_BYTES
         lengths = [sample.token_ids.numel() - 1 for sample in samples]
-        with self._lock, self._alone(), self.on_device(), evaluating(self.model):
+        with self._lock, self._around(), self.on_device(), evaluating(self.model):
             for group in micro_batches(lengths, self._max_batch_tokens, self._style):
-                chosen = [samples[index] for index in group]
-                found.update(zip(group, self._score_group(chosen, need, k), strict=True))
+                scores = self._score_group([samples[index] for index in group], need, k, keeps_hidden)
+                found.update(zip(group, scores, strict=True))
         return [found[index] for index in range(len(samples))]
 
-    def _score_group(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
+    def _score_group(
+        self, samples: Sequence[Sample], need: frozenset[Need], k: int | None, keeps_hidden: bool
+    ) -> list[Scores]:
         """One forward over samples side by side."""
         layout = lay_out(samples, style=self._style)
         states = backbone_hidden(self.model, layout.input_ids.to(self._device), layout.position_ids.to(self._device))
@@ -217,45 +286,54 @@ class LocalTeacher(Teacher):
             rows = score_rows(hidden, head, target, k=k if "topk" in need else None)
             fields |= {name: value.cpu().split(layout.sizes) for name, value in rows.items()}
         if "full" in need:
-            fields["hidden"] = (hidden if self._keeps_hidden else hidden.cpu()).split(layout.sizes)
+            fields["hidden"] = (hidden if keeps_hidden else hidden.cpu()).split(layout.sizes)
         return [
             Scores(sample.response_ids, **{name: parts[index] for name, parts in fields.items()})
             for index, sample in enumerate(samples)
         ]
-
-    def _hidden_bytes(self, samples: Sequence[Sample]) -> int:
-        weight = unwrap(self.model).get_output_embeddings().weight
-        return int(sum(sample.num_response_tokens for sample in samples) * weight.shape[1] * weight.element_size())
-
-    def _check_positions(self, samples: Sequence[Sample]) -> None:
-        limit = self.max_tokens
-        for sample in samples:
-            if limit is not None and sample.token_ids.numel() - 1 > limit:
-                raise ScoreError(
-                    f"sample {sample.key} has {sample.token_ids.numel()} tokens, but teacher {self.name!r} has {limit} "
-                    "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
-                )
-
-    def _alone(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._around is None else self._around()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Offloaded weights are on the device inside; the host's copy stays, so nothing is copied back. One thread at a
         time."""
         with self._lock:
-            yield from self._moved()
+            if not self._offload:
+                yield
+                return
+            tensors = [*self.model.parameters(), *self.model.buffers()]
+            on_host = [tensor.data for tensor in tensors]
+            try:
+                for tensor in tensors:
+                    tensor.data = tensor.data.to(self._device, non_blocking=True)
+                yield
+            finally:
+                for tensor, data in zip(tensors, on_host, strict=True):
+                    tensor.data = data
 
-    def _moved(self) -> Iterator[None]:
-        if not self._offload:
-            yield
-            return
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        on_host = [tensor.data for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self._device, non_blocking=True)
-            yield
-        finally:
-            for tensor, data in zip(tensors, on_host, strict=True):
-                tensor.data = data
+
+def score_rows(hidden: Tensor, head: LMHead, target: Tensor, *, k: int | None) -> dict[str, Tensor]:
+    """`logprob` [T] of the targets and `entropy` [T]; with k also `topk_ids` and `topk_logprob` [T, min(k, V)].
+
+    hidden [T, H], target [T]. Every logit is formed once; a chunk of them is all that is held.
+    """
+    if k is None:
+        logprob, entropy = score(hidden, head, target)
+        return {"logprob": logprob, "entropy": entropy}
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    rows = max(1, CHUNK_ELEMENTS // head.num_tokens)
+    chunks = []
+    for start in range(0, max(1, len(target)), rows):
+        part = slice(start, start + rows)
+        logits = project(hidden[part].to(dtype), head)
+        top = logits.topk(min(k, head.num_tokens), dim=-1)
+        lse = logits.logsumexp(-1, keepdim=True)
+        logp = logits.sub_(lse)
+        chunks.append(
+            {
+                "logprob": logp.gather(-1, target[part, None]).squeeze(-1),
+                "entropy": -torch.linalg.vecdot(logp.exp(), logp),
+                "topk_ids": top.indices,
+                "topk_logprob": top.values - lse,
+            }
+        )
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -5,12 +5,10 @@ The response tokens are the student's own, behind another prompt, so scores stay
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,11 +16,10 @@ from torch import Tensor, nn
 
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.linear.head import LMHead
-from understudy.models import DType, check_model_dir, lm_head, num_positions, unwrap
+from understudy.models import lm_head, unwrap
 from understudy.packing import Unscored
-from understudy.teachers.base import RunFacts, Setup, Source, Teacher, TeacherSection, Weights
-from understudy.teachers.local import CAN, Local, LocalTeacher
-from understudy.teachers.reference import load_start, open_start
+from understudy.teachers.base import LoadedSection, RunFacts, Setup, Source, Teacher, hash_facts
+from understudy.teachers.local import LocalTeacher, Start
 from understudy.types import Author, Need, Prompt, Sample, Scores
 
 TEMPLATE = "A correct solution of the problem below, for reference:\n\n{solution}\n\nThe problem:\n\n{prompt}"
@@ -37,7 +34,7 @@ _STATE = "ema."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Privileged(TeacherSection):
+class Privileged(LoadedSection):
     """The section of a recipe for a teacher with privileged context. Raises ValueError for keys that contradict each other."""
 
     model: str | None = None
@@ -48,12 +45,7 @@ class Privileged(TeacherSection):
     """The teacher's prompt; {prompt}, {solution}, {reference} and {feedback} are replaced, nothing else is."""
     system: str | None = None
     """A system message for the teacher alone, added to the one that the chat has."""
-    dtype: DType = "auto"
-    """ "auto": the checkpoint's own, or the student's where `model` is None."""
-    offload: bool = False
-    """Keep the weights in host memory between uses."""
     revision: str | None = None
-    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.template:
@@ -70,51 +62,41 @@ class Privileged(TeacherSection):
             raise ValueError("revision is that of model, which is left out; the student's start has student.revision")
 
     @property
-    def gives(self) -> frozenset[Need]:
-        return CAN
+    def source(self) -> Source | None:
+        return None if self.model is None else Source(self.model, self.revision)
 
     @property
     def follows_student(self) -> bool:
         return self.ema is not None
 
     @property
-    def is_start(self) -> bool:
-        return self.model is None
-
-    @property
     def needs_grades(self) -> bool:
         return "feedback" in self.shows
 
     @property
-    def vocabulary(self) -> Source | None:
-        return None if self.model is None else Source(self.model, self.revision)
-
-    @property
-    def weights(self) -> Weights:
-        return Weights(model=self.model, dtype=self.dtype, offload=self.offload)
-
-    @property
     def shown(self) -> str:
-        return self.model or ("the student's start" if self.ema is None else "the student's moving average")
+        return super().shown if self.ema is None else "the student's moving average"
 
     def check(self) -> str:
         """Raises RecipeError for a directory that is no model."""
-        what = self.shown if self.model is None else check_model_dir(self.model)
-        return f"teacher: {what}; it is shown {', '.join(sorted(self.shows))}"
+        return f"{super().check()}; it is shown {', '.join(sorted(self.shows))}"
 
-    def check_run(self, run: RunFacts) -> None:
-        """Raises RecipeError where there is no start to show it to, or the template asks for what samples lack."""
-        where = run.where
-        if self.model is None and run.start is None:
+    def _check_student(self, where: str, start: str | None, lora: bool) -> None:
+        if self.model is None and start is None:
             raise RecipeError(
                 f"{where} is the student's own start, but the student is built from scratch (student.build) and knows "
                 f"nothing yet; set {where}.model, or student.model"
             )
-        if self.ema is not None and run.lora:
+        if self.ema is not None and lora:
             raise RecipeError(
                 f"{where}.ema averages the student's weights, which needs full fine-tuning; remove student.lora, or "
                 f"{where}.ema: the teacher is then the student without its adapters"
             )
+
+    def check_run(self, run: RunFacts) -> None:
+        """Raises RecipeError where there is no start to show it to, or the template asks for what samples lack."""
+        where = run.where
+        self._check_student(where, run.start, run.lora)
         if self.needs_grades and not run.graded:
             raise RecipeError(
                 f"{where}.template shows {{feedback}}, which a verifier gives, but the method {run.method} has no samples "
@@ -140,40 +122,19 @@ class Privileged(TeacherSection):
 
     def open(self, setup: Setup) -> PrivilegedTeacher:
         """Loads the model. Raises RecipeError where it cannot be, or the student has no start or, with `ema`, adapters."""
-        average = None
+        student = setup.student
+        self._check_student(setup.name, setup.start, student is not None and unwrap(student) is not student)
         if self.model is not None:
-            inner = Local(self.model, self.dtype, self.offload, self.revision, self.attn_implementation).open(setup)
-        elif setup.start is None:
-            raise RecipeError(
-                f"teacher {setup.name!r} is the student's own start, but the student is built from scratch and knows "
-                "nothing yet; set the teacher's model, or student.model"
+            return PrivilegedTeacher(
+                LocalTeacher.beside(setup, self.load(setup.device), offload=self.offload), self, setup
             )
-        elif self.ema is None:
-            inner = open_start(
-                setup, dtype=self.dtype, offload=self.offload, attn_implementation=self.attn_implementation
-            )
-        else:
-            inner, average = self._open_average(setup, self.ema)
-        return PrivilegedTeacher(inner, self, setup, average)
-
-    def _open_average(self, setup: Setup, decay: float) -> tuple[LocalTeacher, MovingAverage]:
-        if setup.student is not None and unwrap(setup.student) is not setup.student:
-            raise RecipeError(
-                f"teacher {setup.name!r} is a moving average of the student (ema), which needs full fine-tuning; remove "
-                "student.lora, or leave ema out: the teacher is then the student without its adapters"
-            )
+        start = Start(dtype=self.dtype, offload=self.offload, attn_implementation=self.attn_implementation)
+        if self.ema is None:
+            return PrivilegedTeacher(start.open(setup), self, setup)
         # in the student's precision, so that the average starts from all that the start holds
-        model = load_start(setup, dtype="auto", attn_implementation=self.attn_implementation, offload=self.offload)
-        average = MovingAverage(model, decay, None if self.dtype == "auto" else getattr(torch, self.dtype))
-        inner = LocalTeacher(
-            model,
-            name=setup.name,
-            vocab_size=setup.vocab_size,
-            temperature=setup.temperature,
-            device=setup.device,
-            offload=self.offload,
-        )
-        return inner, average
+        model = replace(start, dtype="auto").load_start(setup)
+        average = MovingAverage(model, self.ema, None if self.dtype == "auto" else getattr(torch, self.dtype))
+        return PrivilegedTeacher(LocalTeacher.beside(setup, model, offload=self.offload), self, setup, average)
 
 
 class MovingAverage:
@@ -181,33 +142,40 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float, dtype: torch.dtype | None = None) -> None:
         self._decay = decay
-        started = {name: value.detach() for name, value in model.named_parameters()}
         self._average = {
-            name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in started.items()
+            name: value.detach().to(torch.promote_types(value.dtype, torch.float32))
+            for name, value in model.named_parameters()
         }
         self._model = model if dtype is None else model.to(dtype)
         self._push()
 
-    @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
         """One update. Raises RecipeError for a student of another architecture."""
-        moved = dict(student.named_parameters())
-        _check_same(self._average, moved, RecipeError, "the student")
-        for name, average in self._average.items():
-            average.lerp_(moved[name].detach().to(average), 1.0 - self._decay)
-        self._push()
+        self._move(dict(student.named_parameters()), 1.0 - self._decay, RecipeError, "the student")
 
     def state(self) -> dict[str, Tensor]:
         """The averages themselves, no copies."""
         return {_STATE + name: value for name, value in self._average.items()}
 
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError for averages of another model."""
-        found = {name.removeprefix(_STATE): value for name, value in state.items()}
-        _check_same(self._average, found, CheckpointError, "the checkpoint's moving average")
-        for name, average in self._average.items():
-            average.copy_(found[name])
+        saved = {name.removeprefix(_STATE): value for name, value in state.items()}
+        self._move(saved, 1.0, CheckpointError, "the checkpoint's moving average")
+
+    @torch.no_grad()
+    def _move(
+        self, target: Mapping[str, Tensor], share: float, error: type[RecipeError | CheckpointError], whose: str
+    ) -> None:
+        """Goes that share of the way to the target; with 1 it is there to the bit."""
+        ours = self._average
+        for name in sorted(ours.keys() | target.keys()):
+            if name not in ours or name not in target or ours[name].shape != target[name].shape:
+                raise error(
+                    f"weight {name!r} of {whose} is not as in the teacher that averages it; both must be of one "
+                    "architecture and one recipe"
+                )
+        for name, average in ours.items():
+            average.lerp_(target[name].detach().to(average), share)
         self._push()
 
     @torch.no_grad()
@@ -216,17 +184,6 @@ class MovingAverage:
             # in float32 the average is the weight itself
             if value.data_ptr() != self._average[name].data_ptr():
                 value.copy_(self._average[name])
-
-
-def _check_same(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], error: type[RecipeError | CheckpointError], whose: str
-) -> None:
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
-            raise error(
-                f"weight {name!r} of {whose} is not as in the teacher that averages it; both must be of one "
-                "architecture and one recipe"
-            )
 
 
 class PrivilegedTeacher(Teacher):
@@ -250,9 +207,7 @@ class PrivilegedTeacher(Teacher):
         if self._fingerprint is None:
             section, renderer = self._section, self._renderer
             rewording = [section.template, section.system, renderer.template_kwargs, renderer.tokenizer.chat_template]
-            weights = self._inner.hash_weights()
-            text = json.dumps([weights, rewording], sort_keys=True, default=str)
-            self._fingerprint = blake2b(text.encode(), digest_size=16).hexdigest()
+            self._fingerprint = hash_facts([self._inner.hash_weights(), rewording])
         return self._fingerprint
 
     def head_for(self, name: str | None) -> LMHead:
@@ -265,13 +220,14 @@ class PrivilegedTeacher(Teacher):
 
         Raises DataError for a prompt that lacks what the template asks for.
         """
+        limit = self.max_tokens
         shown = [self._reword(sample) for sample in samples]
-        reasons = [self._too_long(sample) for sample in shown]
-        fitting = [sample for sample, reason in zip(shown, reasons, strict=True) if reason is None]
+        fits = [limit is None or sample.token_ids.numel() - 1 <= limit for sample in shown]
+        fitting = [sample for sample, is_short in zip(shown, fits, strict=True) if is_short]
         found = iter(self._inner.score(fitting, need, k=k))
         return [
-            next(found) if reason is None else self._unscored(sample, need, k, reason)
-            for sample, reason in zip(shown, reasons, strict=True)
+            next(found) if is_short else self._unscored(sample, need, k)
+            for sample, is_short in zip(shown, fits, strict=True)
         ]
 
     @property
@@ -317,18 +273,7 @@ class PrivilegedTeacher(Teacher):
             policy_version=None,
         )
 
-    def _too_long(self, shown: Sample) -> str | None:
-        """Returns why the teacher cannot read the sample; None where it can."""
-        length, limit = shown.token_ids.numel(), num_positions(self._inner.model)
-        if limit is None or length - 1 <= limit:
-            return None
-        return (
-            f"the privileged prompt of {shown.prompt_length} tokens and the response make {length} tokens, but teacher "
-            f"{self.name!r} has {limit} positions (max_position_embeddings): lower max_new_tokens, or leave out problems "
-            "with long solutions"
-        )
-
-    def _unscored(self, sample: Sample, need: frozenset[Need], k: int | None, reason: str) -> Unscored:
+    def _unscored(self, sample: Sample, need: frozenset[Need], k: int | None) -> Unscored:
         """NaN scores in the shapes that the sample's scores would have."""
         size, nan = sample.num_response_tokens, float("nan")
         fields: dict[str, Tensor] = {}
@@ -340,6 +285,11 @@ class PrivilegedTeacher(Teacher):
         if "full" in need:
             weight, device = lm_head(self._inner.model).weight, self._setup.device
             fields["hidden"] = torch.full((size, weight.shape[1]), nan, dtype=weight.dtype, device=device)
+        reason = (
+            f"the privileged prompt of {sample.prompt_length} tokens and the response make {sample.token_ids.numel()} "
+            f"tokens, but teacher {self.name!r} has {self.max_tokens} positions (max_position_embeddings): lower "
+            "max_new_tokens, or leave out problems with long solutions"
+        )
         return Unscored(sample.response_ids, **fields, reason=reason)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
-from hashlib import blake2b
-from typing import Any
 
 from torch import Tensor, nn
 
 from understudy.errors import CheckpointError, RecipeError, ScoreError
 from understudy.linear.head import LMHead
-from understudy.teachers.base import Teacher
+from understudy.teachers.base import Teacher, hash_facts
 from understudy.types import Need, Prompt, Sample, Scores
 
 SEPARATOR = "/"
@@ -54,11 +51,9 @@ class RoutedTeacher(Teacher):
     @property
     def fingerprint(self) -> str:
         """Hash of all names and their teachers' fingerprints, in any order."""
-        all_of = sorted((name, teacher.fingerprint) for name, teacher in self._teachers.items())
-        return blake2b(json.dumps(all_of).encode(), digest_size=16).hexdigest()
+        return hash_facts(sorted((name, teacher.fingerprint) for name, teacher in self._teachers.items()))
 
     def head_for(self, name: str | None) -> LMHead | None:
-        """The head of that teacher. Raises ScoreError for any other name."""
         if name is None or name not in self._teachers:
             raise ScoreError(f"a head was asked for that {_complaint(name, self._teachers)}")
         return self._teachers[name].head_for(name)
@@ -88,11 +83,6 @@ class RoutedTeacher(Teacher):
     def uncached(self) -> RoutedTeacher:
         return RoutedTeacher({name: teacher.uncached() for name, teacher in self._teachers.items()})
 
-    def stats(self) -> dict[str, Any]:
-        """Returns the counts of each teacher that has some, by its name."""
-        counted = {name: getattr(teacher, "stats", None) for name, teacher in self._teachers.items()}
-        return {name: stats() for name, stats in counted.items() if stats is not None}
-
     def close(self) -> None:
         """All of them, also where one raises; then it raises."""
         with ExitStack() as all_of:
@@ -100,7 +90,6 @@ class RoutedTeacher(Teacher):
                 all_of.callback(teacher.close)
 
     def follow(self, student: nn.Module) -> None:
-        """Every teacher that moves with the student moves."""
         for teacher in self._teachers.values():
             teacher.follow(student)
 

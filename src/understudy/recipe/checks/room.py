@@ -154,7 +154,9 @@ def _before(files: Files) -> list[Needs]:
         student = size_on_disk(recipe.student.model, recipe.student.dtype)
         for label, section in sections.items():
             weights = section.weights
-            size = None if weights is None or weights.offload else size_on_disk(weights.model, weights.dtype)
+            if weights is None or weights.source is None or weights.offload:
+                continue
+            size = size_on_disk(weights.source.name, weights.dtype)
             if size is not None:
                 others[label] = size
     except (OSError, ValueError, KeyError, SafetensorError):

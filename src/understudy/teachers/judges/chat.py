@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Literal
 
 from understudy.errors import EngineError, RecipeError
@@ -22,9 +19,9 @@ from understudy.http import (
     without_key,
 )
 from understudy.http import Reply as HttpReply
-from understudy.teachers.base import Judge, ScoreForm, Setup, TeacherSection
-from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Reply, Wording, as_text, read_digit, verdicts
-from understudy.types import Need, Prompt, Sample, Verdict
+from understudy.teachers.base import Judge, ScoreForm, Setup, hash_facts
+from understudy.teachers.judges.wording import DIGITS, JudgeSection, Reply, as_text, read_digit, verdicts
+from understudy.types import Prompt, Sample, Verdict
 
 Constrain = Literal["auto", "guided_choice", "structured_outputs", "none"]
 _CONSTRAINTS: dict[str, dict[str, Any]] = {
@@ -45,12 +42,10 @@ _SHOWN_REPLY_CHARS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(RetryOptions, TeacherSection):
+class Chat(RetryOptions, JudgeSection):
     """The section of a recipe for a judge behind a chat endpoint."""
 
-    says_digits = True
     writes_responses = True
-    alone = True
 
     url: str
     """The base, such as http://host:8000/v1."""
@@ -60,11 +55,6 @@ class Chat(RetryOptions, TeacherSection):
     """The NAME of the environment variable with the key; if it is not set, none is sent."""
     constrain: Constrain = "auto"
     """How the server is told to say a digit only. "auto": `structured_outputs`, and nothing if that is refused."""
-    template: str | None = None
-    """With {problem}, {response} and {fence}; None: `wording.WHOLE`."""
-    step_template: str | None = None
-    """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
-    step_separator: str = STEP_SEPARATOR
     max_tokens: int = 8
     """Limit of a verdict; more for a model that thinks first."""
     limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -75,22 +65,14 @@ class Chat(RetryOptions, TeacherSection):
     """Retries after a reply without a readable digit; then the sample is unscored."""
 
     def __post_init__(self) -> None:
-        _ = self.wording, self.retry_policy
+        super().__post_init__()
+        _ = self.retry_policy
         check_variable(self.api_key_env, "api_key_env")
         for key, low in (("max_tokens", 1), ("max_parse_retries", 0)):
             if getattr(self, key) < low:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
         if taken := sorted(_OWN_KEYS & self.extra_body.keys()):
             raise ValueError(f"extra_body sets {', '.join(taken)}, which this section sets itself")
-
-    @property
-    def wording(self) -> Wording:
-        """The judge's questions."""
-        return Wording.of(self.template, self.step_template, self.step_separator)
-
-    @property
-    def gives(self) -> frozenset[Need]:
-        return frozenset({"none", "verbal"})
 
     @property
     def shown(self) -> str:
@@ -127,18 +109,16 @@ class ChatTeacher(Judge):
     def __init__(self, section: Chat, *, name: str, seed: int = 0) -> None:
         self._section = section
         self.name = name
-        self._seed = seed
         self._constrain: Constrain = section.constrain
-        self._open: set[HttpClient] = set()
-        self._closed = False
+        policy, env = section.retry_policy, section.api_key_env
+        self._client = HttpClient([section.url], name="teacher", retry_policy=policy, api_key_env=env, seed=seed)
 
     @property
     def fingerprint(self) -> str:
         """Hash of URL, model and all that a request holds beside its question. The weights behind it are unseen."""
         section, words = self._section, self._section.wording
         how = [section.constrain, section.max_tokens, section.max_parse_retries, dict(section.extra_body)]
-        facts = [section.url, section.model, words.whole, words.step, words.separator, how]
-        return blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+        return hash_facts([section.url, section.model, words.whole, words.step, words.separator, how])
 
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
         """Returns a verdict on each sample, in order; no score without a digit, and for a question too long for the model.
@@ -155,9 +135,8 @@ class ChatTeacher(Judge):
         # the first question shows whether a constraint is understood, so it is sent before the others
         first = named[:1] if self._constrain == "auto" else []
         replies: list[Reply] = []
-        with self._client() as client:
-            for part in (first, named[len(first) :]):
-                replies += client.each(part, lambda item: self._ask(client, *item, score))
+        for part in (first, named[len(first) :]):
+            replies += self._client.each(part, lambda item: self._ask(*item, score))
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
@@ -168,43 +147,18 @@ class ChatTeacher(Judge):
             messages = [
                 dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)
             ]
-            try:
-                choice = _complete(client, self._body(messages, max_new_tokens, temperature), prompt.id)
-            except Refused as refused:
-                if refused.too_long:
-                    return None
-                raise self._error(refused) from None
-            return None if choice.get("finish_reason") == "length" else _content(choice) or None
+            choice = self._complete(self._body(messages, max_new_tokens, temperature), prompt.id)
+            if isinstance(choice, Refused) or choice.get("finish_reason") == "length":
+                return None
+            return _content(choice) or None
 
-        with self._client() as client:
-            return client.each(prompts, write)
+        return self._client.each(prompts, write)
 
     def close(self) -> None:
-        """Cancels the requests of other threads and answers no more."""
-        self._closed = True
-        for client in list(self._open):
-            client.close()
+        """Cancels requests in flight, and answers no more."""
+        self._client.close()
 
-    @contextmanager
-    def _client(self) -> Iterator[HttpClient]:
-        """Connections of one call."""
-        section = self._section
-        with HttpClient(
-            [section.url],
-            name="teacher",
-            retry_policy=section.retry_policy,
-            api_key_env=section.api_key_env,
-            seed=self._seed,
-        ) as client:
-            self._open.add(client)
-            try:
-                if self._closed:
-                    raise EngineError(f"the judge {section.shown} is closed")
-                yield client
-            finally:
-                self._open.discard(client)
-
-    def _ask(self, client: HttpClient, key: str, question: str, score: ScoreForm) -> Reply:
+    def _ask(self, key: str, question: str, score: ScoreForm) -> Reply:
         messages = [{"role": "user", "content": question}]
         said = ""
         attempts = 1 + self._section.max_parse_retries
@@ -212,12 +166,9 @@ class ChatTeacher(Judge):
             body = self._body(messages, self._section.max_tokens)
             if score == "expectation":
                 body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-            try:
-                choice = self._send_constrained(client, body, f"{key}/{attempt}")
-            except Refused as refused:
-                if refused.too_long:
-                    return Reply(None, attempt, f"the server refuses the question as too long: {refused.message}")
-                raise self._error(refused) from None
+            choice = self._complete(body, f"{key}/{attempt}", self._constrain)
+            if isinstance(choice, Refused):
+                return Reply(None, attempt, f"the server refuses the question as too long: {choice.message}")
             said = _content(choice)
             value = read_digit(said)
             number = value if value is None or score == "argmax" else self._expectation(choice, value)
@@ -234,18 +185,21 @@ class ChatTeacher(Judge):
         body = {"model": section.model, "messages": messages, "temperature": temperature, section.limit_key: max_tokens}
         return {key: value for key, value in (body | dict(section.extra_body)).items() if value is not None}
 
-    def _send_constrained(self, client: HttpClient, body: dict[str, Any], key: str) -> dict[str, Any]:
-        if self._constrain != "auto":
-            return _complete(client, body | _CONSTRAINTS[self._constrain], key)
+    def _complete(self, body: dict[str, Any], key: str, constrain: Constrain = "none") -> dict[str, Any] | Refused:
+        """The first choice of a chat completion, or the refusal of a prompt that is too long. Raises EngineError."""
+        tried = "structured_outputs" if constrain == "auto" else constrain
         try:
-            choice = _complete(client, body | _CONSTRAINTS["structured_outputs"], key)
+            choice = self._client.request(_PATH, _read_choice, json=body | _CONSTRAINTS[tried], key=key)
         except Refused as refused:
-            if refused.too_long or refused.status not in _UNKNOWN_FIELD:
-                raise
-            choice = _complete(client, body, key)
-            self._constrain = "none"
-            return choice
-        self._constrain = "structured_outputs"
+            if refused.too_long:
+                return refused
+            if constrain == "auto" and refused.status in _UNKNOWN_FIELD:
+                plain = self._complete(body, key)
+                self._constrain = "none"
+                return plain
+            raise self._error(refused) from None
+        if constrain == "auto":
+            self._constrain = "structured_outputs"
         return choice
 
     def _expectation(self, choice: dict[str, Any], said: int) -> float | None:
@@ -267,31 +221,25 @@ class ChatTeacher(Judge):
     def _error(self, refused: Refused) -> EngineError:
         """Returns the error for a status that a retry does not change, with what to do."""
         env = self._section.api_key_env
-        key_set = bool(read_key(env))
-        unset = f"set {env or 'api_key_env'} to a key"
+        given, unset = bool(read_key(env)), f"set {env or 'api_key_env'} to a key"
         hints = {
-            401: f"the key in {env} is not accepted" if key_set else unset,
-            403: f"the key in {env} may not use this model" if key_set else unset,
+            401: f"the key in {env} is not accepted" if given else unset,
+            403: f"the key in {env} may not use this model" if given else unset,
             404: "check teacher.url (it mostly ends in /v1) and that the server has that model",
         }
         hint = hints.get(refused.status, "check teacher.constrain, teacher.limit_key and teacher.extra_body")
         return EngineError(f"{self._section.url.rstrip('/')}{_PATH} refuses with {refused}; {hint}")
 
 
-def _complete(client: HttpClient, body: dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns the first choice of a chat completion. Raises as `HttpClient.request`."""
-
-    def read(reply: HttpReply) -> dict[str, Any]:
-        try:
-            choice = reply.json()["choices"][0]
-            content = choice["message"].get("content")
-        except (LookupError, TypeError, AttributeError):
-            choice, content = None, None
-        if not isinstance(choice, dict) or not (content is None or isinstance(content, str)):
-            raise BadReply(f"a reply that is not a chat completion: {reply.text}")
-        return choice
-
-    return client.request(_PATH, read, json=body, key=key)
+def _read_choice(reply: HttpReply) -> dict[str, Any]:
+    try:
+        choice = reply.json()["choices"][0]
+        content = choice["message"].get("content")
+    except (LookupError, TypeError, AttributeError):
+        choice, content = None, None
+    if not isinstance(choice, dict) or not (content is None or isinstance(content, str)):
+        raise BadReply(f"a reply that is not a chat completion: {reply.text}")
+    return choice
 
 
 def _content(choice: dict[str, Any]) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -14,96 +12,40 @@ from torch import Tensor, nn
 
 from understudy.errors import DataError, RecipeError
 from understudy.linear.head import LMHead
-from understudy.models import (
-    DType,
-    check_model_dir,
-    lm_head,
-    load_causal_lm,
-    load_tokenizer,
-    num_positions,
-    probe_head,
-)
+from understudy.models import lm_head, load_tokenizer, num_positions
 from understudy.tasks.renderer import Renderer
-from understudy.teachers.base import Judge, ScoreForm, Setup, TeacherSection, Weights
-from understudy.teachers.judges.wording import DIGITS, STEP_SEPARATOR, Question, Reply, Wording, as_text, verdicts
+from understudy.teachers.base import Judge, LoadedSection, ScoreForm, Setup, Source, hash_facts
+from understudy.teachers.judges.wording import DIGITS, JudgeSection, Question, Reply, Wording, as_text, verdicts
 from understudy.teachers.local import LocalTeacher
-from understudy.types import Author, Need, Prompt, Sample, Verdict
-
-_PROBE = Sample(
-    prompt=Prompt(id="probe", text="1"),
-    index=0,
-    token_ids=torch.zeros(1, dtype=torch.int64),
-    author=torch.zeros(1, dtype=torch.uint8),
-    prompt_length=1,
-    finish="data",
-    text="1",
-)
+from understudy.types import Author, Prompt, Sample, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verbal(TeacherSection):
+class Verbal(JudgeSection, LoadedSection):
     """The section of a recipe for a judge whose weights are in this process."""
-
-    says_digits = True
-    alone = True
 
     model: str
     """A directory or a hub name."""
-    dtype: DType = "auto"
-    """ "auto": the checkpoint's own."""
-    offload: bool = False
-    """Keep the weights in host memory between uses."""
     revision: str | None = None
-    attn_implementation: str | None = None
-    template: str | None = None
-    """With {problem}, {response} and {fence}; None: `wording.WHOLE`."""
-    step_template: str | None = None
-    """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
-    step_separator: str = STEP_SEPARATOR
     template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
     """For the chat template: without thinking, so that the digit comes at once. Templates ignore keys they do not know."""
     max_batch_tokens: int | None = None
     """Slots of one forward; None: what suits the device."""
 
     def __post_init__(self) -> None:
-        _ = self.wording
+        super().__post_init__()
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {self.max_batch_tokens}; it must be at least 1, or left out")
 
     @property
-    def wording(self) -> Wording:
-        """Wording of the questions."""
-        return Wording.of(self.template, self.step_template, self.step_separator)
-
-    @property
-    def gives(self) -> frozenset[Need]:
-        return frozenset({"none", "verbal"})
-
-    @property
-    def weights(self) -> Weights:
-        return Weights(model=self.model, dtype=self.dtype, offload=self.offload)
-
-    @property
-    def shown(self) -> str:
-        return self.model
-
-    def check(self) -> str:
-        """Raises RecipeError for a directory that is no model."""
-        return f"teacher: {check_model_dir(self.model)}"
+    def source(self) -> Source:
+        return Source(self.model, self.revision)
 
     def open(self, setup: Setup) -> VerbalTeacher:
         """Loads model and tokenizer. Raises RecipeError where either cannot be, or digits are not single tokens."""
         asker = Asker(Renderer(load_tokenizer(self.model, revision=self.revision), self.template_kwargs), self.wording)
-        model = load_causal_lm(
-            self.model,
-            dtype=self.dtype,
-            device="cpu" if self.offload else setup.device,
-            attn_implementation=self.attn_implementation,
-            revision=self.revision,
-        )
-        probe_head(model)
         return VerbalTeacher(
-            model,
+            self.load(setup.device),
             asker,
             name=setup.name,
             max_batch_tokens=self.max_batch_tokens,
@@ -122,14 +64,7 @@ class Asker:
     def __init__(self, renderer: Renderer, wording: Wording) -> None:
         self.wording = wording
         self.renderer = renderer
-        self._space, self.digit_ids = self._find_digits()
-
-    @property
-    def facts(self) -> list[Any]:
-        """Everything here that verdicts depend on."""
-        words, renderer = self.wording, self.renderer
-        template = [renderer.tokenizer.chat_template, renderer.template_kwargs]
-        return [words.whole, words.step, words.separator, *template, self._space, self.digit_ids]
+        self.space, self.digit_ids = self._find_digits()
 
     def encode(self, question: Question) -> list[int]:
         """Token ids up to where the digit follows. Raises DataError for what the tokenizer cannot encode."""
@@ -138,17 +73,19 @@ class Asker:
             given = iter(texts)
             return "".join(next(given) if piece.foreign else piece.text for piece in question)
 
-        return self.renderer.ask(wording, [piece.text for piece in question if piece.foreign], self._space)
+        return self.renderer.ask(wording, [piece.text for piece in question if piece.foreign], self.space)
 
     def _find_digits(self) -> tuple[str, tuple[int, ...]]:
         """Text to add to a question, and the ids of the digits that may then follow it, each a single token."""
-        question = self.wording.questions(_PROBE, steps=False)[0]
+        prompt, ids = Prompt(id="probe", text="1"), torch.zeros(1, dtype=torch.int64)
+        question = self.wording.questions(Sample(prompt, 0, ids, ids, 1, "data", "1"), steps=False)[0]
+        name = self.renderer.tokenizer.name_or_path or "the judge"
         try:
             asked = self.renderer.question(as_text(question))
             self.renderer.encode_question(asked)
         except DataError as error:
             raise RecipeError(
-                f"{self._name}: the judge's tokenizer or chat template cannot take the question ({error}); write "
+                f"{name}: the judge's tokenizer or chat template cannot take the question ({error}); write "
                 "teacher.template in its own words"
             ) from error
         # a text that ends in a word goes on with " 7", if that is one token, or with a space and then "7"; a turn of a
@@ -157,26 +94,18 @@ class Asker:
         if not self.renderer.has_template and not asked[-1:].isspace():
             forms = [("", " "), (" ", ""), ("", "")]
         for space, before in forms:
-            found = self._digits_after(asked + space, before)
-            if found is not None:
+            try:
+                context = self.renderer.encode_question(asked + space)
+                longer = [self.renderer.encode_question(asked + space + before + digit) for digit in DIGITS]
+            except DataError:
+                continue
+            found = tuple(item[-1] for item in longer if item[:-1] == context)
+            if len(set(found)) == len(DIGITS) and not self.renderer.special_ids & set(found):
                 return space, found
         raise RecipeError(
-            f"{self._name}: the digits 0 to 9 are not single tokens after the question, so this model cannot judge with "
+            f"{name}: the digits 0 to 9 are not single tokens after the question, so this model cannot judge with "
             "one; choose another model, or change the end of teacher.template"
         )
-
-    def _digits_after(self, asked: str, before: str) -> tuple[int, ...] | None:
-        try:
-            context = self.renderer.encode_question(asked)
-            longer = [self.renderer.encode_question(asked + before + digit) for digit in DIGITS]
-        except DataError:
-            return None
-        ids = tuple(item[-1] for item in longer if item[:-1] == context)
-        return ids if len(set(ids)) == len(DIGITS) and not self.renderer.special_ids & set(ids) else None
-
-    @property
-    def _name(self) -> str:
-        return str(self.renderer.tokenizer.name_or_path or "the judge")
 
 
 class VerbalTeacher(Judge):
@@ -189,16 +118,8 @@ class VerbalTeacher(Judge):
 
     model: nn.Module
 
-    def __init__(
-        self,
-        model: nn.Module,
-        asker: Asker,
-        *,
-        name: str,
-        max_batch_tokens: int | None = None,
-        device: str | torch.device | None = None,
-        offload: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, asker: Asker, *, name: str, **options: Any) -> None:
+        """`options`: those of a `LocalTeacher`."""
         head = lm_head(model)
         if max(asker.digit_ids) >= head.num_tokens:
             raise RecipeError(
@@ -207,20 +128,15 @@ class VerbalTeacher(Judge):
             )
         self._asker = asker
         self.name, self.model = name, model
-        self._reader = LocalTeacher(
-            model,
-            name=name,
-            vocab_size=head.num_tokens,
-            max_batch_tokens=max_batch_tokens,
-            device=device,
-            offload=offload,
-        )
+        self._reader = LocalTeacher(model, name=name, vocab_size=head.num_tokens, **options)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of model, templates and digit tokens; reads all weights once."""
-        facts = json.dumps([self._reader.fingerprint, *self._asker.facts], sort_keys=True, default=str)
-        return blake2b(facts.encode(), digest_size=16).hexdigest()
+        asker, words, renderer = self._asker, self._asker.wording, self._asker.renderer
+        template = [renderer.tokenizer.chat_template, renderer.template_kwargs]
+        asked = [words.whole, words.step, words.separator, *template, asker.space, asker.digit_ids]
+        return hash_facts([self._reader.fingerprint, *asked])
 
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
         """Returns a verdict for each sample, in order. Samples do not see each other."""
@@ -242,36 +158,28 @@ class VerbalTeacher(Judge):
             if limit is not None and len(ids) > limit:
                 note = f"the question has {len(ids)} tokens, and the judge {limit} positions (max_position_embeddings)"
                 replies[index] = Reply(None, attempts=0, note=note)
-            else:
-                readable[index] = _to_read(ids, self._asker.digit_ids[0], index)
+                continue
+            # a digit as the response, so that the teacher's row for it is the one behind the question
+            token_ids = torch.tensor([*ids, self._asker.digit_ids[0]])
+            author = torch.full((len(token_ids),), int(Author.PROMPT), dtype=torch.uint8)
+            author[-1] = int(Author.TEACHER)
+            readable[index] = Sample(Prompt(id="question"), index, token_ids, author, len(ids), "data", "")
         if readable:
-            logits = self._digit_logits(list(readable.values())).cpu()
-            replies.update(zip(readable, (_reply(row, score) for row in logits), strict=True))
+            scores = self._reader.score(list(readable.values()), frozenset({"full"}))
+            hidden = torch.cat([found.hidden for found in scores if found.hidden is not None])
+            replies.update(zip(readable, self._read(hidden, score), strict=True))
         return [replies[index] for index in range(len(questions))]
 
-    def _digit_logits(self, samples: Sequence[Sample]) -> Tensor:
-        """Returns the logits of the ten digits after each question. [N, 10]"""
-        scores = self._reader.score(samples, frozenset({"full"}))
-        hidden = torch.cat([found.hidden for found in scores if found.hidden is not None])
+    def _read(self, hidden: Tensor, score: ScoreForm) -> Iterator[Reply]:
+        """Reads the digits behind the hidden states of some questions. [N, H]"""
         head = lm_head(self.model)
         ids = torch.tensor(self._asker.digit_ids, device=head.weight.device)
         bias = None if head.bias is None else head.bias[ids].to(hidden.device)
-        return LMHead(head.weight[ids].to(hidden.device), bias, head.softcap, head.scale).logits(hidden)
-
-
-def _to_read(ids: Sequence[int], digit_id: int, index: int) -> Sample:
-    """The question as a prompt, with a digit as its response: a teacher's row for it is the one behind the question."""
-    token_ids = torch.tensor([*ids, digit_id], dtype=torch.int64)
-    author = torch.full((len(token_ids),), int(Author.PROMPT), dtype=torch.uint8)
-    author[-1] = int(Author.TEACHER)
-    return Sample(Prompt(id="question"), index, token_ids, author, len(ids), "data", "")
-
-
-def _reply(logits: Tensor, score: ScoreForm) -> Reply:
-    """Reads the logits of one question. [10]"""
-    if not bool(logits.isfinite().all()):
-        return Reply(None, note="the judge's logits are not finite")
-    if score == "argmax":
-        return Reply(float(logits.argmax()))
-    digits = torch.arange(len(DIGITS), dtype=logits.dtype)
-    return Reply(float(logits.softmax(-1) @ digits))
+        digits = LMHead(head.weight[ids].to(hidden.device), bias, head.softcap, head.scale)
+        for row in digits.logits(hidden).cpu():
+            if not bool(row.isfinite().all()):
+                yield Reply(None, note="the judge's logits are not finite")
+            elif score == "argmax":
+                yield Reply(float(row.argmax()))
+            else:
+                yield Reply(float(row.softmax(-1) @ torch.arange(len(DIGITS), dtype=row.dtype)))

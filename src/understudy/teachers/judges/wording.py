@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from understudy.teachers.base import ScoreForm
-from understudy.types import Prompt, Sample, Verdict
+from understudy.teachers.base import ScoreForm, TeacherSection
+from understudy.types import Need, Prompt, Sample, Verdict
 
 DIGITS = tuple("0123456789")
 SIGNAL_BYTES: dict[ScoreForm, int] = {"argmax": 1, "expectation": 40}
@@ -99,13 +99,6 @@ class Wording:
         if not self.separator:
             raise ValueError("step_separator is empty; give what stands between two steps, such as a blank line")
 
-    @staticmethod
-    def of(template: str | None, step_template: str | None, separator: str) -> Wording:
-        """Returns a wording with the defaults in place of None."""
-        return Wording(
-            WHOLE if template is None else template, STEP if step_template is None else step_template, separator
-        )
-
     def questions(self, sample: Sample, *, steps: bool) -> list[Question]:
         """Returns one question about the whole response, or one for each of its steps, in order.
 
@@ -121,32 +114,61 @@ class Wording:
             if role != "assistant":
                 before.append(f"{role}: {content}")
                 continue
-            for part in split_steps(content, self.separator):
-                steps_before = self.separator.join(before)
-                questions.append(_fill(self.step, {"problem": problem, "steps": steps_before, "step": part}))
+            # a text without any words is one step
+            for part in [part for part in content.split(self.separator) if part.strip()] or [content]:
+                values = {"problem": problem, "steps": self.separator.join(before), "step": part}
+                questions.append(_fill(self.step, values))
                 before.append(part)
         return questions
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgeSection(TeacherSection):
+    """The keys of every judge. Raises ValueError for templates that do not show what is graded."""
+
+    says_digits = True
+    alone = True
+
+    template: str | None = None
+    """With {problem}, {response} and {fence}; None: `wording.WHOLE`."""
+    step_template: str | None = None
+    """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
+    step_separator: str = STEP_SEPARATOR
+
+    def __post_init__(self) -> None:
+        _ = self.wording
+
+    @property
+    def wording(self) -> Wording:
+        """The judge's questions."""
+        whole = WHOLE if self.template is None else self.template
+        return Wording(whole, STEP if self.step_template is None else self.step_template, self.step_separator)
+
+    @property
+    def gives(self) -> frozenset[Need]:
+        return frozenset({"none", "verbal"})
+
+    @property
+    def vocabulary(self) -> None:
+        """A judge reads text, so its tokens need not be the student's."""
+        return None
+
+
 def _fill(template: str, values: dict[str, str]) -> Question:
     """Fills fields in one pass, so that a field's name inside a value stays text. Fields of the other template stay too."""
+    # a fence that is in none of the values; it is the same for nearly all, which servers' prefix caches need
+    mark = blake2b(digest_size=_FENCE_BYTES)
+    while any(mark.hexdigest() in value for value in values.values()):
+        mark.update(b"\0")
     pieces, end = [], 0
     for found in _FIELD.finditer(template):
         name = found[1]
         if name != "fence" and name not in values:
             continue
         pieces.append(Piece(template[end : found.start()], False))
-        pieces.append(Piece(_fence(values) if name == "fence" else values[name], name != "fence"))
+        pieces.append(Piece(f"==== {mark.hexdigest()} ====" if name == "fence" else values[name], name != "fence"))
         end = found.end()
     return (*pieces, Piece(template[end:], False))
-
-
-def _fence(values: dict[str, str]) -> str:
-    """Returns a line that is in none of the values. It is the same for nearly all, which servers' prefix caches need."""
-    digest = blake2b(digest_size=_FENCE_BYTES)
-    while any(digest.hexdigest() in value for value in values.values()):
-        digest.update(b"\0")
-    return f"==== {digest.hexdigest()} ===="
 
 
 def as_text(question: Question) -> str:
@@ -161,11 +183,6 @@ def problem_text(prompt: Prompt) -> str:
     if len(prompt.messages) == 1:
         return prompt.messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
-
-
-def split_steps(text: str, separator: str) -> list[str]:
-    """Returns the parts between separators that hold more than white space; a text without any is one step."""
-    return [part for part in text.split(separator) if part.strip()] or [text]
 
 
 def read_digit(text: str) -> int | None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
-from understudy.errors import ScoreError
 from understudy.http import HttpClient, RetryOptions
-from understudy.teachers.base import Setup, Source, Teacher, TeacherSection
+from understudy.teachers.base import Setup, Source, Teacher, TeacherSection, check_need, hash_facts
 from understudy.teachers.stores.cache import CACHE_FILE, CachedTeacher
 from understudy.types import Need, Sample, Scores
 
@@ -74,16 +71,11 @@ class RemoteTeacher(Teacher):
         Raises ScoreError for another need, a larger top-k than the server returns and a sample that is too long for it,
         ValueError for "topk" without k, EngineError if the server does not answer, refuses, or is another than before.
         """
-        gives = self._section.gives
-        if need - gives:
-            raise ScoreError(f"{self._who} cannot give {sorted(need - gives)}; it gives {sorted(gives)}")
-        if "topk" not in need:
-            k = None
-        elif k is None or k < 1:
-            raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
+        check_need(need, k, self._section.gives, self._who)
         if not need - {"none"}:
             return [Scores(sample.response_ids) for sample in samples]
-        return self._score(samples, need - {"none"}, None if k is None else min(k, self._setup.vocab_size))
+        k = min(k, self._setup.vocab_size) if k is not None and "topk" in need else None
+        return self._score(samples, need - {"none"}, k)
 
     @abstractmethod
     def _score(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
@@ -99,5 +91,4 @@ class RemoteTeacher(Teacher):
 
     def hashed(self, *facts: object) -> str:
         """Returns a fingerprint of facts about the server, and of temperature and vocabulary size."""
-        values = [*facts, float(self._setup.temperature), self._setup.vocab_size]
-        return blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+        return hash_facts([*facts, float(self._setup.temperature), self._setup.vocab_size])

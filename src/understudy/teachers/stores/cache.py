@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from threading import Condition
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,12 +27,9 @@ FORMAT = 1
 CACHE_FILE = "scores.sqlite3"
 """In the directory that a recipe names."""
 DRIFT = 0.05
-"""Nats per token by which a stored sample's scores may differ, on the mean, when it is scored again.
-
-Other batches and other kernels move bfloat16 scores by about 0.005 a token (measured: vLLM against transformers); an
-update of the weights that anybody would call another teacher moves them by more than 0.05. A single unlikely token may
-move by more than either, so the mean over the sample is compared.
-"""
+"""Nats per token by which scores may differ, on the mean, when stored samples are scored again. Other batches and kernels
+move bfloat16 scores by about 0.005 (measured: vLLM against transformers), an update that makes another teacher by more than
+0.05. A single unlikely token may move by more than either."""
 COMPARED = 3
 """Most stored entries that are scored again: their tokens count, and two more than one make up for short ones."""
 COMPARED_TOKENS = 64
@@ -57,6 +52,37 @@ CREATE TABLE IF NOT EXISTS scores (
 );
 CREATE INDEX IF NOT EXISTS by_fingerprint ON scores (fingerprint);
 """
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+class Claims(Generic[Key, Item]):
+    """Keys whose results some thread is making, so that no other makes them again. `lock` guards the results too."""
+
+    def __init__(self) -> None:
+        self.lock = Condition()
+        self._taken: set[Key] = set()
+
+    @contextmanager
+    def take(self, lacking: Callable[[], Mapping[Key, Item]]) -> Iterator[dict[Key, Item]]:
+        """The part of `lacking()` that is this thread's to make inside; empty if nothing lacks.
+
+        Waits where other threads make all of it, and takes over what they fail to make; every teacher has a deadline.
+        """
+        with self.lock:
+            while True:
+                missing = lacking()
+                mine = {key: item for key, item in missing.items() if key not in self._taken}
+                if mine or not missing:
+                    break
+                self.lock.wait(WAIT_S)
+            self._taken |= mine.keys()
+        try:
+            yield mine
+        finally:
+            with self.lock:
+                self._taken -= mine.keys()
+                self.lock.notify_all()
 
 
 class CachedTeacher(Teacher):
@@ -71,22 +97,13 @@ class CachedTeacher(Teacher):
     that they changed behind a name.
     """
 
-    def __init__(
-        self, teacher: Teacher, path: Path, *, chunk_tokens: int = CHUNK_TOKENS, max_drift: float = DRIFT
-    ) -> None:
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
+    def __init__(self, teacher: Teacher, path: Path) -> None:
         self.teacher = teacher
         self.name, self.concurrency = teacher.name, teacher.concurrency
         self._path = path
-        self._chunk_tokens = chunk_tokens
-        self._max_drift = max_drift
-        self._counts = Counter(hits=0, misses=0, bytes_read=0, bytes_written=0)
         self._since: dict[str, int] = {}
         """Misses since the last comparison, by fingerprint."""
-        self._asked: set[bytes] = set()
-        """Keys that some thread is asking the teacher for."""
-        self._lock = Condition()
+        self._claims: Claims[bytes, Sample] = Claims()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # prompts and responses are private; SQLite gives its log the same mode
@@ -99,11 +116,9 @@ class CachedTeacher(Teacher):
 
     @property
     def fingerprint(self) -> str:
-        """The teacher's."""
         return self.teacher.fingerprint
 
     def head_for(self, name: str | None) -> LMHead | None:
-        """The teacher's."""
         return self.teacher.head_for(name)
 
     def follow(self, student: nn.Module) -> None:
@@ -111,11 +126,9 @@ class CachedTeacher(Teacher):
         self.teacher.follow(student)
 
     def state(self) -> dict[str, Tensor]:
-        """The teacher's."""
         return self.teacher.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The teacher's."""
         self.teacher.load_state(state)
 
     def uncached(self) -> Teacher:
@@ -126,12 +139,8 @@ class CachedTeacher(Teacher):
         try:
             self.teacher.close()
         finally:
-            with self._lock:
+            with self._claims.lock:
                 self._file.close()
-
-    def stats(self) -> dict[str, int]:
-        """Samples since it was opened that the teacher was not asked for (`hits`) and was asked for (`misses`), and bytes."""
-        return dict(self._counts)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """Scores as the teacher; samples with the same tokens are asked for once.
@@ -143,46 +152,32 @@ class CachedTeacher(Teacher):
             return self.teacher.score(samples, need, k=k)
         fingerprint = self.fingerprint
         asked = "sampled" if "topk" not in need else f"topk/{k}"
-        keys = [_key(fingerprint, sample, asked) for sample in samples]
+        keys = []
+        for sample in samples:
+            key = repr((fingerprint, sample.teacher, sample.prompt_length, asked)).encode()
+            key += sample.token_ids.long().contiguous().numpy().tobytes()
+            keys.append(blake2b(key, digest_size=16).digest())
         by_key = dict(zip(keys, samples, strict=True))
-        self._counts["hits"] += len(samples) - len(by_key)
         found: dict[bytes, Scores] = {}
+
+        def lacking() -> dict[bytes, Sample]:
+            missing = {key: sample for key, sample in by_key.items() if key not in found}
+            found.update(self._read(missing))
+            return {key: sample for key, sample in missing.items() if key not in found}
+
         while len(found) < len(by_key):
-            mine = self._look(by_key, found, fingerprint)
-            try:
-                for chunk in chunks(mine, lambda item: item[1].token_ids.numel(), self._chunk_tokens):
+            with self._claims.take(lacking) as mine:
+                if mine:
+                    with self._claims.lock:
+                        self._compare(fingerprint)
+                        self._since[fingerprint] += len(mine)
+                for chunk in chunks(mine.items(), lambda item: item[1].token_ids.numel(), CHUNK_TOKENS):
                     # outside the lock, so that other threads can ask for other samples meanwhile
                     scores = self.teacher.score([sample for _, sample in chunk], need, k=k)
-                    with self._lock:
+                    with self._claims.lock:
                         self._write(fingerprint, chunk, scores)
                     found.update(zip((key for key, _ in chunk), scores, strict=True))
-            finally:
-                with self._lock:
-                    self._asked -= {key for key, _ in mine}
-                    self._lock.notify_all()
         return [found[key] for key in keys]
-
-    def _look(
-        self, by_key: Mapping[bytes, Sample], found: dict[bytes, Scores], fingerprint: str
-    ) -> list[tuple[bytes, Sample]]:
-        """Adds stored scores to `found`, and returns what this thread has to ask for. Waits if others ask for all of it."""
-        with self._lock:
-            first = not found
-            while True:
-                lacking = {key: sample for key, sample in by_key.items() if key not in found}
-                found.update(self._read(lacking))
-                mine = [(key, sample) for key, sample in lacking.items() if key not in found and key not in self._asked]
-                if mine or len(found) == len(by_key):
-                    break
-                # every asker notifies when its teacher has answered or given up, and teachers have deadlines
-                self._lock.wait(WAIT_S)
-            self._counts["misses"] += len(mine)
-            self._counts["hits"] += len(by_key) - len(mine) if first else 0
-            if mine:
-                self._compare(fingerprint)
-                self._since[fingerprint] += len(mine)
-            self._asked |= {key for key, _ in mine}
-            return mine
 
     def _read(self, samples: Mapping[bytes, Sample]) -> dict[bytes, Scores]:
         found: dict[bytes, Scores] = {}
@@ -195,7 +190,6 @@ class CachedTeacher(Teacher):
                 if not torch.equal(tensors.pop("token_ids"), sample.token_ids):
                     raise self._damaged(f"sample {sample.key} is stored with other tokens")
                 found[key] = Scores(sample.response_ids, **tensors)
-                self._counts["bytes_read"] += len(value)
         return found
 
     def _write(self, fingerprint: str, chunk: Sequence[tuple[bytes, Sample]], scores: Sequence[Scores]) -> None:
@@ -209,7 +203,6 @@ class CachedTeacher(Teacher):
         try:
             for row in rows:
                 self._run("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?)", row)
-                self._counts["bytes_written"] += len(row[-1])
             self._run("COMMIT")
         except BaseException:
             self._file.rollback()
@@ -219,7 +212,19 @@ class CachedTeacher(Teacher):
         """Raises ScoreError if the teacher contradicts what is stored under its fingerprint, or does not score it any more."""
         if self._since.get(fingerprint, COMPARE_EVERY) < COMPARE_EVERY:
             return
-        stored = self._longest(fingerprint)
+        query = "SELECT teacher, prompt_length, value FROM scores WHERE fingerprint = ? ORDER BY rowid LIMIT ?"
+        stored = []
+        for index, (teacher, length, value) in enumerate(self._run(query, [fingerprint, COMPARED_OF])):
+            tensors = self._unpack(value)
+            ids, prompt = tensors["token_ids"], Prompt(id="stored", teacher=teacher)
+            # tokens alone, which is all that the teacher of a cache reads
+            author = torch.full(ids.shape, int(Author.STUDENT), dtype=torch.uint8)
+            sample = Sample(prompt, index, ids, author, length, "data", "", teacher=teacher)
+            stored.append((sample, tensors["logprob"]))
+        stored.sort(key=lambda pair: -pair[0].num_response_tokens)
+        del stored[COMPARED:]
+        while sum(len(before) for _, before in stored[:-1]) >= COMPARED_TOKENS:
+            stored.pop()
         gaps = []
         now = self.teacher.score([sample for sample, _ in stored], frozenset({"sampled"})) if stored else []
         for scores, (_, before) in zip(now, stored, strict=True):
@@ -231,27 +236,13 @@ class CachedTeacher(Teacher):
                 )
             gaps.append((scores.logprob.double() - before.double()).abs())
         # `not <=` in place of `>`, so that NaN counts as different
-        if gaps and not (drift := float(torch.cat(gaps).mean())) <= self._max_drift:
+        if gaps and not (drift := float(torch.cat(gaps).mean())) <= DRIFT:
             raise ScoreError(
                 f"teacher {self.name!r} is not the one that filled {self._path}: {sum(map(len, gaps))} response tokens that "
-                f"are stored there now score {drift:.3g} nats a token otherwise (at most {self._max_drift:g}). Serve the "
+                f"are stored there now score {drift:.3g} nats a token otherwise (at most {DRIFT:g}). Serve the "
                 "model that filled it, or change teacher.revision (scores are then stored apart), or delete the file"
             )
         self._since[fingerprint] = 0
-
-    def _longest(self, fingerprint: str) -> list[tuple[Sample, Tensor]]:
-        """Returns stored samples with the most response tokens, at most `COMPARED`, as few as have `COMPARED_TOKENS`, with
-        their scores."""
-        query = "SELECT teacher, prompt_length, value FROM scores WHERE fingerprint = ? ORDER BY rowid LIMIT ?"
-        found: list[tuple[Sample, Tensor]] = []
-        for index, (teacher, prompt_length, value) in enumerate(self._run(query, [fingerprint, COMPARED_OF])):
-            tensors = self._unpack(value)
-            found.append((_sample(tensors["token_ids"], prompt_length, teacher, index), tensors["logprob"]))
-        found.sort(key=lambda pair: -pair[0].num_response_tokens)
-        chosen = found[:COMPARED]
-        while sum(len(before) for _, before in chosen[:-1]) >= COMPARED_TOKENS:
-            chosen.pop()
-        return chosen
 
     def _run(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         try:
@@ -292,46 +283,20 @@ def _connect(path: Path) -> sqlite3.Connection:
             file.executescript(_TABLES)
             file.execute(f"PRAGMA user_version={FORMAT}")
             return file
-        except sqlite3.OperationalError as error:
+        except BaseException as error:
             file.close()
             # SQLite does not wait for a change of the journal mode, whatever the timeout
-            if "locked" not in str(error) or time.monotonic() > end:
+            locked = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+            if not locked or time.monotonic() > end:
                 raise
             time.sleep(0.05)
-        except BaseException:
-            file.close()
-            raise
-
-
-def _key(fingerprint: str, sample: Sample, asked: str) -> bytes:
-    digest = blake2b(digest_size=16)
-    digest.update(repr((fingerprint, sample.teacher, sample.prompt_length, asked)).encode())
-    digest.update(sample.token_ids.long().contiguous().numpy().tobytes())
-    return digest.digest()
 
 
 def _pack(sample: Sample, scores: Scores) -> bytes:
-    tensors = {
-        item.name: value
-        for item in fields(Scores)
-        if isinstance(value := getattr(scores, item.name), Tensor) and item.name != "hidden"
-    }
-    tensors["token_ids"] = sample.token_ids
-    packed: bytes = save(
-        {name: (value.int() if name in NARROW else value).cpu().contiguous() for name, value in tensors.items()}
-    )
+    tensors = {"token_ids": sample.token_ids}
+    for name in ("logprob", "entropy", "topk_ids", "topk_logprob"):
+        if (value := getattr(scores, name)) is not None:
+            tensors[name] = value
+    narrow = {name: value.int() if name in NARROW else value for name, value in tensors.items()}
+    packed: bytes = save({name: value.cpu().contiguous() for name, value in narrow.items()})
     return packed
-
-
-def _sample(token_ids: Tensor, prompt_length: int, teacher: str | None, index: int) -> Sample:
-    """Returns a sample of tokens alone, which is all that the teacher of a cache reads."""
-    return Sample(
-        prompt=Prompt(id="stored", teacher=teacher),
-        index=index,
-        token_ids=token_ids,
-        author=torch.full(token_ids.shape, int(Author.STUDENT), dtype=torch.uint8),
-        prompt_length=prompt_length,
-        finish="data",
-        text="",
-        teacher=teacher,
-    )

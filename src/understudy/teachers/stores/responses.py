@@ -16,7 +16,7 @@ from hashlib import blake2b
 from io import FileIO
 from itertools import islice
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import Renderer
 from understudy.tasks.responses import Find, HubResponses, JsonlResponses, ResponseSection, Solutions
+from understudy.teachers.stores.cache import Claims
 from understudy.types import Prompt, Request, Sampling
 
 try:
@@ -37,8 +38,6 @@ Generate = Callable[[Sequence[Prompt]], list[str | None]]
 Texts = Callable[[Sequence[Request]], list[Sequence[str]]]
 """Returns every known response to each request's prompt."""
 CACHE_FORMAT = 1
-WAIT_S = 60.0
-"""Interval of looks at responses that another thread writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +113,8 @@ def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseSt
     """Opens the store of a section. Raises RecipeError or DataError, also for type `teacher` if no teacher writes."""
     if not isinstance(section, TeacherResponses):
         find = section.find()
-        return ResponseStore(
-            lambda requests: [find(request.prompt) for request in requests], setup, shown=section.shown
-        )
+        texts: Texts = lambda requests: [find(request.prompt) for request in requests]  # noqa: E731
+        return ResponseStore(texts, setup, shown=section.shown)
     if setup.generate is None or setup.fingerprint is None:
         raise RecipeError("responses.type is 'teacher', but no teacher here writes responses; add a section teacher")
     sampling = section.sampling(setup.sampling)
@@ -127,30 +125,20 @@ def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseSt
         "seed": setup.seed,
     }
     cache = ResponseCache(setup.run_dir / "responses" if section.cache is None else Path(section.cache), identity)
-    written = WrittenOnce(setup.generate, cache)
-    return ResponseStore(written, setup, shown=section.shown, on_demand=True, take_damaged=cache.take_damaged)
+    return ResponseStore(WrittenOnce(setup.generate, cache), setup, shown=section.shown, cache=cache)
 
 
 class ResponseStore:
     """A teacher's responses as tokens of the student. One of several to a prompt is drawn by (seed, step, request).
 
-    `on_demand`: every prompt can get one. `take_damaged`: returns how many more lines of the cache could not be read.
+    `cache`: where they are written on demand, so that every prompt can get one.
     """
 
-    def __init__(
-        self,
-        texts: Texts,
-        setup: ResponseSetup,
-        *,
-        shown: str,
-        on_demand: bool = False,
-        take_damaged: Callable[[], int] = int,
-    ) -> None:
+    def __init__(self, texts: Texts, setup: ResponseSetup, *, shown: str, cache: ResponseCache | None = None) -> None:
         self._texts = texts
         self._renderer = setup.renderer
         self._seed = setup.seed
-        self._on_demand = on_demand
-        self._take_damaged = take_damaged
+        self._cache = cache
         self._counts: Counter[str] = Counter()
         # generation runs in threads of its own while the student learns
         self._lock = Lock()
@@ -183,12 +171,12 @@ class ResponseStore:
         with self._lock:
             counts = {name: self._counts[name] for name in ("responses_missing", "responses_unreadable")}
             self._counts.clear()
-        num_damaged = self._take_damaged()
+        num_damaged = 0 if self._cache is None else self._cache.take_damaged()
         return counts | {"responses_damaged": num_damaged} if num_damaged else counts
 
     def coverage(self, prompts: Sequence[Prompt]) -> tuple[int, int]:
         """Returns how many prompts have a response that the student's tokenizer can encode, and how many there are."""
-        if self._on_demand:
+        if self._cache is not None:
             return len(prompts), len(prompts)
         encoded = ((self._renderer.faithful(text) for text in self._of(prompt)) for prompt in prompts)
         return sum(any(ids is not None for ids in responses) for responses in encoded), len(prompts)
@@ -222,52 +210,35 @@ class WrittenOnce:
         self._generate = generate
         self._cache = cache
         self._without: set[str] = set()
-        self._being_written: set[str] = set()
-        """Keys that some thread has claimed."""
-        self._changed = Condition()
+        self._claims: Claims[str, Prompt] = Claims()
 
     def __call__(self, requests: Sequence[Request]) -> list[Sequence[str]]:
         """Raises DataError if the generator returns another number of texts than it was given prompts."""
-        keys = [request_key(request) for request in requests]
-        while lacking := self._claim(keys, requests):
-            try:
-                self._write(lacking)
-            finally:
-                with self._changed:
-                    self._being_written -= lacking.keys()
-                    self._changed.notify_all()
-        with self._changed:
-            return [(self._cache.texts[key],) if key in self._cache.texts else () for key in keys]
+        keys = []
+        for request in requests:
+            told = request.prompt.id.encode("utf-8", "surrogatepass") + b"\0" + request.token_ids.numpy().tobytes()
+            keys.append(blake2b(told, digest_size=16).hexdigest())
+        prompts = {key: request.prompt for key, request in zip(keys, requests, strict=True)}
+        written = self._cache.texts
 
-    def _claim(self, keys: Sequence[str], requests: Sequence[Request]) -> dict[str, Prompt]:
-        """Returns the prompts that this thread has to write. Waits for those of other threads, and claims them if those fail;
-        every teacher has a deadline."""
-        with self._changed:
-            while True:
-                lacking = self._lacking(keys, requests)
-                if lacking:
-                    self._cache.refresh()
-                    lacking = self._lacking(keys, requests)
-                if lacking or not self._being_written & set(keys):
-                    self._being_written |= lacking.keys()
-                    return lacking
-                self._changed.wait(WAIT_S)
+        def lacking() -> dict[str, Prompt]:
+            if prompts.keys() - written.keys() - self._without:
+                self._cache.refresh()
+            return {k: prompt for k, prompt in prompts.items() if k not in written and k not in self._without}
 
-    def _write(self, lacking: Mapping[str, Prompt]) -> None:
-        made = self._generate(list(lacking.values()))
-        if len(made) != len(lacking):
-            raise DataError(f"the teacher gave {len(made)} responses to {len(lacking)} prompts; it must give one each")
-        texts = dict(zip(lacking, made, strict=True))
-        with self._changed:
-            self._without |= {key for key, text in texts.items() if text is None}
-            self._cache.add([(key, lacking[key].id, text) for key, text in texts.items() if text is not None])
-
-    def _lacking(self, keys: Sequence[str], requests: Sequence[Request]) -> dict[str, Prompt]:
-        return {
-            key: request.prompt
-            for key, request in zip(keys, requests, strict=True)
-            if key not in self._cache.texts and key not in self._without and key not in self._being_written
-        }
+        while True:
+            with self._claims.take(lacking) as mine:
+                if not mine:
+                    return [(written[key],) if key in written else () for key in keys]
+                made = self._generate(list(mine.values()))
+                if len(made) != len(mine):
+                    raise DataError(
+                        f"the teacher gave {len(made)} responses to {len(mine)} prompts; it must give one each"
+                    )
+                texts = dict(zip(mine, made, strict=True))
+                with self._claims.lock:
+                    self._without |= {key for key, text in texts.items() if text is None}
+                    self._cache.add([(key, mine[key].id, text) for key, text in texts.items() if text is not None])
 
 
 class ResponseCache:
@@ -368,13 +339,6 @@ def _write(file: FileIO, data: bytes) -> None:
     """Writes in one system call, unless that takes less."""
     while data:
         data = data[file.write(data) :]
-
-
-def request_key(request: Request) -> str:
-    """Returns a hash of a prompt's id and its rendered tokens."""
-    digest = blake2b(request.prompt.id.encode("utf-8", "surrogatepass"), digest_size=16)
-    digest.update(b"\0" + request.token_ids.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
