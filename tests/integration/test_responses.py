@@ -89,7 +89,7 @@ def test_solutions_are_those_of_the_task(tmp_path: Path) -> None:
         assert torch.equal(ids, Renderer(TOKENIZER).response(prompt.solution or ""))
     without = [replace(prompts[0], solution=None), prompts[1]]
     assert say(store.find(ask(without), 0)) == [None, prompts[1].solution]
-    assert store.coverage(without) == (1, 2)
+    store.check(without, "sums")
     assert store.take_counts() == {"responses_missing": 1, "responses_unreadable": 0}
     assert store.take_counts() == {"responses_missing": 0, "responses_unreadable": 0}
 
@@ -109,8 +109,10 @@ def test_rows_are_matched_by_the_problem(tmp_path: Path, name: str) -> None:
         "2",
         "4",
     ]
-    assert store.coverage(prompts) == store.check(prompts, task.name) == (2, 3)
-    assert store.check(prompts, task.name, limit=1) == (1, 1)
+    store.check(prompts, task.name)
+    store.check(prompts, task.name, limit=1)
+    with pytest.raises(RecipeError, match="none of the 1 prompts"):
+        store.check(prompts[2:], task.name)
     repeated = [replace(prompts[0], id=f"{prompts[0].id}~2")]
     assert say(store.find(ask(repeated), 0)) == ["2"]
 
@@ -157,7 +159,9 @@ def test_texts_that_the_student_cannot_say_are_left_out(tmp_path: Path) -> None:
     prompts = [Prompt(name, text=f"{name}?") for name in "abcd"]
     assert [set(say(store.find(ask([prompt], 9), 0))) for prompt in prompts] == [{"4"}, {None}, {None}, {None}]
     assert store.take_counts() == {"responses_missing": 27, "responses_unreadable": 3}
-    assert store.coverage(prompts) == (1, 4)
+    store.check(prompts, "sums")
+    with pytest.raises(RecipeError, match="none of the 2 prompts"):
+        store.check(prompts[1:], "sums", limit=2)
     with pytest.raises(
         RecipeError, match=r"none of the 2 prompts of task sums has a response in .*r\.jsonl \(a\): 1 have"
     ):
@@ -229,7 +233,7 @@ def teacher_store(folder: Path, writer: Writer, changed: dict[str, Any] | None =
 def test_the_teacher_writes_once_and_only_what_is_needed(tmp_path: Path) -> None:
     writer = Writer()
     store = teacher_store(tmp_path, writer)
-    assert store.coverage(PROMPTS) == (3, 3)
+    store.check(PROMPTS, "sums")
     assert not writer.asked
     assert not (tmp_path / "run").exists()
     assert say(store.find(ask(PROMPTS[:2], 4), 0)) == ["3"] * 4 + ["6"] * 4

@@ -75,10 +75,25 @@ class Start(LoadedSection):
         """Raises RecipeError for a LoRA student whose weights are not the start once its adapters are off, or which is to
         be run in another way than it is, and as `load_start`."""
         student = setup.student
-        if student is not None and unwrap(student) is not student:
-            self._check_adapters(student)
-            return LocalTeacher.beside(setup, student, around=partial(without_adapters, student))
-        return LocalTeacher.beside(setup, self.load_start(setup), offload=self.offload)
+        if student is None or unwrap(student) is student:
+            return LocalTeacher.beside(setup, self.load_start(setup), offload=self.offload)
+        trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+        moving = [name for name in trained if not any(part in name for part in ADAPTERS)]
+        if moving:
+            raise RecipeError(
+                f"{len(moving)} weights outside the adapters are trained too, first {moving[0]!r}, so the student without "
+                "its adapters is not its start; train adapters only, or name the start as a model of its own"
+            )
+        base = unwrap(student)
+        attention = getattr(base.config, "_attn_implementation", None)
+        has = {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention}
+        for key, value in has.items():
+            if getattr(self, key) not in (None, "auto", value):
+                raise RecipeError(
+                    f"{key} is {getattr(self, key)!r}, but with LoRA the student's start is the live model without its "
+                    f"adapters, which has {value!r}; leave {key} out, or name the start as a model of its own"
+                )
+        return LocalTeacher.beside(setup, student, around=partial(without_adapters, student))
 
     def load_start(self, setup: Setup) -> nn.Module:
         """A model of its own with the student's initial weights.
@@ -103,28 +118,6 @@ class Start(LoadedSection):
             )
         model = setup.fresh_student().to(device).eval()
         return model if dtype == "auto" else model.to(getattr(torch, dtype))
-
-    def _check_adapters(self, student: nn.Module) -> None:
-        """Raises RecipeError unless the student without its adapters is the start, run as asked."""
-        moving = [
-            name
-            for name, parameter in student.named_parameters()
-            if parameter.requires_grad and not any(part in name for part in ADAPTERS)
-        ]
-        if moving:
-            raise RecipeError(
-                f"{len(moving)} weights outside the adapters are trained too, first {moving[0]!r}, so the student without "
-                "its adapters is not its start; train adapters only, or name the start as a model of its own"
-            )
-        base = unwrap(student)
-        attention = getattr(base.config, "_attn_implementation", None)
-        has = {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention}
-        for key, value in has.items():
-            if getattr(self, key) not in (None, "auto", value):
-                raise RecipeError(
-                    f"{key} is {getattr(self, key)!r}, but with LoRA the student's start is the live model without its "
-                    f"adapters, which has {value!r}; leave {key} out, or name the start as a model of its own"
-                )
 
 
 @contextmanager
@@ -186,24 +179,10 @@ class LocalTeacher(Teacher):
         self._lock = RLock()
 
     @staticmethod
-    def beside(
-        setup: Setup,
-        model: nn.Module,
-        *,
-        offload: bool = False,
-        around: Callable[[], AbstractContextManager[object]] | None = None,
-    ) -> LocalTeacher:
-        """The model as a teacher of the run that `setup` describes."""
-        return LocalTeacher(
-            model,
-            name=setup.name,
-            vocab_size=setup.vocab_size,
-            temperature=setup.temperature,
-            device=setup.device,
-            offload=offload,
-            around=around,
-            generate=setup.generate,
-        )
+    def beside(setup: Setup, model: nn.Module, **options: Any) -> LocalTeacher:
+        """The model as a teacher of the run that `setup` describes; `options` as those of the class."""
+        names = ("name", "vocab_size", "temperature", "device", "generate")
+        return LocalTeacher(model, **{name: getattr(setup, name) for name in names}, **options)
 
     @property
     def max_tokens(self) -> int | None:

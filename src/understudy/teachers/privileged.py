@@ -211,7 +211,6 @@ class PrivilegedTeacher(Teacher):
         return self._fingerprint
 
     def head_for(self, name: str | None) -> LMHead:
-        """The model's."""
         return self._inner.head_for(name)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
@@ -238,7 +237,6 @@ class PrivilegedTeacher(Teacher):
         return self._reword(sample).prompt_length
 
     def follow(self, student: nn.Module) -> None:
-        """Moves with `ema`."""
         if self._average is not None:
             self._average.follow(student)
             self._fingerprint = None

@@ -192,10 +192,8 @@ def _responses(files: Files) -> tuple[Finding, ...]:
     is_here = files.fetch or (section.is_local and recipe.task.is_local)
     if section.by_teacher or not files.knows_tokenizer or not is_here:
         return ()
-    store, prompts = open_responses(section, response_setup(recipe, files.renderer)), recipe.task.prompts("train")
-    # one at a time: most often the first has one
-    if not any(store.coverage([prompt])[0] for prompt in islice(prompts, NUM_CHECKED_PROMPTS)):
-        store.check(prompts, recipe.task.name, NUM_CHECKED_PROMPTS)
+    store = open_responses(section, response_setup(recipe, files.renderer))
+    store.check(recipe.task.prompts("train"), recipe.task.name, NUM_CHECKED_PROMPTS)
     return ()
 
 

@@ -150,7 +150,7 @@ class ChatTeacher(Judge):
             choice = self._complete(self._body(messages, max_new_tokens, temperature), prompt.id)
             if isinstance(choice, Refused) or choice.get("finish_reason") == "length":
                 return None
-            return _content(choice) or None
+            return choice["message"].get("content") or None
 
         return self._client.each(prompts, write)
 
@@ -169,7 +169,7 @@ class ChatTeacher(Judge):
             choice = self._complete(body, f"{key}/{attempt}", self._constrain)
             if isinstance(choice, Refused):
                 return Reply(None, attempt, f"the server refuses the question as too long: {choice.message}")
-            said = _content(choice)
+            said = choice["message"].get("content") or ""
             value = read_digit(said)
             number = value if value is None or score == "argmax" else self._expectation(choice, value)
             if number is not None:
@@ -240,7 +240,3 @@ def _read_choice(reply: HttpReply) -> dict[str, Any]:
     if not isinstance(choice, dict) or not (content is None or isinstance(content, str)):
         raise BadReply(f"a reply that is not a chat completion: {reply.text}")
     return choice
-
-
-def _content(choice: dict[str, Any]) -> str:
-    return choice["message"].get("content") or ""

@@ -194,11 +194,18 @@ class CachedTeacher(Teacher):
 
     def _write(self, fingerprint: str, chunk: Sequence[tuple[bytes, Sample]], scores: Sequence[Scores]) -> None:
         """Writes all or nothing. If another process was first, its entry stays."""
-        rows = [
-            (key, fingerprint, sample.teacher, sample.prompt_length, _pack(sample, score))
-            for (key, sample), score in zip(chunk, scores, strict=True)
-            if sample.num_response_tokens and not isinstance(score, Unscored)
-        ]
+        rows = []
+        for (key, sample), score in zip(chunk, scores, strict=True):
+            if not sample.num_response_tokens or isinstance(score, Unscored):
+                continue
+            tensors = {name: getattr(score, name) for name in ("logprob", "entropy", "topk_ids", "topk_logprob")}
+            tensors["token_ids"] = sample.token_ids
+            packed = {
+                name: (value.int() if name in NARROW else value).cpu().contiguous()
+                for name, value in tensors.items()
+                if value is not None
+            }
+            rows.append((key, fingerprint, sample.teacher, sample.prompt_length, save(packed)))
         self._run("BEGIN IMMEDIATE")
         try:
             for row in rows:
@@ -290,13 +297,3 @@ def _connect(path: Path) -> sqlite3.Connection:
             if not locked or time.monotonic() > end:
                 raise
             time.sleep(0.05)
-
-
-def _pack(sample: Sample, scores: Scores) -> bytes:
-    tensors = {"token_ids": sample.token_ids}
-    for name in ("logprob", "entropy", "topk_ids", "topk_logprob"):
-        if (value := getattr(scores, name)) is not None:
-            tensors[name] = value
-    narrow = {name: value.int() if name in NARROW else value for name, value in tensors.items()}
-    packed: bytes = save({name: value.cpu().contiguous() for name, value in narrow.items()})
-    return packed

@@ -174,29 +174,24 @@ class ResponseStore:
         num_damaged = 0 if self._cache is None else self._cache.take_damaged()
         return counts | {"responses_damaged": num_damaged} if num_damaged else counts
 
-    def coverage(self, prompts: Sequence[Prompt]) -> tuple[int, int]:
-        """Returns how many prompts have a response that the student's tokenizer can encode, and how many there are."""
+    def check(self, prompts: Sequence[Prompt], task: str, limit: int | None = None) -> None:
+        """Raises RecipeError if none of the first `limit` prompts has a response that the student's tokenizer can encode."""
         if self._cache is not None:
-            return len(prompts), len(prompts)
-        encoded = ((self._renderer.faithful(text) for text in self._of(prompt)) for prompt in prompts)
-        return sum(any(ids is not None for ids in responses) for responses in encoded), len(prompts)
-
-    def check(self, prompts: Sequence[Prompt], task: str, limit: int | None = None) -> tuple[int, int]:
-        """Returns `coverage` of the first `limit` prompts. Raises RecipeError if none of them has a response."""
-        looked_at = list(islice(prompts, limit))
-        num_found, num_prompts = self.coverage(looked_at)
-        if num_found == 0:
-            unreadable = sum(bool(self._of(prompt)) for prompt in looked_at)
-            why = (
-                f"{unreadable} have one, but the student's tokenizer cannot say it"
-                if unreadable
-                else "compare the problems in both (letter case, white space and template do not matter)"
-            )
-            raise RecipeError(f"none of the {num_prompts} prompts of task {task} has a response in {self.shown}: {why}")
-        return num_found, num_prompts
-
-    def _of(self, prompt: Prompt) -> Sequence[str]:
-        return self._texts([Request(prompt, 0, Tensor())])[0]
+            return
+        num_prompts = unreadable = 0
+        # one at a time: most often the first has one
+        for prompt in islice(prompts, limit):
+            texts = self._texts([Request(prompt, 0, Tensor())])[0]
+            if any(self._renderer.faithful(text) is not None for text in texts):
+                return
+            num_prompts += 1
+            unreadable += bool(texts)
+        why = (
+            f"{unreadable} have one, but the student's tokenizer cannot say it"
+            if unreadable
+            else "compare the problems in both (letter case, white space and template do not matter)"
+        )
+        raise RecipeError(f"none of the {num_prompts} prompts of task {task} has a response in {self.shown}: {why}")
 
 
 class WrittenOnce:
