@@ -131,9 +131,9 @@ def _parse_field(item: Field[Any], hint: Any, value: object, path: str) -> Any:
     if chosen is not None and chosen.named:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{path} is {brief(value)}; it must be a mapping of names to sections with a `type`")
-        return {str(name): _parse_choice(chosen, section, _join(path, name)) for name, section in value.items()}
+        return {str(name): parse_choice(chosen, section, _join(path, name)) for name, section in value.items()}
     if chosen is not None:
-        return None if value is None and chosen.optional else _parse_choice(chosen, value, path)
+        return None if value is None and chosen.optional else parse_choice(chosen, value, path)
     inner = _dataclass_in(hint)
     if inner is not None:
         return None if value is None and NoneType in get_args(hint) else parse(inner, value, path)
@@ -145,7 +145,8 @@ def _parse_field(item: Field[Any], hint: Any, value: object, path: str) -> Any:
         raise RecipeError(f"{path} is {brief(value)}; {_complaint(error, hint, value)}") from error
 
 
-def _parse_choice(chosen: Choice, value: object, path: str) -> Any:
+def parse_choice(chosen: Choice, value: object, path: str) -> Any:
+    """The section that `type: NAME` says. Raises RecipeError as `parse` does."""
     if not isinstance(value, Mapping):
         raise RecipeError(f"{path} is {brief(value)}; it must be a mapping with a `type`: {', '.join(chosen.table)}")
     name = value.get("type")

@@ -6,42 +6,32 @@ Source: "Asymmetric On-Policy Distillation", arXiv 2605.06387.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from understudy.losses import advantages
 from understudy.losses.divergences import Tail
 from understudy.losses.terms import Reads, Reduce, Term, TopKDivergence
-from understudy.methods.base import OptionallyClipped, only, present
+from understudy.methods.base import ClippedMethod, PositiveInt, Range, only, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class AOPD(OptionallyClipped):
+class AOPD(ClippedMethod):
     """Tokens with `T(y_t) - S(y_t) <= threshold` (probabilities) take forward KL on the teacher's top K instead of OPD's term.
 
     T and S that differ by no more than `advantages.rounding` are equal. Mean over the tokens of each sample, then over
     samples. `threshold=-1` is OPD; 1 is forward KL everywhere.
     """
 
-    k: int = 64
-    threshold: float = 0.0
+    k: PositiveInt = 64
+    threshold: Annotated[float, Range(-1.0, 1.0)] = 0.0
     mean_over_k: bool = False
     """Open in the sources: a factor 1/K on the forward KL."""
     reduce: Reduce = "sequence"
     tail: Tail = "none"
     """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("k", 1)
-        self.check_range("threshold", -1.0, 1.0)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"sampled", "topk"})
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        return (*super().requires, "teacher_logprob")
+    needs = frozenset[Need]({"sampled", "topk"})
 
     @property
     def reads(self) -> Reads:

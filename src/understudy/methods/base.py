@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,6 +15,19 @@ from understudy.types import Need, TokenBatch
 Scope = Literal["token", "batch"]
 OnReject = Literal["teacher", "drop", "resample"]
 RewardSource = Literal["outcome", "verbal"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a method's key, both included: `k: Annotated[int, Range(1)] = 64`. None passes."""
+
+    low: float
+    high: float = float("inf")
+
+
+Share = Annotated[float, Range(0.0, 1.0)]
+NonNegative = Annotated[float, Range(0.0)]
+PositiveInt = Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
@@ -54,11 +66,6 @@ class RolloutPlan:
     rewards: Rewards | None = None
     acceptance: Acceptance | None = None
 
-    @property
-    def fills_slots(self) -> bool:
-        """Whether a teacher's own responses take the place of rejected samples."""
-        return self.acceptance is not None and self.acceptance.on_reject == "teacher"
-
 
 @dataclass(frozen=True)
 class Uses:
@@ -82,20 +89,6 @@ class Uses:
         """Whether responses that the student did not write have a use."""
         return self.given_responses or self.prefixes or self.fills_slots
 
-    @staticmethod
-    def over(plans: Iterable[RolloutPlan]) -> Uses:
-        """The union over the plans."""
-        # a set: over most of a long run the plan is the same
-        seen = set(plans)
-        return Uses(
-            own_samples=any(plan.on_policy_share > 0 for plan in seen),
-            given_responses=any(plan.on_policy_share < 1 for plan in seen),
-            prefixes=any(plan.prefix_share > 0 for plan in seen),
-            fills_slots=any(plan.fills_slots for plan in seen),
-            judge=any(plan.acceptance is not None for plan in seen),
-            rewards=frozenset(plan.rewards.source for plan in seen if plan.rewards is not None),
-        )
-
 
 @dataclass(frozen=True)
 class Method:
@@ -103,6 +96,14 @@ class Method:
 
     `terms` sees no logits and gives no gradient: it reads the batch and says which losses apply to which tokens.
     """
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a key outside its `Range`."""
+        for key, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, key)
+            for bound in getattr(hint, "__metadata__", ()):
+                if value is not None and not bound.low <= value <= bound.high:
+                    raise ValueError(f"{key} is {value}; it must lie in [{bound.low:g}, {bound.high:g}]")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -137,7 +138,17 @@ class Method:
 
         Every step is asked, because a schedule may begin off-policy and end on-policy, or the other way round.
         """
-        return Uses.over(self.plan(step) for step in range(num_steps))
+        # a set: over most of a long run the plan is the same
+        plans = {self.plan(step) for step in range(num_steps)}
+        rules = [plan.acceptance for plan in plans if plan.acceptance is not None]
+        return Uses(
+            own_samples=any(plan.on_policy_share > 0 for plan in plans),
+            given_responses=any(plan.on_policy_share < 1 for plan in plans),
+            prefixes=any(plan.prefix_share > 0 for plan in plans),
+            fills_slots=any(rule.on_reject == "teacher" for rule in rules),
+            judge=bool(rules),
+            rewards=frozenset(plan.rewards.source for plan in plans if plan.rewards is not None),
+        )
 
     def at(self, step: int) -> tuple[Method, int]:
         """The method that is active at a step of the run, and the step counted from the method's own start."""
@@ -152,12 +163,6 @@ class Method:
         """The method with keys that depend on the run filled in."""
         return self
 
-    def check_range(self, key: str, low: float, high: float = float("inf")) -> None:
-        """Raises ValueError when the field `key` lies outside [low, high]."""
-        value = getattr(self, key)
-        if not low <= value <= high:
-            raise ValueError(f"{key} is {value}; it must lie in [{low:g}, {high:g}]")
-
 
 @dataclass(frozen=True)
 class PolicyMethod(Method):
@@ -167,16 +172,25 @@ class PolicyMethod(Method):
     """
 
     correction: advantages.Correction = field(default="none", kw_only=True)
-    correction_low: float = field(default=0.5, kw_only=True)
+    correction_low: NonNegative = field(default=0.5, kw_only=True)
     correction_high: float = field(default=5.0, kw_only=True)
     """"tis" cuts the weight there; "icepop" drops tokens outside [low, high]."""
 
     def __post_init__(self) -> None:
-        self.check_range("correction_low", 0.0, self.correction_high)
+        super().__post_init__()
+        if not self.correction_low <= self.correction_high:
+            raise ValueError(f"correction_low is {self.correction_low}; it must not exceed correction_high")
 
     @property
     def requires(self) -> tuple[str, ...]:
-        return () if self.correction == "none" else ("rollout_logprob",)
+        """The fields that follow from the correction, the scores that are asked for, and the plan."""
+        fields = {
+            "rollout_logprob": self.correction != "none",
+            "teacher_logprob": not self.needs.isdisjoint({"sampled", "full"}),
+            "reference_logprob": "reference" in self.needs,
+            "outcome_advantage": self.plan(0).rewards is not None,
+        }
+        return tuple(name for name, is_required in fields.items() if is_required)
 
     def weight(self, batch: TokenBatch) -> Tensor | None:
         """Weight of each token that corrects for the gap between engine and trainer. [T]; None without a correction."""
@@ -211,16 +225,11 @@ class PolicyMethod(Method):
 
 
 @dataclass(frozen=True)
-class OptionallyClipped(PolicyMethod):
-    """A policy gradient whose paper makes one update per batch, where a clip has no effect; for several updates it may clip."""
+class ClippedMethod(PolicyMethod):
+    """A policy gradient with PPO's clip, which has no effect in the first update of a batch; None: no clip."""
 
-    clip: float | None = field(default=None, kw_only=True)
+    clip: Annotated[float | None, Range(0.0)] = field(default=None, kw_only=True)
     """PPO's clip: the ratio to S_old is clipped to [1 - clip, 1 + clip]."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip is not None:
-            self.check_range("clip", 0.0)
 
     @property
     def ratio_clip(self) -> tuple[float, float] | None:
@@ -236,22 +245,3 @@ def present(value: Tensor | None) -> Tensor:
     """The field, which `requires` has already checked."""
     assert value is not None
     return value
-
-
-__all__ = [
-    "Acceptance",
-    "Method",
-    "OnReject",
-    "OptionallyClipped",
-    "PolicyMethod",
-    "Reads",
-    "Reduce",
-    "RewardSource",
-    "Rewards",
-    "RolloutPlan",
-    "Scope",
-    "Term",
-    "Uses",
-    "only",
-    "present",
-]

@@ -5,46 +5,31 @@ Source: "Entropy-Aware On-Policy Distillation of Language Models", arXiv 2603.07
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from understudy.losses import advantages
 from understudy.losses.terms import Reads, Term, TopKDivergence
-from understudy.methods.base import PolicyMethod, only, present
+from understudy.methods.base import ClippedMethod, NonNegative, PositiveInt, only, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class EOPD(PolicyMethod):
+class EOPD(ClippedMethod):
     """OPD with a clip, plus `coef 1[H_T > threshold] sum_K T'(v)(log T'(v) - log S(v))`, T' renormalised on its top K.
 
     Both parts are averaged over all trained tokens. A teacher that returns no entropy gives a lower bound of it from its
     K probabilities; the metric `teacher_entropy_estimated` says so.
     """
 
-    k: int = 16
+    k: PositiveInt = 16
     threshold: float = 0.8
     """Nats."""
     coef: float = 1.0
-    clip: float = 0.2
+    clip: NonNegative = field(default=0.2, kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("k", 1)
-        self.check_range("clip", 0.0)
-
-    @property
-    def ratio_clip(self) -> tuple[float, float]:
-        return self.clip, self.clip
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"sampled", "topk"})
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        return (*super().requires, "teacher_logprob")
+    needs = frozenset[Need]({"sampled", "topk"})
 
     @property
     def reads(self) -> Reads:
@@ -53,12 +38,11 @@ class EOPD(PolicyMethod):
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         topk = present(batch.topk_logprob)
-        estimated = batch.teacher_entropy is None
         entropy = advantages.entropy_from_topk(topk) if batch.teacher_entropy is None else batch.teacher_entropy
         uncertain = batch.on_policy & (entropy > self.threshold)
         shown = {
             "uncertain": only(uncertain.to(ratio.dtype), batch.on_policy),
-            "teacher_entropy_estimated": torch.full_like(ratio, float(estimated)),
+            "teacher_entropy_estimated": torch.full_like(ratio, float(batch.teacher_entropy is None)),
         }
         forward = TopKDivergence(topk.log_softmax(-1), "forward", "none")
         return [

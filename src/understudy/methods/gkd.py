@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from understudy.losses.terms import FullDivergence, Reads, Term
-from understudy.methods.base import Method, RolloutPlan
+from understudy.methods.base import Method, RolloutPlan, Share
 from understudy.types import Need, TokenBatch
 
 
@@ -16,18 +16,12 @@ from understudy.types import Need, TokenBatch
 class GKD(Method):
     """Generalised Jensen-Shannon divergence of `beta`, mean over trained tokens; see `divergences.generalised_js`."""
 
-    beta: float = 1.0
+    beta: Share = 1.0
     """0: forward `KL(T || S)`; 1: reverse `KL(S || T)`; between: interpolated."""
-    on_policy_share: float = 1.0
+    on_policy_share: Share = 1.0
     """The paper's lambda: share of samples that the student writes; the rest are the data's responses."""
 
-    def __post_init__(self) -> None:
-        self.check_range("beta", 0.0, 1.0)
-        self.check_range("on_policy_share", 0.0, 1.0)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"full"})
+    needs = frozenset[Need]({"full"})
 
     @property
     def reads(self) -> Reads:

@@ -10,26 +10,25 @@ from typing import Literal
 
 from understudy.losses import advantages
 from understudy.losses.terms import FullDivergence, Reads, Reduce, Term
-from understudy.methods.base import OptionallyClipped, only, present
+from understudy.methods.base import ClippedMethod, NonNegative, only, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class GOPD(OptionallyClipped):
+class GOPD(ClippedMethod):
     """`A_t = sg[d_t + (scale - 1)(log T(y_t) - log R(y_t))]`; at the optimum S is `T^scale R^(1-scale)`, normalised.
 
     "full" is the reverse KL to that distribution, whose Monte-Carlo gradient "sampled" is. The reference R is the
     student's start, the teacher's base (reward correction) or any model: the section `reference` of a recipe.
     """
 
-    scale: float = 1.25
+    scale: NonNegative = 1.25
     """The paper's lambda: 1 is OPD whatever R is, below interpolates, above lets the student pass its teacher (ExOPD)."""
     form: Literal["sampled", "full"] = "sampled"
     reduce: Reduce = "token"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_range("scale", 0.0)
         if self.form == "full" and (self.correction != "none" or self.clip is not None):
             raise ValueError("the full form has no policy gradient, so neither correction nor clip; use form: sampled")
 
@@ -37,13 +36,6 @@ class GOPD(OptionallyClipped):
     def needs(self) -> frozenset[Need]:
         reference: set[Need] = set() if self.scale == 1.0 else {"reference"}
         return frozenset(reference | {"sampled" if self.form == "sampled" else "full"})
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        if self.form == "full":
-            return ()
-        scored = ("teacher_logprob",) if self.scale == 1.0 else ("teacher_logprob", "reference_logprob")
-        return (*super().requires, *scored)
 
     @property
     def reads(self) -> Reads:

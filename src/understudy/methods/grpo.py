@@ -6,11 +6,11 @@ Sources: GRPO, arXiv 2402.03300; Dr.GRPO, arXiv 2503.20783; DAPO, arXiv 2503.144
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated
 
 from understudy.losses import advantages
 from understudy.losses.terms import Reduce, ReferenceKL, Term
-from understudy.methods.base import Method, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.methods.base import Method, NonNegative, PolicyMethod, Range, Rewards, RolloutPlan, present
 from understudy.types import Need, TokenBatch
 
 
@@ -18,28 +18,21 @@ from understudy.types import Need, TokenBatch
 class GRPO(PolicyMethod):
     """`A_i = (R_i - mean_g) / (std_g + 1e-6)` on every token of sample i, clipped as PPO; `distil_coef` adds `coef d_t`."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
     normalise_std: bool = True
-    length: Literal["token", "sequence", "constant"] = "token"
+    length: Reduce = "token"
     """The mean: over all tokens; over each sample's, then samples; or sums over samples, divided by `max_tokens`."""
-    kl_coef: float = 0.0
+    kl_coef: NonNegative = 0.0
     """Weight of the KL to the reference model."""
     dynamic_sampling: bool = False
     """Replace prompts whose samples all have the same grade (penalties for length aside) by further prompts."""
-    distil_coef: float = 0.0
+    distil_coef: NonNegative = 0.0
     """Above 0: OPD's log-ratio joins the advantage."""
-    overlong_buffer: int = 0
+    overlong_buffer: Annotated[int, Range(0)] = 0
     """Tokens before the length limit over which a penalty grows to -1."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, Range(1)] = None
     """Divisor of "constant"; None: the run's `sampling.max_new_tokens`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("clip_low", "clip_high", "kl_coef", "distil_coef", "overlong_buffer"):
-            self.check_range(key, 0.0)
-        if self.max_tokens is not None:
-            self.check_range("max_tokens", 1)
 
     @property
     def ratio_clip(self) -> tuple[float, float]:
@@ -49,12 +42,6 @@ class GRPO(PolicyMethod):
     def needs(self) -> frozenset[Need]:
         asked: set[Need] = {"sampled"} if self.distil_coef else {"none"}
         return frozenset(asked | {"reference"} if self.kl_coef else asked)
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        scored = [*super().requires, "outcome_advantage"]
-        scored += ["teacher_logprob"] if self.distil_coef else []
-        return (*scored, "reference_logprob") if self.kl_coef else tuple(scored)
 
     def plan(self, step: int) -> RolloutPlan:
         rewards = Rewards("outcome", self.normalise_std, self.dynamic_sampling, self.overlong_buffer)
@@ -68,20 +55,16 @@ class GRPO(PolicyMethod):
         if self.distil_coef:
             ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
             advantage = advantage + self.distil_coef * ratio
-        reduce, scale = self._mean()
-        policy = self.policy_term(batch, advantage, batch.on_policy, reduce=reduce)
-        terms = [replace(policy, coef=scale)]
+        scale = 1.0
+        if self.length == "constant":
+            if self.max_tokens is None:
+                raise ValueError("length is constant, but no run is known here to take it from; set max_tokens")
+            scale = 1.0 / self.max_tokens
+        terms = [replace(self.policy_term(batch, advantage, batch.on_policy, reduce=self.length), coef=scale)]
         if self.kl_coef:
-            loss = ReferenceKL(present(batch.reference_logprob))
-            terms.append(Term("reference_kl", loss, mask=batch.on_policy, coef=self.kl_coef * scale, reduce=reduce))
+            loss, coef = ReferenceKL(present(batch.reference_logprob)), self.kl_coef * scale
+            terms.append(Term("reference_kl", loss, mask=batch.on_policy, coef=coef, reduce=self.length))
         return terms
-
-    def _mean(self) -> tuple[Reduce, float]:
-        if self.length != "constant":
-            return self.length, 1.0
-        if self.max_tokens is None:
-            raise ValueError("length is constant, but no run is known here to take it from; set max_tokens")
-        return "constant", 1.0 / self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -89,14 +72,14 @@ class DrGRPO(GRPO):
     """GRPO without the division by the standard deviation and with a constant in place of the lengths."""
 
     normalise_std: bool = False
-    length: Literal["token", "sequence", "constant"] = "constant"
+    length: Reduce = "constant"
 
 
 @dataclass(frozen=True)
 class DAPO(GRPO):
     """GRPO with a wider clip above, the mean over tokens, groups that differ, and a soft penalty near the limit."""
 
-    clip_high: float = 0.28
+    clip_high: NonNegative = 0.28
     dynamic_sampling: bool = True
-    overlong_buffer: int = 0
+    overlong_buffer: Annotated[int, Range(0)] = 0
     """The paper takes 4,096 of 20,480 tokens."""

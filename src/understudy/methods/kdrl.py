@@ -8,39 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from understudy.losses.terms import SquaredLogRatio, Term
-from understudy.methods.base import Method, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.methods.base import ClippedMethod, Method, NonNegative, Rewards, RolloutPlan, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class KDRL(PolicyMethod):
+class KDRL(ClippedMethod):
     """`J_GRPO - beta d_t^2 / 2`, the gradient of the second part through S; off where the sample is already right."""
 
-    beta: float = 0.002
+    beta: NonNegative = 0.002
     anneal_to: float | None = None
     """Value of beta at the last step, reached linearly; None: constant."""
     skip_correct: bool = True
     """A batch that does not say what is right counts samples with a positive advantage as right."""
-    clip: float = field(default=0.2, kw_only=True)
+    clip: NonNegative = field(default=0.2, kw_only=True)
     num_steps: int | None = field(default=None, kw_only=True)
     """Length of the schedule to `anneal_to`; None: the run's steps."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("beta", 0.0)
-        self.check_range("clip", 0.0)
-
-    @property
-    def ratio_clip(self) -> tuple[float, float]:
-        return self.clip, self.clip
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"sampled"})
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        return (*super().requires, "teacher_logprob", "outcome_advantage")
+    needs = frozenset[Need]({"sampled"})
 
     def plan(self, step: int) -> RolloutPlan:
         return RolloutPlan(rewards=Rewards("outcome"))

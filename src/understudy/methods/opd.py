@@ -7,40 +7,35 @@ vOPD's, arXiv 2605.07865.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from understudy.losses import advantages
 from understudy.losses.terms import Reads, Reduce, Term
-from understudy.methods.base import OptionallyClipped, Scope, present
+from understudy.methods.base import ClippedMethod, Range, Scope, Share, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class OPD(OptionallyClipped):
+class OPD(ClippedMethod):
     """`A_t = sg[d_t]`, `d_t = log T(y_t) - log S_old(y_t)`; loss `-r_t A_t`, mean over trained tokens.
 
     At S = S_old its expected gradient is that of `KL(S || T)` at the visited prefixes.
     """
 
-    discount: float = 0.0
+    discount: Share = 0.0
     """gamma > 0: `A_t = sum_{u >= t} gamma^(u-t) d_u` within the sample."""
     baseline: bool = False
     """Subtract `E_{y~S}[d] = -KL(S || T)`: the same expectation, less variance. Needs a full-vocabulary teacher."""
     reduce: Reduce = "token"
-    baseline_k: int = 0
+    baseline_k: Annotated[int, Range(0)] = 0
     """Above 0: the baseline is summed over the teacher's top K alone, which a teacher that returns those can serve."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_range("discount", 0.0, 1.0)
         if self.baseline and self.discount:
             raise ValueError("baseline is the expectation of d_t alone; it does not fit a discount above 0")
-        self.check_range("baseline_k", 0)
         if self.baseline_k and not self.baseline:
             raise ValueError("baseline_k is given without baseline: true")
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        return (*super().requires, "teacher_logprob")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -5,50 +5,45 @@ Source: "OVD: On-policy Verbal Distillation", arXiv 2601.21968.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from understudy.losses.terms import ReferenceKL, Term
-from understudy.methods.base import Acceptance, OnReject, PolicyMethod, Rewards, RolloutPlan, present
+from understudy.methods.base import (
+    Acceptance,
+    ClippedMethod,
+    NonNegative,
+    OnReject,
+    Range,
+    Rewards,
+    RewardSource,
+    RolloutPlan,
+    present,
+)
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class OVD(PolicyMethod):
+class OVD(ClippedMethod):
     """GRPO's clipped term over the samples that were accepted and those that replaced the rejected, and a KL to the reference.
 
     A sample with a verbal score of at least `threshold` is accepted. The advantage is over the group as trained on.
     """
 
-    threshold: float = 7
+    threshold: Annotated[float, Range(0.0, 9.0)] = 7
     on_reject: OnReject = "teacher"
     """Filling of a rejected slot: a response of the teacher, nothing, or one more attempt of the student."""
-    reward: Literal["outcome", "verbal"] = "outcome"
+    reward: RewardSource = "outcome"
     """The verifier's score; or the digit over 9, which needs no ground truth."""
     score: Literal["argmax", "expectation"] = "argmax"
     steps: bool = False
     """Judge each step of a response; the lowest digit counts."""
-    clip: float = 0.2
-    kl_coef: float = 0.001
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("threshold", 0.0, 9.0)
-        self.check_range("clip", 0.0)
-        self.check_range("kl_coef", 0.0)
-
-    @property
-    def ratio_clip(self) -> tuple[float, float]:
-        return self.clip, self.clip
+    kl_coef: NonNegative = 0.001
+    clip: NonNegative = field(default=0.2, kw_only=True)
 
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"verbal", "reference"} if self.kl_coef else {"verbal"})
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        scored = (*super().requires, "outcome_advantage")
-        return (*scored, "reference_logprob") if self.kl_coef else scored
 
     def plan(self, step: int) -> RolloutPlan:
         acceptance = Acceptance(self.threshold, self.on_reject, self.score, self.steps)

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from understudy import config
 from understudy.errors import RecipeError
 from understudy.losses.terms import Reads, Term
 from understudy.methods.base import Method, RolloutPlan, Scope
@@ -35,8 +36,7 @@ class Phases(Method):
             raise ValueError(
                 f"the parts end at {ends} of the run; `until` must grow from above 0 to 1 (the last part needs none)"
             )
-        self.num_in_each  # noqa: B018 (raises for parts that no step falls into)
-        self.members  # noqa: B018 (raises for a part that is no method)
+        self.members  # noqa: B018 (raises for a part that is no method, or that no step falls into)
 
     @property
     def _ends(self) -> list[float]:
@@ -48,26 +48,32 @@ class Phases(Method):
 
     @cached_property
     def starts(self) -> list[int] | None:
-        """First step of each part, and the end; None where no run is known."""
-        return None if self.num_steps is None else [0, *(round(end * self.num_steps) for end in self._ends)]
-
-    @cached_property
-    def num_in_each(self) -> list[int] | None:
-        """Steps of each part. Raises ValueError where one has none."""
-        if self.starts is None:
+        """First step of each part, and the end; None where no run is known. Raises ValueError for a part without a step."""
+        if self.num_steps is None:
             return None
-        sizes = [end - start for start, end in pairwise(self.starts)]
+        starts = [0, *(round(end * self.num_steps) for end in self._ends)]
+        sizes = [end - start for start, end in pairwise(starts)]
         if min(sizes) < 1:
             raise ValueError(f"of {self.num_steps} steps the parts get {sizes}; every part needs at least one")
-        return sizes
+        return starts
 
     @cached_property
     def members(self) -> tuple[Method, ...]:
-        """The method of each part."""
-        made = tuple(_method(index, part) for index, part in enumerate(self.parts))
-        if self.num_in_each is None or self.max_new_tokens is None:
-            return made
-        return tuple(part.for_run(size, self.max_new_tokens) for part, size in zip(made, self.num_in_each, strict=True))
+        """The method of each part. Raises ValueError that names the part."""
+        from understudy.methods import METHODS, REFUSED
+
+        methods = config.Choice(METHODS, REFUSED | {"phases": "write all parts in one list"}, optional=False)
+        made: list[Method] = []
+        for index, part in enumerate(self.parts):
+            keys = {key: value for key, value in part.items() if key != "until"}
+            try:
+                made.append(config.parse_choice(methods, keys, f"parts[{index}]"))
+            except RecipeError as error:
+                raise ValueError(str(error)) from error
+        if self.starts is None or self.max_new_tokens is None:
+            return tuple(made)
+        sizes = (end - start for start, end in pairwise(self.starts))
+        return tuple(part.for_run(size, self.max_new_tokens) for part, size in zip(made, sizes, strict=True))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -108,22 +114,3 @@ class Phases(Method):
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         method, own_step = self.at(step)
         return method.terms(batch, own_step)
-
-
-def _method(index: int, part: Mapping[str, Any]) -> Method:
-    """Raises ValueError that names the part."""
-    from understudy.config import parse
-    from understudy.methods import METHODS, REFUSED
-
-    name = part.get("type")
-    if name in REFUSED:
-        raise ValueError(f"parts[{index}].type is {name!r}, which is refused: {REFUSED[str(name)]}")
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"parts[{index}].type is {name!r}; the methods are {', '.join(METHODS)}")
-    if METHODS[name] is Phases:
-        raise ValueError(f"parts[{index}] holds phases; write all parts in one list")
-    try:
-        keys = {key: value for key, value in part.items() if key not in ("type", "until")}
-        return parse(METHODS[name], keys, f"parts[{index}]")
-    except RecipeError as error:
-        raise ValueError(str(error)) from error

@@ -8,16 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
-
 from understudy.losses import advantages
 from understudy.losses.terms import Term
-from understudy.methods.base import Method, OptionallyClipped, Scope, only, present
+from understudy.methods.base import ClippedMethod, Method, Scope, Share, only, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class REOPOLD(OptionallyClipped):
+class REOPOLD(ClippedMethod):
     """`sum_t r_t max(R_t, f) M_t / sum_t M_t`, `R_t = sg[d_t]`: the mean is over the kept tokens.
 
     Exploration (before `switch_step`) keeps the tokens with `R_t >= f`; refinement keeps the `top_share` of the step's
@@ -31,7 +29,7 @@ class REOPOLD(OptionallyClipped):
     phases: bool = True
     switch_step: int | None = None
     """First step of refinement; None: half of the run."""
-    top_share: float = 0.2
+    top_share: Share = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,15 +37,8 @@ class REOPOLD(OptionallyClipped):
             raise ValueError(f"mix is {self.mix}; it must lie between 0 and 1")
         if self.floor != self.floor:
             raise ValueError("floor is NaN; give a number, mixture or odds")
-        self.check_range("top_share", 0.0, 1.0)
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"sampled"})
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        return (*super().requires, "teacher_logprob")
+    needs = frozenset[Need]({"sampled"})
 
     @property
     def scope(self) -> Scope:
@@ -74,12 +65,10 @@ class REOPOLD(OptionallyClipped):
         reward = ratio.clamp_min(floor)
         if not self.phases:
             return [self.policy_term(batch, reward, batch.on_policy, metrics=floored)]
-        kept = self._kept(batch, ratio, floor, step)
-        shown = floored | {"kept": only(kept.to(ratio.dtype), batch.on_policy)}
-        return [self.policy_term(batch, reward, kept, per=kept, metrics=shown)]
-
-    def _kept(self, batch: TokenBatch, ratio: Tensor, floor: float, step: int) -> Tensor:
         trained = batch.mask & batch.on_policy
         if self.explores(step):
-            return trained & (ratio >= floor)
-        return advantages.top_share(present(batch.student_entropy), trained, self.top_share)
+            kept = trained & (ratio >= floor)
+        else:
+            kept = advantages.top_share(present(batch.student_entropy), trained, self.top_share)
+        shown = floored | {"kept": only(kept.to(ratio.dtype), batch.on_policy)}
+        return [self.policy_term(batch, reward, kept, per=kept, metrics=shown)]

@@ -13,9 +13,7 @@ from understudy.types import Need, TokenBatch
 class SFT(Method):
     """`-log S(y_t)` on the data's responses, mean over trained tokens."""
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"none"})
+    needs = frozenset[Need]({"none"})
 
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         return [Term("nll", NLL())]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from understudy.losses.divergences import Direction, Tail
 from understudy.losses.terms import Reads, Term, TopKDivergence
-from understudy.methods.base import Method, present
+from understudy.methods.base import Method, PositiveInt, present
 from understudy.types import Need, TokenBatch
 
 
@@ -18,14 +18,11 @@ class TopK(Method):
     With K = V every choice agrees with the full divergence.
     """
 
-    k: int = 64
+    k: PositiveInt = 64
     direction: Direction = "forward"
     support: Literal["teacher", "student"] = "teacher"
     """"student" needs a teacher that can score given tokens."""
     tail: Tail = "bucket"
-
-    def __post_init__(self) -> None:
-        self.check_range("k", 1)
 
     @property
     def needs(self) -> frozenset[Need]:

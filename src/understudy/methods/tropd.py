@@ -6,18 +6,18 @@ Source: "Trust Region On-Policy Distillation", arXiv 2606.01249.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from understudy.losses import advantages
 from understudy.losses.divergences import Tail
 from understudy.losses.schedules import cosine_decay
 from understudy.losses.terms import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
-from understudy.methods.base import OptionallyClipped, RolloutPlan, only, present
+from understudy.methods.base import ClippedMethod, NonNegative, PositiveInt, Range, RolloutPlan, only, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class TrOPD(OptionallyClipped):
+class TrOPD(ClippedMethod):
     """Trusted tokens take OPD's term; a token is trusted with probability `min(T(y_t)/S(y_t), 1)`. The others: `outlier`.
 
     Guided samples begin with the first `floor(c(step) L)` tokens of a teacher's response, c a cosine from 1 to 0 over
@@ -25,17 +25,17 @@ class TrOPD(OptionallyClipped):
     of rejected tokens is the total variation distance of S and T (metric `total_variation`).
     """
 
-    k: int = 64
+    k: PositiveInt = 64
     region: Literal["bernoulli", "ratio"] = "bernoulli"
     """"ratio": a token is trusted where `T(y_t)/S(y_t) >= threshold`. In both regions T and S that differ by no more than
     `advantages.rounding` are equal."""
-    threshold: float = 1.0
+    threshold: NonNegative = 1.0
     outlier: Literal["forward_kl", "clip", "mask", "scalar"] = "forward_kl"
     """Forward KL on the teacher's top K; `max(d_t, floor)` as advantage; nothing; or `-KL` as an advantage."""
     floor: float = -2.0
-    guidance: float = 0.001
+    guidance: NonNegative = 0.001
     """Weight of imitating the prefixes."""
-    anneal_steps: int = 200
+    anneal_steps: Annotated[int, Range(0)] = 200
     """Steps over which prefixes fade out; 0: no guided samples."""
     also_positive: bool = False
     """Open in the sources, TrOPD + AOPD: trusted tokens with `T(y_t) <= S(y_t)` take the forward KL too."""
@@ -43,13 +43,6 @@ class TrOPD(OptionallyClipped):
     """Open in the sources: one guided sample a prompt beside the on-policy ones, or in place of one."""
     tail: Tail = "none"
     """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range("k", 1)
-        self.check_range("threshold", 0.0)
-        self.check_range("guidance", 0.0)
-        self.check_range("anneal_steps", 0)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -61,8 +54,7 @@ class TrOPD(OptionallyClipped):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        drawn = ("uniform",) if self.region == "bernoulli" else ()
-        return (*super().requires, "teacher_logprob", *drawn)
+        return (*super().requires, "uniform") if self.region == "bernoulli" else super().requires
 
     @property
     def reads(self) -> Reads:
@@ -74,11 +66,10 @@ class TrOPD(OptionallyClipped):
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
         ratio, rounding = advantages.log_ratio(teacher, student), advantages.rounding(teacher, student)
-        accept = advantages.acceptance(teacher, student)
+        accept, own = advantages.acceptance(teacher, student), batch.on_policy
         # a draw is below 1, so a token with T >= S is always trusted
         drawn = self.region == "bernoulli"
         trusted = present(batch.uniform) < accept if drawn else (ratio + rounding).exp() >= self.threshold
-        own = batch.on_policy
         shown = {
             "trusted": only(trusted.to(teacher.dtype), own),
             "total_variation": only(1.0 - accept, own),
@@ -89,7 +80,8 @@ class TrOPD(OptionallyClipped):
         if self.outlier == "forward_kl":
             divergent, outliers = divergent | outliers, own & ~own
         if self._reads_topk:
-            terms.append(Term("forward_kl", self._forward_kl(batch), mask=divergent))
+            forward = TopKDivergence(present(batch.topk_logprob), "forward", self.tail)
+            terms.append(Term("forward_kl", forward, mask=divergent))
         if self.outlier == "clip":
             clipped = self.policy_term(batch, ratio.clamp_min(self.floor), outliers)
             terms.append(Term("outliers", clipped.loss, mask=outliers))
@@ -97,6 +89,3 @@ class TrOPD(OptionallyClipped):
             folded: Loss = FoldedTopK(present(batch.topk_logprob), self.tail, batch.student_logprob, self.weight(batch))
             terms.append(Term("outliers", folded, mask=outliers))
         return [*terms, Term("prefix", NLL(), mask=~own, coef=self.guidance)]
-
-    def _forward_kl(self, batch: TokenBatch) -> TopKDivergence:
-        return TopKDivergence(present(batch.topk_logprob), "forward", self.tail)
