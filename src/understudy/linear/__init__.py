@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from understudy.linear.chunked import evaluate, score
 from understudy.linear.head import LMHead
-from understudy.linear.plan import Evaluation, count_denominators
-from understudy.linear.whole import CutTerms, count_own, cut_terms
+from understudy.linear.plan import CutTerms, Evaluation, count_denominators, count_own, cut_terms
 
 __all__ = ["CutTerms", "Evaluation", "LMHead", "count_denominators", "count_own", "cut_terms", "evaluate", "score"]

@@ -9,7 +9,7 @@ costs three matrix products (logits, d hidden, d weight), four with a full-vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from understudy.linear import rows as row_math
-from understudy.linear.head import LMHead
+from understudy.linear.head import Gradients, LMHead, compute_dtype, parts, project
 from understudy.linear.plan import (
     Evaluation,
     FullTeacher,
@@ -25,11 +25,10 @@ from understudy.linear.plan import (
     TermsOf,
     Trained,
     choose_trained,
+    cut_term,
     shares,
     weighted_loss,
 )
-from understudy.linear.products import Gradients, project
-from understudy.linear.whole import cut_term
 from understudy.losses.terms import Reduce, Term
 from understudy.types import TokenBatch, fill
 
@@ -61,9 +60,17 @@ def evaluate(
     Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
     that do not fit.
     """
-    _check_shapes(batch, hidden, head)
-    for whose, model in (("teacher", teacher), ("reference", reference)):
-        _check_other(batch, head, whose, model)
+    if hidden.shape != (len(batch), head.weight.shape[1]):
+        raise ValueError(f"hidden is {tuple(hidden.shape)}; expected [{len(batch)}, {head.weight.shape[1]}]")
+    others = {"teacher": teacher, "reference": reference}
+    for whose, (states, its_head) in ((whose, other) for whose, other in others.items() if other is not None):
+        if states.shape != (len(batch), its_head.weight.shape[1]):
+            raise ValueError(f"the {whose}'s hidden is {tuple(states.shape)}; expected [{len(batch)}, H_t]")
+        if its_head.num_tokens != head.num_tokens:
+            raise ValueError(
+                f"the student's vocabulary has {head.num_tokens} tokens and the {whose}'s {its_head.num_tokens}: set "
+                "LMHead.vocab_size of both to the tokens that their tokenizers share"
+            )
     method, step = method.at(step)
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
@@ -77,38 +84,10 @@ def score(hidden: Tensor, head: LMHead, target: Tensor, *, chunk_tokens: int | N
     """Log-probability of the targets and entropy of their rows, without gradient. [T, H], [T] -> [T], [T]."""
     dtype = compute_dtype(hidden)
     logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
-    for part in _parts(len(target), chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)):
+    for part in parts(len(target), chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)):
         logits = project(hidden[part].to(dtype), head)
         logprob[part], entropy[part] = row_math.read_target(logits, target[part])
     return logprob, entropy
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """float32 for anything up to float32, float64 for float64: the one place where logits are upcast."""
-    return torch.promote_types(hidden.dtype, torch.float32)
-
-
-def _check_shapes(batch: TokenBatch, hidden: Tensor, head: LMHead) -> None:
-    if hidden.shape != (len(batch), head.weight.shape[1]):
-        raise ValueError(f"hidden is {tuple(hidden.shape)}; expected [{len(batch)}, {head.weight.shape[1]}]")
-
-
-def _check_other(batch: TokenBatch, head: LMHead, whose: str, model: FullTeacher | None) -> None:
-    if model is None:
-        return
-    states, its_head = model
-    if states.shape != (len(batch), its_head.weight.shape[1]):
-        raise ValueError(f"the {whose}'s hidden is {tuple(states.shape)}; expected [{len(batch)}, H_t]")
-    if its_head.num_tokens != head.num_tokens:
-        raise ValueError(
-            f"the student's vocabulary has {head.num_tokens} tokens and the {whose}'s {its_head.num_tokens}: set "
-            "LMHead.vocab_size of both to the tokens that their tokenizers share"
-        )
-
-
-def _parts(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
 
 
 @dataclass(eq=False)
@@ -134,9 +113,9 @@ class _Job:
         token_shares = {kind: self.trained.share(kind, "") for kind in get_args(Reduce)} if whole is None else {}
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         buffers = row_math.Buffers(min(self.chunk, len(index)), self.head.num_tokens, dtype, hidden.device)
-        for part in _parts(len(index), self.chunk):
+        for part in parts(len(index), self.chunk):
             states = hidden[index[part]].to(dtype)
-            logits = project(states, self.head, out=buffers.student(part))
+            logits = project(states, self.head, out=buffers.of("student", part))
             teacher_logits, batch = self._others(part, dtype, buffers)
             visit = row_math.Visit(self.method.reads, logits, teacher_logits, batch)
             leaves, judged = visit.read(keep_logits=self.head.softcap is not None)
@@ -144,9 +123,8 @@ class _Job:
                 if whole is not None:
                     terms = [(cut_term(term, part), share[part]) for term, share in whole]
                 else:
-                    terms = [
-                        (term, _token_share(term, token_shares, part)) for term in self.method.terms(judged, self.step)
-                    ]
+                    found = self.method.terms(judged, self.step)
+                    terms = [(term, _token_share(term, token_shares)[part]) for term in found]
                 loss = weighted_loss(terms, leaves, judged, self.tally)
             total += loss.detach()
             if gradients.wanted and loss.requires_grad:
@@ -159,12 +137,12 @@ class _Job:
         index, batch = self.trained.index[part], self.trained.batch.rows(part)
         if self.reference is not None:
             hidden, head = self.reference
-            reference = project(hidden[index].to(dtype), head, out=buffers.reference(part))
+            reference = project(hidden[index].to(dtype), head, out=buffers.of("reference", part))
             batch = fill(batch, reference_logprob=row_math.read_target(reference, batch.target)[0])
         if self.teacher is None:
             return None, batch
         hidden, head = self.teacher
-        logits = project(hidden[index].to(dtype), head, out=buffers.teacher(part))
+        logits = project(hidden[index].to(dtype), head, out=buffers.of("teacher", part))
         scale = self.method.reads.extrapolate
         if scale is not None and self.reference is not None:
             # read before it becomes the target, so that what is shown of the teacher is the teacher's
@@ -190,12 +168,10 @@ class _Job:
         return score(hidden[self.trained.index], head, self.trained.batch.target, chunk_tokens=self.chunk)
 
 
-def _token_share(term: Term, token_shares: Mapping[str, Tensor], part: slice) -> Tensor:
+def _token_share(term: Term, token_shares: Mapping[str, Tensor]) -> Tensor:
     if term.per is not None:
-        raise ValueError(
-            f"term {term.name!r} has a denominator of its own; a method with such a term has scope 'batch'"
-        )
-    return token_shares[term.reduce][part]
+        raise ValueError(f"term {term.name!r} has a denominator of its own; its method needs scope 'batch'")
+    return token_shares[term.reduce]
 
 
 class _Apply(torch.autograd.Function):
@@ -215,8 +191,6 @@ class _Apply(torch.autograd.Function):
         # a loss that is not scaled hands its buffers over, so no second d weight exists
         if float(grad_output) == 1.0:
             return hidden, weight, bias, None
-        return _scaled(hidden, grad_output), _scaled(weight, grad_output), _scaled(bias, grad_output), None
-
-
-def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    return None if gradient is None else (gradient * factor).to(gradient.dtype)
+        given = (hidden, weight, bias)
+        hidden, weight, bias = (None if one is None else (one * grad_output).to(one.dtype) for one in given)
+        return hidden, weight, bias, None

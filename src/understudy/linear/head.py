@@ -1,11 +1,15 @@
-"""The output head of a language model: from hidden states to logits."""
+"""The output head of a language model: from hidden states to logits, and the gradient back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+TILE_ELEMENTS = 4 * 1024 * 1024
+"""Weights of a 16-bit head that are upcast at a time: 16 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,3 +55,73 @@ class LMHead:
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z / self.temperature
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """float32 for anything up to float32, float64 for float64: the one place where logits are upcast."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def parts(size: int, step: int) -> Iterator[slice]:
+    """`range(size)` in slices of at most `step`."""
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _tiles(head: LMHead, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head's rows in `dtype`: as they are, or upcast tile by tile, so that no float32 copy of a head exists."""
+    weight = head.weight.detach()[: head.num_tokens]
+    rows = head.num_tokens if weight.dtype == dtype else max(1, TILE_ELEMENTS // weight.shape[1])
+    for part in parts(head.num_tokens, rows):
+        yield part, weight[part].to(dtype)
+
+
+def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
+    """`LMHead.logits` without gradient, into `out`. [C, H] -> [C, V] in the precision of `hidden`."""
+    z = hidden.new_empty(hidden.shape[0], head.num_tokens) if out is None else out
+    for part, weight in _tiles(head, hidden.dtype):
+        torch.mm(hidden, weight.T, out=z[:, part]) if weight.shape[0] == z.shape[1] else z[:, part].copy_(
+            hidden @ weight.T
+        )
+    if head.bias is not None:
+        z.add_(head.bias.detach()[: head.num_tokens].to(z.dtype))
+    if head.scale != 1.0:
+        z.mul_(head.scale)
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.temperature != 1.0:
+        z.div_(head.temperature)
+    return z
+
+
+class Gradients:
+    """Gradients of hidden states, weight and bias, summed over chunks in float32 or float64; only those that are needed."""
+
+    def __init__(self, head: LMHead, hidden: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
+        self._head = head
+        dtype = compute_dtype(hidden)
+        self.wanted = need_hidden or need_weight or need_bias
+        self._hidden = torch.zeros_like(hidden) if need_hidden else None
+        self._weight = torch.zeros_like(head.weight, dtype=dtype) if need_weight else None
+        self._bias = torch.zeros_like(head.bias, dtype=dtype) if need_bias and head.bias is not None else None
+
+    def add(self, index: Tensor, states: Tensor, logits_grad: Tensor) -> None:
+        """`d hidden = dZ W`, `d weight += dZ^T X`, `d bias += sum dZ`. [C], [C, H], [C, V]."""
+        if self._hidden is not None:
+            grad = torch.zeros_like(states)
+            for part, weight in _tiles(self._head, states.dtype):
+                grad.addmm_(logits_grad[:, part], weight)
+            self._hidden[index] = grad.to(self._hidden.dtype)
+        if self._weight is not None:
+            self._weight[: self._head.num_tokens].addmm_(logits_grad.T, states)
+        if self._bias is not None:
+            self._bias[: self._head.num_tokens] += logits_grad.sum(0)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden, weight and bias in the types of their inputs."""
+        weight, bias = self._head.weight, self._head.bias
+        return (
+            self._hidden,
+            None if self._weight is None else self._weight.to(weight.dtype),
+            None if self._bias is None or bias is None else self._bias.to(bias.dtype),
+        )

@@ -1,9 +1,12 @@
-"""The parts of an evaluation around the logits: choose the trained rows, check them, weigh the terms."""
+"""The parts of an evaluation around the logits: choose the trained rows, check them, weigh the terms.
+
+Methods whose terms need every token at once get the terms of a whole optimizer step, cut to its micro-batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from understudy.errors import ScoreError
 from understudy.linear.head import LMHead
 from understudy.losses.terms import Reads, Reduce, Rows, Term
-from understudy.types import Metric, TokenBatch
+from understudy.types import Metric, TokenBatch, take_rows
 
 FullTeacher = tuple[Tensor, LMHead]
 
@@ -101,53 +104,40 @@ def choose_trained(
         raise ScoreError(
             f"{type(method).__name__} needs the reference's whole next-token distribution: pass reference=(hidden, LMHead)"
         )
-    required = list(method.requires)
-    if reads.topk is not None:
-        required += ["topk_ids", "topk_logprob"]
     if batch.uniform is None and rng is not None:
         draws = torch.rand(len(batch), generator=rng, device=rng.device, dtype=torch.float64)
         batch = replace(batch, uniform=draws.to(batch.target.device))
     index = batch.mask.nonzero().squeeze(-1)
     rows = batch.rows(index)
-    for name in required:
-        source = reference if name.startswith("reference") else teacher
-        _check_score(method, rows, name, given_in_pass=source is not None and name not in GIVEN_WITH_THE_BATCH)
+    for name in [*method.requires, *(["topk_ids", "topk_logprob"] if reads.topk is not None else [])]:
+        whose, source = ("reference model", reference) if name.startswith("reference") else ("teacher", teacher)
+        value = getattr(rows, name)
+        if value is None:
+            if source is not None and name not in GIVEN_WITH_THE_BATCH:
+                continue
+            asked = f"ask the {whose} for it (its `needs` are {sorted(getattr(method, 'needs', ()))})"
+            hint = GIVEN_WITH_THE_BATCH.get(name, asked)
+            raise ScoreError(f"{type(method).__name__} needs {name}, which the batch does not have: {hint}")
+        if name.endswith("_ids"):
+            continue
+        missing = value.isnan().reshape(len(rows), -1).any(-1) if len(rows) else rows.mask
+        if name == "rollout_logprob":
+            missing = missing & rows.on_policy
+        if bool(missing.any()):
+            row = int(missing.nonzero()[0])
+            raise ScoreError(
+                f"{name} is NaN on {int(missing.sum())} trained tokens, first in sample {int(rows.sequence[row])} at "
+                f"trained token {row}: score it again or drop the sample (`train.on_missing_score: drop`)"
+            )
     return Trained(index, rows, counts or {})
 
 
-GIVEN_WITH_THE_BATCH = ("uniform", "outcome_advantage", "rollout_logprob")
-"""Fields that the batch must bring: no model can compute them."""
-
-
-def _check_score(method: TermsOf, rows: TokenBatch, name: str, *, given_in_pass: bool) -> None:
-    value = getattr(rows, name)
-    if value is None:
-        if given_in_pass:
-            return
-        raise ScoreError(
-            f"{type(method).__name__} needs {name}, which the batch does not have: {_where_from(method, name)}"
-        )
-    if name.endswith("_ids"):
-        return
-    missing = value.isnan().reshape(len(rows), -1).any(-1) if len(rows) else rows.mask
-    if name == "rollout_logprob":
-        missing = missing & rows.on_policy
-    if bool(missing.any()):
-        row = int(missing.nonzero()[0])
-        raise ScoreError(
-            f"{name} is NaN on {int(missing.sum())} trained tokens, first in sample {int(rows.sequence[row])} at trained "
-            f"token {row}: score it again or drop the sample (`train.on_missing_score: drop`)"
-        )
-
-
-def _where_from(method: TermsOf, name: str) -> str:
-    hints = {
-        "uniform": "set it, one draw a token, or pass rng=torch.Generator()",
-        "outcome_advantage": "grade the samples and compare them with their group (`losses.advantages.group_advantage`)",
-        "rollout_logprob": "the engine records it",
-    }
-    whose = "reference model" if name.startswith("reference") else "teacher"
-    return hints.get(name, f"ask the {whose} for it (its `needs` are {sorted(getattr(method, 'needs', ()))})")
+GIVEN_WITH_THE_BATCH = {
+    "uniform": "set it, one draw a token, or pass rng=torch.Generator()",
+    "outcome_advantage": "grade the samples and compare them with their group (`losses.advantages.group_advantage`)",
+    "rollout_logprob": "the engine records it",
+}
+"""Fields that the batch must bring, because no model can compute them -> where they come from."""
 
 
 def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally) -> Tensor:
@@ -201,3 +191,68 @@ class Tally:
 def shares(terms: list[Term], trained: Trained) -> list[tuple[Term, Tensor]]:
     """Each term of a whole batch with the weight of its N rows."""
     return [(term, trained.share(term.reduce, term.name, term.per)) for term in terms]
+
+
+@dataclass(frozen=True, eq=False)
+class CutTerms:
+    """A micro-batch's part of the terms, in place of the method that made them."""
+
+    given: list[Term]
+    reads: Reads
+    scope: str = "batch"
+    requires: tuple[str, ...] = ()
+
+    def terms(self, batch: TokenBatch, step: int) -> list[Term]:
+        """As `Method.terms`."""
+        return self.given
+
+    def at(self, step: int) -> tuple[CutTerms, int]:
+        """As `Method.at`."""
+        return self, step
+
+
+def join(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """The tokens of all batches one after the other; samples keep apart. Fields that one of them lacks are left out."""
+    values = {}
+    for item in fields(TokenBatch):
+        parts = [getattr(batch, item.name) for batch in batches]
+        if all(part is not None for part in parts):
+            values[item.name] = torch.cat(parts)
+    offset, names = 0, []
+    for batch in batches:
+        names.append(batch.sequence + offset)
+        offset += int(batch.sequence.max()) + 1 if len(batch) else 0
+    return TokenBatch(**(values | {"sequence": torch.cat(names)}))
+
+
+def cut_terms(
+    method: TermsOf, batches: Sequence[TokenBatch], step: int, *, elsewhere: Sequence[TokenBatch] = ()
+) -> list[CutTerms]:
+    """The terms over the trained tokens of all `batches` and of those on other ranks, cut to each of `batches`.
+
+    Every batch has `student_logprob` and `student_entropy`. Denominators of the terms' own: `count_own`.
+    """
+    trained = [batch.rows(batch.mask) for batch in batches]
+    whole = join([*trained, *(batch.rows(batch.mask) for batch in elsewhere)])
+    terms = method.terms(whole, step)
+    ends = torch.tensor([len(batch) for batch in trained]).cumsum(0).tolist()
+    parts = [slice(end - len(batch), end) for end, batch in zip(ends, trained, strict=True)]
+    return [CutTerms([cut_term(term, part) for term in terms], method.reads) for part in parts]
+
+
+def cut_term(term: Term, part: slice) -> Term:
+    """The term over some of its rows."""
+    shown = {name: value[part] for name, value in term.metrics.items()}
+    return replace(take_rows(term, part), loss=take_rows(term.loss, part), metrics=shown)
+
+
+def count_own(batches: Sequence[TokenBatch], cuts: Sequence[CutTerms]) -> dict[str, float]:
+    """The denominators that terms bring themselves, by their name, over these micro-batches."""
+    counts: dict[str, float] = {}
+    for batch, cut in zip(batches, cuts, strict=True):
+        for term in cut.given:
+            if term.per is not None:
+                names = batch.sequence[batch.mask][term.per]
+                found = len(names) if term.reduce == "token" else num_distinct(names)
+                counts[term.name] = counts.get(term.name, 0.0) + found
+    return counts

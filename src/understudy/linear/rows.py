@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from understudy.linear.head import LMHead
+from understudy.linear.head import LMHead, parts
 from understudy.losses.divergences import log_mixture
 from understudy.losses.terms import Reads, Rows
 from understudy.types import TokenBatch, fill
@@ -25,30 +26,18 @@ def blocks(logits: Tensor) -> Iterator[slice]:
     """Blocks of rows on a CPU; the whole chunk on a device whose kernels stream it anyway."""
     size = logits.shape[0]
     rows = size if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
-    for start in range(0, size, max(1, rows)):
-        yield slice(start, min(start + rows, size))
+    return parts(size, max(1, rows))
 
 
 class Buffers:
-    """One buffer of logits a model, used again by every chunk."""
+    """One buffer of logits [C, V] a model, used again by every chunk."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self._size, self._options = (rows, columns), {"dtype": dtype, "device": device}
         self._made: dict[str, Tensor] = {}
 
-    def student(self, part: slice) -> Tensor:
-        """[C, V]"""
-        return self._of("student", part)
-
-    def teacher(self, part: slice) -> Tensor:
-        """[C, V]"""
-        return self._of("teacher", part)
-
-    def reference(self, part: slice) -> Tensor:
-        """[C, V]"""
-        return self._of("reference", part)
-
-    def _of(self, whose: str, part: slice) -> Tensor:
+    def of(self, whose: Literal["student", "teacher", "reference"], part: slice) -> Tensor:
+        """The buffer of a model, as long as the part."""
         if whose not in self._made:
             self._made[whose] = torch.empty(self._size, **self._options)  # type: ignore[call-overload]
         return self._made[whose][: part.stop - part.start]
@@ -103,7 +92,6 @@ class Visit:
         self._capped: Tensor | None = None
         self._mean: Tensor | None = None
         self._leaves: Rows | None = None
-        self._topk_ids: Tensor | None = None
 
     def read(self, *, keep_logits: bool) -> tuple[Rows, TokenBatch]:
         """The rows, as leaves that take gradients, and the batch with what the pass knows. The buffer now holds p."""
@@ -112,11 +100,18 @@ class Visit:
         read = [self._read_block(block) for block in blocks(self._z)]
         merged = {name: torch.cat([part[name] for part in read]) for name in read[0]}
         self._mean = merged.pop("mean", None)
-        batch = self._judge(merged)
-        self._topk_ids = batch.topk_ids
+        found = {name: merged[name] for name in ("topk_ids", "topk_logprob") if name in merged}
+        self._batch = fill(
+            replace(self._batch, **found),
+            # clones, because the student's numbers become leaves
+            student_logprob=merged["logprob"].clone(),
+            student_entropy=merged["entropy"].clone(),
+            teacher_logprob=merged.get("teacher_logprob"),
+            teacher_entropy=merged.get("teacher_entropy"),
+        )
         leaf = {item.name: merged[item.name].requires_grad_() for item in fields(Rows) if item.name in merged}
         self._leaves = Rows(**leaf)
-        return self._leaves, batch
+        return self._leaves, self._batch
 
     def _read_block(self, block: slice) -> dict[str, Tensor]:
         z, aux = self._z[block], None if self._aux is None else self._aux[block]
@@ -155,17 +150,6 @@ class Visit:
             student.p.scatter_(-1, ids, inside)
         return read
 
-    def _judge(self, read: dict[str, Tensor]) -> TokenBatch:
-        found = {name: read[name] for name in ("topk_ids", "topk_logprob") if name in read}
-        return fill(
-            replace(self._batch, **found),
-            # clones, because the student's numbers become leaves
-            student_logprob=read["logprob"].clone(),
-            student_entropy=read["entropy"].clone(),
-            teacher_logprob=read.get("teacher_logprob"),
-            teacher_entropy=read.get("teacher_entropy"),
-        )
-
     def differentiate(self, loss: Tensor, head: LMHead) -> None:
         """Overwrites the logits with `d loss / d (hidden @ weight.T + bias)`."""
         assert self._leaves is not None
@@ -181,41 +165,36 @@ class Visit:
             self._z.mul_(1.0 - (self._capped * (head.temperature / head.softcap)) ** 2)
 
     def _differentiate_block(self, block: slice, g: dict[str, Tensor]) -> None:
+        assert self._leaves is not None
         z, target = self._z[block], self._batch.target[block, None]
+        ids = None if self._batch.topk_ids is None else self._batch.topk_ids[block]
         coef = torch.zeros_like(z[:, 0])
         sparse: list[tuple[Tensor, Tensor]] = []
         if "logprob" in g:  # e_y - p
             coef -= g["logprob"]
             sparse.append((target, g["logprob"][:, None]))
         if "topk_logp" in g:  # e_k - p
+            assert ids is not None
             coef -= g["topk_logp"].sum(-1)
-            sparse.append((self._ids(block), g["topk_logp"]))
+            sparse.append((ids, g["topk_logp"]))
         if "tail_logp" in g:  # [v outside K] p / tail - p
-            assert self._leaves is not None
+            assert ids is not None
             assert self._leaves.tail_logp is not None
             over = g["tail_logp"] / self._leaves.tail_logp[block].detach().exp()
             coef += over - g["tail_logp"]
-            sparse.append((self._ids(block), -over[:, None] * z.gather(-1, self._ids(block))))
-        entropy_grad = self._entropy_gradient(block, g["entropy"]) if "entropy" in g else None
+            sparse.append((ids, -over[:, None] * z.gather(-1, ids)))
+        entropy_grad = None
+        if "entropy" in g:  # -p (log p + H), and z holds p by now
+            entropy = self._leaves.entropy[block].detach()[:, None]
+            entropy_grad = g["entropy"][:, None] * (torch.special.entr(z) - z * entropy)
         if "divergence" in g:
             self._add_divergence(block, coef, g["divergence"])
         else:
             z.mul_(coef[:, None])
         if entropy_grad is not None:
             z.add_(entropy_grad)
-        for ids, value in sparse:
-            z.scatter_add_(-1, ids, value)
-
-    def _ids(self, block: slice) -> Tensor:
-        assert self._topk_ids is not None
-        return self._topk_ids[block]
-
-    def _entropy_gradient(self, block: slice, g: Tensor) -> Tensor:
-        """`-g p (log p + H)`."""
-        assert self._leaves is not None
-        p = self._z[block]
-        gradient: Tensor = g[:, None] * (torch.special.entr(p) - p * self._leaves.entropy[block].detach()[:, None])
-        return gradient
+        for where, value in sparse:
+            z.scatter_add_(-1, where, value)
 
     def _add_divergence(self, block: slice, coef: Tensor, g: Tensor) -> None:
         """Forward: `g (p - q)`. Else, with S's log-ratio l to T or to the mixture: `g (1 - beta) p (l - E_p l)`."""

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from understudy.linear import LMHead, count_denominators, count_own, cut_terms, evaluate, score
+from understudy.linear import CutTerms, LMHead, count_denominators, count_own, cut_terms, evaluate, score
 from understudy.linear.plan import FullTeacher, TermsOf
-from understudy.linear.whole import CutTerms
 from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from understudy.linear.head import LMHead
-from understudy.linear.products import project
+from understudy.linear.head import LMHead, project
 from understudy.models import unwrap
 from understudy.types import Sampling
 
