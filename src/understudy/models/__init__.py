@@ -12,8 +12,15 @@ from understudy.models.backbone import (
     row_style,
     unwrap,
 )
-from understudy.models.load import DType, build_causal_lm, check_build, check_model_dir, load_causal_lm
-from understudy.models.save import apply_lora, save_hf
+from understudy.models.load import (
+    DType,
+    apply_lora,
+    build_causal_lm,
+    check_build,
+    check_model_dir,
+    load_causal_lm,
+    save_hf,
+)
 from understudy.models.vocabulary import compare_vocabularies, load_tokenizer, stop_ids
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,7 @@ def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -
     """
     decoder = unwrap(model).get_decoder()
     output = decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+    return cast("Tensor", output.last_hidden_state)
 
 
 def lm_head(model: nn.Module, *, temperature: float = 1.0, vocab_size: int | None = None) -> LMHead:
@@ -66,24 +65,18 @@ def lm_head(model: nn.Module, *, temperature: float = 1.0, vocab_size: int | Non
             f"the tokenizer has {vocab_size} tokens but the head of {type(base).__name__} has {layer.weight.shape[0]} "
             "rows: this model belongs to another tokenizer"
         )
-    config = base.config.get_text_config()
+    config, scale = base.config.get_text_config(), 1.0
+    for key, power in _SCALES.items():
+        if (value := getattr(config, key, None)) is not None:
+            scale *= float(value) ** (1 if "hyperclovax" in config.model_type else power)
     return LMHead(
         weight=layer.weight,
         bias=getattr(layer, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None),
-        scale=_logit_scale(config),
+        scale=scale,
         temperature=temperature,
         vocab_size=vocab_size,
     )
-
-
-def _logit_scale(config: Any) -> float:
-    scale = 1.0
-    for key, power in _SCALES.items():
-        value = getattr(config, key, None)
-        if value is not None:
-            scale *= float(value) ** (1 if "hyperclovax" in config.model_type else power)
-    return scale
 
 
 def probe_head(model: nn.Module) -> None:

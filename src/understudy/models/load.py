@@ -1,16 +1,18 @@
-"""Load models from a directory or the hub (checked first, safetensors only, no remote code), or build them from scratch."""
+"""Load models (checked first, safetensors only, no remote code), build them from scratch, add LoRA adapters, save them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from torch import Tensor, nn
 
 from understudy.errors import RecipeError, nearest
+from understudy.models.backbone import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,11 +46,6 @@ def check_model_dir(path: str) -> str:
         return f"{path}: a LoRA adapter on {check_model_dir(_adapter_base(directory))}"
     if not (directory / "config.json").is_file():
         raise RecipeError(f"{path!r} has no config.json, so it is no model directory; write one with `save_pretrained`")
-    _check_weights(directory)
-    return f"{path}: config.json and weights are there"
-
-
-def _check_weights(directory: Path) -> None:
     index = directory / _INDEX
     if index.is_file():
         try:
@@ -61,11 +58,10 @@ def _check_weights(directory: Path) -> None:
                 f"{str(directory)!r} lacks {len(missing)} of its {len(shards)} weight files: {missing[0]}"
             )
     elif not (directory / _WEIGHTS).is_file():
-        other = sorted(
-            file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in directory.glob(pattern)
-        )
+        other = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f"; {other[0]} is another format, save it with `save_pretrained` as safetensors" if other else ""
         raise RecipeError(f"{str(directory)!r} has no weights: neither {_WEIGHTS} nor {_INDEX}{hint}")
+    return f"{path}: config.json and weights are there"
 
 
 def load_causal_lm(
@@ -76,7 +72,9 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode. `dtype="auto"` keeps the checkpoint's own precision.
+    """A causal language model in evaluation mode, an adapter merged into the base that it names.
+
+    `dtype="auto"` keeps the checkpoint's own precision.
 
     Raises RecipeError when the directory is incomplete, nothing can be loaded, or weights of the model are missing
     (they would be random).
@@ -87,7 +85,13 @@ def load_causal_lm(
     check_model_dir(path_or_name)
     local = Path(path_or_name).expanduser()
     if (local / _ADAPTER).is_file():
-        return _load_adapted(local, dtype, device, attn_implementation)
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise RecipeError(f"{local} is a LoRA adapter; run: pip install 'understudy[lora]'") from error
+        base = load_causal_lm(_adapter_base(local), dtype=dtype, device=device, attn_implementation=attn_implementation)
+        merged: Any = PeftModel.from_pretrained(base, str(local)).merge_and_unload()
+        return cast("PreTrainedModel", merged.eval())
     source = str(local) if local.exists() else path_or_name
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -101,7 +105,7 @@ def load_causal_lm(
             **options,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"cannot load the model {path_or_name!r}: {_first_line(error)}") from error
+        raise RecipeError(f"cannot load the model {path_or_name!r}: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise RecipeError(
@@ -111,26 +115,13 @@ def load_causal_lm(
     return cast("PreTrainedModel", model.to(device).eval())
 
 
-def _load_adapted(
-    directory: Path, dtype: DType, device: str | torch.device, attn_implementation: str | None
-) -> PreTrainedModel:
-    """The base that an adapter names, with the adapter merged into its weights."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise RecipeError(f"{directory} is a LoRA adapter; run: pip install 'understudy[lora]'") from error
-    base = load_causal_lm(_adapter_base(directory), dtype=dtype, device=device, attn_implementation=attn_implementation)
-    merged: Any = PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
-    return cast("PreTrainedModel", merged.eval())
-
-
 def _adapter_base(directory: Path) -> str:
     return str(json.loads((directory / _ADAPTER).read_text())["base_model_name_or_path"])
 
 
-def _first_line(error: BaseException) -> str:
-    text: Any = str(error).strip()
-    return str(text.splitlines()[0]) if text else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library, which may be a page long."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def build_causal_lm(
@@ -154,8 +145,7 @@ def build_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    settings = _settings(config)
-    settings |= {
+    settings = check_build(config) | {
         "vocab_size": vocab_size,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
@@ -171,13 +161,11 @@ def build_causal_lm(
     return cast("PreTrainedModel", model.to(device).eval())
 
 
-def check_build(config: Mapping[str, Any]) -> None:
-    """Raises RecipeError as `build_causal_lm` would for an unknown architecture or key, and for sizes that do not fit."""
-    _settings(config)
+def check_build(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `build_causal_lm` by their names in the configuration, with sizes that follow from others filled in.
 
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys by their names in the configuration, with sizes that follow from others filled in."""
+    Raises RecipeError for an unknown architecture or key and for sizes that do not fit.
+    """
     if "architecture" not in config:
         raise RecipeError(
             f"a model from scratch needs `architecture` (llama, qwen3, gpt2, ...); given: {sorted(config)}"
@@ -215,3 +203,71 @@ def _default_config(architecture: str, **settings: Any) -> Any:
         hint = f"did you mean {close[0]!r}?" if close else "llama, qwen3, gemma2, mistral and gpt2 are common ones"
         raise RecipeError(f"architecture {architecture!r} is no causal language model of transformers; {hint}")
     return AutoConfig.for_model(architecture, **settings)
+
+
+def apply_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> nn.Module:
+    """The model with adapters `W + alpha / rank * B A` on `target_modules`; all else frozen, the output layer too.
+
+    Raises RecipeError when peft is not installed, when a module name matches nothing, or when it is the output layer.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError("LoRA needs the package peft: pip install 'understudy[lora]'") from error
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted: nn.Module = get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"cannot add LoRA to {type(model).__name__}: {first_line(error)}") from error
+    if hasattr(unwrap(adapted).get_output_embeddings(), "base_layer"):
+        raise RecipeError(
+            f"LoRA on the output layer is not supported (target_modules {target_modules!r}): losses read its weight"
+        )
+    return adapted
+
+
+def save_hf(model: nn.Module, tokenizer: Any, directory: str | Path, *, merged: bool = True) -> None:
+    """A directory that `AutoModelForCausalLM` (`merged`) or PEFT (an adapter) loads, with the tokenizer. Safetensors.
+
+    Merging forms `W + delta` on the side: the live model and its adapters stay as they are.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    base = unwrap(model)
+    if base is not model and merged:
+        base.save_pretrained(target, state_dict=merged_state_dict(model))
+    else:
+        cast("Any", model).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the plain model, with every adapter added to a copy of the weight that it belongs to."""
+    base = unwrap(model)
+    module: Any
+    plain = ((name, value) for name, value in base.state_dict().items() if ".lora_" not in name)
+    state: dict[str, Tensor] = {name.replace(".base_layer.", "."): value for name, value in plain}
+    for name, module in base.named_modules():
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        weight = state[f"{name}.weight"]
+        # at least float32, so that a small delta is rounded once, with the sum
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for adapter in module.active_adapters:
+            total = total + module.get_delta_weight(adapter).to(total.dtype)
+        state[f"{name}.weight"] = total.to(weight.dtype)
+    return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from understudy.errors import RecipeError, VocabularyError
 from understudy.models.backbone import unwrap
+from understudy.models.load import first_line
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """End a turn wherever the chat template writes them (Qwen and other ChatML, Llama 3, Gemma)."""
@@ -28,7 +28,7 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
             str(local) if local.exists() else path_or_name, revision=revision or "main", trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise RecipeError(f"cannot load a tokenizer from {path_or_name!r}: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"cannot load a tokenizer from {path_or_name!r}: {first_line(error)}") from error
 
 
 def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
@@ -66,7 +66,10 @@ def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
 
     Raises VocabularyError that names the first differing tokens, or the two EOS tokens where these differ.
     """
-    student, teacher = _by_id(student_tokenizer), _by_id(teacher_tokenizer)
+    student, teacher = (
+        {int(index): str(token) for token, index in tokenizer.get_vocab().items()}
+        for tokenizer in (student_tokenizer, teacher_tokenizer)
+    )
     size = max([*student, *teacher]) + 1
     differing = [index for index in range(size) if student.get(index) != teacher.get(index)]
     if differing:
@@ -87,11 +90,6 @@ def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
             "tokenizer for the student (student.tokenizer), or a base teacher for a base student"
         )
     return size
-
-
-def _by_id(tokenizer: Any) -> dict[int, str]:
-    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    return {index: token for token, index in vocabulary.items()}
 
 
 def _show(token: str | None) -> str:

@@ -15,7 +15,7 @@ from understudy.engines.base import Weights
 from understudy.engines.sections import EngineSection, EngineSetup
 from understudy.errors import RecipeError
 from understudy.http import RetryPolicy, check_address, check_variable, is_loopback
-from understudy.models.save import merged_state_dict
+from understudy.models.load import merged_state_dict
 from understudy.types import Sampling
 
 if TYPE_CHECKING:
