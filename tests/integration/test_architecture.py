@@ -24,7 +24,7 @@ from understudy.errors import RecipeError
 from understudy.recipe import Recipe, doctor
 from understudy.recipe.checks import Files, Parts, check
 from understudy.tasks import TASKS, Split, Task, build_tokenizer
-from understudy.tasks.verifiers import VERIFIERS, find_verifier
+from understudy.tasks.verifiers import VERIFIERS
 from understudy.teachers import TEACHERS, RunFacts, Setup, Teacher, TeacherSection
 from understudy.trainer.console import Console
 from understudy.types import Grade, Message, Need, Prompt, Sample, Scores
@@ -122,7 +122,7 @@ class Echo(Task):
         return [Prompt(f"echo/{n}", text=f"{n}:", reference=str(n), solution=str(n)) for n in digits]
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
-        return find_verifier(self.verifier)(text, prompt.reference or "")
+        return VERIFIERS[self.verifier](text, prompt.reference or "")
 
     @property
     def num_tokens(self) -> int:

@@ -449,7 +449,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert TeacherResponses(temperature=0.3).sampling(Sampling(1.0, top_k=5, max_new_tokens=7)) == Sampling(
         0.3, max_new_tokens=7
     )
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="is empty"):
         section(type="jsonl", path=str(tmp_path / "file"), prompt_field="q", response_field="a").check()
     path = write(tmp_path / "r.jsonl", [{"q": "a", "a": "b"}])
     with pytest.raises(DataError, match=r"r\.jsonl:1: no field 'answer'"):

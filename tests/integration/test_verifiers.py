@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from understudy.errors import RecipeError
-from understudy.tasks.verifiers import find_verifier, grade_exact, grade_math, math_process
+from understudy.tasks import Jsonl
+from understudy.tasks.verifiers import grade_exact, grade_math, math_process
 from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
 from understudy.tasks.verifiers.math_process import compare
 
@@ -303,5 +303,5 @@ def test_exact(text: str, after: str | None, score: float) -> None:
 
 
 def test_an_unknown_verifier_is_named_with_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="'maths'; did you mean 'math'"):
-        find_verifier("maths")
+    with pytest.raises(ValueError, match="'maths'; did you mean 'math'"):
+        Jsonl(path="data.jsonl", prompt_field="question", verifier="maths")

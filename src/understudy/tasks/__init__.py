@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.base import Split, Task
 from understudy.tasks.mix import PARTS, Mix
-from understudy.tasks.overlap import num_repeated, overlap, overlap_message
-from understudy.tasks.records import Hub, Jsonl
+from understudy.tasks.records import Hub, Jsonl, num_repeated, overlap, overlap_message
 from understudy.tasks.renderer import Renderer, solution_sample, split_by_length
 
 TASKS: Mapping[str, type[Task]] = PARTS | {"mix": Mix}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from understudy.tasks.base import Split, Task
 from understudy.tasks.lazy import LazyPrompts, Permutation
-from understudy.tasks.verifiers.exact import grade_exact
+from understudy.tasks.verifiers import grade_exact
 from understudy.types import Grade, Prompt
 
 if TYPE_CHECKING:
@@ -174,16 +174,11 @@ def _words(code: int) -> tuple[str, str]:
     return " ".join(sentences), f"{' ; '.join(lines)} # {value}"
 
 
-def _word_vocabulary() -> list[str]:
-    phrases = [*GAINS, *LOSSES, DOUBLING, "has . how many does have ?", "+ - * = ; #"]
-    words = {word for phrase in phrases for word in phrase.replace("{}", "").split()}
-    return [*map(str, range(100)), *sorted(words | {*NAMES, *ITEMS})]
-
-
+_PHRASES = " ".join([*NAMES, *ITEMS, *GAINS, *LOSSES, DOUBLING, "has . how many does have ?", "+ - * = ; #"])
 _FAMILIES: dict[str, list[str]] = {
     "addition": list("0123456789+=;:#"),
     "chain": list("0123456789+-*=;:#"),
-    "words": _word_vocabulary(),
+    "words": [*map(str, range(100)), *sorted({*_PHRASES.replace("{}", "").split()})],
 }
 """The tokens of each family, without the two special ones."""
 

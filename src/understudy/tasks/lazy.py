@@ -46,17 +46,12 @@ class Permutation:
     def __call__(self, index: int) -> int:
         if not 0 <= index < self.size:
             raise IndexError(f"{index} is outside range({self.size})")
-        half_bits = max(1, ((self.size - 1).bit_length() + 1) // 2)
-        key = hash_name(self.name)
-        index = _feistel(index, half_bits, key)
-        while index >= self.size:
-            index = _feistel(index, half_bits, key)
-        return index
-
-
-def _feistel(value: int, half_bits: int, key: int) -> int:
-    mask = (1 << half_bits) - 1
-    left, right = value >> half_bits, value & mask
-    for number in range(_ROUNDS):
-        left, right = right, left ^ (mix64(key ^ (right << 8) ^ number) & mask)
-    return left << half_bits | right
+        half_bits, key = max(1, ((self.size - 1).bit_length() + 1) // 2), hash_name(self.name)
+        mask = (1 << half_bits) - 1
+        while True:
+            left, right = index >> half_bits, index & mask
+            for number in range(_ROUNDS):
+                left, right = right, left ^ (mix64(key ^ (right << 8) ^ number) & mask)
+            index = left << half_bits | right
+            if index < self.size:
+                return index

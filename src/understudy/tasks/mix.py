@@ -36,7 +36,7 @@ class Mix(Task):
         for name in self.parts:
             if SEPARATOR in name:
                 raise ValueError(
-                    f"a part is named {name!r}; names have no {SEPARATOR!r}, which ends them in a prompt's id"
+                    f"a part is named {name!r}; {SEPARATOR!r} ends a part's name in a prompt's id, so leave it out"
                 )
 
     @property
@@ -45,16 +45,15 @@ class Mix(Task):
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Lazy; the i-th prompt is of part i modulo the number of parts. Raises as the parts do."""
-        found = {name: part.prompts(split) for name, part in self.parts.items()}
-        names = list(found)
+        found = [(name, part.prompts(split)) for name, part in self.parts.items()]
 
         def prompt(index: int) -> Prompt:
-            place, which = divmod(index, len(names))
-            chosen = found[names[which]][place]
-            label = names[which]
-            return replace(chosen, id=f"{label}{SEPARATOR}{chosen.id}", teacher=chosen.teacher or label)
+            place, which = divmod(index, len(found))
+            name, prompts = found[which]
+            chosen = prompts[place]
+            return replace(chosen, id=f"{name}{SEPARATOR}{chosen.id}", teacher=chosen.teacher or name)
 
-        return LazyPrompts(prompt, range(len(names) * min(len(prompts) for prompts in found.values())))
+        return LazyPrompts(prompt, range(len(found) * min(len(prompts) for _, prompts in found)))
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verdict of the part that the prompt comes from."""

@@ -1,11 +1,16 @@
-"""Problems from files: JSON lines and data sets of the Hugging Face hub, with the fields named in the recipe."""
+"""Problems from files: JSON lines and data sets of the Hugging Face hub, with the fields named in the recipe.
+
+`overlap` finds problems that stand both in the training data and in the evaluation, `num_repeated` those that stand twice.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,10 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from understudy.config import brief
 from understudy.errors import DataError, RecipeError, nearest
 from understudy.randomness import hash_name
 from understudy.tasks.base import Split, Task
-from understudy.tasks.verifiers import VERIFIERS, find_verifier
+from understudy.tasks.verifiers import VERIFIERS
 from understudy.types import Grade, Prompt
 
 Row = tuple[str, Mapping[str, Any]]
@@ -25,6 +31,9 @@ Row = tuple[str, Mapping[str, Any]]
 
 NUM_CHECKED_ROWS = 8
 """Rows of each file that a dry run reads."""
+NUM_EXAMPLES = 3
+_TYPESETTING = re.compile(r"\\[()]|\.(?!\d)|[^\w+*/=<>^().-]|_")
+"""Characters in which two copies of a problem differ: white space, mathematical markup, braces, commas and full stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,46 +125,47 @@ class Records(Task):
         """The verifier's verdict. Raises DataError for a prompt without reference."""
         if prompt.reference is None:
             raise DataError(f"prompt {prompt.id} has no reference to grade with; set task.reference_field")
-        return find_verifier(self.verifier)(text, prompt.reference)
+        return VERIFIERS[self.verifier](text, prompt.reference)
 
     def check_files(self) -> None:
         """Read the first rows of every source, as the run would. Raises RecipeError or DataError."""
         for source in dict.fromkeys(self.sources().values()):
-            num_rows = 0
-            for place, row in islice(self.rows(source), NUM_CHECKED_ROWS):
-                self.to_prompt(place, row)
-                num_rows += 1
-            if num_rows == 0:
+            if not [self.to_prompt(place, row) for place, row in islice(self.rows(source), NUM_CHECKED_ROWS)]:
                 raise DataError(f"{source} is empty; it must hold at least one row")
 
     def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
         """One row as a prompt. Its id is a hash of the bare prompt: it survives another order and another template."""
         raw = _field(row, self.prompt_field, place)
         if isinstance(raw, str):
-            question, messages = raw, [{"role": "user", "content": raw}]
-        else:
-            messages = _messages(raw, self.prompt_field, place)
+            raw = [{"role": "user", "content": raw}]
+        try:
+            messages = [{"role": item["role"], "content": item["content"]} for item in raw]
             question = messages[-1]["content"]
+        except (TypeError, KeyError, IndexError):
+            messages = []
+        if not messages or not all(isinstance(value, str) for item in messages for value in item.values()):
+            raise DataError(
+                f"{place}: field {self.prompt_field!r} is {brief(raw)}; it must be a string, or a list of messages with "
+                "role and content"
+            )
         text = self.template.replace("{prompt}", question)
         messages[-1] = {**messages[-1], "content": text}
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
+        reference = _optional_text(row, self.reference_field, place)
+        if reference is not None and self.reference_after is not None:
+            if self.reference_after not in reference:
+                raise DataError(f"{place}: field {self.reference_field!r} does not contain {self.reference_after!r}")
+            reference = reference.rpartition(self.reference_after)[2].strip()
+        digest = blake2b(normalise(question).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return Prompt(
-            id=f"{self.name}/{_digest(question)}",
+            id=f"{self.name}/{digest}",
             text=None if self.chat else text,
             messages=tuple(messages) if self.chat else None,
-            reference=self._reference(row, place),
+            reference=reference,
             solution=_optional_text(row, self.solution_field, place),
             teacher=_optional_text(row, self.teacher_field, place),
         )
-
-    def _reference(self, row: Mapping[str, Any], place: str) -> str | None:
-        reference = _optional_text(row, self.reference_field, place)
-        if reference is None or self.reference_after is None:
-            return reference
-        if self.reference_after not in reference:
-            raise DataError(f"{place}: field {self.reference_field!r} does not contain {self.reference_after!r}")
-        return reference.rpartition(self.reference_after)[2].strip()
 
     def source_of(self, split: Split) -> str:
         """The source that the split is cut from. Raises RecipeError if there is none."""
@@ -168,13 +178,6 @@ class Records(Task):
             f"task {self.name} has no {split} split; give it a source"
             + (" or set task.validation_share" if split == "validation" else "")
         )
-
-    def takes(self, split: Split, prompt: Prompt) -> bool:
-        """Whether a prompt of the split's source belongs to the split."""
-        if self.validation_share == 0 or split == "test":
-            return True
-        draw = hash_name(f"{self.seed}/validation/{problem_key(prompt)}") / 2**64
-        return (draw < self.validation_share) == (split == "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +199,21 @@ class Jsonl(Records):
         return {split: path for split, path in paths.items() if path is not None}
 
     def rows(self, source: str) -> Iterator[Row]:
-        return _read_jsonl(Path(source))
+        path = Path(source)
+        if not path.is_file():
+            siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+            hint = nearest(path.name, siblings) if siblings else f"there is no folder {path.parent}"
+            raise RecipeError(f"there is no file {path}; {hint}")
+        line_number = 0
+        try:
+            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+                for line_number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield f"{path}:{line_number}", _parse_line(line, f"{path}:{line_number}")
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file, after line {line_number}: {error}") from error
+        except OSError as error:
+            raise RecipeError(f"cannot read {path}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,25 +262,24 @@ class Hub(Records):
             )
 
 
-TASK_SPLIT_CACHE = 8
-
-
-@lru_cache(maxsize=TASK_SPLIT_CACHE)
+@lru_cache(maxsize=8)
 def _load(task: Records, split: Split) -> tuple[Prompt, ...]:
-    source = task.source_of(split)
-    every = (task.to_prompt(place, row) for place, row in task.rows(source))
-    found = tuple(_distinct_ids(islice((prompt for prompt in every if task.takes(split, prompt)), task.limit)))
+    source, found, seen = task.source_of(split), list[Prompt](), Counter[str]()
+    for place, row in task.rows(source):
+        prompt = task.to_prompt(place, row)
+        if task.validation_share > 0 and split != "test":
+            draw = hash_name(f"{task.seed}/validation/{problem_key(prompt)}") / 2**64
+            if (draw < task.validation_share) != (split == "validation"):
+                continue
+        seen[prompt.id] += 1
+        count = seen[prompt.id]
+        # repeated prompts get "~2", "~3" behind their id: randomness is keyed by it
+        found.append(prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}"))
+        if len(found) == task.limit:
+            break
     if not found:
         raise DataError(f"{source}: the {split} split is empty; it must hold at least one row")
-    return found
-
-
-def _distinct_ids(prompts: Iterator[Prompt]) -> Iterator[Prompt]:
-    """Repeated prompts get "~2", "~3" behind their id: randomness is keyed by it."""
-    seen: dict[str, int] = {}
-    for prompt in prompts:
-        count = seen[prompt.id] = seen.get(prompt.id, 0) + 1
-        yield prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}")
+    return tuple(found)
 
 
 def problem_key(prompt: Prompt) -> str:
@@ -274,10 +290,6 @@ def problem_key(prompt: Prompt) -> str:
 def normalise(text: str) -> str:
     """The text without letter case and white space, for comparing two prompts."""
     return " ".join(text.casefold().split())
-
-
-def _digest(question: str) -> str:
-    return blake2b(normalise(question).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def _field(row: Mapping[str, Any], field: str, place: str) -> Any:
@@ -297,46 +309,7 @@ def _optional_text(row: Mapping[str, Any], field: str | None, place: str) -> str
     value = _field(row, field, place)
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"{place}: field {field!r} is {_brief(value)}; it must be a string or a number")
-
-
-def _messages(value: Any, field: str, place: str) -> list[dict[str, str]]:
-    good = (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(item, Mapping) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-            for item in value
-        )
-    )
-    if not good:
-        raise DataError(
-            f"{place}: field {field!r} is {_brief(value)}; it must be a string, or a list of messages with role "
-            "and content"
-        )
-    return [{"role": item["role"], "content": item["content"]} for item in value]
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) if siblings else f"there is no folder {path.parent}"
-        raise RecipeError(f"there is no file {path}; {hint}")
-    line_number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for line_number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{line_number}", _parse_line(line, f"{path}:{line_number}")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file, after line {line_number}: {error}") from error
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error}") from error
+    raise DataError(f"{place}: field {field!r} is {brief(value)}; it must be a string or a number")
 
 
 def _parse_line(line: bytes, place: str) -> Mapping[str, Any]:
@@ -345,5 +318,37 @@ def _parse_line(line: bytes, place: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:  # the encoding, the syntax, ten thousand brackets
         raise DataError(f"{place}: not a line of JSON: {error}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{place}: {_brief(row)} is not a JSON object; one line holds one object with named fields")
+        raise DataError(f"{place}: {brief(row)} is not a JSON object; one line holds one object with named fields")
     return row
+
+
+def overlap(train: Sequence[Prompt], evaluation: Sequence[Prompt], limit: int | None = None) -> list[str]:
+    """Ids of the evaluation prompts that also stand in `train`, letter case, white space, typesetting and template aside.
+
+    Looks at the first `limit` training prompts only, where it is given: a computed task may have millions.
+    """
+    keys = {key for prompt in islice(train, limit) for key in _keys(prompt)}
+    return [prompt.id for prompt in evaluation if not keys.isdisjoint(_keys(prompt))]
+
+
+def overlap_message(ids: Sequence[str], num_evaluation: int) -> str:
+    """One sentence for the console and the report. `ids` as `overlap` returns them."""
+    if not ids:
+        return f"none of the {num_evaluation} evaluation prompts is in the training data"
+    examples = ", ".join(ids[:NUM_EXAMPLES]) + (", ..." if len(ids) > NUM_EXAMPLES else "")
+    return (
+        f"{len(ids)} of {num_evaluation} evaluation prompts are also in the training data ({examples}): the accuracy "
+        "measures memory too; remove them from one side"
+    )
+
+
+def num_repeated(prompts: Sequence[Prompt]) -> int:
+    """How many prompts repeat an earlier one of the sequence."""
+    return len(prompts) - len({problem_key(prompt) for prompt in prompts})
+
+
+def _keys(prompt: Prompt) -> tuple[str, str]:
+    """The problem as its id names it (without a template) and the wording as the model sees it."""
+    users = [message["content"] for message in prompt.messages or () if message["role"] == "user"]
+    text = prompt.text if prompt.text is not None else "\n".join(users)
+    return problem_key(prompt), _TYPESETTING.sub("", text.casefold()) or normalise(text)

@@ -7,13 +7,11 @@ it comes in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-from understudy.errors import DataError
-from understudy.tasks.records import NUM_CHECKED_ROWS, Hub, Jsonl, normalise, problem_key
+from understudy.tasks.records import Hub, Jsonl, Records, normalise, problem_key
 from understudy.types import Prompt, Sampling
 
 Find = Callable[[Prompt], Sequence[str]]
@@ -36,9 +34,9 @@ class ResponseSection(ABC):
     def shown(self) -> str:
         """The name that people read."""
 
-    @abstractmethod
     def check(self) -> str:
         """A line for the dry run, after reading what can be read quickly. Raises RecipeError or DataError."""
+        return f"responses: {self.shown}"
 
     @property
     def is_local(self) -> bool:
@@ -73,47 +71,71 @@ class Solutions(ResponseSection):
     def shown(self) -> str:
         return "the solutions of the task"
 
-    def check(self) -> str:
-        return f"responses: {self.shown}"
-
     def find(self) -> Find:
         return lambda prompt: () if prompt.solution is None else (prompt.solution,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlResponses(ResponseSection):
-    """Type `jsonl`: a file of one JSON object per line, `.jsonl` or `.jsonl.gz`. Several rows may answer one prompt."""
+class RowResponses(ResponseSection):
+    """Responses in rows of data, each beside its problem. Several rows may answer one prompt."""
 
-    path: str
     prompt_field: str
     """The bare problem, or a chat whose last message is it; a field may be nested, `a.b`."""
     response_field: str
 
     @property
-    def shown(self) -> str:
-        return f"{self.path} ({self.response_field})"
+    @abstractmethod
+    def rows(self) -> Records:
+        """The data, with the response as the solution of the problem."""
+
+    @property
+    def is_local(self) -> bool:
+        return self.rows.is_local
 
     def check(self) -> str:
-        if not list(islice(self.rows(), NUM_CHECKED_ROWS)):
-            raise DataError(f"{self.shown}: no rows; it must hold at least one response")
-        return f"responses: {self.shown}"
+        """Reads nothing from the network: of a hub name only the form is checked."""
+        self.rows.check_files()
+        return super().check()
 
     def find(self) -> Find:
-        return texts_by_problem(self.rows())
+        data = self.rows
+        found: dict[str, list[str]] = {}
+        for place, fields in data.rows(data.sources()["train"]):
+            row = data.to_prompt(place, fields)
+            texts = found.setdefault(problem_key(row), [])
+            if row.solution is not None and row.solution not in texts:
+                texts.append(row.solution)
+            # the same list under its wording: computed tasks name their problems themselves
+            found[normalise(row.text or "")] = texts
 
-    def rows(self) -> Iterator[Prompt]:
-        """Each row as a prompt, the response its solution. Raises RecipeError or DataError."""
-        source = Jsonl(path=self.path, prompt_field=self.prompt_field, solution_field=self.response_field, chat=False)
-        return (source.to_prompt(place, row) for place, row in source.rows(self.path))
+        def find(prompt: Prompt) -> Sequence[str]:
+            wording = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
+            keys = problem_key(prompt), normalise(wording or "")
+            return next((found[key] for key in keys if key in found), ())
+
+        return find
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubResponses(ResponseSection):
-    """Type `hub`: a data set by its name on the hub or as a local folder. Several rows may answer one prompt."""
+class JsonlResponses(RowResponses):
+    """Type `jsonl`: a file of one JSON object per line, `.jsonl` or `.jsonl.gz`."""
+
+    path: str
+
+    @property
+    def shown(self) -> str:
+        return f"{self.path} ({self.response_field})"
+
+    @property
+    def rows(self) -> Jsonl:
+        return Jsonl(path=self.path, prompt_field=self.prompt_field, solution_field=self.response_field, chat=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubResponses(RowResponses):
+    """Type `hub`: a data set by its name on the hub or as a local folder."""
 
     dataset: str
-    prompt_field: str
-    response_field: str
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -124,7 +146,7 @@ class HubResponses(ResponseSection):
         return f"{self.dataset}[{self.split}] ({self.response_field})"
 
     @property
-    def _source(self) -> Hub:
+    def rows(self) -> Hub:
         return Hub(
             dataset=self.dataset,
             config=self.config,
@@ -134,40 +156,3 @@ class HubResponses(ResponseSection):
             solution_field=self.response_field,
             chat=False,
         )
-
-    def find(self) -> Find:
-        return texts_by_problem(self.rows())
-
-    @property
-    def is_local(self) -> bool:
-        return self._source.is_local
-
-    def rows(self) -> Iterator[Prompt]:
-        """Each row as a prompt, the response its solution. Raises DataError."""
-        source = self._source
-        return (source.to_prompt(place, row) for place, row in source.rows(self.split))
-
-    def check(self) -> str:
-        """Reads nothing from the network: of a hub name only the form is checked."""
-        self._source.check_files()
-        return f"responses: {self.shown}"
-
-
-def texts_by_problem(rows: Iterator[Prompt]) -> Find:
-    """Looks up solutions of `rows` by their problem, whatever data set, template or white space it comes in."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        if row.solution is None:
-            continue
-        texts = found.setdefault(problem_key(row), [])
-        if row.solution not in texts:
-            texts.append(row.solution)
-        # the same list under its wording: computed tasks name their problems themselves
-        found[normalise(row.text or "")] = texts
-
-    def find(prompt: Prompt) -> Sequence[str]:
-        wording = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
-        keys = problem_key(prompt), normalise(wording or "")
-        return next((found[key] for key in keys if key in found), ())
-
-    return find

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from understudy.errors import RecipeError, nearest
-from understudy.tasks.verifiers.exact import grade_exact
 from understudy.tasks.verifiers.math import grade_math
 from understudy.types import Grade
 
-Verifier = Callable[[str, str], Grade]
 
-VERIFIERS: Mapping[str, Verifier] = {"exact": grade_exact, "math": grade_math}
+def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
+    """For answers that have one spelling: 1.0 if it equals the reference, white space at both ends aside; 0.0 otherwise.
+
+    The answer is what follows the last `after` in the text, or the whole text where `after` is None.
+    """
+    if after is not None and after not in text:
+        return Grade(0.0, note=f"no {after!r} in the response")
+    answer = (text if after is None else text.rpartition(after)[2]).strip()
+    if not answer:
+        return Grade(0.0, note="the answer is empty")
+    if answer == reference.strip():
+        return Grade(1.0, answer)
+    return Grade(0.0, answer, "differs from the reference")
 
 
-def find_verifier(name: str) -> Verifier:
-    """The verifier of that name. Raises RecipeError with the nearest name."""
-    if name not in VERIFIERS:
-        raise RecipeError(f"there is no verifier {name!r}; {nearest(name, VERIFIERS)}")
-    return VERIFIERS[name]
+VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {"exact": grade_exact, "math": grade_math}
 
-
-__all__ = ["VERIFIERS", "Verifier", "find_verifier", "grade_exact", "grade_math"]
+__all__ = ["VERIFIERS", "grade_exact", "grade_math"]

@@ -45,9 +45,14 @@ def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
 def find_answer(text: str) -> str | None:
     """The final answer as it is written, without dollar signs and a full stop around it; None where there is none."""
     text = text.rpartition("</think>")[2].strip()
-    candidates = (_last_box(text), _last_match(_HASHES, text), _last_match(_SENTENCE, text), _lone_line(text))
-    found = next((candidate for candidate in candidates if candidate is not None), None)
-    return (_unwrap(found) or None) if found is not None else None
+    found = _last_box(text)
+    for pattern in (_HASHES, _SENTENCE):
+        if found is None and (matches := pattern.findall(text)):
+            found = matches[-1]
+    # a mark that is left was begun and not read: then the line is no answer
+    if found is None and len(text) <= MAX_LONE_ANSWER_CHARS and not re.search(r"\n|\\boxed|####", text):
+        found = text
+    return _unwrap(found or "") or None
 
 
 def _last_box(text: str) -> str | None:
@@ -66,18 +71,6 @@ def _last_box(text: str) -> str | None:
         elif match["bare"] and match.start() > last_start:
             last_start, last = match.start(), match["bare"]
     return last
-
-
-def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    matches = pattern.findall(text)
-    return matches[-1] if matches else None
-
-
-def _lone_line(text: str) -> str | None:
-    """The whole text, if it is one short line without a mark of an answer that was begun and not read."""
-    marked = any(mark in text for mark in ("\n", "\\boxed", "####"))
-    lone = 0 < len(text) <= MAX_LONE_ANSWER_CHARS and not marked
-    return text if lone else None
 
 
 def _unwrap(answer: str) -> str:
