@@ -1,4 +1,4 @@
-"""The contract between an environment and `play`."""
+"""The contract between an environment and `play`, and the environment in which nobody answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from understudy.types import Message
+from understudy.types import Message, Prompt
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,25 @@ class Environment(Protocol):
     def close(self) -> None:
         """Gives up what the episode holds. Called once, however it ended."""
         ...
+
+
+class SingleTurn:
+    """The environment of tasks that only grade a response: the student's first message."""
+
+    max_turns = 1
+
+    def step(self, message: Message) -> Step:
+        """The episode is over."""
+        return Step(done=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+SINGLE_TURN = SingleTurn()
+"""It has no state, so one serves all episodes; `play` knows it and does not even read the messages."""
+
+
+def single_turn(prompt: Prompt) -> SingleTurn:
+    """Returns `SINGLE_TURN`: for prompts of no task, and for teachers that write their own responses."""
+    return SINGLE_TURN

@@ -7,16 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from understudy.engines import Generates
-from understudy.environments.base import Environment, Step
-from understudy.environments.single_turn import SINGLE_TURN
+from understudy.environments.base import SINGLE_TURN, Environment, Step
 from understudy.errors import DataError, TemplateError
 from understudy.tasks.renderer import Renderer, Said
-from understudy.types import Author, Grade, Message, Prompt, Request, Sample, Sampling
+from understudy.types import Author, Grade, Prompt, Request, Sample, Sampling
 
 MAX_STEPS_AT_ONCE = 32
 """Environments that answer at the same time, each in a thread: most wait for a search, a tool or a process."""
@@ -110,7 +110,12 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
     # student's code would end the run as if it had finished
     except BaseException as error:
         return _failed(over, error)
-    over = replace(over, sample=_graded(over.sample, message, reply))
+    if reply.reward is not None:
+        # the answer is what majority votes count
+        grade = Grade(reply.reward, message.content.strip() or None)
+        # as of every verifier, the note of a right answer is empty: teachers are shown it as feedback
+        grade = grade if grade.right else replace(grade, note="graded by the environment")
+        over = replace(over, sample=replace(over.sample, grade=grade))
     if reply.done:
         return over
     if sum(one["role"] == "assistant" for one in said) >= environment.max_turns:
@@ -128,15 +133,6 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
     return replace(over, said=said, next_ids=ids)
 
 
-def _graded(sample: Sample, message: Message, reply: Step) -> Sample:
-    """Returns the sample with the environment's reward as its grade. The answer is what majority votes count."""
-    if reply.reward is None:
-        return sample
-    grade = Grade(reply.reward, message.content.strip() or None)
-    # as of every verifier, the note of a right answer is empty: teachers are shown it as feedback
-    return replace(sample, grade=grade if grade.right else replace(grade, note="graded by the environment"))
-
-
 def _failed(episode: _Episode, error: BaseException) -> _Episode:
     said = (*episode.said, {"role": "error", "content": f"{type(error).__name__}: {error}"})
     return replace(episode, sample=replace(episode.sample, finish="environment", messages=said), said=said)
@@ -151,25 +147,12 @@ def _join(episode: _Episode, written: Sample) -> _Episode:
     """Returns the episode with one more turn. The engine takes its prefix for a teacher's: here it is known who wrote it."""
     assert episode.next_ids is not None
     before, start = episode.sample, episode.next_ids.numel()
-    num_added = start - before.token_ids.numel()
-
-    def joined(old: Tensor, added: float, new: Tensor) -> Tensor:
-        return torch.cat([old, old.new_full((num_added,), added), new[start:]])
-
-    logprobs, versions = (
-        (before.rollout_logprob, written.rollout_logprob),
-        (before.policy_version, written.policy_version),
-    )
-    sample = replace(
-        before,
-        token_ids=written.token_ids,
-        author=joined(before.author, Author.ENVIRONMENT, written.author),
-        finish=written.finish,
-        rollout_logprob=None
-        if logprobs[0] is None or logprobs[1] is None
-        else joined(logprobs[0], torch.nan, logprobs[1]),
-        policy_version=None if versions[0] is None or versions[1] is None else joined(versions[0], -1, versions[1]),
-    )
+    joined, num_added = dict[str, Any](), start - before.token_ids.numel()
+    for name, added in (("author", Author.ENVIRONMENT), ("rollout_logprob", torch.nan), ("policy_version", -1)):
+        old, new = getattr(before, name), getattr(written, name)
+        known = old is not None and new is not None
+        joined[name] = torch.cat([old, old.new_full((num_added,), added), new[start:]]) if known else None
+    sample = replace(before, token_ids=written.token_ids, finish=written.finish, **joined)
     return replace(episode, sample=sample, turn_start=start, next_ids=None)
 
 
