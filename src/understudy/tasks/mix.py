@@ -36,7 +36,7 @@ class Mix(Task):
         for name in self.parts:
             if SEPARATOR in name:
                 raise ValueError(
-                    f"a part is named {name!r}; {SEPARATOR!r} ends a part's name in a prompt's id, so leave it out"
+                    f"a part is named {name!r}; names have no {SEPARATOR!r}, which ends them in a prompt's id"
                 )
 
     @property
