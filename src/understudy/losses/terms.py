@@ -50,7 +50,7 @@ class Rows:
 
 
 class Loss(Protocol):
-    """A frozen dataclass with tensors of one row a token; called with the rows of the same tokens."""
+    """A frozen dataclass with tensors of one row a token; gives the losses [C] of the rows of the same tokens."""
 
     def __call__(self, rows: Rows) -> Tensor: ...
 
@@ -76,7 +76,6 @@ class PolicyGradient:
     """[C, K] log T: the baseline is summed over K tokens, `sg[sum_k S(k)(log S(k) - log T(k))]`, instead of all."""
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[C]"""
         old = rows.logprob.detach() if self.old_logprob is None else self.old_logprob
         ratio = torch.exp(rows.logprob - old)
         advantage = self.advantage
@@ -99,7 +98,6 @@ class NLL:
     """`-log S(y_t)`."""
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[C]"""
         return -rows.logprob
 
 
@@ -108,7 +106,6 @@ class FullDivergence:
     """The divergence over the whole vocabulary that `Reads.divergence` names."""
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[C]"""
         assert rows.divergence is not None
         return rows.divergence
 
@@ -123,7 +120,6 @@ class TopKDivergence:
     tail: Tail
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[C]"""
         assert rows.topk_logp is not None
         return topk_divergence(rows.topk_logp, self.teacher_logp, self.direction, self.tail, rows.tail_logp)
 
@@ -145,7 +141,6 @@ class FoldedTopK:
     """[C], as that of `PolicyGradient`."""
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[C]"""
         divergence = TopKDivergence(self.teacher_logp, "forward", self.tail)(rows).detach()
         return PolicyGradient(-divergence, self.old_logprob, weight=self.weight)(rows)
 
@@ -158,7 +153,6 @@ class SquaredLogRatio:
     """[C]"""
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[C]"""
         return 0.5 * (self.teacher_logprob - rows.logprob) ** 2
 
 
@@ -173,7 +167,6 @@ class ReferenceKL:
     """[C]"""
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[C]"""
         gap = self.reference_logprob - rows.logprob
         return torch.expm1(gap) - gap
 

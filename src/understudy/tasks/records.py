@@ -112,7 +112,9 @@ class Records(Task):
         return self.chat
 
     def check_split(self, split: Split) -> None:
-        self.source_of(split)
+        if split not in self.sources() and not (split == "validation" and self.validation_share > 0):
+            hint = " or set task.validation_share" if split == "validation" else ""
+            raise RecipeError(f"task {self.name} has no {split} split; give it a source{hint}")
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """All prompts of the split, in the order of the source, repeated ones too (`num_repeated` counts them).
@@ -165,18 +167,6 @@ class Records(Task):
             reference=reference,
             solution=_optional_text(row, self.solution_field, place),
             teacher=_optional_text(row, self.teacher_field, place),
-        )
-
-    def source_of(self, split: Split) -> str:
-        """The source that the split is cut from. Raises RecipeError if there is none."""
-        sources = self.sources()
-        if split in sources:
-            return sources[split]
-        if split == "validation" and self.validation_share > 0:
-            return sources["train"]
-        raise RecipeError(
-            f"task {self.name} has no {split} split; give it a source"
-            + (" or set task.validation_share" if split == "validation" else "")
         )
 
 
@@ -264,7 +254,9 @@ class Hub(Records):
 
 @lru_cache(maxsize=8)
 def _load(task: Records, split: Split) -> tuple[Prompt, ...]:
-    source, found, seen = task.source_of(split), list[Prompt](), Counter[str]()
+    task.check_split(split)
+    source = task.sources().get(split, task.sources()["train"])
+    found, seen = list[Prompt](), Counter[str]()
     for place, row in task.rows(source):
         prompt = task.to_prompt(place, row)
         if task.validation_share > 0 and split != "test":
