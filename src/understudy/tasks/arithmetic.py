@@ -98,10 +98,9 @@ class Arithmetic(Task):
         """A lazy sequence of prompts with reference and solution; held-out splits do not depend on the seed."""
         held_out = max(1, self.num_problems // HELD_OUT_SHARE)
         spread = Permutation(self.num_problems, f"{self.name}/split")
-        if split == "test":
-            return LazyPrompts(lambda i: self.problem(spread(i)), range(held_out))
-        if split == "validation":
-            return LazyPrompts(lambda i: self.problem(spread(held_out + i)), range(held_out))
+        if split != "train":
+            first = 0 if split == "test" else held_out
+            return LazyPrompts(lambda i: self.problem(spread(first + i)), range(held_out))
         num_train = self.num_problems - 2 * held_out
         order = Permutation(num_train, f"{self.name}/train/{self.seed}")
         size = num_train if self.num_solutions is None else min(num_train, self.num_solutions)

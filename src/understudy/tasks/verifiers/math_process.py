@@ -67,11 +67,9 @@ class _Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):  # a request that was never read is still in the buffer
-                    pipe.close()
+        # leaving the process waits for it and closes its pipes; a request that was never read is still in the buffer
+        with suppress(BrokenPipeError), self.process:
+            pass
 
 
 _turns = BoundedSemaphore(os.cpu_count() or 1)
