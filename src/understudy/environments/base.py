@@ -42,15 +42,12 @@ class Environment(Protocol):
     @property
     def max_turns(self) -> int:
         """Messages that the student may write."""
-        ...
 
     def step(self, message: Message) -> Step:
         """Answers a message. An exception ends this episode alone (`Sample.finish` is "environment")."""
-        ...
 
     def close(self) -> None:
         """Gives up what the episode holds. Called once, however it ended."""
-        ...
 
 
 class SingleTurn:
