@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from understudy.errors import RecipeError, ScoreError
 from understudy.linear import score
-from understudy.linear.head import LMHead
-from understudy.linear.products import project
+from understudy.linear.head import LMHead, project
 from understudy.models import DType, backbone_hidden, lm_head, load_causal_lm, num_positions, row_style, unwrap
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
