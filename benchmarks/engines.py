@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from understudy.engines.vllm.launch import ServerProcess, free_port
+from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.models import build_causal_lm, save_hf
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Http, Local, Served, Setup, Teacher
@@ -63,7 +63,7 @@ def make_samples() -> list[Sample]:
 @contextlib.contextmanager
 def vllm(python: str, model: Path, folder: Path) -> Iterator[str]:
     """The address of a server."""
-    port = free_port()
+    port = free_ports(1)[0]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
     command += [
         "--port",
@@ -85,7 +85,7 @@ def vllm(python: str, model: Path, folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def own_server(model: Path, folder: Path, hidden_dtype: str) -> Iterator[str]:
     """The address of `understudy serve-teacher`."""
-    port = free_port()
+    port = free_ports(1)[0]
     command = [sys.executable, "-m", "understudy", "serve-teacher", str(model), "--port", str(port)]
     command += ["--hidden-dtype", hidden_dtype]
     with ServerProcess(command, name="serve-teacher", port=port, log=folder / f"own-{hidden_dtype}.log") as server:

@@ -93,9 +93,9 @@ def command_line(*arguments: object) -> None:
 
 def run_ranks(function: Callable[..., None], *arguments: object, folder: Path, num_ranks: int = 2) -> None:
     """Runs a function in processes that find each other as torchrun's do. Raises AssertionError where one fails."""
-    from understudy.engines.vllm.launch import free_port
+    from understudy.engines.vllm.launch import free_ports
 
-    found = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    found = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     ranks = [
         Process(function, *arguments, log=folder / f"rank_{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **found)
         for rank in range(num_ranks)

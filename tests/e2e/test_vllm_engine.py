@@ -216,6 +216,6 @@ def test_what_breaks_it_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch)
         engine.engine.generate(requests(1), WARM, step=0)
 
 
-def without_head(_: object, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def without_head(_: object, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """As `save_pretrained` leaves it out."""
-    return (one for one in weights if one[0] != "lm_head.weight")
+    return {name: value for name, value in weights if name != "lm_head.weight"}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tests.leaks import nothing_left
 from tests.runs import metric_rows, train
 from tests.vllm_env import vllm_python
 
-from understudy.engines.vllm.launch import ServerProcess, free_port
+from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.models import build_causal_lm, save_hf
 from understudy.tasks import build_tokenizer
 
@@ -57,7 +56,7 @@ def losses(folder: Path, student: str, seed: int, teacher: dict[str, Any], **cha
 
 def vllm(python: str, model: str, log: Path) -> ServerProcess:
     """A server that the user starts."""
-    port = free_port()
+    port = free_ports(1)[0]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     return ServerProcess([*command, "--port", str(port), *ARGS], name=log.stem, port=port, log=log, env=ENV)
 
@@ -68,7 +67,7 @@ def test_vllm_as_engine_and_as_teacher_gives_the_same_curve(tmp_path: Path) -> N
     student, teacher = save_model(tmp_path / "s", 1, 1.0), save_model(tmp_path / "t", 2, 24.0)
     with nothing_left(), ExitStack() as servers:
         rollout, scoring = (
-            servers.enter_context(_started(vllm(python, *of)))
+            servers.enter_context(vllm(python, *of))
             for of in ((student, tmp_path / "engine.log"), (teacher, tmp_path / "teacher.log"))
         )
         plain = torch.stack(
@@ -87,13 +86,3 @@ def test_vllm_as_engine_and_as_teacher_gives_the_same_curve(tmp_path: Path) -> N
     print("plain ", [round(float(value), 4) for value in plain.mean(0)])
     print("engine", [round(float(value), 4) for value in engine.mean(0)])
     assert bool((gap <= torch.maximum(4 * noise, 0.02 * plain.mean(0))).all()), (plain, engine)
-
-
-@contextmanager
-def _started(server: ServerProcess) -> Iterator[ServerProcess]:
-    """Not yet ready, so that several start side by side."""
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()

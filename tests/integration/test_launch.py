@@ -8,15 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.leaks import nothing_left
 from understudy.engines.vllm import supervisor
-from understudy.engines.vllm.launch import ServerProcess, free_port, free_ports, port_is_free
+from understudy.engines.vllm.launch import ServerProcess, free_ports, port_is_free
 from understudy.errors import EngineError
 
 pytestmark = pytest.mark.slow
@@ -55,7 +57,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def server(tmp_path: Path, behaviour: str = "plain", *, port: int | None = None, **options: object) -> ServerProcess:
-    number = free_port() if port is None else port
+    number = free_ports(1)[0] if port is None else port
     given: dict[str, object] = {"ready_timeout_s": PATIENCE_S, "stop_s": PATIENCE_S} | options
     return ServerProcess(
         [sys.executable, "-c", SERVER, str(number), behaviour],
@@ -64,6 +66,13 @@ def server(tmp_path: Path, behaviour: str = "plain", *, port: int | None = None,
         log=tmp_path / "logs" / "engine_0.log",
         **given,  # type: ignore[arg-type]
     )
+
+
+@contextmanager
+def running(*args: Any, **options: Any) -> Iterator[ServerProcess]:
+    with server(*args, **options) as one:
+        one.wait_ready()
+        yield one
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -80,7 +89,7 @@ def group(pid: int) -> list[int]:
 
 def test_ready_watched_and_gone(tmp_path: Path) -> None:
     with nothing_left():
-        with server(tmp_path, env={"WHO": "the recipe"}) as one:
+        with running(tmp_path, env={"WHO": "the recipe"}) as one:
             one.check()
             assert not port_is_free(one.port)
             assert "hello from the recipe" in (tmp_path / "logs" / "engine_0.log").read_text()
@@ -95,13 +104,13 @@ def test_its_death_at_the_start_shows_the_log(tmp_path: Path) -> None:
     with (
         nothing_left(),
         pytest.raises(EngineError, match="status 1(.|\n)*there is no such model"),
-        server(tmp_path, "dies"),
+        running(tmp_path, "dies"),
     ):
         pass
 
 
 def test_what_went_wrong_is_shown_though_much_is_said_after_it(tmp_path: Path) -> None:
-    with pytest.raises(EngineError) as caught, server(tmp_path, "talks"):
+    with pytest.raises(EngineError) as caught, running(tmp_path, "talks"):
         pass
     lines = str(caught.value).splitlines()
     assert lines[2] == "RuntimeError: out of memory"
@@ -114,15 +123,15 @@ def test_a_late_server_is_ended(tmp_path: Path) -> None:
     with (
         nothing_left(),
         pytest.raises(EngineError, match="not ready(.|\n)*ready_timeout_s(.|\n)*hello"),
-        server(tmp_path, "late", ready_timeout_s=1.0),
+        running(tmp_path, "late", ready_timeout_s=1.0),
     ):
         pass
 
 
 def test_the_log_of_an_earlier_server_is_kept_and_not_shown(tmp_path: Path) -> None:
-    with server(tmp_path, env={"WHO": "the first"}):
+    with running(tmp_path, env={"WHO": "the first"}):
         pass
-    with pytest.raises(EngineError) as caught, server(tmp_path, "dies"):
+    with pytest.raises(EngineError) as caught, running(tmp_path, "dies"):
         pass
     assert "the first" not in str(caught.value)
     assert "the first" in (tmp_path / "logs" / "engine_0.log").read_text()
@@ -143,14 +152,14 @@ def test_ports_for_several_servers_are_different() -> None:
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
-    one = ServerProcess(["/nowhere/python"], name="engine 0", port=free_port(), log=tmp_path / "log")
+    one = ServerProcess(["/nowhere/python"], name="engine 0", port=free_ports(1)[0], log=tmp_path / "log")
     with nothing_left(), pytest.raises(EngineError, match="/nowhere/python.*\n(.|\n)*No such file"):
         one.start()
 
 
 def test_who_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
     with nothing_left():
-        with server(tmp_path, "stubborn", stop_s=0.3) as one:
+        with running(tmp_path, "stubborn", stop_s=0.3) as one:
             assert one.pid is not None
             pids = group(one.pid)
             assert len(pids) == 3
@@ -159,7 +168,7 @@ def test_who_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None
 
 def test_a_child_that_left_the_group_is_ended_too(tmp_path: Path) -> None:
     with nothing_left():
-        with server(tmp_path, "family") as one:
+        with running(tmp_path, "family") as one:
             assert one.pid is not None
             pids = group(one.pid)
             assert len(pids) == 3
@@ -167,7 +176,7 @@ def test_a_child_that_left_the_group_is_ended_too(tmp_path: Path) -> None:
 
 
 def test_a_killed_server_is_noticed_and_its_children_end(tmp_path: Path) -> None:
-    with nothing_left(), server(tmp_path, "family") as one:
+    with nothing_left(), running(tmp_path, "family") as one:
         assert one.pid is not None
         pids = group(one.pid)
         os.kill(one.pid, signal.SIGKILL)
@@ -178,7 +187,7 @@ def test_a_killed_server_is_noticed_and_its_children_end(tmp_path: Path) -> None
 
 def test_shared_memory_of_a_killed_server_is_removed(tmp_path: Path) -> None:
     with nothing_left():
-        with server(tmp_path, "shares", stop_s=0.2):
+        with running(tmp_path, "shares", stop_s=0.2):
             name = (tmp_path / "logs" / "engine_0.log").read_text().split()[-1]
             assert (Path("/dev/shm") / name).exists()
         assert not (Path("/dev/shm") / name).exists()
@@ -186,7 +195,7 @@ def test_shared_memory_of_a_killed_server_is_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_stays_when_the_parent_is_killed(how: signal.Signals, tmp_path: Path) -> None:
-    port = free_port()
+    port = free_ports(1)[0]
     parent = subprocess.Popen(
         [
             sys.executable,
@@ -194,7 +203,7 @@ def test_nothing_stays_when_the_parent_is_killed(how: signal.Signals, tmp_path: 
             f"import sys, time; from pathlib import Path; from understudy.engines.vllm.launch import ServerProcess\n"
             f"one = ServerProcess([sys.executable, '-c', {SERVER!r}, '{port}', 'stubborn'], name='engine', port={port},"
             f" log=Path({str(tmp_path / 'log')!r}), ready_timeout_s=20, stop_s=0.3)\n"
-            "with one:\n    print(one.pid, flush=True)\n    time.sleep(60)",
+            "with one:\n    one.wait_ready()\n    print(one.pid, flush=True)\n    time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
         text=True,

@@ -27,7 +27,7 @@ from understudy.config import parse
 from understudy.engines import VLLM, EngineSetup, HFEngine
 from understudy.engines.base import Probe
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
-from understudy.engines.vllm.launch import free_port
+from understudy.engines.vllm.launch import free_ports
 from understudy.engines.vllm.settings import Launch, logprobs_mode
 from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
@@ -329,7 +329,7 @@ def test_a_stale_tied_head_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = model_of(tied=True)
     monkeypatch.setattr(
         "understudy.engines.vllm.engine.with_head",
-        lambda _, weights: (one for one in weights if one[0] != "lm_head.weight"),
+        lambda _, weights: {name: value for name, value in weights if name != "lm_head.weight"},
     )
     with make_engine(model, tmp_path, stub={"stale_tied_head": True}) as (engine, _):
         push(engine, model)
@@ -674,7 +674,7 @@ def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_pat
     model = model_of()
     options: dict[str, Any] = {"dtype": torch.float32, "place": "shm"}
     store = WeightStore(model, letters(), tmp_path, **options)
-    left = store.write(merged_state_dict(model).items(), "v7")
+    left = store.write(merged_state_dict(model), "v7")
     try:
         with pytest.raises(RecipeError, match="another run is at work"):
             WeightStore(model, letters(), tmp_path, **options)
@@ -761,7 +761,7 @@ def test_shared_memory_is_not_taken_where_memory_is_short(tmp_path: Path, monkey
     monkeypatch.setattr("understudy.engines.vllm.weights.memory_left", lambda: 1000)
     store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place=None)
     assert store.folder.is_relative_to(tmp_path)
-    store.write(merged_state_dict(model).items(), "v0")
+    store.write(merged_state_dict(model), "v0")
     store.close()
 
 
@@ -776,7 +776,7 @@ def test_weights_without_room_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     store.close()
     store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place="shm")
     with pytest.raises(EngineError, match="GiB free"):
-        store.write(merged_state_dict(model).items(), "v0")
+        store.write(merged_state_dict(model), "v0")
     store.close()
 
 
@@ -787,7 +787,7 @@ def test_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: pytes
     model = model_of(tied=True)
     monkeypatch.setattr("understudy.engines.vllm.weights.SHARD_BYTES", 5000)
     store = WeightStore(model, letters(), tmp_path, dtype=torch.bfloat16, place=tmp_path)
-    written = store.write(merged_state_dict(model).items(), "v0")
+    written = store.write(merged_state_dict(model), "v0")
     assert len(list(written.glob("*.safetensors"))) > 2
     read: Mapping[str, Tensor] = AutoModelForCausalLM.from_pretrained(written, dtype="auto").state_dict()
     for name, value in model.state_dict().items():
@@ -831,7 +831,7 @@ def test_servers_of_its_own_begin_with_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_not_there_at_the_start_is_not_waited_for(tmp_path: Path) -> None:
-    nowhere = f"http://127.0.0.1:{free_port()}"
+    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
     with make_engine(model_of(), tmp_path, url=nowhere, max_retries=1, deadline_s=6.0) as (engine, _):
         with pytest.raises(EngineError, match="gave no answer to GET /v1/models") as caught:
             push(engine, model_of())
@@ -889,7 +889,7 @@ def test_the_timeout_grows_with_the_longest_response(tmp_path: Path) -> None:
     assert retry_policy(32_768, deadline_s=6.0) == (3276.8, 6.0)
     long = Sampling(max_new_tokens=32_768)
     with make_engine(model_of(), tmp_path, sampling=long, timeout_s=None, deadline_s=None) as (engine, _):
-        assert engine._servers._policy.timeout_s == 3276.8
+        assert engine._servers.policy.timeout_s == 3276.8
 
 
 def test_a_server_of_its_own_writes_no_line_for_each_request(tmp_path: Path) -> None:
@@ -958,7 +958,7 @@ def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
             return pipe
 
         routes = [OverNCCL(server, pipe.queues[number], 2 + number) for number, server in enumerate(servers)]
-        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 10.0, open_group)
+        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 10.0, open_group, lambda: bytes(128))
         assert push(engine, moved(model), 0) < TOLERANCE
         assert push(engine, moved(model, seed=2), 1) < TOLERANCE
         assert engine._store is None
@@ -977,12 +977,16 @@ def test_a_server_that_fails_over_nccl_ends_the_push(tmp_path: Path) -> None:
     """Not configured for it, or lost on the way: an error in time, not a collective that waits for ever."""
     model = model_of()
     with make_engine(model, tmp_path) as (engine, _):
-        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
+        engine._transfer = NCCLTransfer(
+            engine._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1), lambda: bytes(128)
+        )
         with pytest.raises(EngineError, match="get_world_size was refused"):
             push(engine, model)
     with make_engine(model, tmp_path / "lost") as (engine, servers):
         OverNCCL(servers[0], SimpleQueue(), 1)
-        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1))
+        engine._transfer = NCCLTransfer(
+            engine._servers, torch.float32, CPU, 0.5, lambda *_: Pipe(1), lambda: bytes(128)
+        )
         with pytest.raises(EngineError, match="did not pass"):
             push(engine, model)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from understudy.engines.base import Probe, Weights
+from understudy.engines.base import Probe
 from understudy.engines.vllm.servers import Servers
 from understudy.errors import EngineError
 
@@ -25,6 +27,7 @@ class DisagreesError(EngineError):
     """Log-probabilities are not the trainer's."""
 
 
+@dataclass(eq=False)
 class PushCheck:
     """Detects a push that did not arrive, by either of two signs.
 
@@ -34,36 +37,35 @@ class PushCheck:
     else may be asked meanwhile, because what is computed beside a request changes its last bits.
     """
 
-    def __init__(self, servers: Servers, dtype: torch.dtype, tolerance: float, num_tokens: int) -> None:
-        """`dtype`: the engine's. `num_tokens`: the most that are compared."""
-        self._servers = servers
-        self._dtype = dtype
-        self._tolerance = tolerance
-        self._num_tokens = num_tokens
-        self._checksums: dict[str, int] = {}
-        """Checksums of the last weights, by name."""
-        self._changed = False
-        """Whether weights changed since the last comparison."""
-        self._asked: list[list[int]] = []
-        """The sequences of the last comparison."""
-        self._answers: dict[str, list[list[float]]] = {}
-        """The answers to `_asked`, by server."""
-        self._num_still: dict[str, int] = {}
-        """Pushes in a row that moved nothing, by server."""
-        self.last_gap = float("nan")
-        """The largest mean distance, in nats, of a server's log-probabilities from the trainer's."""
+    servers: Servers
+    dtype: torch.dtype
+    """The engine's."""
+    tolerance: float
+    num_tokens: int
+    """The most that are compared."""
+    last_gap: float = field(default=math.nan, init=False)
+    """The largest mean distance, in nats, of a server's log-probabilities from the trainer's."""
+    _checksums: dict[str, int] = field(default_factory=dict, init=False)
+    """Checksums of the last weights, by name."""
+    _changed: bool = field(default=False, init=False)
+    """Whether weights changed since the last comparison."""
+    _asked: list[list[int]] = field(default_factory=list, init=False)
+    """The sequences of the last comparison."""
+    _answers: dict[str, list[list[float]]] = field(default_factory=dict, init=False)
+    """The answers to `_asked`, by server."""
+    _num_still: dict[str, int] = field(default_factory=dict, init=False)
+    """Pushes in a row that moved nothing, by server."""
 
-    def watch(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """Yields the same weights, and notes whether they differ from the last ones in the engine's precision."""
+    def note(self, weights: Mapping[str, Tensor]) -> None:
+        """Notes whether the weights differ from the last ones in the engine's precision."""
         checksums: dict[str, int] = {}
-        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self._dtype.itemsize]
-        for name, tensor in weights:
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
+        for name, tensor in weights.items():
             if tensor.is_floating_point():
                 # the bits of every number as an integer: equal for equal numbers, and rarely for others
                 pieces = tensor.detach().reshape(-1).split(PIECE)
-                sums = [piece.to(self._dtype).view(kind).sum(dtype=torch.int64) for piece in pieces]
+                sums = [piece.to(self.dtype).view(kind).sum(dtype=torch.int64) for piece in pieces]
                 checksums[name] = int(torch.stack(sums).sum())
-            yield name, tensor
         self._changed |= bool(self._checksums) and checksums != self._checksums
         self._checksums = checksums
 
@@ -71,7 +73,7 @@ class PushCheck:
         """Returns the gap. Raises EngineError for a server that disagrees, and for one in which nothing moves."""
         asked, own = self._choose(probe)
         old = self._asked if self._changed else []
-        answers = self._servers.score(old + asked)
+        answers = self.servers.score(old + asked)
         new = {url: rows[len(old) :] for url, rows in answers.items()}
         gap = self._compare(own, new, version)
         for url, rows in answers.items() if old else ():
@@ -93,15 +95,15 @@ class PushCheck:
     def again(self, probe: Probe, version: int) -> None:
         """Raises DisagreesError if a server no longer has the weights of the last push."""
         asked, own = self._choose(probe)
-        self._compare(own, self._servers.score(asked), version)
+        self._compare(own, self.servers.score(asked), version)
 
     def _choose(self, probe: Probe) -> tuple[list[list[int]], Tensor]:
         """The first sequences with enough tokens to compare, cut to what fits, and the trainer's log-probabilities of all."""
         # scoring writes one token, which has to fit too
-        longest = (self._servers.facts.max_length or 2**31) - 1
+        longest = (self.servers.facts.max_length or 2**31) - 1
         asked, own = [], torch.empty(0, dtype=torch.float64)
         for ids, logprob in zip(probe.token_ids, probe.logprob, strict=True):
-            if int((~own.isnan()).sum()) >= self._num_tokens:
+            if int((~own.isnan()).sum()) >= self.num_tokens:
                 break
             asked.append(ids[:longest].tolist())
             own = torch.cat([own, logprob[: longest - 1].double()])
@@ -119,12 +121,12 @@ class PushCheck:
             gaps[url] = float((values - own)[compared].abs().mean())
         self.last_gap = max(gaps.values())
         # so written that NaN is an error too
-        if not self.last_gap <= self._tolerance:
+        if not self.last_gap <= self.tolerance:
             each = ", ".join(f"{url}: {gap:.2g}" for url, gap in gaps.items())
             raise DisagreesError(
                 f"after the push of version {version} the rollout engine's log-probabilities are not the trainer's: they "
                 f"differ by {each} nats on average over {num_compared} tokens, and the precision explains "
-                f"{self._tolerance:g}. The weights did not arrive, or a tied output layer kept its old copy, or the engine "
+                f"{self.tolerance:g}. The weights did not arrive, or a tied output layer kept its old copy, or the engine "
                 "computes in another precision (rollout.dtype) or reports another kind of number (its --logprobs-mode)"
             )
         return self.last_gap

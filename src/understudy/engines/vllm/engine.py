@@ -59,7 +59,7 @@ class VLLMEngine:
         # a bias shows in processed log-probabilities only
         mode = logprobs_mode(setup.sampling) or (PROCESSED if self._bias else RAW)
         policy = section.retry_policy(setup.max_new_tokens)
-        self._servers = Servers(section, policy, setup.run_dir, dtype=self._dtype, mode=mode, seed=setup.seed)
+        self._servers = Servers(section, setup, policy, self._dtype, mode)
         tolerance = section.check_tolerance or (FLOAT32_GAP if exact else HALF_GAP)
         self._check = PushCheck(self._servers, self._dtype, tolerance, section.probe_tokens)
         self._gate = Gate(policy.deadline_s)
@@ -71,6 +71,8 @@ class VLLMEngine:
         self._transfer: NCCLTransfer | None = None
         if section.weights == "nccl":
             device = next(model.parameters()).device
+            if device.type != "cuda":
+                raise RecipeError("rollout.weights is nccl, but the trainer has no GPU; use auto, shm or directory")
             self._transfer = NCCLTransfer(self._servers, self._dtype, device, policy.deadline_s)
 
     @property
@@ -110,29 +112,22 @@ class VLLMEngine:
             if weights is None:
                 self._gate.close()
                 if not self._servers.started:
-                    if self._section.launch is not None:
-                        raise RecipeError(
-                            "rollout.launch starts servers for one rank alone; with several ranks start them yourself and "
-                            "give rollout.url"
-                        )
-                    self._start(None)
+                    self._servers.start(None)
                 self._last_probe = None
                 self._gate.open(version)
                 return None
-            # The head goes along under a name of its own, because an engine may keep a copy of a tied one. The check notes
-            # in passing whether any weight differs from the last push.
-            weights = self._check.watch(with_head(self._setup.model, weights))
+            # The head goes along under a name of its own, because an engine may keep a copy of a tied one.
+            named = with_head(self._setup.model, weights)
+            self._check.note(named)
             if not self._servers.started and self._section.launch is not None:
                 # Servers of the run's own begin with these weights.
-                with self._open_store().written(weights, "start", keeps_config=True) as directory:
-                    self._start(directory)
+                with self._open_store().written(named, "start", keeps_config=True) as directory:
+                    self._servers.start(directory)
             else:
                 if not self._servers.started:
-                    self._start(None)
+                    self._servers.start(None)
                 # Files are written while the servers still write samples: it takes longest, and changes nothing yet.
-                with (
-                    nullcontext() if self._transfer else self._open_store().written(weights, f"v{version}") as directory
-                ):
+                with nullcontext() if self._transfer else self._open_store().written(named, f"v{version}") as directory:
                     # No new request from here on: it would be answered by weights of an unknown version.
                     self._gate.close()
                     # Long responses are cut off where they are, not waited for.
@@ -141,7 +136,7 @@ class VLLMEngine:
                         # version. A request may reach a server after the pause did, which is therefore repeated.
                         self._gate.drain(self._servers.pause)
                         if self._transfer is not None:
-                            self._transfer.send(weights)
+                            self._transfer.send(named)
                         else:
                             assert directory is not None
                             self._servers.reload(directory)
@@ -243,15 +238,6 @@ class VLLMEngine:
                 place = None
             self._store = WeightStore(setup.model, setup.tokenizer, setup.run_dir, dtype=self._dtype, place=place)
         return self._store
-
-    def _start(self, directory: Path | None) -> None:
-        self._servers.start(directory)
-        mode = self._servers.facts.logprobs_mode
-        if not promises(mode, self._setup.sampling):
-            raise RecipeError(
-                f"the rollout engine {self._servers.urls[0]} is in logprobs mode {mode}, and the recipe's sampling needs "
-                f"{logprobs_mode(self._setup.sampling) or RAW}: start it with --logprobs-mode"
-            )
 
     def _write(self, group: list[Response], sampling: Sampling, stream: str) -> None:
         """Asks for a single response until it is finished, and for several once."""

@@ -28,13 +28,12 @@ class Gate:
     @contextmanager
     def passing(self) -> Iterator[int]:
         """Yields the version. Raises EngineError if the gate is broken, or does not open in time."""
-        until = time.monotonic() + self._timeout_s
         with self._changed:
-            while not self._open:
-                if self._error is not None:
-                    raise EngineError(self._error)
-                if not self._changed.wait(max(0.0, until - time.monotonic())):
-                    raise EngineError(f"no weights were pushed to the rollout engine within {self._timeout_s:g} s")
+            self._changed.wait_for(lambda: self._open or self._error is not None, self._timeout_s)
+            if self._error is not None:
+                raise EngineError(self._error)
+            if not self._open:
+                raise EngineError(f"no weights were pushed to the rollout engine within {self._timeout_s:g} s")
             self._num_inside += 1
             version = self.version
         try:

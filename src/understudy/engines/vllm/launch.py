@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 import httpx
 
@@ -33,7 +32,7 @@ TAIL_LINES = 20
 ERROR_LINES = 10
 LINE_BYTES = 500
 _ERROR = re.compile(rb"\w*(?:Error|Exception): .*")
-TORCHRUN_VARIABLES = (
+TORCHRUN_VARIABLES = {
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -41,13 +40,13 @@ TORCHRUN_VARIABLES = (
     "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
-)
+}
 """Set by torchrun for the ranks of a trainer. vLLM reads them too, and would take itself for one of these ranks."""
 
 
 @dataclass(eq=False, repr=False)
 class ServerProcess:
-    """One server on loopback. Runs inside a `with`, or between `start` and `stop`."""
+    """One server on loopback. Runs inside a `with`, or between `start` and `stop`; `wait_ready` waits until it answers."""
 
     args: Sequence[str]
     """The command."""
@@ -71,13 +70,12 @@ class ServerProcess:
 
     def start(self) -> None:
         """Starts the command. Raises EngineError for a port in use and a command that cannot be run."""
-        if self._supervisor is not None:
-            raise RuntimeError(f"{self.name} was started already")
         if not port_is_free(self.port):
             raise EngineError(
                 f"{self.name}: port {self.port} is in use by another process; choose another, or 0 for any"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        given = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
         with self.log.open("ab") as log:
             self._log_start = log.tell()
             self._supervisor = subprocess.Popen(  # noqa: S603 (the recipe's own command)
@@ -85,8 +83,7 @@ class ServerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
-                | dict(self.env),
+                env={**given, **self.env},
                 # a Ctrl-C at the terminal goes to the trainer alone, which then stops its servers in order
                 start_new_session=True,
             )
@@ -152,17 +149,10 @@ class ServerProcess:
             process.stdout.close()
 
     def __enter__(self) -> ServerProcess:
-        try:
-            self.start()
-            self.wait_ready()
-        except BaseException:
-            self.stop()
-            raise
+        self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _tail(self) -> str:
@@ -199,8 +189,3 @@ def free_ports(num: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def free_port() -> int:
-    """Returns a port on which nothing listens now."""
-    return free_ports(1)[0]

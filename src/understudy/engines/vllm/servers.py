@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.engines.vllm.replies import read_scores
-from understudy.engines.vllm.settings import VLLM, Launch
+from understudy.engines.vllm.settings import RAW, VLLM, Launch, logprobs_mode, promises
 from understudy.errors import EngineError, RecipeError
 from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
 
@@ -54,34 +55,32 @@ def _entry(values: Any, *names: str) -> Any:
     return values
 
 
+@dataclass(eq=False)
 class Servers:
     """Servers that are asked for samples through `client`, and managed through a client of its own.
 
     `start` comes before everything else. Every failure is an EngineError that names the server.
     """
 
-    client: HttpClient
+    section: VLLM
+    setup: EngineSetup
+    policy: RetryPolicy
+    """Limits of requests for samples."""
+    dtype: torch.dtype
+    """Of servers that are started here, as is `mode`."""
+    mode: str
+    """Of log-probabilities."""
+    client: HttpClient = field(init=False)
     """Shares requests for samples out between the servers."""
-
-    def __init__(
-        self, section: VLLM, policy: RetryPolicy, run_dir: Path, *, dtype: torch.dtype, mode: str, seed: int
-    ) -> None:
-        """`dtype` and `mode` (of log-probabilities): for servers that are started here."""
-        self._section = section
-        self._policy = policy
-        self._run_dir = run_dir
-        self._dtype = dtype
-        self._mode = mode
-        self._seed = seed
-        self.urls: tuple[str, ...] = ()
-        """In the order of the servers' numbers."""
-        self._processes: list[ServerProcess] = []
-        self._clients: list[HttpClient] = []
-        """The last one manages the servers."""
-        self._unpausable: set[int] = set()
-        self._paused: set[int] = set()
-        """Servers that were asked to pause, whether they answered or not."""
-        self._facts: Facts | None = None
+    urls: tuple[str, ...] = field(default=(), init=False)
+    """In the order of the servers' numbers."""
+    _facts: Facts | None = field(default=None, init=False)
+    _processes: list[ServerProcess] = field(default_factory=list, init=False)
+    _clients: list[HttpClient] = field(default_factory=list, init=False)
+    """The last one manages the servers."""
+    _unpausable: set[int] = field(default_factory=set, init=False)
+    _paused: set[int] = field(default_factory=set, init=False)
+    """Servers that were asked to pause, whether they answered or not."""
 
     @property
     def started(self) -> bool:
@@ -96,15 +95,18 @@ class Servers:
         return self._facts
 
     def start(self, model_dir: Path | None) -> None:
-        """Starts the servers with the weights in `model_dir`, or finds those of the user, and reads their facts."""
+        """Starts the servers with the weights in `model_dir`, or finds those of the user, and reads their facts.
+
+        Raises RecipeError for servers that do not give the log-probabilities which the recipe's sampling needs.
+        """
         try:
-            launch = self._section.launch
+            launch = self.section.launch
             if launch is not None:
                 assert model_dir is not None
                 self._start_processes(launch, model_dir)
-            urls = [process.url for process in self._processes] or list(self._section.urls)
+            urls = [process.url for process in self._processes] or list(self.section.urls)
             # a server of the run's own that has died does not come back, so nobody waits for it
-            policy = replace(self._policy, waits=launch is None)
+            policy = replace(self.policy, waits=launch is None)
             self.client = self._open_client(urls, policy)
             self.urls = self.client.urls
             # a client of its own: a request to pause must not wait behind the samples that it is to interrupt
@@ -116,6 +118,11 @@ class Servers:
             facts = self._read_facts()
             self._clients.pop().close()
             self._open_client(urls, control)
+            if not promises(facts.logprobs_mode, self.setup.sampling):
+                raise RecipeError(
+                    f"the rollout engine {self.urls[0]} is in logprobs mode {facts.logprobs_mode}, and the recipe's sampling "
+                    f"needs {logprobs_mode(self.setup.sampling) or RAW}: start it with --logprobs-mode"
+                )
             self._facts = facts
         except BaseException:
             self.close()
@@ -219,8 +226,8 @@ class Servers:
                 stack.callback(client.close)
 
     def _open_client(self, urls: Sequence[str], policy: RetryPolicy) -> HttpClient:
-        key = self._section.api_key_env
-        client = HttpClient(urls, name="rollout engine", retry_policy=policy, api_key_env=key, seed=self._seed)
+        key = self.section.api_key_env
+        client = HttpClient(urls, name="rollout engine", retry_policy=policy, api_key_env=key, seed=self.setup.seed)
         self._clients.append(client)
         return client
 
@@ -231,7 +238,7 @@ class Servers:
                 self._command(launch, model_dir, port, number),
                 name=f"rollout engine {number}",
                 port=port,
-                log=self._run_dir / f"engine_{number}.log",
+                log=self.setup.run_dir / f"engine_{number}.log",
                 env=DEV_MODE | {name: value.replace("{server}", str(number)) for name, value in launch.env.items()},
                 ready_timeout_s=launch.ready_timeout_s,
             )
@@ -252,12 +259,12 @@ class Servers:
             "served-model-name": SERVED_NAME,
             "host": "127.0.0.1",
             "port": str(port),
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "logprobs-mode": self._mode,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "logprobs-mode": self.mode,
             # else the model's own temperature, penalties and so on would join those of the recipe
             "generation-config": "vllm",
         }
-        if self._section.weights == "nccl":
+        if self.section.weights == "nccl":
             options["weight-transfer-config"] = '{"backend": "nccl"}'
         return [
             str(Path(launch.python).expanduser()),
@@ -277,7 +284,7 @@ class Servers:
         def ask(server: int) -> Facts:
             cards = self._ask(server, "/v1/models", Reply.json, method="GET").get("data") or []
             models = {card.get("id"): card for card in cards}
-            model = self._section.model or next(iter(models), None)
+            model = self.section.model or next(iter(models), None)
             if model not in models:
                 listed = ", ".join(map(repr, models)) or "none"
                 raise RecipeError(f"{self.urls[server]} has no model {model!r}; it has {listed}")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 KILL_S = 10.0
 """Time for the kernel to end killed processes."""
@@ -31,12 +30,8 @@ def supervise(parent: int, stop_s: float, args: Sequence[str]) -> int:
     Prints the pid. Returns the command's status, 128 + n where signal n ended it, 127 where it could not be started.
     """
     signals: list[int] = []
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        signals.append(number)
-
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
+        signal.signal(number, lambda number, _: signals.append(number))
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:

@@ -8,9 +8,10 @@ import os
 import shutil
 import stat
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from threading import Thread
@@ -39,18 +40,12 @@ def engine_dtype(asked: str, model: nn.Module) -> torch.dtype:
     return known.get(asked, own if own in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
 
 
-def with_head(model: nn.Module, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+def with_head(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """The weights with the head also where it is the embedding: an engine may keep a copy of its own (vLLM's on CPUs does)."""
-    tied = _tied_names(unwrap(model))
-    seen: dict[str, Tensor] = {}
-    for name, tensor in weights:
-        if tied is not None and name in tied:
-            seen[name] = tensor
-        yield name, tensor
-    if tied is not None and tied[1] not in seen:
-        if tied[0] not in seen:
-            raise ValueError(f"the weights have no {tied[0]}, which is also the head")
-        yield tied[1], seen[tied[0]]
+    named, tied = dict(weights), _tied_names(unwrap(model))
+    if tied is not None:
+        named.setdefault(tied[1], named[tied[0]])
+    return named
 
 
 def _tied_names(model: Any) -> tuple[str, str] | None:
@@ -100,7 +95,7 @@ class WeightStore:
         self._lock: IO[bytes] | None = _take_folder(self.folder)
 
     @contextmanager
-    def written(self, weights: Weights, name: str, *, keeps_config: bool = False) -> Iterator[Path]:
+    def written(self, weights: Mapping[str, Tensor], name: str, *, keeps_config: bool = False) -> Iterator[Path]:
         """A directory that vLLM loads, removed at the end; `keeps_config`: except configuration and tokenizer, which a
         server that is started with them may read again. Raises EngineError where it cannot be written."""
         directory = self.write(weights, name)
@@ -112,7 +107,7 @@ class WeightStore:
             if not keeps_config:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def write(self, weights: Weights, name: str) -> Path:
+    def write(self, weights: Mapping[str, Tensor], name: str) -> Path:
         """As `written`, but it stays until `close`."""
         target, aside = self.folder / name, self.folder / f"{name}.tmp"
         try:
@@ -148,7 +143,7 @@ class WeightStore:
             self._lock.close()
             self._lock = None
 
-    def _write_shards(self, weights: Weights, directory: Path) -> None:
+    def _write_shards(self, weights: Mapping[str, Tensor], directory: Path) -> None:
         files: dict[str, str] = {}
         shard: dict[str, Tensor] = {}
 
@@ -158,7 +153,7 @@ class WeightStore:
             files.update(dict.fromkeys(shard, file))
             shard.clear()
 
-        for name, tensor in weights:
+        for name, tensor in weights.items():
             value = tensor.detach().to("cpu", self._dtype if tensor.is_floating_point() else None)
             # safetensors refuses tensors that share memory, and those of a tied head do
             value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
@@ -276,6 +271,7 @@ class NCCLGroup:
             torch.cuda.current_stream().synchronize()
 
 
+@dataclass(eq=False)
 class NCCLTransfer:
     """Sends weights from the trainer's GPU to those of vLLM servers (0.32 or later), without a file.
 
@@ -284,53 +280,44 @@ class NCCLTransfer:
     Whatever fails or takes longer than `timeout_s` is an EngineError.
     """
 
-    def __init__(
-        self,
-        servers: Servers,
-        dtype: torch.dtype,
-        device: torch.device,
-        timeout_s: float,
-        open_group: Callable[[bytes, int, torch.device], NCCLGroup] | None = None,
-    ) -> None:
-        """`dtype`: of the engine; `device`: of the weights. Raises RecipeError where that is no GPU."""
-        if open_group is None and device.type != "cuda":
-            raise RecipeError("rollout.weights is nccl, but the trainer has no GPU; use auto, shm or directory")
-        self._servers = servers
-        self._dtype = dtype
-        self._device = device
-        self._timeout_s = timeout_s
-        self._open_group = open_group or NCCLGroup
-        self._new_id = torch.cuda.nccl.unique_id if open_group is None else lambda: bytes(128)
-        self._group: NCCLGroup | None = None
+    servers: Servers
+    dtype: torch.dtype
+    """Of the engine."""
+    device: torch.device
+    """Of the weights."""
+    timeout_s: float
+    open_group: Callable[[bytes, int, torch.device], NCCLGroup] = NCCLGroup
+    new_id: Callable[[], bytes] = torch.cuda.nccl.unique_id
+    _group: NCCLGroup | None = field(default=None, init=False)
 
-    def send(self, weights: Weights) -> None:
+    def send(self, weights: Mapping[str, Tensor]) -> None:
         """Broadcasts the weights in the precision of the engine."""
         if self._group is None:
             self._group = self._connect()
-        group, given = self._group, list(weights)
-        empty: list[dict[str, Any]] = [{}] * len(self._servers.urls)
+        group = self._group
+        empty: list[dict[str, Any]] = [{}] * len(self.servers.urls)
         info = {
-            "names": [name for name, _ in given],
-            "dtype_names": [str(self._dtype).removeprefix("torch.")] * len(given),
-            "shapes": [list(tensor.shape) for _, tensor in given],
+            "names": list(weights),
+            "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(weights),
+            "shapes": [list(tensor.shape) for tensor in weights.values()],
         }
-        self._servers.everywhere("/start_weight_update", bodies=empty)
-        tensors = [tensor.detach().to(self._device, self._dtype).contiguous() for _, tensor in given]
+        self.servers.everywhere("/start_weight_update", bodies=empty)
+        tensors = [tensor.detach().to(self.device, self.dtype).contiguous() for tensor in weights.values()]
         # servers answer when they have received everything
         update = [{"update_info": info}] * len(empty)
         self._together(
-            lambda: self._servers.everywhere("/update_weights", bodies=update), lambda: group.broadcast(tensors)
+            lambda: self.servers.everywhere("/update_weights", bodies=update), lambda: group.broadcast(tensors)
         )
-        self._servers.everywhere("/finish_weight_update", bodies=empty)
+        self.servers.everywhere("/finish_weight_update", bodies=empty)
 
     def _connect(self) -> NCCLGroup:
-        sizes = self._servers.world_sizes()
-        num_ranks, unique_id = 1 + sum(sizes), self._new_id()
+        sizes = self.servers.world_sizes()
+        num_ranks, unique_id = 1 + sum(sizes), self.new_id()
         common = {"nccl_unique_id_b64": b64encode(unique_id).decode(), "world_size": num_ranks, "packed": False}
         bodies = [{"init_info": common | {"rank_offset": 1 + sum(sizes[:number])}} for number in range(len(sizes))]
         group: NCCLGroup = self._together(
-            lambda: self._servers.everywhere("/init_weight_transfer_engine", bodies=bodies),
-            lambda: self._open_group(unique_id, num_ranks, self._device),
+            lambda: self.servers.everywhere("/init_weight_transfer_engine", bodies=bodies),
+            lambda: self.open_group(unique_id, num_ranks, self.device),
         )
         return group
 
@@ -349,12 +336,12 @@ class NCCLTransfer:
             # not in a pool that is waited for: a collective that lost a peer never returns
             Thread(target=run, name="nccl", daemon=True).start()
             futures.append(future)
-        done, late = wait(futures, self._timeout_s, FIRST_EXCEPTION)
+        done, late = wait(futures, self.timeout_s, FIRST_EXCEPTION)
         for future in done:
             future.result()
         if late:
             raise EngineError(
-                f"weights did not pass to the rollout engine by NCCL in {self._timeout_s:g} s: see that its GPUs and the "
+                f"weights did not pass to the rollout engine by NCCL in {self.timeout_s:g} s: see that its GPUs and the "
                 "trainer's reach each other, or use rollout.weights: auto"
             )
         return futures[1].result()
