@@ -8,8 +8,9 @@ import pytest
 from tests.e2e.test_report_browser import BROWSER, open_page
 from tests.integration.test_compare import cells, pretended, run
 
+from understudy.compare.measure import Outcome
 from understudy.compare.outputs import write_outputs
-from understudy.compare.run import Outcome, summarise
+from understudy.compare.run import Comparison
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="NO BROWSER: the page was not opened; set UNDERSTUDY_BROWSER")
 
@@ -22,7 +23,7 @@ def test_the_page_opens_draws_its_charts_and_runs_nothing_of_others(tmp_path: Pa
     comparison = run(found)
     failed = [Outcome(comparison.outcomes[0].cell, "failed", HOSTILE), *comparison.outcomes[1:]]
     page = open_page(
-        write_outputs(summarise(found, failed, (), comparison.tuned, command=HOSTILE)), tmp_path / "profile"
+        write_outputs(Comparison(found, failed, (), comparison.tuned, command=HOSTILE)), tmp_path / "profile"
     )
     assert page.console == ()
     assert page.root["class"] == "script"

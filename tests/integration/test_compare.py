@@ -24,10 +24,10 @@ from understudy import config
 from understudy.cli.app import app
 from understudy.compare.cells import Cell, Cells, budgets, parse_cell
 from understudy.compare.grid import Combination, Grid, apply, axis_change, read_grid, split_values
-from understudy.compare.measure import measure
+from understudy.compare.measure import Outcome, measure
 from understudy.compare.outputs import MAX_LINES, cells_csv, page, page_values, to_json, write_outputs
 from understudy.compare.processes import Ended, Job, check_ray, run_processes
-from understudy.compare.run import SAVE_EVERY_S, Comparison, Drafts, Outcome, Runner, compare, summarise
+from understudy.compare.run import SAVE_EVERY_S, Comparison, Drafts, Runner, compare
 from understudy.compare.table import budget_warning, markdown, samples_to_target
 from understudy.errors import CheckpointError, RecipeError
 from understudy.eval.estimators import bootstrap_mean, crossed_mean, t_quantile
@@ -447,7 +447,7 @@ def test_outputs_that_cannot_be_written_stop_no_run(tmp_path: Path) -> None:
         raise CheckpointError("the disk is full")
 
     drafts = Drafts(save, console, clock=lambda: now[0])
-    draft = summarise(cells(tmp_path), (), (), {}, running=True)
+    draft = Comparison(cells(tmp_path), (), (), {}, running=True)
     for now[0] in (0.0, SAVE_EVERY_S - 1, SAVE_EVERY_S, 2 * SAVE_EVERY_S - 1):
         drafts(lambda: draft)
     assert len(tried) == 2
@@ -600,7 +600,7 @@ def test_the_order_of_runs_and_labels_changes_no_row(tmp_path: Path) -> None:
     pretended(found, lambda name, seed: len(name) / 10)
     comparison = run(found)
     mixed = random.Random(0).sample(list(comparison.outcomes), len(comparison.outcomes))
-    assert summarise(found, mixed, (), comparison.tuned).table.rows == comparison.table.rows
+    assert Comparison(found, mixed, (), comparison.tuned).table.rows == comparison.table.rows
     turned = {"variant": dict(reversed(vary["variant"].items()))}
     other = run(cells(tmp_path, turned, seeds=3, baseline={"variant": "one"})).table.texts
     assert sorted(other) == sorted(comparison.table.texts)
@@ -675,11 +675,11 @@ def test_the_caption_says_what_the_numbers_rest_on(tmp_path: Path) -> None:
     found = cells(tmp_path, {"variant": {"one": {}, "two": {}, "three": {}}}, seeds=2)
     made = pretended(found, lambda *_: 0.5)
     outcomes = [Outcome(cell, "finished", measured=measure(cell)) for cell in made]
-    whole = " ".join(summarise(found, outcomes, (), {}).table.caption)
+    whole = " ".join(Comparison(found, outcomes, (), {}).table.caption)
     assert "no correction for many rows" in whole
     assert "Not every run finished" not in whole
     outcomes[2:4] = [Outcome(made[2], "failed", "x"), Outcome(made[3], "not run")]
-    part = summarise(found, outcomes, (), {})
+    part = Comparison(found, outcomes, (), {})
     assert "rest on the seeds that did" in " ".join(part.table.caption)
     assert "Runs failed in two (1 of 2)." in " ".join(part.table.caption)
     assert part.unfinished.startswith("Unfinished: 5 of 6 runs have ended.")
@@ -708,7 +708,7 @@ def test_what_a_run_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     found = cells(tmp_path, {hostile: {hostile: {}, "b": {}}}, seeds=1)
     made = pretended(found, lambda *_: 0.5)
     outcomes = [Outcome(made[0], "failed", hostile), Outcome(made[1], "finished", measured=measure(made[1]))]
-    comparison = summarise(found, outcomes, (), {}, command=hostile)
+    comparison = Comparison(found, outcomes, (), {}, command=hostile)
     charts = page_values(comparison)["drawn"]
     for chart in charts:
         drawn = ElementTree.fromstring(draw(chart))

@@ -98,15 +98,12 @@ class Cells:
 
     def compared(self, tuned: Mapping[Combination, Mapping[str, Any]]) -> list[Cell]:
         """Every combination that `tuned` has with every seed; the seeds of a combination differ in nothing else."""
-        cells = []
-        for combination, chosen in tuned.items():
-            first = self._cell(combination, chosen, seed=0)
-            run_dirs = [str(self.out / "cells" / combination.slug / f"seed-{seed}") for seed in range(self.grid.seeds)]
-            cells += [
-                replace(first, recipe=replace(first.recipe, seed=seed, run_dir=run_dir))
-                for seed, run_dir in enumerate(run_dirs)
-            ]
-        return cells
+        firsts = [self._cell(combination, chosen) for combination, chosen in tuned.items()]
+        return [
+            replace(first, recipe=replace(first.recipe, seed=seed, run_dir=str(first.path.with_name(f"seed-{seed}"))))
+            for first in firsts
+            for seed in range(self.grid.seeds)
+        ]
 
     def check(self) -> None:
         """Finds everything that can be found wrong before a run starts; each message has the cell's name.
@@ -116,9 +113,8 @@ class Cells:
         for cell in self.tuning:
             with _named(cell.name):
                 check(cell.recipe)
-                compared = self._cell(cell.combination, cell.tuned, seed=0).recipe
-                shared = overlap(eval_prompts(cell.recipe), eval_prompts(compared))
-                if shared:
+                compared = self._cell(cell.combination, cell.tuned).recipe
+                if shared := overlap(eval_prompts(cell.recipe), eval_prompts(compared)):
                     raise RecipeError(
                         f"{len(shared)} problems of the evaluation are also in the validation split "
                         f"({', '.join(shared[:3])}): tuning would see what is compared; give the task another "
@@ -126,12 +122,11 @@ class Cells:
                     )
                 cell.state()
         for combination in self.grid.combinations():
-            # nothing that is checked depends on the seed
-            for tuned in self.grid.tunings():
-                with _named(combination.name):
-                    check(self._cell(combination, tuned, seed=0).recipe)
-            # a directory has to fit one of the recipes that tuning may yet choose
             candidates = [self.compared({combination: tuned}) for tuned in self.grid.tunings()]
+            with _named(combination.name):
+                for seeds in candidates:
+                    check(seeds[0].recipe)  # nothing that is checked depends on the seed
+            # a directory has to fit one of the recipes that tuning may yet choose
             for same_seed in zip(*candidates, strict=True):
                 problems = []
                 for cell in same_seed:
@@ -145,7 +140,7 @@ class Cells:
 
     def _tuning_cell(self, combination: Combination, tuned: Mapping[str, Any]) -> Cell:
         labels = [f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in tuned.items()]
-        cell = self._cell(combination, tuned, seed=self.grid.tune_seed)
+        cell = self._cell(combination, tuned)
         if cell.recipe.eval is None:
             raise RecipeError("tuning chooses by avg@k, so the recipe needs a section eval")
         if cell.recipe.eval.split == "validation":
@@ -154,16 +149,18 @@ class Cells:
             )
         recipe = replace(
             cell.recipe,
+            seed=self.grid.tune_seed,
             run_dir=str(self.out / "tuning" / combination.slug / slug(labels)),
             eval=replace(cell.recipe.eval, split="validation"),
             train=replace(cell.recipe.train, steps=self.grid.tune_steps or cell.recipe.train.steps),
         )
         return replace(cell, recipe=recipe)
 
-    def _cell(self, combination: Combination, tuned: Mapping[str, Any], *, seed: int) -> Cell:
+    def _cell(self, combination: Combination, tuned: Mapping[str, Any]) -> Cell:
+        """The first seed."""
         changes = [self.grid.vary[axis][label] for axis, label in combination.labels]
         values = apply(self.base, [*changes, *(nested(key, value) for key, value in tuned.items())])
-        values |= {"seed": seed, "run_dir": str(self.out / "cells" / combination.slug / f"seed-{seed}")}
+        values |= {"seed": 0, "run_dir": str(self.out / "cells" / combination.slug / "seed-0")}
         with _named(combination.name):
             recipe, dropped = parse_cell(values)
         return Cell(combination, recipe, tuned, dropped)
@@ -199,12 +196,12 @@ def _unused(values: Mapping[str, Any]) -> list[str]:
         method = config.parse(_Learning, {key: item for key, item in values.items() if key == "method"}).method
     except RecipeError:
         return []
-    names = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
-    names += [] if "reference" in method.needs else ["reference"]
     steps = values.get("train", {}).get("steps")
     known = steps if isinstance(steps, int) and steps > 0 else 1
-    uses = [part.uses(known) for part in method.for_run(known, 1).members]
-    return names + ([] if any(one.takes_responses for one in uses) else ["responses"])
+    names = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
+    names += [] if "reference" in method.needs else ["reference"]
+    takes_responses = any(part.uses(known).takes_responses for part in method.for_run(known, 1).members)
+    return names if takes_responses else [*names, "responses"]
 
 
 def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:

@@ -24,7 +24,7 @@ TUNE_SEED = 1000
 """Seed of tuning runs: none of the compared seeds."""
 MAX_SLUG = 100
 """Characters of a directory's name."""
-RESERVED = ("seed", "run_dir")
+RESERVED = frozenset({"seed", "run_dir"})
 """Keys that the grid itself sets."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=-]")
@@ -54,12 +54,14 @@ class Grid:
     first axis."""
 
     def __post_init__(self) -> None:
+        changed = {"tune": list(self.tune)}
         for axis, variants in self.vary.items():
             if not variants:
                 raise ValueError(f"vary.{axis} has no label")
-            for label, change in variants.items():
-                _check_unreserved(config.flatten(_plain(change)), f"vary.{axis}.{label}")
-        _check_unreserved(self.tune, "tune")
+            changed |= {f"vary.{axis}.{label}": list(change) for label, change in variants.items()}
+        for where, keys in changed.items():
+            for key in RESERVED.intersection(keys):
+                raise ValueError(f"{where}: {key} is set by the comparison; use `seeds` and --out")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}; it must be at least 1")
         if self.tune and 0 <= self.tune_seed < self.seeds:
@@ -136,34 +138,67 @@ def read_grid(
     Raises RecipeError, naming file, axis or key.
     """
     values = {} if path is None else dict(config.read_yaml(path))
-    where = "" if path is None else f"{path}: "
     try:
-        axes, tuned = _read_axes(values.get("vary")), _read_tune(values.get("tune"))
-        for option, texts, there in (("--vary", vary, axes), ("--tune", tune, tuned)):
-            for text in texts:
-                key, options = _assignment(text, option)
-                if key in there:
-                    raise RecipeError(f"{option} {key}: given twice; write all its values in one place")
-                is_axis = option == "--vary"
-                there[key] = (
-                    {label: axis_change(key, value, base) for label, value in options}
-                    if is_axis
-                    else tuple(value for _, value in options)
-                )
-        given = values.get("baseline") or {}
-        if not isinstance(given, Mapping):
-            raise RecipeError(f"baseline is {config.brief(given)}; it must be a mapping: AXIS: LABEL")
-        chosen = {str(axis): str(label) for axis, label in given.items()}
+        axes = {
+            axis: {
+                label: _mapping(change, f"vary.{axis}.{label}", "train: {lr: 1e-3}")
+                for label, change in _mapping(variants, f"vary.{axis}", "small: {train: {lr: 1e-3}}").items()
+            }
+            for axis, variants in _mapping(values.get("vary"), "vary", "rate: {small: {train: {lr: 1e-3}}}").items()
+        }
+        tuned = _mapping(values.get("tune"), "tune", "train.lr: [1e-3, 1e-2]")
+        chosen = _mapping(values.get("baseline"), "baseline", "method.type: sft")
+        for text in vary:
+            axis, options = _assignment(text, "--vary", axes)
+            axes[axis] = {label: axis_change(axis, value, base) for label, value in options.items()}
+        for text in tune:
+            key, options = _assignment(text, "--tune", tuned)
+            tuned[key] = list(options.values())
         for text in baseline:
             axis, equals, label = text.partition("=")
             if not equals:
                 raise RecipeError(f"--baseline {text!r}: write AXIS=LABEL, such as method.type=sft")
             chosen[axis] = label
-        values |= {"vary": axes, "tune": tuned, "baseline": chosen}
+        for key, listed in tuned.items():
+            if not isinstance(listed, list):
+                raise RecipeError(f"tune.{key} is {config.brief(listed)}; it must be a list of values")
+        values |= {"vary": axes, "tune": tuned, "baseline": {axis: str(label) for axis, label in chosen.items()}}
         values |= {key: value for key, value in (changes or {}).items() if value is not None}
         return config.parse(Grid, values)
     except RecipeError as error:
+        where = "" if path is None else f"{path}: "
         raise RecipeError(f"{where}{str(error).replace('the recipe', 'the grid', 1)}") from error
+
+
+def _mapping(value: object, where: str, example: str) -> dict[str, Any]:
+    """The mapping with its keys as strings: YAML reads `1:` and `on:` as others. Null is an empty one."""
+    if value is not None and not isinstance(value, Mapping):
+        raise RecipeError(f"{where} is {config.brief(value)}; it must be a mapping, such as {example}")
+    return {str(key): item for key, item in (value or {}).items()}
+
+
+def _assignment(text: str, option: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """`KEY=V1,V2` as the key and `{text: value}`; the key must not be in `given`."""
+    key, equals, values = text.partition("=")
+    if not equals or not all(key.split(".")) or not values.strip() or values.rstrip().endswith(","):
+        raise RecipeError(f"{option} {text!r}: write KEY=V1,V2, such as method.type=opd,gkd")
+    if key in given:
+        raise RecipeError(f"{option} {key}: given twice; write all its values in one place")
+    try:
+        parts = split_values(values)
+        options = {part: yaml.safe_load(part) for part in parts}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{option} {text!r}: not valid YAML: {' '.join(str(error).split())}") from error
+    if len(options) != len(parts):
+        raise RecipeError(f"{option} {text!r}: a value stands twice")
+    return key, options
+
+
+def split_values(text: str) -> list[str]:
+    """Splits at the commas that separate YAML values, not at those inside brackets, braces and quotes."""
+    listed = f"[{text}]"
+    parsed: Any = yaml.compose(listed, yaml.SafeLoader)
+    return [listed[node.start_mark.index : node.end_mark.index] for node in parsed.value]
 
 
 def axis_change(axis: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,11 +215,10 @@ def axis_change(axis: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any
 
 def nested(path: str, value: Any) -> dict[str, Any]:
     """`{"a": {"b": Whole(value)}}` of `a.b`; null stays null, which removes a section."""
-    inner: Any = None if value is None else Whole(value)
-    for part in reversed(path.split(".")):
-        inner = {part: inner}
-    changed: dict[str, Any] = inner
-    return changed
+    first, _, rest = path.partition(".")
+    if rest:
+        return {first: nested(rest, value)}
+    return {first: None if value is None else Whole(value)}
 
 
 def apply(base: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -218,56 +252,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Whole):
         return value.value
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
-
-
-def _read_axes(value: Any) -> dict[str, Any]:
-    """The axes of a file, with labels as strings and an empty change as an empty mapping."""
-    if not isinstance(value or {}, Mapping):
-        raise RecipeError(f"vary is {config.brief(value)}; it must be a mapping of axes, each a mapping of labels")
-    axes: dict[str, Any] = {}
-    for axis, variants in (value or {}).items():
-        if not isinstance(variants, Mapping):
-            raise RecipeError(f"vary.{axis} is {config.brief(variants)}; it must be a mapping: LABEL: {{overrides}}")
-        for label, change in variants.items():
-            if change is not None and not isinstance(change, Mapping):
-                raise RecipeError(
-                    f"vary.{axis}.{label} is {config.brief(change)}; it must be a mapping, such as train: {{lr: 1e-3}}"
-                )
-        axes[str(axis)] = {str(label): change or {} for label, change in variants.items()}
-    return axes
-
-
-def _read_tune(value: Any) -> dict[str, Any]:
-    if not isinstance(value or {}, Mapping):
-        raise RecipeError(f"tune is {config.brief(value)}; it must be a mapping: KEY: [VALUES]")
-    for key, options in (value or {}).items():
-        if not isinstance(options, list):
-            raise RecipeError(f"tune.{key} is {config.brief(options)}; it must be a list of values")
-    return {str(key): tuple(options) for key, options in (value or {}).items()}
-
-
-def _assignment(text: str, option: str) -> tuple[str, list[tuple[str, Any]]]:
-    """`KEY=V1,V2` as the key and `[(text, value), ...]`."""
-    key, equals, values = text.partition("=")
-    if not equals or not all(key.split(".")) or not values.strip() or values.rstrip().endswith(","):
-        raise RecipeError(f"{option} {text!r}: write KEY=V1,V2, such as method.type=opd,gkd")
-    try:
-        options = [(part, yaml.safe_load(part)) for part in split_values(values)]
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{option} {text!r}: not valid YAML: {' '.join(str(error).split())}") from error
-    if len({part for part, _ in options}) != len(options):
-        raise RecipeError(f"{option} {text!r}: a value stands twice")
-    return key, options
-
-
-def split_values(text: str) -> list[str]:
-    """Splits at the commas that separate YAML values, not at those inside brackets, braces and quotes."""
-    listed = f"[{text}]"
-    parsed: Any = yaml.compose(listed, yaml.SafeLoader)
-    return [listed[node.start_mark.index : node.end_mark.index] for node in parsed.value]
-
-
-def _check_unreserved(keys: Iterable[str], where: str) -> None:
-    for key in keys:
-        if key in RESERVED:
-            raise ValueError(f"{where}: {key} is set by the comparison; use `seeds` and --out")

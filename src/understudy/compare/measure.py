@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from understudy.compare.cells import Cell
 from understudy.format import Interval
 from understudy.report.read import Series, read_run
+from understudy.report.verdict import problem_value
 
 END_SHARE = 0.1
 """Share of the steps, the last ones, that a value "at the end" is the mean of."""
@@ -49,12 +51,23 @@ class Measured:
         return int(self.accuracy.steps[reached[0]]) if len(reached) else None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The ending of a run; `measured` is None for one that did not finish."""
+
+    cell: Cell
+    status: Literal["finished", "failed", "not run"]
+    error: str | None = None
+    measured: Measured | None = None
+
+
 def measure(cell: Cell) -> Measured:
     """Raises CheckpointError or DataError, naming the file, for a directory that cannot be read."""
     run = read_run(cell.path)
-    series = run.series
     empty = Series.of({})
-    counted = series.get("num_samples", empty)
+    counted, grad_norm, entropy, memory = (
+        run.series.get(name, empty) for name in ("num_samples", "grad_norm", "student_entropy", "peak_memory_gib")
+    )
     used = {0: 0} | dict(zip(counted.steps.tolist(), map(int, counted.values.tolist()), strict=True))
     metric, final, greedy, split = None, None, None, ""
     scores: dict[str, float] = {}
@@ -72,35 +85,32 @@ def measure(cell: Cell) -> Measured:
             known = {record.step: record.metrics[name].value for record in run.evals if name in record.metrics}
             accuracy = {used[step]: value for step, value in known.items() if step in used and value is not None}
         for problem, attempts in last.problems().items():
-            graded = [attempt.score for attempt in attempts if attempt.score is not None]
-            if len(graded) == len(attempts):
-                scores[problem] = math.fsum(graded) / len(graded)
-    grad_norm, entropy = series.get("grad_norm", empty), series.get("student_entropy", empty)
-    if "loss" in series:  # a skipped step has no loss, or one that is not finite
-        updated = series["loss"].steps[np.isfinite(series["loss"].values)]
-        kept = np.isin(grad_norm.steps, updated)
-        grad_norm = Series(grad_norm.steps[kept], grad_norm.values[kept])
+            score = problem_value(f"avg@{len(attempts)}", attempts)
+            if score is not None:
+                scores[problem] = score
+    if "loss" in run.series:  # a skipped step has no loss, or one that is not finite
+        loss = run.series["loss"]
+        grad_norm = grad_norm.at(np.isin(grad_norm.steps, loss.steps[np.isfinite(loss.values)]))
     num_last = max(1, round(END_SHARE * len(entropy.steps)))
     return Measured(
         steps=run.last_step,
-        samples=max(used.values(), default=None),
+        samples=max(used.values()),
         metric=metric,
         final=final,
         greedy=greedy,
         split=split,
         scores=scores,
         accuracy=Series.of(accuracy),
-        curves={name: _over_samples(series[name], used) for name in CURVES if name in series},
-        tokens_per_s=_tokens_per_s(series),
-        peak_memory_gib=_reduced(np.max, series.get("peak_memory_gib", empty).values),
+        curves={
+            name: Series.of({used[step]: value for step, value in run.series[name].points() if step in used})
+            for name in CURVES
+            if name in run.series
+        },
+        tokens_per_s=_tokens_per_s(run.series),
+        peak_memory_gib=_reduced(np.max, memory.values),
         grad_norm=_reduced(np.mean, grad_norm.values),
         entropy_at_end=_reduced(np.mean, entropy.values[-num_last:]),
     )
-
-
-def _over_samples(series: Series, used: Mapping[int, int]) -> Series:
-    steps, values = series.steps.tolist(), series.values.tolist()
-    return Series.of({used[step]: value for step, value in zip(steps, values, strict=True) if step in used})
 
 
 def _tokens_per_s(series: Mapping[str, Series]) -> float | None:
@@ -108,12 +118,11 @@ def _tokens_per_s(series: Mapping[str, Series]) -> float | None:
 
     None unless tokens and seconds were recorded at the same steps.
     """
-    seconds, written, rate = (series.get(name) for name in ("step_s", "student_tokens", "tokens_per_s"))
-    if seconds is None:
-        return None
-    if written is not None and np.array_equal(written.steps, seconds.steps):
+    empty = Series.of({})
+    seconds, written, rate = (series.get(name, empty) for name in ("step_s", "student_tokens", "tokens_per_s"))
+    if np.array_equal(written.steps, seconds.steps):
         tokens = written.values
-    elif rate is not None and np.array_equal(rate.steps, seconds.steps):
+    elif np.array_equal(rate.steps, seconds.steps):
         tokens = rate.values * seconds.values
     else:
         return None

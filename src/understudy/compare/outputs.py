@@ -10,15 +10,17 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from understudy.compare.cells import budgets
-from understudy.compare.measure import Measured
-from understudy.compare.run import Comparison, Outcome, tuning_score
-from understudy.compare.table import NOT_REACHED, Row, markdown
+from understudy.compare.measure import Measured, Outcome
+from understudy.compare.run import Comparison, tuning_score
+from understudy.compare.table import NOT_REACHED, Row, markdown, samples_to_target
 from understudy.config import write_yaml
 from understudy.files import write_atomically, write_json
 from understudy.format import MISSING, Interval, quantity
@@ -30,15 +32,11 @@ from understudy.text import without_secrets
 NUMBERS = ("steps", "samples", "greedy", "tokens_per_s", "peak_memory_gib", "grad_norm", "entropy_at_end")
 MAX_LINES = 8
 """Lines in one chart: as many as there are colours. More combinations are drawn in further charts."""
-OVER = "training sample"
 BAND = "Line: mean over seeds, as far as every seed went. Band: lowest to highest seed."
-_KINDS: Sequence[tuple[Chart, Callable[[Measured], Series | None]]] = (
-    (Chart("Accuracy", "held-out avg@k", (), percent=True, over=OVER), lambda run: run.accuracy),
-    (Chart("Gradient norm", "2-norm, before clipping", (), over=OVER), lambda run: run.curves.get("grad_norm")),
-    (
-        Chart("Entropy", "of the student, nats per token", (), over=OVER),
-        lambda run: run.curves.get("student_entropy"),
-    ),
+_CHARTS: Sequence[tuple[Chart, Callable[[Measured], Series | None]]] = (
+    (Chart("Accuracy", "held-out avg@k", (), percent=True), lambda run: run.accuracy),
+    (Chart("Gradient norm", "2-norm, before clipping", ()), lambda run: run.curves.get("grad_norm")),
+    (Chart("Entropy", "of the student, nats per token", ()), lambda run: run.curves.get("student_entropy")),
 )
 
 
@@ -67,10 +65,9 @@ def cells_csv(comparison: Comparison) -> str:
         if run is not None:
             final = run.final or Interval(None)
             numbers = [final.value, final.low, final.high, run.metric, *(getattr(run, name) for name in NUMBERS)]
+            reached = None if grid.target is None else samples_to_target({0: run}, grid.target)
+            numbers.append(reached and (NOT_REACHED if reached.median is None else reached.median))
             numbers = [MISSING if value is None else value for value in numbers]
-            is_known = grid.target is not None and len(run.accuracy.steps)
-            reached = run.samples_until(grid.target or 0.0) if is_known else MISSING
-            numbers.append(NOT_REACHED if reached is None else reached)
         writer.writerow([*row, *numbers, cell.path, cell.log, outcome.error or ""])
     return text.getvalue()
 
@@ -105,8 +102,8 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    cell = outcome.cell
-    values: dict[str, Any] = {
+    cell, run = outcome.cell, outcome.measured
+    values = {
         "labels": dict(cell.combination.labels),
         "tuned": dict(cell.tuned),
         "status": outcome.status,
@@ -115,11 +112,10 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "log": str(cell.log),
         "left_out": list(cell.dropped),
     }
-    run = outcome.measured
-    if run is None:
-        return values
-    final = run.final or Interval(None)
-    return values | {"metric": run.metric, "final": asdict(final)} | {name: getattr(run, name) for name in NUMBERS}
+    if run is not None:
+        values |= {"metric": run.metric, "final": asdict(run.final or Interval(None))}
+        values |= {name: getattr(run, name) for name in NUMBERS}
+    return values
 
 
 def page(comparison: Comparison) -> str:
@@ -131,42 +127,41 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
     """Everything that the template shows."""
     cells, outcomes = comparison.cells, comparison.outcomes
     drawn, missing = _charts(comparison)
-    columns, tuning = tuning_rows(comparison)
     failed = [outcome for outcome in (*comparison.tuning, *outcomes) if outcome.status == "failed"]
-    failures = f"{len(failed)} {'run' if len(failed) == 1 else 'runs'} failed." if failed else ""
-    again = (failures, "They are listed below; the same command tries them again.") if failed else None
+    alert = (comparison.unfinished, "") if comparison.unfinished else None
+    if failed:
+        failures = f"{len(failed)} {'run' if len(failed) == 1 else 'runs'} failed."
+        again = "They are listed below; the same command tries them again."
+        alert = (comparison.unfinished, failures) if comparison.unfinished else (failures, again)
     finished = sum(outcome.status == "finished" for outcome in outcomes)
     left_out = {item.cell.combination.name: " and ".join(item.cell.dropped) for item in outcomes if item.cell.dropped}
-    listed = "; ".join(f"{name}: {sections}" for name, sections in left_out.items())
     return {
         "title": cells.out.resolve().name,
         "subtitle": "",
-        "alert": (comparison.unfinished, failures) if comparison.unfinished else again,
+        "alert": alert,
         "chips": [("runs", f"{finished} of {len(outcomes)} finished"), ("seeds", str(cells.grid.seeds))],
         "result": comparison.table,
         "drawn": drawn,
         "missing": missing,
-        "tune_seed": cells.grid.tune_seed,
-        "tuning_columns": columns,
-        "tuning": tuning,
+        "grid": cells.grid,
+        "tuning": _tuning_rows(comparison),
         "failed": [(outcome.cell.name, outcome.error or "", str(outcome.cell.log)) for outcome in failed],
         "command": without_secrets(comparison.command),
-        "left_out": listed and f"Sections of the recipe that a method has no use for were left out. {listed}.",
-        "grid": without_secrets(write_yaml(cells.grid.to_json())),
+        "left_out": left_out,
+        "grid_yaml": without_secrets(write_yaml(cells.grid.to_json())),
         "recipe": without_secrets(write_yaml(cells.base)),
     }
 
 
-def tuning_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of tuning runs."""
-    grid, found = comparison.cells.grid, []
+def _tuning_rows(comparison: Comparison) -> list[list[str]]:
+    rows = []
     for outcome in comparison.tuning:
         cell = outcome.cell
         score = quantity("accuracy", tuning_score(outcome)) if outcome.status == "finished" else outcome.status
         chosen = "yes" if comparison.tuned.get(cell.combination) == dict(cell.tuned) else ""
         labels = [label for _, label in cell.combination.labels] or [cell.combination.name]
-        found.append([*labels, *map(str, cell.tuned.values()), score, chosen])
-    return [*(list(grid.vary) or ["recipe"]), *grid.tune, "avg@k on validation", "chosen"], found
+        rows.append([*labels, *map(str, cell.tuned.values()), score, chosen])
+    return rows
 
 
 def _charts(comparison: Comparison) -> tuple[list[Chart], list[str]]:
@@ -176,27 +171,23 @@ def _charts(comparison: Comparison) -> tuple[list[Chart], list[str]]:
         if outcome.measured is not None:
             runs[outcome.cell.combination.name].append(outcome.measured)
     found, missing = [], []
-    for chart, read in _KINDS:
-        lines = [line for name, seeds in runs.items() if (line := mean_line(name, [read(run) for run in seeds]))]
+    for chart, read in _CHARTS:
+        lines = [line for name, seeds in runs.items() if (line := _mean_line(name, [read(run) for run in seeds]))]
         parts = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
         for index, part in enumerate(parts, 1):
             title = chart.title if len(parts) == 1 else f"{chart.title} ({index} of {len(parts)})"
-            found.append(replace(chart, title=title, lines=part, note=BAND))
+            found.append(replace(chart, title=title, lines=part, note=BAND, over="training sample"))
         if not lines:
             missing.append(chart.title.lower())
     return found, missing
 
 
-def mean_line(name: str, seeds: Sequence[Series | None]) -> Line | None:
+def _mean_line(name: str, seeds: Sequence[Series | None]) -> Line | None:
     """Mean, lowest and highest over seeds, where every seed has a finite value; None where there is no such point."""
-    points = [
-        {at: value for at, value in zip(item.steps.tolist(), item.values.tolist(), strict=True) if np.isfinite(value)}
-        for item in seeds
-        if item is not None
-    ]
-    common = sorted(set.intersection(*map(set, points))) if points else []
-    if not common:
+    recorded = [item.at(np.isfinite(item.values)) for item in seeds if item is not None]
+    common: NDArray[np.int64] = reduce(np.intersect1d, [item.steps for item in recorded] or [np.array([])])
+    if not len(common):
         return None
-    values = np.array([[seed[at] for at in common] for seed in points], dtype=np.float64)
-    line = Series(np.array(common, dtype=np.int64), values.mean(axis=0))
-    return Line(name, line, values.min(axis=0), values.max(axis=0)) if len(points) > 1 else Line(name, line)
+    values = np.array([item.values[np.searchsorted(item.steps, common)] for item in recorded])
+    line = Series(common, values.mean(axis=0))
+    return Line(name, line, values.min(axis=0), values.max(axis=0)) if len(recorded) > 1 else Line(name, line)

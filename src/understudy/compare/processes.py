@@ -24,7 +24,6 @@ from typing import Any
 
 from understudy import config
 from understudy.errors import RecipeError, UnderstudyError
-from understudy.files import write_atomically
 from understudy.text import visible, without_secrets
 
 FAILED, STOPPED = 1, 130
@@ -131,13 +130,6 @@ def work(job: Job) -> int:
         print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     return STOPPED if result.ending == "stopped by a signal" else 0
-
-
-def prepare(job: Job) -> None:
-    """An empty log where a run begins anew; a resumed one writes on."""
-    log = Path(job.log)
-    if not (job.resume and log.is_file()):
-        write_atomically(log, "")
 
 
 def ending(index: int, code: int, log: Path) -> Ended:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from understudy import config
 from understudy.compare.cells import Cell, Cells, budgets
 from understudy.compare.grid import Combination
-from understudy.compare.measure import Measured, measure
-from understudy.compare.processes import Job, check_ray, prepare, run_on_ray, run_processes
-from understudy.compare.table import Table, budget_warning, caption, rows, table
+from understudy.compare.measure import Outcome, measure
+from understudy.compare.processes import Job, check_ray, run_on_ray, run_processes
+from understudy.compare.table import Table, budget_warning, make_table
 from understudy.errors import RecipeError, UnderstudyError
+from understudy.files import write_atomically
 from understudy.format import quantity
 from understudy.trainer.console import Console
 from understudy.trainer.signals import StopSignal
@@ -24,16 +27,6 @@ SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The ending of a run; `measured` is None for one that did not finish."""
-
-    cell: Cell
-    status: Literal["finished", "failed", "not run"]
-    error: str | None = None
-    measured: Measured | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Everything that the outputs show."""
 
@@ -41,10 +34,14 @@ class Comparison:
     outcomes: Sequence[Outcome]
     tuning: Sequence[Outcome]
     tuned: Mapping[Combination, Mapping[str, Any]]
-    table: Table
     command: str = ""
     running: bool = False
     """Whether further runs are being made."""
+
+    @cached_property
+    def table(self) -> Table:
+        """The same whatever the order of the runs."""
+        return make_table(self.cells.grid, self.outcomes, self.tuned)
 
     @property
     def ending(self) -> Ending:
@@ -85,9 +82,7 @@ class Runner:
     use_ray: bool = False
     stopped: Callable[[], bool] = field(default=lambda: False)
 
-    def run(
-        self, cells: Sequence[Cell], title: str, on_end: Callable[[list[Outcome]], None] = lambda _: None
-    ) -> list[Outcome]:
+    def run(self, cells: Sequence[Cell], title: str, on_end: Callable[[list[Outcome]], None]) -> list[Outcome]:
         """Runs every unfinished cell and measures every finished one, once. `on_end` gets all outcomes after each run."""
         states = [cell.state() for cell in cells]
         found = [
@@ -101,7 +96,8 @@ class Runner:
             return found
         jobs = [Job(config.dump(cells[at].recipe), states[at] == "started", str(cells[at].log)) for at in todo]
         for job in jobs:
-            prepare(job)
+            if not job.resume:  # a resumed run writes on
+                write_atomically(Path(job.log), "")
         run = run_on_ray if self.use_ray else run_processes
         with self.console.progress(title, len(todo)) as advance:
             for ended in run(jobs, self.num_at_once, self.stopped):
@@ -153,21 +149,22 @@ def compare(
     with StopSignal() as signal:
         runner.stopped = lambda: signal.received
         drafts = Drafts(save, runner.console)
-
-        def draft_tuning(found: list[Outcome]) -> None:
-            drafts(lambda: summarise(cells, (), found, choose(cells, found), command, running=True))
-
-        def draft_runs(found: list[Outcome]) -> None:
-            drafts(lambda: summarise(cells, found, tuning, tuned, command, running=True))
-
-        tuning = runner.run(cells.tuning, "tuning runs", draft_tuning) if cells.tuning else []
+        tuning = runner.run(
+            cells.tuning,
+            "tuning runs",
+            lambda found: drafts(lambda: Comparison(cells, (), found, choose(cells, found), command, running=True)),
+        )
         tuned = choose(cells, tuning)
         compared = cells.compared(tuned)
         warning = budget_warning(budgets(compared))
         if warning:
             runner.console.warn(warning)
-        outcomes = runner.run(compared, "runs", draft_runs) if compared else []
-    return summarise(cells, outcomes, tuning, tuned, command)
+        outcomes = runner.run(
+            compared,
+            "runs",
+            lambda found: drafts(lambda: Comparison(cells, found, tuning, tuned, command, running=True)),
+        )
+    return Comparison(cells, outcomes, tuning, tuned, command)
 
 
 def choose(cells: Cells, tuning: Sequence[Outcome]) -> dict[Combination, dict[str, Any]]:
@@ -194,26 +191,3 @@ def tuning_score(outcome: Outcome) -> float | None:
     if measured.split != "validation":
         raise RecipeError(f"the tuning run {outcome.cell.path} was evaluated on {measured.split!r}, not on validation")
     return measured.final.value
-
-
-def summarise(
-    cells: Cells,
-    outcomes: Sequence[Outcome],
-    tuning: Sequence[Outcome],
-    tuned: Mapping[Combination, Mapping[str, Any]],
-    command: str = "",
-    *,
-    running: bool = False,
-) -> Comparison:
-    """The comparison with its table, whatever the order of the runs."""
-    measured: dict[Combination, dict[int, Measured]] = {}
-    failed: dict[Combination, int] = {}
-    for outcome in outcomes:
-        combination = outcome.cell.combination
-        if outcome.measured is not None:
-            measured.setdefault(combination, {})[outcome.cell.recipe.seed] = outcome.measured
-        failed[combination] = failed.get(combination, 0) + (outcome.status == "failed")
-    grid = cells.grid
-    found = rows(grid, measured, failed, tuned)
-    shown = table(grid, found, caption(grid, found, budgets(outcome.cell for outcome in outcomes)))
-    return Comparison(cells, outcomes, tuning, tuned, shown, command, running)

@@ -6,21 +6,19 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from understudy.compare.cells import budgets
 from understudy.compare.grid import Combination, Grid
-from understudy.compare.measure import END_SHARE, Measured
-from understudy.eval import Estimate, crossed_mean
+from understudy.compare.measure import END_SHARE, Measured, Outcome
+from understudy.eval.estimators import Estimate, crossed_mean
 from understudy.format import MISSING, change, interval, number, quantity
 from understudy.trainer.rollouts import MAX_ROUNDS
 
 NOT_REACHED = "not reached"
 BASELINE = "baseline"
 NO_PAIRS = "no common problems"
-
-Runs = Mapping[int, Measured]
-"""Finished runs of one combination, by seed."""
 
 
 @dataclass(frozen=True)
@@ -72,66 +70,61 @@ class Table:
     """The rows as they are shown, under `columns`."""
 
 
-def rows(
-    grid: Grid,
-    measured: Mapping[Combination, Runs],
-    failed: Mapping[Combination, int],
-    tuned: Mapping[Combination, Mapping[str, Any]],
-) -> list[Row]:
+def make_table(grid: Grid, outcomes: Sequence[Outcome], tuned: Mapping[Combination, Mapping[str, Any]]) -> Table:
     """A row for every combination of the grid, in its order, whatever the order of the runs."""
-    found = []
-    for combination in grid.combinations():
-        runs = dict(sorted(measured.get(combination, {}).items()))
+    runs: dict[Combination, dict[int, Measured]] = {combination: {} for combination in grid.combinations()}
+    failed: Counter[Combination] = Counter()
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.cell.recipe.seed):
+        combination = outcome.cell.combination
+        failed[combination] += outcome.status == "failed"
+        if outcome.measured is not None:
+            runs[combination][outcome.cell.recipe.seed] = outcome.measured
+    rows = []
+    for combination, mine in runs.items():
         base = grid.baseline_of(combination)
-        others = measured.get(base, {})
-        pairs = {
-            seed: (others[seed], run)
-            for seed, run in runs.items()
-            if seed in others and others[seed].scores and run.scores
-        }
-        names = {run.metric for run in runs.values()}
-        found.append(
+        pairs = [(runs[base][seed].scores, run.scores) for seed, run in mine.items() if seed in runs[base]]
+        pairs = [(old, new) for old, new in pairs if old and new]
+        names = {run.metric for run in mine.values()}
+        accuracy = _mean_over([run.scores for run in mine.values()])
+        if accuracy is not None:  # of shares: the interval does not go beyond what they can be
+            accuracy = replace(accuracy, low=max(0.0, accuracy.low), high=min(1.0, accuracy.high))
+        rows.append(
             Row(
                 combination=combination,
                 tuned=tuned.get(combination, {}),
-                num_finished=len(runs),
-                num_failed=failed.get(combination, 0),
+                num_finished=len(mine),
+                num_failed=failed[combination],
                 num_seeds=grid.seeds,
                 metric=names.pop() if len(names) == 1 else None,
-                accuracy=mean_accuracy(runs),
-                difference=paired_accuracy(pairs),
+                accuracy=accuracy,
+                difference=_mean_over([{key: new[key] - old[key] for key in new if key in old} for old, new in pairs]),
                 num_paired=len(pairs),
                 is_baseline=base == combination,
-                greedy=_over_seeds(statistics.fmean, [run.greedy for run in runs.values()]),
-                reached=None if grid.target is None else samples_to_target(runs, grid.target),
-                tokens_per_s=_over_seeds(statistics.fmean, [run.tokens_per_s for run in runs.values()]),
-                peak_memory_gib=_over_seeds(max, [run.peak_memory_gib for run in runs.values()]),
-                grad_norm=_over_seeds(statistics.fmean, [run.grad_norm for run in runs.values()]),
-                entropy_at_end=_over_seeds(statistics.fmean, [run.entropy_at_end for run in runs.values()]),
+                greedy=_over_seeds(statistics.fmean, [run.greedy for run in mine.values()]),
+                reached=None if grid.target is None else samples_to_target(mine, grid.target),
+                tokens_per_s=_over_seeds(statistics.fmean, [run.tokens_per_s for run in mine.values()]),
+                peak_memory_gib=_over_seeds(max, [run.peak_memory_gib for run in mine.values()]),
+                grad_norm=_over_seeds(statistics.fmean, [run.grad_norm for run in mine.values()]),
+                entropy_at_end=_over_seeds(statistics.fmean, [run.entropy_at_end for run in mine.values()]),
             )
         )
-    return found
+    caption = _caption(grid, rows, budgets(outcome.cell for outcome in outcomes))
+    return Table(rows, caption, *_texts(grid, rows))
 
 
-def mean_accuracy(runs: Runs) -> Estimate | None:
-    """Mean over seeds and the problems that all of them have scores for; None where there are none."""
-    problems = _common([run.scores for run in runs.values()])
-    if not problems:
-        return None
-    found = crossed_mean([[run.scores[problem] for problem in problems] for run in runs.values()])
-    # scores are shares: an interval does not go beyond what they can be
-    return Estimate(found.value, max(0.0, found.low), min(1.0, found.high), found.num_problems)
+def _mean_over(seeds: Sequence[Mapping[str, float]]) -> Estimate | None:
+    """Mean over seeds and the problems that all of them have; None where there are none."""
+    problems = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    return crossed_mean([[values[problem] for problem in problems] for values in seeds]) if problems else None
 
 
-def paired_accuracy(pairs: Mapping[int, tuple[Measured, Measured]]) -> Estimate | None:
-    """Mean of (second - first), each pair of the same seed and problem; None without a common problem."""
-    problems = _common([run.scores for pair in pairs.values() for run in pair])
-    if not problems:
-        return None
-    return crossed_mean([[new.scores[key] - old.scores[key] for key in problems] for old, new in pairs.values()])
+def _over_seeds(reduce: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | None:
+    """None unless every seed recorded it: a mean over some would be of other runs than its row's."""
+    known = [value for value in values if value is not None]
+    return reduce(known) if known and len(known) == len(values) else None
 
 
-def samples_to_target(runs: Runs, target: float) -> Reached | None:
+def samples_to_target(runs: Mapping[int, Measured], target: float) -> Reached | None:
     """Over seeds; None where no seed was evaluated with scores."""
     found = [run.samples_until(target) for run in runs.values() if len(run.accuracy.steps)]
     if not found:
@@ -141,41 +134,38 @@ def samples_to_target(runs: Runs, target: float) -> Reached | None:
     return Reached(middle if math.isfinite(middle) else None, num_reached, len(found))
 
 
-def table(grid: Grid, found: Sequence[Row], caption: Sequence[str]) -> Table:
-    """The rows as text."""
-    metrics = {row.metric for row in found if row.metric}
-    show_greedy = any(row.greedy is not None for row in found)
+def _texts(grid: Grid, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and the rows as they are shown under them."""
+    metrics = {row.metric for row in rows if row.metric}
+    show_greedy = any(row.greedy is not None for row in rows)
     columns = [*(list(grid.vary) or ["recipe"]), *(f"tuned {key}" for key in grid.tune)]
     columns += [metrics.pop() if len(metrics) == 1 else "avg@k", "difference", *(["greedy"] if show_greedy else [])]
     columns += [] if grid.target is None else [f"samples to {number(100 * grid.target)} %"]
     columns += ["tokens/s", "peak GiB", "gradient norm", "entropy at end", "seeds"]
     texts = []
-    for row in found:
+    for row in rows:
         cells = [label for _, label in row.combination.labels] or [row.combination.name]
         cells += [str(row.tuned[key]) if key in row.tuned else MISSING for key in grid.tune]
-        cells += [interval("accuracy", row.accuracy), _difference(row)]
+        difference = change("accuracy", row.difference)
+        if row.is_baseline:
+            difference = BASELINE
+        elif row.difference is None and row.num_paired:
+            difference = NO_PAIRS
+        elif row.difference is not None and row.num_paired < row.num_seeds:
+            difference += f" ({row.num_paired} pairs of seeds)"
+        cells += [interval("accuracy", row.accuracy), difference]
         cells += [quantity("accuracy", row.greedy)] if show_greedy else []
         cells += [] if grid.target is None else [MISSING if row.reached is None else str(row.reached)]
         numbers = (row.tokens_per_s, row.peak_memory_gib, row.grad_norm, row.entropy_at_end)
         cells += [quantity("", value) for value in numbers]
         failed = f", {row.num_failed} failed" if row.num_failed else ""
-        all_ended_well = row.num_finished == row.num_seeds
-        cells.append(str(row.num_seeds) if all_ended_well else f"{row.num_finished} of {row.num_seeds}{failed}")
+        all_finished = row.num_finished == row.num_seeds
+        cells.append(str(row.num_seeds) if all_finished else f"{row.num_finished} of {row.num_seeds}{failed}")
         texts.append(cells)
-    return Table(found, caption, columns, texts)
+    return columns, texts
 
 
-def _difference(row: Row) -> str:
-    """Signed, in points; "baseline" in the row that others are compared with."""
-    if row.is_baseline:
-        return BASELINE
-    if row.difference is None:
-        return NO_PAIRS if row.num_paired else MISSING
-    text = change("accuracy", row.difference)
-    return text if row.num_paired == row.num_seeds else f"{text} ({row.num_paired} pairs of seeds)"
-
-
-def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]) -> list[str]:
+def _caption(grid: Grid, rows: Sequence[Row], tokens: Mapping[Combination, int]) -> list[str]:
     """Explains the numbers of the table, and names every inequality between its rows."""
     lines = [
         "Accuracy is the mean over seeds and problems of the final evaluation. [95 % intervals]: t intervals for seeds and "
@@ -202,28 +192,27 @@ def caption(grid: Grid, found: Sequence[Row], budgets: Mapping[Combination, int]
         lines.append(
             f"{', '.join(grid.tune)} tuned for each row by avg@k on the validation split with seed {grid.tune_seed}."
         )
-    if len(found) > 2:
+    if len(rows) > 2:
         lines.append(
             "Each interval is for its row alone. There is no correction for many rows: of twenty rows without a true "
             "difference, one is expected to show one."
         )
-    if any(row.num_finished < grid.seeds for row in found):
-        failed = [f"{row.combination.name} ({row.num_failed} of {grid.seeds})" for row in found if row.num_failed]
+    if any(row.num_finished < grid.seeds for row in rows):
+        failed = [f"{row.combination.name} ({row.num_failed} of {grid.seeds})" for row in rows if row.num_failed]
         told = f" Runs failed in {'; '.join(failed)}." if failed else ""
         lines.append(
             "Not every run finished: means, differences and samples to the target rest on the seeds that did, and say "
             f"nothing about the others.{told}"
         )
-    return lines + ([warning] if (warning := budget_warning(budgets)) else [])
+    return [*lines, *filter(None, [budget_warning(tokens)])]
 
 
-def budget_warning(budgets: Mapping[Combination, int]) -> str:
+def budget_warning(tokens: Mapping[Combination, int]) -> str:
     """Empty where every combination may take equally many tokens."""
-    if len(set(budgets.values())) <= 1:
+    if len(set(tokens.values())) <= 1:
         return ""
-    usual = Counter(budgets.values()).most_common(1)[0][0]
-    others = [(combination.name, tokens) for combination, tokens in budgets.items() if tokens != usual]
-    listed = "; ".join(f"{name}: {number(tokens)}" for name, tokens in others)
+    usual = Counter(tokens.values()).most_common(1)[0][0]
+    listed = "; ".join(f"{combination.name}: {number(each)}" for combination, each in tokens.items() if each != usual)
     return (
         "The token budgets are not equal, so this does not compare equal amounts of training. They are "
         f"{number(usual)}, but {listed}. (Steps x prompts x samples x max_new_tokens, the most that training may take: with "
@@ -238,14 +227,3 @@ def markdown(shown: Table, unfinished: str = "") -> str:
     table_rows = [shown.columns, ["---"] * len(shown.columns), *shown.texts]
     lines = ("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in table_rows)
     return "\n".join([*first, *shown.caption, "", *lines]) + "\n"
-
-
-def _common(scores: Sequence[Mapping[str, float]]) -> list[str]:
-    """Problems in all of them, in a fixed order."""
-    return sorted(set.intersection(*(set(item) for item in scores))) if scores else []
-
-
-def _over_seeds(reduce: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | None:
-    """None unless every seed recorded it: a mean over some would be of other runs than its row's."""
-    known = [value for value in values if value is not None]
-    return reduce(known) if known and len(known) == len(values) else None

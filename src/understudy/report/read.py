@@ -74,6 +74,14 @@ class Series:
         values = [math.nan if value is None else value for value in points.values()]
         return cls(np.array(list(points), dtype=np.int64), np.array(values, dtype=np.float64))
 
+    def at(self, index: NDArray[np.generic]) -> Series:
+        """The points that an index or a mask selects."""
+        return Series(self.steps[index], self.values[index])
+
+    def points(self) -> Iterator[tuple[int, float]]:
+        """Steps and values one by one."""
+        return zip(self.steps.tolist(), self.values.tolist(), strict=True)
+
     @property
     def finite(self) -> NDArray[np.float64]:
         """The values that are finite."""
