@@ -29,7 +29,7 @@ from understudy.recipe.load import (
     open_store,
     prompt_limit,
 )
-from understudy.report import write_report
+from understudy.report.page import write_report
 from understudy.teachers import Judge
 from understudy.trainer.checkpoint import (
     STUDENT,

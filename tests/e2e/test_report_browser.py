@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from tests.report_run import random_scores, write_eval, write_lines, write_run
 
-from understudy.report import write_report
+from understudy.report.page import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _CONSOLE = re.compile(r"^.*\bCONSOLE\b.*$", re.MULTILINE)

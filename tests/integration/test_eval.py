@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from understudy.errors import CheckpointError, DataError, VocabularyError
-from understudy.eval import EvalSummary, bootstrap_mean, evaluate, prompt_text, run_eval, summarise
-from understudy.eval.evaluate import Rejection
+from understudy.eval import evaluate
+from understudy.eval.estimators import bootstrap_mean
+from understudy.eval.evaluate import Rejection, run_eval
+from understudy.eval.summary import EvalSummary, prompt_text, summarise
 from understudy.report.read import read_attempts, read_eval
 from understudy.tasks import Arithmetic, Jsonl, build_tokenizer
 from understudy.tasks.renderer import Renderer

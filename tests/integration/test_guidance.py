@@ -16,7 +16,7 @@ from tests.runs import assert_same_run, distillation, metric_rows, train, train_
 from understudy.engines import HFEngine
 from understudy.losses.schedules import cosine_decay
 from understudy.methods import OPD, TrOPD
-from understudy.report import write_report
+from understudy.report.page import write_report
 from understudy.tasks import Arithmetic
 from understudy.trainer import loop
 from understudy.trainer.update import MicroBatch

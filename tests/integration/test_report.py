@@ -20,8 +20,8 @@ import pytest
 from tests.report_run import random_scores, training_rows, write_eval, write_lines, write_run
 from understudy.errors import CheckpointError, DataError
 from understudy.format import Interval, change, interval, number, seconds
-from understudy.report import write_report
 from understudy.report.charts import phase_chart
+from understudy.report.page import write_report
 from understudy.report.read import EvalRecord, Series, read_eval, read_run
 from understudy.report.svg import MAX_POINTS, Chart, Line, draw, smoothed, thin, ticks
 from understudy.report.verdict import compare, conclude, main_metric, paired_difference, rows

@@ -137,7 +137,7 @@ def report(
     baseline: Annotated[Path | None, _option(metavar="RUN", help="Another run to compare the evaluation with.")] = None,
 ) -> None:
     """Write RUN/report.html: curves, tables and transcripts on one page that works offline."""
-    from understudy.report import write_report
+    from understudy.report.page import write_report
 
     typer.echo(write_report(run_dir, baseline=baseline))
 

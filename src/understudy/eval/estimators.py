@@ -81,7 +81,15 @@ def bootstrap_mean(values: ArrayLike, key: str) -> Estimate:
     if not np.isfinite(array).all():
         raise ValueError(f"a bootstrap needs finite values; {key} has {(~np.isfinite(array)).sum()} that are not")
     distinct, counts = np.unique(array, return_counts=True)
-    means = _resampled_means(distinct, counts, np.random.Generator(np.random.Philox(key=hash_name(f"bootstrap/{key}"))))
+    rng = np.random.Generator(np.random.Philox(key=hash_name(f"bootstrap/{key}")))
+    # how often each distinct value is drawn is multinomial: scores have few of them
+    rows = max(1, _BLOCK // len(distinct))
+    means = np.concatenate(
+        [
+            rng.multinomial(len(array), counts / len(array), size=min(rows, RESAMPLES - start)) @ distinct / len(array)
+            for start in range(0, RESAMPLES, rows)
+        ]
+    )
     low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return Estimate(math.fsum(array) / len(array), float(low), float(high), len(array))
 
@@ -95,19 +103,6 @@ def paired_difference(before: ArrayLike, after: ArrayLike, key: str) -> Estimate
     if first.shape != last.shape:
         raise ValueError(f"paired values must be of the same problems; got {first.shape} before and {last.shape} after")
     return bootstrap_mean(last - first, key)
-
-
-def _resampled_means(
-    distinct: NDArray[np.float64], counts: NDArray[np.int64], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """[R] means of resamples. How often each distinct value is drawn is multinomial: scores have few of them."""
-    num_problems = int(counts.sum())
-    rows = max(1, _BLOCK // len(distinct))
-    blocks = [
-        rng.multinomial(num_problems, counts / num_problems, size=min(rows, RESAMPLES - start)) @ distinct
-        for start in range(0, RESAMPLES, rows)
-    ]
-    return np.concatenate(blocks) / num_problems
 
 
 def crossed_mean(values: ArrayLike) -> Estimate:
@@ -142,21 +137,16 @@ def _variance(means: NDArray[np.float64]) -> float:
 
 
 def t_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t, for a probability above 1/2 and any real degrees of freedom above 0."""
-    low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < probability:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
+    """Quantile of Student's t, for a probability above 1/2 and any real degrees of freedom v above 0.
 
-
-def _t_cdf(t: float, freedom: float) -> float:
-    """1/2 + Gamma((v+1)/2) / (sqrt(pi) Gamma(v/2)) * integral of cos^(v-1) from 0 to atan(t / sqrt v), for t >= 0."""
-    end = math.atan(t / math.sqrt(freedom))
-    angles = end / 2 * (_NODES + 1)
+    Searches x in Pr(t <= sqrt(v) tan x) = 1/2 + Gamma((v+1)/2) / (sqrt(pi) Gamma(v/2)) * integral of cos^(v-1) from 0 to x.
+    """
     # the constant and the integrand in logarithms: both overflow for many degrees of freedom
     constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi) / 2
-    area = end / 2 * float(_WEIGHTS @ np.exp(constant + (freedom - 1) * np.log(np.cos(angles))))
-    return 0.5 + area
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        cosines = np.cos(middle / 2 * (_NODES + 1))
+        area = middle / 2 * float(_WEIGHTS @ np.exp(constant + (freedom - 1) * np.log(cosines)))
+        low, high = (middle, high) if 0.5 + area < probability else (low, middle)
+    return math.sqrt(freedom) * math.tan(middle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
-from understudy.tasks.renderer import Rendered, Renderer, split_by_length
+from understudy.tasks.renderer import Renderer, split_by_length
 from understudy.types import Prompt, Request, Sample, Sampling, Verdict
 
 if TYPE_CHECKING:
@@ -60,7 +61,14 @@ def run_eval(
     ends = renderer.stop_ids
     if not ends:
         raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended")
-    fitting, too_long = _render(prompts, renderer, max_prompt_tokens)
+    repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
+    if repeated:
+        raise DataError(f"two evaluation prompts have the id {repeated[0]!r}; ids must be distinct")
+    rendered = ((prompt, renderer.start(prompt)) for prompt in prompts)
+    fitting, too_long = split_by_length(rendered, max_prompt_tokens)
+    if not fitting:
+        limit = f"none of the {len(prompts)} evaluation prompts has at most {max_prompt_tokens} tokens; raise the limit"
+        raise DataError(f"{limit} for prompts" if prompts else "there are no evaluation prompts")
 
     def play_episodes(requests: Sequence[Request], sampling: Sampling, stream: str) -> list[Sample]:
         def write(part: Sequence[Request]) -> list[Sample]:
@@ -122,26 +130,6 @@ class Rejection:
         scores = [grade.score for grade in grades if grade is not None]
         name = f"rejection@{self.max_attempts}"
         return found | ({name: bootstrap_mean(scores, name)} if scores else {})
-
-
-def _render(
-    prompts: Sequence[Prompt], renderer: Renderer, max_prompt_tokens: int
-) -> tuple[list[Rendered], list[Prompt]]:
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise DataError(f"two evaluation prompts have the id {prompt.id!r}; ids must be distinct")
-        seen.add(prompt.id)
-    rendered = ((prompt, renderer.start(prompt)) for prompt in prompts)
-    fitting, too_long = split_by_length(rendered, max_prompt_tokens)
-    if not fitting:
-        raise DataError(
-            f"none of the {len(prompts)} evaluation prompts has at most {max_prompt_tokens} tokens; raise the limit for "
-            "prompts"
-            if prompts
-            else "there are no evaluation prompts"
-        )
-    return fitting, too_long
 
 
 def _sample_and_grade(
