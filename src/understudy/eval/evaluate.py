@@ -67,8 +67,8 @@ def run_eval(
     rendered = ((prompt, renderer.start(prompt)) for prompt in prompts)
     fitting, too_long = split_by_length(rendered, max_prompt_tokens)
     if not fitting:
-        limit = f"none of the {len(prompts)} evaluation prompts has at most {max_prompt_tokens} tokens; raise the limit"
-        raise DataError(f"{limit} for prompts" if prompts else "there are no evaluation prompts")
+        none = f"none of the {len(prompts)} evaluation prompts has at most {max_prompt_tokens} tokens; raise that limit"
+        raise DataError(none if prompts else "there are no evaluation prompts")
 
     def play_episodes(requests: Sequence[Request], sampling: Sampling, stream: str) -> list[Sample]:
         def write(part: Sequence[Request]) -> list[Sample]:

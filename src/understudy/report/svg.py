@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -68,11 +68,23 @@ class Chart:
 
     @property
     def summary(self) -> list[str]:
-        """Each line in words."""
-        named = len(self.lines) > 1
-        return [
-            (f"{line.name}: " if named else "") + summary(line.series, self.percent, self.point) for line in self.lines
-        ]
+        """Each line in words, with its name where there are several."""
+        names = [f"{line.name}: " if len(self.lines) > 1 else "" for line in self.lines]
+        return [name + self.describe(line.series) for name, line in zip(names, self.lines, strict=True)]
+
+    def show(self, value: float) -> str:
+        return f"{100 * value:.1f} %" if self.percent else number(value)
+
+    def describe(self, series: Series) -> str:
+        """First, last and extreme values, and where they are: "at step 5" for the point "step"."""
+        known = series.at(np.isfinite(series.values))
+        steps = [f"at {self.point} {step:,}" for step in known.steps]
+        values = [self.show(value) for value in known.values]
+        if len(values) == 1:
+            return f"{values[0]} {steps[0]}"
+        low, high = known.values.argmin(), known.values.argmax()
+        extremes = f"min {values[low]} {steps[low]}, max {values[high]} {steps[high]}"
+        return f"{values[0]} \u2192 {values[-1]} ({extremes})"
 
 
 @dataclass(frozen=True)
@@ -102,9 +114,17 @@ def draw(chart: Chart) -> Markup:
     if chart.stacked:
         y, body, shown = _stacked(chart, x)
     else:
-        y, shown = _value_scale(chart), [thinned(line.series) for line in chart.lines]
+        y, shown = _value_scale(chart), [line.series.at(thin(line.series.values)) for line in chart.lines]
         body = "".join(_line(line, index, x, y) for index, line in enumerate(chart.lines, 1))
     # for the script's cursor; five digits, because the script shows four
+    series = [
+        {
+            "name": line.name,
+            "step": item.steps.tolist(),
+            "value": [None if math.isnan(value) else float(f"{value:.5g}") for value in item.values.tolist()],
+        }
+        for line, item in zip(chart.lines, shown, strict=True)
+    ]
     data = {
         "x": [x.low, x.high, x.start, x.end],
         "y": [y.low, y.high, y.start, y.end],
@@ -112,17 +132,10 @@ def draw(chart: Chart) -> Markup:
         "percent": chart.percent,
         "stacked": chart.stacked,
         "point": chart.point,
-        "series": [
-            {
-                "name": line.name,
-                "step": item.steps.tolist(),
-                "value": [None if math.isnan(value) else float(f"{value:.5g}") for value in item.values.tolist()],
-            }
-            for line, item in zip(chart.lines, shown, strict=True)
-        ],
+        "series": series,
     }
     words = [f"{chart.title}, {chart.unit or 'no unit'}, over {chart.over}s."]
-    words += [f"{line.name}: {summary(line.series, chart.percent, chart.point)}." for line in chart.lines]
+    words += [f"{line.name}: {chart.describe(line.series)}." for line in chart.lines]
     marks = "".join(
         f'<path class="mark" d="M{x(step):.1f} {BOTTOM - 7}l4 7h-8z">'
         f"<title>warning at {chart.point} {step:,}</title></path>"
@@ -133,20 +146,6 @@ def draw(chart: Chart) -> Markup:
         f'aria-label="{escape(" ".join(words))}" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
         f"{_axes(chart, x, y)}{body}{marks}"
         f'<g class="cursor" visibility="hidden"><line y1="{TOP}" y2="{BOTTOM}"/></g></svg>'
-    )
-
-
-def summary(series: Series, percent: bool, point: str = "step") -> str:
-    """First, last and extreme values, and where they are: "at step 5" for the point "step"."""
-    known = np.flatnonzero(np.isfinite(series.values))
-    values, steps = series.values[known], series.steps[known]
-    low, high = int(values.argmin()), int(values.argmax())
-    show: Callable[[float], str] = (lambda value: f"{100 * value:.1f} %") if percent else number
-    if len(values) == 1:
-        return f"{show(values[0])} at {point} {steps[0]:,}"
-    return (
-        f"{show(values[0])} \u2192 {show(values[-1])} "
-        f"(min {show(values[low])} at {point} {steps[low]:,}, max {show(values[high])} at {point} {steps[high]:,})"
     )
 
 
@@ -179,11 +178,6 @@ def thin(values: _Floats, max_points: int = MAX_POINTS) -> NDArray[np.int64]:
     return np.array(sorted(keep), dtype=np.int64)
 
 
-def thinned(series: Series) -> Series:
-    index = thin(series.values)
-    return Series(series.steps[index], series.values[index])
-
-
 def smooth_window(size: int) -> int:
     """Points that a running mean takes, an odd number; 1 for a curve too short to need one."""
     return size // SMOOTH_SHARE | 1 if size >= SMOOTH_FROM else 1
@@ -212,11 +206,9 @@ def _value_scale(chart: Chart) -> Scale:
     if not chart.percent and low > 0 and high > LOG_FROM * float(np.median(values)):
         return Scale(low / 1.3, high * 1.3, BOTTOM, TOP, log=True)
     pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-    bottom, top = low - pad, high + pad
-    if low >= 0 > bottom:
-        bottom = 0.0
+    bottom, top = max(low - pad, 0.0) if low >= 0 else low - pad, high + pad
     if chart.percent and low >= 0 and high <= 1:
-        bottom, top = max(0.0, bottom), min(1.0, top)
+        top = min(1.0, top)
     return Scale(bottom, top, BOTTOM, TOP)
 
 
@@ -250,26 +242,25 @@ def _log_ticks(y: Scale) -> list[float]:
 def _line(line: Line, index: int, x: Scale, y: Scale) -> str:
     """The curve, its band or whisker below it, and a smooth curve over a long one or dots on a short one."""
     out = []
+    series = line.series
     if line.low is not None and line.high is not None:
         known = np.isfinite(line.low) & np.isfinite(line.high)
-        steps, low, high = (item[known].tolist() for item in (line.series.steps, line.low, line.high))
+        steps, low, high = series.steps[known], line.low[known], line.high[known]
         if len(steps) >= 2:
-            out.append(f'<path class="band s{index}" d="{_outline(steps, low, high, x, y)}"/>')
-        out += [
-            f'<line class="whisker s{index}" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{y(a):.1f}" y2="{y(b):.1f}"/>'
-            for step, a, b in zip(steps, low, high, strict=True)
-            if len(steps) < 2
-        ]
-    size = len(line.series.values)
+            out.append(f'<path class="band s{index}" d="{_area(steps, low, high, x, y)}"/>')
+        elif len(steps):
+            at = f'x1="{x(steps[0]):.1f}" x2="{x(steps[0]):.1f}" y1="{y(low[0]):.1f}" y2="{y(high[0]):.1f}"'
+            out.append(f'<line class="whisker s{index}" {at}/>')
+    size = len(series.values)
     is_long = smooth_window(size) > 1
-    out.append(f'<path class="{"raw" if is_long else "curve"} s{index}" d="{_path(thinned(line.series), x, y)}"/>')
-    if is_long:
-        out.append(f'<path class="curve s{index}" d="{_path(smoothed(line.series), x, y)}"/>')
-    elif size <= 40:
+    curves = [series.at(thin(series.values)), *([smoothed(series)] if is_long else [])]
+    for kind, curve in zip(("raw", "curve") if is_long else ("curve",), curves, strict=True):
+        out.append(f'<path class="{kind} s{index}" d="{_path(curve, x, y)}"/>')
+    if size <= 40:
         out += [
             f'<circle class="dot s{index}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.6"/>'
-            for step, value in zip(line.series.steps, line.series.values, strict=True)
-            if np.isfinite(value)
+            for step, value in series.points()
+            if math.isfinite(value)
         ]
     return "".join(out)
 
@@ -277,43 +268,36 @@ def _line(line: Line, index: int, x: Scale, y: Scale) -> str:
 def _path(series: Series, x: Scale, y: Scale) -> str:
     """Straight lines between known values; a NaN lifts the pen, and a value between two NaN is a dot."""
     out, down = [], False
-    for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
-        if math.isnan(value):
-            down = False
-            continue
-        out.append(f"{'L' if down else 'M'}{x(step):.1f} {y(value):.1f}" + ("" if down else "h0"))
-        down = True
+    for step, value in series.points():
+        if not math.isnan(value):
+            out.append(f"{'L' if down else 'M'}{x(step):.1f} {y(value):.1f}" + ("" if down else "h0"))
+        down = not math.isnan(value)
     return "".join(out)
 
 
-def _outline(steps: Sequence[int], below: Sequence[float], above: Sequence[float], x: Scale, y: Scale) -> str:
-    """The area between two curves: along the upper one and back along the lower one."""
-    there = [f"{x(step):.1f} {y(value):.1f}" for step, value in zip(steps, above, strict=True)]
-    back = [f"{x(step):.1f} {y(value):.1f}" for step, value in zip(steps, below, strict=True)]
-    return f"M{'L'.join(there + back[::-1])}Z"
+def _area(steps: NDArray[np.int64], below: _Floats, above: _Floats, x: Scale, y: Scale) -> str:
+    """Between two curves: along the upper one and back along the lower one."""
+    around = [*zip(steps, above, strict=True), *reversed([*zip(steps, below, strict=True)])]
+    return f"M{'L'.join(f'{x(step):.1f} {y(value):.1f}' for step, value in around)}Z"
 
 
 def _stacked(chart: Chart, x: Scale) -> tuple[Scale, str, list[Series]]:
     """Areas on top of each other, over the steps that all lines have; elsewhere a gap."""
-    steps = np.array(sorted(set.union(*(set(line.series.steps.tolist()) for line in chart.lines))), dtype=np.int64)
+    steps = np.unique(np.concatenate([line.series.steps for line in chart.lines]))
     values = np.full((len(chart.lines), len(steps)), np.nan)
     for row, line in enumerate(chart.lines):
         values[row, np.searchsorted(steps, line.series.steps)] = line.series.values
     index = thin(values.sum(axis=0))
     steps, values = steps[index], values[:, index]
-    tops = np.cumsum(values, axis=0)
+    tops = np.vstack([np.zeros(len(steps)), np.cumsum(values, axis=0)])
     known = np.isfinite(tops[-1])
     if not known.any():
         raise ValueError(f"chart {chart.title!r}: there is no step at which every line is known")
     y = Scale(0.0, 1.06 * float(np.nanmax(tops[-1])) or 1.0, BOTTOM, TOP)
-    runs = np.split(np.arange(len(steps)), np.flatnonzero(np.diff(known.astype(int))) + 1)
+    runs = np.split(np.arange(len(steps)), np.flatnonzero(np.diff(known)) + 1)
+    runs = [run for run in runs if known[run[0]]]
     out = []
-    for row, above in enumerate(tops):
-        below = tops[row - 1] if row else np.zeros(len(steps))
-        areas = [
-            _outline(steps[run].tolist(), below[run].tolist(), above[run].tolist(), x, y)
-            for run in runs
-            if known[run[0]]
-        ]
-        out.append(f'<path class="area s{row + 1}" d="{"".join(areas)}"/>')
+    for row, (below, above) in enumerate(pairwise(tops), 1):
+        areas = "".join(_area(steps[run], below[run], above[run], x, y) for run in runs)
+        out.append(f'<path class="area s{row}" d="{areas}"/>')
     return y, "".join(out), [Series(steps, row) for row in values]
