@@ -27,7 +27,6 @@ USUAL: Sequence[tuple[str, str, Mapping[str, str]]] = (
 )
 """Title, unit and `{key in metrics.jsonl: name in the legend}` of the charts that every report has if they were recorded."""
 _PHASE_ORDER = ("generate_s", "score_s", "update_s")
-_NO_PHASE = ("time_s", "step_s")
 MAX_PHASES = 4
 """The number of colours of stacked areas."""
 
@@ -45,7 +44,6 @@ def charts(run: RunRecord) -> Charts:
     """Every chart of a run, the accuracy first."""
     marks = [event.step for event in run.events if event.step is not None and event.kind != "info"]
     recorded = {name: series for name, series in run.series.items() if len(series.finite)}
-    phases = phase_chart(recorded, marks)
     usual: list[tuple[str, Chart | None]] = [("accuracy", accuracy_chart(run.evals))]
     for title, unit, names in USUAL:
         lines = [Line(name, recorded[key]) for key, name in names.items() if key in recorded]
@@ -53,8 +51,8 @@ def charts(run: RunRecord) -> Charts:
         note = f"{title} of the {' and '.join(absent)}: not recorded." if absent else ""
         percent = is_rate(next(iter(names)))
         usual.append((title.lower(), Chart(title, unit, lines, percent, note, marks) if lines else None))
-    usual.append(("seconds by phase", phases))
-    shown = {key for _, _, names in USUAL for key in names} | set(_phases(recorded)) | {"time_s"}
+    usual.append(("seconds by phase", phase_chart(recorded, marks)))
+    shown = {"time_s", *_phases(recorded), *(key for _, _, names in USUAL for key in names)}
     rest = sorted(recorded.keys() - shown)
     return Charts(
         usual=[chart for _, chart in usual if chart],
@@ -85,10 +83,7 @@ def accuracy_chart(evals: Sequence[EvalRecord]) -> Chart | None:
 
 
 def phase_chart(series: Mapping[str, Series], marks: Sequence[int] = ()) -> Chart | None:
-    """Seconds of each phase, stacked; phases that fewer than half of the steps have are not phases of a step.
-
-    None where there is no step at which every phase is known: nothing could be stacked.
-    """
+    """Seconds of each phase, stacked; None where there is no step at which every phase is known."""
     lines = [Line(name.removesuffix("_s"), series[name]) for name in _phases(series)]
     known = [set(line.series.steps[np.isfinite(line.series.values)].tolist()) for line in lines]
     if not known or not set.intersection(*known):
@@ -103,12 +98,12 @@ def phase_chart(series: Mapping[str, Series], marks: Sequence[int] = ()) -> Char
 
 
 def _phases(series: Mapping[str, Series]) -> list[str]:
+    """At most `MAX_PHASES`. A duration that fewer than half of the steps have is not a phase of a step."""
     steps = max((len(item.steps) for item in series.values()), default=0)
-    names = [
+    names = {
         name
         for name, item in series.items()
-        if name.endswith("_s") and not name.endswith("_per_s") and name not in _NO_PHASE
+        if name.endswith("_s") and not name.endswith("_per_s") and name not in ("time_s", "step_s")
         if len(item.finite) and 2 * len(item.steps) >= steps
-    ]
-    known = [name for name in _PHASE_ORDER if name in names]
-    return (known + sorted(set(names) - set(known)))[:MAX_PHASES]
+    }
+    return [*(name for name in _PHASE_ORDER if name in names), *sorted(names.difference(_PHASE_ORDER))][:MAX_PHASES]

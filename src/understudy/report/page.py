@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from hashlib import sha256
@@ -14,14 +14,16 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from understudy import config
 from understudy import format as form
+from understudy.eval.estimators import RIGHT
 from understudy.files import write_atomically
-from understudy.format import Interval, number, seconds
+from understudy.format import number, seconds
 from understudy.report.charts import charts
-from understudy.report.read import EvalRecord, RunRecord, read_baseline, read_run
+from understudy.report.read import RunRecord, read_baseline, read_run
 from understudy.report.svg import draw
 from understudy.report.transcripts import training_groups, transcript_groups
-from understudy.report.verdict import Comparison, compare, conclude, rows
+from understudy.report.verdict import compare, conclude, rows
 from understudy.text import encodable, plain_tree, visible, without_secrets
 
 MAX_EVENTS = 200
@@ -51,7 +53,8 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         groups = training_groups(sorted({*run.samples[:1], *run.samples[-1:]}))
         note = "There are no two evaluations with samples, so these are attempts from training."
         note = note if groups else "No attempts were recorded."
-    facts = dict(_flat(plain_tree(run.facts)))
+    plain = {name: plain_tree(value, name) for name, value in run.facts.items()}
+    facts = {name: _fact(value) for name, value in config.flatten(plain).items()}
     # the rarer and more telling events survive a cut, in their order
     telling = sorted(range(len(run.events)), key=lambda index: (run.events[index].kind == "info", index))[:MAX_EVENTS]
     html = render(
@@ -62,15 +65,16 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         verdict=conclude(after, comparison),
         alert=_alert(run.facts),
         chips=_chips(run, facts),
-        table_note=_table_note(after, comparison) if after else "",
+        after=after,
+        unmatched=comparison.unmatched if comparison else 0,
         rows=rows(before, after, comparison) if after else [],
         before_step="" if before is None else "baseline" if baseline else f"{before.step:,}",
-        after_step="" if after is None else f"{after.step:,}",
         drawn=charts(run),
         event_notes=_event_notes(run),
         events=[run.events[index] for index in sorted(telling)],
         attempts_note=note,
         groups=groups,
+        right=RIGHT,
         max_chars=MAX_TEXT_CHARS,
         max_tokens=MAX_TOKENS,
         recipe=None if run.recipe is None else shorten(without_secrets(run.recipe), MAX_RECIPE_CHARS),
@@ -98,27 +102,10 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    helpers = (draw, interval_bar, shorten, without_secrets, form.interval, form.change, form.is_rate, form.metric_note)
+    helpers = (draw, shorten, without_secrets, form.interval, form.change, form.is_rate, form.metric_note)
     environment.globals.update({helper.__name__: helper for helper in helpers})
     own: dict[str, Any] = {"policy": policy, "style": Markup(style), "script": Markup(script)}  # noqa: S704 our own files
     return encodable(environment.get_template(template).render(values | own))
-
-
-def interval_bar(before: Interval | None, after: Interval | None) -> Markup:
-    """Both intervals on a line from 0 to 100 %: before as a square above it, after as a disc below it."""
-    out = [
-        '<svg class="bar" viewBox="0 0 220 30" aria-hidden="true"><line class="track" x1="5" x2="215" y1="15" y2="15"/>'
-    ]
-    for item, kind, y in ((before, "was", 9), (after, "now", 21)):
-        if item is None or item.value is None:
-            continue
-        x = 5 + 210 * item.value
-        if item.low is not None and item.high is not None:
-            ends = f'x1="{5 + 210 * item.low:.1f}" x2="{5 + 210 * item.high:.1f}"'
-            out.append(f'<line class="{kind}" {ends} y1="{y}" y2="{y}"/>')
-        shape = f'<rect class="was" x="{x - 3.5:.1f}" y="{y - 3.5}" width="7" height="7"/>'
-        out.append(shape if kind == "was" else f'<circle class="now" cx="{x:.1f}" cy="{y}" r="4"/>')
-    return Markup("".join(out) + "</svg>")  # noqa: S704 numbers only
 
 
 def shorten(text: str, limit: int) -> str:
@@ -126,13 +113,12 @@ def shorten(text: str, limit: int) -> str:
 
 
 def _subtitle(settings: Mapping[str, object]) -> str:
-    def setting(section: str, key: str) -> str:
-        part = settings.get(section)
-        return str(part.get(key) or "") if isinstance(part, Mapping) else ""
-
-    method, student, teacher = setting("method", "type"), setting("student", "model"), setting("teacher", "model")
-    learner = f"{method}: {student or 'a student from random weights'}" if method else ""
-    return without_secrets(f"{learner} learns from {teacher}" if learner and teacher else learner)
+    flat = config.flatten(settings)
+    method, student, teacher = (flat.get(key) for key in ("method.type", "student.model", "teacher.model"))
+    if not method:
+        return ""
+    learns = f"{method}: {student or 'a student from random weights'}"
+    return without_secrets(f"{learns} learns from {teacher}" if teacher else learns)
 
 
 def _alert(facts: Mapping[str, object]) -> tuple[str, str] | None:
@@ -158,22 +144,6 @@ def _chips(run: RunRecord, facts: Mapping[str, str]) -> list[tuple[str, str]]:
     return chips + [(name, facts[name]) for name in ("hardware", "commit") if name in facts]
 
 
-def _table_note(after: EvalRecord, comparison: Comparison | None) -> str:
-    problems = "unknown number of" if after.num_problems is None else f"{after.num_problems:,}"
-    num = after.samples_per_prompt
-    attempts = "" if num is None else f", {num} {'attempt' if num == 1 else 'attempts'} at each"
-    text = f"{problems} problems of split {after.split or 'unnamed'!r}{attempts}; [95 % intervals over problems]."
-    if after.unscored:
-        text += (
-            f" {after.unscored:,} attempts have no score: accuracies are of the problems whose attempts all have one."
-        )
-    if after.too_long:
-        text += f" {after.too_long:,} prompts were over the token budget and are left out."
-    if comparison and comparison.unmatched:
-        text += f" {comparison.unmatched:,} problems are only in one of the two evaluations and are left out of pairs."
-    return text
-
-
 def _event_notes(run: RunRecord) -> list[str]:
     notes = [f"The last line of {name} was unfinished (a killed process) and is left out." for name in run.cut_files]
     for name, item in sorted(run.series.items()):
@@ -187,16 +157,10 @@ def _event_notes(run: RunRecord) -> list[str]:
     return notes
 
 
-def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as ("machine.cpu_count", "2")."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else str(key))
-        return
-    text = form.MISSING if value is None else number(value) if isinstance(value, float) else str(value)
+def _fact(value: object) -> str:
     if isinstance(value, list):
-        text = ", ".join(map(str, value))
-    elif isinstance(value, str) and "T" in value:
+        return ", ".join(map(str, value))
+    if isinstance(value, str) and "T" in value:
         with suppress(ValueError):  # a name with a T, not a date
-            text = datetime.fromisoformat(value).isoformat(sep=" ", timespec="seconds")
-    yield name, text
+            return datetime.fromisoformat(value).isoformat(sep=" ", timespec="seconds")
+    return form.MISSING if value is None else number(value) if isinstance(value, float) else str(value)

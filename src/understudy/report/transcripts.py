@@ -44,14 +44,6 @@ class Side:
         return ("wrong", "wrong") if score <= 0 else ("partly", f"score {100 * score:.0f} %")
 
     @property
-    def tally(self) -> str:
-        """The score of all attempts, as "(3 of 4 right)"; empty for a single attempt."""
-        scores = [attempt.score for attempt in self.attempts if attempt.score is not None]
-        if len(self.attempts) < 2:
-            return ""
-        return f"({sum(score >= RIGHT for score in scores)} of {len(scores)} right)" if scores else "(not graded)"
-
-    @property
     def facts(self) -> str:
         """Ending and length of the attempt, the answer that the verifier read, and its note."""
         attempt = self.attempts[0]

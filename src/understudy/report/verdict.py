@@ -10,14 +10,12 @@ import numpy as np
 
 from understudy.eval.estimators import RIGHT, Estimate, majority_score, pass_at_k
 from understudy.eval.estimators import paired_difference as bootstrap_difference
-from understudy.format import Bounded, Interval, change, interval
+from understudy.format import MISSING, Bounded, Interval, change, interval
 from understudy.report.read import Attempt, EvalRecord
 
 MIN_PROBLEMS = 6
 """With fewer, no outcome is significant: an exact two-sided sign test reaches 2 * 0.5**6 = 0.031 at the earliest."""
 _HELD_OUT = ("test", "validation", "valid", "dev", "eval", "heldout", "held-out", "held_out")
-
-Kind = Literal["better", "worse", "same", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    kind: Kind
     text: str
+    kind: Literal["better", "worse", "same", "unknown"] = "unknown"
 
 
 @dataclass(frozen=True)
@@ -116,13 +114,10 @@ def shown_metrics(record: EvalRecord) -> list[str]:
 def conclude(after: EvalRecord | None, comparison: Comparison | None) -> Verdict:
     """The sentence at the top of the report."""
     if after is None:
-        text = "No evaluation was recorded, so this run does not say whether the student got better."
-        return Verdict("unknown", text)
+        return Verdict("No evaluation was recorded, so this run does not say whether the student got better.")
     name = main_metric(after)
     if name is None:
-        return Verdict(
-            "unknown", "The evaluation recorded no metric, so this run does not say what the student can do."
-        )
+        return Verdict("The evaluation recorded no metric, so this run does not say what the student can do.")
     is_accuracy = name.startswith("avg@")
     subject = f"Accuracy ({name})" if is_accuracy else name
     count = "an unknown number of" if after.num_problems is None else f"{after.num_problems:,}"
@@ -132,34 +127,31 @@ def conclude(after: EvalRecord | None, comparison: Comparison | None) -> Verdict
     new = interval(name, after.metrics[name])
     alone = f"{subject} is {new} {where}"
     if comparison is None:
-        text = f"{alone}, at step {after.step:,}; there is no second evaluation to compare with."
-        return Verdict("unknown", text)
+        return Verdict(f"{alone}, at step {after.step:,}; there is no second evaluation to compare with.")
     before = comparison.before
     old = interval(name, before.metrics.get(name))
-    if name not in before.metrics or before.metrics[name].value is None:
-        return Verdict("unknown", f"{alone}; the evaluation before did not record {name}, so nothing is compared.")
+    if old == MISSING:
+        return Verdict(f"{alone}; the evaluation before did not record {name}, so nothing is compared.")
     if before.split != after.split:
-        text = f"{alone}; before, on another split ({before.split!r}), it was {old}: the two cannot be compared."
-        return Verdict("unknown", text)
+        other = f"before, on another split ({before.split!r}), it was {old}"
+        return Verdict(f"{alone}; {other}: the two cannot be compared.")
     paired = paired_difference(comparison, name)
     if paired is None:
-        text = f"{subject} went from {old} to {new} {where}; without the samples of both it cannot be tested."
-        return Verdict("unknown", text)
+        return Verdict(f"{subject} went from {old} to {new} {where}; without the samples of both it cannot be tested.")
     if before.step > 0 and before.path.parent == after.path.parent:
         old += f" at step {before.step:,}, the first evaluation,"
     part = "" if paired.num_problems == after.num_problems else f" over {paired.num_problems:,} problems"
     says = f"paired difference {change(name, paired)}{part}"
     if paired.num_problems < MIN_PROBLEMS:
-        text = f"{subject}: {old} before, {new} after {where}; too few problems to tell ({says})."
-        return Verdict("unknown", text)
+        return Verdict(f"{subject}: {old} before, {new} after {where}; too few problems to tell ({says}).")
     if paired.low <= 0 <= paired.high:
         inside = f"accuracy ({name})" if is_accuracy else name
         text = f"No significant change in {inside}: {old} before, {new} after {where}; the {says} contains 0."
-        return Verdict("same", text)
+        return Verdict(text, "same")
     rose = paired.value > 0
+    text = f"{subject} {'rose' if rose else 'fell'} from {old} to {new} {where}; {says}."
     # only of accuracy is it known which direction is better
-    kind: Kind = "unknown" if not is_accuracy else "better" if rose else "worse"
-    return Verdict(kind, f"{subject} {'rose' if rose else 'fell'} from {old} to {new} {where}; {says}.")
+    return Verdict(text, "unknown" if not is_accuracy else "better" if rose else "worse")
 
 
 def rows(before: EvalRecord | None, after: EvalRecord, comparison: Comparison | None) -> list[Row]:
