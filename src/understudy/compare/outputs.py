@@ -128,18 +128,13 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
     cells, outcomes = comparison.cells, comparison.outcomes
     drawn, missing = _charts(comparison)
     failed = [outcome for outcome in (*comparison.tuning, *outcomes) if outcome.status == "failed"]
-    alert = (comparison.unfinished, "") if comparison.unfinished else None
-    if failed:
-        failures = f"{len(failed)} {'run' if len(failed) == 1 else 'runs'} failed."
-        again = "They are listed below; the same command tries them again."
-        alert = (comparison.unfinished, failures) if comparison.unfinished else (failures, again)
-    finished = sum(outcome.status == "finished" for outcome in outcomes)
     left_out = {item.cell.combination.name: " and ".join(item.cell.dropped) for item in outcomes if item.cell.dropped}
     return {
         "title": cells.out.resolve().name,
         "subtitle": "",
-        "alert": alert,
-        "chips": [("runs", f"{finished} of {len(outcomes)} finished"), ("seeds", str(cells.grid.seeds))],
+        "unfinished": comparison.unfinished,
+        "finished": sum(outcome.status == "finished" for outcome in outcomes),
+        "num_runs": len(outcomes),
         "result": comparison.table,
         "drawn": drawn,
         "missing": missing,

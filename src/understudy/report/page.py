@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -20,10 +22,9 @@ from understudy.eval.estimators import RIGHT
 from understudy.files import write_atomically
 from understudy.format import number, seconds
 from understudy.report.charts import charts
-from understudy.report.read import RunRecord, read_baseline, read_run
+from understudy.report.read import Attempt, read_attempts, read_baseline, read_run
 from understudy.report.svg import draw
-from understudy.report.transcripts import training_groups, transcript_groups
-from understudy.report.verdict import compare, conclude, rows
+from understudy.report.verdict import Comparison, compare, conclude, rows
 from understudy.text import encodable, plain_tree, visible, without_secrets
 
 MAX_EVENTS = 200
@@ -33,6 +34,57 @@ MAX_TEXT_CHARS = 3_000
 """Characters of one shown response, so that long reasoning does not make the page heavy."""
 MAX_TOKENS = 800
 """Tokens of a response that is shown token by token."""
+PER_GROUP = 4
+_GROUPS: dict[tuple[bool | None, bool | None], str] = {
+    (False, True): "Wrong before, right after",
+    (True, False): "Right before, wrong after",
+    (False, False): "Wrong both times",
+    (True, True): "Right both times",
+    (None, None): "Not graded",
+}
+_ENDS = {
+    "stop": "ended by itself",
+    "length": "cut at the length limit",
+    "data": "from a file",
+    "environment": "environment failed",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """The attempts at a problem in one evaluation. The first is shown, the others are only counted."""
+
+    heading: str
+    attempts: Sequence[Attempt]
+
+    @property
+    def grade(self) -> tuple[str, str]:
+        """CSS class and text of the mark."""
+        score = self.attempts[0].score
+        if score is None:
+            return "none", "not graded"
+        if score >= RIGHT:
+            return "right", "right"
+        return ("wrong", "wrong") if score <= 0 else ("partly", f"score {100 * score:.0f} %")
+
+    @property
+    def facts(self) -> str:
+        """Ending and length of the attempt, the answer that the verifier read, and its note."""
+        attempt = self.attempts[0]
+        facts = (
+            _ENDS.get(attempt.finish, attempt.finish),
+            "" if attempt.num_tokens is None else f"{attempt.num_tokens:,} tokens",
+            "no answer read" if attempt.answer is None else f"answer read: {attempt.answer[:200]}",
+            attempt.note[:400],
+        )
+        return " \u00b7 ".join(filter(None, facts))
+
+
+@dataclass(frozen=True)
+class Group:
+    title: str
+    count: str
+    problems: Sequence[Sequence[Side]]
 
 
 def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
@@ -46,11 +98,11 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
     after = run.evals[-1] if run.evals else None
     before = read_baseline(baseline) if baseline else run.evals[0] if len(run.evals) > 1 else None
     comparison = compare(before, after) if before and after else None
-    groups, note = transcript_groups(comparison) if comparison else ([], "")
+    groups, note = _transcript_groups(comparison) if comparison else ([], "")
     if groups:
-        groups += training_groups(run.samples[-1:])
+        groups += _training_groups(run.samples[-1:])
     else:
-        groups = training_groups(sorted({*run.samples[:1], *run.samples[-1:]}))
+        groups = _training_groups(sorted({*run.samples[:1], *run.samples[-1:]}))
         note = "There are no two evaluations with samples, so these are attempts from training."
         note = note if groups else "No attempts were recorded."
     plain = {name: plain_tree(value, name) for name, value in run.facts.items()}
@@ -60,17 +112,21 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
     html = render(
         "report/page.html",
         kind="report",
+        run=run,
         title=run.path.resolve().name,
         subtitle=_subtitle(run.settings),
         verdict=conclude(after, comparison),
-        alert=_alert(run.facts),
-        chips=_chips(run, facts),
+        missing=form.MISSING,
+        status=facts.get("status", form.MISSING),
+        error=shorten(without_secrets(str(run.facts.get("error") or "")), MAX_FACT_CHARS),
+        duration=seconds(float(run.series["time_s"].values[-1])) if "time_s" in run.series else form.MISSING,
         after=after,
         unmatched=comparison.unmatched if comparison else 0,
         rows=rows(before, after, comparison) if after else [],
         before_step="" if before is None else "baseline" if baseline else f"{before.step:,}",
         drawn=charts(run),
-        event_notes=_event_notes(run),
+        gaps={name: item.steps[bad] for name, item in run.series.items() if (bad := np.isnan(item.values)).any()},
+        max_events=MAX_EVENTS,
         events=[run.events[index] for index in sorted(telling)],
         attempts_note=note,
         groups=groups,
@@ -121,42 +177,6 @@ def _subtitle(settings: Mapping[str, object]) -> str:
     return without_secrets(f"{learns} learns from {teacher}" if teacher else learns)
 
 
-def _alert(facts: Mapping[str, object]) -> tuple[str, str] | None:
-    status = str(facts.get("status") or "")
-    if status == "failed":
-        error = without_secrets(str(facts.get("error") or ""))
-        return "This run failed.", shorten(error, MAX_FACT_CHARS) or "No error text was recorded."
-    if status.startswith("stopped"):
-        return "This run was stopped before its end.", "Continue it with --resume."
-    if status == "running":
-        return "This run had not ended when the report was written.", "What follows is its state until then."
-    return None
-
-
-def _chips(run: RunRecord, facts: Mapping[str, str]) -> list[tuple[str, str]]:
-    time, seed = run.series.get("time_s"), run.settings.get("seed")
-    chips = [
-        ("status", facts.get("status", form.MISSING)),
-        ("last step", form.MISSING if run.last_step is None else f"{run.last_step:,}"),
-        ("training time", form.MISSING if time is None else seconds(float(time.values[-1]))),
-    ]
-    chips += [("seed", str(seed))] if isinstance(seed, int) else []
-    return chips + [(name, facts[name]) for name in ("hardware", "commit") if name in facts]
-
-
-def _event_notes(run: RunRecord) -> list[str]:
-    notes = [f"The last line of {name} was unfinished (a killed process) and is left out." for name in run.cut_files]
-    for name, item in sorted(run.series.items()):
-        bad = item.steps[item.values != item.values]  # NaN
-        if len(bad):
-            notes.append(
-                f"{name} was not finite at {len(bad):,} of {len(item.steps):,} steps, first at step {bad[0]:,}."
-            )
-    if len(run.events) > MAX_EVENTS:
-        notes.append(f"{len(run.events):,} events; shown: warnings and skipped steps first, {MAX_EVENTS} in all.")
-    return notes
-
-
 def _fact(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
@@ -164,3 +184,33 @@ def _fact(value: object) -> str:
         with suppress(ValueError):  # a name with a T, not a date
             return datetime.fromisoformat(value).isoformat(sep=" ", timespec="seconds")
     return form.MISSING if value is None else number(value) if isinstance(value, float) else str(value)
+
+
+def _transcript_groups(comparison: Comparison) -> tuple[list[Group], str]:
+    """The first attempts at `PER_GROUP` problems of each group, and a sentence that says what they are."""
+    members: dict[tuple[bool | None, bool | None], list[str]] = {kind: [] for kind in _GROUPS}
+    for key, (first, last) in comparison.problems.items():
+        old, new = first[0].score, last[0].score
+        members[(None, None) if old is None or new is None else (old >= RIGHT, new >= RIGHT)].append(key)
+    before, after = f"before, step {comparison.before.step:,}", f"after, step {comparison.after.step:,}"
+    groups = []
+    for kind, title in _GROUPS.items():
+        pairs = [comparison.problems[key] for key in members[kind][:PER_GROUP]]
+        if pairs:
+            count = f"{len(members[kind]):,} of {len(comparison.problems):,} problems"
+            groups.append(Group(title, count, [(Side(before, first), Side(after, last)) for first, last in pairs]))
+    note = (
+        "First attempts at the same problems, before and after; the first few of each group, in the order of the "
+        "evaluation. All others are in the files under eval/."
+    )
+    return groups, note if groups else ""
+
+
+def _training_groups(samples: Sequence[tuple[int, Path]]) -> list[Group]:
+    """A few of the training samples in each file, those first in which several authors wrote."""
+    groups = []
+    for step, path in samples:
+        attempts = sorted(read_attempts(path), key=lambda attempt: -len(set(attempt.tokens.get("author", ()))))
+        problems = [(Side("attempt", [attempt]),) for attempt in attempts[:PER_GROUP]]
+        groups.append(Group(f"Training samples of step {step:,}", f"{len(problems)} shown", problems))
+    return groups
