@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
@@ -40,7 +40,6 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        """Its run directory."""
         return Path(self.recipe.run_dir)
 
     @property
@@ -50,7 +49,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Combination and seed, as people read them."""
         return f"{self.combination.name}, {self.path.name}"
 
     @cached_property
@@ -93,8 +91,25 @@ class Cells:
     @cached_property
     def tuning(self) -> list[Cell]:
         """One run for every combination and value that is tuned, evaluated on the validation split."""
-        pairs = product(self.grid.combinations(), self.grid.tunings() if self.grid.tune else [])
-        return [self._tuning_cell(combination, tuned) for combination, tuned in pairs]
+        grid, found = self.grid, []
+        for combination, tuned in product(grid.combinations(), grid.tunings() if grid.tune else []):
+            cell = self._cell(combination, tuned)
+            if cell.recipe.eval is None:
+                raise RecipeError("tuning chooses by avg@k, so the recipe needs a section eval")
+            if cell.recipe.eval.split == "validation":
+                raise RecipeError(
+                    "tuning chooses on the validation split, so the comparison has to be on another: eval.split=test"
+                )
+            labels = [f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in tuned.items()]
+            recipe = replace(
+                cell.recipe,
+                seed=grid.tune_seed,
+                run_dir=str(self.out / "tuning" / combination.slug / slug(labels)),
+                eval=replace(cell.recipe.eval, split="validation"),
+                train=replace(cell.recipe.train, steps=grid.tune_steps or cell.recipe.train.steps),
+            )
+            found.append(replace(cell, recipe=recipe))
+        return found
 
     def compared(self, tuned: Mapping[Combination, Mapping[str, Any]]) -> list[Cell]:
         """Every combination that `tuned` has with every seed; the seeds of a combination differ in nothing else."""
@@ -138,24 +153,6 @@ class Cells:
                 else:
                     raise RecipeError(f"cell {same_seed[0].name}: {problems[0]}") from problems[0]
 
-    def _tuning_cell(self, combination: Combination, tuned: Mapping[str, Any]) -> Cell:
-        labels = [f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in tuned.items()]
-        cell = self._cell(combination, tuned)
-        if cell.recipe.eval is None:
-            raise RecipeError("tuning chooses by avg@k, so the recipe needs a section eval")
-        if cell.recipe.eval.split == "validation":
-            raise RecipeError(
-                "tuning chooses on the validation split, so the comparison has to be on another: eval.split=test"
-            )
-        recipe = replace(
-            cell.recipe,
-            seed=self.grid.tune_seed,
-            run_dir=str(self.out / "tuning" / combination.slug / slug(labels)),
-            eval=replace(cell.recipe.eval, split="validation"),
-            train=replace(cell.recipe.train, steps=self.grid.tune_steps or cell.recipe.train.steps),
-        )
-        return replace(cell, recipe=recipe)
-
     def _cell(self, combination: Combination, tuned: Mapping[str, Any]) -> Cell:
         """The first seed."""
         changes = [self.grid.vary[axis][label] for axis, label in combination.labels]
@@ -166,23 +163,6 @@ class Cells:
         return Cell(combination, recipe, tuned, dropped)
 
 
-def parse_cell(values: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe, and the sections, as few as possible, left out of it because its method has no use for them.
-
-    Raises RecipeError.
-    """
-    try:
-        return config.parse(Recipe, values), ()
-    except RecipeError as error:
-        unused = [name for name in _unused(values) if values.get(name)]
-        for names in (names for count in range(len(unused)) for names in combinations(unused, count + 1)):
-            try:
-                return config.parse(Recipe, {key: item for key, item in values.items() if key not in names}), names
-            except RecipeError:
-                continue
-        raise error
-
-
 @dataclass(frozen=True)
 class _Learning:
     """The section `method` alone."""
@@ -190,18 +170,26 @@ class _Learning:
     method: Method = config.choice(METHODS, refused=REFUSED)
 
 
-def _unused(values: Mapping[str, Any]) -> list[str]:
-    """Sections that the method itself never reads; none where the method cannot be read."""
+def parse_cell(values: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe, and the sections, as few as possible, left out of it because its method never reads them.
+
+    Raises RecipeError.
+    """
     try:
+        return config.parse(Recipe, values), ()
+    except RecipeError as error:
         method = config.parse(_Learning, {key: item for key, item in values.items() if key == "method"}).method
-    except RecipeError:
-        return []
-    steps = values.get("train", {}).get("steps")
-    known = steps if isinstance(steps, int) and steps > 0 else 1
-    names = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
-    names += [] if "reference" in method.needs else ["reference"]
-    takes_responses = any(part.uses(known).takes_responses for part in method.for_run(known, 1).members)
-    return names if takes_responses else [*names, "responses"]
+        steps = values.get("train", {}).get("steps")
+        known = steps if isinstance(steps, int) and steps > 0 else 1
+        unused = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
+        unused += [] if "reference" in method.needs else ["reference"]
+        takes_responses = any(part.uses(known).takes_responses for part in method.for_run(known, 1).members)
+        unused += [] if takes_responses else ["responses"]
+        unused = [name for name in unused if values.get(name)]
+        for names in (names for count in range(len(unused)) for names in combinations(unused, count + 1)):
+            with suppress(RecipeError):
+                return config.parse(Recipe, {key: item for key, item in values.items() if key not in names}), names
+        raise error
 
 
 def budgets(cells: Iterable[Cell]) -> dict[Combination, int]:

@@ -108,7 +108,6 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """The labels, as people read them."""
         return ", ".join(label for _, label in self.labels) or "the recipe"
 
     @property

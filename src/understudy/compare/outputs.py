@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from understudy.compare.cells import budgets
 from understudy.compare.measure import Measured, Outcome
 from understudy.compare.run import Comparison, tuning_score
-from understudy.compare.table import NOT_REACHED, Row, markdown, samples_to_target
+from understudy.compare.table import NOT_REACHED, markdown, samples_to_target
 from understudy.config import write_yaml
 from understudy.files import write_atomically, write_json
 from understudy.format import MISSING, Interval, quantity
@@ -75,6 +74,14 @@ def cells_csv(comparison: Comparison) -> str:
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Everything in numbers; null: not recorded."""
     cells = comparison.cells
+    rows = []
+    for row in comparison.table.rows:
+        values = asdict(row) | {"labels": dict(row.combination.labels)}
+        del values["combination"]
+        for name in ("accuracy", "difference"):
+            if values[name] is not None:
+                del values[name]["num_problems"]
+        rows.append(values)
     return {
         "status": comparison.status,
         "unfinished": comparison.unfinished,
@@ -86,19 +93,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             {"labels": dict(combination.labels), "tokens": tokens}
             for combination, tokens in budgets(outcome.cell for outcome in comparison.outcomes).items()
         ],
-        "rows": [_row_json(row) for row in comparison.table.rows],
+        "rows": rows,
         "cells": [_outcome_json(outcome) | {"seed": outcome.cell.recipe.seed} for outcome in comparison.outcomes],
         "tuning": [_outcome_json(outcome) | {"avg@k": tuning_score(outcome)} for outcome in comparison.tuning],
     }
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    values = asdict(row) | {"labels": dict(row.combination.labels)}
-    del values["combination"]
-    for name in ("accuracy", "difference"):
-        if values[name] is not None:
-            del values[name]["num_problems"]
-    return values
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -168,21 +166,23 @@ def _charts(comparison: Comparison) -> tuple[list[Chart], list[str]]:
     found, missing = [], []
     for chart, read in _CHARTS:
         lines = [line for name, seeds in runs.items() if (line := _mean_line(name, [read(run) for run in seeds]))]
+        if not lines:
+            missing.append(chart.title.lower())
         parts = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
         for index, part in enumerate(parts, 1):
             title = chart.title if len(parts) == 1 else f"{chart.title} ({index} of {len(parts)})"
             found.append(replace(chart, title=title, lines=part, note=BAND, over="training sample"))
-        if not lines:
-            missing.append(chart.title.lower())
     return found, missing
 
 
 def _mean_line(name: str, seeds: Sequence[Series | None]) -> Line | None:
     """Mean, lowest and highest over seeds, where every seed has a finite value; None where there is no such point."""
     recorded = [item.at(np.isfinite(item.values)) for item in seeds if item is not None]
-    common: NDArray[np.int64] = reduce(np.intersect1d, [item.steps for item in recorded] or [np.array([])])
+    if not recorded:
+        return None
+    common = reduce(np.intersect1d, [item.steps for item in recorded])
+    values = np.array([item.values[np.isin(item.steps, common)] for item in recorded])
     if not len(common):
         return None
-    values = np.array([item.values[np.searchsorted(item.steps, common)] for item in recorded])
     line = Series(common, values.mean(axis=0))
     return Line(name, line, values.min(axis=0), values.max(axis=0)) if len(recorded) > 1 else Line(name, line)

@@ -100,12 +100,12 @@ def make_table(grid: Grid, outcomes: Sequence[Outcome], tuned: Mapping[Combinati
                 difference=_mean_over([{key: new[key] - old[key] for key in new if key in old} for old, new in pairs]),
                 num_paired=len(pairs),
                 is_baseline=base == combination,
-                greedy=_over_seeds(statistics.fmean, [run.greedy for run in mine.values()]),
                 reached=None if grid.target is None else samples_to_target(mine, grid.target),
-                tokens_per_s=_over_seeds(statistics.fmean, [run.tokens_per_s for run in mine.values()]),
-                peak_memory_gib=_over_seeds(max, [run.peak_memory_gib for run in mine.values()]),
-                grad_norm=_over_seeds(statistics.fmean, [run.grad_norm for run in mine.values()]),
-                entropy_at_end=_over_seeds(statistics.fmean, [run.entropy_at_end for run in mine.values()]),
+                greedy=_over_seeds(mine, "greedy"),
+                tokens_per_s=_over_seeds(mine, "tokens_per_s"),
+                peak_memory_gib=_over_seeds(mine, "peak_memory_gib", max),
+                grad_norm=_over_seeds(mine, "grad_norm"),
+                entropy_at_end=_over_seeds(mine, "entropy_at_end"),
             )
         )
     caption = _caption(grid, rows, budgets(outcome.cell for outcome in outcomes))
@@ -118,10 +118,12 @@ def _mean_over(seeds: Sequence[Mapping[str, float]]) -> Estimate | None:
     return crossed_mean([[values[problem] for problem in problems] for values in seeds]) if problems else None
 
 
-def _over_seeds(reduce: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | None:
+def _over_seeds(
+    runs: Mapping[int, Measured], name: str, reduce: Callable[[Sequence[float]], float] = statistics.fmean
+) -> float | None:
     """None unless every seed recorded it: a mean over some would be of other runs than its row's."""
-    known = [value for value in values if value is not None]
-    return reduce(known) if known and len(known) == len(values) else None
+    values = [getattr(run, name) for run in runs.values()]
+    return reduce(values) if values and None not in values else None
 
 
 def samples_to_target(runs: Mapping[int, Measured], target: float) -> Reached | None:

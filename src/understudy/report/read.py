@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import yaml
@@ -84,7 +84,6 @@ class Series:
 
     @property
     def finite(self) -> NDArray[np.float64]:
-        """The values that are finite."""
         return self.values[np.isfinite(self.values)]
 
 
@@ -189,6 +188,14 @@ def read_attempts(path: Path) -> list[Attempt]:
     for number, row in _rows(path, []):
         if "prompt_id" not in row or "response" not in row:
             raise DataError(f"{path}:{number}: a sample needs 'prompt_id' and 'response', this one has {sorted(row)}")
+        tokens = row.get("tokens") or {"text": []}
+        sizes = (
+            {len(item) if isinstance(item, list) else -1 for item in tokens.values()}
+            if isinstance(tokens, dict)
+            else {}
+        )
+        if len(sizes) != 1 or -1 in sizes or "text" not in tokens:
+            raise DataError(f"{path}:{number}: 'tokens' needs a list 'text', and lists of the same length beside it")
         answer, reference = (None if row.get(key) is None else str(row[key]) for key in ("answer", "reference"))
         attempts.append(
             Attempt(
@@ -201,19 +208,10 @@ def read_attempts(path: Path) -> list[Attempt]:
                 reference=reference,
                 score=_number(row.get("score")),
                 note=str(row.get("note") or ""),
-                tokens=_token_table(row.get("tokens") or {"text": []}, f"{path}:{number}"),
+                tokens=tokens,
             )
         )
     return attempts
-
-
-def _token_table(table: object, where: str) -> dict[str, list[object]]:
-    """Raises DataError unless every value has an entry for each token."""
-    found = cast(dict[object, list[object]], table) if isinstance(table, dict) else {}
-    sizes = {len(values) if isinstance(values, list) else -1 for values in found.values()}
-    if "text" not in found or -1 in sizes or len(sizes) != 1:
-        raise DataError(f"{where}: 'tokens' needs a list 'text', and lists of the same length beside it")
-    return {str(name): values for name, values in found.items()}
 
 
 def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
@@ -233,7 +231,7 @@ def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
     return {name: Series.of(by_step) for name, by_step in points.items()}
 
 
-def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, object]]]:
+def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields line numbers and objects. A last line that cannot be read is left out and its file noted in `cut`."""
     if not path.is_file():
         return
@@ -251,7 +249,7 @@ def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, object]]]
         yield number, row
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

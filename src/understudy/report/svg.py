@@ -158,23 +158,20 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def thin(values: _Floats, max_points: int = MAX_POINTS) -> NDArray[np.int64]:
-    """Ascending indices of at most `max_points` + 2 values that keep every peak, dip and gap.
+def thin(values: _Floats) -> NDArray[np.int64]:
+    """Ascending indices of at most `MAX_POINTS` + 2 values that keep every peak, dip and gap.
 
     Kept are both ends, and of each bucket the minimum, the maximum and a NaN.
     """
-    size = len(values)
-    if size <= max_points:
-        return np.arange(size)
-    keep = {0, size - 1}
-    edges = np.linspace(0, size, max_points // 3 + 1).astype(int)
-    for start, end in pairwise(edges.tolist()):
-        bucket = values[start:end]
-        missing = np.isnan(bucket)
-        if missing.any():
-            keep.add(start + int(missing.argmax()))
-        if not missing.all():
-            keep.update((start + int(np.nanargmin(bucket)), start + int(np.nanargmax(bucket))))
+    indices = np.arange(len(values))
+    if len(values) <= MAX_POINTS:
+        return indices
+    keep = {0, len(values) - 1}
+    for bucket in np.array_split(indices, MAX_POINTS // 3):
+        known = bucket[~np.isnan(values[bucket])]
+        keep.update(np.setdiff1d(bucket, known)[:1].tolist())
+        if len(known):
+            keep.update((int(known[values[known].argmin()]), int(known[values[known].argmax()])))
     return np.array(sorted(keep), dtype=np.int64)
 
 
@@ -183,19 +180,19 @@ def smooth_window(size: int) -> int:
     return size // SMOOTH_SHARE | 1 if size >= SMOOTH_FROM else 1
 
 
-def smoothed(series: Series, max_points: int = MAX_POINTS) -> Series:
-    """Centred means over `smooth_window` points, over fewer at both ends, at most `max_points` of them.
+def smoothed(series: Series) -> Series:
+    """Centred means over `smooth_window` points, over fewer at both ends, at most `MAX_POINTS` of them.
 
     A NaN is left out of its neighbours' means and stays a gap itself.
     """
     size = len(series.values)
-    half = smooth_window(size) // 2
-    index = np.unique(np.linspace(0, size - 1, min(size, max_points)).round().astype(np.int64))
-    means = np.full(len(index), np.nan)
-    for row, at in enumerate(index):
-        if not np.isnan(series.values[at]):
-            means[row] = np.nanmean(series.values[max(0, at - half) : at + half + 1])
-    return Series(series.steps[index], means)
+    window = np.ones(smooth_window(size))
+    known = ~np.isnan(series.values)
+    sums = np.convolve(np.where(known, series.values, 0.0), window, "same")
+    means = np.full(size, np.nan)
+    means[known] = sums[known] / np.convolve(known, window, "same")[known]
+    index = np.unique(np.linspace(0, size - 1, min(size, MAX_POINTS)).round().astype(np.int64))
+    return Series(series.steps, means).at(index)
 
 
 def _value_scale(chart: Chart) -> Scale:
@@ -213,8 +210,15 @@ def _value_scale(chart: Chart) -> Scale:
 
 
 def _axes(chart: Chart, x: Scale, y: Scale) -> str:
+    at_y = ticks(y.low, y.high, 4)
+    if y.log:
+        powers = range(math.ceil(math.log10(y.low)), math.floor(math.log10(y.high)) + 1)
+        at_y = [10.0**power for power in powers if power % math.ceil(len(powers) / 6) == 0]
+        if len(powers) < 2:
+            decade = 10.0 ** math.floor(math.log10(y.low))
+            at_y = [factor * decade for factor in (1, 2, 5, 10, 20, 50, 100) if y.low <= factor * decade <= y.high]
     out = []
-    for value in _log_ticks(y) if y.log else ticks(y.low, y.high, 4):
+    for value in at_y:
         at, kind = y(value), "zero" if value == 0 and y.low < 0 else "grid"
         text = f"{number(round(100 * value, 6))} %" if chart.percent else number(value)
         out.append(f'<line class="{kind}" x1="{LEFT}" x2="{RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -228,15 +232,6 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> str:
     out.append(f'<text class="label" x="{RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart.over)}</text>')
     out.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     return "".join(out)
-
-
-def _log_ticks(y: Scale) -> list[float]:
-    powers = range(math.ceil(math.log10(y.low)), math.floor(math.log10(y.high)) + 1)
-    if len(powers) >= 2:
-        every = math.ceil(len(powers) / 6)
-        return [10.0**power for power in powers if power % every == 0]
-    decade = 10.0 ** math.floor(math.log10(y.low))
-    return [factor * decade for factor in (1, 2, 5, 10, 20, 50, 100) if y.low <= factor * decade <= y.high]
 
 
 def _line(line: Line, index: int, x: Scale, y: Scale) -> str:
