@@ -51,40 +51,11 @@ _ENDS = {
 
 
 @dataclass(frozen=True)
-class Side:
-    """The attempts at a problem in one evaluation. The first is shown, the others are only counted."""
-
-    heading: str
-    attempts: Sequence[Attempt]
-
-    @property
-    def grade(self) -> tuple[str, str]:
-        """CSS class and text of the mark."""
-        score = self.attempts[0].score
-        if score is None:
-            return "none", "not graded"
-        if score >= RIGHT:
-            return "right", "right"
-        return ("wrong", "wrong") if score <= 0 else ("partly", f"score {100 * score:.0f} %")
-
-    @property
-    def facts(self) -> str:
-        """Ending and length of the attempt, the answer that the verifier read, and its note."""
-        attempt = self.attempts[0]
-        facts = (
-            _ENDS.get(attempt.finish, attempt.finish),
-            "" if attempt.num_tokens is None else f"{attempt.num_tokens:,} tokens",
-            "no answer read" if attempt.answer is None else f"answer read: {attempt.answer[:200]}",
-            attempt.note[:400],
-        )
-        return " \u00b7 ".join(filter(None, facts))
-
-
-@dataclass(frozen=True)
 class Group:
     title: str
     count: str
-    problems: Sequence[Sequence[Side]]
+    problems: Sequence[Mapping[str, Sequence[Attempt]]]
+    """The attempts at each problem, under their headings. The first is shown, the others are only counted."""
 
 
 def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
@@ -131,6 +102,7 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         attempts_note=note,
         groups=groups,
         right=RIGHT,
+        endings=_ENDS,
         max_chars=MAX_TEXT_CHARS,
         max_tokens=MAX_TOKENS,
         recipe=None if run.recipe is None else shorten(without_secrets(run.recipe), MAX_RECIPE_CHARS),
@@ -198,7 +170,7 @@ def _transcript_groups(comparison: Comparison) -> tuple[list[Group], str]:
         pairs = [comparison.problems[key] for key in members[kind][:PER_GROUP]]
         if pairs:
             count = f"{len(members[kind]):,} of {len(comparison.problems):,} problems"
-            groups.append(Group(title, count, [(Side(before, first), Side(after, last)) for first, last in pairs]))
+            groups.append(Group(title, count, [{before: first, after: last} for first, last in pairs]))
     note = (
         "First attempts at the same problems, before and after; the first few of each group, in the order of the "
         "evaluation. All others are in the files under eval/."
@@ -211,6 +183,6 @@ def _training_groups(samples: Sequence[tuple[int, Path]]) -> list[Group]:
     groups = []
     for step, path in samples:
         attempts = sorted(read_attempts(path), key=lambda attempt: -len(set(attempt.tokens.get("author", ()))))
-        problems = [(Side("attempt", [attempt]),) for attempt in attempts[:PER_GROUP]]
+        problems = [{"attempt": [attempt]} for attempt in attempts[:PER_GROUP]]
         groups.append(Group(f"Training samples of step {step:,}", f"{len(problems)} shown", problems))
     return groups
