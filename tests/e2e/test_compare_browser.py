@@ -8,9 +8,9 @@ import pytest
 from tests.e2e.test_report_browser import BROWSER, open_page
 from tests.integration.test_compare import cells, pretended, run
 
-from understudy.compare.measure import Outcome
 from understudy.compare.outputs import write_outputs
 from understudy.compare.run import Comparison
+from understudy.compare.table import Outcome
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="NO BROWSER: the page was not opened; set UNDERSTUDY_BROWSER")
 

@@ -24,11 +24,10 @@ from understudy import config
 from understudy.cli.app import app
 from understudy.compare.cells import Cell, Cells, budgets, parse_cell
 from understudy.compare.grid import Combination, Grid, apply, axis_change, read_grid, split_values
-from understudy.compare.measure import Outcome, measure
 from understudy.compare.outputs import MAX_LINES, cells_csv, page, page_values, to_json, write_outputs
 from understudy.compare.processes import Ended, Job, check_ray, run_processes
 from understudy.compare.run import SAVE_EVERY_S, Comparison, Drafts, Runner, compare
-from understudy.compare.table import budget_warning, markdown, samples_to_target
+from understudy.compare.table import Outcome, budget_warning, markdown, measure, samples_to_target
 from understudy.errors import CheckpointError, RecipeError
 from understudy.eval.estimators import bootstrap_mean, crossed_mean, t_quantile
 from understudy.methods import METHODS

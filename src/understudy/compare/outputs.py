@@ -1,8 +1,4 @@
-"""The files of a comparison: table.md, cells.csv, compare.json and compare.html.
-
-The page holds the table, its curves and everything needed to make it again. Its frame, charts and script are those of a
-run's report; the axis counts training samples, which methods share.
-"""
+"""The files of a comparison: table.md, cells.csv, compare.json and compare.html, which shares its frame with a run's report."""
 
 from __future__ import annotations
 
@@ -17,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from understudy.compare.cells import budgets
-from understudy.compare.measure import Measured, Outcome
 from understudy.compare.run import Comparison, tuning_score
-from understudy.compare.table import NOT_REACHED, markdown, samples_to_target
+from understudy.compare.table import NOT_REACHED, Measured, Outcome, markdown, samples_to_target
 from understudy.config import write_yaml
 from understudy.files import write_atomically, write_json
 from understudy.format import MISSING, Interval, quantity
@@ -117,7 +112,6 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def page(comparison: Comparison) -> str:
-    """The page as HTML."""
     return render("compare/page.html", kind="compare", **page_values(comparison))
 
 

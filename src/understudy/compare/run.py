@@ -12,9 +12,8 @@ from typing import Any, Literal
 from understudy import config
 from understudy.compare.cells import Cell, Cells, budgets
 from understudy.compare.grid import Combination
-from understudy.compare.measure import Outcome, measure
 from understudy.compare.processes import Job, check_ray, run_on_ray, run_processes
-from understudy.compare.table import Table, budget_warning, make_table
+from understudy.compare.table import Outcome, Table, budget_warning, make_table, measure
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.files import write_atomically
 from understudy.format import quantity

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.environments.play import play
-from understudy.errors import CheckpointError, DataError, VocabularyError
+from understudy.errors import CheckpointError, DataError
 from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
@@ -56,11 +56,6 @@ def run_eval(
     samples of each block; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
     equal ids and if no prompt fits the budget.
     """
-    if samples_per_prompt < 1:
-        raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
-    ends = renderer.stop_ids
-    if not ends:
-        raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended")
     repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
         raise DataError(f"two evaluation prompts have the id {repeated[0]!r}; ids must be distinct")
@@ -79,12 +74,12 @@ def run_eval(
     requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
     samples = _sample_and_grade(requests, task, play_episodes, sampling, f"eval/{split}", progress)
     summary = summarise(
-        samples, step=step, split=split, eos_ids=ends, too_long=len(too_long), sampling=asdict(sampling)
+        samples, step=step, split=split, eos_ids=renderer.stop_ids, too_long=len(too_long), sampling=asdict(sampling)
     )
     first = [Request(prompt, 0, ids) for prompt, ids in fitting]
     if greedy:
         best = _sample_and_grade(first, task, play_episodes, replace(sampling, temperature=0.0), f"eval/{split}/greedy")
-        found = summarise(best, step=step, split=split, eos_ids=ends).metrics.get("avg@1")
+        found = summarise(best, step=step, split=split, eos_ids=renderer.stop_ids).metrics.get("avg@1")
         summary = summary if found is None else replace(summary, metrics={**summary.metrics, "greedy": found})
     if rejection is not None:
         rejected = rejection.metrics(first, task, play_episodes, sampling, f"eval/{split}/rejection")

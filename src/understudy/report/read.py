@@ -135,7 +135,7 @@ def read_run(run_dir: Path) -> RunRecord:
         path=run_dir,
         recipe=text,
         settings={str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {},
-        facts=_read_object(facts) if facts.is_file() else {},
+        facts=_object(facts.read_bytes(), str(facts)) if facts.is_file() else {},
         series=_read_series(run_dir / "metrics.jsonl", cut),
         events=tuple(
             Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or ""))
@@ -149,7 +149,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def read_eval(path: Path) -> EvalRecord:
     """One evaluation summary. Raises DataError where it is not one."""
-    data = _read_object(path)
+    data = _object(path.read_bytes(), str(path))
     metrics = data.get("metrics")
     if not isinstance(metrics, dict):
         raise DataError(f"{path}: an evaluation summary needs a mapping 'metrics', this file has {metrics!r}")
@@ -233,29 +233,25 @@ def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
 
 def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields line numbers and objects. A last line that cannot be read is left out and its file noted in `cut`."""
-    if not path.is_file():
-        return
-    lines = path.read_bytes().rstrip().split(b"\n")
+    lines = path.read_bytes().rstrip().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines if lines != [b""] else [], 1):
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                cut.append(path.name)
-                return
-            raise DataError(f"{path}:{number}: not JSON: {line[:80]!r}; repair or delete the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: not a JSON object: {line[:80]!r}; repair or delete the line")
-        yield number, row
+            row = _object(line, f"{path}:{number}")
+        except DataError:
+            if number < len(lines):
+                raise
+            cut.append(path.name)
+        else:
+            yield number, row
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
+        data = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {text[:80]!r}; repair or delete it") from error
     if not isinstance(data, dict):
-        raise DataError(f"{path}: must hold a JSON object, not {type(data).__name__}")
+        raise DataError(f"{where}: not a JSON object: {text[:80]!r}; repair or delete it")
     return data
 
 
