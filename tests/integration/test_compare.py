@@ -324,7 +324,7 @@ def test_what_was_recorded_is_shown(made: tuple[Cells, Comparison]) -> None:
     assert run0.entropy_at_end == rows[-1]["student_entropy"]
     assert run0.samples == 48
     assert row.tokens_per_s is not None
-    assert run0.accuracy.steps.tolist() == [0, 24, 48]
+    assert run0.curves["accuracy"].steps.tolist() == [0, 24, 48]
 
 
 def test_a_second_call_runs_only_what_is_missing(made: tuple[Cells, Comparison]) -> None:

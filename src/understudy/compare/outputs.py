@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
@@ -27,11 +27,12 @@ NUMBERS = ("steps", "samples", "greedy", "tokens_per_s", "peak_memory_gib", "gra
 MAX_LINES = 8
 """Lines in one chart: as many as there are colours. More combinations are drawn in further charts."""
 BAND = "Line: mean over seeds, as far as every seed went. Band: lowest to highest seed."
-_CHARTS: Sequence[tuple[Chart, Callable[[Measured], Series | None]]] = (
-    (Chart("Accuracy", "held-out avg@k", (), percent=True), lambda run: run.accuracy),
-    (Chart("Gradient norm", "2-norm, before clipping", ()), lambda run: run.curves.get("grad_norm")),
-    (Chart("Entropy", "of the student, nats per token", ()), lambda run: run.curves.get("student_entropy")),
-)
+_CHARTS = {
+    "accuracy": Chart("Accuracy", "held-out avg@k", (), percent=True, over="training sample"),
+    "grad_norm": Chart("Gradient norm", "2-norm, before clipping", (), over="training sample"),
+    "student_entropy": Chart("Entropy", "of the student, nats per token", (), over="training sample"),
+}
+"""By the name of the curve."""
 
 
 def write_outputs(comparison: Comparison) -> Path:
@@ -158,25 +159,24 @@ def _charts(comparison: Comparison) -> tuple[list[Chart], list[str]]:
         if outcome.measured is not None:
             runs[outcome.cell.combination.name].append(outcome.measured)
     found, missing = [], []
-    for chart, read in _CHARTS:
-        lines = [line for name, seeds in runs.items() if (line := _mean_line(name, [read(run) for run in seeds]))]
+    for key, chart in _CHARTS.items():
+        curves = {name: [run.curves[key] for run in seeds if key in run.curves] for name, seeds in runs.items()}
+        lines = [line for name, seeds in curves.items() if seeds and (line := _mean_line(name, seeds))]
         if not lines:
             missing.append(chart.title.lower())
         parts = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
         for index, part in enumerate(parts, 1):
             title = chart.title if len(parts) == 1 else f"{chart.title} ({index} of {len(parts)})"
-            found.append(replace(chart, title=title, lines=part, note=BAND, over="training sample"))
+            found.append(replace(chart, title=title, lines=part, note=BAND))
     return found, missing
 
 
-def _mean_line(name: str, seeds: Sequence[Series | None]) -> Line | None:
+def _mean_line(name: str, seeds: Sequence[Series]) -> Line | None:
     """Mean, lowest and highest over seeds, where every seed has a finite value; None where there is no such point."""
-    recorded = [item.at(np.isfinite(item.values)) for item in seeds if item is not None]
-    if not recorded:
-        return None
-    common = reduce(np.intersect1d, [item.steps for item in recorded])
-    values = np.array([item.values[np.isin(item.steps, common)] for item in recorded])
+    known = [series.at(np.isfinite(series.values)) for series in seeds]
+    common = reduce(np.intersect1d, [series.steps for series in known])
+    values = np.array([series.values[np.isin(series.steps, common)] for series in known])
     if not len(common):
         return None
     line = Series(common, values.mean(axis=0))
-    return Line(name, line, values.min(axis=0), values.max(axis=0)) if len(recorded) > 1 else Line(name, line)
+    return Line(name, line, values.min(axis=0), values.max(axis=0)) if len(known) > 1 else Line(name, line)

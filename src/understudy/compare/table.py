@@ -46,20 +46,13 @@ class Measured:
     split: str
     scores: Mapping[str, float]
     """The final evaluation's mean score by problem; empty where its samples were not saved or not scored."""
-    accuracy: Series
-    """The main metric over the samples used until then."""
     curves: Mapping[str, Series]
-    """`CURVES` over samples."""
+    """The main metric as "accuracy" and what was recorded of `CURVES`, over the samples used until then."""
     tokens_per_s: float | None
     peak_memory_gib: float | None
     grad_norm: float | None
     """Mean over the steps that were not skipped."""
     entropy_at_end: float | None
-
-    def samples_until(self, target: float) -> int | None:
-        """Training samples when an evaluation first was at `target` or above; None: none was."""
-        reached = np.flatnonzero(self.accuracy.values >= target)
-        return int(self.accuracy.steps[reached[0]]) if len(reached) else None
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def measure(cell: Cell) -> Measured:
     used = {0: 0} | dict(zip(counted.steps.tolist(), map(int, counted.values.tolist()), strict=True))
     metric, final, greedy, split = None, None, None, ""
     scores: dict[str, float] = {}
-    accuracy: dict[int, float | None] = {}
+    points = {name: dict(run.series[name].points()) for name in CURVES if name in run.series} | {"accuracy": {}}
     if run.evals:
         last = run.evals[-1]
         split = last.split
@@ -93,8 +86,8 @@ def measure(cell: Cell) -> Measured:
             section = cell.recipe.eval
             if greedy is None and section and (section.sampling or cell.recipe.sampling).temperature == 0:
                 greedy = final.value
-            known = {record.step: record.metrics[name].value for record in run.evals if name in record.metrics}
-            accuracy = {used[step]: value for step, value in known.items() if step in used and value is not None}
+            known = ((record.step, record.metrics[name].value) for record in run.evals if name in record.metrics)
+            points["accuracy"] = {step: value for step, value in known if value is not None}
         for problem, attempts in last.problems().items():
             score = problem_value(f"avg@{len(attempts)}", attempts)
             if score is not None:
@@ -111,11 +104,9 @@ def measure(cell: Cell) -> Measured:
         greedy=greedy,
         split=split,
         scores=scores,
-        accuracy=Series.of(accuracy),
         curves={
-            name: Series.of({used[step]: value for step, value in run.series[name].points() if step in used})
-            for name in CURVES
-            if name in run.series
+            name: Series.of({used[step]: value for step, value in by_step.items() if step in used})
+            for name, by_step in points.items()
         },
         tokens_per_s=_tokens_per_s(run.series),
         peak_memory_gib=_reduced(np.max, memory.values),
@@ -255,11 +246,16 @@ def _over_seeds(
 
 def samples_to_target(runs: Mapping[int, Measured], target: float) -> Reached | None:
     """Over seeds; None where no seed was evaluated with scores."""
-    found = [run.samples_until(target) for run in runs.values() if len(run.accuracy.steps)]
+    curves = [run.curves["accuracy"] for run in runs.values()]
+    found = [
+        next((samples for samples, value in curve.points() if value >= target), math.inf)
+        for curve in curves
+        if len(curve.steps)
+    ]
     if not found:
         return None
-    middle = statistics.median([math.inf if samples is None else samples for samples in found])
-    num_reached = sum(samples is not None for samples in found)
+    middle = statistics.median(found)
+    num_reached = sum(map(math.isfinite, found))
     return Reached(middle if math.isfinite(middle) else None, num_reached, len(found))
 
 
