@@ -72,19 +72,17 @@ class Chart:
         names = [f"{line.name}: " if len(self.lines) > 1 else "" for line in self.lines]
         return [name + self.describe(line.series) for name, line in zip(names, self.lines, strict=True)]
 
-    def show(self, value: float) -> str:
-        return f"{100 * value:.1f} %" if self.percent else number(value)
-
     def describe(self, series: Series) -> str:
         """First, last and extreme values, and where they are: "at step 5" for the point "step"."""
         known = series.at(np.isfinite(series.values))
-        steps = [f"at {self.point} {step:,}" for step in known.steps]
-        values = [self.show(value) for value in known.values]
-        if len(values) == 1:
-            return f"{values[0]} {steps[0]}"
-        low, high = known.values.argmin(), known.values.argmax()
-        extremes = f"min {values[low]} {steps[low]}, max {values[high]} {steps[high]}"
-        return f"{values[0]} \u2192 {values[-1]} ({extremes})"
+        ends = [0, -1, int(known.values.argmin()), int(known.values.argmax())]
+        first, last, low, high = (
+            f"{100 * value:.1f} %" if self.percent else number(value) for value in known.values[ends]
+        )
+        at_first, _, at_low, at_high = (f"at {self.point} {step:,}" for step in known.steps[ends])
+        if len(known.values) == 1:
+            return f"{first} {at_first}"
+        return f"{first} \u2192 {last} (min {low} {at_low}, max {high} {at_high})"
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,7 @@ class Scale:
 
 
 def draw(chart: Chart) -> Markup:
-    """The chart as one `<svg>`. Every line needs at least one finite value; raises ValueError otherwise."""
-    for line in chart.lines:
-        if not len(line.series.finite):
-            raise ValueError(f"chart {chart.title!r}: the line {line.name!r} has no finite value to draw")
+    """The chart as one `<svg>`. Every line needs at least one finite value."""
     steps = np.concatenate([line.series.steps for line in chart.lines])
     first, last = float(steps.min()), float(steps.max())
     x = Scale(first, last, LEFT, RIGHT) if first < last else Scale(first - 1, last + 1, LEFT, RIGHT)
@@ -277,7 +272,7 @@ def _area(steps: NDArray[np.int64], below: _Floats, above: _Floats, x: Scale, y:
 
 
 def _stacked(chart: Chart, x: Scale) -> tuple[Scale, str, list[Series]]:
-    """Areas on top of each other, over the steps that all lines have; elsewhere a gap."""
+    """Areas on top of each other, over the steps that all lines have, of which there is one; elsewhere a gap."""
     steps = np.unique(np.concatenate([line.series.steps for line in chart.lines]))
     values = np.full((len(chart.lines), len(steps)), np.nan)
     for row, line in enumerate(chart.lines):
@@ -286,8 +281,6 @@ def _stacked(chart: Chart, x: Scale) -> tuple[Scale, str, list[Series]]:
     steps, values = steps[index], values[:, index]
     tops = np.vstack([np.zeros(len(steps)), np.cumsum(values, axis=0)])
     known = np.isfinite(tops[-1])
-    if not known.any():
-        raise ValueError(f"chart {chart.title!r}: there is no step at which every line is known")
     y = Scale(0.0, 1.06 * float(np.nanmax(tops[-1])) or 1.0, BOTTOM, TOP)
     runs = np.split(np.arange(len(steps)), np.flatnonzero(np.diff(known)) + 1)
     runs = [run for run in runs if known[run[0]]]
