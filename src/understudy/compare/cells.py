@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from understudy import config
-from understudy.compare.grid import Combination, Grid, apply, nested, slug
+from understudy.compare.grid import Combination, Grid, apply, slug
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.methods import METHODS, REFUSED, Method
 from understudy.recipe import Recipe, check_same_recipe
@@ -156,7 +156,7 @@ class Cells:
     def _cell(self, combination: Combination, tuned: Mapping[str, Any]) -> Cell:
         """The first seed."""
         changes = [self.grid.vary[axis][label] for axis, label in combination.labels]
-        values = apply(self.base, [*changes, *(nested(key, value) for key, value in tuned.items())])
+        values = apply(self.base, [*changes, *({key: value} for key, value in tuned.items())])
         values |= {"seed": 0, "run_dir": str(self.out / "cells" / combination.slug / "seed-0")}
         with _named(combination.name):
             recipe, dropped = parse_cell(values)

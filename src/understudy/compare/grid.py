@@ -30,16 +30,9 @@ RESERVED = frozenset({"seed", "run_dir"})
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=-]")
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A value that replaces what stands there; mappings without it are merged key by key."""
-
-    value: Any
-
-
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A grid file. `vary` is `{axis: {label: overrides as a nested mapping}}`, `tune` is `{dotted key: values}`."""
+    """A grid file. `vary` is `{axis: {label: change}}`, a change as `apply` takes it; `tune` is `{dotted key: values}`."""
 
     vary: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     seeds: int = NUM_SEEDS
@@ -93,11 +86,6 @@ class Grid:
         """The combination that `combination` is compared with; itself where it is the baseline."""
         chosen = dict(self.baseline) or {axis: next(iter(variants)) for axis, variants in list(self.vary.items())[:1]}
         return Combination(tuple((axis, chosen.get(axis, label)) for axis, label in combination.labels))
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the grid as a grid file spells it."""
-        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
-        return values | {"tune": {key: list(options) for key, options in self.tune.items()}}
 
 
 @dataclass(frozen=True)
@@ -201,53 +189,44 @@ def split_values(text: str) -> list[str]:
 
 
 def axis_change(axis: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any]:
-    """`a.b=value` as a nested mapping. `SECTION.type=X`: the section with those of the base's keys that X has."""
+    """`a.b=value` as a change. `SECTION.type=X`: the section with those of the base's keys that X has."""
     section, _, key = axis.partition(".")
     tables = {item.name: item.metadata["choice"].table for item in fields(Recipe) if "choice" in item.metadata}
     if section in tables and key == "type":
         kind = tables[section].get(str(value))
         known = {item.name for item in fields(kind) if item.init} if kind is not None else set()
         kept = {name: item for name, item in dict(base.get(section) or {}).items() if name in known}
-        return {section: Whole({"type": value} | kept)}
-    return nested(axis, value)
-
-
-def nested(path: str, value: Any) -> dict[str, Any]:
-    """`{"a": {"b": Whole(value)}}` of `a.b`; null stays null, which removes a section."""
-    first, _, rest = path.partition(".")
-    if rest:
-        return {first: nested(rest, value)}
-    return {first: None if value is None else Whole(value)}
+        return {section: {"type": value} | kept}
+    return {axis: value}
 
 
 def apply(base: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The base with every change; changes that replace a section whole come first, whatever the order."""
+    """The base with every change: a section is merged key by key, or replaced where the change says its `type`.
+
+    A dotted key replaces what stands there, null removes a section. Changes that replace a section come first, whatever
+    the order.
+    """
     values = dict(base)
-    for change in sorted(changes, key=lambda change: not any(_is_whole(item) for item in change.values())):
-        values = _merged(values, change, top=True)
+    for change in sorted(changes, key=lambda change: not any(map(_has_type, change.values()))):
+        for key, item in change.items():
+            *parents, last = key.split(".")
+            inner = values
+            for part in parents:
+                inner[part] = dict(inner[part]) if isinstance(inner.get(part), Mapping) else {}
+                inner = inner[part]
+            if item is None and not parents:
+                values.pop(key, None)
+            else:
+                inner[last] = item if parents or _has_type(item) else _merged(inner.get(last), item)
     return values
 
 
-def _merged(base: Mapping[str, Any], change: Mapping[str, Any], *, top: bool) -> dict[str, Any]:
-    values = dict(base)
-    for key, item in change.items():
-        if item is None and top:
-            values.pop(key, None)
-        elif isinstance(item, Whole):
-            values[key] = item.value
-        elif isinstance(item, Mapping) and not (top and _is_whole(item)):
-            inner = values.get(key)
-            values[key] = _merged(inner if isinstance(inner, Mapping) else {}, item, top=False)
-        else:
-            values[key] = _plain(item)
-    return values
+def _has_type(item: object) -> bool:
+    return isinstance(item, Mapping) and "type" in item
 
 
-def _is_whole(item: object) -> bool:
-    return isinstance(item, Whole) or (isinstance(item, Mapping) and "type" in item)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Whole):
-        return value.value
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+def _merged(base: Any, change: Any) -> Any:
+    if not isinstance(change, Mapping):
+        return change
+    kept = dict(base) if isinstance(base, Mapping) else {}
+    return kept | {key: _merged(kept.get(key), item) for key, item in change.items()}

@@ -15,7 +15,7 @@ import numpy as np
 from understudy.compare.cells import budgets
 from understudy.compare.run import Comparison, tuning_score
 from understudy.compare.table import NOT_REACHED, Measured, Outcome, markdown, samples_to_target
-from understudy.config import write_yaml
+from understudy.config import dump, write_yaml
 from understudy.files import write_atomically, write_json
 from understudy.format import MISSING, Interval, quantity
 from understudy.report.page import render
@@ -82,7 +82,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "status": comparison.status,
         "unfinished": comparison.unfinished,
         "command": without_secrets(comparison.command),
-        "grid": cells.grid.to_json(),
+        "grid": dump(cells.grid),
         "recipe": dict(cells.base),
         "caption": list(comparison.table.caption),
         "budget_tokens": [
@@ -136,7 +136,7 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
         "failed": [(outcome.cell.name, outcome.error or "", str(outcome.cell.log)) for outcome in failed],
         "command": without_secrets(comparison.command),
         "left_out": left_out,
-        "grid_yaml": without_secrets(write_yaml(cells.grid.to_json())),
+        "grid_yaml": without_secrets(write_yaml(dump(cells.grid))),
         "recipe": without_secrets(write_yaml(cells.base)),
     }
 

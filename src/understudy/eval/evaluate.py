@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.environments.play import play
-from understudy.errors import CheckpointError, DataError
+from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
@@ -56,6 +56,10 @@ def run_eval(
     samples of each block; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
     equal ids and if no prompt fits the budget.
     """
+    if samples_per_prompt < 1:
+        raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
+    if not renderer.stop_ids:
+        raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended")
     repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
         raise DataError(f"two evaluation prompts have the id {repeated[0]!r}; ids must be distinct")
