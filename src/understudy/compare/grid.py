@@ -58,9 +58,7 @@ class Grid:
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}; it must be at least 1")
         if self.tune and 0 <= self.tune_seed < self.seeds:
-            raise ValueError(
-                f"tune_seed is {self.tune_seed}, which is compared too; give one that is at least {self.seeds}"
-            )
+            raise ValueError(f"tune_seed is {self.tune_seed}, which is compared too; it must be at least {self.seeds}")
         if self.tune_steps is not None and self.tune_steps < 1:
             raise ValueError(f"tune_steps is {self.tune_steps}; it must be at least 1")
         if self.target is not None and not 0 < self.target <= 1:

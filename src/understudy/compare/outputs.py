@@ -124,7 +124,6 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
     left_out = {item.cell.combination.name: " and ".join(item.cell.dropped) for item in outcomes if item.cell.dropped}
     return {
         "title": cells.out.resolve().name,
-        "subtitle": "",
         "unfinished": comparison.unfinished,
         "finished": sum(outcome.status == "finished" for outcome in outcomes),
         "num_runs": len(outcomes),

@@ -314,9 +314,8 @@ def _caption(grid: Grid, rows: Sequence[Row], tokens: Mapping[Combination, int])
         f"clipping, entropy: of the student, mean over the last {100 * END_SHARE:g} % of the steps."
     )
     if grid.tune:
-        lines.append(
-            f"{', '.join(grid.tune)} tuned for each row by avg@k on the validation split with seed {grid.tune_seed}."
-        )
+        tuned = ", ".join(grid.tune)
+        lines.append(f"{tuned} tuned for each row by avg@k on the validation split with seed {grid.tune_seed}.")
     if len(rows) > 2:
         lines.append(
             "Each interval is for its row alone. There is no correction for many rows: of twenty rows without a true "

@@ -85,7 +85,7 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         kind="report",
         run=run,
         title=run.path.resolve().name,
-        subtitle=_subtitle(run.settings),
+        settings=config.flatten(run.settings),
         verdict=conclude(after, comparison),
         missing=form.MISSING,
         status=facts.get("status", form.MISSING),
@@ -138,15 +138,6 @@ def render(template: str, **values: Any) -> str:
 
 def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} [{len(text) - limit:,} more characters]"
-
-
-def _subtitle(settings: Mapping[str, object]) -> str:
-    flat = config.flatten(settings)
-    method, student, teacher = (flat.get(key) for key in ("method.type", "student.model", "teacher.model"))
-    if not method:
-        return ""
-    learns = f"{method}: {student or 'a student from random weights'}"
-    return without_secrets(f"{learns} learns from {teacher}" if teacher else learns)
 
 
 def _fact(value: object) -> str:
