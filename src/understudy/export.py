@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -13,16 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from understudy import config
-from understudy.errors import CheckpointError
 from understudy.eval.summary import EvalSummary
 from understudy.files import write_json
 from understudy.models import save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Parts
-from understudy.trainer.checkpoint import Progress, sync_tree
+from understudy.trainer.checkpoint import Progress, written_whole
 from understudy.trainer.observe import peak_memory_gib
 from understudy.trainer.rundir import RunDir
 
@@ -30,22 +27,11 @@ from understudy.trainer.rundir import RunDir
 def export_student(parts: Parts, run_dir: RunDir) -> None:
     """Writes the final student and its card. Raises CheckpointError."""
     recipe, trainer, lora = parts.recipe, parts.trainer, parts.recipe.student.lora
-    # a killed export leaves this directory and never half a student
-    aside = run_dir.path / ".writing-student"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    with written_whole(run_dir.student) as aside:
         merged = lora is None or lora.save == "merged"
         save_hf(parts.loaded.model, parts.loaded.renderer.tokenizer, aside, merged=merged)
         card = model_card(recipe, trainer.progress, trainer.observer.summaries)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        sync_tree(aside)
-        shutil.rmtree(run_dir.student, ignore_errors=True)
-        aside.rename(run_dir.student)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write {run_dir.student}: {error}; free space, then finish with --resume"
-        ) from error
 
 
 def write_facts(parts: Parts, run_dir: RunDir, status: str, started: float) -> None:

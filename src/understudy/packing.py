@@ -44,15 +44,6 @@ class Layout:
     sizes: tuple[int, ...]
     """Response tokens of each sample; they add up to T."""
 
-    def to(self, device: torch.device) -> Layout:
-        """Returns the layout with every tensor on a device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            predicts=self.predicts.to(device),
-        )
-
 
 RowStyle = Literal["packed", "single", "alone"]
 """How sequences share rows: several side by side; all in one row, which is what flash attention keeps apart; or each in a
@@ -107,14 +98,14 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, style: RowStyle = "pa
     return groups
 
 
-def lay_out(samples: Sequence[Sample], row_tokens: int | None = None, *, style: RowStyle = "packed") -> Layout:
-    """Packs sequences, longest first, into rows of `row_tokens` slots. Attention over B rows costs B * L^2.
+def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
+    """Packs sequences, longest first, into rows. Attention over B rows costs B * L^2.
 
-    The default row is as long as the longest sequence, or as all of them where `style` is "single"; where everything fits
-    into one row, it is cut to what it holds.
+    A row is as long as the longest sequence, or as all of them where `style` is "single"; where everything fits into one
+    row, it is cut to what it holds.
 
     Run the model with `attention_mask=None, use_cache=False`: with a cache the sequences would see each other.
-    Raises DataError for a sample without a prompt token, ValueError for no samples and for rows that are too short.
+    Raises DataError for a sample without a prompt token, ValueError for no samples.
     """
     lengths = [sample.token_ids.numel() - 1 for sample in samples]
     for sample in samples:
@@ -122,10 +113,7 @@ def lay_out(samples: Sequence[Sample], row_tokens: int | None = None, *, style: 
             raise DataError(f"sample {sample.key} has no prompt token, so nothing predicts its first response token")
     if not samples:
         raise ValueError("lay_out needs at least one sample")
-    default = sum(lengths) if style == "single" else max(lengths)
-    width = max(1, default) if row_tokens is None else row_tokens
-    if width < max(lengths):
-        raise ValueError(f"row_tokens is {width}; the longest sequence needs {max(lengths)}")
+    width = max(1, sum(lengths) if style == "single" else max(lengths))
     rows = _Rows(width)
     starts = [0] * len(samples)
     for index in _longest_first(lengths):
@@ -159,12 +147,11 @@ def attach_scores(
     other ids or of other shapes, log-probabilities above 0, and top-K ids that repeat.
     """
     if len(samples) != len(scores):
-        raise ScoreError(
-            f"{len(scores)} scores came back for {len(samples)} samples; there must be one for each, in order"
-        )
+        raise ScoreError(f"{len(scores)} scores came back for {len(samples)} samples; each needs one, in order")
     for sample, score in zip(samples, scores, strict=True):
         _check_ids(sample, score)
-    joined = {name: value for name in _FIELDS if (value := _join_field(samples, scores, name)) is not None}
+    every = {name: _join(samples, [getattr(score, name) for score in scores], name) for name in _FIELDS}
+    joined = {name: value for name, value in every.items() if value is not None}
     trained = _written_by(samples, TRAINED)
     missing = _missing(samples, scores, joined, trained)
     sequence = _per_token(samples, range(len(samples)), torch.int64)
@@ -202,12 +189,15 @@ def pack(samples: Sequence[Sample], *, uniform: Tensor | None = None) -> TokenBa
     graded = bool(samples) and len(right) == len(samples)
     advantages = [float("nan") if sample.advantage is None else sample.advantage for sample in samples]
     rewarded = any(sample.advantage is not None for sample in samples)
+    recorded = [
+        None if sample.rollout_logprob is None else sample.rollout_logprob[sample.prompt_length :] for sample in samples
+    ]
     return TokenBatch(
         target=torch.cat([torch.zeros(0, dtype=torch.int64), *(sample.response_ids for sample in samples)]),
         mask=_written_by(samples, TRAINED),
         on_policy=_written_by(samples, (Author.STUDENT,)),
         sequence=_per_token(samples, range(len(samples)), torch.int64),
-        rollout_logprob=_join_rollout(samples),
+        rollout_logprob=_join(samples, recorded, "rollout_logprob"),
         uniform=uniform,
         outcome_advantage=_per_token(samples, advantages, torch.float32) if rewarded else None,
         correct=_per_token(samples, right, torch.bool) if graded else None,
@@ -232,23 +222,8 @@ def _written_by(samples: Sequence[Sample], authors: Collection[Author]) -> Tenso
     return torch.isin(torch.cat([torch.zeros(0, dtype=torch.uint8), *written]), torch.tensor([*map(int, authors)]))
 
 
-def _join_rollout(samples: Sequence[Sample]) -> Tensor | None:
-    """[T], NaN for samples that nobody sampled; None when that is all of them."""
-    if all(sample.rollout_logprob is None for sample in samples):
-        return None
-    return torch.cat(
-        [
-            torch.full((sample.num_response_tokens,), float("nan"))
-            if sample.rollout_logprob is None
-            else sample.rollout_logprob[sample.prompt_length :]
-            for sample in samples
-        ]
-    )
-
-
-def _join_field(samples: Sequence[Sample], scores: Sequence[Scores], name: str) -> Tensor | None:
-    """[T] or [T, K], one field of all scores; NaN, or id -1, where a score lacks it; None where all of them do."""
-    values = [getattr(score, name) for score in scores]
+def _join(samples: Sequence[Sample], values: Sequence[Tensor | None], name: str) -> Tensor | None:
+    """[T] or [T, K], the value of each sample; NaN, or id -1, for those that lack it; None where all of them do."""
     shape = next((value.shape[1:] for value in values if value is not None), None)
     if shape is None:
         return None
@@ -267,20 +242,15 @@ def _join_field(samples: Sequence[Sample], scores: Sequence[Scores], name: str) 
 
 def _read(samples: Sequence[Sample], field: ScoreField, name: str) -> Tensor | None:
     """One field of the scores that the samples carry; None where they carry none."""
-    scores = []
-    for sample in samples:
-        score: Scores | None = getattr(sample, field)
-        if score is not None:
-            scores.append(score)
-    if len(scores) != len(samples) and scores:
-        lacking = next(sample for sample in samples if getattr(sample, field) is None)
-        raise ScoreError(
-            f"sample {lacking.key} has no {field}, but others of its batch do: attach scores to all of them"
-        )
-    if name == "entropy" and any(score.entropy is None for score in scores):
+    scores: list[Scores | None] = [getattr(sample, field) for sample in samples]
+    if None in scores and any(score is not None for score in scores):
+        key = samples[scores.index(None)].key
+        raise ScoreError(f"sample {key} has no {field}, but others of its batch do: attach scores to all of them")
+    values = [None if score is None else getattr(score, name) for score in scores]
+    if name == "entropy" and any(value is None for value in values):
         # a server gives none; a method that reads it falls back on an estimate for the whole batch
         return None
-    return _join_field(samples, scores, name)
+    return _join(samples, values, name)
 
 
 def _check_ids(sample: Sample, score: Scores) -> None:
@@ -288,13 +258,11 @@ def _check_ids(sample: Sample, score: Scores) -> None:
     ours, theirs = sample.response_ids, score.token_ids
     if torch.equal(ours, theirs):
         return
-    both = min(ours.numel(), theirs.numel())
-    differs = (ours[:both] != theirs[:both]).nonzero()
-    if not len(differs):
-        found = f"{theirs.numel()} tokens were scored, the response has {ours.numel()}"
-    else:
-        at = int(differs[0])
-        found = f"response token {at} is {int(ours[at])}, the teacher scored {int(theirs[at])} there"
+    found = f"{theirs.numel()} tokens were scored, the response has {ours.numel()}"
+    for at, (own, other) in enumerate(zip(ours.tolist(), theirs.tolist(), strict=False)):
+        if own != other:
+            found = f"response token {at} is {own}, the teacher scored {other} there"
+            break
     raise ScoreError(
         f"sample {sample.key}: {found}. Scores must be of the ids that were sent: compare the tokenizers, "
         "chat templates and prompts of student and teacher"

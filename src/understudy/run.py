@@ -44,12 +44,10 @@ from understudy.trainer.distributed import Ranks
 from understudy.trainer.loggers import JsonLines, make_loggers
 from understudy.trainer.loop import Ending, Trainer
 from understudy.trainer.observe import Observer
-from understudy.trainer.optimizer import Optimizer
 from understudy.trainer.overlap import Overlapped
-from understudy.trainer.prompts import PromptStream
-from understudy.trainer.rewards import Rewarder
-from understudy.trainer.rollouts import Rollouts
+from understudy.trainer.rollouts import PromptStream, Rollouts
 from understudy.trainer.rundir import RunDir
+from understudy.trainer.update import Optimizer
 from understudy.types import Prompt
 
 
@@ -166,13 +164,7 @@ def assemble(
             raise DataError(
                 f"all {len(held_out)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
             )
-    rollouts = Rollouts(
-        prompts=prompts,
-        collector=collector,
-        rewarder=Rewarder(collector, teachers.judge, recipe.task.grade, ranks, loaded.vocab_size),
-        ranks=ranks,
-        settings=recipe.train,
-    )
+    rollouts = Rollouts(prompts, collector, teachers.judge, recipe.task.grade, ranks, loaded.vocab_size)
     collected: Rollouts | Overlapped = rollouts
     if recipe.async_ is not None:
         collected = Overlapped(rollouts, method, recipe.async_, grouped=recipe.engine.grouped)
@@ -189,12 +181,11 @@ def assemble(
         evaluation=recipe.eval,
         evaluate=evaluator(recipe, loaded, engine, teachers.judge, ranks, eval_dir, console),
         save_student=lambda path: save_hf(loaded.model, loaded.renderer.tokenizer, path, merged=False),
-        observer=Observer(console, (), None),
+        observer=Observer(console),
         run_dir=run_dir,
         ranks=ranks,
         seed=recipe.seed,
         progress=progress,
-        decode=loaded.renderer.tokenizer.decode,
     )
     return Parts(recipe, loaded, teachers, rollouts, trainer)
 
@@ -223,7 +214,7 @@ def _observer(
     recipe: Recipe, run_dir: RunDir, checkpoint: Path | None, progress: Progress, ranks: Ranks, console: Console
 ) -> Observer:
     if not ranks.is_main:
-        return Observer(console, (), None)
+        return Observer(console)
     plain = config.dump(recipe)
     resume_step = None
     if run_dir.recipe.is_file():
@@ -231,13 +222,12 @@ def _observer(
         run_dir.drop_after(progress.step if checkpoint is not None else -1)
     write_atomically(run_dir.recipe, config.write_yaml(plain))
     loggers = make_loggers(run_dir.path, recipe.loggers, plain, resume_step=resume_step, warn=console.warn)
-    events = JsonLines(run_dir.path / "events.jsonl")
-    consumed = None if recipe.async_ is None else JsonLines(run_dir.path / "consumed.jsonl")
+    names = ["events"] if recipe.async_ is None else ["events", "consumed"]
+    files = {name: JsonLines(run_dir.path / f"{name}.jsonl") for name in names}
     if resume_step is not None:
-        for lines in (events, consumed):
-            if lines is not None:
-                lines.truncate_after(progress.step)
-    return Observer(console, loggers, events, consumed)
+        for lines in files.values():
+            lines.truncate_after(resume_step)
+    return Observer(console, loggers, files)
 
 
 def evaluator(

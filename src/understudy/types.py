@@ -6,9 +6,11 @@ K top tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from math import inf
+from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -236,13 +238,11 @@ class TokenBatch:
     """[T] in [0, 1): one draw per token, keyed by (seed, step, sample, position)."""
 
     def __post_init__(self) -> None:
-        num_tokens = self.target.shape[0]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is not None and value.shape[:1] != (num_tokens,):
+        for name, value in vars(self).items():
+            if value is not None and value.shape[:1] != self.target.shape[:1]:
                 raise ValueError(
-                    f"TokenBatch.{item.name} has shape {tuple(value.shape)}; its first size must be {num_tokens}, "
-                    "the number of targets"
+                    f"TokenBatch.{name} has shape {tuple(value.shape)}; its first size must be {len(self)}, the number of "
+                    "targets"
                 )
 
     def __len__(self) -> int:
@@ -250,25 +250,20 @@ class TokenBatch:
 
     def rows(self, index: Tensor | slice) -> TokenBatch:
         """Returns the tokens at `index`, with every field cut alike."""
-        return take_rows(self, index)
+        return map_tensors(self, itemgetter(index))
 
     def to(self, device: torch.device) -> TokenBatch:
         """Returns the batch with every field on a device."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        return map_tensors(self, lambda value: value.to(device))
 
 
-_Rows = TypeVar("_Rows")
+_Record = TypeVar("_Record")
 
 
-def take_rows(record: _Rows, index: Tensor | slice) -> _Rows:
-    """Returns a dataclass with every tensor field indexed along its first dimension; other fields stay."""
-    cut = {
-        item.name: value[index]
-        for item in fields(record)  # type: ignore[arg-type]
-        if isinstance(value := getattr(record, item.name), Tensor)
-    }
-    return replace(record, **cut)  # type: ignore[type-var]
+def map_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Record:
+    """Returns a dataclass with every tensor field changed; other fields stay."""
+    changed = {name: change(value) for name, value in vars(record).items() if isinstance(value, Tensor)}
+    return replace(record, **changed)  # type: ignore[type-var]
 
 
 def fill(batch: TokenBatch, **values: Tensor | None) -> TokenBatch:
@@ -327,14 +322,8 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0.0, float("inf")),
-            "top_p": (1e-6, 1.0),
-            "top_k": (0, float("inf")),
-            "min_p": (0.0, 1.0),
-            "max_new_tokens": (1, float("inf")),
-        }
-        for name, (low, high) in ranges.items():
+        ranges = {"temperature": (0.0, inf), "top_p": (1e-6, 1.0), "top_k": (0, inf), "min_p": (0.0, 1.0)}
+        for name, (low, high) in (ranges | {"max_new_tokens": (1, inf)}).items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must lie in [{low:g}, {high:g}]")

@@ -202,7 +202,7 @@ def test_an_evaluation_is_by_the_pushed_weights(tmp_path: Path, monkeypatch: pyt
 
 def test_weights_that_did_not_change_are_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is skipped makes no update: nothing is written or loaded for it."""
-    from understudy.trainer.optimizer import Optimizer
+    from understudy.trainer.update import Optimizer
 
     models = distillation(tmp_path / "m")
     plain, norms = Optimizer.clip, []

@@ -136,7 +136,7 @@ def test_an_unwritable_directory_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_the_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
     def run(path: Path, first: int, last: int, resume_step: int | None) -> None:
-        (log,) = make_loggers(path, [], RECIPE, resume_step=resume_step)
+        (log,) = make_loggers(path, [], RECIPE, resume_step=resume_step, warn=pytest.fail)
         for step in range(first, last + 1):
             log.log(step, {"loss": 1 / step})
         log.close()
@@ -149,7 +149,7 @@ def test_the_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path
 
 def test_an_unknown_logger_names_the_nearest_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'tensorboard'"):
-        make_loggers(tmp_path / "run", ["tensorbord"], RECIPE)
+        make_loggers(tmp_path / "run", ["tensorbord"], RECIPE, warn=pytest.fail)
     assert not (tmp_path / "run").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_service_that_cannot_be_started_is_a_recipe_error(tmp_path: Path, monk
     monkeypatch.setitem(LOGGERS, "wandb", refuse)  # type: ignore[arg-type]
     pytest.importorskip("wandb")
     with pytest.raises(RecipeError, match=r"'wandb' could not be started .*no network"):
-        make_loggers(tmp_path, ["wandb"], RECIPE)
+        make_loggers(tmp_path, ["wandb"], RECIPE, warn=pytest.fail)
 
 
 def test_tensorboard_reads_back_every_step_once_after_a_resume(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_tensorboard_reads_back_every_step_once_after_a_resume(tmp_path: Path) -
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last, resumed in ((1, 7, None), (5, 9, 4)):
-        _, log = make_loggers(tmp_path, ["tensorboard"], RECIPE, resume_step=resumed)
+        _, log = make_loggers(tmp_path, ["tensorboard"], RECIPE, resume_step=resumed, warn=pytest.fail)
         for step in range(first, last + 1):
             log.log(step, {"loss": 1 / step, "loss/term": math.nan if step == 2 else 0.5})
         log.close()

@@ -25,10 +25,10 @@ from understudy.tasks import (
     num_repeated,
     overlap,
     overlap_message,
-    solution_sample,
     split_by_length,
 )
-from understudy.types import Author, Prompt
+from understudy.trainer.collect import given_sample
+from understudy.types import Author, Prompt, Request
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GSM8K = {"prompt_field": "question", "reference_field": "answer", "reference_after": "####", "solution_field": "answer"}
@@ -343,7 +343,8 @@ def test_a_solution_is_a_sample() -> None:
     task = Arithmetic()
     tokenizer = build_tokenizer("addition")
     prompt = task.prompts("train")[0]
-    sample = solution_sample(Renderer(tokenizer), prompt, 3)
+    renderer = Renderer(tokenizer)
+    sample = given_sample(renderer, Request(prompt, 3, renderer.start(prompt)))
     assert tokenizer.decode(sample.token_ids[: sample.prompt_length]) == prompt.text
     assert tokenizer.decode(sample.response_ids[:-1]) == prompt.solution == sample.text
     assert int(sample.token_ids[-1]) == tokenizer.eos_token_id
@@ -351,13 +352,14 @@ def test_a_solution_is_a_sample() -> None:
         sample.response_ids
     )
     assert (sample.finish, sample.index, sample.truncated) == ("data", 3, False)
-    assert sample.rollout_logprob is None
+    assert sample.rollout_logprob is not None
+    assert bool(sample.rollout_logprob.isnan().all())
     assert sample.token_ids.dtype == torch.int64
 
 
 def test_a_prompt_without_solution_is_named() -> None:
     with pytest.raises(DataError, match="prompt p has no solution to imitate"):
-        solution_sample(Renderer(tiny_tokenizer()), Prompt("p", text="a"), 0)
+        given_sample(Renderer(tiny_tokenizer()), Request(Prompt("p", text="a"), 0, torch.tensor([1])))
 
 
 def test_a_written_eos_is_not_doubled() -> None:

@@ -27,7 +27,7 @@ from understudy.tasks.renderer import Renderer
 from understudy.teachers import Teacher
 from understudy.teachers.stores.recording import ScoredMeta, recorded, write_scored
 from understudy.trainer.console import Console
-from understudy.trainer.prompts import PromptStream
+from understudy.trainer.rollouts import PromptStream
 from understudy.trainer.signals import terminable
 from understudy.types import Need, Prompt, Request, Sample, Scores
 

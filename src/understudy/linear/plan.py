@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from understudy.errors import ScoreError
 from understudy.linear.head import LMHead
 from understudy.losses.terms import Reads, Reduce, Rows, Term
-from understudy.types import Metric, TokenBatch, take_rows
+from understudy.types import Metric, TokenBatch, map_tensors
 
 FullTeacher = tuple[Tensor, LMHead]
 
@@ -243,7 +244,8 @@ def cut_terms(
 def cut_term(term: Term, part: slice) -> Term:
     """The term over some of its rows."""
     shown = {name: value[part] for name, value in term.metrics.items()}
-    return replace(take_rows(term, part), loss=take_rows(term.loss, part), metrics=shown)
+    cut = itemgetter(part)
+    return replace(map_tensors(term, cut), loss=map_tensors(term.loss, cut), metrics=shown)
 
 
 def count_own(batches: Sequence[TokenBatch], cuts: Sequence[CutTerms]) -> dict[str, float]:

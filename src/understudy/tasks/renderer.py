@@ -14,7 +14,7 @@ from torch import Tensor
 
 from understudy.errors import DataError, RecipeError, TemplateError
 from understudy.models.vocabulary import tokenizer_ends
-from understudy.types import Author, Message, Prompt, Sample, ToolCall
+from understudy.types import Message, Prompt, ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -300,28 +300,6 @@ def _parse_call(match: re.Match[str]) -> ToolCall:
     if not isinstance(arguments, dict):
         return ToolCall(text, call["name"], error="the arguments are no JSON object")
     return ToolCall(text, call["name"], arguments)
-
-
-def solution_sample(renderer: Renderer, prompt: Prompt, index: int) -> Sample:
-    """The prompt's own solution as a sample to imitate: finish "data", written by the teacher, ended by EOS.
-
-    Raises DataError if the prompt has none, and as `Renderer.start`.
-    """
-    if prompt.solution is None:
-        raise DataError(f"prompt {prompt.id} has no solution to imitate; set task.solution_field, or another method")
-    prompt_ids, response_ids = renderer.start(prompt), renderer.response(prompt.solution)
-    author = torch.full((len(prompt_ids) + len(response_ids),), Author.PROMPT, dtype=torch.uint8)
-    author[len(prompt_ids) :] = Author.TEACHER
-    return Sample(
-        prompt=prompt,
-        index=index,
-        token_ids=torch.cat([prompt_ids, response_ids]),
-        author=author,
-        prompt_length=len(prompt_ids),
-        finish="data",
-        text=prompt.solution,
-        teacher=prompt.teacher,
-    )
 
 
 def split_by_length(rendered: Iterable[Rendered], max_prompt_tokens: int) -> tuple[list[Rendered], list[Prompt]]:

@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -69,34 +70,43 @@ def save_checkpoint(
     progress: Progress,
     optimizer: dict[str, Tensor],
     save_student: Callable[[Path], None],
-    teacher: dict[str, Tensor] | None = None,
-) -> Path:
-    """Writes the checkpoint of `progress.step`. Raises CheckpointError if it cannot be written; older ones stay."""
+    teacher: dict[str, Tensor],
+) -> None:
+    """Writes the checkpoint of `progress.step` unless it is there. Raises as `written_whole`; older checkpoints stay."""
     target = checkpoint_path(folder, progress.step)
     if target.is_dir():
-        return target
-    aside = folder / f".writing-{target.name}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        return
+    with written_whole(target) as aside:
         save_student(aside / STUDENT)
         for name, state in ((_OPTIMIZER, optimizer), (_TEACHER, teacher)):
             if state or name == _OPTIMIZER:
                 # clones: safetensors refuses tensors that share memory
-                save_file({key: value.detach().cpu().clone() for key, value in (state or {}).items()}, aside / name)
+                save_file({key: value.detach().cpu().clone() for key, value in state.items()}, aside / name)
         (aside / _PROGRESS).write_text(json.dumps({"format": FORMAT} | asdict(progress), indent=2))
         (aside / _FILES).write_text(json.dumps(_digest(aside), indent=2))
-        sync_tree(aside)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Gives a directory to write into, which becomes `target` once all of it is on the disk: no killed process leaves half.
+
+    Raises CheckpointError if it cannot be written.
+    """
+    aside = target.with_name(f".writing-{target.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
-        _sync(folder)
+        _sync(target.parent)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(
-                f"cannot write the checkpoint {target}: {error}; free space, then continue with --resume"
-            ) from error
+            raise CheckpointError(f"cannot write {target}: {error}; free space, then continue with --resume") from error
         raise
-    return target
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -120,19 +130,14 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
         written, found = json.loads((path / _FILES).read_text()), _digest(path)
         wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
         if wrong:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {', '.join(wrong)} differ from what was written; delete this checkpoint "
-                "and resume from the one before"
-            )
+            raise ValueError(f"{', '.join(wrong)} differ from what was written")
         values = json.loads((path / _PROGRESS).read_text())
         if values.pop("format") != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {path} has another format than {FORMAT}: resume with the version that wrote it"
-            )
+            raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: resume with the version that wrote it")
         return Progress(**values), load_file(path / _OPTIMIZER, device=str(device))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read: {error}; delete it and resume from the one before"
+            f"checkpoint {path} is damaged: {error}; delete it and resume from the one before"
         ) from error
 
 
@@ -144,12 +149,8 @@ def load_teacher_state(path: Path) -> dict[str, Tensor]:
 
 def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:
     """Removes all but the newest `keep_last` checkpoints and that of `keep_step`, and the rest of killed writes."""
-    found = _finished(folder)
-    kept = {path.name for path in found[-keep_last:]}
-    if keep_step is not None:
-        kept.add(checkpoint_path(folder, keep_step).name)
-    for path in found:
-        if path.name not in kept:
+    for path in _finished(folder)[:-keep_last]:
+        if keep_step is None or path != checkpoint_path(folder, keep_step):
             # renamed first: a removal that is cut short must not leave half a checkpoint under its name
             path.rename(folder / f".removing-{path.name}")
     for path in [*folder.glob(".removing-*"), *folder.glob(".writing-*")]:
@@ -167,13 +168,8 @@ def _digest(folder: Path) -> dict[str, list[object]]:
     return table
 
 
-def sync_tree(folder: Path) -> None:
-    """Waits until the directory and everything below it is on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
 def _sync(path: Path) -> None:
+    """Waits until a file or the list of a directory is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -16,9 +16,8 @@ from understudy.errors import DataError
 from understudy.methods import Method, RolloutPlan
 from understudy.packing import ScoreField, attach_scores
 from understudy.randomness import keyed_uniform
-from understudy.tasks.renderer import Renderer, solution_sample
+from understudy.tasks.renderer import Renderer
 from understudy.teachers import Teacher
-from understudy.teachers.base import Recording
 from understudy.teachers.stores.responses import ResponseStore
 from understudy.trainer.settings import Train
 from understudy.types import Author, Metric, Need, Request, Sample, Sampling, add_metrics
@@ -88,18 +87,6 @@ class Collector:
     max_tokens: int | None = None
     """The longest sequence that the models take; longer solutions are left out and counted, never cut."""
 
-    @property
-    def num_scorers(self) -> int:
-        """Batches that the teacher can score at the same time."""
-        scoring = [one.concurrency for one in (self.teacher, self.reference) if one is not None]
-        return min(scoring, default=1)
-
-    def close(self) -> None:
-        """Ends connections, servers that the run started, and what they have in flight."""
-        for part in (self.engine, self.teacher, self.reference):
-            if part is not None:
-                part.close()
-
     def generate(
         self, requests: Sequence[Request], guided: Sequence[Request], plan: RolloutPlan, step: int
     ) -> list[Sample]:
@@ -113,41 +100,37 @@ class Collector:
             draws = keyed_uniform(self.seed, "on_policy", step, [request.key for request in requests], 1)[:, 0]
             own = (draws < plan.on_policy_share).tolist()
         asked = [request for request, by_student in zip(requests, own, strict=True) if by_student]
-        asked = self._guide_some(asked, plan, step)
+        if plan.guided != "beside":
+            # in place of the first sample of each prompt
+            first = [request for request in asked if request.index % self.settings.samples_per_prompt == 0]
+            with_prefix = {request.key: request for request in self._guide(first, plan, step)}
+            asked = [with_prefix.get(request.key, request) for request in asked]
         begun = [request for request in self._guide(guided, plan, step) if request.prefix_ids is not None]
-        written = self._write([*asked, *begun], step)
-        mine = iter(written[: len(asked)])
-        given = iter(self._given([r for r, by_student in zip(requests, own, strict=True) if not by_student], step))
-        samples = [next(mine) if by_student else next(given) for by_student in own] + written[len(asked) :]
-        return [sample for sample in samples if sample is not None and self.fits(sample)]
+        written = iter(self._write([*asked, *begun], step))
+        given = iter(self.given([r for r, by_student in zip(requests, own, strict=True) if not by_student], step))
+        samples = [next(written if by_student else given) for by_student in own]
+        return [sample for sample in [*samples, *written] if sample is not None and self.fits(sample)]
 
     def fits(self, sample: Sample) -> bool:
         """Whether the models have positions for all of it."""
         return self.max_tokens is None or sample.token_ids.numel() - 1 <= self.max_tokens
 
-    def write_again(self, requests: Sequence[Request], step: int) -> list[Sample]:
-        """Another attempt at each request, with other draws."""
-        return self._play(requests, step, "resample")
-
-    def _write(self, requests: Sequence[Request], step: int) -> list[Sample]:
-        if not requests:
-            return []
-        if self.teacher is not None and self.teacher.recording is not None:
-            return self._replay(self.teacher.recording, requests)
-        return self._play(requests, step, "sample")
-
-    def _play(self, requests: Sequence[Request], step: int, stream: str) -> list[Sample]:
+    def play(self, requests: Sequence[Request], step: int, stream: str) -> list[Sample]:
+        """The student's response to each request; another stream draws other numbers."""
         parts = (self.engine, self.renderer, self.environment_of)
         return play(*parts, requests, self.sampling, step=step, stream=stream)
 
-    def _replay(self, teacher: Recording, requests: Sequence[Request]) -> list[Sample]:
-        """A prompt that is drawn twice in a step gives the same samples twice, as over epochs."""
+    def _write(self, requests: Sequence[Request], step: int) -> list[Sample]:
+        recording = None if self.teacher is None else self.teacher.recording
+        if recording is None or not requests:
+            return self.play(requests, step, "sample")
+        # a prompt that is drawn twice in a step gives the same samples twice, as over epochs
         num = self.settings.samples_per_prompt
-        found = teacher.samples_for([replace(request, index=request.index % num) for request in requests])
+        found = recording.samples_for([replace(request, index=request.index % num) for request in requests])
         missing = [request.key for request, sample in zip(requests, found, strict=True) if sample is None]
         if missing:
             raise DataError(
-                f"{teacher.name} stores no sample for request {missing[0]} (and {len(missing) - 1} more): store more "
+                f"{recording.name} stores no sample for request {missing[0]} (and {len(missing) - 1} more): store more "
                 "samples a prompt, lower train.samples_per_prompt, or train on the prompts that were stored"
             )
         return [sample for sample in found if sample is not None]
@@ -159,42 +142,15 @@ class Collector:
         found = self.responses.find(requests, step)
         return guided_requests(requests, found, plan.prefix_share, max_new_tokens=self.sampling.max_new_tokens)
 
-    def _guide_some(self, requests: Sequence[Request], plan: RolloutPlan, step: int) -> list[Request]:
-        """Guides the first of each prompt's requests, if guided samples replace others."""
-        if plan.guided == "beside" or plan.prefix_share == 0:
-            return list(requests)
-        first = [
-            index for index, request in enumerate(requests) if request.index % self.settings.samples_per_prompt == 0
-        ]
-        guided = dict(zip(first, self._guide([requests[index] for index in first], plan, step), strict=True))
-        return [guided.get(index, request) for index, request in enumerate(requests)]
-
-    def _given(self, requests: Sequence[Request], step: int) -> list[Sample | None]:
+    def given(self, requests: Sequence[Request], step: int) -> list[Sample | None]:
         """Responses that the student did not write: from the section `responses`, else the prompts' own solutions."""
-        if self.responses is not None:
-            found = self.responses.find(requests, step)
-            return [
-                None if ids is None else self.filled(request, ids) for request, ids in zip(requests, found, strict=True)
-            ]
-        return [solution_sample(self.renderer, request.prompt, request.index) for request in requests]
-
-    def filled(self, request: Request, response_ids: Tensor) -> Sample:
-        """A teacher's whole response in place of the student's."""
-        num_prompt = request.token_ids.numel()
-        author = torch.full((num_prompt + response_ids.numel(),), Author.PROMPT, dtype=torch.uint8)
-        author[num_prompt:] = Author.TEACHER
-        return Sample(
-            prompt=request.prompt,
-            index=request.index,
-            token_ids=torch.cat([request.token_ids, response_ids]),
-            author=author,
-            prompt_length=num_prompt,
-            finish="data",
-            # nobody sampled them, which is another thing than not having been asked
-            rollout_logprob=torch.full(author.shape, float("nan")),
-            text=self.renderer.decode(response_ids),
-            teacher=request.prompt.teacher,
-        )
+        if self.responses is None:
+            return [given_sample(self.renderer, request) for request in requests]
+        found = self.responses.find(requests, step)
+        return [
+            None if response_ids is None else given_sample(self.renderer, request, response_ids)
+            for request, response_ids in zip(requests, found, strict=True)
+        ]
 
     def score(self, samples: Sequence[Sample], method: Method) -> list[Sample | None]:
         """Returns the samples, in order, with the scores that the method needs; None in place of one that is dropped
@@ -215,3 +171,31 @@ class Collector:
                 scored = iter(attach_scores(left, given, self.settings.on_missing_score, field=name))
                 found = [None if sample is None else next(scored) for sample in found]
         return found
+
+
+def given_sample(renderer: Renderer, request: Request, response_ids: Tensor | None = None) -> Sample:
+    """A response to imitate as a sample: finish "data", written by the teacher. None: the prompt's own solution, then EOS.
+
+    Raises DataError if the prompt has none, and as `Renderer.response`.
+    """
+    prompt, num_prompt = request.prompt, request.token_ids.numel()
+    if response_ids is None:
+        if prompt.solution is None:
+            raise DataError(
+                f"prompt {prompt.id} has no solution to imitate; set task.solution_field, or another method"
+            )
+        response_ids = renderer.response(prompt.solution)
+    author = torch.full((num_prompt + response_ids.numel(),), Author.TEACHER, dtype=torch.uint8)
+    author[:num_prompt] = Author.PROMPT
+    return Sample(
+        prompt=prompt,
+        index=request.index,
+        token_ids=torch.cat([request.token_ids, response_ids]),
+        author=author,
+        prompt_length=num_prompt,
+        finish="data",
+        text=renderer.decode(response_ids),
+        # nobody sampled them, which is another thing than not having been asked
+        rollout_logprob=torch.full(author.shape, float("nan")),
+        teacher=prompt.teacher,
+    )

@@ -7,13 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TextIO
 
 import rich.console
 from rich import box
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,8 +29,6 @@ _LINE_SHARE = 0.02
 """Share of the time so far until the next plain line: a run of hours writes hundreds of lines, not thousands."""
 _PLAIN_WIDTH = 160
 """Columns of a table in a log, which has no width of its own."""
-
-_Advance = Callable[[int], None]
 
 
 class Console:
@@ -68,14 +65,13 @@ class Console:
         )
         self._display: Live | None = None
         self._run: _Pace | None = None
-        self._task: TaskID | None = None
         self._recent: deque[Mapping[str, float]] = deque(maxlen=_WINDOW)
         self._accuracy = ""
 
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def start(self, total_steps: int, first_step: int = 0, *, ends_early: bool = False) -> None:
@@ -83,21 +79,18 @@ class Console:
 
         `ends_early`: a good evaluation may end it, so the time left is called an upper bound.
         """
-        self._run = _Pace(self._clock, total_steps, first_step, ends_early)
-        self._recent.clear()
-        self._task = self._bars.add_task("train", total=total_steps, completed=first_step, left="")
+        self._run = _Pace(self._bars, "train", self._clock, total_steps, first_step, ends_early)
         self._show()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` is done; `metrics` are its numbers, named as in metrics.jsonl. Raises RuntimeError before `start`."""
-        if self._run is None or self._task is None:
+        if self._run is None:
             raise RuntimeError("Console.update before Console.start: the number of steps is not known yet")
         self._recent.append(metrics)
-        self._run.done = step
-        self._bars.update(self._task, completed=step, left=self._run.left())
+        self._run.move(step)
         if not self._live and self._run.is_due():
             numbers, phases = self._facts()
-            facts = [f"step {step:,}/{self._run.total:,}", *numbers, ", ".join(phases), self._run.left()]
+            facts = [f"step {step:,}/{self._run.total:,}", *numbers, ", ".join(phases), self._run.left]
             self.note("  ".join(filter(None, facts)))
 
     def evaluated(self, step: int, name: str, found: Interval) -> None:
@@ -123,24 +116,22 @@ class Console:
         self._out.print(table)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[_Advance]:
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         """`with console.progress("evaluate", 200) as advance: advance(8)`; also inside a run that has started."""
         title = self._clean(title)
-        pace = _Pace(self._clock, total)
-        task = self._bars.add_task(title, total=total, left="")
+        pace = _Pace(self._bars, title, self._clock, total)
         alone = self._display is None
         self._show()
 
         def advance(count: int) -> None:
-            pace.done += count
-            self._bars.update(task, completed=pace.done, left=pace.left())
+            pace.move(pace.done + count)
             if not self._live and pace.done < total and pace.is_due(first=False):
-                self.note(f"{title}: {pace.done:,}/{total:,}  {pace.left()}")
+                self.note(f"{title}: {pace.done:,}/{total:,}  {pace.left}")
 
         try:
             yield advance
         finally:
-            self._bars.remove_task(task)
+            self._bars.remove_task(pace.task)
             if alone:
                 self.close()
             if alone or pace.elapsed() >= _LINE_EVERY_S:
@@ -184,26 +175,33 @@ class Console:
 
 
 class _Pace:
-    """Progress of something: how far it is, when it will end and when the next line about it is due."""
+    """A bar with its progress: how far it is, when it will end and when the next line about it is due."""
 
-    def __init__(self, clock: Callable[[], float], total: int, first: int = 0, ends_early: bool = False) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        bars: Progress,
+        title: str,
+        clock: Callable[[], float],
+        total: int,
+        first: int = 0,
+        ends_early: bool = False,
+    ) -> None:
+        self._bars, self._clock, self._start, self._first = bars, clock, clock(), first
         self._bound = "at most " if ends_early else ""
-        self._start = clock()
-        self._first = first
         self._said: float | None = None
-        self.total = total
-        self.done = first
+        self.task = bars.add_task(title, total=total, completed=first, left="")
+        self.total, self.done, self.left = total, first, ""
 
     def elapsed(self) -> float:
         return self._clock() - self._start
 
-    def left(self) -> str:
-        """Time left, as "1 min 40 s left", by the mean speed of this process; empty before the first unit and at the end."""
-        here = self.done - self._first
-        if here <= 0 or self.done >= self.total:
-            return ""
-        return f"{self._bound}{seconds(self.elapsed() / here * (self.total - self.done))} left"
+    def move(self, done: int) -> None:
+        """Sets what is done, and the time `left`, as "1 min 40 s left", by the mean speed of this process; empty before the
+        first unit and at the end."""
+        here, self.done, self.left = done - self._first, done, ""
+        if here > 0 and done < self.total:
+            self.left = f"{self._bound}{seconds(self.elapsed() / here * (self.total - done))} left"
+        self._bars.update(self.task, completed=done, left=self.left)
 
     def is_due(self, first: bool = True) -> bool:
         """Whether to write a line now: after the first step and the last, and between them at a falling rate."""

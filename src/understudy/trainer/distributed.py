@@ -61,11 +61,8 @@ class Ranks:
 
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Returns each count summed over all ranks."""
-        total: dict[str, float] = {}
-        for part in self.gather(dict(counts)):
-            for name, count in part.items():
-                total[name] = total.get(name, 0.0) + count
-        return total
+        total = self.sum_metrics({name: Metric(float(count), 1) for name, count in counts.items()})
+        return {name: metric.total for name, metric in total.items()}
 
     def sum_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
         """Sums totals and counts over all ranks, so that a mean is that of one process."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -18,7 +18,6 @@ from understudy.errors import CheckpointError, RecipeError, nearest
 from understudy.files import write_atomically
 from understudy.text import plain_tree, without_secrets
 
-_LOG = logging.getLogger(__name__)
 PROJECT = "understudy"
 """Project name at W&B and Trackio; WANDB_PROJECT and TRACKIO_PROJECT override it."""
 
@@ -42,33 +41,26 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.is_file() else b""
             if content and not content.endswith(b"\n"):
                 os.truncate(path, content.rfind(b"\n") + 1)
             self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise _unwritable(path, error) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        record: dict[str, object] = {"step": step}
-        nonfinite = []
-        for name, value in values.items():
-            if name in ("step", "nonfinite"):
-                raise ValueError(f"a metric cannot be named {name!r}: every line of {self.path.name} has that key")
-            record[name] = value if isinstance(value, int) else float(value) if math.isfinite(value) else None
-            nonfinite += [] if math.isfinite(value) else [name]
+        for name in values.keys() & {"step", "nonfinite"}:
+            raise ValueError(f"a metric cannot be named {name!r}: every line of {self.path.name} has that key")
+        nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
+        record = {"step": step} | dict(values) | dict.fromkeys(nonfinite)
         self.write(record | {"nonfinite": nonfinite} if nonfinite else record)
 
     def write(self, record: Mapping[str, object]) -> None:
         """Writes any record that has a "step", such as an event."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        try:
+        with self._writing():
             if self._file.write(line) != len(line):
                 raise OSError("only a part of the line was written: the disk is full")
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
 
     def truncate_after(self, step: int) -> None:
         """Drops every line of a later step, so that a run resumed from the checkpoint of `step` repeats none.
@@ -89,26 +81,28 @@ class JsonLines:
 
     def sync(self) -> None:
         """Waits until every line is on the disk: before a checkpoint, so that a power cut leaves no gap before it."""
-        try:
+        with self._writing():
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         self._file.close()
 
-
-def _unwritable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write {path}: {error.strerror or error}; free space or fix permissions, then continue with --resume"
-    )
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror or error}; free space or fix permissions, then continue with "
+                "--resume"
+            ) from error
 
 
 class TensorBoard:
     """Event files under RUN/tensorboard. On resume TensorBoard hides what an earlier process wrote of later steps."""
 
     def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
-        summary: Any = _load("torch.utils.tensorboard", "tensorboard")
+        summary: Any = importlib.import_module("torch.utils.tensorboard")
         purge = None if resume_step is None else resume_step + 1
         self._writer = summary.SummaryWriter(run_dir / "tensorboard", purge_step=purge)
         if resume_step is None:
@@ -122,59 +116,57 @@ class TensorBoard:
         self._writer.close()
 
 
-class _Service:
-    """Shared methods of W&B and Trackio, whose runs take metrics by step."""
+@dataclass(frozen=True)
+class Service:
+    """A run of W&B or Trackio, which both take metrics by step."""
 
-    _run: Any
+    run: Any
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self.run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        self.run.finish()
 
 
-class Wandb(_Service):
+def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> Service:
     """Weights & Biases. The key comes from its own login or WANDB_API_KEY; WANDB_MODE=offline needs none.
 
     RUN/wandb/run-id keeps the run's id, so that a resumed run continues it; W&B itself ignores steps that it already has.
     """
+    package: Any = importlib.import_module("wandb")
+    id_file = run_dir / "wandb" / "run-id"
+    if resume_step is None or not id_file.is_file():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        id_file.write_text(uuid4().hex[:12])
+    run = package.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=run_dir.name,
+        id=id_file.read_text().strip(),
+        dir=str(run_dir),
+        config=plain_tree(recipe),
+        resume="allow",
+        settings=package.Settings(console="off"),
+    )
+    return Service(run)
 
-    def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
-        wandb: Any = _load("wandb", "wandb")
-        id_file = run_dir / "wandb" / "run-id"
-        if resume_step is None or not id_file.is_file():
-            id_file.parent.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(uuid4().hex[:12])
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run_dir.name,
-            id=id_file.read_text().strip(),
-            dir=str(run_dir),
-            config=plain_tree(recipe),
-            resume="allow",
-            settings=wandb.Settings(console="off"),
-        )
 
-
-class Trackio(_Service):
+def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> Service:
     """Trackio, local unless TRACKIO_SPACE_ID names a Space. A resumed run sends steps after its checkpoint again."""
-
-    def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
-        trackio: Any = _load("trackio", "trackio")
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            name=run_dir.name,
-            config=plain_tree(recipe),
-            resume="never" if resume_step is None else "allow",
-            embed=False,
-        )
+    run = importlib.import_module("trackio").init(
+        project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+        name=run_dir.name,
+        config=plain_tree(recipe),
+        resume="never" if resume_step is None else "allow",
+        embed=False,
+    )
+    return Service(run)
 
 
 LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], MetricLogger]] = {
     "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "trackio": Trackio,
+    "wandb": wandb,
+    "trackio": trackio,
 }
 
 
@@ -188,17 +180,14 @@ class Guarded:
         self._warned = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        with self._guard(f"step {step}"):
-            self._inner.log(step, values)
+        self._attempt(f"step {step}", lambda: self._inner.log(step, values))
 
     def close(self) -> None:
-        with self._guard("the end of the run"):
-            self._inner.close()
+        self._attempt("the end of the run", self._inner.close)
 
-    @contextmanager
-    def _guard(self, when: str) -> Iterator[None]:
+    def _attempt(self, when: str, do: Callable[[], None]) -> None:
         try:
-            yield
+            do()
         except Exception as error:
             if not self._warned:
                 self._warned = True
@@ -212,7 +201,7 @@ def make_loggers(
     recipe: Mapping[str, object],
     *,
     resume_step: int | None = None,
-    warn: Callable[[str], None] = _LOG.warning,
+    warn: Callable[[str], None],
 ) -> list[MetricLogger]:
     """RUN/metrics.jsonl and the loggers of `names`. With `resume_step`, lines of later steps are dropped first.
 
@@ -229,8 +218,6 @@ def make_loggers(
         except Exception as error:
             for started in loggers:
                 started.close()
-            if isinstance(error, RecipeError):
-                raise
             reason = without_secrets(f"{type(error).__name__}: {error}")
             raise RecipeError(
                 f"loggers: {name!r} could not be started ({reason}); log in to it, set it to offline, or remove it"
@@ -245,15 +232,4 @@ def check_loggers(names: Sequence[str]) -> None:
         if name not in LOGGERS:
             raise RecipeError(f"loggers: unknown logger {name!r}; {nearest(name, LOGGERS)}")
         if importlib.util.find_spec(name) is None:
-            raise _not_installed(name)
-
-
-def _load(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise _not_installed(extra) from error
-
-
-def _not_installed(extra: str) -> RecipeError:
-    return RecipeError(f"loggers: {extra!r} is not installed; run: pip install understudy[{extra}]")
+            raise RecipeError(f"loggers: {name!r} is not installed; run: pip install understudy[{name}]")

@@ -15,20 +15,18 @@ import torch
 from understudy.errors import CheckpointError, TrainingError, WeightsLostError
 from understudy.eval.summary import EvalSummary, sample_row, token_table
 from understudy.files import write_json_lines
-from understudy.linear import LMHead
 from understudy.methods import Method
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, Observer, collected_metrics, nonfinite_record, peak_memory_gib
-from understudy.trainer.optimizer import Optimizer
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import StopSignal
-from understudy.trainer.update import Heads, MicroBatch, StudentModel, accumulate_gradients, prepare
-from understudy.types import Metric, Sample, add_metrics
+from understudy.trainer.update import Heads, MicroBatch, Optimizer, StudentModel, accumulate_gradients, prepare
+from understudy.types import Metric, Sample, add_metrics, map_tensors
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss and gradient until the run stops."""
@@ -64,8 +62,6 @@ class Trainer:
     ranks: Ranks
     seed: int
     progress: Progress
-    decode: Callable[[Sequence[int]], str]
-    """Turns token ids into text, for the samples that are saved."""
     several_teachers: bool = False
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
@@ -73,7 +69,7 @@ class Trainer:
     def run(self) -> Ending:
         """Trains from `progress` to the end, a good evaluation, or a signal; always leaves a checkpoint."""
         ends_early = self.settings.stop_at is not None
-        self.observer.start(self.settings.steps, self.progress.step, ends_early=ends_early)
+        self.observer.console.start(self.settings.steps, self.progress.step, ends_early=ends_early)
         with StopSignal() as signal, self._saved_on_failure():
             if self.progress.step == 0 and self.evaluation is not None and self.evaluation.at_start:
                 self._evaluate()
@@ -126,8 +122,7 @@ class Trainer:
                     numbers |= self._healed(lambda: self.publish(self.progress.updates, collected.samples))
         finally:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
-            self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens))
-            self.observer.used(step + 1, collected.positions)
+            self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
         self._check_progress()
 
@@ -183,8 +178,8 @@ class Trainer:
         for part in parts * settings.passes:
             total = add_metrics(total, self._update_once(part, method, own_step, heads))
         if not total:
-            text = f"step {before.step + 1} was skipped: no sample with a trained token is left"
-            self.observer.warn(before.step + 1, text)
+            step = before.step + 1
+            self.observer.warn(step, f"step {step} was skipped: no sample with a trained token is left")
             self.progress = replace(self.progress, empty_in_row=before.empty_in_row + 1)
             return {}
         skipped = before.skipped_in_row + 1 if self.progress.updates == before.updates else 0
@@ -196,17 +191,12 @@ class Trainer:
         teacher, reference = self.rollouts.collector.teacher, self.rollouts.collector.reference
         if "full" not in method.needs:
             return Heads()
-        heads: dict[str | None, LMHead] = {}
-        for name in {sample.teacher for sample in samples} if self.several_teachers else {None}:
-            head = None if teacher is None else teacher.head_for(name)
-            if head is not None:
-                heads[name] = head
+        names = {sample.teacher for sample in samples} if self.several_teachers else {None}
+        found = {} if teacher is None else {name: teacher.head_for(name) for name in names}
+        heads = {name: head for name, head in found.items() if head is not None}
         if self.settings.minibatches * self.settings.passes > 1 and teacher is not None and teacher.state():
             # a teacher that follows the student would change the head under the hidden states of later updates
-            heads = {
-                name: replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
-                for name, head in heads.items()
-            }
+            heads = {name: map_tensors(head, torch.clone) for name, head in heads.items()}
         if "reference" not in method.needs or reference is None:
             return Heads(heads)
         return Heads(heads, reference.head_for(None))
@@ -219,7 +209,7 @@ class Trainer:
         Returns its metrics with loss, gradient norm and, unless it was skipped, learning rate; nothing without a token.
         """
         step = self.progress.step
-        self.optimizer.zero_grad()
+        self.student.model.zero_grad()
         loss, metrics = accumulate_gradients(self.student, part, heads=heads, step=own_step, ranks=self.ranks)
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
@@ -236,11 +226,11 @@ class Trainer:
             path = self._save_bad_batch(part)
             text = f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"
             self.observer.warn(step + 1, text)
-        self.optimizer.zero_grad()
+        self.student.model.zero_grad()
         return metrics
 
     def _save_bad_batch(self, part: Sequence[MicroBatch]) -> Path:
-        folder = self.run_dir.path / "bad_batches"
+        folder = self.run_dir.bad_batches
         name = f"step_{self.progress.step + 1:06d}_rank_{self.ranks.rank}"
         # one step may have several updates, and each of them may fail
         before = len(list(folder.glob(f"{name}*.jsonl")))
@@ -252,7 +242,7 @@ class Trainer:
         return every is not None and self.progress.step % every == 0
 
     def _evaluate(self) -> None:
-        if self.observer.evaluated_at == self.progress.step:
+        if self.observer.summaries and self.observer.summaries[-1].step == self.progress.step:
             return
 
         def evaluated() -> EvalSummary:
@@ -286,15 +276,15 @@ class Trainer:
             folder = self.run_dir.checkpoints
             save_checkpoint(folder, self.progress, self.optimizer.state(), self.save_student, state)
             keep = self.progress.best_step if self.settings.keep_best else None
-            prune(self.run_dir.checkpoints, self.settings.keep_last, keep)
+            prune(folder, self.settings.keep_last, keep)
         self.ranks.barrier()
 
     def _save_samples(self, samples: Sequence[Sample]) -> None:
         every, step = self.settings.save_samples_every, self.progress.step
         if every and self.ranks.is_main and (step == 1 or step % every == 0):
-            saved = samples[:SAVED_SAMPLES]
-            rows = [sample_row(sample) | {"tokens": token_table(sample, self.decode)} for sample in saved]
-            write_json_lines(self.run_dir.path / "samples" / f"step_{step:06d}.jsonl", rows)
+            decode = self.rollouts.collector.renderer.tokenizer.decode
+            rows = [sample_row(one) | {"tokens": token_table(one, decode)} for one in samples[:SAVED_SAMPLES]]
+            write_json_lines(self.run_dir.samples / f"step_{step:06d}.jsonl", rows)
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:

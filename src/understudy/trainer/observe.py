@@ -97,6 +97,11 @@ def peak_memory_gib() -> float:
 
 def nonfinite_record(sample: Sample) -> dict[str, object]:
     """Returns a sample of a step that was skipped, with all that its loss was made of."""
+
+    def numbers(values: Tensor | None) -> list[float | str] | None:
+        # JSON has no NaN: a value that is not finite becomes a string
+        return None if values is None else [x if math.isfinite(x) else str(x) for x in values.double().tolist()]
+
     score = sample.scores
     return {
         "prompt_id": sample.prompt.id,
@@ -106,54 +111,45 @@ def nonfinite_record(sample: Sample) -> dict[str, object]:
         "finish": sample.finish,
         "prompt_length": sample.prompt_length,
         "token_ids": sample.token_ids.tolist(),
-        "author": [Author(int(who)).name.lower() for who in sample.author],
-        "rollout_logprob": _numbers(sample.rollout_logprob),
-        "teacher_logprob": None if score is None else _numbers(score.logprob),
+        "author": [Author(who).name.lower() for who in sample.author.tolist()],
+        "rollout_logprob": numbers(sample.rollout_logprob),
+        "teacher_logprob": None if score is None else numbers(score.logprob),
         "teacher_hidden_finite": None if score is None or score.hidden is None else bool(score.hidden.isfinite().all()),
     }
 
 
-def _numbers(values: Tensor | None) -> list[float | str] | None:
-    """Values for JSON, which has no NaN: one that is not finite becomes a string."""
-    if values is None:
-        return None
-    return [value if math.isfinite(value) else str(value) for value in values.double().tolist()]
-
-
 @dataclass
 class Observer:
-    """Sends numbers to the console, the loggers and events.jsonl. Ranks other than the first have none of these."""
+    """Sends numbers to the console, the loggers and files of lines. Ranks other than the first have none of these."""
 
     console: Console
-    loggers: Sequence[MetricLogger]
-    events: JsonLines | None
-    consumed: JsonLines | None = None
-    """The prompts that each step used."""
-    evaluated_at: int | None = None
-    """Step of the last evaluation in this process."""
+    loggers: Sequence[MetricLogger] = ()
+    files: Mapping[str, JsonLines] = field(default_factory=dict)
+    """By name: "events", and "consumed" for the prompts that each step used."""
     summaries: list[EvalSummary] = field(default_factory=list)
+    """The evaluations of this process."""
 
-    def start(self, num_steps: int, first_step: int, *, ends_early: bool) -> None:
-        """Shows that training begins or goes on."""
-        self.console.start(num_steps, first_step, ends_early=ends_early)
+    def step(self, progress: Progress, numbers: Mapping[str, float], positions: Sequence[int]) -> None:
+        """Logs the numbers of a step; those that were not measured are left out, not zero.
 
-    def step(self, progress: Progress, numbers: Mapping[str, float]) -> None:
-        """Logs the numbers of a step; those that were not measured are left out, not zero."""
+        `positions`: of its prompts in the order of training; empty where they are not recorded.
+        """
         values = {"time_s": progress.elapsed_s, "num_samples": progress.num_samples} | dict(numbers)
         for logger in self.loggers:
             logger.log(progress.step, values)
         self.console.update(progress.step, values)
+        if positions:
+            self._write("consumed", {"step": progress.step, "positions": list(positions)})
 
     def evaluation(self, summary: EvalSummary, seconds: float) -> float | None:
         """Shows an evaluation; returns its avg@k if it was graded."""
-        self.evaluated_at = summary.step
         self.summaries.append(summary)
         name = f"avg@{summary.samples_per_prompt}"
         found = summary.metrics.get(name)
         if found is None:
             text = f"evaluated at step {summary.step} in {seconds:.1f} s; no sample has a score"
             self.console.note(text)
-            self._event(summary.step, "info", text)
+            self._write("events", {"step": summary.step, "kind": "info", "text": text})
             return None
         self.console.evaluated(summary.step, name, Interval(found.value, found.low, found.high))
         return found.value
@@ -161,28 +157,20 @@ class Observer:
     def warn(self, step: int, text: str) -> None:
         """Shows and records a warning."""
         self.console.warn(text)
-        self._event(step, "warning", text)
-
-    def used(self, step: int, positions: Sequence[int]) -> None:
-        """Records the prompts of a step by their position in the order of training; writes nothing without positions."""
-        if self.consumed is not None and positions:
-            self.consumed.write({"step": step, "positions": list(positions)})
+        self._write("events", {"step": step, "kind": "warning", "text": text})
 
     def sync(self) -> None:
         """Waits until all lines are on disk."""
-        for lines in (*self.loggers, self.events, self.consumed):
+        for lines in (*self.loggers, *self.files.values()):
             if isinstance(lines, JsonLines):
                 lines.sync()
 
     def close(self) -> None:
         """Closes loggers, files and console."""
-        for logger in self.loggers:
-            logger.close()
-        for lines in (self.events, self.consumed):
-            if lines is not None:
-                lines.close()
+        for opened in (*self.loggers, *self.files.values()):
+            opened.close()
         self.console.close()
 
-    def _event(self, step: int, kind: str, text: str) -> None:
-        if self.events is not None:
-            self.events.write({"step": step, "kind": kind, "text": text})
+    def _write(self, name: str, record: Mapping[str, object]) -> None:
+        if name in self.files:
+            self.files[name].write(record)

@@ -21,9 +21,8 @@ from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected, Collector
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, staleness_of
-from understudy.trainer.prompts import Drawn
-from understudy.trainer.rollouts import MAX_ROUNDS, Rollouts, replaces_flat
-from understudy.trainer.settings import Async, Train
+from understudy.trainer.rollouts import MAX_ROUNDS, Drawn, Rollouts, replaces_flat
+from understudy.trainer.settings import Async
 from understudy.types import Request
 
 MAX_STALE_DRAWS = 3
@@ -45,18 +44,9 @@ class _Batch:
     num_draws: int = 1
     num_chunks: int = 0
     scored: dict[int, Collected] = field(default_factory=dict)
-    """By the number of the chunk; complete when all chunks are there."""
+    """By the number of the chunk, requests that are sent to the engine at once; complete when all chunks are there."""
     abandoned: bool = False
     """Nobody waits for it."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Requests of a batch that are sent to the engine at once."""
-
-    batch: _Batch
-    number: int
-    requests: Sequence[Request]
 
 
 class Overlapped:
@@ -66,15 +56,12 @@ class Overlapped:
         """`grouped`: the engine wants the samples of a prompt together."""
         self._ranks = rollouts.ranks
         # prompts are split over ranks, so that a group is whole on its rank and no thread waits for another rank
-        alone = replace(rollouts.rewarder, ranks=Ranks())
-        self.rollouts = replace(rollouts, rewarder=alone, ranks=Ranks())
-        self._method = method
-        self._settings = settings
-        self._train: Train = rollouts.settings
+        self.rollouts = replace(rollouts, ranks=Ranks())
+        self._method, self._settings, self._train = method, settings, rollouts.collector.settings
         num_engines = rollouts.collector.engine.concurrency
         self._single, self._grouped = num_engines > 1, grouped
         self._batches: deque[_Batch] = deque()
-        self._to_score: deque[tuple[_Chunk, Collected]] = deque()
+        self._to_score: deque[tuple[_Batch, int, Collected]] = deque()
         # guards `_to_score`, `_error`, `_last_news` and the batches' `scored`, which threads change
         self._changed = Condition()
         self._error: BaseException | None = None
@@ -82,7 +69,9 @@ class Overlapped:
         self._last_news = time.monotonic()
         self._next_position: int | None = None
         self._generators = ThreadPoolExecutor(num_engines, "understudy-generate")
-        self._scorers = ThreadPoolExecutor(rollouts.collector.num_scorers, "understudy-score")
+        scoring = (rollouts.collector.teacher, rollouts.collector.reference)
+        num_scorers = min((one.concurrency for one in scoring if one is not None), default=1)
+        self._scorers = ThreadPoolExecutor(num_scorers, "understudy-score")
 
     @property
     def collector(self) -> Collector:
@@ -193,11 +182,10 @@ class Overlapped:
         requests = batch.mine.requests(self._train.samples_per_prompt, dict.fromkeys(batch.mine.names, batch.start))
         compared = plan.rewards is not None or plan.acceptance is not None or plan.prefix_share > 0
         whole = compared or self._grouped or not self._single
-        parts = [requests] if whole else [[request] for request in requests]
-        chunks = [_Chunk(batch, number, part) for number, part in enumerate(parts)] if requests else []
+        chunks = [requests] if whole and requests else [[request] for request in requests]
         batch.num_chunks = len(chunks)
-        for chunk in chunks:
-            self._generators.submit(self._guarded, self._generate, chunk)
+        for number, chunk in enumerate(chunks):
+            self._generators.submit(self._guarded, self._generate, batch, number, chunk)
 
     def _guarded(self, work: Callable[..., None], *args: object) -> None:
         """Runs `work` in a thread; an error there ends the run and is raised where the run waits."""
@@ -210,15 +198,14 @@ class Overlapped:
                 self._error = self._error or error
                 self._changed.notify_all()
 
-    def _generate(self, chunk: _Chunk) -> None:
-        batch = chunk.batch
+    def _generate(self, batch: _Batch, number: int, requests: Sequence[Request]) -> None:
         if batch.abandoned:
             return
         first_index = batch.start * self._train.samples_per_prompt
         # the position takes the place of the step: a prompt that comes again in another epoch draws other numbers
-        written = self.rollouts.answer(batch.mine, chunk.requests, batch.plan, batch.start, first_index)
+        written = self.rollouts.answer(batch.mine, requests, batch.plan, batch.start, first_index)
         with self._changed:
-            self._to_score.append((chunk, written))
+            self._to_score.append((batch, number, written))
         self._scorers.submit(self._guarded, self._score)
 
     def _score(self) -> None:
@@ -226,13 +213,12 @@ class Overlapped:
         with self._changed:
             waiting = list(self._to_score)
             self._to_score.clear()
-        for method in dict.fromkeys(chunk.batch.method for chunk, _ in waiting):
-            part = [(chunk, written) for chunk, written in waiting if chunk.batch.method is method]
-            scored = iter(self.collector.score([one for _, written in part for one in written.samples], method))
+        for method in dict.fromkeys(batch.method for batch, _, _ in waiting):
+            part = [chunk for chunk in waiting if chunk[0].method is method]
+            scored = iter(self.collector.score([one for _, _, written in part for one in written.samples], method))
             with self._changed:
-                for chunk, written in part:
-                    of_chunk = [next(scored) for _ in written.samples]
-                    chunk.batch.scored[chunk.number] = written.with_scores(of_chunk)
+                for batch, number, written in part:
+                    batch.scored[number] = written.with_scores([next(scored) for _ in written.samples])
                 self._last_news = time.monotonic()
                 self._changed.notify_all()
 

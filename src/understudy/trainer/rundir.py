@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from understudy.errors import RecipeError
 
 
-@dataclass(frozen=True)
 class RunDir:
     """Paths under one run.
 
@@ -20,31 +18,16 @@ class RunDir:
     checkpoints/step_000100/                    bad_batches/
     """
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def facts(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def doctor(self) -> Path:
-        return self.path / "doctor.json"
-
-    @property
-    def eval(self) -> Path:
-        return self.path / "eval"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def student(self) -> Path:
-        return self.path / "student"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.facts = path / "run.json"
+        self.doctor = path / "doctor.json"
+        self.eval = path / "eval"
+        self.samples = path / "samples"
+        self.bad_batches = path / "bad_batches"
+        self.checkpoints = path / "checkpoints"
+        self.student = path / "student"
 
     def check_new(self) -> None:
         """Raises RecipeError where a run, or anything else but traces of engines that did not start, is there already."""
@@ -52,7 +35,7 @@ class RunDir:
         def is_trace(path: Path) -> bool:
             if path.name == "weights" and path.is_dir():
                 return not any(path.iterdir())
-            return path.name.startswith("engine_") and path.suffix == ".log"
+            return path.match("engine_*.log")
 
         if self.path.exists() and (not self.path.is_dir() or not all(map(is_trace, self.path.iterdir()))):
             raise RecipeError(
@@ -66,7 +49,7 @@ class RunDir:
 
     def drop_after(self, step: int) -> None:
         """Removes evaluations and samples of later steps, which a resumed run writes again."""
-        for folder in (self.eval, self.path / "samples"):
+        for folder in (self.eval, self.samples):
             for file in folder.glob("step_*.json*"):
                 # a killed process may leave a file that it was writing aside
                 if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:

@@ -12,12 +12,13 @@ from understudy.types import Sampling
 Split = Literal["train", "validation", "test"]
 
 
-def _at_least(section: object, low: float, *names: str) -> None:
+def _check(section: object, low: float, *names: str, high: float = math.inf) -> None:
     for name in names:
         value = getattr(section, name)
-        # not (value >= low), so that NaN is refused too
-        if value is not None and not low <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be at least {low:g}, and finite")
+        # not (value < low or ...), so that NaN is refused too
+        if value is not None and not (low <= value <= high and value < math.inf):
+            limit = "finite" if high == math.inf else f"at most {high:g}"
+            raise ValueError(f"{name} is {value}; it must be at least {low:g}, and {limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +62,12 @@ class Train:
     """Steps between files of training samples; 0: none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "micro_batch_tokens")
-        _at_least(self, 1, "minibatches", "passes", "save_every", "keep_last")
-        _at_least(self, 0, "lr", "warmup_steps", "final_lr_share", "weight_decay", "max_grad_norm", "eps", "stop_at")
-        _at_least(self, 0, "save_samples_every")
+        _check(self, 1, "steps", "prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "micro_batch_tokens")
+        _check(self, 1, "minibatches", "passes", "save_every", "keep_last")
+        _check(self, 0, "lr", "warmup_steps", "weight_decay", "max_grad_norm", "eps", "save_samples_every")
+        _check(self, 0, "final_lr_share", "stop_at", high=1)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and less than 1")
-        for name in ("stop_at", "final_lr_share"):
-            if (getattr(self, name) or 0) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share and at most 1")
         if self.max_grad_norm == 0:
             raise ValueError("max_grad_norm is 0, which stops every update; leave it out (null) not to clip")
 
@@ -85,8 +83,8 @@ class Async:
     """Seconds without a finished sample after which the run stops."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "max_staleness")
-        _at_least(self, 1, "timeout_s")
+        _check(self, 0, "max_staleness")
+        _check(self, 1, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,6 @@ class Eval:
     """N, the most draws of one answer under rejection; the last counts where none was accepted."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "every", "problems", "samples_per_prompt")
-        _at_least(self, 2, "max_attempts")
-        if self.reject_below is not None and not 0 <= self.reject_below <= 9:
-            raise ValueError(f"reject_below is {self.reject_below}; a judge's digits go from 0 to 9")
+        _check(self, 1, "every", "problems", "samples_per_prompt")
+        _check(self, 2, "max_attempts")
+        _check(self, 0, "reject_below", high=9)

@@ -4,46 +4,35 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
-
-HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that what was opened is closed; for the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
+    with ExitStack() as restored:
+        _handle(restored, signal.SIGTERM, signal.default_int_handler)
         yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
-class StopSignal:
+class StopSignal(ExitStack):
     """A context in which the first signal only sets `received`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.received = False
-        self._former: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        # Python delivers signals to the main thread only, and only it may set handlers
-        if threading.current_thread() is threading.main_thread():
-            for number in HANDLED:
-                self._former[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            _handle(self, number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
+
+
+def _handle(restored: ExitStack, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
+    """Sets a handler until the context ends. Python delivers signals to the main thread only, which alone may set handlers."""
+    if threading.current_thread() is threading.main_thread():
+        restored.callback(signal.signal, number, signal.signal(number, handler))

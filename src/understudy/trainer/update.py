@@ -1,23 +1,25 @@
-"""The gradient of one optimizer update: packed micro-batches, one loss."""
+"""One optimizer update: packed micro-batches, one loss and its gradient, AdamW."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from understudy.errors import CheckpointError
 from understudy.linear import CutTerms, LMHead, count_denominators, count_own, cut_terms, evaluate, score
 from understudy.linear.plan import FullTeacher, TermsOf
+from understudy.losses.schedules import learning_rate
 from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating
 from understudy.packing import Layout, RowStyle, ScoreField, lay_out, micro_batches, pack
 from understudy.randomness import hash_name, keyed_uniform
 from understudy.trainer.distributed import Ranks
-from understudy.types import Metric, Sample, Scores, TokenBatch, add_metrics, fill
+from understudy.trainer.settings import Train
+from understudy.types import Metric, Sample, Scores, TokenBatch, add_metrics, fill, map_tensors
 
 MICRO_BATCH_TOKENS = {"cpu": 2_048}
 MICRO_BATCH_TOKENS_ELSEWHERE = 16_384
@@ -41,15 +43,12 @@ class StudentModel:
 
     def lay_out(self, samples: Sequence[Sample]) -> Layout:
         """Returns the samples in rows as this model takes them, on its device."""
-        return lay_out(samples, style=self.style).to(self.device)
+        return map_tensors(lay_out(samples, self.style), lambda value: value.to(self.device))
 
     def hidden(self, layout: Layout) -> Tensor:
         """Returns the hidden states that predict the response tokens, in the order of `pack`. [T, H]."""
         # weights may be float32 while the arithmetic is mixed precision
-        mixed: AbstractContextManager[object] = nullcontext()
-        if self.compute_dtype is not None:
-            mixed = torch.autocast(self.device.type, dtype=self.compute_dtype)
-        with mixed:
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
             states = backbone_hidden(self.model, layout.input_ids, layout.position_ids)
         return states.flatten(0, 1)[layout.predicts]
 
@@ -102,7 +101,10 @@ def prepare(
         parts = [[_score_old(student, micro) for micro in part] for part in parts]
     if method.scope == "batch":
         batches = [micro.batch for part in parts for micro in part]
-        terms = iter(_terms_of_whole(method, batches, step, ranks))
+        everywhere = ranks.gather([batch.to(torch.device("cpu")) for batch in batches] if ranks.world > 1 else [])
+        others = [batch for rank, part in enumerate(everywhere) if rank != ranks.rank for batch in part]
+        elsewhere = [batch.to(student.device) for batch in others]
+        terms = iter(cut_terms(method, batches, step, elsewhere=elsewhere) if batches else ())
         parts = [[replace(micro, terms=next(terms)) for micro in part] for part in parts]
     return parts
 
@@ -133,16 +135,15 @@ def _micro_batches(
         lengths = [sample.token_ids.numel() - 1 for sample in own]
         for group in micro_batches(lengths, max_tokens, student.style):
             chosen = [own[index] for index in group]
-            batch = pack(chosen, uniform=_draws(chosen, *draw) if "uniform" in method.requires else None)
+            uniform = None
+            if "uniform" in method.requires:
+                # the same for a sample whatever batch it is in
+                sizes = [sample.num_response_tokens for sample in chosen]
+                draws = keyed_uniform(draw[0], "trust", draw[1], [sample.key for sample in chosen], max(sizes))
+                uniform = torch.cat([row[:size] for row, size in zip(draws, sizes, strict=True)])
+            batch = pack(chosen, uniform=uniform)
             made.append(MicroBatch(chosen, student.lay_out(chosen), batch.to(student.device), method, teacher))
     return made
-
-
-def _draws(samples: Sequence[Sample], seed: int, step: int) -> Tensor:
-    """One uniform draw for each response token, the same whatever batch a sample is in. [T]."""
-    sizes = [sample.num_response_tokens for sample in samples]
-    draws = keyed_uniform(seed, "trust", step, [sample.key for sample in samples], max(sizes))
-    return torch.cat([row[:size] for row, size in zip(draws, sizes, strict=True)])
 
 
 @torch.no_grad()
@@ -153,16 +154,6 @@ def _score_old(student: StudentModel, micro: MicroBatch) -> MicroBatch:
         hidden = student.hidden(micro.layout)
     logprob, entropy = score(hidden, student.head(), micro.batch.target)
     return replace(micro, batch=fill(micro.batch, student_logprob=logprob, student_entropy=entropy))
-
-
-def _terms_of_whole(method: Method, batches: list[TokenBatch], step: int, ranks: Ranks) -> list[CutTerms]:
-    """The terms of each batch, made from the batches of all ranks together."""
-    everywhere = ranks.gather([batch.to(torch.device("cpu")) for batch in batches] if ranks.world > 1 else [])
-    if not batches:
-        return []
-    device = batches[0].target.device
-    elsewhere = [batch.to(device) for rank, part in enumerate(everywhere) if rank != ranks.rank for batch in part]
-    return cut_terms(method, batches, step, elsewhere=elsewhere)
 
 
 def accumulate_gradients(
@@ -207,3 +198,69 @@ def _whole_rows(micro: MicroBatch, which: ScoreField, head: LMHead | None) -> Fu
         return None
     hidden = [score.hidden for score in given if score is not None and score.hidden is not None]
     return torch.cat(hidden).to(micro.batch.target.device), head
+
+
+class Optimizer:
+    """AdamW (arXiv 1711.05101); matrices decay, vectors (norms, biases) do not. Its state is keyed by parameter names."""
+
+    def __init__(self, model: nn.Module, settings: Train) -> None:
+        self._settings = settings
+        self._named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        matrices = [value for value in self._named.values() if value.dim() >= 2]
+        vectors = [value for value in self._named.values() if value.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters."""
+        return list(self._named.values())
+
+    def clip(self) -> float:
+        """The 2-norm of the gradient; where it is above `max_grad_norm` the gradient is scaled down to that."""
+        limit = self._settings.max_grad_norm
+        norm = nn.utils.get_total_norm([value.grad for value in self.parameters if value.grad is not None])
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return float(norm)
+
+    def step(self, step: int) -> float:
+        """One update with the learning rate of optimizer step `step`, which is returned."""
+        settings = self._settings
+        rate = learning_rate(
+            step,
+            peak=settings.lr,
+            num_steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+            shape=settings.schedule,
+            final_share=settings.final_lr_share,
+        )
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+        return rate
+
+    def state(self) -> dict[str, Tensor]:
+        """`{parameter name/key: tensor}`."""
+        return {
+            f"{name}/{key}": value.contiguous()
+            for name, parameter in self._named.items()
+            for key, value in self._adamw.state.get(parameter, {}).items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state` returned. Raises CheckpointError where it belongs to other parameters."""
+        names = {name.rpartition("/")[0] for name in state}
+        differing = sorted(names - set(self._named))
+        if differing:
+            raise CheckpointError(f"the optimizer state belongs to other parameters, first {differing[0]!r}")
+        for key, value in state.items():
+            name, _, field = key.rpartition("/")
+            parameter = self._named[name]
+            self._adamw.state[parameter][field] = value.to(parameter.device)

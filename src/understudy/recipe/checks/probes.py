@@ -85,15 +85,8 @@ def _rehearse(parts: Parts) -> Iterator[Finding]:
     if plan.rewards is not None:
         # further prompts in place of flat ones would cost time and show nothing
         plan = replace(plan, rewards=replace(plan.rewards, dynamic_sampling=False))
-    alone = Ranks()
     with _unchanged(parts), parts.short(NUM_PROMPTS, MAX_SAMPLES, MAX_NEW_TOKENS) as collector:
-        rollouts = replace(
-            parts.rollouts,
-            collector=collector,
-            rewarder=replace(parts.rollouts.rewarder, collector=collector, ranks=alone),
-            ranks=alone,
-            settings=collector.settings,
-        )
+        rollouts = replace(parts.rollouts, collector=collector, ranks=Ranks())
         found = parts.bounded("writing and rewarding", lambda: rollouts.write(trainer.progress.position, plan, 0))
         scores = parts.bounded("scoring", lambda: collector.score(found.samples, method))
         parts.rehearsed = found = found.with_scores(scores)
