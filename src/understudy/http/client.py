@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from json import dumps
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from understudy.errors import EngineError
@@ -22,11 +21,9 @@ from understudy.http.replies import (
     Refused,
     Reply,
     check_address,
-    check_size,
     clip,
     is_unreachable,
     read_key,
-    too_large,
 )
 from understudy.randomness import keyed_uniform
 
@@ -145,9 +142,7 @@ class HttpClient:
     def __enter__(self) -> HttpClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -255,42 +250,46 @@ class HttpClient:
                 await asyncio.sleep(found)
 
     async def _send(self, request: _Request, permit: Permit) -> Reply | Refused | Failure:
+        """A body that is too long or compressed is a failure; an error's body is cut instead."""
         import httpx
 
+        url = permit.replica.url
         timeout_s = max(0.0, min(self._retry_policy.timeout_s, request.left_s))
+        parts = []
         try:
             # one limit for the whole exchange: httpx's own are for each read, which a slow server never exceeds
-            async with asyncio.timeout(timeout_s):
-                reply = await self._exchange(request, permit)
+            async with (
+                asyncio.timeout(timeout_s),
+                self._background.client.stream(
+                    request.method,
+                    f"{url}/{request.path.lstrip('/')}",
+                    content=request.content,
+                    headers=self._headers() | {"Content-Type": request.content_type},
+                ) as response,
+            ):
+                headers, right = response.headers, response.is_success
+                limit = self._max_reply_bytes if right else MAX_ERROR_BYTES
+                coding = headers.get("content-encoding", "identity").strip().lower()
+                if right and coding not in ("", "identity"):
+                    return Failure(f"{url} sent a body compressed with {coding[:20]}, although the request forbids it")
+                announced = headers.get("content-length", "")
+                size = int(announced[:20]) if announced.isascii() and announced.isdigit() else 0
+                if not right or size <= limit:
+                    # raw: decompression would let a small body grow without end
+                    async for part in response.aiter_raw():
+                        permit.received += len(part)
+                        parts.append(part)
+                        size = max(size, permit.received)
+                        if permit.received > limit:
+                            break
+                if right and size > limit:
+                    return Failure(f"{url} sent a reply of more than {limit:,} bytes, the most that are read")
         except TimeoutError:
             return Failure(f"nothing came within {timeout_s:.3g} s")
-        except BadReply as error:
-            return Failure(f"{permit.replica.url} sent {error}")
         except httpx.RequestError as error:
             text = clip(f"{type(error).__name__} {error}", self._api_key_env)
             return Failure(text, counts=not is_unreachable(error))
-        return reply.outcome(self._api_key_env)
-
-    async def _exchange(self, request: _Request, permit: Permit) -> Reply:
-        """Raises BadReply for a body that is too long or compressed; an error's body is cut instead."""
-        url = permit.replica.url
-        address = f"{url}/{request.path.lstrip('/')}"
-        headers = self._headers() | {"Content-Type": request.content_type}
-        stream = self._background.client.stream(request.method, address, content=request.content, headers=headers)
-        async with stream as response:
-            limit = self._max_reply_bytes if response.is_success else MAX_ERROR_BYTES
-            if response.is_success:
-                check_size(response.headers, limit)
-            parts = []
-            # raw: decompression would let a small body grow without end
-            async for part in response.aiter_raw():
-                permit.received += len(part)
-                parts.append(part)
-                if permit.received > limit:
-                    if response.is_success:
-                        raise too_large(limit)
-                    break
-        return Reply(url, response.status_code, response.headers, b"".join(parts)[:limit])
+        return Reply(url, response.status_code, headers, b"".join(parts)[:limit]).outcome(self._api_key_env)
 
     async def _probe(self, replica: Replica) -> None:
         """Asks a replica that was left alone for its health; any status below 500 will do, as many servers lack the path."""

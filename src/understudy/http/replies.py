@@ -25,7 +25,12 @@ _TRANSIENT = frozenset({408, 409, 425, 429})
 """Statuses below 500 that may change with a retry."""
 _BUSY = frozenset({429, 503})
 _DOES_NOT_FIT = frozenset({400, 413, 422})
-_TOO_LONG = re.compile(r"context.?length|maximum context|too long|too many tokens", re.IGNORECASE)
+_TOO_LONG = re.compile(
+    r"context.?length|maximum context|too long|too many tokens"
+    # vLLM, for a sequence that leaves no position for the one token that is generated
+    r"|maximum model length|max_tokens must be at least 1",
+    re.IGNORECASE,
+)
 
 
 def is_loopback(host: str) -> bool:
@@ -150,21 +155,6 @@ class Reply:
             asked_s = 0.0
         wait_s = min(MAX_WAIT_S, asked_s) if asked_s > 0 else 0.0
         return Failure(f"status {self.status}: {message}", wait_s, counts=self.status not in _BUSY)
-
-
-def check_size(headers: Mapping[str, str], limit: int) -> None:
-    """Raises BadReply if a body announces more than `limit` bytes or is compressed, as its size is then unknown."""
-    coding = headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        raise BadReply(f"a body compressed with {coding[:20]}, although the request forbids it")
-    length = headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
-        raise too_large(limit)
-
-
-def too_large(limit: int) -> BadReply:
-    """The error for a body of more than `limit` bytes."""
-    return BadReply(f"a reply of more than {limit:,} bytes, the most that are read")
 
 
 def is_unreachable(error: BaseException) -> bool:

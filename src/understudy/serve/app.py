@@ -6,6 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,13 +69,13 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
         return JSONResponse({"status": "ok"})
 
     async def describe(request: Request) -> Response:
-        return JSONResponse(about.encode())
+        return JSONResponse(asdict(about))
 
     async def head(request: Request) -> Response:
         return _binary(await asyncio.to_thread(scorer.head))
 
     async def score(request: Request) -> Response:
-        body = await _read_body(request, about.limits.request_bytes)
+        body = await _read_body(request, about.request_bytes)
         # decoding a large body takes a while, and the loop answers others meanwhile
         future = await asyncio.to_thread(submit, body)
         return _binary(await asyncio.to_thread((await _wait_for(request, future)).encode))

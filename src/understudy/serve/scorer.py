@@ -19,11 +19,9 @@ from understudy.teachers.grouping import by_prompt, chunks
 from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE, score_rows
 from understudy.teachers.remote.protocol import (
     About,
-    Limits,
     ScoreReply,
     ScoreRequest,
     Shapes,
-    Tokens,
     reply_fields,
     row_bytes,
     write_head,
@@ -74,13 +72,7 @@ class Scorer:
         self._num_embedded = int(unwrap(model).get_input_embeddings().weight.shape[0])
         weights = self._view(temperature=1.0, vocab_size=head.num_tokens).fingerprint
         self._fingerprint = blake2b(f"{weights}/{self._hidden_dtype}".encode(), digest_size=16).hexdigest()
-        template = tokenizer.chat_template
-        self._tokens = Tokens(
-            digest=tokenizer_digest(tokenizer),
-            size=max(tokenizer.get_vocab().values()) + 1,
-            eos_id=tokenizer.eos_token_id,
-            chat_template=None if template is None else blake2b(str(template).encode(), digest_size=16).hexdigest(),
-        )
+        self._tokenizer = tokenizer
         self._head: bytes | None = None
         self._head_lock = Lock()
 
@@ -91,16 +83,15 @@ class Scorer:
             model=self._name,
             fingerprint=self._fingerprint,
             num_rows=head.weight.shape[0],
-            tokenizer=self._tokens,
+            tokenizer_digest=tokenizer_digest(self._tokenizer),
+            tokenizer_size=max(self._tokenizer.get_vocab().values()) + 1,
+            eos_id=self._tokenizer.eos_token_id,
             hidden_size=head.weight.shape[1],
             dtype=_word(head.weight.dtype),
             hidden_dtype=_word(self._hidden_dtype),
-            limits=Limits(
-                request_bytes=request_bytes,
-                reply_bytes=reply_bytes,
-                batch_tokens=self.max_batch_tokens,
-                positions=num_positions(self._model),
-            ),
+            request_bytes=request_bytes,
+            reply_bytes=reply_bytes,
+            positions=num_positions(self._model),
         )
 
     def head(self) -> bytes:
@@ -139,7 +130,7 @@ class Scorer:
     def reply_bytes(self, request: ScoreRequest) -> int:
         """Returns the bytes of the reply's tensors."""
         row = row_bytes(self._fields(request), scores=unwrap(self._model).dtype, hidden=self._hidden_dtype)
-        return row * request.num_rows
+        return row * (request.num_tokens - int(request.prompt_lengths.sum()))
 
     def _fields(self, request: ScoreRequest) -> Shapes:
         hidden_size = lm_head(self._model).weight.shape[1]
@@ -150,9 +141,16 @@ class Scorer:
         """Returns a reply to each of some requests of one kind (`ScoreRequest.kind`), whose sequences are read together."""
         samples = [_samples(request) for request in requests]
         scores = iter(self._score(requests[0], [sample for some in samples for sample in some]))
-        return [
-            self._answer(request, [next(scores) for _ in some]) for request, some in zip(requests, samples, strict=True)
-        ]
+        replies = []
+        for request, some in zip(requests, samples, strict=True):
+            own = [next(scores) for _ in some]
+            fields: dict[str, Tensor] = {}
+            for name in self._fields(request):
+                dtype = self._hidden_dtype if name == "hidden" else None
+                fields[name] = torch.cat([getattr(score, name).to(dtype) for score in own]).cpu()
+            token_ids = torch.cat([score.token_ids for score in own]).int()
+            replies.append(ScoreReply(fingerprint=self._fingerprint, token_ids=token_ids, fields=fields))
+        return replies
 
     def _score(self, request: ScoreRequest, samples: list[Sample]) -> list[Scores]:
         """As `LocalTeacher.score`, but a prompt that several samples share is read once if that is worth it."""
@@ -188,16 +186,6 @@ class Scorer:
             Scores(response, **{name: parts[index] for name, parts in fields.items()})
             for index, response in enumerate(responses)
         ]
-
-    def _answer(self, request: ScoreRequest, scores: Sequence[Scores]) -> ScoreReply:
-        found: dict[str, Tensor] = {}
-        for name in self._fields(request):
-            parts = [getattr(score, name) for score in scores]
-            found[name] = torch.cat(
-                [part.to(self._hidden_dtype) for part in parts] if name == "hidden" else parts
-            ).cpu()
-        token_ids = torch.cat([score.token_ids for score in scores]).int()
-        return ScoreReply(fingerprint=self._fingerprint, token_ids=token_ids, fields=found)
 
 
 def _samples(request: ScoreRequest) -> list[Sample]:

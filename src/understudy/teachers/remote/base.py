@@ -6,14 +6,12 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from understudy.http import HttpClient, RetryOptions
+from understudy.http import HttpClient, RetryOptions, check_address
 from understudy.teachers.base import Setup, Source, Teacher, TeacherSection, check_need, hash_facts
 from understudy.teachers.stores.cache import CACHE_FILE, CachedTeacher
 from understudy.types import Need, Sample, Scores
-
-AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,8 @@ class RemoteSection(RetryOptions, TeacherSection):
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
         if not self.urls:
             raise ValueError("url is empty; give the address of the server")
+        for url in self.urls:
+            check_address(url, "teacher.url")
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -45,7 +45,10 @@ class RemoteSection(RetryOptions, TeacherSection):
     def vocabulary(self) -> Source | None:
         return None if self.tokenizer is None else Source(self.tokenizer)
 
-    def cached(self, teacher: AnyTeacher) -> AnyTeacher | CachedTeacher:
+    def check(self) -> str:
+        return f"teacher: {self.shown}, not asked yet"
+
+    def cached(self, teacher: Teacher) -> Teacher:
         """Returns the teacher behind its cache, if the section has one. Raises RecipeError if that cannot be opened."""
         return teacher if self.cache is None else CachedTeacher(teacher, Path(self.cache).expanduser() / CACHE_FILE)
 
@@ -92,3 +95,9 @@ class RemoteTeacher(Teacher):
     def hashed(self, *facts: object) -> str:
         """Returns a fingerprint of facts about the server, and of temperature and vocabulary size."""
         return hash_facts([*facts, float(self._setup.temperature), self._setup.vocab_size])
+
+
+def named(samples: Sequence[Sample]) -> str:
+    """The samples of a request, for messages."""
+    rest = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
+    return f"sample {samples[0].key}{rest}"

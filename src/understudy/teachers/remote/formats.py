@@ -23,8 +23,6 @@ from understudy.types import Need, Sample
 _UNKNOWN_FIELD = frozenset({400, 422})
 _NO_ROUTE = frozenset({403, 404, 405})
 """Statuses of a path that does not exist, or that a server was not told to open."""
-_NO_ROOM = ("max_tokens must be at least 1", "maximum model length")
-"""vLLM's messages for a sequence that leaves no position for the one token that is generated."""
 
 
 class WireFormat(ABC):
@@ -225,11 +223,6 @@ class Completions(WireFormat):
 
 FORMATS: Mapping[str, type[WireFormat]] = {"vllm": VLLMTokens, "sglang": SGLang, "completions": Completions}
 """`teacher.api` in a recipe -> its format."""
-
-
-def is_too_long(refused: Refused) -> bool:
-    """Whether a sample does not fit the model."""
-    return refused.too_long or any(text in refused.message for text in _NO_ROOM)
 
 
 def _choices(reply: Any) -> list[Any]:

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from json import loads
 from threading import Lock
 from typing import Any
 
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError, nearest
-from understudy.http import BadReply, HttpClient, Refused, Reply, check_address, check_variable, read_key
-from understudy.teachers.base import RunFacts, Setup
+from understudy.http import BadReply, HttpClient, Refused, Reply, check_variable, read_key
+from understudy.packing import Unscored
+from understudy.teachers.base import RunFacts, Setup, Teacher
 from understudy.teachers.grouping import by_prompt, chunks
-from understudy.teachers.remote.base import RemoteSection, RemoteTeacher
-from understudy.teachers.remote.formats import FORMATS, is_too_long
-from understudy.teachers.remote.score_check import Answer, check, empty_scores, unscored
-from understudy.teachers.stores.cache import CachedTeacher
+from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
+from understudy.teachers.remote.formats import FORMATS
+from understudy.teachers.remote.score_check import Answer, check, empty_scores
 from understudy.types import Need, Sample, Scores
 
 MAX_SAMPLES = 512
@@ -53,6 +54,13 @@ class Http(RemoteSection):
             raise ValueError(f"api is {self.api!r}; {nearest(self.api, FORMATS)}")
         if self.k_max is not None and self.k_max < 1:
             raise ValueError(f"k_max is {self.k_max}; it must be at least 1")
+        for url in self.urls:
+            if url.rstrip("/").endswith(("/completions", "/generate")):
+                raise RecipeError(
+                    f"teacher.url is {url!r}; give the base that paths are added to, such as http://host:8000"
+                )
+        if not self.model.strip():
+            raise RecipeError("teacher.model is empty; give the model's name at the server (see its /v1/models)")
 
     @property
     def gives(self) -> frozenset[Need]:
@@ -72,18 +80,6 @@ class Http(RemoteSection):
     def largest_k(self) -> float:
         """Largest top-k the server returns, `math.inf` for no limit."""
         return self.k_max or FORMATS[self.api].default_k_max or math.inf
-
-    def check(self) -> str:
-        """Raises RecipeError for a URL or model name that cannot be one; nothing is sent."""
-        for url in self.urls:
-            check_address(url, "teacher.url")
-            if url.rstrip("/").endswith(("/completions", "/generate")):
-                raise RecipeError(
-                    f"teacher.url is {url!r}; give the base that paths are added to, such as http://host:8000"
-                )
-        if not self.model.strip():
-            raise RecipeError("teacher.model is empty; give the model's name at the server (see its /v1/models)")
-        return f"teacher: {self.shown}, not asked yet"
 
     def check_run(self, run: RunFacts) -> None:
         """Raises RecipeError for a temperature or a K that the server does not give."""
@@ -107,10 +103,9 @@ class Http(RemoteSection):
                 f"--max-logprobs {k} and set teacher.k_max: {k}, or lower method.k"
             )
 
-    def open(self, setup: Setup) -> HttpTeacher | CachedTeacher:
-        """Opens the teacher; nothing is sent yet. Raises RecipeError as `check` and `check_temperature`, for a key that a
-        header cannot carry, and for a cache that cannot be opened."""
-        self.check()
+    def open(self, setup: Setup) -> Teacher:
+        """Opens the teacher; nothing is sent yet. Raises RecipeError as `check_temperature`, for a key that a header cannot
+        carry, and for a cache that cannot be opened."""
         read_key(self.api_key_env)
         self.check_temperature(setup.temperature)
         return self.cached(HttpTeacher(self, setup))
@@ -178,7 +173,7 @@ class HttpTeacher(RemoteTeacher):
             if short:
                 self._spare += max(short, SPARE)
         return [
-            unscored(sample, k, f"{self._who}: {answer.missing}") if answer.scores is None else answer.scores
+            answer.scores or Unscored(**vars(empty_scores(sample, k)), reason=f"{self._who}: {answer.missing}")
             for sample, answer in zip(samples, found.values(), strict=True)
         ]
 
@@ -195,14 +190,8 @@ class HttpTeacher(RemoteTeacher):
             except (LookupError, TypeError, AttributeError):
                 raise BadReply("/v1/models lists no models") from None
 
-        def read_version(reply: Reply) -> str | None:
-            try:
-                return str(reply.json()["version"])
-            except (BadReply, LookupError, TypeError):
-                return None
-
         lengths: list[dict[str, int | None]] = []
-        versions: set[str | None] = set()
+        versions: set[str] = set()
         for number, url in enumerate(self._client.urls):
             get = partial(self._client.request, method="GET", replica=number)
             try:
@@ -213,12 +202,12 @@ class HttpTeacher(RemoteTeacher):
             if model not in lengths[-1]:
                 raise EngineError(f"{url} has no model {model!r}; it has: {', '.join(map(str, lengths[-1])) or 'none'}")
             if path is not None:
-                with suppress(Refused):
-                    versions.add(get(path, read_version, key=path))
+                with suppress(Refused, ValueError, LookupError, TypeError, RecursionError):
+                    versions.add(get(path, lambda reply: str(loads(reply.content)["version"]), key=path))
         return {
             "models": [name for name in lengths[0] if all(name in others for others in lengths)],
             "max_length": min((length for known in lengths if (length := known[model]) is not None), default=None),
-            "version": ", ".join(sorted(version for version in versions if version is not None)) or None,
+            "version": ", ".join(sorted(versions)) or None,
         }
 
     def _ask_all(
@@ -238,7 +227,7 @@ class HttpTeacher(RemoteTeacher):
             try:
                 return self._send(asked, k, num_top)
             except Refused as refused:
-                fallback = None if self._format_known or is_too_long(refused) else self._format.fallback(refused)
+                fallback = None if self._format_known or refused.too_long else self._format.fallback(refused)
                 if fallback is None:
                     raise self._refusal(refused, asked) from None
                 self._format = fallback
@@ -276,12 +265,12 @@ class HttpTeacher(RemoteTeacher):
             except _SHAPE_ERRORS as error:
                 raise BadReply(f"{who}: a reply of another shape ({type(error).__name__} {error})") from None
 
-        return self._client.request(form.path, read, key=_named(asked), json=form.body(asked, num_top))
+        return self._client.request(form.path, read, key=named(asked), json=form.body(asked, num_top))
 
     def _refusal(self, refused: Refused, samples: Sequence[Sample]) -> ScoreError | EngineError:
         """The error, with what to do, for a status that a retry does not change."""
         longest = max(samples, key=lambda sample: sample.token_ids.numel())
-        if is_too_long(refused):
+        if refused.too_long:
             return ScoreError(
                 f"sample {longest.key} has {longest.token_ids.numel()} tokens, which {self._who} refuses as too long "
                 f"({refused.message}): raise its --max-model-len (one more than the longest sample), or lower max_new_tokens"
@@ -296,12 +285,7 @@ class HttpTeacher(RemoteTeacher):
         hint = hints.get(
             refused.status, "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer"
         )
-        return EngineError(f"{self._who} refuses {_named(samples)} with {refused}; {hint}")
-
-
-def _named(samples: Sequence[Sample]) -> str:
-    rest = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
-    return f"sample {samples[0].key}{rest}"
+        return EngineError(f"{self._who} refuses {named(samples)} with {refused}; {hint}")
 
 
 def group_by_prompt(samples: Sequence[Sample], chosen: Sequence[int], *, max_tokens: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -59,31 +59,6 @@ class ProtocolError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of one request."""
-
-    request_bytes: PositiveInt
-    reply_bytes: PositiveInt
-    batch_tokens: int
-    """Tokens of one forward; larger requests are cut."""
-    positions: int | None
-    """Tokens of a sequence; None: the model has no limit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """The teacher's tokenizer."""
-
-    digest: str
-    """`recording.tokenizer_digest`."""
-    size: int
-    """The highest id, plus one."""
-    eos_id: int | None
-    chat_template: str | None
-    """Hash of the template."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class About:
     """Description of a served teacher."""
 
@@ -92,22 +67,27 @@ class About:
     """Hash of configuration, weights and precision of the hidden states."""
     num_rows: PositiveInt
     """Rows of the head, padding included."""
-    tokenizer: Tokens
+    tokenizer_digest: str
+    """`recording.tokenizer_digest`."""
+    tokenizer_size: int
+    """The highest id, plus one."""
+    eos_id: int | None
     hidden_size: PositiveInt
     dtype: StateDType
     """Precision of the weights."""
     hidden_dtype: StateDType
     """Precision in which hidden states are sent."""
-    limits: Limits
+    request_bytes: PositiveInt
+    """Limit of one request."""
+    reply_bytes: PositiveInt
+    """Limit of the reply to one request."""
+    positions: int | None
+    """Tokens of a sequence; None: the model has no limit."""
     format: int = FORMAT
-
-    def encode(self) -> dict[str, Any]:
-        """Returns values for JSON."""
-        return asdict(self)
 
     @staticmethod
     def decode(values: Any) -> About:
-        """Reads what `encode` gives; a later server may say more. Raises ProtocolError for anything else."""
+        """Reads values of JSON; a later server may say more. Raises ProtocolError for anything else."""
         if not isinstance(values, Mapping) or "format" not in values:
             raise ProtocolError("it is not the description of a served teacher")
         if values["format"] != FORMAT:
@@ -162,11 +142,6 @@ class ScoreRequest:
     def num_tokens(self) -> int:
         """N."""
         return int(self.tokens.numel())
-
-    @property
-    def num_rows(self) -> int:
-        """R."""
-        return self.num_tokens - int(self.prompt_lengths.long().sum())
 
     @property
     def kind(self) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from understudy.http import BadReply
-from understudy.packing import Unscored
 from understudy.types import Sample, Scores
 
 TOLERANCE = 1e-4
@@ -141,11 +140,6 @@ def number(value: Any) -> float:
     if type(value) not in (float, int):
         raise TypeError(f"{value!r} stands where a number should")
     return float(value)
-
-
-def unscored(sample: Sample, k: int | None, reason: str) -> Unscored:
-    """Returns NaN, and id -1, in every row; `k`: entries of a top-K row, None for no such rows."""
-    return Unscored(**vars(empty_scores(sample, k)), reason=reason)
 
 
 def empty_scores(sample: Sample, k: int | None) -> Scores:

@@ -17,15 +17,14 @@ from understudy.http import (
     Refused,
     Reply,
     RetryPolicy,
-    check_address,
     check_variable,
     read_key,
 )
 from understudy.linear.head import LMHead
 from understudy.packing import LOGPROB_TOLERANCE, Unscored
-from understudy.teachers.base import Setup
+from understudy.teachers.base import Setup, Teacher
 from understudy.teachers.grouping import by_prompt
-from understudy.teachers.remote.base import RemoteSection, RemoteTeacher
+from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
 from understudy.teachers.remote.protocol import (
     ABOUT,
     HEAD,
@@ -41,7 +40,6 @@ from understudy.teachers.remote.protocol import (
     reply_fields,
     row_bytes,
 )
-from understudy.teachers.stores.cache import CachedTeacher
 from understudy.teachers.stores.recording import tokenizer_digest
 from understudy.types import Need, Sample, Scores
 
@@ -83,20 +81,13 @@ class Served(RemoteSection):
     def shown(self) -> str:
         return f"the teacher at {', '.join(self.urls)}"
 
-    def check(self) -> str:
-        """Raises RecipeError for a URL that cannot be one; nothing is sent."""
-        for url in self.urls:
-            check_address(url, "teacher.url")
-        return f"teacher: {self.shown}, not asked yet"
-
-    def open(self, setup: Setup) -> ServedTeacher | CachedTeacher:
+    def open(self, setup: Setup) -> Teacher:
         """Asks every replica to describe itself.
 
         Raises EngineError if none answers, and for replicas of different teachers, VocabularyError for another tokenizer
-        than the student's, RecipeError as `check` and for a head of fewer rows than the student has tokens.
+        than the student's, RecipeError for a head of fewer rows than the student has tokens.
         """
-        self.check()
-        _ = read_key(self.token_env)
+        read_key(self.token_env)
         about = self._ask_about(setup)
         self._compare(about, setup)
         return self.cached(ServedTeacher(self, about, setup))
@@ -156,14 +147,13 @@ class Served(RemoteSection):
                 f"{self.shown} ({about.model}) has {about.num_rows} rows and the student {setup.vocab_size} tokens: serve a "
                 "teacher of the student's family"
             )
-        if setup.tokenizer is None or tokenizer_digest(setup.tokenizer) == about.tokenizer.digest:
+        if setup.tokenizer is None or tokenizer_digest(setup.tokenizer) == about.tokenizer_digest:
             return
         size, eos = max(setup.tokenizer.get_vocab().values()) + 1, setup.tokenizer.eos_token_id
-        theirs = about.tokenizer
-        if size != theirs.size:
-            how = f"the student's has {size} tokens, the teacher's {theirs.size}"
-        elif eos != theirs.eos_id:
-            how = f"EOS is id {eos} for the student and {theirs.eos_id} for the teacher"
+        if size != about.tokenizer_size:
+            how = f"the student's has {size} tokens, the teacher's {about.tokenizer_size}"
+        elif eos != about.eos_id:
+            how = f"EOS is id {eos} for the student and {about.eos_id} for the teacher"
         else:
             how = f"both have {size} tokens, but not the same"
         raise VocabularyError(
@@ -191,7 +181,7 @@ class ServedTeacher(RemoteTeacher):
     def __init__(self, section: Served, about: About, setup: Setup) -> None:
         # the longest reply is the scores of one request, or the head with its bias
         head = about.num_rows * (about.hidden_size + 1) * getattr(torch, about.dtype).itemsize
-        longest = max(about.limits.reply_bytes, int(head)) + HEADER_BYTES
+        longest = max(about.reply_bytes, int(head)) + HEADER_BYTES
         super().__init__(section, setup, section.connect(setup, section.retry_policy, longest), section.shown)
         self._section: Served = section
         self._about = about
@@ -210,7 +200,7 @@ class ServedTeacher(RemoteTeacher):
 
     @property
     def max_tokens(self) -> int | None:
-        return self._about.limits.positions
+        return self._about.positions
 
     def head_for(self, name: str | None) -> LMHead:
         """Returns the head for `Scores.hidden`, on the run's device; it is fetched at the first call."""
@@ -237,7 +227,7 @@ class ServedTeacher(RemoteTeacher):
 
     def _score(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
         """Asks in batches, side by side."""
-        limit = self._about.limits.positions
+        limit = self._about.positions
         for sample in samples:
             # the last token is never read
             if limit is not None and sample.token_ids.numel() - 1 > limit:
@@ -259,12 +249,12 @@ class ServedTeacher(RemoteTeacher):
     def _batches(self, samples: Sequence[Sample], shapes: Shapes) -> list[list[int]]:
         """Returns indices for each request, samples of one prompt side by side. A request and its reply keep within the
         server's limits unless it is one sample alone."""
-        about, limits = self._about, self._about.limits
+        about = self._about
         row = row_bytes(shapes, scores=getattr(torch, about.dtype), hidden=getattr(torch, about.hidden_dtype))
         # no replica waits while another one has everything
         share = math.ceil(sum(sample.token_ids.numel() for sample in samples) / len(self._client.urls))
         max_tokens = min(self._section.batch_tokens, max(1, share))
-        most = max_tokens, limits.request_bytes - HEADER_BYTES, limits.reply_bytes
+        most = max_tokens, about.request_bytes - HEADER_BYTES, about.reply_bytes
         batches: list[list[int]] = []
         used = [0, 0, 0]
         for index in chain(*by_prompt(samples)):
@@ -305,8 +295,7 @@ class ServedTeacher(RemoteTeacher):
             vocab_size=self._setup.vocab_size,
             k=k,
         )
-        key = samples[0].key + (f" and {len(samples) - 1} more samples" if len(samples) > 1 else "")
-        return self._client.request(SCORE, read, key=key, content=request.encode())
+        return self._client.request(SCORE, read, key=named(samples), content=request.encode())
 
     def _check_same(self, fingerprint: str, url: str) -> None:
         if fingerprint != self._about.fingerprint:
