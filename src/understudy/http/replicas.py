@@ -106,7 +106,12 @@ class Replicas:
                 return min(ready_at.values()) - now
             # one trial at a time, unless there is nobody else
             ready = [replica for replica in ready if not replica.on_trial] or ready
-            best = min(ready, key=lambda replica: self._order(replica, attempts))
+
+            def order(replica: Replica) -> tuple[int, int, int]:
+                tried = sum(permit.replica is replica for permit in attempts.permits)
+                return tried, replica.in_flight, (self._all.index(replica) - self._next) % len(self._all)
+
+            best = min(ready, key=order)
             self._next = self._all.index(best) + 1
             permit = Permit(best, trial=bool(best.openings) and not best.on_trial)
             best.on_trial |= permit.trial
@@ -115,10 +120,6 @@ class Replicas:
             best.counts.retries += bool(attempts.permits)
             attempts.permits.append(permit)
             return permit
-
-    def _order(self, replica: Replica, attempts: Attempts) -> tuple[int, int, int]:
-        tried = sum(permit.replica is replica for permit in attempts.permits)
-        return tried, replica.in_flight, (self._all.index(replica) - self._next) % len(self._all)
 
     def _any_closed(self) -> bool:
         return any(not replica.openings for replica in self._all)

@@ -21,13 +21,8 @@ from understudy.teachers.remote.protocol import About
 if TYPE_CHECKING:
     import uvicorn
 
-MAX_REQUEST_BYTES = 64 * 2**20
-"""16 million ids."""
-MAX_REPLY_BYTES = 2**30
-"""128,000 hidden states of 4,096 numbers in bfloat16."""
 STOP_S = 10
 """Time that requests under way have when the server is told to stop."""
-BACKLOG = 1_024
 MAX_CONNECTIONS = 4_096
 """More connections are answered 503: each takes a file and some memory, whether it asks or not."""
 
@@ -52,8 +47,10 @@ class Settings:
     """Precision in which hidden states are sent; "auto": the model's own."""
     max_batch_tokens: int | None = None
     """Slots of one forward."""
-    max_request_bytes: int = MAX_REQUEST_BYTES
-    max_reply_bytes: int = MAX_REPLY_BYTES
+    max_request_bytes: int = 64 * 2**20
+    """16 million ids."""
+    max_reply_bytes: int = 2**30
+    """128,000 hidden states of 4,096 numbers in bfloat16."""
     share_prompts: bool = True
     """Read the prompt of several responses once."""
 
@@ -160,7 +157,7 @@ def bind(settings: Settings) -> socket.socket:
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, address = found[0][0], found[0][4]
-        return socket.create_server((address[0], address[1]), family=family, backlog=BACKLOG)
+        return socket.create_server((address[0], address[1]), family=family, backlog=1_024)
     except OSError as error:
         raise RecipeError(
             f"cannot listen at {settings.host} port {settings.port} ({error.strerror or error}); choose another --port "

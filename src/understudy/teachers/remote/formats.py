@@ -63,30 +63,35 @@ class WireFormat(ABC):
         return None
 
 
-class VLLMCompletions(WireFormat):
+class _OverCompletions(WireFormat):
+    """A server's /v1/completions: ids in, one choice for each sample."""
+
+    path = "/v1/completions"
+
+    def _prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        ids = [sample.token_ids.tolist() for sample in samples]
+        # some servers generate at least one token; it is cut off
+        return {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
+
+    def parts(self, reply: Any) -> list[Any]:
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(len(choices))):
+            raise BadReply("choices are numbered otherwise than the samples")
+        return choices
+
+
+class VLLMCompletions(_OverCompletions):
     """vLLM's `prompt_logprobs` of completions. Tested with 0.32; it uses nothing that is newer than 0.20.
 
     The server writes the text of every token of every row. One that only scores may be started with
     `--skip-tokenizer-init`, which spares that; it then no longer refuses ids past its vocabulary but crashes.
     """
 
-    path = "/v1/completions"
     default_k_max = 20
     version_path = "/version"
 
     def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "prompt": [sample.token_ids.tolist() for sample in samples],
-            # vLLM generates at least one token
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": num_top,
-            "return_token_ids": True,
-        }
-
-    def parts(self, reply: Any) -> list[Any]:
-        return _choices(reply)
+        return self._prompts(samples) | {"prompt_logprobs": num_top, "return_token_ids": True}
 
     def read(self, sample: Sample, part: Any) -> RawScores:
         """`prompt_logprobs`: None, then for each token a mapping from ids, its own and the likeliest, to numbers."""
@@ -162,10 +167,9 @@ class SGLang(WireFormat):
         )
 
 
-class Completions(WireFormat):
+class Completions(_OverCompletions):
     """Any server with `echo` and `logprobs` of OpenAI's first completions, which writes tokens as text."""
 
-    path = "/v1/completions"
     # tokens are named by text, which several tokens may share, so there is no top-k
     gives = frozenset({"none", "sampled"})
 
@@ -176,19 +180,8 @@ class Completions(WireFormat):
         self._spellings: dict[int, frozenset[str]] = {}
 
     def body(self, samples: Sequence[Sample], num_top: int) -> dict[str, Any]:
-        body = {
-            "model": self.model,
-            "prompt": [sample.token_ids.tolist() for sample in samples],
-            # some servers generate at least one token; it is cut off
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "echo": True,
-            "logprobs": 1,
-        }
+        body = self._prompts(samples) | {"echo": True, "logprobs": 1}
         return body | {"return_tokens_as_token_ids": True} if self._as_ids else body
-
-    def parts(self, reply: Any) -> list[Any]:
-        return _choices(reply)
 
     def read(self, sample: Sample, part: Any) -> RawScores:
         """`logprobs`: `tokens` and `token_logprobs`, the first of which is None."""
@@ -223,11 +216,3 @@ class Completions(WireFormat):
 
 FORMATS: Mapping[str, type[WireFormat]] = {"vllm": VLLMTokens, "sglang": SGLang, "completions": Completions}
 """`teacher.api` in a recipe -> its format."""
-
-
-def _choices(reply: Any) -> list[Any]:
-    """Choices in the order of the prompts."""
-    choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-    if [choice["index"] for choice in choices] != list(range(len(choices))):
-        raise BadReply("choices are numbered otherwise than the samples")
-    return choices

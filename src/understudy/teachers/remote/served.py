@@ -184,23 +184,19 @@ class ServedTeacher(RemoteTeacher):
         longest = max(about.reply_bytes, int(head)) + HEADER_BYTES
         super().__init__(section, setup, section.connect(setup, section.retry_policy, longest), section.shown)
         self._section: Served = section
-        self._about = about
+        self.about = about
+        """The server's description when the run began."""
         self._head: LMHead | None = None
         self._lock = Lock()
 
     @property
-    def about(self) -> About:
-        """The server's description when the run began."""
-        return self._about
-
-    @property
     def fingerprint(self) -> str:
         """Hash of the server's fingerprint, temperature and vocabulary."""
-        return self.hashed(self._about.fingerprint)
+        return self.hashed(self.about.fingerprint)
 
     @property
     def max_tokens(self) -> int | None:
-        return self._about.positions
+        return self.about.positions
 
     def head_for(self, name: str | None) -> LMHead:
         """Returns the head for `Scores.hidden`, on the run's device; it is fetched at the first call."""
@@ -218,7 +214,7 @@ class ServedTeacher(RemoteTeacher):
         except ProtocolError as error:
             raise BadReply(f"a head that cannot be read: {error}") from error
         self._check_same(fingerprint, reply.url)
-        shape = self._about.num_rows, self._about.hidden_size
+        shape = self.about.num_rows, self.about.hidden_size
         if tuple(head.weight.shape) != shape:
             raise BadReply(f"a head of {tuple(head.weight.shape)}, and {shape} was announced")
         device, bias = self._setup.device, None if head.bias is None else head.bias.to(self._setup.device)
@@ -227,7 +223,7 @@ class ServedTeacher(RemoteTeacher):
 
     def _score(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
         """Asks in batches, side by side."""
-        limit = self._about.positions
+        limit = self.about.positions
         for sample in samples:
             # the last token is never read
             if limit is not None and sample.token_ids.numel() - 1 > limit:
@@ -235,7 +231,7 @@ class ServedTeacher(RemoteTeacher):
                     f"sample {sample.key} has {sample.token_ids.numel()} tokens, but {self._who} has {limit} "
                     "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
                 )
-        shapes = reply_fields(need, num_top=k or 0, hidden_size=self._about.hidden_size)
+        shapes = reply_fields(need, num_top=k or 0, hidden_size=self.about.hidden_size)
         batches = self._batches(samples, shapes)
         try:
             answers = self._client.each(
@@ -249,7 +245,7 @@ class ServedTeacher(RemoteTeacher):
     def _batches(self, samples: Sequence[Sample], shapes: Shapes) -> list[list[int]]:
         """Returns indices for each request, samples of one prompt side by side. A request and its reply keep within the
         server's limits unless it is one sample alone."""
-        about = self._about
+        about = self.about
         row = row_bytes(shapes, scores=getattr(torch, about.dtype), hidden=getattr(torch, about.hidden_dtype))
         # no replica waits while another one has everything
         share = math.ceil(sum(sample.token_ids.numel() for sample in samples) / len(self._client.urls))
@@ -298,10 +294,10 @@ class ServedTeacher(RemoteTeacher):
         return self._client.request(SCORE, read, key=named(samples), content=request.encode())
 
     def _check_same(self, fingerprint: str, url: str) -> None:
-        if fingerprint != self._about.fingerprint:
+        if fingerprint != self.about.fingerprint:
             raise EngineError(
-                f"the teacher at {url} is another than when this run began: its fingerprint was {self._about.fingerprint} and "
-                f"is {fingerprint}; serve {self._about.model} as before and resume"
+                f"the teacher at {url} is another than when this run began: its fingerprint was {self.about.fingerprint} and "
+                f"is {fingerprint}; serve {self.about.model} as before and resume"
             )
 
 
