@@ -205,7 +205,7 @@ def test_what_breaks_it_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch)
         spread(engine.model, 0.05, seed=3)
         with pytest.raises(EngineError, match="tied output layer"):
             push(engine, 99)
-        print(f"gap without the head: {engine.engine.last_gap:.2g} nats")
+        print(f"gap without the head: {engine.engine._check.last_gap:.2g} nats")
         message = "did not get version 99"
     else:
         pid = engine.engine._servers._processes[0].pid

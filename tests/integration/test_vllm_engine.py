@@ -215,7 +215,7 @@ def test_a_push_arrives(tied: bool, tmp_path: Path) -> None:
         push(engine, model)
         old = facts(engine.generate(requests(), LONG, step=0))
         assert push(engine, moved(model), 1) < TOLERANCE
-        assert engine.last_gap < TOLERANCE
+        assert engine._check.last_gap < TOLERANCE
         samples = engine.generate(requests(), LONG, step=0)
         assert facts(samples) != old
         for sample in samples:
@@ -243,7 +243,7 @@ def test_weights_of_an_adapter_arrive_merged(tmp_path: Path) -> None:
     plain.load_state_dict(merged_state_dict(model))
     with make_engine(model_of(), tmp_path) as (engine, _):
         engine.push(merged_state_dict(model).items(), 1, probe_of(plain))
-        assert engine.last_gap < TOLERANCE
+        assert engine._check.last_gap < TOLERANCE
 
 
 def test_a_push_that_is_ignored_ends_the_run(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_push_that_is_ignored_ends_the_run(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match="version 1(.|\n)*did not arrive") as caught:
             push(engine, moved(model), 1)
         assert servers[1].url in str(caught.value)
-        assert engine.last_gap > FLOAT32_GAP
+        assert engine._check.last_gap > FLOAT32_GAP
         with pytest.raises(EngineError, match="did not get version 1"):
             engine.generate(requests(), LONG, step=0)
 
@@ -672,15 +672,14 @@ def test_nothing_is_left_when_it_ends_in_the_middle(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_path: Path) -> None:
     model = model_of()
-    options: dict[str, Any] = {"dtype": torch.float32, "place": "shm"}
-    store = WeightStore(model, letters(), tmp_path, **options)
+    store = store_of(model, tmp_path, weights="shm")
     left = store.write(merged_state_dict(model), "v7")
     try:
         with pytest.raises(RecipeError, match="another run is at work"):
-            WeightStore(model, letters(), tmp_path, **options)
+            store_of(model, tmp_path, weights="shm")
         assert store._lock is not None
         store._lock.close()  # as the kernel does when a process ends
-        again = WeightStore(model, letters(), tmp_path, **options)
+        again = store_of(model, tmp_path, weights="shm")
         assert not left.exists()
         again.close()
     finally:
@@ -688,11 +687,16 @@ def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_pat
     assert not store.folder.exists()
 
 
+def store_of(model: Any, tmp_path: Path, dtype: torch.dtype = torch.float32, **section: Any) -> WeightStore:
+    """A store beside a server on this machine."""
+    return WeightStore(VLLM(url="http://127.0.0.1:1", **section), setup_of(model, tmp_path), dtype)
+
+
 def shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a store of `tmp_path` lies in a shared memory of the test's own."""
     monkeypatch.setattr("understudy.engines.vllm.weights.SHARED_MEMORY", tmp_path / "shm")
     (tmp_path / "shm").mkdir()
-    store = WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
+    store = store_of(model_of(), tmp_path, weights="shm")
     store.close()
     return store.folder
 
@@ -719,7 +723,7 @@ def test_a_folder_that_another_user_prepared_is_refused(
         monkeypatch.setattr("understudy.engines.vllm.weights.os.geteuid", lambda: mine + 1)
     says = {"link": "is a link", "lock": "cannot open", "open": "written to by others", "foreign": "another user"}
     with pytest.raises(RecipeError, match=says[way]):
-        WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
+        store_of(model_of(), tmp_path, weights="shm")
     assert victim.read_text() == "precious"
 
 
@@ -729,7 +733,7 @@ def test_a_folder_of_weights_is_ours_alone(tmp_path: Path, monkeypatch: pytest.M
     folder.mkdir(mode=0o700)
     (tmp_path / "home" / "documents").mkdir(parents=True)
     (folder / "v3").symlink_to(tmp_path / "home")
-    store = WeightStore(model_of(), letters(), tmp_path, dtype=torch.float32, place="shm")
+    store = store_of(model_of(), tmp_path, weights="shm")
     assert (tmp_path / "home" / "documents").is_dir()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert (folder / "lock").stat().st_mode & 0o777 == 0o600
@@ -759,7 +763,7 @@ def test_memory_that_is_left(tmp_path: Path) -> None:
 def test_shared_memory_is_not_taken_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     monkeypatch.setattr("understudy.engines.vllm.weights.memory_left", lambda: 1000)
-    store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place=None)
+    store = store_of(model, tmp_path)
     assert store.folder.is_relative_to(tmp_path)
     store.write(merged_state_dict(model), "v0")
     store.close()
@@ -771,10 +775,10 @@ def test_weights_without_room_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         "understudy.engines.vllm.weights._free", lambda folder: 0 if SHARED_MEMORY in (folder, folder.parent) else 10**9
     )
-    store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place=None)
+    store = store_of(model, tmp_path)
     assert store.folder.is_relative_to(tmp_path)
     store.close()
-    store = WeightStore(model, letters(), tmp_path, dtype=torch.float32, place="shm")
+    store = store_of(model, tmp_path, weights="shm")
     with pytest.raises(EngineError, match="GiB free"):
         store.write(merged_state_dict(model), "v0")
     store.close()
@@ -786,7 +790,7 @@ def test_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: pytes
 
     model = model_of(tied=True)
     monkeypatch.setattr("understudy.engines.vllm.weights.SHARD_BYTES", 5000)
-    store = WeightStore(model, letters(), tmp_path, dtype=torch.bfloat16, place=tmp_path)
+    store = store_of(model, tmp_path, weights_dir=str(tmp_path), dtype=torch.bfloat16)
     written = store.write(merged_state_dict(model), "v0")
     assert len(list(written.glob("*.safetensors"))) > 2
     read: Mapping[str, Tensor] = AutoModelForCausalLM.from_pretrained(written, dtype="auto").state_dict()

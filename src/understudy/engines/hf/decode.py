@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,38 +25,8 @@ LOGIT_ELEMENTS = 2**24
 """Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 320 MiB with what a draw needs."""
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """The tokens written in one row, up to and including the one that ends the response. On the CPU."""
-
-    ids: Tensor
-    """[n] int64."""
-    logprob: Tensor
-    """[n]."""
-    stopped: bool
-    """Whether the last token ends the response; else the row is full."""
-
-
-@dataclass(eq=False)
-class _State:
-    """The tokens of b rows that the model has read so far."""
-
-    cache: Any
-    mask: Tensor | None
-    """[b, C + N] bool, False on padding; None if no row is padded."""
-    positions: Tensor
-    """[b, C + N] int64, 0 on padding; [1, C + N] if no row is padded."""
-    length: int
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these rows, in this order; a row may occur several times."""
-        self.cache.reorder_cache(rows)
-        if self.mask is not None:
-            self.mask, self.positions = self.mask[rows], self.positions[rows]
-
-
 class Decoder:
-    """A model, its head and the tokens that end a response. Runs in whatever mode the model is in."""
+    """A model, its head and the tokens that end a response, for one batch. Runs in whatever mode the model is in."""
 
     def __init__(
         self, model: nn.Module, head: LMHead, stop_ids: Sequence[int], autocast: torch.dtype | None = None
@@ -68,11 +37,23 @@ class Decoder:
         self._stop = torch.tensor(sorted(stop_ids), device=self._device)
         self._autocast = autocast
         self._check_every = CHECK_EVERY.get(self._device.type, CHECK_EVERY_ELSEWHERE)
+        self._cache: Any = None
+        self._mask: Tensor | None = None
+        """[b, C + N] bool, False on padding; None if no row is padded."""
+        self._positions = torch.empty(0)
+        """[b, C + N] int64, 0 on padding; [1, C + N] if no row is padded."""
+        self._length = 0
+        """Tokens of a row that the model has read."""
 
     @torch.no_grad()
-    def run(self, contexts: Sequence[Tensor], uniform: Tensor, room: Tensor, sampling: Sampling) -> list[Row]:
-        """contexts: B of [c] int64; uniform [B, N] float64, one draw for each new token; room [B] int64, from 1 to N, the
-        tokens that each row may have."""
+    def run(
+        self, contexts: Sequence[Tensor], uniform: Tensor, room: Tensor, sampling: Sampling
+    ) -> list[tuple[list[int], list[float], bool]]:
+        """Ids and log-probabilities of each row, and whether the last token ends the response; else the row is full.
+
+        contexts: B of [c] int64; uniform [B, N] float64, one draw for each new token; room [B] int64, from 1 to N, the tokens
+        that each row may have.
+        """
         num_rows, num_new = uniform.shape
         uniform, room = uniform.to(self._device), room.to(self._device)
         rows = torch.arange(num_rows, device=self._device)
@@ -80,7 +61,7 @@ class Decoder:
         logprobs = torch.full((num_rows, num_new), float("nan"), dtype=torch.float64, device=self._device)
         # the last position that any row may use: a row that is full runs on for a while, and the model may have no more
         last = max(context.numel() + n for context, n in zip(contexts, room.tolist(), strict=True)) - 1
-        state, hidden = self._prefill(contexts, num_new, last)
+        hidden = self._prefill(contexts, num_new, last)
         done = torch.zeros_like(rows, dtype=torch.bool)
         draws = uniform.T.contiguous()
         for t in range(num_new):
@@ -95,15 +76,15 @@ class Decoder:
                     break
                 if num_left <= KEEP_SHARE * rows.numel():
                     left = (~done).nonzero().squeeze(-1)
-                    state.select(left)
+                    self._select(left)
                     rows, token, done = rows[left], token[left], done[left]
                     draws = uniform[rows].T.contiguous()
-            hidden = self._forward(state, token[:, None])
+            hidden = self._forward(token[:, None])
         ends = torch.isin(ids, self._stop) & (torch.arange(num_new, device=self._device) < room[:, None])
         stopped = ends.any(-1)
         lengths = torch.where(stopped, ends.to(torch.uint8).argmax(-1) + 1, room).tolist()
-        columns = zip(ids.cpu(), logprobs.cpu(), lengths, stopped.tolist(), strict=True)
-        return [Row(tokens[:n], values[:n], end) for tokens, values, n, end in columns]
+        columns = zip(ids.tolist(), logprobs.tolist(), lengths, stopped.tolist(), strict=True)
+        return [(tokens[:n], values[:n], end) for tokens, values, n, end in columns]
 
     def _draw(self, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """Logits in float32 (float64 for float64), whatever the model computes in. [b, H], [b] -> [b], [b]."""
@@ -115,8 +96,8 @@ class Decoder:
         ]
         return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 
-    def _prefill(self, contexts: Sequence[Tensor], num_new: int, last: int) -> tuple[_State, Tensor]:
-        """Reads every distinct context once. The state of B rows, and the hidden states [B, H] at their last tokens."""
+    def _prefill(self, contexts: Sequence[Tensor], num_new: int, last: int) -> Tensor:
+        """Reads every distinct context once. The hidden states at the last tokens of all B rows. [B, H]."""
         # late, because it imports transformers
         from understudy.engines.hf.kv_cache import new_cache
 
@@ -131,30 +112,34 @@ class Decoder:
         ids[real[:, :width]] = torch.cat(list(distinct.values()))
         positions = (column - (width - lengths)[:, None]).clamp(0, last)
         padded = not bool(real.all())
-        state = _State(
-            cache=new_cache(self._backbone.config, width + num_new),
-            mask=real.to(self._device) if padded else None,
-            positions=(positions if padded else positions[:1]).to(self._device),
-            length=0,
-        )
-        hidden = self._forward(state, ids.to(self._device))
+        self._cache = new_cache(self._backbone.config, width + num_new)
+        self._mask = real.to(self._device) if padded else None
+        self._positions = (positions if padded else positions[:1]).to(self._device)
+        self._length = 0
+        hidden = self._forward(ids.to(self._device))
         select = torch.tensor([where[name] for name in names], device=self._device)
         if len(distinct) < len(contexts):
-            state.select(select)
-        return state, hidden[select]
+            self._select(select)
+        return hidden[select]
 
-    def _forward(self, state: _State, ids: Tensor) -> Tensor:
-        """Hidden states at the last of `ids` [b, n], which the state then holds. [b, H]."""
-        end = state.length + ids.shape[1]
+    def _select(self, rows: Tensor) -> None:
+        """Keeps these rows, in this order; a row may occur several times."""
+        self._cache.reorder_cache(rows)
+        if self._mask is not None:
+            self._mask, self._positions = self._mask[rows], self._positions[rows]
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """Hidden states at the last of `ids` [b, n], which the cache then holds. [b, H]."""
+        end = self._length + ids.shape[1]
         with nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast):
             output = self._backbone(
                 input_ids=ids,
-                position_ids=state.positions[:, state.length : end],
-                attention_mask=None if state.mask is None else state.mask[:, :end],
-                past_key_values=state.cache,
+                position_ids=self._positions[:, self._length : end],
+                attention_mask=None if self._mask is None else self._mask[:, :end],
+                past_key_values=self._cache,
                 use_cache=True,
             )
-        state.length = end
+        self._length = end
         hidden: Tensor = output.last_hidden_state
         return hidden[:, -1]
 

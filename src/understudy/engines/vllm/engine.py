@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -84,11 +83,6 @@ class VLLMEngine:
     def num_positions(self) -> int | None:
         """Tokens of prompt and response together; None where no server gives a limit, or none is started yet."""
         return self._servers.facts.max_length if self._servers.started else None
-
-    @property
-    def last_gap(self) -> float:
-        """The largest mean distance, in nats, of a server's log-probabilities from the trainer's at the last comparison."""
-        return self._check.last_gap
 
     def health(self) -> str:
         """A line about the servers. Raises EngineError for one that does not answer."""
@@ -228,15 +222,7 @@ class VLLMEngine:
     def _open_store(self) -> WeightStore:
         # not in __init__, because only the rank that pushes may take the folder
         if self._store is None:
-            setup = self._setup
-            place: Path | Literal["shm"] | None = setup.run_dir / "weights"
-            if self._section.weights_dir is not None:
-                place = Path(self._section.weights_dir).expanduser()
-            elif self._section.weights == "shm":
-                place = "shm"
-            elif self._section.weights == "auto" and self._section.is_local:
-                place = None
-            self._store = WeightStore(setup.model, setup.tokenizer, setup.run_dir, dtype=self._dtype, place=place)
+            self._store = WeightStore(self._section, self._setup, self._dtype)
         return self._store
 
     def _write(self, group: list[Response], sampling: Sampling, stream: str) -> None:

@@ -115,8 +115,7 @@ class ServerProcess:
 
     def check(self, within_s: float = 0.0) -> None:
         """Raises EngineError with the end of its log if the server does not run, or ends within so many seconds."""
-        if self._supervisor is None:
-            raise EngineError(f"{self.name} is not started")
+        assert self._supervisor is not None
         with suppress(subprocess.TimeoutExpired):
             self._supervisor.wait(within_s)
         status = self._supervisor.returncode

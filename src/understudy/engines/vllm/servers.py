@@ -74,25 +74,15 @@ class Servers:
     """Shares requests for samples out between the servers."""
     urls: tuple[str, ...] = field(default=(), init=False)
     """In the order of the servers' numbers."""
-    _facts: Facts | None = field(default=None, init=False)
+    facts: Facts = field(init=False)
+    """Common to all servers; read by `start`, as `client` is opened."""
+    started: bool = field(default=False, init=False)
     _processes: list[ServerProcess] = field(default_factory=list, init=False)
     _clients: list[HttpClient] = field(default_factory=list, init=False)
     """The last one manages the servers."""
     _unpausable: set[int] = field(default_factory=set, init=False)
     _paused: set[int] = field(default_factory=set, init=False)
     """Servers that were asked to pause, whether they answered or not."""
-
-    @property
-    def started(self) -> bool:
-        """Whether the servers are there and have given their facts."""
-        return self._facts is not None
-
-    @property
-    def facts(self) -> Facts:
-        """Common to all servers. Raises EngineError before `start`."""
-        if self._facts is None:
-            raise EngineError("the rollout engine has no weights yet")
-        return self._facts
 
     def start(self, model_dir: Path | None) -> None:
         """Starts the servers with the weights in `model_dir`, or finds those of the user, and reads their facts.
@@ -115,7 +105,7 @@ class Servers:
             )
             # at the start a server that is not there has another address; later it may be restarting
             self._open_client(urls, replace(control, waits=False))
-            facts = self._read_facts()
+            facts = self.facts = self._read_facts()
             self._clients.pop().close()
             self._open_client(urls, control)
             if not promises(facts.logprobs_mode, self.setup.sampling):
@@ -123,7 +113,7 @@ class Servers:
                     f"the rollout engine {self.urls[0]} is in logprobs mode {facts.logprobs_mode}, and the recipe's sampling "
                     f"needs {logprobs_mode(self.setup.sampling) or RAW}: start it with --logprobs-mode"
                 )
-            self._facts = facts
+            self.started = True
         except BaseException:
             self.close()
             raise

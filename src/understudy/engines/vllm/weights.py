@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from understudy.engines.base import Weights
+from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.servers import Servers
+from understudy.engines.vllm.settings import VLLM
 from understudy.errors import EngineError, RecipeError
 from understudy.models import unwrap
 
@@ -60,38 +62,26 @@ def _tied_names(model: Any) -> tuple[str, str] | None:
 class WeightStore:
     """Directories with one version of the weights each, written whole or not at all, and gone after `close`.
 
-    A folder in shared memory is named after `run_dir`, so that the next run there finds and removes what a killed one left.
+    The folder is named after `run_dir`, so that the next run there finds and removes what a killed one left.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        run_dir: Path,
-        *,
-        dtype: torch.dtype,
-        place: Path | Literal["shm"] | None,
-    ) -> None:
-        """`place`: None for shared memory where it has room, else `run_dir`. Raises RecipeError for another run that is at
-        work there, and for a folder there that others can write to."""
-        self._model = unwrap(model)
-        self._tokenizer = tokenizer
+    def __init__(self, section: VLLM, setup: EngineSetup, dtype: torch.dtype) -> None:
+        """Raises RecipeError where another run is at work, and for a folder that others can write to."""
+        self._model, self._tokenizer = unwrap(setup.model), setup.tokenizer
         self._dtype = dtype
         tensors: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
         num_tied = self._model.get_input_embeddings().weight.numel() if _tied_names(self._model) else 0
         self._num_bytes = (sum(tensor.numel() for tensor in tensors) + num_tied) * dtype.itemsize
-        name = "understudy-" + blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
+        name = "understudy-" + blake2b(str(setup.run_dir.resolve()).encode(), digest_size=6).hexdigest()
         shared = SHARED_MEMORY / name
-        if isinstance(place, Path):
-            self.folder = place / name
-        elif place == "shm":
-            if not SHARED_MEMORY.is_dir():
-                raise RecipeError(f"rollout.weights is shm, but there is no {SHARED_MEMORY}; use directory")
-            self.folder = shared
-        else:
+        in_memory = section.weights == "shm"
+        if section.weights == "auto" and section.weights_dir is None and section.is_local:
             # what a killed run left there counts as free, because it is removed before anything is written
-            has_room = SHARED_MEMORY.is_dir() and _free(SHARED_MEMORY) + _size(shared) > ROOM * self._num_bytes
-            self.folder = shared if has_room else run_dir / "weights" / name
+            in_memory = SHARED_MEMORY.is_dir() and _free(SHARED_MEMORY) + _size(shared) > ROOM * self._num_bytes
+        elif in_memory and not SHARED_MEMORY.is_dir():
+            raise RecipeError(f"rollout.weights is shm, but there is no {SHARED_MEMORY}; use directory")
+        place = setup.run_dir / "weights" if section.weights_dir is None else Path(section.weights_dir).expanduser()
+        self.folder = shared if in_memory else place / name
         self._lock: IO[bytes] | None = _take_folder(self.folder)
 
     @contextmanager
