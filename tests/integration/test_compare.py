@@ -429,7 +429,7 @@ def test_what_is_known_is_written_while_runs_are_made(tmp_path: Path, monkeypatc
     assert sorted(measured) == sorted(cell.path for cell in made if cell is not made[2])
     assert [row.num_finished for row in drafts[0].table.rows] == [2, 0]
     assert ended.unfinished == ""
-    assert (ended.status, ended.table) == ("failed", drafts[1].table)
+    assert (ended.ending, ended.table) == ("failed", drafts[1].table)
     write_outputs(ended)
     assert "Unfinished" not in "".join(path.read_text() for path in found.out.iterdir() if path.is_file())
 
@@ -719,7 +719,7 @@ def test_what_a_run_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     assert "optimizer step" not in html
     assert "&#34;point&#34;:&#34;sample&#34;" in html
     assert "over training samples" in html
-    assert not [text for chart in charts for text in chart.summary if "at step" in text]
+    assert not [line for chart in charts for line in chart.lines if "at step" in chart.describe(line.series)]
 
 
 def test_more_combinations_than_colours_get_more_charts(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 del values[name]["num_problems"]
         rows.append(values)
     return {
-        "status": comparison.status,
+        "status": "running" if comparison.running else comparison.ending,
         "unfinished": comparison.unfinished,
         "command": without_secrets(comparison.command),
         "grid": dump(cells.grid),

@@ -120,14 +120,14 @@ def work(job: Job) -> int:
     try:
         with Console() as console:
             result = run.train(config.parse(Recipe, job.recipe), resume=job.resume, console=console)
-    except UnderstudyError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         return STOPPED
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if not isinstance(error, UnderstudyError):
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {text}"
+        print(f"error: {text}", file=sys.stderr)
         return FAILED
     return STOPPED if result.ending == "stopped by a signal" else 0
 

@@ -51,23 +51,15 @@ class Comparison:
         return "stopped by a signal" if "not run" in statuses else "finished"
 
     @property
-    def status(self) -> Ending | Literal["running"]:
-        """`ending`, once it has ended."""
-        return "running" if self.running else self.ending
-
-    @property
     def unfinished(self) -> str:
         """Says how many runs are still to be made; empty where none is."""
         if not self.running and all(outcome.status != "not run" for outcome in (*self.tuning, *self.outcomes)):
             return ""
         grid = self.cells.grid
-        kinds = [(self.outcomes, len(grid.combinations()) * grid.seeds, "runs")]
+        num_ended, num_tuned = (sum(o.status != "not run" for o in found) for found in (self.outcomes, self.tuning))
+        ended = f"{num_ended} of {len(grid.combinations()) * grid.seeds} runs"
         if grid.tune:
-            kinds.insert(0, (self.tuning, len(self.cells.tuning), "tuning runs"))
-        ended = " and ".join(
-            f"{sum(outcome.status != 'not run' for outcome in outcomes)} of {total} {name}"
-            for outcomes, total, name in kinds
-        )
+            ended = f"{num_tuned} of {len(self.cells.tuning)} tuning runs and {ended}"
         when = "This was written while it ran; if it no longer runs, the" if self.running else "The"
         return f"Unfinished: {ended} have ended. {when} same command continues it."
 

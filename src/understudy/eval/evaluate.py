@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def run_eval(
     evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
     as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `progress` is called with the
     samples of each block; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
-    equal ids and if no prompt fits the budget.
+    equal ids and if no prompt fits the budget, CheckpointError if the files cannot be written.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
@@ -89,7 +89,14 @@ def run_eval(
         rejected = rejection.metrics(first, task, play_episodes, sampling, f"eval/{split}/rejection")
         summary = replace(summary, metrics={**summary.metrics, **rejected})
     if out_dir is not None:
-        write_eval(out_dir, summary, samples)
+        path = out_dir / f"step_{step:06d}.json"
+        # an old summary goes first and the new one comes last: beside a summary always lie its own samples
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot replace {path}: {error.strerror or error}; fix permissions") from error
+        write_json_lines(path.with_suffix(".jsonl"), (sample_row(sample) for sample in samples))
+        write_json(path, asdict(summary))
     return summary
 
 
@@ -158,17 +165,3 @@ def _grade(task: Task, sample: Sample) -> Sample:
     if sample.grade is not None or sample.prompt.reference is None or sample.finish == "environment":
         return sample
     return replace(sample, grade=task.grade(sample.prompt, sample.text))
-
-
-def write_eval(out_dir: Path, summary: EvalSummary, samples: Iterable[Sample]) -> None:
-    """Removes an old summary first and writes the new one last: beside a summary always lie its own samples.
-
-    Raises CheckpointError if they cannot be written.
-    """
-    path = out_dir / f"step_{summary.step:06d}.json"
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot replace {path}: {error.strerror or error}; fix permissions") from error
-    write_json_lines(path.with_suffix(".jsonl"), (sample_row(sample) for sample in samples))
-    write_json(path, asdict(summary))

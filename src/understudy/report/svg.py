@@ -66,12 +66,6 @@ class Chart:
         window = smooth_window(max(len(line.series.steps) for line in self.lines))
         return window if window > 1 and not self.stacked else 0
 
-    @property
-    def summary(self) -> list[str]:
-        """Each line in words, with its name where there are several."""
-        names = [f"{line.name}: " if len(self.lines) > 1 else "" for line in self.lines]
-        return [name + self.describe(line.series) for name, line in zip(names, self.lines, strict=True)]
-
     def describe(self, series: Series) -> str:
         """First, last and extreme values, and where they are: "at step 5" for the point "step"."""
         known = series.at(np.isfinite(series.values))
