@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import blake2b
 from threading import RLock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from understudy.errors import RecipeError, ScoreError
 from understudy.linear import score
 from understudy.linear.head import LMHead, project
-from understudy.models import DType, backbone_hidden, lm_head, load_causal_lm, num_positions, row_style, unwrap
+from understudy.models import backbone_hidden, lm_head, num_positions, row_style, unwrap
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
 from understudy.teachers.base import CAN, LoadedSection, Setup, Source, Teacher, TeacherSection, check_need
@@ -83,10 +83,7 @@ class Start(LoadedSection):
                 f"{len(moving)} weights outside the adapters are trained too, first {moving[0]!r}, so the student without "
                 "its adapters is not its start; train adapters only, or name the start as a model of its own"
             )
-        base = unwrap(student)
-        attention = getattr(base.config, "_attn_implementation", None)
-        has = {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention}
-        for key, value in has.items():
+        for key, value in _run_as(student).items():
             if getattr(self, key) not in (None, "auto", value):
                 raise RecipeError(
                     f"{key} is {getattr(self, key)!r}, but with LoRA the student's start is the live model without its "
@@ -99,24 +96,26 @@ class Start(LoadedSection):
 
         Raises RecipeError where there is neither a start to load nor a way to build it again.
         """
-        dtype, attention = self.dtype, self.attn_implementation
-        if setup.student is not None:
-            base = unwrap(setup.student)
-            dtype = cast("DType", str(base.dtype).removeprefix("torch.")) if dtype == "auto" else dtype
-            attention = attention or getattr(base.config, "_attn_implementation", None)
-        device = "cpu" if self.offload else setup.device
-        model: nn.Module
+        own = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        given = {key: value for key, value in own.items() if value not in (None, "auto")}
+        options = ({} if setup.student is None else _run_as(setup.student)) | given
         if setup.start is not None:
-            options = {"attn_implementation": attention, "revision": setup.start_revision}
-            model = load_causal_lm(setup.start, dtype=dtype, device=device, **options)
-            return model
+            section = Local(setup.start, setup.start_revision, offload=self.offload, **options)
+            return section.load(setup.device)
         if setup.fresh_student is None:
             raise RecipeError(
                 f"{setup.name}: the student's start cannot be had again: it is built from scratch (student.build), and "
                 "nothing says how to build it once more; set Setup.fresh_student, or name a model instead"
             )
-        model = setup.fresh_student().to(device).eval()
-        return model if dtype == "auto" else model.to(getattr(torch, dtype))
+        model = setup.fresh_student().to("cpu" if self.offload else setup.device).eval()
+        return model.to(getattr(torch, options["dtype"])) if "dtype" in options else model
+
+
+def _run_as(student: nn.Module) -> dict[str, Any]:
+    """The keys by which a model is run as the student is."""
+    base = unwrap(student)
+    attention = getattr(base.config, "_attn_implementation", None)
+    return {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention}
 
 
 @contextmanager

@@ -44,8 +44,6 @@ WAIT_S = 60.0
 """Time that another process has to finish its write."""
 NARROW = ("token_ids", "topk_ids")
 """Stored as int32."""
-_ROWS_AT_A_TIME = 500
-"""Below the number of variables that any SQLite allows in one statement."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS scores (
     key BLOB PRIMARY KEY, fingerprint TEXT NOT NULL, teacher TEXT, prompt_length INTEGER NOT NULL, value BLOB NOT NULL
@@ -181,12 +179,9 @@ class CachedTeacher(Teacher):
 
     def _read(self, samples: Mapping[bytes, Sample]) -> dict[bytes, Scores]:
         found: dict[bytes, Scores] = {}
-        keys = list(samples)
-        for start in range(0, len(keys), _ROWS_AT_A_TIME):
-            part = keys[start : start + _ROWS_AT_A_TIME]
-            marks = ",".join("?" * len(part))
-            for key, value in self._run(f"SELECT key, value FROM scores WHERE key IN ({marks})", part):  # noqa: S608
-                sample, tensors = samples[key], self._unpack(value)
+        for key, sample in samples.items():
+            for (value,) in self._run("SELECT value FROM scores WHERE key = ?", [key]):
+                tensors = self._unpack(value)
                 if not torch.equal(tensors.pop("token_ids"), sample.token_ids):
                     raise self._damaged(f"sample {sample.key} is stored with other tokens")
                 found[key] = Scores(sample.response_ids, **tensors)

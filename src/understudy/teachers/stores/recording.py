@@ -357,10 +357,6 @@ class StoredTeacher(Teacher):
         """Prompts that have a recorded sample."""
         return frozenset(row["prompt"] for _, _, row in self._rows.values())
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self._rows)
-
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """The recorded scores, bit for bit; of a top-K row the first `k`.
 
@@ -378,8 +374,8 @@ class StoredTeacher(Teacher):
         for sample in samples:
             if sample.key not in self._rows:
                 raise ScoreError(
-                    f"sample {sample.key} is not among the {len(self)} of {self._path}: only recorded samples have scores; "
-                    "replay them, or record this one"
+                    f"sample {sample.key} is not among the {len(self._rows)} of {self._path}: only recorded samples have "
+                    "scores; replay them, or record this one"
                 )
             stored = self._tensor(sample.key, "token_ids")
             if stored is None or not torch.equal(stored, sample.token_ids):
