@@ -1,4 +1,4 @@
-# make quickstart, make evidence, make vllm, make test, make test-kernels. Each creates .venv where it is missing.
+# make quickstart, make evidence, make vllm, make test, make test-kernels, make docs. Each creates .venv where it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence vllm environment test test-fast test-kernels check clean-quickstart
+.PHONY: quickstart evidence vllm environment test test-fast test-kernels check docs clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-fast    laws, properties and what is quick of the rest (a minute)"
 	@echo "make test-kernels laws, properties and end-to-end tests under four kinds of CPU kernel (TESTS=tests: all)"
 	@echo "make check        linters, types, import directions, docs"
+	@echo "make docs         the site of the documentation, with the report of a short run in it (a minute)"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,3 +55,6 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_docs.py
+
+docs: $(STAMP)
+	$(BIN)/python scripts/docs.py
