@@ -19,9 +19,8 @@ from understudy.files import write_json
 from understudy.models import save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Parts
-from understudy.trainer.checkpoint import Progress, written_whole
+from understudy.trainer.checkpoint import Progress, RunDir, written_whole
 from understudy.trainer.observe import peak_memory_gib
-from understudy.trainer.rundir import RunDir
 
 
 def export_student(parts: Parts, run_dir: RunDir) -> None:

@@ -34,6 +34,7 @@ from understudy.teachers import Judge
 from understudy.trainer.checkpoint import (
     STUDENT,
     Progress,
+    RunDir,
     find_checkpoint,
     load_checkpoint,
     load_teacher_state,
@@ -46,7 +47,6 @@ from understudy.trainer.loop import Ending, Trainer
 from understudy.trainer.observe import Observer
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import PromptStream, Rollouts
-from understudy.trainer.rundir import RunDir
 from understudy.trainer.update import Optimizer
 from understudy.types import Prompt
 

@@ -19,8 +19,8 @@ from understudy.recipe import Recipe, check_same_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import eval_prompts
 from understudy.tasks import overlap
+from understudy.trainer.checkpoint import RunDir
 from understudy.trainer.rollouts import MAX_ROUNDS
-from understudy.trainer.rundir import RunDir
 
 State = Literal["new", "started", "finished"]
 

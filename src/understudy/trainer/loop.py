@@ -17,12 +17,11 @@ from understudy.eval.summary import EvalSummary, sample_row, token_table
 from understudy.files import write_json_lines
 from understudy.methods import Method
 from understudy.randomness import hash_name
-from understudy.trainer.checkpoint import Progress, prune, save_checkpoint
+from understudy.trainer.checkpoint import Progress, RunDir, prune, save_checkpoint
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, Observer, collected_metrics, nonfinite_record, peak_memory_gib
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import Rollouts
-from understudy.trainer.rundir import RunDir
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import StopSignal
 from understudy.trainer.update import Heads, MicroBatch, Optimizer, StudentModel, accumulate_gradients, prepare

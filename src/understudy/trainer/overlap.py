@@ -41,8 +41,8 @@ class _Batch:
     """Position at which `drawn` begins. It names the draws and the samples' indices, so no batch in flight shares either."""
     method: Method
     plan: RolloutPlan
-    num_draws: int = 1
-    num_chunks: int = 0
+    num_draws: int
+    num_chunks: int
     scored: dict[int, Collected] = field(default_factory=dict)
     """By the number of the chunk, requests that are sent to the engine at once; complete when all chunks are there."""
     abandoned: bool = False
@@ -65,7 +65,6 @@ class Overlapped:
         # guards `_to_score`, `_error`, `_last_news` and the batches' `scored`, which threads change
         self._changed = Condition()
         self._error: BaseException | None = None
-        self._closed = False
         self._last_news = time.monotonic()
         self._next_position: int | None = None
         self._generators = ThreadPoolExecutor(num_engines, "understudy-generate")
@@ -136,10 +135,8 @@ class Overlapped:
                         f"times in a row, async.max_staleness allows {allowed}: does the rollout engine take the weights that "
                         "are pushed?"
                     )
-            again = self._draw(batch.start, len(batch.drawn.prompts), progress.step)
-            again.num_draws = batch.num_draws + 1
-            self._batches[0] = again
-            self._submit(again)
+            size, num_draws = len(batch.drawn.prompts), batch.num_draws + 1
+            self._batches[0] = self._begin(batch.start, size, progress.step, num_draws)
 
     def _wait_for(self, batch: _Batch) -> None:
         with self._changed:
@@ -164,32 +161,28 @@ class Overlapped:
             # what is not for this step is for a later one, with a plan, and maybe a phase, of its own
             later = 0 if num_ahead < wanted else 1 + (num_ahead - wanted) // per_step
             count = min(size, (wanted if num_ahead < wanted else limit) - num_ahead)
-            batch = self._draw(self._next_position, count, step + later)
+            batch = self._begin(self._next_position, count, step + later)
             self._next_position = batch.drawn.next_position
             self._batches.append(batch)
-            self._submit(batch)
 
-    def _draw(self, position: int, size: int, step: int) -> _Batch:
+    def _begin(self, position: int, size: int, step: int, num_draws: int = 1) -> _Batch:
+        """Draws a batch and sends it to the engine, in chunks of one request where nothing compares a prompt's samples."""
         method, own_step = self._method.at(step)
-        drawn = self.rollouts.prompts.draw(position, size)
+        plan, drawn = method.plan(own_step), self.rollouts.prompts.draw(position, size)
         own = [at % self._ranks.world == self._ranks.rank for at in drawn.positions]
         mine = replace(drawn, prompts=tuple(pair for pair, is_mine in zip(drawn.prompts, own, strict=True) if is_mine))
-        return _Batch(drawn, mine, position, method, method.plan(own_step))
-
-    def _submit(self, batch: _Batch) -> None:
-        """Sends a batch to the engine, in chunks of one request where nothing compares the samples of a prompt."""
-        plan = batch.plan
-        requests = batch.mine.requests(self._train.samples_per_prompt, dict.fromkeys(batch.mine.names, batch.start))
+        requests = mine.requests(self._train.samples_per_prompt, dict.fromkeys(mine.names, position))
         compared = plan.rewards is not None or plan.acceptance is not None or plan.prefix_share > 0
         whole = compared or self._grouped or not self._single
         chunks = [requests] if whole and requests else [[request] for request in requests]
-        batch.num_chunks = len(chunks)
+        batch = _Batch(drawn, mine, position, method, plan, num_draws, len(chunks))
         for number, chunk in enumerate(chunks):
             self._generators.submit(self._guarded, self._generate, batch, number, chunk)
+        return batch
 
     def _guarded(self, work: Callable[..., None], *args: object) -> None:
         """Runs `work` in a thread; an error there ends the run and is raised where the run waits."""
-        if self._closed or self._error is not None:
+        if self._error is not None:
             return
         try:
             work(*args)
@@ -231,7 +224,6 @@ class Overlapped:
 
     def close(self) -> None:
         """Gives up what is in flight and ends the threads."""
-        self._closed = True
         for pool in (self._generators, self._scorers):
             pool.shutdown(wait=False, cancel_futures=True)
         # closing engine and teacher breaks off the calls that the threads wait in
