@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from understudy.errors import CheckpointError, RecipeError
-from understudy.trainer.loggers import LOGGERS, Guarded, JsonLines, check_loggers, make_loggers
+from understudy.trainer.loggers import LOGGERS, Dashboard, JsonLines, check_loggers, make_loggers
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +173,7 @@ class _Broken:
 def test_a_dashboard_that_fails_is_told_once_and_the_run_goes_on() -> None:
     warnings: list[str] = []
     inner = _Broken()
-    log = Guarded("wandb", inner, warnings.append)
+    log = Dashboard("wandb", inner.log, inner.close, warnings.append)
     for step in (1, 2, 3):
         log.log(step, {"loss": 1.0})
     log.close()

@@ -9,9 +9,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from understudy.errors import CheckpointError, RecipeError, nearest
@@ -20,14 +19,9 @@ from understudy.text import plain_tree, without_secrets
 
 PROJECT = "understudy"
 """Project name at W&B and Trackio; WANDB_PROJECT and TRACKIO_PROJECT override it."""
-
-
-class MetricLogger(Protocol):
-    """Logs the numbers of every optimizer step."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+Log = Callable[[int, Mapping[str, float]], object]
+"""Logs the numbers of a step."""
+Close = Callable[[], object]
 
 
 class JsonLines:
@@ -98,38 +92,46 @@ class JsonLines:
             ) from error
 
 
-class TensorBoard:
+class Dashboard:
+    """A viewer or service beside metrics.jsonl. Its failures (network, a full quota) are reported once and then ignored: no
+    run dies of its dashboard."""
+
+    def __init__(self, name: str, log: Log, close: Close, warn: Callable[[str], None]) -> None:
+        self._name, self._log, self._close, self._warn = name, log, close, warn
+        self._warned = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._attempt(f"step {step}", lambda: self._log(step, values))
+
+    def close(self) -> None:
+        self._attempt("the end of the run", self._close)
+
+    def _attempt(self, when: str, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except Exception as error:
+            if not self._warned:
+                self._warned = True
+                reason = without_secrets(f"{type(error).__name__}: {error}")
+                self._warn(f"{self._name} failed at {when} ({reason}); training goes on, metrics.jsonl has every step")
+
+
+def tensorboard(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close]:
     """Event files under RUN/tensorboard. On resume TensorBoard hides what an earlier process wrote of later steps."""
+    package: Any = importlib.import_module("torch.utils.tensorboard")
+    purge = None if resume_step is None else resume_step + 1
+    writer = package.SummaryWriter(run_dir / "tensorboard", purge_step=purge)
+    if resume_step is None:
+        writer.add_text("recipe", f"```json\n{json.dumps(plain_tree(recipe), indent=2)}\n```", 0)
 
-    def __init__(self, run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> None:
-        summary: Any = importlib.import_module("torch.utils.tensorboard")
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = summary.SummaryWriter(run_dir / "tensorboard", purge_step=purge)
-        if resume_step is None:
-            self._writer.add_text("recipe", f"```json\n{json.dumps(plain_tree(recipe), indent=2)}\n```", 0)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-@dataclass(frozen=True)
-class Service:
-    """A run of W&B or Trackio, which both take metrics by step."""
-
-    run: Any
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+    return log, writer.close
 
 
-def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> Service:
+def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close]:
     """Weights & Biases. The key comes from its own login or WANDB_API_KEY; WANDB_MODE=offline needs none.
 
     RUN/wandb/run-id keeps the run's id, so that a resumed run continues it; W&B itself ignores steps that it already has.
@@ -148,10 +150,10 @@ def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) 
         resume="allow",
         settings=package.Settings(console="off"),
     )
-    return Service(run)
+    return lambda step, values: run.log(dict(values), step=step), run.finish
 
 
-def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> Service:
+def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close]:
     """Trackio, local unless TRACKIO_SPACE_ID names a Space. A resumed run sends steps after its checkpoint again."""
     run = importlib.import_module("trackio").init(
         project=os.environ.get("TRACKIO_PROJECT", PROJECT),
@@ -160,39 +162,14 @@ def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None
         resume="never" if resume_step is None else "allow",
         embed=False,
     )
-    return Service(run)
+    return lambda step, values: run.log(dict(values), step=step), run.finish
 
 
-LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], MetricLogger]] = {
-    "tensorboard": TensorBoard,
+LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], tuple[Log, Close]]] = {
+    "tensorboard": tensorboard,
     "wandb": wandb,
     "trackio": trackio,
 }
-
-
-class Guarded:
-    """A logger whose failures (network, a full quota) are reported once and then ignored: no run dies of its dashboard."""
-
-    def __init__(self, name: str, inner: MetricLogger, warn: Callable[[str], None]) -> None:
-        self.name = name
-        self._inner = inner
-        self._warn = warn
-        self._warned = False
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._attempt(f"step {step}", lambda: self._inner.log(step, values))
-
-    def close(self) -> None:
-        self._attempt("the end of the run", self._inner.close)
-
-    def _attempt(self, when: str, do: Callable[[], None]) -> None:
-        try:
-            do()
-        except Exception as error:
-            if not self._warned:
-                self._warned = True
-                reason = without_secrets(f"{type(error).__name__}: {error}")
-                self._warn(f"{self.name} failed at {when} ({reason}); training goes on, metrics.jsonl has every step")
 
 
 def make_loggers(
@@ -202,7 +179,7 @@ def make_loggers(
     *,
     resume_step: int | None = None,
     warn: Callable[[str], None],
-) -> list[MetricLogger]:
+) -> list[JsonLines | Dashboard]:
     """RUN/metrics.jsonl and the loggers of `names`. With `resume_step`, lines of later steps are dropped first.
 
     Raises RecipeError for an unknown name, a package that is not installed and a service that cannot be started.
@@ -211,10 +188,10 @@ def make_loggers(
     lines = JsonLines(run_dir / "metrics.jsonl")
     if resume_step is not None:
         lines.truncate_after(resume_step)
-    loggers: list[MetricLogger] = [lines]
+    loggers: list[JsonLines | Dashboard] = [lines]
     for name in names:
         try:
-            inner = LOGGERS[name](run_dir, recipe, resume_step)
+            log, close = LOGGERS[name](run_dir, recipe, resume_step)
         except Exception as error:
             for started in loggers:
                 started.close()
@@ -222,7 +199,7 @@ def make_loggers(
             raise RecipeError(
                 f"loggers: {name!r} could not be started ({reason}); log in to it, set it to offline, or remove it"
             ) from error
-        loggers.append(Guarded(name, inner, warn))
+        loggers.append(Dashboard(name, log, close, warn))
     return loggers
 
 

@@ -18,7 +18,7 @@ from understudy.format import Interval
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected
 from understudy.trainer.console import Console
-from understudy.trainer.loggers import JsonLines, MetricLogger
+from understudy.trainer.loggers import Dashboard, JsonLines
 from understudy.types import Author, Metric, Sample
 
 
@@ -123,7 +123,7 @@ class Observer:
     """Sends numbers to the console, the loggers and files of lines. Ranks other than the first have none of these."""
 
     console: Console
-    loggers: Sequence[MetricLogger] = ()
+    loggers: Sequence[JsonLines | Dashboard] = ()
     files: Mapping[str, JsonLines] = field(default_factory=dict)
     """By name: "events", and "consumed" for the prompts that each step used."""
     summaries: list[EvalSummary] = field(default_factory=list)
