@@ -290,17 +290,15 @@ def _missing(
         return missing
     whole = []
     for sample, score in zip(samples, scores, strict=True):
-        size = sample.num_response_tokens
-        if score.hidden is None:
-            whole.append(torch.zeros(size, dtype=torch.bool, device=device))
-            continue
+        size, hidden = sample.num_response_tokens, score.hidden
         # teachers may differ in H, so hidden states are not joined
-        if score.hidden.dim() != 2 or len(score.hidden) != size:
+        if hidden is not None and hidden.shape[:-1] != (size,):
             raise ScoreError(
-                f"sample {sample.key}: hidden has shape {tuple(score.hidden.shape)}; expected ({size}, H): one row for "
-                "each response token"
+                f"sample {sample.key}: hidden has shape {tuple(hidden.shape)}; expected ({size}, H): one row for each "
+                "response token"
             )
-        whole.append(score.hidden.isfinite().all(-1).to(device))
+        finite = torch.zeros(size, dtype=torch.bool) if hidden is None else hidden.isfinite().all(-1)
+        whole.append(finite.to(device))
     # moved to the CPU once: a transfer for every sample would wait for the GPU each time
     return missing | {"hidden": trained & ~torch.cat(whole).cpu()}
 

@@ -34,10 +34,11 @@ from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import Files, Parts, check
 from understudy.recipe.doctor import errors_of, examine, show
 from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
+from understudy.tasks import Split
 from understudy.trainer.checkpoint import RunDir
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.settings import Eval, Split
+from understudy.trainer.settings import Eval
 from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
 

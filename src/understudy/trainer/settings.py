@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from understudy.losses.schedules import Shape
+from understudy.tasks import Split
 from understudy.types import Sampling
-
-Split = Literal["train", "validation", "test"]
 
 
 def _check(section: object, low: float, *names: str, high: float = math.inf) -> None:
