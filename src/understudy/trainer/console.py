@@ -79,7 +79,10 @@ class Console:
 
         `ends_early`: a good evaluation may end it, so the time left is called an upper bound.
         """
-        self._run = _Pace(self._bars, "train", self._clock, total_steps, first_step, ends_early)
+        self._run = _Pace(self._bars, "train", self._clock, total_steps, first_step)
+        self._run.bound = "at most " if ends_early else ""
+        # the first step has a line of its own
+        self._run.said = -math.inf
         self._show()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -125,7 +128,7 @@ class Console:
 
         def advance(count: int) -> None:
             pace.move(pace.done + count)
-            if not self._live and pace.done < total and pace.is_due(first=False):
+            if not self._live and pace.done < total and pace.is_due():
                 self.note(f"{title}: {pace.done:,}/{total:,}  {pace.left}")
 
         try:
@@ -177,20 +180,14 @@ class Console:
 class _Pace:
     """A bar with its progress: how far it is, when it will end and when the next line about it is due."""
 
-    def __init__(
-        self,
-        bars: Progress,
-        title: str,
-        clock: Callable[[], float],
-        total: int,
-        first: int = 0,
-        ends_early: bool = False,
-    ) -> None:
+    def __init__(self, bars: Progress, title: str, clock: Callable[[], float], total: int, first: int = 0) -> None:
         self._bars, self._clock, self._start, self._first = bars, clock, clock(), first
-        self._bound = "at most " if ends_early else ""
-        self._said: float | None = None
         self.task = bars.add_task(title, total=total, completed=first, left="")
         self.total, self.done, self.left = total, first, ""
+        self.bound = ""
+        """Stands before the time left."""
+        self.said = 0.0
+        """When the last line was written; at first none is due for a while."""
 
     def elapsed(self) -> float:
         return self._clock() - self._start
@@ -200,17 +197,13 @@ class _Pace:
         first unit and at the end."""
         here, self.done, self.left = done - self._first, done, ""
         if here > 0 and done < self.total:
-            self.left = f"{self._bound}{seconds(self.elapsed() / here * (self.total - done))} left"
+            self.left = f"{self.bound}{seconds(self.elapsed() / here * (self.total - done))} left"
         self._bars.update(self.task, completed=done, left=self.left)
 
-    def is_due(self, first: bool = True) -> bool:
-        """Whether to write a line now: after the first step and the last, and between them at a falling rate."""
+    def is_due(self) -> bool:
+        """Whether to write a line now: at the end, and before it at a falling rate."""
         now = self.elapsed()
-        if self._said is None:
-            due = first or now >= _LINE_EVERY_S
-        else:
-            due = now - self._said >= min(_LINE_AT_LATEST_S, max(_LINE_EVERY_S, _LINE_SHARE * now))
-        if due or self.done >= self.total:
-            self._said = now
-            return True
-        return False
+        if self.done < self.total and now - self.said < min(_LINE_AT_LATEST_S, max(_LINE_EVERY_S, _LINE_SHARE * now)):
+            return False
+        self.said = now
+        return True
