@@ -78,25 +78,22 @@ def paired_difference(comparison: Comparison, metric: str) -> Estimate | None:
 def problem_value(metric: str, attempts: Sequence[Attempt]) -> float | None:
     """A metric of the attempts at one problem; None where they do not determine it."""
     kind, _, count = metric.partition("@")
-    num = len(attempts)
-    if kind in ("avg", "pass", "maj"):
-        scores = [attempt.score for attempt in attempts if attempt.score is not None]
-        if len(scores) < num or not count.isdecimal() or not 1 <= int(count) <= num:
-            return None
-        if kind == "pass":
-            return float(pass_at_k([sum(score >= RIGHT for score in scores)], num, int(count))[0])
-        if int(count) != num:
-            return None
-        if kind == "maj":
-            return majority_score([attempt.answer for attempt in attempts], scores)
-        return float(np.mean(scores))
+    num, k = len(attempts), int(count) if count.isdecimal() else 0
+    values: list[float | None] = [attempt.score for attempt in attempts]
     if kind == "mean_tokens":
-        values = [attempt.num_tokens for attempt in attempts if attempt.num_tokens is not None]
+        values = [attempt.num_tokens for attempt in attempts]
     elif kind == "truncated":
-        values = [attempt.finish == "length" for attempt in attempts if attempt.finish]
-    else:
+        values = [attempt.finish == "length" if attempt.finish else None for attempt in attempts]
+    known = [value for value in values if value is not None]
+    if len(known) < num:
         return None
-    return None if len(values) < num else float(np.mean(values))
+    if kind in ("mean_tokens", "truncated") or (kind == "avg" and k == num):
+        return float(np.mean(known))
+    if kind == "pass" and 1 <= k <= num:
+        return float(pass_at_k([sum(score >= RIGHT for score in known)], num, k)[0])
+    if kind == "maj" and k == num:
+        return majority_score([attempt.answer for attempt in attempts], known)
+    return None
 
 
 def main_metric(record: EvalRecord) -> str | None:
