@@ -24,11 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from understudy.errors import EngineError, RecipeError
-from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
 from understudy.http import client as http_client
-from understudy.http.client import MAX_ERROR_BYTES
+from understudy.http.client import MAX_ERROR_BYTES, HttpClient, RetryPolicy
 from understudy.http.replicas import Attempts, Permit, Replicas
-from understudy.http.replies import MAX_WAIT_S
+from understudy.http.replies import MAX_WAIT_S, BadReply, Refused, Reply
 
 pytestmark = pytest.mark.slow
 
@@ -986,7 +985,8 @@ def test_an_exit_does_not_wait_for_a_wire_that_nobody_closed() -> None:
     code = """
 import sys
 from threading import Thread
-from understudy.http import RetryPolicy, Reply, HttpClient
+from understudy.http.client import RetryPolicy, HttpClient
+from understudy.http.replies import Reply
 client = HttpClient([sys.argv[1]], name="teacher", retry_policy=RetryPolicy())
 client.request("/ok", Reply.json, key="k")
 hang = Thread(target=client.request, args=("/hang", Reply.json), kwargs={"key": "k"}, daemon=True)

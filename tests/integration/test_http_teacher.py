@@ -27,7 +27,7 @@ from tests.runs import save_tiny_model
 from tests.tiny_models import NUM_ROWS, letters, sample, tiny
 from understudy import config
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError
-from understudy.http import BadReply
+from understudy.http.replies import BadReply
 from understudy.models import load_causal_lm
 from understudy.packing import Unscored, attach_scores
 from understudy.tasks.renderer import Renderer

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from understudy.http import is_loopback
+from understudy.http.replies import is_loopback
 from understudy.serve.scorer import Refusal, Scorer
 from understudy.serve.worker import DEAD, Worker
 from understudy.teachers.remote.protocol import (
@@ -32,7 +32,6 @@ from understudy.teachers.remote.protocol import (
     ScoreRequest,
 )
 
-HEALTH = "/health"
 BODY_S = 120.0
 """Time that a body has to arrive."""
 PIECE_BYTES = 256 * 1024
@@ -96,7 +95,7 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
 
     return Starlette(
         routes=[
-            Route(HEALTH, guarded(health, open_to_all=True)),
+            Route("/health", guarded(health, open_to_all=True)),
             Route(ABOUT, guarded(describe)),
             Route(HEAD, guarded(head)),
             Route(SCORE, guarded(score), methods=["POST"]),

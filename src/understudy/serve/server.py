@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from understudy.errors import RecipeError
-from understudy.http import is_loopback, read_key
+from understudy.http.replies import is_loopback, read_key
 from understudy.models import DType, check_model_dir, load_causal_lm, load_tokenizer, probe_head
 from understudy.serve.scorer import HiddenDType, Scorer
 from understudy.serve.worker import Worker

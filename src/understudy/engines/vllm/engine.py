@@ -20,7 +20,7 @@ from understudy.engines.vllm.servers import Servers
 from understudy.engines.vllm.settings import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
 from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, engine_dtype, with_head
 from understudy.errors import EngineError, RecipeError, WeightsLostError
-from understudy.http import Refused
+from understudy.http.replies import Refused
 from understudy.models import unwrap
 from understudy.randomness import hash_name
 from understudy.types import Request, Sample, Sampling

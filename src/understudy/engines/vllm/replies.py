@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from understudy.http import BadReply, Reply
+from understudy.http.replies import BadReply, Reply
 
 LEAST = -9999.0
 """vLLM's substitute for minus infinity, which no drawn token can have."""

@@ -16,7 +16,8 @@ from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.engines.vllm.replies import read_scores
 from understudy.engines.vllm.settings import RAW, VLLM, Launch, logprobs_mode, promises
 from understudy.errors import EngineError, RecipeError
-from understudy.http import BadReply, HttpClient, Refused, Reply, RetryPolicy
+from understudy.http.client import HttpClient, RetryPolicy
+from understudy.http.replies import BadReply, Refused, Reply
 
 Result = TypeVar("Result")
 

@@ -14,7 +14,8 @@ from torch import nn
 from understudy.engines.base import Weights
 from understudy.engines.sections import EngineSection, EngineSetup
 from understudy.errors import RecipeError
-from understudy.http import RetryPolicy, check_address, check_variable, is_loopback
+from understudy.http.client import RetryPolicy
+from understudy.http.replies import check_address, check_variable, is_loopback
 from understudy.models.load import merged_state_dict
 from understudy.types import Sampling
 

@@ -8,17 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from understudy.errors import EngineError, RecipeError
-from understudy.http import (
-    BadReply,
-    HttpClient,
-    Refused,
-    RetryOptions,
-    check_address,
-    check_variable,
-    read_key,
-    without_key,
-)
-from understudy.http import Reply as HttpReply
+from understudy.http.client import HttpClient, RetryOptions
+from understudy.http.replies import BadReply, Refused, check_address, check_variable, read_key, without_key
+from understudy.http.replies import Reply as HttpReply
 from understudy.teachers.base import Judge, ScoreForm, Setup, hash_facts
 from understudy.teachers.judges.wording import DIGITS, JudgeSection, Reply, as_text, read_digit, verdicts
 from understudy.types import Prompt, Sample, Verdict

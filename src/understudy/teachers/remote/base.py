@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from understudy.http import HttpClient, RetryOptions, check_address
+from understudy.http.client import HttpClient, RetryOptions
+from understudy.http.replies import check_address
 from understudy.teachers.base import Setup, Source, Teacher, TeacherSection, check_need, hash_facts
 from understudy.teachers.stores.cache import CACHE_FILE, CachedTeacher
 from understudy.types import Need, Sample, Scores
@@ -58,8 +59,8 @@ class RemoteTeacher(Teacher):
 
     remote = True
 
-    def __init__(self, section: RemoteSection, setup: Setup, client: HttpClient, who: str) -> None:
-        """`who`: names the teacher in errors."""
+    def __init__(self, section: RemoteSection, setup: Setup, client: HttpClient, who: str, *facts: str) -> None:
+        """`who`: names the teacher in errors; `facts`: all that is known of the weights behind the server."""
         self.name, self.temperature = setup.name, setup.temperature
         # as many batches as may be in flight, so that one that waits holds up no other
         self.concurrency = section.max_concurrency
@@ -67,6 +68,12 @@ class RemoteTeacher(Teacher):
         self._setup = setup
         self._client = client
         self._who = who
+        self._facts = [*facts, float(setup.temperature), setup.vocab_size]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is known of the server's weights, of temperature and vocabulary size."""
+        return hash_facts(self._facts)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """Scores of each sample, in order, on the CPU; `Unscored` if a number is not finite after all.
@@ -91,10 +98,6 @@ class RemoteTeacher(Teacher):
     def close(self) -> None:
         """Cancels requests in flight."""
         self._client.close()
-
-    def hashed(self, *facts: object) -> str:
-        """Returns a fingerprint of facts about the server, and of temperature and vocabulary size."""
-        return hash_facts([*facts, float(self._setup.temperature), self._setup.vocab_size])
 
 
 def named(samples: Sequence[Sample]) -> str:

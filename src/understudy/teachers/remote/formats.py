@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from understudy.http import BadReply, Refused
+from understudy.http.replies import BadReply, Refused
 from understudy.teachers.remote.score_check import RawScores, number
 from understudy.types import Need, Sample
 

@@ -12,7 +12,8 @@ from threading import Lock
 from typing import Any
 
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError, nearest
-from understudy.http import BadReply, HttpClient, Refused, Reply, check_variable, read_key
+from understudy.http.client import HttpClient
+from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
 from understudy.packing import Unscored
 from understudy.teachers.base import RunFacts, Setup, Teacher
 from understudy.teachers.grouping import by_prompt, chunks
@@ -126,7 +127,8 @@ class HttpTeacher(RemoteTeacher):
             seed=setup.seed,
         )
         who = f"teacher {setup.name!r} ({section.api} api: {section.shown})"
-        super().__init__(section, setup, client, who)
+        # the weights behind the name are unseen
+        super().__init__(section, setup, client, who, section.api, section.model, section.revision)
         self._section: Http = section
         self._format = FORMATS[section.api](section.model, setup.tokenizer)
         self._format_known = False
@@ -134,11 +136,6 @@ class HttpTeacher(RemoteTeacher):
         self._format_lock = Lock()
         self._spare = 0
         """Tokens asked for beyond K, because ids past the student's vocabulary take places in a row."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of interface, model, revision, temperature and vocabulary size. The weights behind the name are unseen."""
-        return self.hashed(self._section.api, self._section.model, self._section.revision)
 
     @property
     def max_tokens(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.http import BadReply
+from understudy.http.replies import BadReply
 from understudy.types import Sample, Scores
 
 TOLERANCE = 1e-4
@@ -67,7 +67,18 @@ def check(sample: Sample, raw: RawScores, *, k: int | None, num_top: int, vocab_
     ids, values = _top_rows(raw, num_top)
     if lacking := _not_finite("logprob", logprob) or _not_finite("topk_logprob", values):
         return lacking
-    _check_top(wanted, logprob, ids, values)
+    # rows must be descending, and the sampled token must agree with them: be among them, or below them all
+    if bool((values.diff(dim=-1) > 0).any()):
+        raise BadReply("the likeliest tokens are not in descending order")
+    same = ids == wanted[:, None]
+    other = torch.where(same, values, 0.0).sum(-1)
+    wrong = torch.where(same.any(-1), (other - logprob).abs() > AGREEMENT, logprob > values[:, -1] + AGREEMENT)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise BadReply(
+            f"response token {row}: its log-probability {float(logprob[row]):.4f} contradicts the row of "
+            "likeliest tokens beside it"
+        )
     foreign = ids >= vocab_size
     mass = (values.exp() * foreign).sum(-1)
     if bool((mass > MAX_FOREIGN_MASS).any()):
@@ -108,21 +119,6 @@ def _top_rows(raw: RawScores, num_top: int) -> tuple[Tensor, Tensor]:
     if bool((ids < 0).any()) or (num_top > 1 and bool((ids.sort(-1).values.diff(dim=-1) == 0).any())):
         raise BadReply("a row of likeliest tokens names a token twice, or none")
     return ids, values
-
-
-def _check_top(wanted: Tensor, logprob: Tensor, ids: Tensor, values: Tensor) -> None:
-    """Rows must be descending, and the sampled token must agree with them: be among them, or below them all."""
-    if bool((values.diff(dim=-1) > 0).any()):
-        raise BadReply("the likeliest tokens are not in descending order")
-    same = ids == wanted[:, None]
-    other = torch.where(same, values, 0.0).sum(-1)
-    wrong = torch.where(same.any(-1), (other - logprob).abs() > AGREEMENT, logprob > values[:, -1] + AGREEMENT)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise BadReply(
-            f"response token {row}: its log-probability {float(logprob[row]):.4f} contradicts the row of "
-            "likeliest tokens beside it"
-        )
 
 
 def _numbers(values: Sequence[Any]) -> Tensor:

@@ -11,15 +11,8 @@ from threading import Lock
 import torch
 
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
-from understudy.http import (
-    BadReply,
-    HttpClient,
-    Refused,
-    Reply,
-    RetryPolicy,
-    check_variable,
-    read_key,
-)
+from understudy.http.client import HttpClient, RetryPolicy
+from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
 from understudy.linear.head import LMHead
 from understudy.packing import LOGPROB_TOLERANCE, Unscored
 from understudy.teachers.base import Setup, Teacher
@@ -118,8 +111,7 @@ class Served(RemoteSection):
         with self.connect(setup, policy, ABOUT_BYTES) as client:
             for number, url in enumerate(client.urls):
                 try:
-                    about = client.request(ABOUT, _read_about, key="what it is", method="GET", replica=number)
-                    found[url] = about
+                    found[url] = client.request(ABOUT, _read_about, key="what it is", method="GET", replica=number)
                 except Refused as refused:
                     raise self.refusal(refused) from None
                 except EngineError as error:
@@ -182,17 +174,13 @@ class ServedTeacher(RemoteTeacher):
         # the longest reply is the scores of one request, or the head with its bias
         head = about.num_rows * (about.hidden_size + 1) * getattr(torch, about.dtype).itemsize
         longest = max(about.reply_bytes, int(head)) + HEADER_BYTES
-        super().__init__(section, setup, section.connect(setup, section.retry_policy, longest), section.shown)
+        client = section.connect(setup, section.retry_policy, longest)
+        super().__init__(section, setup, client, section.shown, about.fingerprint)
         self._section: Served = section
         self.about = about
         """The server's description when the run began."""
         self._head: LMHead | None = None
         self._lock = Lock()
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the server's fingerprint, temperature and vocabulary."""
-        return self.hashed(self.about.fingerprint)
 
     @property
     def max_tokens(self) -> int | None:
