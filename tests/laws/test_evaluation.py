@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.definition import evaluate as evaluate_definition
 from tests.worlds import CASES, Outcome, World
 from understudy.errors import ScoreError
 from understudy.linear import LMHead, evaluate, score
-from understudy.linear.reference import evaluate as evaluate_reference
 from understudy.methods import GKD, OPD, SFT, TopK
 from understudy.methods.base import Method
 from understudy.types import TokenBatch
@@ -32,7 +32,7 @@ HEADS = {
 def test_chunks_equal_the_definition(method: Method, head: dict[str, object]) -> None:
     """Law 6; also peers 1: soft-cap, scale, bias and temperature reach the loss and its gradient."""
     world = World.make(**head)  # type: ignore[arg-type]
-    definition = world.evaluate(method, run=evaluate_reference)
+    definition = world.evaluate(method, run=evaluate_definition)
     for chunk_tokens in (1, 3, 100):
         world.evaluate(method, chunk_tokens=chunk_tokens).same_as(definition)
 
@@ -175,7 +175,7 @@ def test_a_tied_head_gets_both_gradients() -> None:
     evaluate(GKD(), world.batch, tied[world.batch.target], LMHead(tied), teacher=world.teacher).loss.backward()
     dense = world.head.weight.clone().requires_grad_()
     hidden = dense[world.batch.target]
-    evaluate_reference(GKD(), world.batch, hidden, LMHead(dense), teacher=world.teacher).loss.backward()
+    evaluate_definition(GKD(), world.batch, hidden, LMHead(dense), teacher=world.teacher).loss.backward()
     torch.testing.assert_close(tied.grad, dense.grad, rtol=1e-10, atol=1e-13)
 
 

@@ -26,7 +26,6 @@ from understudy.linear.plan import (
     Trained,
     choose_trained,
     cut_term,
-    shares,
     weighted_loss,
 )
 from understudy.losses.terms import Reduce, Term
@@ -162,7 +161,7 @@ class _Job:
             batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
         if self.reference is not None and batch.reference_logprob is None:
             batch = fill(batch, reference_logprob=self._score(*self.reference)[0])
-        return shares(self.method.terms(batch, self.step), self.trained)
+        return self.trained.weigh(self.method.terms(batch, self.step))
 
     def _score(self, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         return score(hidden[self.trained.index], head, self.trained.batch.target, chunk_tokens=self.chunk)

@@ -82,6 +82,10 @@ class Trained:
         weight = torch.ones_like(lengths) if reduce == "constant" else 1.0 / lengths.clamp_min(1.0)
         return members.double() * weight[group] / total if total else members.double() * 0.0
 
+    def weigh(self, terms: list[Term]) -> list[tuple[Term, Tensor]]:
+        """Each term of a whole batch with the weight of its N rows."""
+        return [(term, self.share(term.reduce, term.name, term.per)) for term in terms]
+
 
 def choose_trained(
     method: TermsOf,
@@ -187,11 +191,6 @@ class Tally:
             return {}
         table = torch.stack([torch.stack(parts).sum(0) for parts in self._sums.values()]).tolist()
         return {name: Metric(total, count) for name, (total, count) in zip(self._sums, table, strict=True)}
-
-
-def shares(terms: list[Term], trained: Trained) -> list[tuple[Term, Tensor]]:
-    """Each term of a whole batch with the weight of its N rows."""
-    return [(term, trained.share(term.reduce, term.name, term.per)) for term in terms]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The definition: all logits at once, differentiated by autograd. Every other evaluation is tested against it."""
+"""The definition of an evaluation: all logits at once, differentiated by autograd. `understudy.linear` is tested against it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from understudy.linear.head import LMHead
-from understudy.linear.plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, shares, weighted_loss
+from understudy.linear.plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, weighted_loss
 from understudy.losses import divergences
 from understudy.losses.terms import Reads, Rows
 from understudy.types import TokenBatch, fill
@@ -38,7 +38,7 @@ def evaluate(
         )
     rows, judged = _read(method.reads, trained.batch, logp, teacher_logp, reference_logp)
     tally = Tally()
-    loss = weighted_loss(shares(method.terms(judged, step), trained), rows, judged, tally)
+    loss = weighted_loss(trained.weigh(method.terms(judged, step)), rows, judged, tally)
     # hidden.sum() * 0 would spread a NaN of a masked row; an empty product does not
     return Evaluation(loss + hidden[:0].sum(), tally.metrics())
 
