@@ -11,6 +11,7 @@ from understudy.errors import RecipeError
 from understudy.types import Grade, Prompt
 
 Split = Literal["train", "validation", "test"]
+Carried = Literal["solution", "reference", "teacher"]
 
 
 class Task(ABC):
@@ -58,19 +59,9 @@ class Task(ABC):
         return True
 
     @property
-    def has_solutions(self) -> bool:
-        """Whether prompts carry a whole response to imitate."""
-        return True
-
-    @property
-    def has_references(self) -> bool:
-        """Whether prompts carry an answer to grade against."""
-        return True
-
-    @property
-    def names_teachers(self) -> bool:
-        """Whether the data name each prompt's teacher."""
-        return False
+    def carries(self) -> frozenset[Carried]:
+        """What prompts have: a whole response to imitate, an answer to grade against, the name of their teacher."""
+        return frozenset({"solution", "reference"})
 
     @property
     def is_chat(self) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from understudy.config import brief
 from understudy.errors import DataError, RecipeError, nearest
 from understudy.randomness import hash_name
-from understudy.tasks.base import Split, Task
+from understudy.tasks.base import Carried, Split, Task
 from understudy.tasks.verifiers import VERIFIERS
 from understudy.types import Grade, Prompt
 
@@ -96,16 +96,10 @@ class Records(Task):
         return False
 
     @property
-    def has_solutions(self) -> bool:
-        return bool(self.solution_field)
-
-    @property
-    def has_references(self) -> bool:
-        return bool(self.reference_field)
-
-    @property
-    def names_teachers(self) -> bool:
-        return self.teacher_field is not None
+    def carries(self) -> frozenset[Carried]:
+        fields: dict[Carried, str | None]
+        fields = {"solution": self.solution_field, "reference": self.reference_field, "teacher": self.teacher_field}
+        return frozenset(name for name, field in fields.items() if field)
 
     @property
     def is_chat(self) -> bool:

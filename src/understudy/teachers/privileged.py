@@ -103,8 +103,8 @@ class Privileged(LoadedSection):
                 f"graded; take a method that rewards right answers, or change {where}.template"
             )
         for place, part in run.parts.items():
-            for word, given in (("solution", part.has_solutions), ("reference", part.has_references)):
-                if word in self.shows and not given:
+            for word in ("solution", "reference"):
+                if word in self.shows and word not in part.carries:
                     raise RecipeError(
                         f"{where}.template shows {{{word}}}, but {place}.{word}_field does not say where it is; give it, "
                         f"or change {where}.template"

@@ -60,11 +60,11 @@ def _task(files: Files) -> Iterator[Finding]:
     recipe, name = files.recipe, files.recipe.method_name
     imitates = files.training and recipe.uses.given_responses and recipe.responses is None
     for place, part in _data(recipe.task, "train", "task").items():
-        if imitates and not part.has_solutions:
+        if imitates and "solution" not in part.carries:
             raise RecipeError(
                 f"the method {name} imitates solutions, but {place}.solution_field does not say where they are"
             )
-        if "outcome" in recipe.uses.rewards and not part.has_references:
+        if "outcome" in recipe.uses.rewards and "reference" not in part.carries:
             raise RecipeError(
                 f"the method {name} rewards right answers, but {place}.reference_field does not say where they are"
             )
@@ -120,7 +120,7 @@ def _teachers(files: Files) -> tuple[Finding, ...]:
     elif recipe.teachers:
         for place, part in task.places().items():
             label = place.rpartition(".")[2]
-            if part.names_teachers:
+            if "teacher" in part.carries:
                 if files.may_read(part):
                     check_names(islice(part.prompts("train"), NUM_CHECKED_PROMPTS), recipe.teachers)
             elif place == "task":
@@ -148,7 +148,7 @@ def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
         """Whether samples of the part go to this teacher. False where only data that may not be read could say."""
         if not recipe.teachers:
             return True
-        if not part.names_teachers:
+        if "teacher" not in part.carries:
             return place == f"task.parts.{name}"
         prompts = islice(part.prompts("train"), NUM_CHECKED_PROMPTS) if files.may_read(part) else ()
         return any(prompt.teacher == name for prompt in prompts)
@@ -184,7 +184,7 @@ def _responses(files: Files) -> tuple[Finding, ...]:
     if section is None or not files.training:
         return ()
     parts = recipe.task.places()
-    if section.of_task and not any(part.has_solutions for part in parts.values()):
+    if section.of_task and not any("solution" in part.carries for part in parts.values()):
         raise RecipeError(
             f"responses.type is solutions, but {next(iter(parts))}.solution_field does not say where they are; give it, or "
             "take responses from a file (jsonl, hub) or the teacher"
