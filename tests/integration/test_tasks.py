@@ -25,7 +25,6 @@ from understudy.tasks import (
     num_repeated,
     overlap,
     overlap_message,
-    split_by_length,
 )
 from understudy.trainer.collect import given_sample
 from understudy.types import Author, Prompt, Request
@@ -365,14 +364,6 @@ def test_a_prompt_without_solution_is_named() -> None:
 def test_a_written_eos_is_not_doubled() -> None:
     assert Renderer(tiny_tokenizer()).response("a</s>").tolist() == [3, 2]
     assert Renderer(tiny_tokenizer()).response("").tolist() == [2]
-
-
-def test_prompts_over_the_budget_are_kept_apart_whole() -> None:
-    tokenizer = tiny_tokenizer()
-    prompts = [Prompt(text, text=text) for text in ("a", "a b", "a b c", "f")]
-    kept, too_long = split_by_length([(prompt, Renderer(tokenizer).start(prompt)) for prompt in prompts], 2)
-    assert [(prompt.id, len(ids)) for prompt, ids in kept] == [("a", 1), ("a b", 2), ("f", 1)]
-    assert [prompt.id for prompt in too_long] == ["a b c"]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.estimators import Estimate, bootstrap_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
-from understudy.tasks.renderer import Renderer, split_by_length
+from understudy.tasks.renderer import Renderer
 from understudy.types import Prompt, Request, Sample, Sampling, Verdict
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run_eval(
     if repeated:
         raise DataError(f"two evaluation prompts have the id {repeated[0]!r}; ids must be distinct")
     rendered = ((prompt, renderer.start(prompt)) for prompt in prompts)
-    fitting, too_long = split_by_length(rendered, max_prompt_tokens)
+    fitting = [(prompt, ids) for prompt, ids in rendered if len(ids) <= max_prompt_tokens]
     if not fitting:
         none = f"none of the {len(prompts)} evaluation prompts has at most {max_prompt_tokens} tokens; raise that limit"
         raise DataError(none if prompts else "there are no evaluation prompts")
@@ -78,7 +78,12 @@ def run_eval(
     requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
     samples = _sample_and_grade(requests, task, play_episodes, sampling, f"eval/{split}", progress)
     summary = summarise(
-        samples, step=step, split=split, eos_ids=renderer.stop_ids, too_long=len(too_long), sampling=asdict(sampling)
+        samples,
+        step=step,
+        split=split,
+        eos_ids=renderer.stop_ids,
+        too_long=len(prompts) - len(fitting),
+        sampling=asdict(sampling),
     )
     first = [Request(prompt, 0, ids) for prompt, ids in fitting]
     if greedy:

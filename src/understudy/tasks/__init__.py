@@ -8,7 +8,7 @@ from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.base import Split, Task
 from understudy.tasks.mix import PARTS, Mix
 from understudy.tasks.records import Hub, Jsonl, num_repeated, overlap, overlap_message
-from understudy.tasks.renderer import Renderer, split_by_length
+from understudy.tasks.renderer import Renderer
 
 TASKS: Mapping[str, type[Task]] = PARTS | {"mix": Mix}
 """`task.type` in a recipe -> its section."""
@@ -26,5 +26,4 @@ __all__ = [
     "num_repeated",
     "overlap",
     "overlap_message",
-    "split_by_length",
 ]

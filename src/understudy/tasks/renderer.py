@@ -19,8 +19,6 @@ from understudy.types import Message, Prompt, ToolCall
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rendered = tuple[Prompt, Tensor]
-"""A prompt and its token ids [P]."""
 Said = Mapping[str, Any]
 """A message as chat templates take it: role and content."""
 SHOWN_CHARS = 60
@@ -302,13 +300,3 @@ def _parse_call(match: re.Match[str]) -> ToolCall:
     return ToolCall(text, call["name"], arguments)
 
 
-def split_by_length(rendered: Iterable[Rendered], max_prompt_tokens: int) -> tuple[list[Rendered], list[Prompt]]:
-    """The prompts that fit, in order, and those that are too long, for the caller to report. Nothing is cut."""
-    kept: list[Rendered] = []
-    too_long: list[Prompt] = []
-    for prompt, ids in rendered:
-        if len(ids) <= max_prompt_tokens:
-            kept.append((prompt, ids))
-        else:
-            too_long.append(prompt)
-    return kept, too_long
