@@ -102,7 +102,7 @@ class Method:
         for key, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, key)
             for bound in getattr(hint, "__metadata__", ()):
-                if value is not None and not bound.low <= value <= bound.high:
+                if isinstance(bound, Range) and value is not None and not bound.low <= value <= bound.high:
                     raise ValueError(f"{key} is {value}; it must lie in [{bound.low:g}, {bound.high:g}]")
 
     @property

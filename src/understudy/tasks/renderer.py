@@ -298,5 +298,3 @@ def _parse_call(match: re.Match[str]) -> ToolCall:
     if not isinstance(arguments, dict):
         return ToolCall(text, call["name"], error="the arguments are no JSON object")
     return ToolCall(text, call["name"], arguments)
-
-
