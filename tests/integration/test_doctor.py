@@ -397,7 +397,7 @@ def test_prompts_and_responses_have_to_fit(tmp_path: Path, monkeypatch: pytest.M
         fits = ask("lengths", parts)
         assert fits.level == "ok"
         assert f"{longest} prompt tokens and 24 new ones make {longest + 24}" in fits.found
-        engine: Any = type(parts.collector.engine)
+        engine: Any = type(parts.rollouts.collector.engine)
         room = longest + 23
         monkeypatch.setattr(engine, "num_positions", property(lambda _: room))
         short = ask("lengths", parts)

@@ -1,17 +1,20 @@
-"""The commands with their options. Their work is done elsewhere; everything heavy is imported inside a command, so that
-`--help` answers at once.
-"""
+"""The commands with their options. Everything heavy is imported inside a command, so that `--help` answers at once."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
 import sys
+from dataclasses import MISSING, fields
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from understudy.errors import CheckpointError, TrainingError, UnderstudyError
+from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SIGNAL = 2, 1, 130
 
@@ -231,9 +234,31 @@ def serve_teacher(
 @app.command()
 def methods(name: Annotated[str | None, _argument("[NAME]", "One method, with its keys.")] = None) -> None:
     """List the methods, or the keys of one."""
-    from understudy.cli import describe
+    from understudy.config import words
+    from understudy.methods import METHODS
+    from understudy.trainer.console import Console
 
-    describe.methods(name)
+    with Console() as console:
+        if name is None:
+            rows = []
+            for key, kind in METHODS.items():
+                summary = (inspect.getdoc(inspect.getmodule(kind)) or "").splitlines()[0].partition(": ")[2]
+                has_default = all(item.default is not MISSING for item in fields(kind))
+                needs = ", ".join(sorted(kind().needs)) if has_default else "what its parts ask for"
+                rows.append([key, summary, needs])
+            console.table("methods", ["type", "what it minimises", "asks the teacher for"], rows)
+            return
+        if name not in METHODS:
+            raise RecipeError(f"there is no method {name!r}; {nearest(name, METHODS)}")
+        kind = METHODS[name]
+        console.note(f"{inspect.getdoc(inspect.getmodule(kind))}\n\n{inspect.getdoc(kind)}")
+        hints = get_type_hints(kind)
+        rows = [
+            [item.name, words(hints[item.name]), "required" if item.default is MISSING else str(item.default)]
+            for item in fields(kind)
+        ]
+        if rows:
+            console.table(f"method: {{type: {name}, ...}}", ["key", "values", "default"], rows)
 
 
 @app.command()
@@ -243,9 +268,20 @@ def init(
     teacher: Annotated[str, typer.Option(help="Directory or hub name of the teacher.")] = "Qwen/Qwen3-4B",
 ) -> None:
     """Write a commented recipe for two models, to be edited and trained."""
-    from understudy.cli import describe
+    import yaml
 
-    typer.echo(describe.init(path, student, teacher))
+    from understudy import config
+    from understudy.files import write_atomically
+    from understudy.recipe import Recipe
+
+    if path.exists():
+        raise RecipeError(f"{path} exists; choose another file")
+    text = (files("understudy") / "cli" / "recipe.yaml").read_text(encoding="utf-8")
+    named = {"NAME": path.stem, "STUDENT": json.dumps(student), "TEACHER": json.dumps(teacher)}
+    text = re.sub(r"\b(NAME|STUDENT|TEACHER)\b", lambda found: named[found[0]], text)
+    config.parse(Recipe, yaml.safe_load(text))
+    write_atomically(path, text)
+    typer.echo(f"wrote {path}; check it with: understudy train {path} --dry-run")
 
 
 def main() -> None:

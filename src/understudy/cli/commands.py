@@ -72,7 +72,7 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
         result = run.train(recipe, resume=resume, examine=examine, console=console)
         if result.summaries:
             title = "before and after" if len(result.summaries) > 1 else "evaluation"
-            console.table(*_table(title, result.summaries))
+            _show(console, title, result.summaries)
         if result.ending == "stopped by a signal":
             path = result.run_dir.path
             console.note(f"stopped by a signal; the checkpoint is saved, continue with --resume ({path})")
@@ -82,17 +82,15 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
     return result.ending
 
 
-def _table(title: str, summaries: Sequence[EvalSummary]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of a table of the first and the last evaluation, metric by metric."""
-    shown = [summaries[0], summaries[-1]] if len(summaries) > 1 else [summaries[0]]
+def _show(console: Console, title: str, summaries: Sequence[EvalSummary]) -> None:
+    """Prints a table of the first and the last evaluation, metric by metric."""
+    shown = summaries if len(summaries) < 2 else [summaries[0], summaries[-1]]
     last = shown[-1]
     rows = [
-        [name, metric_note(name), *(interval(name, summary.metrics.get(name)) for summary in shown)]
-        for name in last.metrics
+        [name, metric_note(name), *(interval(name, one.metrics.get(name)) for one in shown)] for name in last.metrics
     ]
-    columns = ["metric", "", *(f"step {summary.step:,}" for summary in shown)]
     described = f"{title}: {last.num_problems:,} {last.split} problems, 95 % intervals over problems"
-    return described, columns, rows
+    console.table(described, ["metric", "", *(f"step {one.step:,}" for one in shown)], rows)
 
 
 def load_for_use(path: Path, overrides: Sequence[str], model: str | None) -> Recipe:
@@ -134,7 +132,7 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
         started = time.perf_counter()
         with closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:
             summary = run.evaluator(recipe, loaded, engine, teachers.judge, Ranks(), out, console)(0)
-        console.table(*_table(recipe.student.model or "random weights", [summary]))
+        _show(console, recipe.student.model or "random weights", [summary])
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary
 

@@ -265,32 +265,29 @@ def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
 
 def teacher_setup(recipe: Recipe, loaded: Loaded, name: str) -> Setup:
     """The student's side of the run, for a teacher of that name."""
-    student = recipe.student
+    student, renderer = recipe.student, loaded.renderer
+
+    def generate(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[str | None]:
+        # the teacher may end its turns with another token than the student
+        ends = tuple({*renderer.stop_ids, *stop_ids(renderer.tokenizer, model)})
+        engine = replace(engine_setup(recipe, loaded), stop_ids=ends, autocast=None).hf(model)
+        requests = [Request(prompt, 0, renderer.start(prompt)) for prompt in prompts]
+        written = play(engine, renderer, single_turn, requests, sampling, step=0, stream="teacher")
+        return [None if sample.truncated else sample.text for sample in written]
+
     return Setup(
         name=name,
         vocab_size=loaded.vocab_size,
         temperature=recipe.temperature,
         device=loaded.device,
-        renderer=loaded.renderer,
+        renderer=renderer,
         student=loaded.model,
         start=student.model,
         start_revision=student.revision,
-        fresh_student=lambda: load_base(recipe, loaded.renderer.tokenizer, loaded.vocab_size, loaded.device, None),
+        fresh_student=lambda: load_base(recipe, renderer.tokenizer, loaded.vocab_size, loaded.device, None),
         seed=recipe.seed,
-        generate=lambda model, prompts, sampling: _respond(recipe, loaded, model, prompts, sampling),
+        generate=generate,
     )
-
-
-def _respond(
-    recipe: Recipe, loaded: Loaded, model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[str | None]:
-    """Responses of a teacher's model; None for one that does not end."""
-    # the teacher may end its turns with another token than the student
-    ends = tuple({*loaded.renderer.stop_ids, *stop_ids(loaded.renderer.tokenizer, model)})
-    engine = replace(engine_setup(recipe, loaded), stop_ids=ends, autocast=None).hf(model)
-    requests = [Request(prompt, 0, loaded.renderer.start(prompt)) for prompt in prompts]
-    written = play(engine, loaded.renderer, single_turn, requests, sampling, step=0, stream="teacher")
-    return [None if sample.truncated else sample.text for sample in written]
 
 
 def open_store(recipe: Recipe, loaded: Loaded, teachers: Teachers) -> ResponseStore | None:

@@ -114,17 +114,15 @@ def within(limit_s: float, what: str, call: Callable[[], Returned]) -> Returned:
     return future.result()
 
 
+@dataclass(eq=False)
 class Files:
-    """A recipe before anything is loaded.
+    """A recipe before anything is loaded."""
 
-    `training`: False for an evaluation or samples, which need no solutions. `fetch`: data and tokenizers that are not on
-    this machine are read from the network; else they stay unchecked.
-    """
-
-    def __init__(self, recipe: Recipe, *, training: bool = True, fetch: bool = True) -> None:
-        self.recipe = recipe
-        self.training = training
-        self.fetch = fetch
+    recipe: Recipe
+    training: bool = field(default=True, kw_only=True)
+    """False for an evaluation or samples, which need no solutions."""
+    fetch: bool = field(default=True, kw_only=True)
+    """Whether data and tokenizers that are not on this machine are read from the network; else they stay unchecked."""
 
     @cached_property
     def tokenizers(self) -> Tokenizers:
@@ -164,21 +162,17 @@ class Side:
     section: TeacherSection
 
 
+@dataclass(eq=False)
 class Parts(Files):
     """A run before its first step."""
 
-    def __init__(
-        self, recipe: Recipe, loaded: Loaded, teachers: Teachers, rollouts: Rollouts, trainer: Trainer
-    ) -> None:
-        super().__init__(recipe)
-        self.loaded = loaded
-        self.teachers = teachers
-        self.rollouts = rollouts
-        """They draw prompts, also where samples are written ahead of the update."""
-        self.collector = rollouts.collector
-        self.trainer = trainer
-        self.rehearsed: Collected | None = None
-        """Few samples with the scores that the method needs; None before the rehearsal, and where it failed."""
+    loaded: Loaded
+    teachers: Teachers
+    rollouts: Rollouts
+    """They draw prompts, also where samples are written ahead of the update."""
+    trainer: Trainer
+    rehearsed: Collected | None = field(default=None, init=False)
+    """Few samples with the scores that the method needs; None before the rehearsal, and where it failed."""
 
     @cached_property
     def sides(self) -> list[Side]:
@@ -208,7 +202,7 @@ class Parts(Files):
     @property
     def servers(self) -> dict[str, Callable[[], str]]:
         """How the servers of engine, teachers and judge are, by label: a line, or EngineError where one does not answer."""
-        named: dict[str, Any] = {"rollout engine": self.collector.engine, "judge": self.teachers.judge}
+        named: dict[str, Any] = {"rollout engine": self.rollouts.collector.engine, "judge": self.teachers.judge}
         named |= {side.label: side.teacher for side in self.sides}
         return {label: one.health for label, one in named.items() if hasattr(one, "health")}
 
@@ -221,7 +215,7 @@ class Parts(Files):
     @contextmanager
     def short(self, num_prompts: int, max_samples: int, max_new_tokens: int) -> Iterator[Collector]:
         """The collector for few and short samples; responses that a teacher writes for it are forgotten."""
-        collector, section = self.collector, self.recipe.responses
+        collector, section = self.rollouts.collector, self.recipe.responses
         settings, sampling, responses = collector.settings, collector.sampling, collector.responses
         num_samples = min(max_samples, settings.samples_per_prompt)
         sampling = replace(sampling, max_new_tokens=min(max_new_tokens, sampling.max_new_tokens))

@@ -16,7 +16,7 @@ from torch import nn
 
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.linear.chunked import CHUNK_ELEMENTS
-from understudy.models import num_positions, unwrap
+from understudy.models import unwrap
 from understudy.recipe.checks.parts import Check, Files, Finding, Parts
 from understudy.recipe.load import choose_device
 from understudy.recipe.schema import Recipe
@@ -171,7 +171,6 @@ def _before(files: Files) -> list[Needs]:
 def _after(parts: Parts) -> Needs:
     loaded, teachers = parts.loaded, parts.teachers
     models = dict(parts.models) | ({} if teachers.judge is None else {"judge": teachers.judge.model})
-    positions = [num_positions(model) for model in parts.models.values()]
     state = {} if teachers.teacher is None else teachers.teacher.state()
     return Needs(
         recipe=parts.recipe,
@@ -180,7 +179,7 @@ def _after(parts: Parts) -> Needs:
         others={label: size_of(model) for label, model in models.items() if model not in (None, loaded.model)},
         moving=sum(value.nbytes for value in state.values()),
         vocab_size=loaded.vocab_size,
-        positions=min((size for size in positions if size is not None), default=None),
+        positions=parts.rollouts.collector.max_tokens,
         is_loaded=True,
         has_moments=bool(parts.trainer.optimizer.state()),
     )

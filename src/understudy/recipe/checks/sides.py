@@ -177,7 +177,7 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
     rooms = {"student": num_positions(parts.loaded.model)}
     for side in parts.sides:
         rooms[side.label] = within(HEALTH_S, f"the {side.label}", lambda side=side: side.teacher.max_tokens)  # type: ignore[misc]
-    rooms["rollout engine"] = parts.collector.engine.num_positions
+    rooms["rollout engine"] = parts.rollouts.collector.engine.num_positions
     for label, room in rooms.items():
         if room is not None:
             advice = f"too little room in the {label}; lower sampling.max_new_tokens or train.max_prompt_tokens"
