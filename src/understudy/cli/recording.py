@@ -7,7 +7,7 @@ that takes one step on them takes the step that it would have taken beside the t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from understudy.types import Need, Prompt, Request, Sample, Scores
 
 BLOCK_REQUESTS = 256
 """Samples in one file and between two moves of the progress bar: what an interruption loses at most."""
-FIRST_STEP = 0
 ORIGIN = "recording.yaml"
 DECIDES = ("seed", "student", "teacher", "teachers", "task", "sampling")
 """The keys of a recipe that decide a sample and its scores, kept beside them."""
@@ -51,7 +50,8 @@ def record(
     recipe = load_recipe(path, overrides)
     _check_teachers(recipe)
     k = _rows_needed(recipe, k)
-    _check_out(out, recipe)
+    origin = {key: value for key, value in config.dump(recipe).items() if key in DECIDES}
+    _check_out(out, origin)
     quieten_libraries()
     check(recipe)
     # no reference model and no responses: neither is recorded
@@ -67,7 +67,7 @@ def record(
         limit = prompt_limit(recipe, recipe.sampling, [loaded.model, *teachers.models])
         requests = _requests(recipe, loaded.renderer, limit, prompts, samples)
         missing = [request for request in requests if request.key not in known]
-        write_atomically(out / ORIGIN, config.write_yaml(_origin(recipe)))
+        write_atomically(out / ORIGIN, config.write_yaml(origin))
         pairs = _write_and_score(recipe, loaded, teachers.teacher, k, missing, console)
         try:
             with terminable(), contextlib.closing(teachers):
@@ -129,21 +129,12 @@ def _rows_needed(recipe: Recipe, k: int | None) -> int | None:
     return most
 
 
-def _origin(recipe: Recipe) -> dict[str, Any]:
-    values = config.dump(recipe)
-    return {name: values[name] for name in DECIDES}
-
-
-def _check_out(out: Path, recipe: Recipe) -> None:
-    """Raises RecipeError unless `out` is new, empty or holds what the recipe recorded before."""
-    if not out.exists():
-        return
-    origin = out / ORIGIN
-    if not origin.is_file():
-        if not out.is_dir() or any(out.iterdir()):
+def _check_out(out: Path, origin: Mapping[str, Any]) -> None:
+    """Raises RecipeError unless `out` is new, empty or holds what these keys of a recipe recorded before."""
+    if not (out / ORIGIN).is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RecipeError(f"--out {out} exists and holds something else; choose another directory")
-        return
-    if changed := config.changes(config.read_yaml(origin), _origin(recipe)):
+    elif changed := config.changes(config.read_yaml(out / ORIGIN), origin):
         raise RecipeError(
             f"--out {out} holds another recording: {'; '.join(changed.values())}. Choose another directory"
         )
@@ -179,6 +170,6 @@ def _write_and_score(
         for start in range(0, len(requests), BLOCK_REQUESTS):
             block = requests[start : start + BLOCK_REQUESTS]
             parts = (engine, loaded.renderer, recipe.task.environment)
-            samples = play(*parts, block, recipe.sampling, step=FIRST_STEP)
+            samples = play(*parts, block, recipe.sampling, step=0)
             yield from zip(samples, teacher.score(samples, need, k=k), strict=True)
             advance(len(block))
