@@ -52,8 +52,8 @@ def run_eval(
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
     evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
-    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `progress` is called with the
-    samples of each block; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
+    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `progress` gets the number
+    of samples in each block; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
     equal ids and if no prompt fits the budget, CheckpointError if the files cannot be written.
     """
     if samples_per_prompt < 1:
