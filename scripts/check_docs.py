@@ -2,7 +2,8 @@
 
 Checked are paths, commands, links and their anchors on every page; on the pages of the methods that every method has one,
 that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse; on those
-of teachers and engines the keys and defaults of their sections, and that recipes parse.
+of teachers and engines the keys and defaults of their sections, and that recipes parse; on the page for users of other
+toolkits that the keys it names exist.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import typer.main
 import yaml
@@ -32,8 +33,10 @@ from understudy.trainer.settings import Async
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 OVERVIEW = ROOT / "docs" / "methods.md"
+COMING_FROM = ROOT / "docs" / "coming-from.md"
 SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     ROOT / "README.md": {},
+    COMING_FROM: {},
     ROOT / "docs" / "teachers.md": TEACHERS,
     ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
 }
@@ -127,6 +130,8 @@ def problems(page: Path) -> Iterator[str]:
         yield from method_problems(page, text)
     if page in SECTION_PAGES:
         yield from section_problems(text, SECTION_PAGES[page])
+    if page == COMING_FROM:
+        yield from named_key_problems(text)
     if page == OVERVIEW:
         yield from key_problems(text, {"default": PolicyMethod})
         yield from metric_problems(text)
@@ -149,6 +154,33 @@ def command_problems(line: str) -> Iterator[str]:
     for word in words:
         if word.startswith(FOLDERS) and not (ROOT / word).exists():
             yield f"no file {word}"
+
+
+def named_key_problems(text: str) -> Iterator[str]:
+    """Keys in the columns headed "understudy" that no recipe has, or not with the method that is named behind them."""
+    for row in (row for table in tables(text) for row in table.rows):
+        cell = row.get("understudy", "")
+        for key, method in re.findall(r"`method\.(\w+)[^`]*` of `(\w+)`", cell):
+            if not is_key([key], [METHODS[method]]):
+                yield f"{method} has no key {key}"
+        for quoted in QUOTED.findall(cell):
+            if quoted not in METHODS and not is_key(quoted.partition(":")[0].split("."), [Recipe]):
+                yield f"no key {quoted}"
+
+
+def is_key(path: Sequence[str], kinds: Sequence[type[Any]]) -> bool:
+    """Whether a section of one of these kinds has the key."""
+    if path == ["type"] and len(kinds) > 1:
+        return True
+    for kind in kinds:
+        for item in fields(kind):
+            if item.name.removesuffix("_") == path[0]:
+                hint = get_type_hints(kind)[item.name]
+                choice = item.metadata.get("choice")
+                within = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+                if len(path) == 1 or is_key(path[1:], list(choice.table.values()) if choice else within):
+                    return True
+    return False
 
 
 def title_methods(page: Path) -> list[str]:
