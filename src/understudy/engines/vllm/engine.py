@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 import torch
@@ -14,11 +15,10 @@ from understudy.engines.base import Probe, Weights
 from understudy.engines.requests import Response, open_responses, to_samples
 from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.check import DisagreesError, PushCheck
-from understudy.engines.vllm.gate import Gate
 from understudy.engines.vllm.replies import read_choices
 from understudy.engines.vllm.servers import Servers
 from understudy.engines.vllm.settings import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
-from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, engine_dtype, with_head
+from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, with_head
 from understudy.errors import EngineError, RecipeError, WeightsLostError
 from understudy.http.replies import Refused
 from understudy.models import unwrap
@@ -35,6 +35,73 @@ FORBID = -100.0
 """The lowest bias that vLLM takes; 4e-44 of a token's probability is left."""
 MAX_FRUITLESS = 20
 """Replies in a row without a token, of which each push may cause a few."""
+
+REMIND_S = 0.5
+"""Between two requests to pause while the last replies are waited for."""
+
+
+class Gate:
+    """Open: requests pass, and learn the version that answers them. Closed: they wait until it is open or broken."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._changed = Condition()
+        self._open = False
+        self._error: str | None = None
+        self._num_inside = 0
+        self.version = -1
+        """Version of the weights; -1 before the first push."""
+
+    @contextmanager
+    def passing(self) -> Iterator[int]:
+        """Yields the version. Raises EngineError if the gate is broken, or does not open in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._open or self._error is not None, self._timeout_s)
+            if self._error is not None:
+                raise EngineError(self._error)
+            if not self._open:
+                raise EngineError(f"no weights were pushed to the rollout engine within {self._timeout_s:g} s")
+            self._num_inside += 1
+            version = self.version
+        try:
+            yield version
+        finally:
+            with self._changed:
+                self._num_inside -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Lets nothing pass any more; requests that are inside go on."""
+        with self._changed:
+            self._open = False
+
+    def drain(self, remind: Callable[[], None]) -> None:
+        """Returns when nothing is inside; calls `remind` every `REMIND_S`. Raises EngineError when that takes too long."""
+        until = time.monotonic() + self._timeout_s
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._num_inside == 0, REMIND_S):
+                    return
+                if self._error is not None:
+                    raise EngineError(self._error)
+            if time.monotonic() > until:
+                raise EngineError(
+                    f"{self._num_inside} requests to the rollout engine did not end in {self._timeout_s:g} s"
+                )
+            remind()
+
+    def open(self, version: int) -> None:
+        """Lets requests pass again, unless it is broken."""
+        with self._changed:
+            self.version, self._open = version, self._error is None
+            self._changed.notify_all()
+
+    def break_with(self, error: str) -> None:
+        """Raises EngineError for all who wait or come later. The first reason stays."""
+        with self._changed:
+            self._open = False
+            self._error = self._error or error
+            self._changed.notify_all()
 
 
 class VLLMEngine:
@@ -53,7 +120,9 @@ class VLLMEngine:
         model = unwrap(setup.model)
         padding = range(setup.vocab_size, int(model.get_output_embeddings().weight.shape[0]))
         self._bias = {str(row): FORBID for row in padding} if 0 < len(padding) <= MAX_BIASED else {}
-        self._dtype = engine_dtype(section.dtype, model)
+        # a precision that no engine has becomes float32
+        own = model.dtype if model.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+        self._dtype: torch.dtype = own if section.dtype == "auto" else getattr(torch, section.dtype)
         exact = self._dtype == torch.float32 == model.dtype and setup.autocast in (None, torch.float32)
         # a bias shows in processed log-probabilities only
         mode = logprobs_mode(setup.sampling) or (PROCESSED if self._bias else RAW)

@@ -133,34 +133,39 @@ class Servers:
         except BaseException:
             # the first error says more than a server that cannot resume either
             with suppress(EngineError):
-                self._resume()
+                self._switch(pauses=False)
             raise
-        self._resume()
+        self._switch(pauses=False)
 
     def pause(self) -> None:
         """Interrupts all generation: replies come with the tokens so far and the finish "abort". Later requests wait.
 
         On a server without that route, requests run to their end.
         """
+        self._switch(pauses=True)
+
+    def _switch(self, *, pauses: bool) -> None:
+        """Nothing is cancelled where one server fails, as another may still obey a request that is given up."""
+        errors: list[EngineError] = []
 
         def ask(server: int) -> None:
-            if server not in self._unpausable:
-                self._paused.add(server)
-                try:
+            try:
+                if pauses and server not in self._unpausable:
+                    self._paused.add(server)
                     self._ask(server, "/pause?mode=abort")
-                except _NoRouteError:
+                elif not pauses and server in self._paused:
+                    self._ask(server, "/resume")
+                    self._paused.discard(server)
+            except EngineError as error:
+                if pauses and isinstance(error, _NoRouteError):
                     self._paused.discard(server)
                     self._unpausable.add(server)
+                else:
+                    errors.append(error)
 
-        self._all_uncancelled(ask)
-
-    def _resume(self) -> None:
-        def ask(server: int) -> None:
-            if server in self._paused:
-                self._ask(server, "/resume")
-                self._paused.discard(server)
-
-        self._all_uncancelled(ask)
+        self._all(ask)
+        if errors:
+            raise errors[0]
 
     def reload(self, directory: Path) -> None:
         """Every server reads its weights from a directory."""
@@ -311,20 +316,6 @@ class Servers:
         if not self._clients:
             raise EngineError("the rollout engine has no weights yet")
         return self._clients[-1].each(range(len(self.urls)), ask)
-
-    def _all_uncancelled(self, ask: Callable[[int], None]) -> None:
-        """As `_all`, but nothing is cancelled, as a server may still obey a request that is given up."""
-
-        def attempt(server: int) -> EngineError | None:
-            try:
-                ask(server)
-            except EngineError as error:
-                return error
-            return None
-
-        errors = [error for error in self._all(attempt) if error is not None]
-        if errors:
-            raise errors[0]
 
     def _ask(
         self,

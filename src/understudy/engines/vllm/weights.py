@@ -35,13 +35,6 @@ ROOM = 1.05
 """Free space over the weights' size: headers, configuration and tokenizer come on top."""
 
 
-def engine_dtype(asked: str, model: nn.Module) -> torch.dtype:
-    """`auto`: that of the student's weights, and float32 for one that no engine has."""
-    own: torch.dtype = unwrap(model).dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return known.get(asked, own if own in (torch.float32, torch.bfloat16, torch.float16) else torch.float32)
-
-
 def with_head(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """The weights with the head also where it is the embedding: an engine may keep a copy of its own (vLLM's on CPUs does)."""
     named, tied = dict(weights), _tied_names(unwrap(model))
@@ -136,22 +129,16 @@ class WeightStore:
     def _write_shards(self, weights: Mapping[str, Tensor], directory: Path) -> None:
         files: dict[str, str] = {}
         shard: dict[str, Tensor] = {}
-
-        def flush() -> None:
-            file = f"model-{len(set(files.values())) + 1:05d}.safetensors"
-            save_file(shard, directory / file, metadata={"format": "pt"})
-            files.update(dict.fromkeys(shard, file))
-            shard.clear()
-
-        for name, tensor in weights.items():
+        for number, (name, tensor) in enumerate(weights.items(), 1):
             value = tensor.detach().to("cpu", self._dtype if tensor.is_floating_point() else None)
             # safetensors refuses tensors that share memory, and those of a tied head do
             value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
             shard[name] = value.contiguous()
-            if sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
-                flush()
-        if shard:
-            flush()
+            if number == len(weights) or sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
+                file = f"model-{number:05d}.safetensors"
+                save_file(shard, directory / file, metadata={"format": "pt"})
+                files |= dict.fromkeys(shard, file)
+                shard = {}
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
