@@ -28,7 +28,7 @@ from understudy.engines import VLLM, EngineSetup, HFEngine
 from understudy.engines.base import Probe
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.launch import free_ports
-from understudy.engines.vllm.settings import Launch, logprobs_mode
+from understudy.engines.vllm.settings import Launch, logprobs_modes
 from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
 from understudy.models.load import merged_state_dict
@@ -559,10 +559,10 @@ def test_filters_at_temperature_1_refer_to_the_whole_distribution(tmp_path: Path
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
-        (Sampling(), None),
-        (Sampling(temperature=0.0), None),
-        (Sampling(temperature=0.6), "processed_logprobs"),
-        (Sampling(top_p=0.9), "raw_logprobs"),
+        (Sampling(), ("raw_logprobs", "processed_logprobs")),
+        (Sampling(temperature=0.0), ("raw_logprobs", "processed_logprobs")),
+        (Sampling(temperature=0.6), ("processed_logprobs",)),
+        (Sampling(top_p=0.9), ("raw_logprobs",)),
         (Sampling(temperature=0.6, top_k=5), RecipeError),
         (Sampling(temperature=0.6, min_p=0.1), RecipeError),
     ],
@@ -570,9 +570,9 @@ def test_filters_at_temperature_1_refer_to_the_whole_distribution(tmp_path: Path
 def test_which_mode_a_recipe_needs(sampling: Sampling, expected: object) -> None:
     if expected is RecipeError:
         with pytest.raises(RecipeError, match="never of the unfiltered distribution"):
-            logprobs_mode(sampling)
+            VLLM(url="http://localhost:1").check_sampling(sampling)
     else:
-        assert logprobs_mode(sampling) == expected
+        assert logprobs_modes(sampling) == expected
 
 
 def test_a_server_that_would_die_of_a_seed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.check import DisagreesError, PushCheck
 from understudy.engines.vllm.replies import read_choices
 from understudy.engines.vllm.servers import Servers
-from understudy.engines.vllm.settings import PROCESSED, RAW, VLLM, check_temperature, logprobs_mode, promises
+from understudy.engines.vllm.settings import PROCESSED, RAW, VLLM, check_temperature, logprobs_modes, promises
 from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, with_head
 from understudy.errors import EngineError, RecipeError, WeightsLostError
 from understudy.http.replies import Refused
@@ -116,6 +116,7 @@ class VLLMEngine:
     def __init__(self, section: VLLM, setup: EngineSetup) -> None:
         """`setup.sampling`: of the samples that are trained on; those for evaluation may differ, and have no log-probability
         where the servers do not give the promised one. Raises RecipeError for a setting that vLLM cannot honour."""
+        section.check_sampling(setup.sampling)
         self._section, self._setup = section, setup
         model = unwrap(setup.model)
         padding = range(setup.vocab_size, int(model.get_output_embeddings().weight.shape[0]))
@@ -124,8 +125,9 @@ class VLLMEngine:
         own = model.dtype if model.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
         self._dtype: torch.dtype = own if section.dtype == "auto" else getattr(torch, section.dtype)
         exact = self._dtype == torch.float32 == model.dtype and setup.autocast in (None, torch.float32)
-        # a bias shows in processed log-probabilities only
-        mode = logprobs_mode(setup.sampling) or (PROCESSED if self._bias else RAW)
+        # where both modes serve: a bias shows in processed log-probabilities only
+        modes = logprobs_modes(setup.sampling)
+        mode = modes[0] if len(modes) == 1 else PROCESSED if self._bias else RAW
         policy = section.retry_policy(setup.max_new_tokens)
         self._servers = Servers(section, setup, policy, self._dtype, mode)
         tolerance = section.check_tolerance or (FLOAT32_GAP if exact else HALF_GAP)

@@ -14,7 +14,7 @@ import torch
 from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.engines.vllm.replies import read_scores
-from understudy.engines.vllm.settings import RAW, VLLM, Launch, logprobs_mode, promises
+from understudy.engines.vllm.settings import VLLM, Launch, logprobs_modes, promises
 from understudy.errors import EngineError, RecipeError
 from understudy.http.client import HttpClient, RetryPolicy
 from understudy.http.replies import BadReply, Refused, Reply
@@ -112,7 +112,7 @@ class Servers:
             if not promises(facts.logprobs_mode, self.setup.sampling):
                 raise RecipeError(
                     f"the rollout engine {self.urls[0]} is in logprobs mode {facts.logprobs_mode}, and the recipe's sampling "
-                    f"needs {logprobs_mode(self.setup.sampling) or RAW}: start it with --logprobs-mode"
+                    f"needs {logprobs_modes(self.setup.sampling)[0]}: start it with --logprobs-mode"
                 )
             self.started = True
         except BaseException:

@@ -149,7 +149,13 @@ class VLLM(EngineSection):
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises RecipeError for a temperature that vLLM replaces, and filters that falsify its log-probabilities."""
-        logprobs_mode(sampling)
+        check_temperature(sampling)
+        if not logprobs_modes(sampling):
+            raise RecipeError(
+                f"sampling.temperature is {sampling.temperature:g} with top_p, top_k or min_p: vLLM gives log-probabilities of "
+                "the untempered or of the filtered distribution, never of the unfiltered distribution at this temperature, "
+                "which training needs. Drop the filter, use temperature 1, or use rollout.type: hf"
+            )
 
     def check(self) -> str:
         """A line for the dry run. Raises RecipeError for a program that is not there."""
@@ -172,28 +178,15 @@ def check_temperature(sampling: Sampling) -> None:
         )
 
 
-def logprobs_mode(sampling: Sampling) -> str | None:
-    """The mode in which vLLM gives the log-probabilities that `Sample.rollout_logprob` promises; None: either does.
-
-    Raises RecipeError where none does, and for a temperature that vLLM replaces.
-    """
-    check_temperature(sampling)
+def logprobs_modes(sampling: Sampling) -> tuple[str, ...]:
+    """The modes in which vLLM gives the log-probabilities that `Sample.rollout_logprob` promises; none where none does."""
     plain = sampling.temperature in (0.0, 1.0)
-    if sampling.filtered and not plain:
-        raise RecipeError(
-            f"sampling.temperature is {sampling.temperature:g} with top_p, top_k or min_p: vLLM gives log-probabilities of the "
-            "untempered or of the filtered distribution, never of the unfiltered distribution at this temperature, which "
-            "training needs. Drop the filter, use temperature 1, or use rollout.type: hf"
-        )
     if sampling.filtered:
-        return RAW
-    return None if plain else PROCESSED
+        return (RAW,) if plain else ()
+    return (RAW, PROCESSED) if plain else (PROCESSED,)
 
 
 def promises(mode: str | None, sampling: Sampling) -> bool:
     """Whether a server in this mode (None: unknown, and trusted) gives what `Sample.rollout_logprob` promises."""
-    try:
-        needed = logprobs_mode(sampling)
-    except RecipeError:
-        return False
-    return mode in ((RAW, PROCESSED, None) if needed is None else (needed, None))
+    modes = logprobs_modes(sampling)
+    return bool(modes) and mode in (*modes, None)

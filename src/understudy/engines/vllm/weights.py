@@ -224,10 +224,9 @@ def _free(folder: Path) -> int:
 
 
 def _size(folder: Path) -> int:
-    total = 0
     with suppress(OSError):
-        total = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-    return total
+        return sum(path.lstat().st_size for path in folder.glob("*/*.safetensors"))
+    return 0
 
 
 class NCCLGroup:
