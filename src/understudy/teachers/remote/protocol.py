@@ -35,7 +35,7 @@ MAX_SAMPLES = 65_536
 _INTEGERS = (torch.int32,)
 _NUMBERS = (torch.float32, torch.float64)
 _STATES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_HEADER_BYTES = 64 * 1024
+HEADER_BYTES = 64 * 1024
 """Largest header of a message; reading a longer one would take seconds in which nobody else is answered."""
 _LENGTH_BYTES = 8
 """Bytes before a safetensors header, which hold its length."""
@@ -278,8 +278,8 @@ def _read(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns tensors and the header's facts. Raises ProtocolError for other bytes and other tensors."""
     size = int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if size > min(_HEADER_BYTES, len(data)):
-        raise ProtocolError(f"it is not a safetensors message with a header of at most {_HEADER_BYTES:,} bytes")
+    if size > min(HEADER_BYTES, len(data)):
+        raise ProtocolError(f"it is not a safetensors message with a header of at most {HEADER_BYTES:,} bytes")
     try:
         tensors: dict[str, Tensor] = load(data)
         header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + size])

@@ -21,7 +21,9 @@ from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
 from understudy.teachers.remote.protocol import (
     ABOUT,
     HEAD,
+    HEADER_BYTES,
     MAX_SAMPLES,
+    NEEDS,
     SCORE,
     TEMPERATURES,
     About,
@@ -36,13 +38,10 @@ from understudy.teachers.remote.protocol import (
 from understudy.teachers.stores.recording import tokenizer_digest
 from understudy.types import Need, Sample, Scores
 
-CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 OPENING_S = 30.0
 """Time that a replica has to describe itself."""
 ABOUT_BYTES = 2**20
 """Largest description."""
-HEADER_BYTES = 64 * 1024
-"""Room in a message beside its tensors."""
 NOT_FINITE_TRIES = 2
 """Times that a score that is not finite is asked for again before its sample is `Unscored`."""
 _HINTS = {
@@ -68,7 +67,7 @@ class Served(RemoteSection):
 
     @property
     def gives(self) -> frozenset[Need]:
-        return CAN
+        return NEEDS | {"none"}
 
     @property
     def shown(self) -> str:
@@ -141,17 +140,12 @@ class Served(RemoteSection):
             )
         if setup.tokenizer is None or tokenizer_digest(setup.tokenizer) == about.tokenizer_digest:
             return
-        size, eos = max(setup.tokenizer.get_vocab().values()) + 1, setup.tokenizer.eos_token_id
-        if size != about.tokenizer_size:
-            how = f"the student's has {size} tokens, the teacher's {about.tokenizer_size}"
-        elif eos != about.eos_id:
-            how = f"EOS is id {eos} for the student and {about.eos_id} for the teacher"
-        else:
-            how = f"both have {size} tokens, but not the same"
+        size = max(setup.tokenizer.get_vocab().values()) + 1
         raise VocabularyError(
-            f"{self.shown} ({about.model}) reads with another tokenizer than the student: {how}. Token scores only mean "
-            "something where both read the same tokens: choose models of one family, or give the student the teacher's "
-            "tokenizer"
+            f"{self.shown} ({about.model}) reads with another tokenizer than the student: the teacher's has "
+            f"{about.tokenizer_size} tokens and EOS is id {about.eos_id}, the student's has {size} tokens and EOS is id "
+            f"{setup.tokenizer.eos_token_id}. Token scores only mean something where both read the same tokens: choose models "
+            "of one family, or give the student the teacher's tokenizer"
         )
 
     def refusal(self, refused: Refused) -> EngineError:
