@@ -110,7 +110,11 @@ class Served(RemoteSection):
         with self.connect(setup, policy, ABOUT_BYTES) as client:
             for number, url in enumerate(client.urls):
                 try:
-                    found[url] = client.request(ABOUT, _read_about, key="what it is", method="GET", replica=number)
+                    found[url] = client.request(
+                        ABOUT, lambda reply: About.decode(reply.json()), key="what it is", method="GET", replica=number
+                    )
+                except ProtocolError as error:
+                    last = EngineError(f"what answers at {url} is not a teacher for this client: {error}")
                 except Refused as refused:
                     raise self.refusal(refused) from None
                 except EngineError as error:
@@ -152,13 +156,6 @@ class Served(RemoteSection):
         """Returns the error for a status that a retry does not change, with what to do."""
         hint = _HINTS.get(refused.status)
         return EngineError(f"{self.shown} refuses with {refused}" + (f"; {hint}" if hint else ""))
-
-
-def _read_about(reply: Reply) -> About:
-    try:
-        return About.decode(reply.json())
-    except ProtocolError as error:
-        raise EngineError(f"what answers at {reply.url} is not a teacher for this client: {error}") from error
 
 
 class ServedTeacher(RemoteTeacher):
