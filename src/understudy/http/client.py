@@ -41,7 +41,6 @@ MAX_ERROR_BYTES = 2**20
 """Limit of the message beside an error status; the rest is cut off."""
 PROBE_S = 5.0
 """Timeout of a health probe."""
-_LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +316,7 @@ class HttpClient:
             # probes need connections of their own, so that they wait for no request
             limits=httpx.Limits(max_connections=slots + len(self.urls), max_keepalive_connections=slots),
             # loopback is never behind a proxy of the environment
-            mounts=dict.fromkeys(_LOOPBACK),
+            mounts=dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]")),
             # certificates take a while to read, and plain http needs none
             verify=any(url.lower().startswith("https:") for url in self.urls),
         )

@@ -23,7 +23,6 @@ _READ_CHARS = 65_536
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 """Statuses below 500 that may change with a retry."""
-_BUSY = frozenset({429, 503})
 _DOES_NOT_FIT = frozenset({400, 413, 422})
 _TOO_LONG = re.compile(
     r"context.?length|maximum context|too long|too many tokens"
@@ -154,7 +153,7 @@ class Reply:
             # a date, which the header may be as well: our own backoff is used
             asked_s = 0.0
         wait_s = min(MAX_WAIT_S, asked_s) if asked_s > 0 else 0.0
-        return Failure(f"status {self.status}: {message}", wait_s, counts=self.status not in _BUSY)
+        return Failure(f"status {self.status}: {message}", wait_s, counts=self.status not in (429, 503))
 
 
 def is_unreachable(error: BaseException) -> bool:

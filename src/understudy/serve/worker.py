@@ -19,7 +19,6 @@ MAX_WAITING = 1_024
 """Requests in the queue."""
 MAX_WAITING_TOKENS = 16 * 2**20
 """64 MiB of ids. An empty queue takes a request of any size."""
-RETRY_AFTER_S = 1
 OUT_OF_MEMORY = "the teacher ran out of memory: lower its --max-batch-tokens, or ask for fewer samples at a time"
 DEAD = "the thread that answers has ended: restart the teacher"
 CLOSE_S = 30.0
@@ -78,9 +77,7 @@ class Worker:
                 raise Refusal(503, DEAD)
             full = len(self._jobs) >= MAX_WAITING or self._waiting_tokens + request.num_tokens > MAX_WAITING_TOKENS
             if self._jobs and full:
-                raise Refusal(
-                    429, f"{len(self._jobs):,} requests wait already: ask later", {"Retry-After": str(RETRY_AFTER_S)}
-                )
+                raise Refusal(429, f"{len(self._jobs):,} requests wait already: ask later", {"Retry-After": "1"})
             self._jobs.append(job)
             self._waiting_tokens += request.num_tokens
             self._changed.notify()
@@ -95,8 +92,7 @@ class Worker:
         """Refuses waiting requests; the forward under way ends first, or is left behind after `CLOSE_S`."""
         with self._changed:
             self._closed = True
-            jobs = list(self._jobs)
-            self._jobs.clear()
+            jobs, self._jobs = self._jobs, deque()
             self._changed.notify()
         for job in jobs:
             if job.answer.set_running_or_notify_cancel():

@@ -273,15 +273,11 @@ class HttpTeacher(RemoteTeacher):
                 f"({refused.message}): raise its --max-model-len (one more than the longest sample), or lower max_new_tokens"
             )
         env = self._section.api_key_env
-        locked = f"the key in {env} is not accepted" if env else "set teacher.api_key_env"
-        hints = {
-            401: locked,
-            403: locked,
-            404: "check teacher.url, teacher.api, and that the server has that model (see its /v1/models)",
-        }
-        hint = hints.get(
-            refused.status, "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer"
-        )
+        hint = "check teacher.api, teacher.k_max, and that the ids are those of its tokenizer"
+        if refused.status in (401, 403):
+            hint = f"the key in {env} is not accepted" if env else "set teacher.api_key_env"
+        elif refused.status == 404:
+            hint = "check teacher.url, teacher.api, and that the server has that model (see its /v1/models)"
         return EngineError(f"{self._who} refuses {named(samples)} with {refused}; {hint}")
 
 
