@@ -1032,7 +1032,7 @@ def test_another_format_is_told_apart() -> None:
     for wrong in (
         [],
         {},
-        said | {"format": 2},
+        said | {"format": 1},
         said | {"tokenizer_digest": None},
         {k: v for k, v in said.items() if k != "dtype"},
     ):

@@ -24,7 +24,7 @@ from torch import Tensor
 from understudy.linear.head import LMHead
 from understudy.types import Need
 
-FORMAT = 1
+FORMAT = 2
 CONTENT_TYPE = "application/octet-stream"
 ABOUT, HEAD, SCORE = "/v1/teacher", "/v1/head", "/v1/score"
 NEEDS: frozenset[Need] = frozenset({"sampled", "topk", "full"})
