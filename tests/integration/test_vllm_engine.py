@@ -438,10 +438,9 @@ def test_a_push_in_the_middle_splits_a_response_by_version(tmp_path: Path) -> No
 def test_requests_that_come_while_it_is_paused_end_on_the_new_weights(tmp_path: Path) -> None:
     """A request may reach the server after the pause did; it must not be told apart by luck."""
     model = model_of()
-    with (
-        make_engine(model, tmp_path, stub={"token_latency": lambda _: 0.01, "concurrency": 1}) as (engine, servers),
-        ThreadPoolExecutor() as threads,
-    ):
+    # few at a time, or all are in the server's queue before the comparison of the first push, which waits behind them
+    options: dict[str, Any] = {"stub": {"token_latency": lambda _: 0.01, "concurrency": 1}, "max_concurrency": 3}
+    with make_engine(model, tmp_path, **options) as (engine, servers), ThreadPoolExecutor() as threads:
         push(engine, model)
         models = {0: model_of()}
         writing = [threads.submit(engine.generate, requests(4), LONG, step=step) for step in range(2)]
