@@ -42,12 +42,18 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     """Schemas of the tools that the student may call, for the chat template."""
-    reference: str | None = None
-    """The final answer that a verifier compares with."""
+    reference: tuple[str, ...] | None = None
+    """The accepted final answers, the first the one to show; a response is right if a verifier finds it equal to any. A
+    lone string becomes the only one."""
     solution: str | None = None
     """A whole response to imitate, for SFT and off-policy shares."""
     teacher: str | None = None
     """Name of the teacher that scores samples of this prompt; None: the only one."""
+
+    def __post_init__(self) -> None:
+        given: object = self.reference
+        if isinstance(given, str):
+            object.__setattr__(self, "reference", (given,))
 
 
 @dataclass(frozen=True)

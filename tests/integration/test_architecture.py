@@ -24,7 +24,7 @@ from understudy.errors import RecipeError
 from understudy.recipe import Recipe, doctor
 from understudy.recipe.checks import Files, Parts, check
 from understudy.tasks import TASKS, Split, Task, build_tokenizer
-from understudy.tasks.verifiers import VERIFIERS
+from understudy.tasks.verifiers import VERIFIERS, find_verifier
 from understudy.teachers import TEACHERS, RunFacts, Setup, Teacher, TeacherSection
 from understudy.trainer.console import Console
 from understudy.types import Grade, Message, Need, Prompt, Sample, Scores
@@ -119,10 +119,10 @@ class Echo(Task):
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         digits = range(8) if split == "train" else range(8, 10)
-        return [Prompt(f"echo/{n}", text=f"{n}:", reference=str(n), solution=str(n)) for n in digits]
+        return [Prompt(f"echo/{n}", text=f"{n}:", reference=(str(n),), solution=str(n)) for n in digits]
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
-        return VERIFIERS[self.verifier](text, prompt.reference or "")
+        return find_verifier(self.verifier)(text, prompt.reference or ())
 
     @property
     def num_tokens(self) -> int:

@@ -246,8 +246,8 @@ def test_the_report_reads_what_was_written(tmp_path: Path) -> None:
     attempts = [attempt for found in record.problems().values() for attempt in found]
     assert len(attempts) == 24
     first, last = attempts[0], attempts[3]
-    assert (first.prompt_id, first.prompt, first.reference) == (PROMPTS[0].id, PROMPTS[0].text, PROMPTS[0].reference)
-    assert (first.response, first.answer, first.score) == (PROMPTS[0].solution, PROMPTS[0].reference, 1.0)
+    assert (first.prompt_id, first.prompt, first.reference) == (PROMPTS[0].id, PROMPTS[0].text, PROMPTS[0].reference[0])
+    assert (first.response, first.answer, first.score) == (PROMPTS[0].solution, PROMPTS[0].reference[0], 1.0)
     assert (first.finish, first.num_tokens) == ("stop", len(PROMPTS[0].solution or "") + 1)
     assert (last.finish, last.num_tokens, last.answer, last.score) == ("length", 9, None, 0.0)
     assert last.note
@@ -349,7 +349,7 @@ def test_real_problems_through_the_math_verifier(tmp_path: Path) -> None:
 
     class Words(Oracle):
         def _sample(self, request: Request) -> Sample:
-            answer = f"{request.prompt.reference}.0" if request.index else "-3.5"
+            answer = f"{request.prompt.reference[0]}.0" if request.index else "-3.5"
             return replace(super()._sample(request), text=f"It is \\boxed{{{answer}}}.")
 
     summary = evaluated(prompts=prompts, task=task, engine=Words(lambda _: "1"), samples_per_prompt=3, out_dir=tmp_path)

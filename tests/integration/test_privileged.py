@@ -82,9 +82,9 @@ def samples() -> list[Sample]:
         {"role": "user", "content": "3+3?"},
     )
     prompts = [
-        Prompt(id="a", text="1+1=", reference="2", solution="1+1 is 2"),
-        Prompt(id="b", messages=chat, reference="6", solution="3 and 3 are {prompt} \\boxed{6}"),
-        Prompt(id="c", messages=chat[:1], reference="4", solution="count"),
+        Prompt(id="a", text="1+1=", reference=("2",), solution="1+1 is 2"),
+        Prompt(id="b", messages=chat, reference=("6",), solution="3 and 3 are {prompt} \\boxed{6}"),
+        Prompt(id="c", messages=chat[:1], reference=("4", "four"), solution="count"),
     ]
     return [answered(prompt, text) for prompt, text in zip(prompts, ("2", "it is 6", "44444"), strict=True)]
 

@@ -141,7 +141,7 @@ def test_one_prompt_is_a_run(tmp_path: Path, seen: Seen, monkeypatch: pytest.Mon
 
 def only_some(task: object, prompt: Prompt, text: str) -> Grade:
     """Prompts whose sum is a multiple of four are too hard: always wrong."""
-    return Grade(0.0) if int(prompt.reference or 0) % 4 == 0 else grade_by_length(task, prompt, text)
+    return Grade(0.0) if int((prompt.reference or ("0",))[0]) % 4 == 0 else grade_by_length(task, prompt, text)
 
 
 def test_flat_prompts_are_replaced(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_gsm8k_rows_become_prompts() -> None:
     prompts = task.prompts("train")
     assert len(prompts) == 12
     first = prompts[0]
-    assert first.reference == "18"
+    assert first.reference == ("18",)
     assert first.solution is not None
     assert first.messages is not None
     assert first.messages[0] == {"role": "system", "content": "Think."}
@@ -90,7 +90,7 @@ def test_nested_fields_messages_numbers_and_teachers(tmp_path: Path) -> None:
     )
     (prompt,) = task.prompts("train")
     assert prompt.messages == tuple(row["prompt"])
-    assert (prompt.reference, prompt.solution, prompt.teacher) == ("42", "flat", "maths")
+    assert (prompt.reference, prompt.solution, prompt.teacher) == (("42",), "flat", "maths")
 
 
 def test_plain_text(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_folder_of_files_as_a_hub_data_set(tmp_path: Path, monkeypatch: pytest
     write(folder / "train.jsonl", [{"q": "a", "r": "1"}, {"q": "b", "r": "2"}])
     task = Hub(dataset=str(folder), prompt_field="q", reference_field="r")
     task.check_files()
-    assert [prompt.reference for prompt in task.prompts("train")] == ["1", "2"]
+    assert [prompt.reference for prompt in task.prompts("train")] == [("1",), ("2",)]
     with pytest.raises(DataError, match=r"\[train\] row 0: no field 'qq'"):
         Hub(dataset=str(folder), prompt_field="qq").prompts("train")
     with pytest.raises(DataError, match="cannot load split 'dev'"):
@@ -227,7 +227,7 @@ def test_a_prompt_of_a_mix_is_graded_by_the_part_that_it_is_of() -> None:
     """Its id begins with the part's name, which therefore holds no separator."""
     task = Mix(parts={"a.b": Arithmetic(digits=1), "chain": Arithmetic(family="chain")})
     for prompt in task.prompts("train")[:4]:
-        assert task.grade(prompt, f"#{prompt.reference}").right
+        assert task.grade(prompt, f"#{prompt.reference[0]}").right
     with pytest.raises(ValueError, match=r"a part is named 'a/b'; names have no '/'"):
         Mix(parts={"a/b": Arithmetic()})
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from understudy.tasks import Jsonl
-from understudy.tasks.verifiers import grade_exact, grade_math, math_process
+from understudy.tasks.verifiers import find_verifier, grade_exact, grade_math, math_process
 from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
 from understudy.tasks.verifiers.math_process import compare
+from understudy.types import Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -300,6 +301,18 @@ def test_exact(text: str, after: str | None, score: float) -> None:
     grade = grade_exact(text, "1035", after)
     assert grade.score == score
     assert (grade.note == "") == (score == 1.0)
+
+
+def test_the_best_of_several_accepted_answers_counts() -> None:
+    aliases = find_verifier("exact")
+    assert [aliases(text, ("John Snow", "Jon Snow")).score for text in ("Jon Snow", "John Snow", "Snow")] == [1, 1, 0]
+    assert find_verifier("math")("\\boxed{0.5}", ("\\frac{1}{3}", "\\frac{1}{2}")).right
+    with pytest.raises(ValueError, match="give at least one"):
+        aliases("1", ())
+
+
+def test_a_lone_reference_is_the_only_accepted_answer() -> None:
+    assert Prompt("p", text="1+1=", reference="12").reference == ("12",)  # type: ignore[arg-type]
 
 
 def test_an_unknown_verifier_is_named_with_the_nearest() -> None:

@@ -64,7 +64,7 @@ def test_every_problem_is_solved_by_its_solution(name: str, data: st.DataObject)
     task = FAMILIES[name]
     prompt = task.problem(data.draw(st.integers(0, task.num_problems - 1)))
     assert prompt.solution is not None
-    assert prompt.reference == str(independent_answer(task, prompt.text or ""))
+    assert prompt.reference == (str(independent_answer(task, prompt.text or "")),)
     assert task.grade(prompt, prompt.solution).score == 1.0
     assert task.grade(prompt, prompt.solution + "0").score == 0.0
     assert task.grade(prompt, prompt.solution.rpartition("#")[0]).score == 0.0

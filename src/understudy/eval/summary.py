@@ -82,8 +82,11 @@ def summarise(
 
 
 def sample_row(sample: Sample) -> dict[str, object]:
-    """A sample as one line of eval/step_N.jsonl or samples/step_N.jsonl; `score` is null where it was not graded."""
-    grade = sample.grade
+    """A sample as one line of eval/step_N.jsonl or samples/step_N.jsonl; `score` is null where it was not graded.
+
+    `reference` is a list where several answers are accepted.
+    """
+    grade, references = sample.grade, sample.prompt.reference
     why = f"not graded: the {'environment failed' if sample.finish == 'environment' else 'prompt has no reference'}"
     trained = {
         "reward": sample.reward,
@@ -98,7 +101,7 @@ def sample_row(sample: Sample) -> dict[str, object]:
         "finish": sample.finish,
         "num_tokens": sample.num_written_tokens,
         "answer": None if grade is None else grade.answer,
-        "reference": sample.prompt.reference,
+        "reference": references[0] if references is not None and len(references) == 1 else references,
         "score": None if grade is None else grade.score,
         "note": why if grade is None else grade.note,
     } | {name: value for name, value in trained.items() if value is not None}

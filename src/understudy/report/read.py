@@ -196,7 +196,9 @@ def read_attempts(path: Path) -> list[Attempt]:
         )
         if len(sizes) != 1 or -1 in sizes or "text" not in tokens:
             raise DataError(f"{path}:{number}: 'tokens' needs a list 'text', and lists of the same length beside it")
-        answer, reference = (None if row.get(key) is None else str(row[key]) for key in ("answer", "reference"))
+        answer, references = row.get("answer"), row.get("reference")
+        if references is not None and not isinstance(references, list):
+            references = [references]
         attempts.append(
             Attempt(
                 prompt_id=str(row["prompt_id"]),
@@ -204,8 +206,8 @@ def read_attempts(path: Path) -> list[Attempt]:
                 response=str(row["response"]),
                 finish=str(row.get("finish") or ""),
                 num_tokens=_whole(row.get("num_tokens")),
-                answer=answer,
-                reference=reference,
+                answer=None if answer is None else str(answer),
+                reference=None if references is None else " or ".join(map(str, references)),
                 score=_number(row.get("score")),
                 note=str(row.get("note") or ""),
                 tokens=tokens,

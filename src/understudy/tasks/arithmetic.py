@@ -115,13 +115,13 @@ class Arithmetic(Task):
         else:
             text, solution = _words(code)
         answer = solution.rpartition("#")[2].strip()
-        return Prompt(f"{self.name}/{text}", text=text, reference=answer, solution=solution)
+        return Prompt(f"{self.name}/{text}", text=text, reference=(answer,), solution=solution)
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """1.0 if what follows the last '#' is the answer."""
         if prompt.reference is None:
             raise ValueError(f"prompt {prompt.id} has no reference; it does not come from this task")
-        return grade_exact(text, prompt.reference, after="#")
+        return grade_exact(text, prompt.reference[0], after="#")
 
 
 def _addition(code: int, digits: int) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from understudy.config import brief
 from understudy.errors import DataError, RecipeError, nearest
 from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Split, Task
-from understudy.tasks.verifiers import VERIFIERS
+from understudy.tasks.verifiers import find_verifier
 from understudy.types import Grade, Prompt
 
 Row = tuple[str, Mapping[str, Any]]
@@ -80,8 +80,7 @@ class Records(Task):
             raise ValueError(f"limit is {self.limit}; it must be at least 1, or left out")
         if self.reference_after is not None and self.reference_field is None:
             raise ValueError("reference_after is given without reference_field")
-        if self.verifier not in VERIFIERS:
-            raise ValueError(f"there is no verifier {self.verifier!r}; {nearest(self.verifier, VERIFIERS)}")
+        find_verifier(self.verifier)
 
     @abstractmethod
     def sources(self) -> Mapping[str, str]:
@@ -121,7 +120,7 @@ class Records(Task):
         """The verifier's verdict. Raises DataError for a prompt without reference."""
         if prompt.reference is None:
             raise DataError(f"prompt {prompt.id} has no reference to grade with; set task.reference_field")
-        return VERIFIERS[self.verifier](text, prompt.reference)
+        return find_verifier(self.verifier)(text, prompt.reference)
 
     def check_files(self) -> None:
         """Read the first rows of every source, as the run would. Raises RecipeError or DataError."""
@@ -158,7 +157,7 @@ class Records(Task):
             id=f"{self.name}/{digest}",
             text=None if self.chat else text,
             messages=tuple(messages) if self.chat else None,
-            reference=reference,
+            reference=None if reference is None else (reference,),
             solution=_optional_text(row, self.solution_field, place),
             teacher=_optional_text(row, self.teacher_field, place),
         )

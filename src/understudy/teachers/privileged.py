@@ -26,7 +26,7 @@ TEMPLATE = "A correct solution of the problem below, for reference:\n\n{solution
 PLACEHOLDERS = {
     "prompt": "what the student is asked",
     "solution": "Prompt.solution, from the field that task.solution_field says",
-    "reference": "Prompt.reference, the answer that the verifier compares with",
+    "reference": "Prompt.reference, the first of the answers that the verifier accepts",
     "feedback": "Sample.grade, which a verifier gives before the teacher is asked; the note is empty where it passed",
 }
 _PLACEHOLDER = re.compile(rf"\{{({'|'.join(PLACEHOLDERS)})\}}")
@@ -321,7 +321,7 @@ def _fill(template: str, sample: Sample, asked: str) -> str:
     values: dict[str, Any] = {
         "prompt": asked,
         "solution": sample.prompt.solution,
-        "reference": sample.prompt.reference,
+        "reference": None if sample.prompt.reference is None else sample.prompt.reference[0],
         "feedback": None if sample.grade is None else sample.grade.note,
     }
     for name in _PLACEHOLDER.findall(template):

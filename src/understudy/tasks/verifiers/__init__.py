@@ -1,9 +1,13 @@
-"""Verifiers: pure functions (text, reference) -> Grade. They know nothing of tasks, prompts or models."""
+"""Verifiers: pure functions (text, reference) -> Grade. They know nothing of tasks, prompts or models.
+
+`find_verifier` makes one of several accepted answers out of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from understudy.errors import nearest
 from understudy.tasks.verifiers.math import grade_math
 from understudy.types import Grade
 
@@ -25,4 +29,26 @@ def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
 
 VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {"exact": grade_exact, "math": grade_math}
 
-__all__ = ["VERIFIERS", "grade_exact", "grade_math"]
+
+def find_verifier(name: str) -> Callable[[str, Sequence[str]], Grade]:
+    """The verifier of that name, for any number of accepted answers: the best of their grades. Raises ValueError."""
+    if name not in VERIFIERS:
+        raise ValueError(f"there is no verifier {name!r}; {nearest(name, VERIFIERS)}")
+    verify = VERIFIERS[name]
+
+    def grade(text: str, references: Sequence[str]) -> Grade:
+        best: Grade | None = None
+        for reference in references:
+            found = verify(text, reference)
+            if found.right:
+                return found
+            if best is None or found.score > best.score:
+                best = found
+        if best is None:
+            raise ValueError("there is no accepted answer to compare with; give at least one")
+        return best
+
+    return grade
+
+
+__all__ = ["VERIFIERS", "find_verifier", "grade_exact", "grade_math"]
