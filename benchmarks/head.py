@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +29,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from understudy.linear import LMHead, evaluate
-from understudy.linear.reference import evaluate as evaluate_reference
 from understudy.methods import GKD, OPD, TopK
 from understudy.methods.base import Method
 from understudy.types import TokenBatch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.definition import evaluate as evaluate_reference
 
 VOCABULARY = 151_936
 SIZES = ((1024, 64), (512, 1024))
