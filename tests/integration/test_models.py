@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,75 @@ def test_merging_on_the_side(name: str, tmp_path: Path) -> None:
     # (W + BA) x against W x + B (A x): order of sums in float32
     torch.testing.assert_close(again(input_ids=ids).logits, adapted, rtol=0, atol=2e-6)
     assert float((adapted - plain).abs().max()) > 0.01
+
+
+def peft_model(**options: Any) -> Any:
+    """A tied model with adapters as peft alone makes them, all of them away from their start."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny("llama-tied"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"]},
+    ],
+    ids=str,
+)
+def test_adapters_on_a_tied_embedding_are_saved_as_they_act(options: dict[str, Any], tmp_path: Path) -> None:
+    """Head and embedding differ once one of them is adapted: the configuration of what is saved says so."""
+    model = peft_model(**options)
+    ids = torch.randint(0, 40, (2, 5))
+    with torch.no_grad():
+        live = model(input_ids=ids).logits
+        save_hf(model, words(TOKENS), tmp_path)
+        torch.testing.assert_close(model(input_ids=ids).logits, live, rtol=0, atol=0)
+        # plain transformers ties the two where the configuration says so
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(merged(input_ids=ids).logits, live, rtol=0, atol=5e-6)
+        adapted = load_causal_lm(_with_base(tmp_path / "adapter", tmp_path / "base"))
+        torch.testing.assert_close(adapted(input_ids=ids).logits, live, rtol=0, atol=5e-6)
+    assert merged.config.tie_word_embeddings == ("'target_modules': ['q_proj']}" in str(options))
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == merged.config.tie_word_embeddings
+
+
+def _with_base(adapter: Path, base: Path) -> str:
+    """The directory of an adapter that names the tied model as its base."""
+    save_hf(tiny("llama-tied"), words(TOKENS), base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    return str(adapter)
+
+
+def test_adapters_on_a_tied_embedding_untie_it() -> None:
+    model = with_adapters(target_modules=["embed_tokens", "q_proj"])
+    probe_head(model)
+    assert not model.get_base_model().config.tie_word_embeddings
+    assert torch.equal(lm_head(model).weight, tiny("llama-tied").lm_head.weight)
+    assert with_adapters().get_base_model().config.tie_word_embeddings
+
+
+def test_an_adapter_on_an_adapter_names_it(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    save_hf(with_adapters(), words(TOKENS), first, merged=False)
+    loaded = load_causal_lm(_with_base(first, tmp_path / "base"))
+    model = apply_lora(loaded, rank=2, alpha=4.0)
+    save_hf(model, words(TOKENS), second, merged=False)
+    ids = torch.randint(0, 40, (2, 5))
+    assert torch.equal(load_causal_lm(str(second))(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def test_adapter_directory(tmp_path: Path) -> None:

@@ -147,10 +147,11 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_resume_with_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [None, ["embed_tokens", "q_proj"]])
+def test_resume_with_lora(targets: list[str] | None, tmp_path: Path) -> None:
     """Adapters with dropout: what torch draws is a function of the step too."""
     changes = distillation(tmp_path, train={"save_every": 3})
-    changes["student"] |= {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
+    changes["student"] |= {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": targets}}
     whole = train(tmp_path / "whole", **changes).run_dir.path
     half = changes | {"train": {"save_every": 3}}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -188,6 +189,9 @@ def test_lora_trains_adapters_only_and_saves_either_form(tmp_path: Path) -> None
     one = PeftModel.from_pretrained(base, adapter / "student").eval()(ids).logits
     other = AutoModelForCausalLM.from_pretrained(merged / "student").eval()(ids).logits
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(changes["student"]["model"])
+    beside = PeftModel.from_pretrained(base, merged / "student" / "adapter").eval()(ids).logits
+    assert torch.equal(beside, one)
 
 
 def test_two_ranks_are_one_run(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DType = Literal["auto", "float32", "float16", "bfloat16", "float64"]
+_PART_OF_ADAPTED = re.compile(r"\.base_layer\.|\.modules_to_save\.[^.]+\.")
+"""What peft inserts into the names of weights."""
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 ALIASES = {
     "num_layers": "num_hidden_layers",
@@ -90,7 +95,12 @@ def load_causal_lm(
         except ImportError as error:
             raise RecipeError(f"{local} is a LoRA adapter; run: pip install 'understudy[lora]'") from error
         base = load_causal_lm(_adapter_base(local), dtype=dtype, device=device, attn_implementation=attn_implementation)
-        merged: Any = PeftModel.from_pretrained(base, str(local)).merge_and_unload()
+        with _quiet_about_tying():
+            adapted: Any = PeftModel.from_pretrained(base, str(local))
+            _untie_adapted(adapted)
+            merged = adapted.merge_and_unload()
+        # an adapter that is trained on top names this one as its base, not the model beneath
+        merged.name_or_path = str(local)
         return cast("PreTrainedModel", merged.eval())
     source = str(local) if local.exists() else path_or_name
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -216,6 +226,8 @@ def apply_lora(
 ) -> nn.Module:
     """The model with adapters `W + alpha / rank * B A` on `target_modules`; all else frozen, the output layer too.
 
+    Adapters on an embedding that is tied to the output layer untie the two: the output layer stays as it was.
+
     Raises RecipeError when peft is not installed, when a module name matches nothing, or when it is the output layer.
     """
     try:
@@ -227,7 +239,7 @@ def apply_lora(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _quiet_about_tying():
             torch.manual_seed(seed)
             adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:
@@ -236,31 +248,69 @@ def apply_lora(
         raise RecipeError(
             f"LoRA on the output layer is not supported (target_modules {target_modules!r}): losses read its weight"
         )
+    _untie_adapted(adapted)
     return adapted
+
+
+@contextmanager
+def _quiet_about_tying() -> Iterator[None]:
+    """Without peft's warning about adapters on tied layers, which `_untie_adapted` takes care of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*tie_word_embeddings")
+        yield
+
+
+def _untie_adapted(model: nn.Module) -> None:
+    """Unties embedding and output layer where adapters or trained copies set the two apart.
+
+    The configuration must say so too: else whatever loads the merged weights would put one in place of the other.
+    """
+    base = unwrap(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    is_apart = any(hasattr(layer, name) for layer in (embedding, head) for name in ("base_layer", "modules_to_save"))
+    if not (is_apart and base.config.get_text_config().tie_word_embeddings):
+        return
+    base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
+    plain: Any = getattr(head, "base_layer", getattr(head, "original_module", head))
+    plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+
+
+ADAPTER_DIR = "adapter"
+"""Folder of the adapter beside the model that it is merged into."""
 
 
 def save_hf(model: nn.Module, tokenizer: Any, directory: str | Path, *, merged: bool = True) -> None:
     """A directory that `AutoModelForCausalLM` (`merged`) or PEFT (an adapter) loads, with the tokenizer. Safetensors.
 
-    Merging forms `W + delta` on the side: the live model and its adapters stay as they are.
+    Merging forms `W + delta` on the side: the live model and its adapters stay as they are, and the adapters are saved
+    too, in `ADAPTER_DIR`.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    base = unwrap(model)
-    if base is not model and merged:
-        base.save_pretrained(target, state_dict=merged_state_dict(model))
+    base: Any = unwrap(model)
+    adapted: Any = model
+    if base is adapted:
+        base.save_pretrained(target)
     else:
-        cast("Any", model).save_pretrained(target)
+        # the embedding has its own size, so peft need not look for that of the base on the hub, nor save it whole
+        adapted.save_pretrained(target / ADAPTER_DIR if merged else target, save_embedding_layers=False)
+        if merged:
+            _untie_adapted(model)
+            base.save_pretrained(target, state_dict=merged_state_dict(model))
     tokenizer.save_pretrained(target)
 
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the plain model, with every adapter added to a copy of the weight that it belongs to."""
+    """The weights of the plain model: trained copies in place of what they replace, and every adapter added to a copy of
+    the weight that it belongs to."""
     base = unwrap(model)
     module: Any
-    plain = ((name, value) for name, value in base.state_dict().items() if ".lora_" not in name)
-    state: dict[str, Tensor] = {name.replace(".base_layer.", "."): value for name, value in plain}
+    state: dict[str, Tensor] = {
+        _PART_OF_ADAPTED.sub(".", name): value
+        for name, value in base.state_dict().items()
+        if ".lora_" not in name and ".original_module." not in name
+    }
     for name, module in base.named_modules():
         if not hasattr(module, "get_delta_weight"):
             continue

@@ -43,7 +43,7 @@ class Lora:
     target_modules: tuple[str, ...] | None = None
     """None: every linear layer but the output layer."""
     save: Literal["merged", "adapter"] = "merged"
-    """Contents of the final `student/` directory."""
+    """Contents of the final `student/` directory: the merged model with the adapter in `student/adapter/`, or the adapter."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
