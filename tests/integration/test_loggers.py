@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.runs import distillation, train
 from understudy.errors import CheckpointError, RecipeError
 from understudy.trainer.loggers import LOGGERS, Dashboard, JsonLines, check_loggers, make_loggers
 
@@ -170,6 +171,35 @@ class _Broken:
         raise ConnectionError("still refused")
 
 
+ROWS = [
+    {"prompt": "2+2?", "response": "4", "score": 1.0, "reference": None},
+    {"prompt": "2+3?", "response": "<b>6</b>", "score": None, "reference": "5", "reward": 0.0},
+]
+COLUMNS = ["prompt", "response", "score", "reference", "reward"]
+DATA = [["2+2?", "4", 1.0, None, None], ["2+3?", "<b>6</b>", None, "5", 0.0]]
+
+
+def test_samples_become_one_table_and_a_package_without_tables_gets_none() -> None:
+    logged: list[Any] = []
+    arguments = (lambda step, values: logged.append((step, values)), lambda: None, pytest.fail)
+    Dashboard("wandb", *arguments, lambda **table: table).samples(7, ROWS)
+    Dashboard("tensorboard", *arguments).samples(7, ROWS)
+    assert logged == [(7, {"samples": {"columns": COLUMNS, "data": DATA}})]
+
+
+def test_a_run_sends_the_samples_that_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[Any] = []
+    service = (lambda step, values: logged.append((step, values)), lambda: None, lambda **table: table)
+    monkeypatch.setitem(LOGGERS, "wandb", lambda *_: service)  # type: ignore[arg-type]
+    changes = distillation(tmp_path / "models", loggers=["wandb"], train={"save_samples_every": 3})
+    run_dir = train(tmp_path, **changes)
+    tables = {step: values["samples"] for step, values in logged if "samples" in values}
+    assert sorted(tables) == [1, 3, 6]
+    assert {"prompt", "response", "score", "reference"} <= set(tables[3]["columns"])
+    saved = rows(run_dir / "samples" / "step_000003.jsonl")
+    assert tables[3]["data"] == [[row.get(name) for name in tables[3]["columns"]] for row in saved]
+
+
 def test_a_dashboard_that_fails_is_told_once_and_the_run_goes_on() -> None:
     warnings: list[str] = []
     inner = _Broken()
@@ -229,6 +259,7 @@ def test_wandb_offline_writes_a_run_and_resumes_it_under_the_same_id(
         _, log = make_loggers(run, ["wandb"], RECIPE, resume_step=resumed, warn=warnings.append)
         for step in range(first, last + 1):
             log.log(step, {"loss": math.nan if step == 2 else 1 / step})
+            log.samples(step, ROWS)
         log.close()
         assert not warnings
     identity = (run / "wandb" / "run-id").read_text()
@@ -238,6 +269,9 @@ def test_wandb_offline_writes_a_run_and_resumes_it_under_the_same_id(
     assert b"gkd" in content
     assert b"sk-very-private" not in content
     assert b"me:pass" not in content
+    tables = [json.loads(path.read_text()) for path in (run / "wandb").rglob("*.table.json")]
+    assert len(tables) == 5
+    assert all(table["columns"] == COLUMNS and table["data"] == DATA for table in tables)
 
 
 _TRACKIO_RUN = """
@@ -248,6 +282,7 @@ from understudy.trainer.loggers import make_loggers
 _, log = make_loggers(Path(sys.argv[1]), ["trackio"], {"teacher": {"api_key": "sk-very-private"}}, warn=sys.exit)
 log.log(1, {"loss": 1.0})
 log.log(2, {"loss": math.nan})
+log.samples(2, [{"response": "4", "score": 1.0}, {"response": "5"}])
 log.close()
 """
 
@@ -264,5 +299,8 @@ def test_trackio_keeps_the_numbers_on_this_machine(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (file,) = home.rglob("understudy.db")
     with sqlite3.connect(file) as database:
-        assert [row[0] for row in database.execute("select step from metrics order by step")] == [1, 2]
+        written = database.execute("select step, metrics from metrics order by step").fetchall()
+    assert sorted({step for step, _ in written}) == [1, 2]
+    tables = [values["samples"]["_value"] for _, text in written if "samples" in (values := json.loads(text))]
+    assert tables == [[{"response": "4", "score": 1.0}, {"response": "5", "score": None}]]
     assert b"sk-very-private" not in b"".join(path.read_bytes() for path in home.rglob("*") if path.is_file())

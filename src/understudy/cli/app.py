@@ -14,13 +14,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+import understudy
 from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SIGNAL = 2, 1, 130
 
 app = typer.Typer(
     name="understudy",
-    help="On-policy distillation: a small student learns from its own attempts, judged by a larger teacher.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,6 +41,21 @@ RecipeFile = Annotated[Path, _argument("RECIPE", "A recipe (YAML).")]
 RecipeOrRun = Annotated[Path, _argument("RECIPE|RUN", "A recipe, or a run directory: its final student.")]
 Overrides = Annotated[list[str] | None, _argument("[KEY=VALUE]...", "Overrides, such as method.k=64 or train.lr=1e-5.")]
 ModelDir = Annotated[str | None, _option("--model", metavar="DIR", help="Another model than the recipe's student.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"understudy {understudy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """On-policy distillation: a small student learns from its own attempts, judged by a larger teacher."""
 
 
 @app.command()
@@ -143,6 +158,20 @@ def report(
     from understudy.report.page import write_report
 
     typer.echo(write_report(run_dir, baseline=baseline))
+
+
+@app.command()
+def push(
+    run_dir: Annotated[Path, _argument("RUN", "A run directory: its final student.")],
+    name: Annotated[str, _argument("OWNER/NAME", "A model repository at the hub; made where it is missing.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="For everybody; without it the repository is private.")
+    ] = False,
+) -> None:
+    """Upload the final student with its model card to the Hugging Face hub."""
+    from understudy.hub import push
+
+    typer.echo(push(run_dir, name, public=public))
 
 
 @app.command()

@@ -19,9 +19,11 @@ from understudy.text import plain_tree, without_secrets
 
 PROJECT = "understudy"
 """Project name at W&B and Trackio; WANDB_PROJECT and TRACKIO_PROJECT override it."""
-Log = Callable[[int, Mapping[str, float]], object]
-"""Logs the numbers of a step."""
+Log = Callable[[int, Mapping[str, Any]], object]
+"""Logs the values of a step."""
 Close = Callable[[], object]
+Table = Callable[..., Any]
+"""A package's own table, made from `columns` and `data`."""
 
 
 class JsonLines:
@@ -96,12 +98,24 @@ class Dashboard:
     """A viewer or service beside metrics.jsonl. Its failures (network, a full quota) are reported once and then ignored: no
     run dies of its dashboard."""
 
-    def __init__(self, name: str, log: Log, close: Close, warn: Callable[[str], None]) -> None:
-        self._name, self._log, self._close, self._warn = name, log, close, warn
+    def __init__(
+        self, name: str, log: Log, close: Close, warn: Callable[[str], None], table: Table | None = None
+    ) -> None:
+        self._name, self._log, self._close, self._warn, self._table = name, log, close, warn, table
         self._warned = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._attempt(f"step {step}", lambda: self._log(step, values))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Logs samples as a table, where the package has tables; a value that a row lacks is None."""
+        if (table := self._table) is None:
+            return
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        data = [[row.get(name) for name in columns] for row in rows]
+        self._attempt(
+            f"the samples of step {step}", lambda: self._log(step, {"samples": table(columns=columns, data=data)})
+        )
 
     def close(self) -> None:
         self._attempt("the end of the run", self._close)
@@ -116,7 +130,9 @@ class Dashboard:
                 self._warn(f"{self._name} failed at {when} ({reason}); training goes on, metrics.jsonl has every step")
 
 
-def tensorboard(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close]:
+def tensorboard(
+    run_dir: Path, recipe: Mapping[str, object], resume_step: int | None
+) -> tuple[Log, Close, Table | None]:
     """Event files under RUN/tensorboard. On resume TensorBoard hides what an earlier process wrote of later steps."""
     package: Any = importlib.import_module("torch.utils.tensorboard")
     purge = None if resume_step is None else resume_step + 1
@@ -128,10 +144,10 @@ def tensorboard(run_dir: Path, recipe: Mapping[str, object], resume_step: int | 
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return log, writer.close
+    return log, writer.close, None
 
 
-def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close]:
+def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close, Table | None]:
     """Weights & Biases. The key comes from its own login or WANDB_API_KEY; WANDB_MODE=offline needs none.
 
     RUN/wandb/run-id keeps the run's id, so that a resumed run continues it; W&B itself ignores steps that it already has.
@@ -150,22 +166,23 @@ def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) 
         resume="allow",
         settings=package.Settings(console="off"),
     )
-    return lambda step, values: run.log(dict(values), step=step), run.finish
+    return lambda step, values: run.log(dict(values), step=step), run.finish, package.Table
 
 
-def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close]:
+def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close, Table | None]:
     """Trackio, local unless TRACKIO_SPACE_ID names a Space. A resumed run sends steps after its checkpoint again."""
-    run = importlib.import_module("trackio").init(
+    package: Any = importlib.import_module("trackio")
+    run = package.init(
         project=os.environ.get("TRACKIO_PROJECT", PROJECT),
         name=run_dir.name,
         config=plain_tree(recipe),
         resume="never" if resume_step is None else "allow",
         embed=False,
     )
-    return lambda step, values: run.log(dict(values), step=step), run.finish
+    return lambda step, values: run.log(dict(values), step=step), run.finish, package.Table
 
 
-LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], tuple[Log, Close]]] = {
+LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], tuple[Log, Close, Table | None]]] = {
     "tensorboard": tensorboard,
     "wandb": wandb,
     "trackio": trackio,
@@ -191,7 +208,7 @@ def make_loggers(
     loggers: list[JsonLines | Dashboard] = [lines]
     for name in names:
         try:
-            log, close = LOGGERS[name](run_dir, recipe, resume_step)
+            log, close, table = LOGGERS[name](run_dir, recipe, resume_step)
         except Exception as error:
             for started in loggers:
                 started.close()
@@ -199,7 +216,7 @@ def make_loggers(
             raise RecipeError(
                 f"loggers: {name!r} could not be started ({reason}); log in to it, set it to offline, or remove it"
             ) from error
-        loggers.append(Dashboard(name, log, close, warn))
+        loggers.append(Dashboard(name, log, close, warn, table))
     return loggers
 
 

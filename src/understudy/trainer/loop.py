@@ -282,8 +282,10 @@ class Trainer:
         every, step = self.settings.save_samples_every, self.progress.step
         if every and self.ranks.is_main and (step == 1 or step % every == 0):
             decode = self.rollouts.collector.renderer.tokenizer.decode
-            rows = [sample_row(one) | {"tokens": token_table(one, decode)} for one in samples[:SAVED_SAMPLES]]
+            shown = [(sample_row(one), token_table(one, decode)) for one in samples[:SAVED_SAMPLES]]
+            rows = [row | {"tokens": tokens} for row, tokens in shown]
             write_json_lines(self.run_dir.samples / f"step_{step:06d}.jsonl", rows)
+            self.observer.samples(step, [row for row, _ in shown])
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:

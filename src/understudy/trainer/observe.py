@@ -141,6 +141,12 @@ class Observer:
         if positions:
             self._write("consumed", {"step": progress.step, "positions": list(positions)})
 
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Sends samples to the dashboards that have tables."""
+        for logger in self.loggers:
+            if isinstance(logger, Dashboard):
+                logger.samples(step, rows)
+
     def evaluation(self, summary: EvalSummary, seconds: float) -> float | None:
         """Shows an evaluation; returns its avg@k if it was graded."""
         self.summaries.append(summary)

@@ -1,0 +1,41 @@
+"""Uploads a finished student to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from understudy.errors import RecipeError, UnderstudyError
+from understudy.text import without_secrets
+
+
+def push(run_dir: Path, name: str, *, public: bool = False) -> str:
+    """Uploads RUN/student with its model card to the repository OWNER/NAME, which is made where it is missing.
+
+    Returns the address and whether it is private. Raises RecipeError before anything is sent, UnderstudyError for what the
+    hub refuses. Nothing goes to a public repository without `public`.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+
+    student = run_dir / "student"
+    if not (student / "config.json").is_file():
+        raise RecipeError(f"{run_dir} has no final student ({student / 'config.json'}); finish the run first")
+    if name.count("/") != 1:
+        raise RecipeError(f"{name!r} is not the name of a repository; write OWNER/NAME, such as my-team/{run_dir.name}")
+    if get_token() is None:
+        raise RecipeError("there is no token for the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
+    hub = HfApi(library_name="understudy")
+    try:
+        url = hub.create_repo(name, private=not public, exist_ok=True)
+        private = bool(hub.repo_info(name).private)
+        if not private and not public:
+            raise RecipeError(f"{name} exists and is public; add --public to push to it, or choose another name")
+        hub.upload_folder(repo_id=name, folder_path=student, commit_message=f"Upload the student of {run_dir.name}")
+    except HFValidationError as error:
+        raise RecipeError(f"{name!r} is not the name of a repository: {error}") from error
+    except UnderstudyError:
+        raise
+    except Exception as error:
+        lines = without_secrets(f"{type(error).__name__}: {error}").splitlines()
+        raise UnderstudyError(f"the hub did not take {student} as {name} ({lines[0]}); the run is as it was") from error
+    return f"{url} ({'private' if private else 'public'})"
