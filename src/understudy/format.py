@@ -76,6 +76,11 @@ def number(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def count(num: int, one: str, many: str = "") -> str:
+    """A number of things: "1 problem", "1,200 problems"; `many` where it is not `one` with an s."""
+    return f"{num:,} {one if num == 1 else many or one + 's'}"
+
+
 def quantity(name: str, value: float | None) -> str:
     """A metric's value with its unit: "41.0 %" for a rate."""
     if value is None:

@@ -132,7 +132,8 @@ def hostile_run(run_dir: Path, text: str) -> Path:
     (run / "recipe.yaml").write_text(text)
     (run / "run.json").write_text(json.dumps({"method": text, "student": text, "teacher": text, text: text}))
     write_lines(run / "events.jsonl", [{"step": 1, "kind": text, "text": text}])
-    write_lines(run / "metrics.jsonl", [{"step": step, text: 1.0 * step, "loss": 1.0} for step in (1, 2)])
+    rows = [{"step": step, text: 1.0 * step, "loss": 1.0 / step, f"{text}, constant": 1.0} for step in (1, 2)]
+    write_lines(run / "metrics.jsonl", rows)
     return run
 
 

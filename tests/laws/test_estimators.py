@@ -1,4 +1,4 @@
-"""pass@k, maj@k and bootstrap intervals against enumeration and known distributions."""
+"""pass@k, maj@k and intervals against enumeration and known distributions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from understudy.eval import estimators
-from understudy.eval.estimators import bootstrap_mean, majority_score, paired_difference, pass_at_k
+from understudy.eval.estimators import (
+    SHARE,
+    beta_quantile,
+    crossed_mean,
+    estimate_mean,
+    majority_score,
+    paired_difference,
+    pass_at_k,
+)
 
 
 @pytest.mark.parametrize("num_samples", range(1, 8))
@@ -74,82 +82,141 @@ def test_majority_is_the_expectation_of_a_vote_that_breaks_ties_by_lot() -> None
     assert majority_score(answers, scores) == pytest.approx(np.mean(outcomes), abs=1e-12)
 
 
-def test_the_bootstrap_is_that_of_drawing_problems() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.choice([0.0, 0.25, 0.5, 1.0], size=60, p=[0.5, 0.2, 0.1, 0.2])
-    drawn = values[rng.integers(0, 60, size=(200_000, 60))].mean(axis=1)
-    estimate = bootstrap_mean(values, "x")
-    assert estimate.value == pytest.approx(values.mean(), abs=1e-15)
-    # The error of a 2.5 % quantile of 10,000 draws of spread s is about s * sqrt(0.025 * 0.975 / 10,000) / 0.058 = 0.027 s;
-    # the means lie on a lattice of 1 / 240.
-    tolerance = 4 * 0.027 * drawn.std() + 1 / 240
-    assert estimate.low == pytest.approx(np.quantile(drawn, 0.025), abs=tolerance)
-    assert estimate.high == pytest.approx(np.quantile(drawn, 0.975), abs=tolerance)
+def binomial_tail(at_least: int, num: int, p: float) -> float:
+    return sum(math.comb(num, k) * p**k * (1 - p) ** (num - k) for k in range(at_least, num + 1))
 
 
-def test_the_interval_shrinks_as_the_standard_error() -> None:
-    values = np.random.default_rng(2).normal(3, 2, size=1500)
-    estimate = bootstrap_mean(values, "x")
-    # Each bound is off by 2.7 % of the standard error (see above): 3 % of the width is more than 4 deviations.
-    assert (estimate.high - estimate.low) / (2 * 1.96) == pytest.approx(values.std() / math.sqrt(1500), rel=0.03)
+@pytest.mark.parametrize("num", [1, 2, 3, 10, 60])
+def test_the_interval_of_right_and_wrong_is_exact(num: int) -> None:
+    """A share at a bound gives what was seen, or something further away, with probability 2.5 % (Clopper and Pearson)."""
+    for right in range(num + 1):
+        found = estimate_mean([1.0] * right + [0.0] * (num - right), SHARE)
+        assert found.low is not None
+        assert found.high is not None
+        assert found.value == pytest.approx(right / num)
+        assert found.low == 0.0 if right == 0 else binomial_tail(right, num, found.low) == pytest.approx(0.025)
+        assert (
+            found.high == 1.0 if right == num else 1 - binomial_tail(right + 1, num, found.high) == pytest.approx(0.025)
+        )
 
 
-def test_coverage() -> None:
-    """The interval of 120 problems holds the true mean in 95 % of repetitions, less the known small-sample error."""
+@pytest.mark.parametrize(
+    ("right", "num", "low", "high"), [(0, 2, 0, 0.842), (5, 10, 0.187, 0.813), (1, 20, 0.001, 0.249)]
+)
+def test_published_exact_bounds(right: int, num: int, low: float, high: float) -> None:
+    """Tables of the exact binomial interval, three digits."""
+    found = estimate_mean([1.0] * right + [0.0] * (num - right), SHARE)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=6e-4)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [0.25] * 10, [1.0]])
+def test_equal_values_are_not_certain(values: list[float]) -> None:
+    found = estimate_mean(values, SHARE)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.high - found.low > 1 / (1 + len(values))
+    assert found == crossed_mean([values] * 3, SHARE), "nor if seeds agree"
+    without_ends = estimate_mean(values)
+    assert (without_ends.low, without_ends.high) == (None, None), "nothing is known of the spread"
+
+
+def test_seeds_and_problems_that_cancel_are_not_certain() -> None:
+    found = crossed_mean([[1.0, 0.0], [0.0, 1.0]], SHARE)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 0.2
+    assert found.high > 0.8
+
+
+def test_many_problems_give_the_interval_of_the_normal_distribution() -> None:
+    values = np.random.default_rng(2).choice([0.0, 0.25, 0.5, 1.0], size=1500, p=[0.5, 0.2, 0.1, 0.2])
+    half = 1.96 * values.std() / math.sqrt(1500)
+    for found in (estimate_mean(values, SHARE), estimate_mean(values)):
+        # a bound of 10,000 draws is off by 2.7 % of the standard error; one value in 1,501 more moves it by 1 / 1,501
+        assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.06 * half)
+
+
+@pytest.mark.parametrize("num", [3, 8, 120])
+def test_coverage(num: int) -> None:
+    """Intervals hold the true mean in at least 95 % of repetitions however few the problems are."""
     rng = np.random.default_rng(3)
     repetitions, covered = 500, 0
     for _ in range(repetitions):
-        values = rng.binomial(4, rng.beta(1, 2, size=120)) / 4
-        estimate = bootstrap_mean(values, "x")
-        covered += estimate.low <= 1 / 3 <= estimate.high
-    # three standard deviations of 500 trials at 0.95, and 1 % for the percentile interval's own error at P = 120
-    slack = 3 * math.sqrt(0.95 * 0.05 / repetitions) + 0.01
-    assert abs(covered / repetitions - 0.95) <= slack
+        found = estimate_mean(rng.binomial(4, rng.beta(1, 2, size=num)) / 4, SHARE)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 1 / 3 <= found.high
+    # three standard deviations of 500 trials at 0.95
+    assert covered / repetitions >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / repetitions)
 
 
-def test_the_interval_depends_on_values_and_key_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_depends_on_the_values_only(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(4).random(200)
-    once = bootstrap_mean(values, "avg@4")
-    assert bootstrap_mean(values[::-1], "avg@4") == once
-    monkeypatch.setattr(estimators, "_BLOCK", 7 * 200)
-    blocked = bootstrap_mean(values, "avg@4")
+    once = estimate_mean(values, SHARE)
+    assert estimate_mean(values[::-1], SHARE) == once
+    monkeypatch.setattr(estimators, "_BLOCK", 7 * 201)
+    blocked = estimate_mean(values, SHARE)
     assert (blocked.low, blocked.high) == pytest.approx((once.low, once.high), rel=1e-13), (
         "equal draws, summed in another order"
     )
-    assert bootstrap_mean(values, "avg@8").low != once.low
 
 
-def test_the_interval_holds_the_mean_and_stays_within_the_values() -> None:
+def test_the_interval_holds_the_mean_and_stays_within_the_ends() -> None:
     for size in (1, 2, 5, 40):
         values = np.random.default_rng(size).random(size)
-        estimate = bootstrap_mean(values, "x")
-        assert values.min() <= estimate.low <= estimate.value <= estimate.high <= values.max()
-        assert estimate.num_problems == size
+        found = estimate_mean(values, SHARE)
+        assert found.low is not None
+        assert found.high is not None
+        assert 0 <= found.low < found.value < found.high <= 1
+        assert found.num_problems == size
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 1), (2, 5), (400, 3)])
+def test_beta_quantiles(a: int, b: int) -> None:
+    draws = np.random.default_rng(7).beta(a, b, size=200_000)
+    for probability in (0.025, 0.5, 0.975):
+        assert (draws < beta_quantile(probability, a, b)).mean() == pytest.approx(probability, abs=0.002)
 
 
 def test_no_values_and_missing_values_are_refused() -> None:
     with pytest.raises(ValueError, match="P > 0"):
-        bootstrap_mean([], "x")
-    with pytest.raises(ValueError, match="avg@1 has 1 that are not"):
-        bootstrap_mean([0.5, math.nan], "avg@1")
+        estimate_mean([])
+    with pytest.raises(ValueError, match="1 are not"):
+        estimate_mean([0.5, math.nan])
+    with pytest.raises(ValueError, match="must lie in"):
+        estimate_mean([0.5, 2.0], SHARE)
 
 
-def test_paired_difference_of_equal_evaluations_is_zero() -> None:
+def test_paired_difference_of_equal_evaluations_is_zero_and_not_certain() -> None:
     values = np.random.default_rng(5).random(50)
-    estimate = paired_difference(values, values, "x")
-    assert (estimate.value, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
+    found = paired_difference(values, values, SHARE)
+    # the next problem may differ: each end is as far as 50 equal ones allow
+    assert found.value == 0.0
+    assert (found.low, found.high) == pytest.approx((-0.0711, 0.0711), abs=1e-4)
+
+
+@pytest.mark.parametrize(("num", "is_significant"), [(5, False), (6, True)])
+def test_six_problems_that_all_got_better_are_the_fewest_that_say_so(num: int, is_significant: bool) -> None:
+    """As for the exact sign test, which is 2 * 0.5^5 = 0.06 with five and 0.03 with six."""
+    low = paired_difference([0.0] * num, [1.0] * num, SHARE).low
+    assert low is not None
+    assert (low > 0) is is_significant
 
 
 def test_pairing_takes_the_difficulty_of_the_problems_out() -> None:
     rng = np.random.default_rng(6)
     difficulty = rng.random(300)
     before, after = difficulty, difficulty + 0.05 + rng.normal(0, 0.01, size=300)
-    paired = paired_difference(before, after, "x")
+    paired = paired_difference(before, after)
+    assert paired.low is not None
+    assert paired.high is not None
     assert 0.045 < paired.low <= paired.value <= paired.high < 0.055
-    alone = [bootstrap_mean(values, "x") for values in (before, after)]
-    assert alone[0].high > alone[1].low, "unpaired, the intervals overlap"
+    first, last = (estimate_mean(values) for values in (before, after))
+    assert first.high is not None
+    assert last.low is not None
+    assert first.high > last.low, "unpaired, the intervals overlap"
 
 
 def test_pairing_needs_the_same_problems() -> None:
     with pytest.raises(ValueError, match="same problems"):
-        paired_difference([1.0, 0.0], [1.0], "x")
+        paired_difference([1.0, 0.0], [1.0])

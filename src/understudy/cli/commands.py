@@ -28,7 +28,7 @@ from understudy.environments.play import play
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary, prompt_text, sample_row
 from understudy.files import write_json_lines
-from understudy.format import interval, metric_note, number
+from understudy.format import count, interval, metric_note, number
 from understudy.methods import SFT
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import Files, Parts, check
@@ -89,7 +89,7 @@ def _show(console: Console, title: str, summaries: Sequence[EvalSummary]) -> Non
     rows = [
         [name, metric_note(name), *(interval(name, one.metrics.get(name)) for one in shown)] for name in last.metrics
     ]
-    described = f"{title}: {last.num_problems:,} {last.split} problems, 95 % intervals over problems"
+    described = f"{title}: {count(last.num_problems, f'{last.split} problem')}, 95 % intervals over problems"
     console.table(described, ["metric", "", *(f"step {one.step:,}" for one in shown)], rows)
 
 
@@ -184,7 +184,7 @@ def sample(
         if out is not None:
             kept = ("prompt", "response", "reference", "finish", "num_tokens")
             write_json_lines(out, [{key: row[key] for key in kept} for row in map(sample_row, samples)])
-            console.note(f"{len(samples)} samples in {out}")
+            console.note(f"{count(len(samples), 'sample')} in {out}")
             return
         console.table(
             recipe.student.model or "random weights",
@@ -262,8 +262,8 @@ def compare(
             console.table("combinations", columns, rows)
             if warning := budget_warning(tokens):
                 console.warn(warning)
-            tuning = f"{len(cells.tuning)} tuning runs, then " if cells.tuning else ""
-            console.note(f"{tuning}{len(planned)} runs into {cells.out}; nothing was run or written")
+            tuning = f"{count(len(cells.tuning), 'tuning run')}, then " if cells.tuning else ""
+            console.note(f"{tuning}{count(len(planned), 'run')} into {cells.out}; nothing was run or written")
             return "finished"
         command = shlex.join(["understudy", *sys.argv[1:]])
         found = make(cells, Runner(console, jobs, ray), command=command, save=write_outputs)

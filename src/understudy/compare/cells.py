@@ -14,6 +14,7 @@ from typing import Any, Literal
 from understudy import config
 from understudy.compare.grid import Combination, Grid, apply, slug
 from understudy.errors import RecipeError, UnderstudyError
+from understudy.format import count
 from understudy.methods import METHODS, REFUSED, Method
 from understudy.recipe import Recipe, check_same_recipe
 from understudy.recipe.checks import check
@@ -131,7 +132,7 @@ class Cells:
                 compared = self._cell(cell.combination, cell.tuned).recipe
                 if shared := overlap(eval_prompts(cell.recipe), eval_prompts(compared)):
                     raise RecipeError(
-                        f"{len(shared)} problems of the evaluation are also in the validation split "
+                        f"{count(len(shared), 'problem')} of the evaluation stand in the validation split too "
                         f"({', '.join(shared[:3])}): tuning would see what is compared; give the task another "
                         "split_validation or validation_share"
                     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,11 @@ POLL_S = 0.2
 MAX_ERROR_CHARS = 2_000
 # the last two are imported on first use, by the optimizer and by the model: two seconds of a core for every cell
 PRELOAD = [__name__, "understudy.run", "torch._dynamo", "transformers.models.auto.modeling_auto"]
+
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b")
+"""Begins the line of a traceback that names the error."""
+_BAR = re.compile(r"\d%\||\d(it|B)/s|s/it")
+"""In a line of a progress bar."""
 
 Stopped = Callable[[], bool]
 
@@ -64,6 +70,7 @@ def run_processes(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> It
     waiting = list(enumerate(jobs))[::-1]
     running: dict[Any, tuple[int, ForkServerProcess]] = {}
     asked = False
+    begun = [_size(job.log) for job in jobs]
     # the processes inherit it when the server starts
     sets_threads = num_at_once > 1 and "OMP_NUM_THREADS" not in os.environ
     if sets_threads:
@@ -78,7 +85,7 @@ def run_processes(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> It
             for sentinel in wait(list(running), timeout=POLL_S):
                 index, process = running.pop(sentinel)
                 process.join()
-                yield ending(index, process.exitcode or 0, Path(jobs[index].log))
+                yield ending(index, process.exitcode or 0, Path(jobs[index].log), begun[index])
             if not asked and stopped():
                 asked = True
                 for _, process in running.values():
@@ -127,13 +134,17 @@ def work(job: Job) -> int:
         if not isinstance(error, UnderstudyError):
             traceback.print_exc()
             text = f"{type(error).__name__}: {text}"
-        print(f"error: {text}", file=sys.stderr)
+        # a progress bar may have left its line open
+        print(f"\nerror: {text}", file=sys.stderr)
         return FAILED
     return STOPPED if result.ending == "stopped by a signal" else 0
 
 
-def ending(index: int, code: int, log: Path) -> Ended:
-    """From an exit code of `work`, or the signal that ended its process (negative)."""
+def ending(index: int, code: int, log: Path, begun: int = 0) -> Ended:
+    """From an exit code of `work`, or the signal that ended its process (negative).
+
+    `begun`: bytes that the log had when the job began, the output of earlier tries.
+    """
     if code == 0:
         return Ended(index, None)
     if code in (-signal.SIGTERM, -signal.SIGINT):
@@ -142,12 +153,22 @@ def ending(index: int, code: int, log: Path) -> Ended:
         hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
         return Ended(index, f"the process was ended by {signal.Signals(-code).name}{hint}")
     try:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        text = log.read_bytes()[begun:].decode(errors="replace")
     except OSError as error:
-        lines = [f"the log cannot be read: {error}"]
-    errors = [line for line in lines if line.startswith("error: ")] or lines or ["nothing was printed"]
-    text = without_secrets(visible(errors[-1].removeprefix("error: ")))[:MAX_ERROR_CHARS]
-    return Ended(index, text, stopped=code == STOPPED)
+        return Ended(index, f"it ended with code {code}, and its log cannot be read: {error}", stopped=code == STOPPED)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    raised = [line for line in lines if _EXCEPTION.match(line)]
+    others = [line for line in lines if not _BAR.search(line)]
+    found = next(
+        (part[-1] for part in (told, raised, others) if part), f"it ended with code {code} and printed nothing"
+    )
+    return Ended(index, without_secrets(visible(found))[:MAX_ERROR_CHARS], stopped=code == STOPPED)
+
+
+def _size(log: str) -> int:
+    path = Path(log)
+    return path.stat().st_size if path.is_file() else 0
 
 
 def threads_each(num_at_once: int) -> int:
@@ -174,6 +195,7 @@ def run_on_ray(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> Itera
     waiting = list(enumerate(jobs))[::-1]
     running: dict[object, int] = {}
     asked = False
+    begun = [_size(job.log) for job in jobs]
     while (waiting and not asked) or running:
         while waiting and len(running) < num_at_once and not asked:
             index, job = waiting.pop()
@@ -186,7 +208,7 @@ def run_on_ray(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> Itera
                 message = f"Ray: {type(error).__name__}: {' '.join(str(error).split())}"
                 yield Ended(index, message, stopped=asked)
             else:
-                yield ending(index, code, Path(jobs[index].log))
+                yield ending(index, code, Path(jobs[index].log), begun[index])
         if not asked and stopped():
             asked = True
             for reference in running:

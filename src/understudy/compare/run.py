@@ -16,7 +16,7 @@ from understudy.compare.processes import Job, check_ray, run_on_ray, run_process
 from understudy.compare.table import Outcome, Table, budget_warning, make_table, measure
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.files import write_atomically
-from understudy.format import quantity
+from understudy.format import count, quantity
 from understudy.trainer.console import Console
 from understudy.trainer.signals import StopSignal
 
@@ -57,9 +57,9 @@ class Comparison:
             return ""
         grid = self.cells.grid
         num_ended, num_tuned = (sum(o.status != "not run" for o in found) for found in (self.outcomes, self.tuning))
-        ended = f"{num_ended} of {len(grid.combinations()) * grid.seeds} runs"
+        ended = f"{num_ended} of {count(len(grid.combinations()) * grid.seeds, 'run')}"
         if grid.tune:
-            ended = f"{num_tuned} of {len(self.cells.tuning)} tuning runs and {ended}"
+            ended = f"{num_tuned} of {count(len(self.cells.tuning), 'tuning run')} and {ended}"
         when = "This was written while it ran; if it no longer runs, the" if self.running else "The"
         return f"Unfinished: {ended} have ended. {when} same command continues it."
 

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 
 from understudy.compare.cells import Cell, budgets
 from understudy.compare.grid import Combination, Grid
-from understudy.eval.estimators import Estimate, crossed_mean
-from understudy.format import MISSING, Interval, change, interval, number, quantity
+from understudy.eval.estimators import SHARE, Ends, Estimate, crossed_mean
+from understudy.format import MISSING, Interval, change, count, interval, number, quantity
 from understudy.report.read import Series, read_run
 from understudy.report.verdict import problem_value
 from understudy.trainer.rollouts import MAX_ROUNDS
 
 END_SHARE = 0.1
 """Share of the steps, the last ones, that a value "at the end" is the mean of."""
+MAX_REASON_CHARS = 300
+"""Characters of a failed run's error in the caption."""
 CURVES = ("grad_norm", "student_entropy")
 NOT_REACHED = "not reached"
 BASELINE = "baseline"
@@ -148,10 +150,10 @@ class Reached:
     num_seeds: int
 
     def __str__(self) -> str:
-        count = f"{self.num_reached} of {self.num_seeds} seeds"
+        share = f"{self.num_reached} of {self.num_seeds} seeds"
         if self.median is None:
-            return NOT_REACHED if not self.num_reached else f"{NOT_REACHED} ({count} did)"
-        return number(self.median) if self.num_reached == self.num_seeds else f"{number(self.median)} ({count})"
+            return NOT_REACHED if not self.num_reached else f"{NOT_REACHED} ({share} did)"
+        return number(self.median) if self.num_reached == self.num_seeds else f"{number(self.median)} ({share})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,8 @@ class Row:
     num_finished: int
     num_failed: int
     num_seeds: int
+    error: str = ""
+    """Why the first of the failed seeds failed."""
     metric: str | None = None
     accuracy: Estimate | None = None
     difference: Estimate | None = None
@@ -191,10 +195,11 @@ class Table:
 def make_table(grid: Grid, outcomes: Sequence[Outcome], tuned: Mapping[Combination, Mapping[str, Any]]) -> Table:
     """A row for every combination of the grid, in its order, whatever the order of the runs."""
     runs: dict[Combination, dict[int, Measured]] = {combination: {} for combination in grid.combinations()}
-    failed: Counter[Combination] = Counter()
+    failed: dict[Combination, list[str]] = {combination: [] for combination in runs}
     for outcome in sorted(outcomes, key=lambda outcome: outcome.cell.recipe.seed):
         combination = outcome.cell.combination
-        failed[combination] += outcome.status == "failed"
+        if outcome.status == "failed":
+            failed[combination].append(outcome.error or "")
         if outcome.measured is not None:
             runs[combination][outcome.cell.recipe.seed] = outcome.measured
     rows = []
@@ -203,19 +208,19 @@ def make_table(grid: Grid, outcomes: Sequence[Outcome], tuned: Mapping[Combinati
         pairs = [(runs[base][seed].scores, run.scores) for seed, run in mine.items() if seed in runs[base]]
         pairs = [(old, new) for old, new in pairs if old and new]
         names = {run.metric for run in mine.values()}
-        accuracy = _mean_over([run.scores for run in mine.values()])
-        if accuracy is not None:  # of shares: the interval does not go beyond what they can be
-            accuracy = replace(accuracy, low=max(0.0, accuracy.low), high=min(1.0, accuracy.high))
         rows.append(
             Row(
                 combination=combination,
                 tuned=tuned.get(combination, {}),
                 num_finished=len(mine),
-                num_failed=failed[combination],
+                num_failed=len(failed[combination]),
                 num_seeds=grid.seeds,
+                error=next(iter(failed[combination]), ""),
                 metric=names.pop() if len(names) == 1 else None,
-                accuracy=accuracy,
-                difference=_mean_over([{key: new[key] - old[key] for key in new if key in old} for old, new in pairs]),
+                accuracy=_mean_over([run.scores for run in mine.values()], SHARE),
+                difference=_mean_over(
+                    [{key: new[key] - old[key] for key in new if key in old} for old, new in pairs], (-1.0, 1.0)
+                ),
                 num_paired=len(pairs),
                 is_baseline=base == combination,
                 reached=None if grid.target is None else samples_to_target(mine, grid.target),
@@ -230,10 +235,10 @@ def make_table(grid: Grid, outcomes: Sequence[Outcome], tuned: Mapping[Combinati
     return Table(rows, caption, *_texts(grid, rows))
 
 
-def _mean_over(seeds: Sequence[Mapping[str, float]]) -> Estimate | None:
+def _mean_over(seeds: Sequence[Mapping[str, float]], ends: Ends) -> Estimate | None:
     """Mean over seeds and the problems that all of them have; None where there are none."""
     problems = sorted(set.intersection(*map(set, seeds))) if seeds else []
-    return crossed_mean([[values[problem] for problem in problems] for values in seeds]) if problems else None
+    return crossed_mean([[values[problem] for problem in problems] for values in seeds], ends) if problems else None
 
 
 def _over_seeds(
@@ -277,7 +282,7 @@ def _texts(grid: Grid, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]
         elif row.difference is None and row.num_paired:
             difference = NO_PAIRS
         elif row.difference is not None and row.num_paired < row.num_seeds:
-            difference += f" ({row.num_paired} pairs of seeds)"
+            difference += f" ({count(row.num_paired, 'pair of seeds', 'pairs of seeds')})"
         cells += [interval("accuracy", row.accuracy), difference]
         cells += [quantity("accuracy", row.greedy)] if show_greedy else []
         cells += [] if grid.target is None else [MISSING if row.reached is None else str(row.reached)]
@@ -322,7 +327,11 @@ def _caption(grid: Grid, rows: Sequence[Row], tokens: Mapping[Combination, int])
             "difference, one is expected to show one."
         )
     if any(row.num_finished < grid.seeds for row in rows):
-        failed = [f"{row.combination.name} ({row.num_failed} of {grid.seeds})" for row in rows if row.num_failed]
+        failed = [
+            f"{row.combination.name} ({row.num_failed} of {grid.seeds}: {row.error[:MAX_REASON_CHARS]})"
+            for row in rows
+            if row.num_failed
+        ]
         told = f" Runs failed in {'; '.join(failed)}." if failed else ""
         lines.append(
             "Not every run finished: means, differences and samples to the target rest on the seeds that did, and say "

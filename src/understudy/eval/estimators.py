@@ -1,6 +1,6 @@
 """Estimates from graded samples: per problem, and means with intervals over problems, or over seeds and problems.
 
-Shape legend: P problems, n samples of each, R bootstrap resamples, S seeds.
+Shape legend: P problems, n samples of each, S seeds.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from numpy.typing import ArrayLike, NDArray
 
 from understudy.randomness import hash_name
 
-CONFIDENCE = 0.95
+TAILS = (0.025, 0.975)
+"""Quantiles that bound an interval: 95 %."""
 RESAMPLES = 10_000
 """The Monte Carlo error of a bound is then about 1 % of the interval's width."""
 RIGHT = 1.0
 """The lowest score that counts as right, for pass@k."""
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
+Ends = tuple[float, float]
+"""The least and the most that a value can be."""
+SHARE: Ends = (0.0, 1.0)
 _BLOCK = 1 << 22
 """Random numbers that are held at a time: 32 MiB."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `num_problems` problems and its 95 % interval."""
+    """A mean over `num_problems` problems and its 95 % interval; None: the values do not say how far it may be."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     num_problems: int
 
 
@@ -69,49 +73,67 @@ def majority_score(answers: Sequence[str | None], scores: Sequence[float]) -> fl
     return float(np.mean([np.mean(group) for group in votes.values() if len(group) == most]))
 
 
-def bootstrap_mean(values: ArrayLike, key: str) -> Estimate:
-    """The mean of one value per problem [P], with the percentile interval of the bootstrap over problems.
+def estimate_mean(values: ArrayLike, ends: Ends | None = None) -> Estimate:
+    """The mean of one value per problem [P] with its interval over problems, whatever their order.
 
-    The same values (in any order) and key give the same interval. Where all values are equal it has no width: that says
-    that no problem differs, not that the next one could not. Raises ValueError for no values or one that is not finite.
+    With `ends`, the least and the most that a value can be, a bound is a quantile of `sum_i w_i x_i + w_0 end` over weights w
+    that are Dirichlet(1, ..., 1): for values that are right or wrong the exact one of Clopper and Pearson (1934), for others
+    that of Gaffke, which holds the mean at least as often as it says in all that was tried (Learned-Miller and Thomas, arXiv
+    1905.06208). Without `ends`, Student's t, and no bounds where nothing is known of the spread: one problem, or equal values.
+    Raises ValueError for no values, one that is not finite and one beyond the ends.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) == 0:
-        raise ValueError(f"a bootstrap needs one value per problem, shape [P] with P > 0; got shape {array.shape}")
+        raise ValueError(f"an estimate needs one value per problem, shape [P] with P > 0; got shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"a bootstrap needs finite values; {key} has {(~np.isfinite(array)).sum()} that are not")
-    distinct, counts = np.unique(array, return_counts=True)
-    rng = np.random.Generator(np.random.Philox(key=hash_name(f"bootstrap/{key}")))
-    # how often each distinct value is drawn is multinomial: scores have few of them
+        raise ValueError(f"an estimate needs finite values; {(~np.isfinite(array)).sum()} are not")
+    mean = math.fsum(array) / len(array)
+    if ends is not None:
+        if array.min() < ends[0] or array.max() > ends[1]:
+            raise ValueError(f"the values go from {array.min()} to {array.max()}; they must lie in {list(ends)}")
+        low, high = (_bound(array, end, tail) for end, tail in zip(ends, TAILS, strict=True))
+        return Estimate(mean, low, high, len(array))
+    if np.ptp(array) == 0:
+        return Estimate(mean, None, None, len(array))
+    half = t_quantile(TAILS[1], len(array) - 1) * math.sqrt(_variance(array))
+    return Estimate(mean, mean - half, mean + half, len(array))
+
+
+def _bound(values: NDArray[np.float64], end: float, probability: float) -> float:
+    """The quantile of the mean of `values` and `end` under weights that are Dirichlet(1, ..., 1)."""
+    distinct, counts = np.unique(np.append(values, end), return_counts=True)
+    if len(distinct) == 1:
+        return end
+    if len(distinct) == 2:
+        share = beta_quantile(probability, int(counts[1]), int(counts[0]))
+        return float(distinct[0] + share * (distinct[1] - distinct[0]))
+    rng = np.random.Generator(np.random.Philox(key=hash_name("interval")))
     rows = max(1, _BLOCK // len(distinct))
-    means = np.concatenate(
-        [
-            rng.multinomial(len(array), counts / len(array), size=min(rows, RESAMPLES - start)) @ distinct / len(array)
-            for start in range(0, RESAMPLES, rows)
-        ]
-    )
-    low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return Estimate(math.fsum(array) / len(array), float(low), float(high), len(array))
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        weights = rng.standard_gamma(counts, size=(min(rows, RESAMPLES - start), len(distinct)))
+        means.append(weights @ distinct / weights.sum(axis=1))
+    return float(np.quantile(np.concatenate(means), probability))
 
 
-def paired_difference(before: ArrayLike, after: ArrayLike, key: str) -> Estimate:
-    """The mean of `after - before` [P], row by row the same problem, as `bootstrap_mean`.
+def paired_difference(before: ArrayLike, after: ArrayLike, ends: Ends | None = None) -> Estimate:
+    """The mean of `after - before` [P], row by row the same problem; `ends` are those of the values.
 
-    Raises ValueError where the shapes differ.
+    Raises ValueError where the shapes differ, and as `estimate_mean`.
     """
     first, last = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != last.shape:
         raise ValueError(f"paired values must be of the same problems; got {first.shape} before and {last.shape} after")
-    return bootstrap_mean(last - first, key)
+    return estimate_mean(last - first, None if ends is None else (ends[0] - ends[1], ends[1] - ends[0]))
 
 
-def crossed_mean(values: ArrayLike) -> Estimate:
+def crossed_mean(values: ArrayLike, ends: Ends | None = None) -> Estimate:
     """The mean of [S, P] and a t interval for it, seeds and problems both drawn at random (crossed random effects).
 
     Var = var_seed / S + var_problem / P - var_rest / (S P), of the sample variances of the seeds' means, the problems'
-    means and the rest, not below the larger of the first two; degrees of freedom by Satterthwaite. With one seed there
-    is nothing to say about others: the interval is over problems alone. Raises ValueError for no values or one that is not
-    finite.
+    means and the rest, not below the larger of the first two; degrees of freedom by Satterthwaite. The interval does not go
+    beyond `ends`. With one seed there is nothing to say about others, and where nothing varies no variance is known: there it
+    is over problems alone, as `estimate_mean`. Raises ValueError for no values or one that is not finite.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or array.size == 0:
@@ -121,19 +143,37 @@ def crossed_mean(values: ArrayLike) -> Estimate:
     num_seeds, num_problems = array.shape
     mean = math.fsum(array.ravel()) / array.size
     seeds, problems = array.mean(axis=1), array.mean(axis=0)
+    # not == 0: means of equal values differ by their rounding
+    if num_seeds == 1 or max(np.ptp(seeds), np.ptp(problems)) < 1e-12:
+        return estimate_mean(problems, ends)
     rest = array - seeds[:, None] - problems[None, :] + mean
     parts = [(_variance(seeds), num_seeds - 1), (_variance(problems), num_problems - 1)]
     free = (num_seeds - 1) * (num_problems - 1)
     noise = float((rest**2).sum()) / free / array.size if free else 0.0
     total = max(parts[0][0] + parts[1][0] - noise, parts[0][0], parts[1][0])
     spread = sum(part**2 / freedom for part, freedom in (*parts, (noise, free)) if freedom)
-    half = t_quantile((1 + CONFIDENCE) / 2, total**2 / spread) * math.sqrt(total) if spread else 0.0
-    return Estimate(mean, mean - half, mean + half, num_problems)
+    half = t_quantile(TAILS[1], total**2 / spread) * math.sqrt(total)
+    least, most = ends or (-math.inf, math.inf)
+    return Estimate(mean, max(least, mean - half), min(most, mean + half), num_problems)
 
 
-def _variance(means: NDArray[np.float64]) -> float:
-    """Estimated variance of the mean of `means`; 0 for a single one, from which none can be estimated."""
-    return float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
+def _variance(values: NDArray[np.float64]) -> float:
+    """Estimated variance of the mean of `values`; 0 for a single one, from which none can be estimated."""
+    return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+
+
+def beta_quantile(probability: float, a: int, b: int) -> float:
+    """Quantile of Beta(a, b) for whole a and b above 0: x with Pr(Binomial(a + b - 1, x) >= a) = probability."""
+    num = a + b - 1
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num + 1)))])
+    right = np.arange(a, num + 1)
+    ways = logs[num] - logs[right] - logs[num - right]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        tail = np.exp(ways + right * math.log(middle) + (num - right) * math.log1p(-middle)).sum()
+        low, high = (middle, high) if tail < probability else (low, middle)
+    return middle
 
 
 def t_quantile(probability: float, freedom: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from understudy.environments.play import play
 from understudy.errors import CheckpointError, DataError, VocabularyError
-from understudy.eval.estimators import Estimate, bootstrap_mean
+from understudy.eval.estimators import SHARE, Estimate, estimate_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
 from understudy.tasks.renderer import Renderer
@@ -136,11 +136,10 @@ class Rejection:
             left = again
             if not left:
                 break
-        found = {"attempts": bootstrap_mean(list(attempts.values()), "attempts")}
+        found = {"attempts": estimate_mean(list(attempts.values()), (1, self.max_attempts))}
         grades = [_grade(task, sample).grade for sample in final.values()]
         scores = [grade.score for grade in grades if grade is not None]
-        name = f"rejection@{self.max_attempts}"
-        return found | ({name: bootstrap_mean(scores, name)} if scores else {})
+        return found | ({f"rejection@{self.max_attempts}": estimate_mean(scores, SHARE)} if scores else {})
 
 
 def _sample_and_grade(

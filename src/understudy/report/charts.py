@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from understudy.format import is_rate
+from understudy.format import is_rate, number
 from understudy.report.read import EvalRecord, RunRecord, Series
 from understudy.report.svg import Chart, Line
 from understudy.report.verdict import main_metric, shown_metrics
@@ -35,6 +35,8 @@ MAX_PHASES = 4
 class Charts:
     usual: Sequence[Chart]
     more: Sequence[Chart]
+    constant: Sequence[str]
+    """Says of each chart whose lines never change what they are, in place of the chart."""
     missing: Sequence[str]
     left_out: int
     """Series beyond `MAX_MORE`."""
@@ -54,12 +56,31 @@ def charts(run: RunRecord) -> Charts:
     usual.append(("seconds by phase", phase_chart(recorded, marks)))
     shown = {"time_s", *_phases(recorded), *(key for _, _, names in USUAL for key in names)}
     rest = sorted(recorded.keys() - shown)
+    more = [Chart(name, "", [Line(name, recorded[name])], is_rate(name), marks=marks) for name in rest]
+    found = [chart for _, chart in usual if chart]
+    changing = [chart for chart in more if not _is_constant(chart)]
     return Charts(
-        usual=[chart for _, chart in usual if chart],
-        more=[Chart(name, "", [Line(name, recorded[name])], is_rate(name), marks=marks) for name in rest[:MAX_MORE]],
+        usual=[chart for chart in found if not _is_constant(chart)],
+        more=changing[:MAX_MORE],
+        constant=[_in_words(chart) for chart in (*found, *more) if _is_constant(chart)],
         missing=[name for name, chart in usual if not chart],
-        left_out=max(0, len(rest) - MAX_MORE),
+        left_out=max(0, len(changing) - MAX_MORE),
     )
+
+
+def _is_constant(chart: Chart) -> bool:
+    return all(np.ptp(line.series.finite) == 0 for line in chart.lines)
+
+
+def _in_words(chart: Chart) -> str:
+    """The values of lines that never change: "Entropy (nats per token): student 1.2, teacher 0.8"."""
+    parts = []
+    for line in chart.lines:
+        value = line.series.finite[0]
+        text = f"{100 * value:.1f} %" if chart.percent else number(value)
+        parts.append(text if len(chart.lines) == 1 else f"{line.name} {text}")
+    unit = f" ({chart.unit})" if chart.unit else ""
+    return f"{chart.title}{unit}: {', '.join(parts)}"
 
 
 def accuracy_chart(evals: Sequence[EvalRecord]) -> Chart | None:

@@ -130,7 +130,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    helpers = (draw, shorten, without_secrets, form.interval, form.change, form.is_rate, form.metric_note)
+    helpers = (draw, shorten, without_secrets, form.count, form.interval, form.change, form.is_rate, form.metric_note)
     environment.globals.update({helper.__name__: helper for helper in helpers})
     own: dict[str, Any] = {"policy": policy, "style": Markup(style), "script": Markup(script)}  # noqa: S704 our own files
     return encodable(environment.get_template(template).render(values | own))
@@ -160,8 +160,8 @@ def _transcript_groups(comparison: Comparison) -> tuple[list[Group], str]:
     for kind, title in _GROUPS.items():
         pairs = [comparison.problems[key] for key in members[kind][:PER_GROUP]]
         if pairs:
-            count = f"{len(members[kind]):,} of {len(comparison.problems):,} problems"
-            groups.append(Group(title, count, [{before: first, after: last} for first, last in pairs]))
+            share = f"{len(members[kind]):,} of {form.count(len(comparison.problems), 'problem')}"
+            groups.append(Group(title, share, [{before: first, after: last} for first, last in pairs]))
     note = (
         "First attempts at the same problems, before and after; the first few of each group, in the order of the "
         "evaluation. All others are in the files under eval/."

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from understudy.eval.estimators import RIGHT, Estimate, majority_score, pass_at_k
-from understudy.eval.estimators import paired_difference as bootstrap_difference
-from understudy.format import MISSING, Bounded, Interval, change, interval
+from understudy.eval import estimators
+from understudy.eval.estimators import RIGHT, SHARE, Estimate, majority_score, pass_at_k
+from understudy.format import MISSING, Bounded, Interval, change, count, interval, is_rate
 from understudy.report.read import Attempt, EvalRecord
 
 MIN_PROBLEMS = 6
@@ -56,7 +56,7 @@ def compare(before: EvalRecord, after: EvalRecord) -> Comparison:
 
 
 def paired_difference(comparison: Comparison, metric: str) -> Estimate | None:
-    """Paired by problem, with a bootstrap interval over problems.
+    """Paired by problem, with an interval over problems.
 
     A problem that neither side grades is left out, as in the metric itself. None where the samples do not determine the
     metric (a score that only one side has, avg@k or maj@k of another number of attempts).
@@ -72,7 +72,7 @@ def paired_difference(comparison: Comparison, metric: str) -> Estimate | None:
     if not pairs:
         return None
     before, after = zip(*pairs, strict=True)
-    return bootstrap_difference(before, after, metric)
+    return estimators.paired_difference(before, after, SHARE if is_rate(metric) else None)
 
 
 def problem_value(metric: str, attempts: Sequence[Attempt]) -> float | None:
@@ -117,10 +117,12 @@ def conclude(after: EvalRecord | None, comparison: Comparison | None) -> Verdict
         return Verdict("The evaluation recorded no metric, so this run does not say what the student can do.")
     is_accuracy = name.startswith("avg@")
     subject = f"Accuracy ({name})" if is_accuracy else name
-    count = "an unknown number of" if after.num_problems is None else f"{after.num_problems:,}"
-    where = f"on {count} problems" + (f" of split {after.split!r}" if after.split else "")
-    if after.split.lower() in _HELD_OUT:
-        where = f"on {count} held-out problems"
+    noun = "held-out problem" if after.split.lower() in _HELD_OUT else "problem"
+    where = (
+        f"on an unknown number of {noun}s" if after.num_problems is None else f"on {count(after.num_problems, noun)}"
+    )
+    if after.split and noun == "problem":
+        where += f" of split {after.split!r}"
     new = interval(name, after.metrics[name])
     alone = f"{subject} is {new} {where}"
     if comparison is None:
@@ -137,10 +139,11 @@ def conclude(after: EvalRecord | None, comparison: Comparison | None) -> Verdict
         return Verdict(f"{subject} went from {old} to {new} {where}; without the samples of both it cannot be tested.")
     if before.step > 0 and before.path.parent == after.path.parent:
         old += f" at step {before.step:,}, the first evaluation,"
-    part = "" if paired.num_problems == after.num_problems else f" over {paired.num_problems:,} problems"
+    part = "" if paired.num_problems == after.num_problems else f" over {count(paired.num_problems, 'problem')}"
     says = f"paired difference {change(name, paired)}{part}"
-    if paired.num_problems < MIN_PROBLEMS:
-        return Verdict(f"{subject}: {old} before, {new} after {where}; too few problems to tell ({says}).")
+    if paired.num_problems < MIN_PROBLEMS or paired.low is None or paired.high is None:
+        reason = "too few problems to tell" if paired.num_problems < MIN_PROBLEMS else "every problem changed alike"
+        return Verdict(f"{subject}: {old} before, {new} after {where}; {reason} ({says}).")
     if paired.low <= 0 <= paired.high:
         inside = f"accuracy ({name})" if is_accuracy else name
         text = f"No significant change in {inside}: {old} before, {new} after {where}; the {says} contains 0."
