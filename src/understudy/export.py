@@ -16,6 +16,7 @@ import torch
 from understudy import config
 from understudy.eval.summary import EvalSummary
 from understudy.files import write_json
+from understudy.format import count, interval
 from understudy.models import save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Parts
@@ -80,14 +81,11 @@ def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSumma
     ]
     if summaries:
         last = summaries[-1]
-        measured = "".join(
-            f"| {name} | {found.value:.4g} | {found.low:.4g} to {found.high:.4g} |\n"
-            for name, found in last.metrics.items()
-        )
+        measured = "".join(f"| {name} | {interval(name, found)} |\n" for name, found in last.metrics.items())
         parts.append(
-            f"## Evaluation\n\n{last.num_problems:,} problems of `{recipe.held_out.name}`, {last.split} split, "
-            f"{last.samples_per_prompt} samples each, after step {last.step:,}; 95 % intervals over problems.\n\n"
-            f"| metric | value | interval |\n|---|---|---|\n{measured}"
+            f"## Evaluation\n\n{count(last.num_problems, 'problem')} of `{recipe.held_out.name}`, {last.split} split, "
+            f"{count(last.samples_per_prompt, 'sample')} each, after step {last.step:,}; [95 % intervals] over problems.\n\n"
+            f"| metric | value |\n|---|---|\n{measured}"
         )
     return "\n".join([*parts, f"## Recipe\n\n```yaml\n{config.write_yaml(config.dump(recipe))}```\n"])
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from understudy.format import Interval, interval, number, quantity, seconds
+from understudy.format import Bounded, interval, number, quantity, seconds
 from understudy.text import visible, without_secrets
 
 PHASES = ("generate_s", "score_s", "update_s")
@@ -96,7 +96,7 @@ class Console:
             facts = [f"step {step:,}/{self._run.total:,}", *numbers, ", ".join(phases), self._run.left]
             self.note("  ".join(filter(None, facts)))
 
-    def evaluated(self, step: int, name: str, found: Interval) -> None:
+    def evaluated(self, step: int, name: str, found: Bounded) -> None:
         """The main held-out metric, such as ("avg@4", Interval(0.979, 0.968, 0.989)); it stays in view."""
         self._accuracy = f"{name} {quantity(name, found.value)} at step {step:,}"
         self.note(f"step {step:,}: {name} {interval(name, found)}")

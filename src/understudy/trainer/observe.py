@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from understudy.eval.summary import EvalSummary, prompt_text
-from understudy.format import Interval
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected
 from understudy.trainer.console import Console
@@ -157,7 +156,7 @@ class Observer:
             self.console.note(text)
             self._write("events", {"step": summary.step, "kind": "info", "text": text})
             return None
-        self.console.evaluated(summary.step, name, Interval(found.value, found.low, found.high))
+        self.console.evaluated(summary.step, name, found)
         return found.value
 
     def warn(self, step: int, text: str) -> None:
