@@ -29,7 +29,8 @@ def export_student(parts: Parts, run_dir: RunDir) -> None:
     recipe, trainer, lora = parts.recipe, parts.trainer, parts.recipe.student.lora
     with written_whole(run_dir.student) as aside:
         merged = lora is None or lora.save == "merged"
-        save_hf(parts.loaded.model, parts.loaded.renderer.tokenizer, aside, merged=merged)
+        renderer = parts.loaded.renderer
+        save_hf(parts.loaded.model, renderer.tokenizer, aside, merged=merged, stop_ids=renderer.stop_ids)
         card = model_card(recipe, trainer.progress, trainer.observer.summaries)
         (aside / "README.md").write_text(card, encoding="utf-8")
 

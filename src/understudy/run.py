@@ -180,7 +180,9 @@ def assemble(
         settings=recipe.train,
         evaluation=recipe.eval,
         evaluate=evaluator(recipe, loaded, engine, teachers.judge, ranks, eval_dir, console),
-        save_student=lambda path: save_hf(loaded.model, loaded.renderer.tokenizer, path, merged=False),
+        save_student=lambda path: save_hf(
+            loaded.model, loaded.renderer.tokenizer, path, merged=False, stop_ids=loaded.renderer.stop_ids
+        ),
         observer=Observer(console),
         run_dir=run_dir,
         ranks=ranks,

@@ -356,6 +356,54 @@ def test_an_end_that_the_student_never_writes_is_found(
     assert ("(5)" in found["end of a response"].found) == bool(others)
 
 
+@pytest.mark.parametrize(
+    ("settings", "evaluation", "level", "says"),
+    [
+        ({"top_k": 3, "repetition_penalty": 1.3}, {}, "warning", "top_k: 3}; repetition_penalty can only"),
+        ({"do_sample": True, "temperature": 0.5, "top_p": 0.8}, {}, "warning", "{temperature: 0.5, top_p: 0.8}"),
+        ({"top_k": 3, "top_p": 0.8}, {"sampling": {"top_k": 3, "top_p": 0.8, "max_new_tokens": 24}}, "ok", ""),
+        ({"suppress_tokens": [4, 5]}, {}, "warning", "suppress_tokens can only"),
+        ({"no_repeat_ngram_size": 2, "forced_eos_token_id": 1}, {}, "warning", "no_repeat_ngram_size can only"),
+        ({"top_k": 3}, None, "ok", ""),
+        ({"do_sample": False, "temperature": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 5}, {}, None, ""),
+    ],
+    ids=str,
+)
+def test_generation_settings_of_the_student(
+    tmp_path: Path, settings: dict[str, Any], evaluation: dict[str, Any] | None, level: str | None, says: str
+) -> None:
+    """Training and evaluation do not follow them, which the doctor says."""
+    changes = distillation(tmp_path, eval=None if evaluation is None else {"problems": 4} | evaluation)
+    path = tmp_path / "student" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with parts_of(recipe_of(tmp_path, **changes)) as parts:
+        found = [item for check in of_stage("advice") if check.name == "generation settings" for item in check(parts)]
+    assert [item.level for item in found] == ([] if level is None else [level])
+    for item in found:
+        assert all(name in item.found for name in settings if name != "do_sample")
+        assert says in item.advice
+
+
+def test_the_saved_student_keeps_its_generation_settings(tmp_path: Path) -> None:
+    """They change no sample, and the tokens at which the run's responses end stand in them."""
+    changes = distillation(tmp_path, eval={"problems": 4})
+    plain = train(tmp_path / "plain", **changes)
+    path = tmp_path / "student" / "generation_config.json"
+    # without do_sample, as many models have them
+    settings = {"top_k": 3, "temperature": 0.6, "repetition_penalty": 1.3, "suppress_tokens": [4]}
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | settings))
+    asked = train(tmp_path / "asked", **changes)
+    assert_same_run(plain, asked)
+    path.write_text(json.dumps(values | settings | {"eos_token_id": 5}))
+    ended = train(tmp_path / "ended", **changes)
+    for run_dir, ends in ((asked, {values["eos_token_id"]}), (ended, {values["eos_token_id"], 5})):
+        kept = json.loads((run_dir / "student" / "generation_config.json").read_text())
+        assert settings.items() <= kept.items()
+        assert set(kept["eos_token_id"]) == ends
+        assert load_causal_lm(str(run_dir / "student")).generation_config.top_k == 3
+
+
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 

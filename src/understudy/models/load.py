@@ -279,8 +279,17 @@ ADAPTER_DIR = "adapter"
 """Folder of the adapter beside the model that it is merged into."""
 
 
-def save_hf(model: nn.Module, tokenizer: Any, directory: str | Path, *, merged: bool = True) -> None:
+def save_hf(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    merged: bool = True,
+    stop_ids: Sequence[int] | None = None,
+) -> None:
     """A directory that `AutoModelForCausalLM` (`merged`) or PEFT (an adapter) loads, with the tokenizer. Safetensors.
+
+    The model keeps its generation settings; `stop_ids` are saved in them, so that whoever serves it stops where the run did.
 
     Merging forms `W + delta` on the side: the live model and its adapters stay as they are, and the adapters are saved
     too, in `ADAPTER_DIR`.
@@ -297,6 +306,11 @@ def save_hf(model: nn.Module, tokenizer: Any, directory: str | Path, *, merged: 
         if merged:
             _untie_adapted(model)
             base.save_pretrained(target, state_dict=merged_state_dict(model))
+    settings = target / "generation_config.json"
+    if stop_ids is not None and settings.is_file():
+        # in the file: transformers refuses to save settings like `top_k` without `do_sample` once one of them was changed
+        values = json.loads(settings.read_text()) | {"eos_token_id": list(stop_ids), "_from_model_config": False}
+        settings.write_text(json.dumps(values, indent=2))
     tokenizer.save_pretrained(target)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ NUM_COMPARED = 4
 """First prompts that are rendered with every side's chat template."""
 PADDING_MASS = 1e-3
 """Probability on tokens that do not exist, above which somebody should know."""
+_UNCHANGED: Mapping[str, object] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+}
+"""Generation settings at values that change nothing."""
+_NO_DISTRIBUTION = re.compile(
+    r"^_|^(max_|use_|output_|return_|transformers_|cache_)|^(do_sample|dtype|(bos|eos|pad)_token_id)$"
+)
+"""Generation settings that leave the distribution of a token alone."""
 _SHOWN_TOKENS = 4
 """On each side of a difference."""
 
@@ -109,6 +125,36 @@ def _ends(parts: Parts) -> Iterator[Finding]:
                 "student writes on: add it to eos_token_id of the student's generation_config.json"
             )
             yield Finding(found, "warning" if ends - stops else "ok", advice)
+
+
+def _generation_settings(parts: Parts) -> Iterator[Finding]:
+    """Compares the settings that the student brings for whoever serves it with those by which it is evaluated."""
+    recipe, settings = parts.recipe, getattr(unwrap(parts.loaded.model), "generation_config", None)
+    asked = {
+        name: value
+        for name, value in sorted(({} if settings is None else settings.to_diff_dict()).items())
+        if value is not None and _UNCHANGED.get(name, ...) != value and not _NO_DISTRIBUTION.search(name)
+    }
+    if not asked:
+        return
+
+    def listed(names: Iterable[str]) -> str:
+        return ", ".join(f"{name}: {asked[name]}" for name in names)
+
+    sampling = None if recipe.eval is None else recipe.eval.sampling or recipe.sampling
+    keys = [name for name in asked if hasattr(recipe.sampling, name)]
+    others = [name for name in asked if name not in keys]
+    differing = others or any(getattr(sampling, name, None) != asked[name] for name in keys)
+    advice = "the saved student keeps its settings: "
+    advice += f"to evaluate it as it will be served set eval.sampling: {{{listed(keys)}}}" if keys else ""
+    if others:
+        advice += f"{'; ' if keys else ''}{', '.join(others)} can only be taken out of its generation_config.json"
+    yield Finding(
+        f"the student's generation_config.json asks for {listed(asked)}; training samples ignore that, for they come from "
+        "the distribution that is trained, and the evaluation has sampling settings of its own",
+        "warning" if sampling is not None and differing else "ok",
+        advice,
+    )
 
 
 def _templates(parts: Parts) -> Iterator[Finding]:
@@ -214,6 +260,9 @@ CHECKS = (
     Check("health", "loaded", "whether its server answers", _health),
     Check("vocabulary", "loaded", "rows of embedding and head against the tokens that exist", _padding),
     Check("end of a response", "loaded", "tokens that end a response, on every side", _ends),
+    Check(
+        "generation settings", "advice", "the student's generation_config against eval.sampling", _generation_settings
+    ),
     Check("chat template", "advice", f"{NUM_COMPARED} prompts in the template of every side", _templates),
     Check("temperature", "loaded", "that of the scores against the student's", _temperature),
     Check("lengths", "loaded", "first prompts and max_new_tokens against all positions", _lengths),
