@@ -98,7 +98,7 @@ def parse(section: type[Section], values: object, path: str = "") -> Section:
     """The dataclass filled from a mapping. Raises RecipeError with the path, the value, and what is allowed."""
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path or 'the recipe'} is {brief(values)}; it must be a mapping of keys")
-    known = {_key(item): item for item in fields(cast(Any, section)) if item.init}
+    known = {key_of(item): item for item in fields(cast(Any, section)) if item.init}
     for key in values:
         if key not in known:
             raise RecipeError(f"{_join(path, key)}: unknown key; {nearest(str(key), known)}")
@@ -121,7 +121,7 @@ def parse(section: type[Section], values: object, path: str = "") -> Section:
         raise RecipeError(f"{path or 'the recipe'}: {error}") from error
 
 
-def _key(item: Field[Any]) -> str:
+def key_of(item: Field[Any]) -> str:
     """Name of a field in a recipe: `async_` is `async` there, a word that Python reserves."""
     return item.name.rstrip("_")
 
@@ -172,7 +172,7 @@ def dump(section: Any, chosen: Choice | None = None) -> dict[str, Any]:
         value, table = getattr(section, item.name), item.metadata.get("choice")
         if table is not None and table.named:
             value = {name: dump(part, table) for name, part in value.items()}
-        values[_key(item)] = dump(value, table) if is_dataclass(value) else _plain(value)
+        values[key_of(item)] = dump(value, table) if is_dataclass(value) else _plain(value)
     return values
 
 

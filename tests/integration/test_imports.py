@@ -57,7 +57,19 @@ def test_help_answers_at_once() -> None:
         env=os.environ | {"UNDERSTUDY_STARTED": "1"},
     )
     assert "| torch" not in done.stderr
-    commands = ("train", "eval", "sample", "record", "report", "compare", "methods", "init", "doctor", "serve-teacher")
+    commands = (
+        "train",
+        "eval",
+        "sample",
+        "record",
+        "report",
+        "compare",
+        "methods",
+        "init",
+        "doctor",
+        "schema",
+        "serve-teacher",
+    )
     assert all(name in done.stdout for name in commands)
 
 

@@ -296,12 +296,13 @@ def init(
     student: Annotated[str, typer.Option(help="Directory or hub name of the student.")] = "Qwen/Qwen3-0.6B",
     teacher: Annotated[str, typer.Option(help="Directory or hub name of the teacher.")] = "Qwen/Qwen3-4B",
 ) -> None:
-    """Write a commented recipe for two models, to be edited and trained."""
+    """Write a commented recipe for two models, to be edited and trained, and beside it the schema for your editor."""
     import yaml
 
     from understudy import config
     from understudy.files import write_atomically
     from understudy.recipe import Recipe
+    from understudy.recipe.editor import FILE, recipe_schema
 
     if path.exists():
         raise RecipeError(f"{path} exists; choose another file")
@@ -310,7 +311,27 @@ def init(
     text = re.sub(r"\b(NAME|STUDENT|TEACHER)\b", lambda found: named[found[0]], text)
     config.parse(Recipe, yaml.safe_load(text))
     write_atomically(path, text)
+    if not (beside := path.with_name(FILE)).exists():
+        write_atomically(beside, json.dumps(recipe_schema(), indent=2))
     typer.echo(f"wrote {path}; check it with: understudy train {path} --dry-run")
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, _argument("[FILE]", "Where to write it; printed where none is given.")] = None,
+) -> None:
+    """Write the JSON Schema of recipes, by which editors complete and check them.
+
+    The first line of a recipe names it: # yaml-language-server: $schema=FILE, relative to the recipe.
+    """
+    from understudy.files import write_atomically
+    from understudy.recipe.editor import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2)
+    if out is None:
+        typer.echo(text)
+    else:
+        write_atomically(out, text)
 
 
 def main() -> None:
