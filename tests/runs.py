@@ -169,4 +169,4 @@ def train_all(*folders: Path) -> None:
         for folder in folders:
             run.train(load_recipe(folder / "recipe.yaml"), console=Console(quiet=True))
     # without it a thread of gloo may abort the process at its end
-    Ranks.from_environment(torch.device("cpu")).close()
+    Ranks.from_environment(lambda: torch.device("cpu")).close()

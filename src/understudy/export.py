@@ -11,12 +11,11 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from understudy import config
 from understudy.eval.summary import EvalSummary
 from understudy.files import write_json
 from understudy.format import count, interval
+from understudy.lazy import torch
 from understudy.models import save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Parts

@@ -10,10 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from understudy.errors import DataError, ScoreError
+from understudy.lazy import Tensor, torch
 from understudy.types import Author, Sample, Scores, TokenBatch
 
 LOGPROB_TOLERANCE = 1e-3

@@ -10,9 +10,9 @@ from hashlib import blake2b
 from typing import Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from understudy.lazy import Tensor, torch
 
 _U64 = NDArray[np.uint64]
 _MASK = (1 << 64) - 1

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from understudy import config
@@ -80,7 +81,7 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     files = Files(recipe)
     for check in of_stage("files"):
         check(files)
-    ranks = Ranks.from_environment(choose_device(recipe.device))
+    ranks = Ranks.from_environment(partial(choose_device, recipe.device))
     if examine:
         doctor.refuse(ranks.gather(doctor.attempt_all("room", files) if ranks.is_main else [])[0])
     teachers = [f"{label} ({section.shown})" for label, section in recipe.all_teachers.items()]

@@ -13,8 +13,7 @@ from math import inf
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor
+from understudy.lazy import Tensor, torch
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
 Finish = Literal["stop", "length", "data", "environment"]
@@ -268,7 +267,7 @@ _Record = TypeVar("_Record")
 
 def map_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Record:
     """Returns a dataclass with every tensor field changed; other fields stay."""
-    changed = {name: change(value) for name, value in vars(record).items() if isinstance(value, Tensor)}
+    changed = {name: change(value) for name, value in vars(record).items() if isinstance(value, torch.Tensor)}
     return replace(record, **changed)  # type: ignore[type-var]
 
 

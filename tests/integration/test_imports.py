@@ -1,4 +1,4 @@
-"""What an import pulls in: the mathematics needs torch alone, and `--help` answers without it."""
+"""What an import pulls in: the mathematics needs torch alone, and what needs no torch is said without it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,16 +36,63 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("statement", "allowed"),
     [
-        ("import understudy", set()),
-        ("import understudy.cli.app", set()),
-        ("import understudy.cli", set()),
-        ("import understudy.types", {"torch"}),
-        ("import understudy.methods, understudy.linear", {"torch"}),
-        ("import understudy.recipe", {"torch", "transformers"}),
+        ("import understudy.cli.commands, understudy.cli.recording, understudy.serve, understudy.linear", set()),
+        ("from understudy.methods import GKD; GKD().for_run(10, 64).uses(10)", set()),
+        ("from understudy.types import torch; torch.zeros(1)", {"torch"}),
     ],
 )
 def test_imports_stay_light(statement: str, allowed: set[str]) -> None:
-    assert loaded_by(statement) <= allowed
+    assert loaded_by(statement) == allowed
+
+
+PLAIN = "run_dir: {folder}/run\nstudent: {model: {model}}\ntask: {task}\nmethod: {method}\ntrain: {train}\n"
+GOOD = {"model": "{folder}", "task": "{type: arithmetic}", "method": "{type: sft}", "train": "{steps: 2}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "command", "message"),
+    [
+        ({}, "train {folder}/other.yaml", "there is no recipe"),
+        ({"train": "{steps: 2"}, "train RECIPE", "not valid YAML"),
+        ({"train": "{stepz: 2}"}, "train RECIPE", "train.stepz: unknown key"),
+        ({"method": "{type: gkd}"}, "train RECIPE", "the method GKD needs a teacher"),
+        ({}, "train RECIPE train.steps=no", "train.steps is"),
+        ({"model": "{folder}/nowhere"}, "train RECIPE", "no model directory"),
+        ({}, "train RECIPE", "has no config.json"),
+        ({"task": "{type: jsonl, path: {folder}/nowhere.jsonl, prompt_field: p}"}, "train RECIPE", "there is no file"),
+        ({}, "train RECIPE run_dir={folder}", "is not empty"),
+        ({}, "train RECIPE --dry-run", "has no config.json"),
+        ({}, "train RECIPE --resume", "no run"),
+        ({"train": "{stepz: 2}"}, "doctor RECIPE", "unknown key"),
+        ({}, "doctor RECIPE", "1 error"),
+        ({"train": "{stepz: 2}"}, "eval RECIPE", "unknown key"),
+        ({}, "sample RECIPE --split nowhere", "--split is"),
+        ({}, "record RECIPE --out {folder}/out", "no teacher"),
+        ({}, "compare RECIPE --vary method.typ=sft,opd", "typ"),
+        ({}, "report {folder}", "is not a run directory"),
+        ({}, "methods nowhere", "no method"),
+        ({}, "init RECIPE", "exists"),
+        ({}, "serve-teacher {folder}/nowhere", "no model directory"),
+    ],
+)
+def test_what_needs_no_torch_is_said_without_it(
+    tmp_path: Path, changes: dict[str, str], command: str, message: str
+) -> None:
+    def filled(text: str) -> str:
+        return text.replace("{folder}", str(tmp_path)).replace("RECIPE", str(tmp_path / "recipe.yaml"))
+
+    recipe = PLAIN
+    for name, value in (GOOD | changes).items():
+        recipe = recipe.replace("{" + name + "}", value)
+    (tmp_path / "recipe.yaml").write_text(filled(recipe))
+    run = (
+        "from understudy.cli.app import main; "
+        f"sys.argv[1:] = {filled(command).split()!r}\ntry: main()\nexcept SystemExit as end: assert end.code, end"
+    )
+    code = f"import json, sys\n{run}\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert message in done.stdout + done.stderr, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
 def test_help_answers_at_once() -> None:

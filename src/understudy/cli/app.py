@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import sys
 from dataclasses import MISSING, fields
@@ -18,6 +19,12 @@ import understudy
 from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SIGNAL = 2, 1, 130
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Progress bars and notes of libraries would tear the display. Read when a library is imported, which takes seconds."""
 
 app = typer.Typer(
     name="understudy",
@@ -251,11 +258,9 @@ def serve_teacher(
     # the parameters have the names of the settings; None keeps a setting's default
     given = {name: value for name, value in locals().items() if value is not None}
     from understudy import config
-    from understudy.cli import commands
     from understudy.serve import Settings, run
     from understudy.text import visible
 
-    commands.quieten_libraries()
     # plain lines: a server's log has no display that is redrawn
     run(config.parse(Settings, given), lambda line: typer.echo(visible(line)))
 
@@ -336,6 +341,8 @@ def schema(
 
 def main() -> None:
     """Runs a command. Exit code 2 for bad input, 1 for a run that failed, 130 for one that a signal stopped."""
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except UnderstudyError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -46,21 +46,10 @@ BLOCK_REQUESTS = 256
 """Requests between two updates of the progress bar."""
 
 
-def quieten_libraries() -> None:
-    """Turns off progress bars and notes of transformers and datasets, which would tear the display."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # not datasets.disable_progress_bars(): most recipes need no data set, and the import takes a second
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
-
 def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, examine: bool = True) -> str:
     """Returns how the run ended; "checked" for a dry run."""
     recipe = load_recipe(path, overrides)
-    quieten_libraries()
-    ranks = Ranks.from_environment(choose_device(recipe.device)) if not dry_run else Ranks()
+    ranks = Ranks() if dry_run else Ranks.from_environment(partial(choose_device, recipe.device))
     with terminable(), Console(quiet=not ranks.is_main) as console, closing(ranks):
         if dry_run:
             if not resume:
@@ -125,7 +114,6 @@ def evaluate(path: Path, overrides: Sequence[str], *, model: str | None, out: Pa
         recipe = replace(recipe, eval=Eval())
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
-    quieten_libraries()
     check(recipe, training=False)
     with terminable(), Console() as console:
         loaded = load_student(recipe)
@@ -154,7 +142,6 @@ def sample(
     if out is not None and out.exists():
         raise RecipeError(f"--out {out} exists; choose another file")
     recipe = load_for_use(path, overrides, model)
-    quieten_libraries()
     check(recipe, training=False)
     chosen, environment_of = list(islice(recipe.task.prompts(cast(Split, split)), num)), recipe.task.environment
     if prompts:
@@ -207,7 +194,6 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 def doctor(path: Path, overrides: Sequence[str]) -> int:
     """Prints every finding and returns the number of errors. Nothing is written."""
     recipe = load_recipe(path, overrides)
-    quieten_libraries()
     with terminable(), Console() as console:
         found = examine(recipe, lambda files: loaded(files, console))
         show(console, found)
@@ -246,7 +232,6 @@ def compare(
     base = config.override(config.read_yaml(path), overrides)
     base.setdefault("run_dir", f"runs/{path.stem}")
     cells = Cells(read_grid(base), base, out or Path(f"{base['run_dir']}-compare"))
-    quieten_libraries()
     with Console() as console:
         if dry_run:
             if ray:

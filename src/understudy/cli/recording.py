@@ -12,13 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from understudy import config
-from understudy.cli.commands import quieten_libraries
 from understudy.environments.play import play
 from understudy.errors import DataError, RecipeError
 from understudy.files import write_atomically
+from understudy.lazy import Tensor
 from understudy.methods import OPD, TopK
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
@@ -52,7 +50,6 @@ def record(
     k = _rows_needed(recipe, k)
     origin = {key: value for key, value in config.dump(recipe).items() if key in DECIDES}
     _check_out(out, origin)
-    quieten_libraries()
     check(recipe)
     # no reference model and no responses: neither is recorded
     scored = replace(recipe, method=OPD() if k is None else TopK(k=k), reference=None, responses=None)

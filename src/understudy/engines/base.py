@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
+from understudy.lazy import Tensor
 from understudy.types import Request, Sample, Sampling
 
 Weights = Iterable[tuple[str, Tensor]]

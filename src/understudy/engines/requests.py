@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from understudy.errors import DataError, RecipeError
+from understudy.lazy import Tensor, torch
 from understudy.types import Author, Finish, Request, Sample
 
 

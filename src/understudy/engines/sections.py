@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from understudy.engines.base import Engine, Weights
 from understudy.engines.hf.engine import HFEngine
+from understudy.lazy import nn, torch
 from understudy.types import Sampling
 
 

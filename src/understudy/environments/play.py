@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from understudy.engines import Generates
 from understudy.environments.base import SINGLE_TURN, Environment, Step
 from understudy.errors import DataError, TemplateError
+from understudy.lazy import Tensor, torch
 from understudy.tasks.renderer import Renderer, Said
 from understudy.types import Author, Grade, Prompt, Request, Sample, Sampling
 

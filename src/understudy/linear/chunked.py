@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args
 
-import torch
-from torch import Tensor
-
+from understudy.lazy import Tensor, no_grad, torch
 from understudy.linear import rows as row_math
 from understudy.linear.head import Gradients, LMHead, compute_dtype, parts, project
 from understudy.linear.plan import (
@@ -74,11 +73,11 @@ def evaluate(
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
     job = _Job(method, trained, head, teacher, reference, step, chunk)
-    loss: Tensor = _Apply.apply(hidden, head.weight, head.bias, job)
+    loss: Tensor = _autograd_function().apply(hidden, head.weight, head.bias, job)
     return Evaluation(loss, job.tally.metrics())
 
 
-@torch.no_grad()
+@no_grad
 def score(hidden: Tensor, head: LMHead, target: Tensor, *, chunk_tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """Log-probability of the targets and entropy of their rows, without gradient. [T, H], [T] -> [T], [T]."""
     dtype = compute_dtype(hidden)
@@ -173,23 +172,29 @@ def _token_share(term: Term, token_shares: Mapping[str, Tensor]) -> Tensor:
     return token_shares[term.reduce]
 
 
-class _Apply(torch.autograd.Function):
-    """Carries gradients that were formed in the forward; the backward only scales them."""
+@cache
+def _autograd_function() -> Any:
+    """A class of torch's, made when torch is there."""
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
-        gradients = Gradients(job.head, hidden, *ctx.needs_input_grad[:3])
-        loss = job.run(hidden, gradients)
-        ctx.save_for_backward(*gradients.finish())
-        return loss
+    class Apply(torch.autograd.Function):
+        """Carries gradients that were formed in the forward; the backward only scales them."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight, bias = ctx.saved_tensors
-        # a loss that is not scaled hands its buffers over, so no second d weight exists
-        if float(grad_output) == 1.0:
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
+            gradients = Gradients(job.head, hidden, *ctx.needs_input_grad[:3])
+            loss = job.run(hidden, gradients)
+            ctx.save_for_backward(*gradients.finish())
+            return loss
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+            hidden, weight, bias = ctx.saved_tensors
+            # a loss that is not scaled hands its buffers over, so no second d weight exists
+            if float(grad_output) == 1.0:
+                return hidden, weight, bias, None
+            given = (hidden, weight, bias)
+            hidden, weight, bias = (None if one is None else (one * grad_output).to(one.dtype) for one in given)
             return hidden, weight, bias, None
-        given = (hidden, weight, bias)
-        hidden, weight, bias = (None if one is None else (one * grad_output).to(one.dtype) for one in given)
-        return hidden, weight, bias, None
+
+    return Apply

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from understudy.lazy import Tensor, torch
 
 TILE_ELEMENTS = 4 * 1024 * 1024
 """Weights of a 16-bit head that are upcast at a time: 16 MiB in float32."""

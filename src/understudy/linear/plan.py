@@ -10,10 +10,8 @@ from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from understudy.errors import ScoreError
+from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead
 from understudy.losses.terms import Reads, Reduce, Rows, Term
 from understudy.types import Metric, TokenBatch, map_tensors

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead, parts
 from understudy.losses.divergences import log_mixture
 from understudy.losses.terms import Reads, Rows

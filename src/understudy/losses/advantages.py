@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from understudy.errors import ScoreError
+from understudy.lazy import Tensor, no_grad, torch
 
 Correction = Literal["none", "tis", "icepop"]
 STD_EPS = 1e-6
@@ -18,13 +16,13 @@ ROUNDINGS = 16
 """Ulps between two routes to one log-probability: up to 11 were measured between sequences packed and alone."""
 
 
-@torch.no_grad()
+@no_grad
 def log_ratio(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
     """`d_t = log T(y_t) - log S(y_t)`, the token reward of on-policy distillation. [T]."""
     return teacher_logprob - student_logprob
 
 
-@torch.no_grad()
+@no_grad
 def extrapolation(teacher_logprob: Tensor, reference_logprob: Tensor, student_logprob: Tensor, scale: float) -> Tensor:
     """`d_t + (scale - 1)(log T(y_t) - log R(y_t))`: the log-ratio to `T^scale R^(1-scale)`, up to its normaliser. [T].
 
@@ -33,7 +31,7 @@ def extrapolation(teacher_logprob: Tensor, reference_logprob: Tensor, student_lo
     return log_ratio(teacher_logprob, student_logprob) + (scale - 1.0) * (teacher_logprob - reference_logprob)
 
 
-@torch.no_grad()
+@no_grad
 def rounding(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
     """Largest `|d_t|` that says nothing: T(y_t) and S(y_t) may be equal and differ by how they were computed. [T] nats."""
     eps = max(torch.finfo(value.dtype).eps for value in (teacher_logprob, student_logprob))
@@ -41,7 +39,7 @@ def rounding(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
     return ROUNDINGS * eps * student_logprob.abs().clamp_min(1.0)
 
 
-@torch.no_grad()
+@no_grad
 def acceptance(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
     """`min(T(y_t) / S(y_t), 1)`, with which speculative decoding keeps a token of the student. [T].
 
@@ -57,7 +55,7 @@ def mixture_floor(mix: float, kind: Literal["mixture", "odds"]) -> float:
     return math.log(mix) / (1.0 - mix) if kind == "mixture" else math.log(mix / (1.0 - mix))
 
 
-@torch.no_grad()
+@no_grad
 def top_share(value: Tensor, mask: Tensor, share: float) -> Tensor:
     """The `ceil(share N)` largest of the N values where `mask`; equal values are all in or all out (in). [T] bool."""
     # 0.07 * 100 is 7.000000000000001
@@ -68,7 +66,7 @@ def top_share(value: Tensor, mask: Tensor, share: float) -> Tensor:
     return mask & (value >= least)
 
 
-@torch.no_grad()
+@no_grad
 def entropy_from_topk(topk_logprob: Tensor) -> Tensor:
     """Entropy of the K probabilities with the rest as one more category: a lower bound of the full one. [T, K] -> [T]."""
     p = topk_logprob.exp()
@@ -77,7 +75,7 @@ def entropy_from_topk(topk_logprob: Tensor) -> Tensor:
     return bound
 
 
-@torch.no_grad()
+@no_grad
 def group_advantage(reward: Tensor, group: Tensor, *, normalise_std: bool) -> Tensor:
     """`(R_i - mean_g) / (std_g + 1e-6)` over the samples of the same group; without the division for Dr.GRPO. [N].
 
@@ -97,7 +95,7 @@ def group_advantage(reward: Tensor, group: Tensor, *, normalise_std: bool) -> Te
     return centred / (std[index] + STD_EPS)
 
 
-@torch.no_grad()
+@no_grad
 def importance(
     student_logprob: Tensor,
     rollout_logprob: Tensor | None,
@@ -124,7 +122,7 @@ def importance(
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 
-@torch.no_grad()
+@no_grad
 def overlong_penalty(num_tokens: int, limit: int, buffer: int) -> float:
     """0 up to `limit - buffer` tokens, then linearly down to -1 at `limit`. Source: DAPO, arXiv 2503.14476, eq. 13."""
     if buffer <= 0:
@@ -132,7 +130,7 @@ def overlong_penalty(num_tokens: int, limit: int, buffer: int) -> float:
     return -min(max(num_tokens - (limit - buffer), 0) / buffer, 1.0)
 
 
-@torch.no_grad()
+@no_grad
 def return_to_go(reward: Tensor, sequence: Tensor, mask: Tensor, discount: float) -> Tensor:
     """`G_t = sum_{u >= t} discount^(u - t) r_u` over the trained tokens of the same sample. [T].
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
+from understudy.lazy import Tensor, torch
 
 Direction = Literal["forward", "reverse"]
 Tail = Literal["bucket", "none", "renormalise"]

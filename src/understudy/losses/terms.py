@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
-
+from understudy.lazy import Tensor, torch
 from understudy.losses.divergences import Direction, Tail, topk_divergence
 
 Reduce = Literal["token", "sequence", "constant"]

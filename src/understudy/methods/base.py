@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_type_hints
 
-import torch
-from torch import Tensor
-
+from understudy.lazy import Tensor, torch
 from understudy.losses import advantages
 from understudy.losses.terms import PolicyGradient, Reads, Reduce, Term
 from understudy.types import Need, TokenBatch

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
+from understudy.lazy import torch
 from understudy.losses import advantages
 from understudy.losses.terms import Reads, Term, TopKDivergence
 from understudy.methods.base import ClippedMethod, NonNegative, PositiveInt, only, present

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import RecipeError, VocabularyError
+from understudy.lazy import Tensor, nn, torch
 from understudy.linear.head import LMHead
 
 _SCALES = {
@@ -20,7 +18,7 @@ _SCALES = {
     "logits_mup_width_multiplier": -1,
 }
 """Configuration keys whose value multiplies (1) or divides (-1) the logits; `probe_head` checks what comes out."""
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_TOLERANCE = {"torch.float64": 1e-4, "torch.float32": 1e-3, "torch.float16": 4e-3, "torch.bfloat16": 3e-2}
 """Error of a logit over the largest logit: a few roundings; 1e-3 in float32 leaves room for TF32 products. Norms and the
 softmax of an attention may be in float32 whatever the weights are (Gemma 2), so float64 weights promise no more than that."""
 _PACKING_MARGIN = 0.1
@@ -56,7 +54,7 @@ def lm_head(model: nn.Module, *, temperature: float = 1.0, vocab_size: int | Non
     """
     base = unwrap(model)
     layer = base.get_output_embeddings()
-    if not isinstance(getattr(layer, "weight", None), Tensor):
+    if not isinstance(getattr(layer, "weight", None), torch.Tensor):
         raise RecipeError(
             f"{type(base).__name__} has no output layer with a weight; only causal language models will do"
         )
@@ -93,7 +91,7 @@ def probe_head(model: nn.Module) -> None:
         hidden = backbone_hidden(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
         found = head.logits(hidden[0])
     error = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp_min(1e-30))
-    limit = _TOLERANCE[base.dtype]
+    limit = _TOLERANCE[str(base.dtype)]
     if not bool(expected.isfinite().all()):
         raise RecipeError(
             f"{type(base).__name__}: its logits are not finite, so its weights are damaged or have diverged"
@@ -122,7 +120,7 @@ def row_style(model: nn.Module) -> Literal["packed", "single", "alone"]:
         side_by_side = backbone_hidden(model, ids[None], positions[None])[0, 4:]
         alone = backbone_hidden(model, ids[None, 4:], positions[None, 4:])[0]
     error = float((side_by_side - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
-    return "packed" if error <= _TOLERANCE[base.dtype] * _PACKING_MARGIN else "alone"
+    return "packed" if error <= _TOLERANCE[str(base.dtype)] * _PACKING_MARGIN else "alone"
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -11,10 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import RecipeError, nearest
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models.backbone import unwrap
 
 if TYPE_CHECKING:
@@ -314,7 +312,7 @@ def save_hf(
     tokenizer.save_pretrained(target)
 
 
-@torch.no_grad()
+@no_grad
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the plain model: trained copies in place of what they replace, and every adapter added to a copy of
     the weight that it belongs to."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from understudy.errors import RecipeError, VocabularyError
+from understudy.lazy import nn
 from understudy.models.backbone import unwrap
 from understudy.models.load import first_line
 

@@ -11,13 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from understudy.engines import Engine, EngineSetup
 from understudy.environments import single_turn
 from understudy.environments.play import play
 from understudy.errors import RecipeError, VocabularyError
+from understudy.lazy import nn, torch
 from understudy.models import (
     apply_lora,
     build_causal_lm,

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import backbone_hidden, unwrap
 from understudy.models.backbone import evaluating
 
@@ -19,7 +17,7 @@ WORTH = 0.9
 _BY_LENGTH = ("longrope", "dynamic")
 """Rotary embeddings whose frequencies depend on the length of the input: a prompt that is read alone has others than the
 same prompt before its response."""
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_TOLERANCE = {"torch.float64": 1e-4, "torch.float32": 1e-4, "torch.float16": 4e-3, "torch.bfloat16": 3e-2}
 """Error of a hidden state over the largest, in the probe: another kernel adds up in another order. float64 is as coarse as
 float32, because a model with float64 weights may have norms or a softmax in float32 (Gemma 2)."""
 
@@ -45,7 +43,7 @@ def is_worth(prompt: int, responses: Sequence[int], max_tokens: int) -> bool:
     return continued < WORTH * (len(responses) * prompt + sum(responses))
 
 
-@torch.no_grad()
+@no_grad
 def continued_hidden(
     model: nn.Module, prompt: Tensor, responses: Sequence[Tensor], max_tokens: int, device: torch.device
 ) -> list[Tensor]:
@@ -97,6 +95,6 @@ def can_continue(model: nn.Module) -> bool:
             places = torch.arange(whole.shape[1], device=weight.device)[None]
             expected = backbone_hidden(model, whole, places)[0, len(prompt) - 1 :]
             error = float((states - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-            if not error <= _TOLERANCE[base.dtype]:
+            if not error <= _TOLERANCE[str(base.dtype)]:
                 return False
     return True

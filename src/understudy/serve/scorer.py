@@ -8,9 +8,7 @@ from hashlib import blake2b
 from threading import Lock
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
 from understudy.serve.prompts import can_continue, continued_hidden, is_worth
@@ -136,7 +134,7 @@ class Scorer:
         hidden_size = lm_head(self._model).weight.shape[1]
         return reply_fields(request.need, num_top=min(request.k or 0, request.vocab_size), hidden_size=hidden_size)
 
-    @torch.no_grad()
+    @no_grad
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreReply]:
         """Returns a reply to each of some requests of one kind (`ScoreRequest.kind`), whose sequences are read together."""
         samples = [_samples(request) for request in requests]

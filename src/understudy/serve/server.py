@@ -9,10 +9,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from understudy.errors import RecipeError
 from understudy.http.replies import is_loopback, read_key
+from understudy.lazy import torch
 from understudy.models import DType, check_model_dir, load_causal_lm, load_tokenizer, probe_head
 from understudy.serve.scorer import HiddenDType, Scorer
 from understudy.serve.worker import Worker

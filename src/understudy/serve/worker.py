@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 
-import torch
-
+from understudy.lazy import torch
 from understudy.serve.scorer import Refusal, Scorer
 from understudy.teachers.remote.protocol import ScoreReply, ScoreRequest
 

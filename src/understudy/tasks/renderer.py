@@ -9,10 +9,8 @@ from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from understudy.errors import DataError, RecipeError, TemplateError
+from understudy.lazy import Tensor, torch
 from understudy.models.vocabulary import tokenizer_ends
 from understudy.types import Message, Prompt, ToolCall
 

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import ScoreError
+from understudy.lazy import Tensor, nn, torch
 from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir, load_causal_lm, probe_head
 from understudy.tasks.base import Task

@@ -11,10 +11,8 @@ from hashlib import blake2b
 from threading import RLock
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import RecipeError, ScoreError
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear import score
 from understudy.linear.head import LMHead, project
 from understudy.models import backbone_hidden, lm_head, num_positions, row_style, unwrap
@@ -219,7 +217,7 @@ class LocalTeacher(Teacher):
             digest.update(value.reshape(-1).view(torch.uint8).cpu().numpy())
         return digest.hexdigest()
 
-    @torch.no_grad()
+    @no_grad
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """Scores of every response token, one for each sample, in order; what was not asked for is None.
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import CheckpointError, DataError, RecipeError
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead
 from understudy.models import lm_head, unwrap
 from understudy.packing import Unscored
@@ -162,7 +160,7 @@ class MovingAverage:
         saved = {name.removeprefix(_STATE): value for name, value in state.items()}
         self._move(saved, 1.0, CheckpointError, "the checkpoint's moving average")
 
-    @torch.no_grad()
+    @no_grad
     def _move(
         self, target: Mapping[str, Tensor], share: float, error: type[RecipeError | CheckpointError], whose: str
     ) -> None:
@@ -178,7 +176,7 @@ class MovingAverage:
             average.lerp_(target[name].detach().to(average), share)
         self._push()
 
-    @torch.no_grad()
+    @no_grad
     def _push(self) -> None:
         for name, value in self._model.named_parameters():
             # in float32 the average is the weight itself

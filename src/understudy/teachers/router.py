@@ -6,9 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
 
-from torch import Tensor, nn
-
 from understudy.errors import CheckpointError, RecipeError, ScoreError
+from understudy.lazy import Tensor, nn
 from understudy.linear.head import LMHead
 from understudy.teachers.base import Teacher, hash_facts
 from understudy.types import Need, Prompt, Sample, Scores

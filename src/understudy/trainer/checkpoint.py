@@ -21,12 +21,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from understudy.errors import CheckpointError, RecipeError
+from understudy.lazy import Tensor, safetensors, torch
 
 FORMAT = 1
 _FILES, _PROGRESS, _OPTIMIZER, STUDENT = "files.json", "progress.json", "optimizer.safetensors", "student"
@@ -130,7 +128,7 @@ def save_checkpoint(
         for name, state in ((_OPTIMIZER, optimizer), (_TEACHER, teacher)):
             if state or name == _OPTIMIZER:
                 # clones: safetensors refuses tensors that share memory
-                save_file({key: value.detach().cpu().clone() for key, value in state.items()}, aside / name)
+                safetensors.save_file({key: value.detach().cpu().clone() for key, value in state.items()}, aside / name)
         (aside / _PROGRESS).write_text(json.dumps({"format": FORMAT} | asdict(progress), indent=2))
         (aside / _FILES).write_text(json.dumps(_digest(aside), indent=2))
 
@@ -183,7 +181,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
         values = json.loads((path / _PROGRESS).read_text())
         if values.pop("format") != FORMAT:
             raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: resume with the version that wrote it")
-        return Progress(**values), load_file(path / _OPTIMIZER, device=str(device))
+        return Progress(**values), safetensors.load_file(path / _OPTIMIZER, device=str(device))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged: {error}; delete it and resume from the one before"
@@ -193,7 +191,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
 def load_teacher_state(path: Path) -> dict[str, Tensor]:
     """State of a teacher that follows the student; empty for others. Call `load_checkpoint` first: it checks the file."""
     file = path / _TEACHER
-    return load_file(file) if file.is_file() else {}
+    return safetensors.load_file(file) if file.is_file() else {}
 
 
 def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:

@@ -6,13 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from understudy.engines import Engine
 from understudy.engines.requests import guided_requests
 from understudy.environments.play import EnvironmentOf, play
 from understudy.errors import DataError
+from understudy.lazy import Tensor, torch
 from understudy.methods import Method, RolloutPlan
 from understudy.packing import ScoreField, attach_scores
 from understudy.randomness import keyed_uniform

@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import nn
-
+from understudy.lazy import nn, torch
 from understudy.types import Metric, add_metrics
 
 Item = TypeVar("Item")
@@ -25,13 +22,13 @@ class Ranks:
     world: int = 1
 
     @staticmethod
-    def from_environment(device: torch.device) -> Ranks:
+    def from_environment(choose_device: Callable[[], torch.device]) -> Ranks:
         """Joins the process group that `torchrun` announces, NCCL on GPUs and gloo on CPUs; one rank without it."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return Ranks()
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return Ranks(dist.get_rank(), dist.get_world_size())
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
+        return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +53,7 @@ class Ranks:
             return [value]
         # placeholders: every entry is replaced by that of its rank
         found = [value] * self.world
-        dist.all_gather_object(found, value)
+        torch.distributed.all_gather_object(found, value)
         return found
 
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
@@ -83,14 +80,14 @@ class Ranks:
             if parameter.grad is None:
                 # a rank whose samples do not reach a parameter still takes part in the collective call
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            torch.distributed.all_reduce(parameter.grad)
 
     def close(self) -> None:
         """Leaves the process group; without it the threads of gloo may abort the process at its end."""
-        if self.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            torch.distributed.barrier()

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import torch
-
 from understudy.errors import CheckpointError, TrainingError, WeightsLostError
 from understudy.eval.summary import EvalSummary, sample_row, token_table
 from understudy.files import write_json_lines
+from understudy.lazy import torch
 from understudy.methods import Method
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, RunDir, prune, save_checkpoint

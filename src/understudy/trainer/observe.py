@@ -10,10 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from understudy.eval.summary import EvalSummary, prompt_text
+from understudy.lazy import Tensor, torch
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected
 from understudy.trainer.console import Console

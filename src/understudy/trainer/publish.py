@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from understudy.engines import Engine, Probe
 from understudy.errors import WeightsLostError
+from understudy.lazy import Tensor, no_grad, torch
 from understudy.linear import score
 from understudy.models import lm_head
 from understudy.models.backbone import evaluating
@@ -59,7 +57,7 @@ class Publisher:
         return {} if gap is None else {"push_gap": gap}
 
 
-@torch.no_grad()
+@no_grad
 def probe_of(student: StudentModel, samples: Sequence[Sample]) -> Probe:
     """Returns log-probabilities of the live model for some sequences, at temperature 1 and over all rows of its head."""
     # the shortest are cheap, and show a difference as well as others

@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from understudy.errors import DataError
+from understudy.lazy import Tensor, torch
 from understudy.losses import advantages
 from understudy.methods import Acceptance, Method, Rewards, RolloutPlan
 from understudy.tasks.lazy import Permutation

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import CheckpointError
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear import CutTerms, LMHead, count_denominators, count_own, cut_terms, evaluate, score
 from understudy.linear.plan import FullTeacher, TermsOf
 from understudy.losses.schedules import learning_rate
@@ -146,7 +144,7 @@ def _micro_batches(
     return made
 
 
-@torch.no_grad()
+@no_grad
 def _score_old(student: StudentModel, micro: MicroBatch) -> MicroBatch:
     """The micro-batch with log S_old and the entropy of S_old at every token."""
     # without dropout: S_old is the policy that the ratio is taken against

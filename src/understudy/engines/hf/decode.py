@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead, project
 from understudy.models import unwrap
 from understudy.types import Sampling
@@ -44,7 +42,7 @@ class Decoder:
         self._length = 0
         """Tokens of a row that the model has read."""
 
-    @torch.no_grad()
+    @no_grad
     def run(
         self, contexts: Sequence[Tensor], uniform: Tensor, room: Tensor, sampling: Sampling
     ) -> list[tuple[list[int], list[float], bool]]:

@@ -8,13 +8,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from threading import Lock
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
-
 from understudy.engines.base import Probe, Weights
 from understudy.engines.hf.decode import Decoder
 from understudy.engines.requests import open_responses, to_samples
 from understudy.errors import EngineError, TrainingError
+from understudy.lazy import nn, no_grad, torch
 from understudy.models import lm_head
 from understudy.models.backbone import evaluating, num_positions
 from understudy.randomness import keyed_uniform
@@ -49,7 +47,7 @@ class HFEngine:
     _lock: Lock = field(default_factory=Lock, init=False)
     """A push waits for the batch that is being written, so that one batch has one version."""
 
-    @torch.no_grad()
+    @no_grad
     def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> None:
         """Copies the weights, by the names of `state_dict`; None where the model is the live one."""
         with self._lock:

@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from understudy.engines.base import Probe
 from understudy.engines.vllm.servers import Servers
 from understudy.errors import EngineError
+from understudy.lazy import Tensor, torch
 
 MAX_STILL = 3
 """Pushes in a row that change weights and no number of a server. One may be too small to show, but three add up."""

@@ -9,8 +9,6 @@ from functools import partial
 from threading import Condition, Lock
 from typing import Any
 
-import torch
-
 from understudy.engines.base import Probe, Weights
 from understudy.engines.requests import Response, open_responses, to_samples
 from understudy.engines.sections import EngineSetup
@@ -21,6 +19,7 @@ from understudy.engines.vllm.settings import PROCESSED, RAW, VLLM, check_tempera
 from understudy.engines.vllm.weights import NCCLTransfer, WeightStore, with_head
 from understudy.errors import EngineError, RecipeError, WeightsLostError
 from understudy.http.replies import Refused
+from understudy.lazy import torch
 from understudy.models import unwrap
 from understudy.randomness import hash_name
 from understudy.types import Request, Sample, Sampling

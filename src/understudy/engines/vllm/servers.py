@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.engines.vllm.replies import read_scores
@@ -18,6 +16,7 @@ from understudy.engines.vllm.settings import VLLM, Launch, logprobs_modes, promi
 from understudy.errors import EngineError, RecipeError
 from understudy.http.client import HttpClient, RetryPolicy
 from understudy.http.replies import BadReply, Refused, Reply
+from understudy.lazy import torch
 
 Result = TypeVar("Result")
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from torch import nn
-
 from understudy.engines.base import Weights
 from understudy.engines.sections import EngineSection, EngineSetup
 from understudy.errors import RecipeError
 from understudy.http.client import RetryPolicy
 from understudy.http.replies import check_address, check_variable, is_loopback
+from understudy.lazy import nn
 from understudy.models.load import merged_state_dict
 from understudy.types import Sampling
 

@@ -17,15 +17,12 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
 from understudy.engines.base import Weights
 from understudy.engines.sections import EngineSetup
 from understudy.engines.vllm.servers import Servers
 from understudy.engines.vllm.settings import VLLM
 from understudy.errors import EngineError, RecipeError
+from understudy.lazy import Tensor, nn, safetensors, torch
 from understudy.models import unwrap
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where the kernel keeps it)
@@ -136,7 +133,7 @@ class WeightStore:
             shard[name] = value.contiguous()
             if number == len(weights) or sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
                 file = f"model-{number:05d}.safetensors"
-                save_file(shard, directory / file, metadata={"format": "pt"})
+                safetensors.save_file(shard, directory / file, metadata={"format": "pt"})
                 files |= dict.fromkeys(shard, file)
                 shard = {}
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))

@@ -81,8 +81,6 @@ def _evaluation(files: Files) -> Iterator[Finding]:
 def _sections(files: Files) -> Iterator[Finding]:
     """Each section by itself."""
     recipe = files.recipe
-    if recipe.student.build is not None:
-        check_build(recipe.student.build)
     if recipe.student.model is not None:
         yield Finding(f"student: {check_model_dir(recipe.student.model)}", name="student")
     if recipe.rollout is not None:
@@ -93,6 +91,8 @@ def _sections(files: Files) -> Iterator[Finding]:
             yield Finding(section.check(), name=place)
     if recipe.reference is None and "reference" in recipe.method.needs:
         yield Finding("reference: the student's start", name="reference")
+    if recipe.student.build is not None:
+        check_build(recipe.student.build)
 
 
 def _tokenizers(files: Files) -> Iterator[Finding]:
@@ -220,10 +220,10 @@ def _last_step(files: Files) -> Iterator[Finding]:
 
 
 CHECKS = (
-    Check("machine", "files", "device, packages and loggers", _machine),
     Check("task", "files", "data, and the fields that the method reads", _task),
     Check("evaluation", "files", "held-out data", _evaluation),
     Check("section", "files", "each section by itself", _sections),
+    Check("machine", "files", "device, packages and loggers", _machine),
     Check("tokenizer", "files", "tokens of the student against those of its teachers, one by one", _tokenizers),
     Check("teachers", "files", "each teacher against the run", _teachers),
     Check("prompts", "files", "the first prompts as tokens", _prompts),
@@ -231,4 +231,4 @@ CHECKS = (
     Check("data", "advice", "evaluation problems against those that are trained on", _overlap),
     Check("last step", "advice", "whether training ends on the student's own samples", _last_step),
 )
-"""In this order: a check may rely on those before it."""
+"""In this order: a check may rely on those before it, and what needs no torch comes first."""

@@ -12,10 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import EngineError, UnderstudyError
+from understudy.lazy import Tensor, nn, torch
 from understudy.recipe.load import Loaded, Teachers, Tokenizers, response_setup, tokenizer_source
 from understudy.recipe.schema import Recipe
 from understudy.tasks import Task

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
+from understudy.lazy import Tensor, torch
 from understudy.linear import score
 from understudy.methods import Method
 from understudy.models.backbone import evaluating
@@ -25,7 +23,7 @@ MAX_SAMPLES = 2
 """Samples of each prompt: rewards are compared within a prompt."""
 MAX_NEW_TOKENS = 64
 """Length of a rehearsed response: enough to see a difference, and quick."""
-LIMITS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+LIMITS = {"torch.float64": 1e-5, "torch.float32": 1e-3, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 """Mean |difference| of log-probabilities that a precision explains, in nats: 5e-7 and 5e-3 were measured between two
 engines on small models in float32 and bfloat16; large ones sum more, and sampled log-probabilities are kept in float32."""
 GROSS = 10.0
@@ -52,7 +50,7 @@ class Gap:
 
     def level(self, dtype: torch.dtype, *, may_lack: bool = False) -> Level:
         """By what the precision explains. `may_lack`: a run goes on without what is missing."""
-        limit = LIMITS[dtype]
+        limit = LIMITS[str(dtype)]
         if (self.num_missing and not may_lack) or self.mean > GROSS * limit:
             return "error"
         return "ok" if self.mean <= limit and not self.num_missing else "warning"
@@ -155,7 +153,7 @@ def _determinism(parts: Parts) -> Iterator[Finding]:
         "alone": Gap.of(first[: sizes[0]], ask(samples[:1])),
     }
     dtypes = [precision(side.teacher.model) for side in parts.sides if side.label != "reference"]
-    dtype = max(dtypes, key=LIMITS.__getitem__)
+    dtype = max(dtypes, key=lambda dtype: LIMITS[str(dtype)])
     may_lack = parts.trainer.settings.on_missing_score == "drop"
     advice = (
         f"more than {str(dtype).removeprefix('torch.')} explains, so the student would chase noise: is there dropout or "
@@ -221,7 +219,7 @@ def _own_scores(parts: Parts) -> Iterator[Finding]:
             "the engine does not draw from what is trained: compare its weights, temperature, precision and what its "
             "log-probabilities refer to (before or after temperature and filters)"
         )
-        level = gap.level(max(dtype, of_engine, key=LIMITS.__getitem__))
+        level = gap.level(max(dtype, of_engine, key=lambda dtype: LIMITS[str(dtype)]))
         yield Finding(f"between engine and trainer: {gap}", level, advice)
 
 

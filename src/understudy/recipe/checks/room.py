@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
+from understudy.lazy import nn, torch
 from understudy.linear.chunked import CHUNK_ELEMENTS
 from understudy.models import unwrap
 from understudy.recipe.checks.parts import Check, Files, Finding, Parts

@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import UnderstudyError
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import backbone_hidden, lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
 from understudy.recipe.checks.parts import AS_SAID, HEALTH_S, Check, Finding, Parts, Side, within
@@ -73,7 +71,7 @@ def _padding(parts: Parts) -> Iterator[Finding]:
         yield Finding(found, "warning" if mass is not None and mass > PADDING_MASS else "ok", advice)
 
 
-@torch.no_grad()
+@no_grad
 def _mass_past(model: nn.Module, size: int, parts: Parts) -> float | None:
     """Mean probability of rows from `size` on, at the last tokens of the first prompts; None for weights that are away."""
     head = lm_head(model)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from understudy.errors import DataError, RecipeError
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead
 from understudy.models import lm_head, load_tokenizer, num_positions
 from understudy.tasks.renderer import Renderer
@@ -144,7 +142,7 @@ class VerbalTeacher(Judge):
         replies = self._answer([question for questions in asked for question in questions], score)
         return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
 
-    @torch.no_grad()
+    @no_grad
     def _answer(self, questions: Sequence[Question], score: ScoreForm) -> list[Reply]:
         replies: dict[int, Reply] = {}
         readable: dict[int, Sample] = {}

@@ -15,12 +15,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
+from understudy.lazy import Tensor, safetensors, torch
 from understudy.linear.head import LMHead
 from understudy.types import Need
 
@@ -32,14 +30,14 @@ NEEDS: frozenset[Need] = frozenset({"sampled", "topk", "full"})
 TEMPERATURES = (1e-3, 1e3)
 MAX_SAMPLES = 65_536
 """Samples in one request."""
-_INTEGERS = (torch.int32,)
-_NUMBERS = (torch.float32, torch.float64)
-_STATES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = ("int32",)
+_NUMBERS = ("float32", "float64")
+_STATES = ("bfloat16", "float16", "float32", "float64")
 HEADER_BYTES = 64 * 1024
 """Largest header of a message; reading a longer one would take seconds in which nobody else is answered."""
 _LENGTH_BYTES = 8
 """Bytes before a safetensors header, which hold its length."""
-FIELDS: dict[str, tuple[tuple[torch.dtype, ...], int]] = {
+FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
     "logprob": (_NUMBERS, 1),
     "entropy": (_NUMBERS, 1),
     "topk_ids": (_INTEGERS, 2),
@@ -269,7 +267,7 @@ def read_head(data: bytes) -> tuple[LMHead, str]:
 
 
 def _write(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
-    data: bytes = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dict(facts))
+    data: bytes = safetensors.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dict(facts))
     return data
 
 
@@ -281,7 +279,7 @@ def _read(
     if size > min(HEADER_BYTES, len(data)):
         raise ProtocolError(f"it is not a safetensors message with a header of at most {HEADER_BYTES:,} bytes")
     try:
-        tensors: dict[str, Tensor] = load(data)
+        tensors: dict[str, Tensor] = safetensors.load(data)
         header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + size])
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise ProtocolError(f"it is not a safetensors message of known tensors ({type(error).__name__})") from error
@@ -291,8 +289,8 @@ def _read(
     return tensors, header.get("__metadata__") or {}
 
 
-def _check(name: str, tensor: Tensor, dtypes: Collection[torch.dtype], dims: int) -> None:
-    if tensor.dtype not in dtypes or tensor.dim() != dims:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        found = str(tensor.dtype).removeprefix("torch.")
+def _check(name: str, tensor: Tensor, dtypes: Collection[str], dims: int) -> None:
+    found = str(tensor.dtype).removeprefix("torch.")
+    if found not in dtypes or tensor.dim() != dims:
+        wanted = " or ".join(dtypes)
         raise ProtocolError(f"{name} is {found} with {tensor.dim()} dimensions; it must be {wanted} with {dims}")

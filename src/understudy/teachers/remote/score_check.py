@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from understudy.http.replies import BadReply
+from understudy.lazy import Tensor, torch
 from understudy.types import Sample, Scores
 
 TOLERANCE = 1e-4

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from threading import Lock
 
-import torch
-
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
 from understudy.http.client import HttpClient, RetryPolicy
 from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
+from understudy.lazy import torch
 from understudy.linear.head import LMHead
 from understudy.packing import LOGPROB_TOLERANCE, Unscored
 from understudy.teachers.base import Setup, Teacher

@@ -11,12 +11,10 @@ from pathlib import Path
 from threading import Condition
 from typing import Any, Generic, TypeVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor, nn
 
 from understudy.errors import RecipeError, ScoreError
+from understudy.lazy import Tensor, nn, safetensors, torch
 from understudy.linear.head import LMHead
 from understudy.packing import Unscored
 from understudy.teachers.base import Teacher
@@ -200,7 +198,7 @@ class CachedTeacher(Teacher):
                 for name, value in tensors.items()
                 if value is not None
             }
-            rows.append((key, fingerprint, sample.teacher, sample.prompt_length, save(packed)))
+            rows.append((key, fingerprint, sample.teacher, sample.prompt_length, safetensors.save(packed)))
         self._run("BEGIN IMMEDIATE")
         try:
             for row in rows:
@@ -261,7 +259,7 @@ class CachedTeacher(Teacher):
 
     def _unpack(self, value: bytes) -> dict[str, Tensor]:
         try:
-            tensors = load(value)
+            tensors = safetensors.load(value)
         except (SafetensorError, ValueError) as error:
             raise self._damaged(str(error)) from error
         return {name: tensor.long() if name in NARROW else tensor for name, tensor in tensors.items()}

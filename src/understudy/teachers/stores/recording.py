@@ -17,13 +17,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from understudy.errors import RecipeError, ScoreError
 from understudy.files import write_atomically, write_json
+from understudy.lazy import Tensor, safetensors, torch
 from understudy.models import DType, check_model_dir
 from understudy.teachers.base import RunFacts, Setup, Teacher, TeacherSection, check_need, hash_facts
 from understudy.teachers.local import Local
@@ -171,7 +169,7 @@ def _add_file(path: Path, record: Record, pairs: Sequence[tuple[Sample, Scores]]
         if sample.messages:
             row["messages"] = sample.messages
         rows.append(row)
-    data = save(tensors, {"samples": json.dumps(rows, default=str)})
+    data = safetensors.save(tensors, {"samples": json.dumps(rows, default=str)})
     name = f"scores_{len(record.files):05d}.safetensors"
     write_atomically(path / name, data)
     files = {**record.files, name: (len(data), hashlib.sha256(data).hexdigest())}

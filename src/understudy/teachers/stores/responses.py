@@ -19,9 +19,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from torch import Tensor
-
 from understudy.errors import CheckpointError, DataError, RecipeError
+from understudy.lazy import Tensor, torch
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import Renderer
 from understudy.tasks.responses import Find, HubResponses, JsonlResponses, ResponseSection, Solutions
@@ -181,7 +180,7 @@ class ResponseStore:
         num_prompts = unreadable = 0
         # one at a time: most often the first has one
         for prompt in islice(prompts, limit):
-            texts = self._texts([Request(prompt, 0, Tensor())])[0]
+            texts = self._texts([Request(prompt, 0, torch.tensor([]))])[0]
             if any(self._renderer.faithful(text) is not None for text in texts):
                 return
             num_prompts += 1
