@@ -247,7 +247,7 @@ class Says:
     """An engine that writes the same texts in every episode, one a turn."""
 
     def __init__(self, renderer: Renderer, *texts: str) -> None:
-        self.turns = iter([renderer.response(text) for text in texts])
+        self.turns = iter([renderer.response(Prompt("p", text=""), text) for text in texts])
 
     def generate(self, requests: Sequence[Request], *_: object, **__: object) -> list[Sample]:
         ids = next(self.turns)

@@ -51,7 +51,7 @@ class Oracle:
     def _sample(self, request: Request) -> Sample:
         text = self.answer(request)
         finish: Finish = "stop" if text else "length"
-        response = Renderer(TOKENIZER).response(text) if text else torch.full((9,), 2)
+        response = Renderer(TOKENIZER).response(request.prompt, text) if text else torch.full((9,), 2)
         ids = torch.cat([request.token_ids, response])
         author = torch.full(ids.shape, Author.STUDENT, dtype=torch.uint8)
         return Sample(request.prompt, request.index, ids, author, len(request.token_ids), finish, text)

@@ -144,7 +144,7 @@ def test_what_a_template_refuses_is_named(template: str, match: str) -> None:
 def test_plain_text_goes_on_as_plain_text() -> None:
     tokenizer = build_tokenizer("addition")
     renderer, prompt = Renderer(tokenizer), Prompt("p", text="12+34:")
-    ids = torch.cat([renderer.start(prompt), renderer.response("46")])
+    ids = torch.cat([renderer.start(prompt), renderer.response(prompt, "46")])
     longer = renderer.append(ids, prompt, [says("46"), answers("#1"), answers(";2")])
     assert tokenizer.decode(longer) == "12+34:46<eos>#1;2"
     assert torch.equal(longer[: len(ids)], ids)

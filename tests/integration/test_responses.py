@@ -33,6 +33,7 @@ from understudy.types import Prompt, Request, Sampling
 
 TOKENIZER = build_tokenizer("addition")
 EOS = TOKENIZER.eos_token_id
+PLAIN = Prompt("p", text="a")
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ def say(found: Sequence[Tensor | None]) -> list[str | None]:
     return [None if ids is None else TOKENIZER.decode(ids[:-1]) for ids in found]
 
 
-def from_file(folder: Path, rows: Sequence[dict[str, Any]], name: str = "r.jsonl") -> ResponseStore:
+def from_file(folder: Path, rows: Sequence[dict[str, Any]], name: str = "r.jsonl", **changes: Any) -> ResponseStore:
     made = section(type="jsonl", path=write(folder / name, rows), prompt_field="q", response_field="a")
     assert made.check().startswith("responses: ")
-    return open_responses(made, setup(folder))
+    return open_responses(made, setup(folder, **changes))
 
 
 def test_solutions_are_those_of_the_task(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_solutions_are_those_of_the_task(tmp_path: Path) -> None:
     store = open_responses(section(type="solutions"), setup(tmp_path))
     for ids, prompt in zip(store.find(ask(prompts), 0), prompts, strict=True):
         assert ids is not None
-        assert torch.equal(ids, Renderer(TOKENIZER).response(prompt.solution or ""))
+        assert torch.equal(ids, Renderer(TOKENIZER).response(prompt, prompt.solution or ""))
     without = [replace(prompts[0], solution=None), prompts[1]]
     assert say(store.find(ask(without), 0)) == [None, prompts[1].solution]
     store.check(without, "sums")
@@ -100,7 +101,11 @@ def test_rows_are_matched_by_the_problem(tmp_path: Path, name: str) -> None:
     source = write(tmp_path / "task.jsonl", [{"p": "What is  1+1?"}, {"p": "what is 2+2?"}, {"p": "What is 3+3?"}])
     task = Jsonl(path=source, prompt_field="p", template="{prompt} Think.", system="Be brief.")
     rows = [{"q": "What is 2+2?", "a": "4"}, {"q": [{"role": "user", "content": "WHAT is 1+1?"}], "a": "2"}]
-    store = from_file(tmp_path, rows, name)
+    chatting = build_tokenizer("addition")
+    chatting.chat_template = (
+        "1:{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    store = from_file(tmp_path, rows, name, renderer=Renderer(chatting))
     prompts = task.prompts("train")
     assert say(store.find(ask(prompts), 0)) == ["2", "4", None]
     assert say(store.find(ask(replace(task, template="{prompt}", chat=False, system=None).prompts("train")), 0))[
@@ -174,19 +179,17 @@ def test_faithful_encoding(shared: Path) -> None:
     """A real tokenizer with a normaliser and bytes for foreign letters, and one with whole words."""
     real = load_tokenizer(str(shared / "models" / "stories260K"))
     for text in ("Lily ran.", " a  b\n", "naïve 😀", "half</s> way"):
-        ids = Renderer(real).faithful(text)
-        assert ids is not None
+        ids = Renderer(real).faithful(PLAIN, text)
         assert ids.tolist().count(real.eos_token_id) == 1
         assert real.decode(ids[:-1]) == text
-    ended = Renderer(real).faithful("Lily ran.</s>")
-    assert ended is not None
-    assert ended.tolist() == Renderer(real).response("Lily ran.").tolist()
+    ended = Renderer(real).faithful(PLAIN, "Lily ran.</s>")
+    assert ended.tolist() == Renderer(real).response(PLAIN, "Lily ran.").tolist()
     words = build_tokenizer("words")
-    spaced = Renderer(words).faithful("24  + 7 ")
-    assert spaced is not None
+    spaced = Renderer(words).faithful(PLAIN, "24  + 7 ")
     assert words.decode(spaced[:-1]) == "24 + 7"
-    assert Renderer(words).faithful("24 plus 7") is None
-    assert Renderer(TOKENIZER).faithful("1<eos>2") is None
+    for tokenizer, text in ((words, "24 plus 7"), (TOKENIZER, "1<eos>2")):
+        with pytest.raises(DataError, match="tokenizer cannot"):
+            Renderer(tokenizer).faithful(PLAIN, text)
 
 
 def test_an_unknown_token_or_a_dropped_letter_is_no_text() -> None:
@@ -205,10 +208,9 @@ def test_an_unknown_token_or_a_dropped_letter_is_no_text() -> None:
     knowing = build(models.BPE(vocabulary, [], unk_token="<unk>"))
     knowing.unk_token = "<unk>"
     for tokenizer in (dropping, knowing):
-        kept = Renderer(tokenizer).faithful("ABba")
-        assert kept is not None
-        assert kept.tolist() == [1, 2, 2, 1, 0]
-        assert Renderer(tokenizer).faithful("abc") is None
+        assert Renderer(tokenizer).faithful(PLAIN, "ABba").tolist() == [1, 2, 2, 1, 0]
+        with pytest.raises(DataError, match="reads it back as"):
+            Renderer(tokenizer).faithful(PLAIN, "abc")
 
 
 @dataclass

@@ -316,7 +316,7 @@ def test_text_keeps_its_bos_and_loses_an_eos_that_nobody_wrote() -> None:
     tokenizer = tiny_tokenizer(template=True)
     assert Renderer(tokenizer).start(Prompt("p", text="a b")).tolist() == [1, 3, 4]
     assert Renderer(tokenizer).start(Prompt("p", text="")).tolist() == [1]
-    assert Renderer(tokenizer).response("c d").tolist() == [5, 6, 2]
+    assert Renderer(tokenizer).response(Prompt("p", text="a"), "c d").tolist() == [5, 6, 2]
 
 
 def test_a_prompt_is_never_empty() -> None:
@@ -362,8 +362,9 @@ def test_a_prompt_without_solution_is_named() -> None:
 
 
 def test_a_written_eos_is_not_doubled() -> None:
-    assert Renderer(tiny_tokenizer()).response("a</s>").tolist() == [3, 2]
-    assert Renderer(tiny_tokenizer()).response("").tolist() == [2]
+    renderer, prompt = Renderer(tiny_tokenizer()), Prompt("p", text="b")
+    assert renderer.response(prompt, "a</s>").tolist() == [3, 2]
+    assert renderer.response(prompt, "").tolist() == [2]
 
 
 @pytest.fixture
@@ -393,6 +394,6 @@ def test_real_solutions_survive_the_tokenizer(qwen: Any) -> None:
         for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             text = row.get("solution", row["answer"])
-            ids = Renderer(qwen).response(text)
+            ids = Renderer(qwen).response(Prompt("p", text=""), text)
             assert qwen.decode(ids, skip_special_tokens=True) == text
             assert ids.tolist().count(qwen.eos_token_id) == 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from understudy.errors import DataError, RecipeError, TemplateError
 from understudy.lazy import Tensor, torch
@@ -20,20 +21,35 @@ if TYPE_CHECKING:
 Said = Mapping[str, Any]
 """A message as chat templates take it: role and content."""
 SHOWN_CHARS = 60
-_SLOT = "\ue000{}\ue001"
+_MARK = "\ue000"
+_SLOT = _MARK + "{}\ue001"
 """Stands for untrusted text while a template is rendered: private characters, which no template writes itself."""
-_SLOTS = re.compile("\ue000([0-9]+)\ue001")
-_QUESTION: Said = {"role": "user", "content": "1"}
+_SLOTS = re.compile(_MARK + "([0-9]+)\ue001")
+_QUESTION, _ANSWER, _NEXT = "1029384756", "5647382910", "9182736450"
+"""Contents of a conversation that shows what a template writes around them."""
 _THINK, _END_THINK = "<think>", "</think>"
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 """As Hermes and Qwen models write calls; a call that is cut off ends with the text."""
+
+_Untrusted = TypeVar("_Untrusted")
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a response ends: in a chat as its template ends a turn of the assistant, else with EOS."""
+
+    token_id: int
+    text: str = ""
+    """From the end of the content to the token itself, which is the last of it; empty for an EOS that no template writes."""
+    rest: str = ""
+    """All that the template writes behind the last turn of a conversation."""
 
 
 class Renderer:
     """A tokenizer with its chat template and the settings of the template (`enable_thinking` of Qwen3).
 
-    `stop_ids`: tokens that end a response; None: those that the tokenizer names. The special token by which the template
-    ends a turn is added to them.
+    `stop_ids`: tokens that end a response; None: those that the tokenizer names. The token by which the template ends a
+    turn is added to them.
     """
 
     def __init__(
@@ -44,12 +60,22 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
+        self._added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
         self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         # `split_special_tokens` is set on the tokenizer itself, which the threads of all episodes share
         self._lock = Lock()
         self._shown_roles: set[tuple[str, ...]] = set()
         ends = tokenizer_ends(tokenizer) if stop_ids is None else set(stop_ids)
-        self.stop_ids: tuple[int, ...] = tuple(sorted(ends | self._terminator()))
+        self._controls = dict(self._special)
+        """Tokens that no text of a user may become."""
+        self.plain_end = TurnEnd(tokenizer.eos_token_id)
+        self.turn_end = self._find_end(ends) if self.has_template else self.plain_end
+        self.stop_ids: tuple[int, ...] = tuple(sorted(ends | {self.turn_end.token_id} - {None}))
+        words = sorted(self._controls.values(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, words)) or "(?!)")
+        self._spelled = re.compile(f"{self._control.pattern}|{_MARK}")
+        self.notes: dict[str, None] = {}
+        """Sentences on responses that the template would not write as the student samples them."""
 
     @property
     def special_ids(self) -> set[int]:
@@ -64,9 +90,10 @@ class Renderer:
     def start(self, prompt: Prompt) -> Tensor:
         """Messages through the chat template, up to where the student's turn begins; text as the tokenizer encodes it. [P]
 
-        An EOS that a tokenizer adds by itself is taken off: the response follows. Raises RecipeError for a chat without a
-        template, DataError for messages that the template refuses, text that the tokenizer cannot encode, and a prompt of
-        no tokens.
+        Special tokens that the prompt spells out stay text; what the template writes itself are tokens. An EOS that a
+        tokenizer adds by itself is taken off: the response follows. Raises RecipeError for a chat without a template,
+        DataError for messages that the template refuses, text that the tokenizer cannot encode or keep as text, and a
+        prompt of no tokens.
         """
         if prompt.messages is None:
             ids = self._encode_plain(prompt.text or "")
@@ -76,7 +103,9 @@ class Renderer:
                 f"{prompt.id} is a chat; set task.chat to false, or use a model with a template"
             )
         else:
-            ids = self._encode(self._template(prompt, prompt.messages))
+            ids = self._encode_around(
+                lambda parts: self._template(replace(prompt, tools=parts[1]), parts[0]), (prompt.messages, prompt.tools)
+            )
         if not ids:
             raise DataError(f"prompt {prompt.id} has no tokens; a response needs at least one to follow")
         return torch.tensor(ids, dtype=torch.int64)
@@ -98,9 +127,14 @@ class Renderer:
             added = [index for content in contents for index in self._encode_untrusted(content)]
         else:
             self._check_shown(prompt, said[: last + 1], new)
-            added = self._encode_around(lambda texts: self._between(prompt, said[: last + 1], new, texts), contents)
-            if added[:1] == ids[-1:].tolist() and added[0] in self.stop_ids:
-                added = added[1:]
+            written = int(ids[-1])
+
+            def between(contents: Sequence[str]) -> str:
+                text = self._between(prompt, said[: last + 1], new, contents)
+                before, end, rest = text.partition(self._added.get(written, _MARK))
+                return rest if end and not before.strip() and written in self.stop_ids else text
+
+            added = self._encode_around(between, contents)
         return torch.cat([ids, torch.tensor(added, dtype=torch.int64)])
 
     def read(self, ids: Tensor) -> Message:
@@ -115,34 +149,119 @@ class Renderer:
         """The text without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def response(self, text: str) -> Tensor:
-        """The text without special tokens around it, then the EOS that ends it. [R]
+    def end_of(self, prompt: Prompt) -> TurnEnd:
+        """How a response to the prompt ends."""
+        return self.plain_end if prompt.messages is None else self.turn_end
 
-        A text that spells the EOS out at its end gets no second one. Raises DataError if it cannot be encoded.
+    def response(self, prompt: Prompt, text: str) -> Tensor:
+        """Ids by which the student itself would say `text` behind the prompt, with the token that ends it. [R]
+
+        In a chat: the assistant's turn as the template writes it, cut behind the prompt of `start` and behind the
+        token that ends a turn. Special tokens that the text spells out stay text; one that ends it gets no second end.
+        Raises DataError for text that the tokenizer cannot encode, that has reasoning where the template leaves no room
+        for it, and that has none where the template has opened a <think>; TemplateError where a turn of the assistant
+        does not begin with the prompt of `start`, or is another text.
         """
-        ids, eos_id = self._encode(text), self.tokenizer.eos_token_id
-        return torch.tensor(ids if ids[-1:] == [eos_id] else [*ids, eos_id], dtype=torch.int64)
+        return torch.tensor(self._respond(prompt, text)[1], dtype=torch.int64)
 
-    def faithful(self, text: str) -> Tensor | None:
-        """The text, then EOS [F]; None where the text would not come back from its tokens, or is empty.
+    def faithful(self, prompt: Prompt, text: str) -> Tensor:
+        """As `response`; also raises DataError for an empty text, and for one that would not come back from its tokens.
 
-        Special tokens that the text spells out are read as plain characters, but for an EOS at its end. A change by the
-        tokenizer's own normaliser, and white space that it does not keep, do not count.
+        A change by the tokenizer's own normaliser, and white space that it does not keep, do not count.
         """
-        tokenizer, eos_id = self.tokenizer, self.tokenizer.eos_token_id
-        text = text.removesuffix(str(tokenizer.eos_token))
-        if not text.strip():
-            return None
-        try:
-            ids = self._encode(text, split_special_tokens=True)
-        except DataError:
-            return None
-        if not ids or tokenizer.unk_token_id in ids or eos_id in ids:
-            return None
-        back = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        if back != text and self._normalised(back) != self._normalised(text):
-            return None
-        return torch.tensor([*ids, eos_id], dtype=torch.int64)
+        tokenizer = self.tokenizer
+        if not self._without_end(text).strip():
+            raise DataError(f"the response to prompt {prompt.id} is empty")
+        told, ids = self._respond(prompt, text)
+        back = str(tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False))
+        if (
+            len(ids) == 1
+            or tokenizer.unk_token_id in ids
+            or (back != told and self._normalised(back) != self._normalised(told))
+        ):
+            raise DataError(
+                f"the tokenizer cannot say {text[:SHOWN_CHARS]!r}: it reads it back as {back[:SHOWN_CHARS]!r}"
+            )
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _respond(self, prompt: Prompt, text: str) -> tuple[str, list[int]]:
+        """The text that is said, without its end, and its ids with it."""
+        text, end = self._without_end(text), self.end_of(prompt)
+        if prompt.messages is None:
+            return text, [*self._encode_untrusted(text), end.token_id]
+        known = self._template(prompt, prompt.messages)
+
+        def turn(text: str) -> str:
+            said = [*(prompt.messages or ()), {"role": "assistant", "content": text}]
+            whole = self._template(prompt, said, opened=False)
+            if whole.startswith(known) and whole.endswith(end.rest):
+                told = whole[len(known) : len(whole) - len(end.rest)]
+                if _squashed(text) in _squashed(told):
+                    return told
+            return self._continued(prompt, known, whole, text)
+
+        lead = end.text.removesuffix(self._added.get(end.token_id, ""))
+        told, spelled = self._hidden(lambda text: turn(text) + lead, text)
+        ids = self._encode_filled(told, spelled)
+        if not spelled:
+            # a tokenizer may begin a text by itself with a space
+            before, joined = self.start(prompt).tolist(), self._encode(known + told)
+            ids = joined[len(before) :] if joined[: len(before)] == before else ids
+        return _fill(told, spelled), [*ids, end.token_id]
+
+    def _continued(self, prompt: Prompt, known: str, whole: str, text: str) -> str:
+        """`text` as the student samples it behind `known`, where the template's own turn of the assistant is another.
+
+        Right where only the thinking of the two differs: the template drops the reasoning of a turn, or writes in the
+        prompt for the student what it does not write in a turn.
+        """
+        begun, thinks = known.rstrip(), _THINK in text or _END_THINK in text
+        if begun.endswith(_THINK):
+            if _END_THINK not in text:
+                raise DataError(
+                    f"the chat template opens {_THINK} for the student, but the response to prompt {prompt.id} has no "
+                    f"reasoning to stand in it: begin it with {_THINK}...{_END_THINK}, or turn thinking off in "
+                    "student.template_kwargs"
+                )
+            self.notes[
+                f"the chat template opens {_THINK} for the student and writes an assistant's turn without it: responses "
+                "are trained as the student samples them, from their reasoning on"
+            ] = None
+            rest = text.lstrip().removeprefix(_THINK)
+            return text if rest == text.lstrip() else rest.removeprefix(known[len(begun) :])
+        if begun.endswith(_END_THINK):
+            if thinks:
+                raise DataError(
+                    f"the chat template closes {_END_THINK} before the student begins, but the response to prompt "
+                    f"{prompt.id} has reasoning: turn thinking on in student.template_kwargs, or take it out"
+                )
+            self.notes[
+                f"the chat template writes {_END_THINK} before the student begins and an assistant's turn without it: "
+                "responses are trained as the student samples them, behind it"
+            ] = None
+            return text
+        answer = text.rpartition(_END_THINK)[2]
+        if thinks and whole.startswith(known) and _squashed(answer) in _squashed(whole[len(known) :]):
+            self.notes[
+                "the chat template drops the reasoning of an assistant's turn: responses are trained as the student samples "
+                "them, with it"
+            ] = None
+            return text
+        at = next((i for i, (one, other) in enumerate(zip(known, whole, strict=False)) if one != other), len(known))
+        raise TemplateError(
+            f"the chat template does not write the response to prompt {prompt.id} behind the prompt as the student would: "
+            f"{known[max(0, at - SHOWN_CHARS) : at + SHOWN_CHARS]!r} became {whole[max(0, at - SHOWN_CHARS) :]!r}. Training on "
+            "given responses needs a template whose turn of the assistant begins with its generation prompt and keeps the "
+            "content: change chat_template in the tokenizer's configuration"
+        )
+
+    def _without_end(self, text: str) -> str:
+        """The text without the end that it spells out."""
+        for index in dict.fromkeys((self.turn_end.token_id, self.tokenizer.eos_token_id)):
+            end = self._added.get(index, self.tokenizer.eos_token)
+            if end and text.rstrip().endswith(end):
+                return text.rstrip().removesuffix(end)
+        return text
 
     def ask(self, wording: Callable[[Sequence[str]], str], untrusted: Sequence[str], ending: str = "") -> list[int]:
         """Ids of a user's message `wording(untrusted)` up to the answer, which `ending` begins; plain text without a template.
@@ -188,10 +307,13 @@ class Renderer:
         """Text from the student's last message, the last of `before`, up to its next turn."""
         # stand-ins for the student's messages, whose own white space a template may well change
         told = [*(prompt.messages or ()), *map(_stand_in, before)]
-        known = self._template(prompt, told[:-1]) + str(told[-1]["content"])
+        opened, content = self._template(prompt, told[:-1]), str(told[-1]["content"])
         filled = [{**message, "content": content} for message, content in zip(new, contents, strict=True)]
         whole = self._template(prompt, [*told, *filled])
-        if not whole.startswith(known):
+        # white space that a template puts before a turn (Mistral's) is the student's to write
+        rest = whole.removeprefix(opened).lstrip()
+        if not whole.startswith(opened) or not rest.startswith(content):
+            known = opened + content
             follows = f"a message of role {new[0]['role']!r}" if new else "another turn"
             at = next(i for i, (one, other) in enumerate(zip(known, whole + "\0", strict=False)) if one != other)
             raise TemplateError(
@@ -200,19 +322,36 @@ class Renderer:
                 "Several turns need a template that leaves them as they are (Qwen3's drops <think> blocks): change "
                 "chat_template in the tokenizer's configuration"
             )
-        return whole[len(known) :]
+        return rest.removeprefix(content)
 
-    def _terminator(self) -> set[int]:
-        """The special token by which the template ends a student's turn, if it has one."""
-        if not self.has_template:
-            return set()
+    def _find_end(self, ends: set[int]) -> TurnEnd:
+        """The first token of its own behind the content of an assistant's turn, as the template writes it.
+
+        Some templates end a turn only where another follows: a token that begins the user's turn then counts if the model or
+        the tokenizer names it as an end. EOS where the template ends turns with plain text, or refuses the conversation.
+        """
+        asked, answered = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
+        messages = [asked, answered, {"role": "user", "content": _NEXT}]
         try:
-            text = self._template(Prompt("probe"), [_QUESTION, _stand_in({"role": "assistant"})], opened=False)
-            _, found, rest = text.rpartition(str(_stand_in({"role": "assistant"})["content"]))
-            ids = self._encode(rest) if found else []
+            last = self._template(Prompt("probe"), messages[:2], opened=False).rpartition(_ANSWER)[2]
+            whole = self._template(Prompt("probe"), messages, opened=False)
         except DataError:
-            return set()
-        return {*ids[:1]} & self._special.keys()
+            return self.plain_end
+        self._controls |= {
+            index: self._added[index]
+            for index in {*self._encode(whole)} & self._added.keys()
+            if self._added[index] not in (_THINK, _END_THINK)
+        }
+        begins = self._encode(whole.partition(_QUESTION)[0])
+        follows = whole.rpartition(_ANSWER)[2].rpartition(_NEXT)[0]
+        for text in (last, follows):
+            index = next((index for index in self._encode(text) if index in self._added), None)
+            if index is None:
+                continue
+            before, token, _ = text.partition(self._added[index])
+            if text is last or (not before.strip() and (index in ends or index not in begins)):
+                return TurnEnd(index, before + token, last)
+        return replace(self.plain_end, rest=last)
 
     @cached_property
     def _opens_thinking(self) -> bool:
@@ -231,33 +370,75 @@ class Renderer:
         thought, _, rest = text.partition(_END_THINK)
         return thought.lstrip().removeprefix(_THINK).strip("\n"), rest.lstrip("\n")
 
+    def _hidden(self, render: Callable[[_Untrusted], str], untrusted: _Untrusted) -> tuple[str, list[str]]:
+        """`render(untrusted)` with a slot for every special token that a string in `untrusted` spells out, and these.
+
+        Raises TemplateError for a template that looks at them: it would write something else.
+        """
+        spelled: list[str] = []
+
+        def slot(match: re.Match[str]) -> str:
+            spelled.append(match[0])
+            return _SLOT.format(len(spelled) - 1)
+
+        def hide(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {hide(key): hide(item) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(map(hide, value))
+            return self._spelled.sub(slot, value) if isinstance(value, str) else value
+
+        hidden = hide(untrusted)
+        if not spelled:
+            return render(untrusted), []
+        text = render(hidden)
+        if _fill(text, spelled) != render(untrusted):
+            raise TemplateError(
+                f"a text spells {spelled[0]!r}, and the chat template writes something else where it does; take it out of the "
+                "data, or change chat_template in the tokenizer's configuration"
+            )
+        return text, spelled
+
     def _encode_around(
-        self, render: Callable[[Sequence[str]], str], untrusted: Sequence[str], *, begins: bool = False
+        self, render: Callable[[_Untrusted], str], untrusted: _Untrusted, *, begins: bool = False
     ) -> list[int]:
         """Ids of `render(untrusted)`, a special token being one only in what `render` itself writes."""
-        encode = self.encode_question if begins else self._encode
-        together = "".join(untrusted)
-        if not any(token in together for token in self._special.values()):
-            return encode(render(untrusted))
-        first, *rest = _SLOTS.split(render([_SLOT.format(index) for index in range(len(untrusted))]))
-        ids = encode(first)
-        for index, trusted in zip(rest[::2], rest[1::2], strict=True):
-            ids += self._encode_untrusted(untrusted[int(index)])
-            ids += self._encode(trusted)
-        return ids
+        return self._encode_filled(*self._hidden(render, untrusted), begins=begins)
+
+    def _encode_filled(self, text: str, spelled: Sequence[str], *, begins: bool = False) -> list[int]:
+        """Ids of a text with slots; what stands between two control tokens is read as plain text where it has one."""
+        if not spelled:
+            return self.encode_question(text) if begins else self._encode(text)
+        if begins and not self.has_template:
+            return self._encode_plain(_fill(text, spelled))
+        ids, trusted = list[int](), ""
+        for part in re.split(f"({self._control.pattern})", text):
+            if not _SLOTS.search(part):
+                trusted += part
+                continue
+            ids += [*self._encode(trusted), *self._encode_untrusted(_fill(part, spelled))]
+            trusted = ""
+        return [*ids, *self._encode(trusted)]
 
     def _encode_untrusted(self, text: str) -> list[int]:
+        """Raises DataError where a control token that the text spells out cannot be kept as text."""
+        if not self._spelled.search(text):
+            return self._encode(text)
         ids = self._encode(text, split_special_tokens=True)
-        found = self._special.keys() & set(ids)
+        found = self._controls.keys() & set(ids)
         if found:
-            raise DataError(f"the text spells {self._special[min(found)]!r}, which the tokenizer cannot keep as text")
+            raise DataError(
+                f"the text {text[:SHOWN_CHARS]!r} spells {self._controls[min(found)]!r}, which the tokenizer cannot keep as "
+                "text: take it out of the data, or make it a special token in the tokenizer's configuration"
+            )
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer adds by itself, but an EOS at the end."""
+        plain = self._encode_untrusted(text)
         if self.tokenizer.num_special_tokens_to_add() == 0:
-            return self._encode(text)
-        ids, plain = self._encode(text, add_special_tokens=True), self._encode(text)
+            return plain
+        ids = self._encode(text, add_special_tokens=True, split_special_tokens=bool(self._spelled.search(text)))
         closes_itself = ids[-1:] == [self.tokenizer.eos_token_id] and plain[-1:] != ids[-1:] and len(ids) > 1
         return ids[:-1] if closes_itself else ids
 
@@ -271,6 +452,16 @@ class Renderer:
     def _normalised(self, text: str) -> str:
         normaliser = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
         return "".join((text if normaliser is None else normaliser.normalize_str(text)).split())
+
+
+def _fill(text: str, spelled: Sequence[str]) -> str:
+    """The text with what the slots stand for."""
+    return _SLOTS.sub(lambda match: spelled[int(match[1])], text)
+
+
+def _squashed(text: str) -> str:
+    """The text without white space and the tags around reasoning."""
+    return re.sub(rf"\s|{_THINK}|{_END_THINK}", "", text)
 
 
 def _stand_in(message: Said) -> Said:

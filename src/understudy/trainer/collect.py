@@ -172,7 +172,7 @@ class Collector:
 
 
 def given_sample(renderer: Renderer, request: Request, response_ids: Tensor | None = None) -> Sample:
-    """A response to imitate as a sample: finish "data", written by the teacher. None: the prompt's own solution, then EOS.
+    """A response to imitate as a sample: finish "data", written by the teacher. None: the prompt's own solution.
 
     Raises DataError if the prompt has none, and as `Renderer.response`.
     """
@@ -182,7 +182,7 @@ def given_sample(renderer: Renderer, request: Request, response_ids: Tensor | No
             raise DataError(
                 f"prompt {prompt.id} has no solution to imitate; set task.solution_field, or another method"
             )
-        response_ids = renderer.response(prompt.solution)
+        response_ids = renderer.response(prompt, prompt.solution)
     author = torch.full((num_prompt + response_ids.numel(),), Author.TEACHER, dtype=torch.uint8)
     author[:num_prompt] = Author.PROMPT
     return Sample(

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from understudy.errors import CheckpointError, DataError, RecipeError
+from understudy.errors import CheckpointError, DataError, RecipeError, TemplateError
 from understudy.lazy import Tensor, torch
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import Renderer
@@ -144,20 +144,21 @@ class ResponseStore:
         self.shown = shown
 
     def find(self, requests: Sequence[Request], step: int) -> list[Tensor | None]:
-        """Returns a response [F] int64 for each request, whole and with EOS at its end; None if there is none.
+        """Returns a response [F] int64 for each request, whole and with its end; None if there is none.
 
-        A text that the student's tokenizer cannot encode faithfully counts as none (`take_counts`).
+        A text that the student cannot say (`Renderer.faithful`) counts as none (`take_counts`). Raises TemplateError.
         """
         if not requests:
             return []
         draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0]
-        encoded: dict[str, Tensor | None] = {}
+        encoded: dict[tuple[str, str], Tensor | None] = {}
         found: list[Tensor | None] = []
-        for texts, draw in zip(self._texts(requests), draws.tolist(), strict=True):
+        for request, texts, draw in zip(requests, self._texts(requests), draws.tolist(), strict=True):
+            prompt = request.prompt
             for text in texts:
-                if text not in encoded:
-                    encoded[text] = self._renderer.faithful(text)
-            usable = [ids for text in texts if (ids := encoded[text]) is not None]
+                if (prompt.id, text) not in encoded:
+                    encoded[prompt.id, text] = self._say(prompt, text)[0]
+            usable = [ids for text in texts if (ids := encoded[prompt.id, text]) is not None]
             found.append(usable[int(draw * len(usable))] if usable else None)
         with self._lock:
             self._counts["responses_missing"] += sum(ids is None for ids in found)
@@ -165,7 +166,7 @@ class ResponseStore:
         return found
 
     def take_counts(self) -> dict[str, int]:
-        """Returns, since the last call, requests without a response and texts that the student's tokenizer cannot encode;
+        """Returns, since the last call, requests without a response and texts that the student cannot say;
         `responses_damaged` if lines of the cache could not be read."""
         with self._lock:
             counts = {name: self._counts[name] for name in ("responses_missing", "responses_unreadable")}
@@ -174,23 +175,35 @@ class ResponseStore:
         return counts | {"responses_damaged": num_damaged} if num_damaged else counts
 
     def check(self, prompts: Sequence[Prompt], task: str, limit: int | None = None) -> None:
-        """Raises RecipeError if none of the first `limit` prompts has a response that the student's tokenizer can encode."""
+        """Raises RecipeError if none of the first `limit` prompts has a response that the student can say."""
         if self._cache is not None:
             return
         num_prompts = unreadable = 0
+        reason = ""
         # one at a time: most often the first has one
         for prompt in islice(prompts, limit):
             texts = self._texts([Request(prompt, 0, torch.tensor([]))])[0]
-            if any(self._renderer.faithful(text) is not None for text in texts):
-                return
+            for text in texts:
+                ids, reason = self._say(prompt, text)
+                if ids is not None:
+                    return
             num_prompts += 1
             unreadable += bool(texts)
         why = (
-            f"{unreadable} have one, but the student's tokenizer cannot say it"
+            f"{unreadable} have one, but the student cannot say it: {reason}"
             if unreadable
             else "compare the problems in both (letter case, white space and template do not matter)"
         )
         raise RecipeError(f"none of the {num_prompts} prompts of task {task} has a response in {self.shown}: {why}")
+
+    def _say(self, prompt: Prompt, text: str) -> tuple[Tensor | None, str]:
+        """The ids of a response, or None and why there are none."""
+        try:
+            return self._renderer.faithful(prompt, text), ""
+        except TemplateError:
+            raise
+        except DataError as error:
+            return None, str(error)
 
 
 class WrittenOnce:
