@@ -59,6 +59,13 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+# a date stays the string that it is: no key holds anything else
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a file. Raises RecipeError for a missing file, bad YAML (with the line) and anything but a mapping."""
     if not path.is_file():

@@ -31,6 +31,7 @@ from understudy.recipe.load import (
     prompt_limit,
 )
 from understudy.report.page import write_report
+from understudy.tasks.renderer import now
 from understudy.teachers import Judge
 from understudy.trainer.checkpoint import (
     STUDENT,
@@ -74,7 +75,9 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     checkpoint = None
     if resume:
         run_dir.check_started()
-        check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), recipe)
+        saved = config.parse(Recipe, config.read_yaml(run_dir.recipe))
+        check_same_recipe(saved, recipe)
+        recipe = recipe.dated(saved.student.template_date)
         checkpoint = find_checkpoint(run_dir.checkpoints)
     else:
         run_dir.check_new()
@@ -82,6 +85,8 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     for check in of_stage("files"):
         check(files)
     ranks = Ranks.from_environment(partial(choose_device, recipe.device))
+    # one clock for everything that renders, on every rank
+    files.recipe = recipe = recipe.dated(ranks.gather(now())[0])
     if examine:
         doctor.refuse(ranks.gather(doctor.attempt_all("room", files) if ranks.is_main else [])[0])
     teachers = [f"{label} ({section.shown})" for label, section in recipe.all_teachers.items()]

@@ -149,7 +149,7 @@ def test_a_file_of_responses_answers_the_first_training_prompts(tmp_path: Path, 
     section = {"type": "jsonl", "path": str(file), "prompt_field": "p", "response_field": "y"}
     for prompt, response, words in (
         ("1+1:", "2#2", "none of the 2 prompts .* has a response .*compare the problems"),
-        ("11+22:", "thirty-three", "1 have one, but the student's tokenizer cannot say it"),
+        ("11+22:", "thirty-three", "1 have one, but the student cannot say it: the tokenizer cannot encode"),
     ):
         file.write_text(json.dumps({"p": prompt, "y": response}))
         refused(responding(tmp_path, models, task=records(tmp_path), responses=section), words)

@@ -285,3 +285,28 @@ def test_white_space_around_a_control_token_is_the_templates() -> None:
     prompt = Prompt("p", messages=({"role": "user", "content": "  a <eos> \n"},))
     text = renderer.tokenizer.decode(renderer.start(prompt), clean_up_tokenization_spaces=False)
     assert text == "<bos><start_of_turn>user\na <eos><end_of_turn>\n<start_of_turn>model\n"
+
+
+CLOCK = (
+    "{% if not day is defined %}{% set day = strftime_now('%d %b %Y, %H:%M:%S, %-d %j %A %% %Q') %}{% endif %}"
+    "{% macro system() %}<|im_start|>system\nIt is {{ day }}, {{ strftime_now('%y') }}.<|im_end|>\n{% endmacro %}{{ system() }}"
+)
+
+
+def test_the_clock_of_a_template_stands_still() -> None:
+    renderer = Renderer(with_tokens(CLOCK + CHATML, ["<|im_start|>"], "<|im_end|>"), date="2026-02-03T04:05:06")
+    text = "It is 03 Feb 2026, 04:05:06, 3 034 Tuesday % %Q, 26.<|im_end|>"
+    assert text in renderer.tokenizer.decode(renderer.start(ASKED))
+    assert trained(renderer, "4") == "4<|im_end|>"
+    given = Renderer(renderer.tokenizer, {"day": "today"}, date="2026-02-03")
+    assert "It is today, 26." in given.tokenizer.decode(given.start(ASKED))
+    assert renderer.reads_clock
+    assert not family("chatml").reads_clock
+
+
+def test_a_stopped_clock_changes_nothing_else() -> None:
+    """White space at the beginning of a template stays, and so does every byte behind it."""
+    for begin in ("", "\n", "\n\n  {%- if true %} x{% endif %}\n"):
+        tokenizer = with_tokens(begin + CHATML + "{# strftime_now #}", ["<|im_start|>"], "<|im_end|>")
+        ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+        assert Renderer(tokenizer).start(ASKED).tolist() == list(ids)

@@ -21,7 +21,7 @@ from understudy.methods import OPD, TopK
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import Loaded, load_student, load_teachers, prompt_limit, sampling_with, teacher_setup
-from understudy.tasks.renderer import Renderer
+from understudy.tasks.renderer import Renderer, now
 from understudy.teachers import Teacher
 from understudy.teachers.stores.recording import ScoredMeta, recorded, write_scored
 from understudy.trainer.console import Console
@@ -48,6 +48,8 @@ def record(
     recipe = load_recipe(path, overrides)
     _check_teachers(recipe)
     k = _rows_needed(recipe, k)
+    saved = config.read_yaml(out / ORIGIN) if (out / ORIGIN).is_file() else {"student": {"template_date": now()}}
+    recipe = recipe.dated(saved["student"].get("template_date"))
     origin = {key: value for key, value in config.dump(recipe).items() if key in DECIDES}
     _check_out(out, origin)
     check(recipe)

@@ -154,7 +154,7 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         compute_dtype=None if dtype is None else getattr(torch, dtype),
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         style=row_style(model),
-        renderer=Renderer(tokenizer, student.template_kwargs, stop_ids(tokenizer, model)),
+        renderer=Renderer(tokenizer, student.template_kwargs, stop_ids(tokenizer, model), student.template_date),
         tokenizers=tokenizers,
     )
 

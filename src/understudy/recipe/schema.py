@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +66,8 @@ class Student:
     """None: that of `model`, or the task's own for a model from scratch."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the chat template, such as `enable_thinking: false` of Qwen3."""
+    template_date: str | None = None
+    """The date (and time, ISO 8601) that a chat template reads from its clock; None: the run's start, kept in its recipe."""
     revision: str | None = None
     dtype: DType = "float32"
     """Precision of the weights; `train.compute_dtype` is that of the computation."""
@@ -72,6 +75,14 @@ class Student:
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
+        if self.template_date is not None:
+            try:
+                datetime.fromisoformat(self.template_date)
+            except ValueError:
+                raise ValueError(
+                    f"template_date is {self.template_date!r}; it must be a date or a date and time, such as 2026-01-31 or "
+                    "2026-01-31T09:30:00"
+                ) from None
         if self.start is not None:
             if self.start not in self.starts:
                 raise ValueError(f"start is {self.start!r}; {nearest(self.start, self.starts)}")
@@ -145,6 +156,12 @@ class Recipe:
     def place_of(self, teacher: str) -> str:
         """The place of a teacher's section in the recipe."""
         return f"teachers.{teacher}" if self.teachers else "teacher"
+
+    def dated(self, date: str | None) -> Recipe:
+        """Returns the recipe with that clock for chat templates, unless it says another."""
+        if date is None or self.student.template_date is not None:
+            return self
+        return replace(self, student=replace(self.student, template_date=date))
 
     @property
     def temperature(self) -> float:
@@ -293,9 +310,10 @@ RESUMABLE_ENDS = (
 
 def check_same_recipe(saved: Recipe, given: Recipe) -> None:
     """Raises RecipeError that lists the keys in which a resumed run would differ from its start."""
+    dated = given.dated(saved.student.template_date)
     changed = [
         text
-        for key, text in config.changes(config.dump(saved), config.dump(given)).items()
+        for key, text in config.changes(config.dump(saved), config.dump(dated)).items()
         if not (key in RESUMABLE or key.split(".")[0] in RESUMABLE_SECTIONS or key.endswith(RESUMABLE_ENDS))
     ]
     if changed:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,10 +29,17 @@ _SLOTS = re.compile(_MARK + "([0-9]+)\ue001")
 _QUESTION, _ANSWER, _NEXT = "1029384756", "5647382910", "9182736450"
 """Contents of a conversation that shows what a template writes around them."""
 _THINK, _END_THINK = "<think>", "</think>"
+_CLOCK = "strftime_now"
+"""The function by which templates read the clock."""
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 """As Hermes and Qwen models write calls; a call that is cut off ends with the text."""
 
 _Untrusted = TypeVar("_Untrusted")
+
+
+def now() -> str:
+    """The date and time, as ISO 8601 writes them, to the second."""
+    return datetime.now().isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Renderer:
     """A tokenizer with its chat template and the settings of the template (`enable_thinking` of Qwen3).
 
     `stop_ids`: tokens that end a response; None: those that the tokenizer names. The token by which the template ends a
-    turn is added to them.
+    turn is added to them. `date`: the date and time (ISO 8601) that a template reads from its clock; None: now.
     """
 
     def __init__(
@@ -57,9 +65,11 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         template_kwargs: Mapping[str, Any] | None = None,
         stop_ids: Iterable[int] | None = None,
+        date: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
+        self.date = date or now()
         self._added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
         self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         # `split_special_tokens` is set on the tokenizer itself, which the threads of all episodes share
@@ -86,6 +96,11 @@ class Renderer:
     def has_template(self) -> bool:
         """Whether messages can be rendered; without a chat template everything is plain text."""
         return bool(self.tokenizer.chat_template)
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the template may write the date or the time."""
+        return _CLOCK in str(self.tokenizer.chat_template)
 
     def start(self, prompt: Prompt) -> Tensor:
         """Messages through the chat template, up to where the student's turn begins; text as the tokenizer encodes it. [P]
@@ -283,10 +298,20 @@ class Renderer:
         """`opened`: up to where the student's next turn begins."""
         tools = {} if prompt.tools is None else {"tools": [dict(tool) for tool in prompt.tools]}
         options = self.template_kwargs | tools | {"tokenize": False, "add_generation_prompt": opened}
+        if self.reads_clock:
+            options["chat_template"] = self._stopped_clock + self.tokenizer.get_chat_template(tools=prompt.tools)
         try:
             return str(self.tokenizer.apply_chat_template([dict(message) for message in messages], **options))
         except Exception as error:  # a template raises whatever it likes
             raise TemplateError(f"the chat template refuses prompt {prompt.id}: {error}") from error
+
+    @cached_property
+    def _stopped_clock(self) -> str:
+        """A macro in place of the clock that transformers gives to templates; a function cannot be handed to them."""
+        moment = datetime.fromisoformat(self.date)
+        directives = [flag + letter for flag in ("-", "") for letter in "aAbBcdDeFHIjklmMnpPrRsSTuUVwWxXyYzZ"]
+        shown = "".join(f" | replace('%{one}', {moment.strftime('%' + one)!r})" for one in directives)
+        return f"{{% macro {_CLOCK}(format) %}}{{{{ format{shown} | replace('%%', '%') }}}}{{% endmacro +%}}"
 
     def _check_shown(self, prompt: Prompt, before: Sequence[Said], new: Sequence[Said]) -> None:
         """Raises TemplateError for a message that the template leaves out, as many do with a role that they do not know."""

@@ -197,6 +197,35 @@ def _responses(files: Files) -> tuple[Finding, ...]:
     return ()
 
 
+def _turns(files: Files) -> Iterator[Finding]:
+    """How the chat template ends a turn, and where a response is not trained as the template would write it."""
+    recipe = files.recipe
+    chats = [part for part in recipe.task.places().values() if part.is_chat]
+    if not files.knows_tokenizer or not chats or not files.renderer.has_template:
+        return
+    renderer, own = files.renderer, files.training and recipe.uses.given_responses and recipe.responses is None
+    if own and files.may_read(recipe.task):
+        for prompt in islice(recipe.task.prompts("train"), NUM_RENDERED):
+            if prompt.solution is not None:
+                renderer.response(prompt, prompt.solution)
+    end = renderer.turn_end
+    token = renderer.tokenizer.convert_ids_to_tokens(end.token_id)
+    how = (
+        "as the chat template ends a turn"
+        if end.text
+        else "EOS: the chat template ends a turn with no token of its own"
+    )
+    yield Finding(f"a response ends with {token!r}, {how}")
+    if renderer.reads_clock:
+        pinned = recipe.student.template_date
+        when = (
+            "the run's start, which its recipe keeps; student.template_date sets another" if pinned is None else pinned
+        )
+        yield Finding(f"the chat template reads the clock: every prompt has {when}")
+    for note in renderer.notes:
+        yield Finding(note, "warning", "change chat_template in the tokenizer's configuration where that is not meant")
+
+
 def _overlap(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     # the splits of a computed task are disjoint by construction, and millions long
@@ -228,6 +257,7 @@ CHECKS = (
     Check("teachers", "files", "each teacher against the run", _teachers),
     Check("prompts", "files", "the first prompts as tokens", _prompts),
     Check("responses", "files", "a teacher's own responses against the prompts", _responses),
+    Check("turns", "files", "how the chat template ends a turn, and writes given responses", _turns),
     Check("data", "advice", "evaluation problems against those that are trained on", _overlap),
     Check("last step", "advice", "whether training ends on the student's own samples", _last_step),
 )

@@ -130,7 +130,8 @@ class Files:
     @cached_property
     def renderer(self) -> Renderer:
         """The student's tokenizer with its chat template."""
-        return Renderer(self.tokenizers.student, self.recipe.student.template_kwargs)
+        student = self.recipe.student
+        return Renderer(self.tokenizers.student, student.template_kwargs, date=student.template_date)
 
     @property
     def knows_tokenizer(self) -> bool:

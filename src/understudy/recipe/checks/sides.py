@@ -90,12 +90,13 @@ def _mass_past(model: nn.Module, size: int, parts: Parts) -> float | None:
 
 
 def _ends(parts: Parts) -> Iterator[Finding]:
-    tokenizer, stops = parts.loaded.renderer.tokenizer, set(parts.loaded.renderer.stop_ids)
+    renderer = parts.loaded.renderer
+    tokenizer, stops, end = renderer.tokenizer, set(renderer.stop_ids), renderer.end_of(parts.prompts[0][0]).token_id
 
     def named(ids: set[int]) -> str:
         return ", ".join(f"{tokenizer.convert_ids_to_tokens(index)!r} ({index})" for index in sorted(ids))
 
-    own = f"the student's tokenizer ends with {named({tokenizer.eos_token_id})}, its responses at {named(stops)}"
+    own = f"a response ends with {named({end})}; the student's stop at {named(stops)}"
     advice = "no response would ever end; set eos_token in the tokenizer's configuration"
     yield Finding(own, "ok" if any(index < parts.loaded.vocab_size for index in stops) else "error", advice)
     for side in parts.sides:
@@ -117,6 +118,13 @@ def _ends(parts: Parts) -> Iterator[Finding]:
                 "correct eos_token_id in its configuration"
             )
             yield Finding(found, "error" if chosen else "warning", advice)
+        elif ends and end not in ends:
+            advice = (
+                f"the student ends with {named({end})}, which the {side.label} may not expect there, so it would disapprove of "
+                "endings and lengths would grow: take a teacher of the student's kind, or add the token to eos_token_id of its "
+                "generation_config.json where it does end its turns so"
+            )
+            yield Finding(found, "warning", advice)
         else:
             advice = (
                 f"the student does not stop at {named(ends - stops)}; where the {side.label} wants that token next, the "
@@ -175,7 +183,8 @@ def _templates(parts: Parts) -> Iterator[Finding]:
 def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
     """Describes the first token at which the other side's rendering differs; None where none does."""
     try:
-        other = Renderer(tokenizer, parts.recipe.student.template_kwargs).start(prompt).tolist()
+        ours_too = parts.loaded.renderer
+        other = Renderer(tokenizer, ours_too.template_kwargs, date=ours_too.date).start(prompt).tolist()
     except UnderstudyError as error:
         return f"the {label} cannot render prompt {prompt.id}: {error}"
     ours = ids.tolist()

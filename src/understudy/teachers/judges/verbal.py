@@ -41,7 +41,9 @@ class Verbal(JudgeSection, LoadedSection):
 
     def open(self, setup: Setup) -> VerbalTeacher:
         """Loads model and tokenizer. Raises RecipeError where either cannot be, or digits are not single tokens."""
-        asker = Asker(Renderer(load_tokenizer(self.model, revision=self.revision), self.template_kwargs), self.wording)
+        tokenizer = load_tokenizer(self.model, revision=self.revision)
+        date = None if setup.renderer is None else setup.renderer.date
+        asker = Asker(Renderer(tokenizer, self.template_kwargs, date=date), self.wording)
         return VerbalTeacher(
             self.load(setup.device),
             asker,
