@@ -185,6 +185,16 @@ def test_a_killed_server_is_noticed_and_its_children_end(tmp_path: Path) -> None
             wait_until(lambda: one.check() is not None)  # type: ignore[func-returns-value]
 
 
+def test_a_killed_server_is_noticed_while_a_child_of_it_lives_on(tmp_path: Path) -> None:
+    with nothing_left(), running(tmp_path, "stubborn", stop_s=2.0) as one:
+        assert one.pid is not None
+        pids = group(one.pid)
+        os.kill(one.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="killed by signal 9"):
+            one.check(PATIENCE_S)
+        assert any(psutil.pid_exists(pid) for pid in pids[1:])
+
+
 def test_shared_memory_of_a_killed_server_is_removed(tmp_path: Path) -> None:
     with nothing_left():
         with running(tmp_path, "shares", stop_s=0.2):

@@ -60,7 +60,7 @@ class Task(ABC):
 
     @property
     def carries(self) -> frozenset[Carried]:
-        """What prompts have: a whole response to imitate, an answer to grade against, the name of their teacher."""
+        """Names what prompts have: a whole response to imitate, an answer to grade against, the name of their teacher."""
         return frozenset({"solution", "reference"})
 
     @property

@@ -61,6 +61,8 @@ class ServerProcess:
     pid: int | None = field(default=None, init=False)
     """The server's process id; None before it is started."""
     _supervisor: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _status: int | None = field(default=None, init=False)
+    """The server's exit status; None while it runs."""
     _log_start: int = field(default=0, init=False)
     """Where this server's part of the log begins, which an earlier one may have written to."""
 
@@ -116,10 +118,11 @@ class ServerProcess:
     def check(self, within_s: float = 0.0) -> None:
         """Raises EngineError with the end of its log if the server does not run, or ends within so many seconds."""
         assert self._supervisor is not None
-        with suppress(subprocess.TimeoutExpired):
-            self._supervisor.wait(within_s)
-        status = self._supervisor.returncode
-        if status is not None:
+        assert self._supervisor.stdout is not None
+        if self._status is None and select.select([self._supervisor.stdout], [], [], within_s)[0]:
+            # nothing more is printed where the supervisor itself was ended
+            self._status = int(self._supervisor.stdout.readline() or self._supervisor.wait())
+        if (status := self._status) is not None:
             how = f"was killed by signal {status - 128}" if 128 < status < 193 else f"ended with status {status}"
             raise EngineError(f"{self.name} {how}.\n{self._tail()}")
 
@@ -144,6 +147,8 @@ class ServerProcess:
                     with suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)
             process.wait(timeout=KILL_S)
+        if self._status is None:
+            self._status = process.returncode
         if process.stdout is not None:
             process.stdout.close()
 

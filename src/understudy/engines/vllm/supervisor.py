@@ -27,7 +27,8 @@ PR_SET_CHILD_SUBREAPER = 36
 def supervise(parent: int, stop_s: float, args: Sequence[str]) -> int:
     """Runs `args` until it ends, `parent` is gone, the pipe from it closes, or a signal asks for the end.
 
-    Prints the pid. Returns the command's status, 128 + n where signal n ended it, 127 where it could not be started.
+    Prints the pid, and the command's status as soon as it ends by itself, while what it started may still run. Returns the
+    status, 128 + n where signal n ended it, 127 where it could not be started.
     """
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -48,7 +49,14 @@ def supervise(parent: int, stop_s: float, args: Sequence[str]) -> int:
         # the kernel closes the pipe when the parent dies, also by SIGKILL
         if readable and not os.read(sys.stdin.fileno(), 1):
             break
+    if child.poll() is not None:
+        with suppress(BrokenPipeError):
+            print(_status(child), flush=True)
     end_tree(child, stop_s)
+    return _status(child)
+
+
+def _status(child: subprocess.Popen[bytes]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 

@@ -1,4 +1,4 @@
-"""What a check looks at, before and after everything is loaded, and what it finds."""
+"""Everything that a check looks at, before and after everything is loaded, and what it finds."""
 
 from __future__ import annotations
 
