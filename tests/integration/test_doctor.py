@@ -36,7 +36,7 @@ from understudy.engines.vllm.engine import VLLMEngine
 from understudy.errors import EngineError, RecipeError
 from understudy.models import build_causal_lm, load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import Recipe, doctor
-from understudy.recipe.checks import Check, Files, Finding, Parts, of_stage, probes, room
+from understudy.recipe.checks import Check, Files, Finding, Parts, check, of_stage, probes, room
 from understudy.recipe.checks.parts import within
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers import LocalTeacher
@@ -494,6 +494,33 @@ def test_weights_gradients_and_optimizer_have_to_fit_in_memory(tmp_path: Path, m
     monkeypatch.setattr(room, "free_memory", lambda device: 1)
     # nothing is loaded where it cannot fit
     assert list(examined(recipe))[-2:] == ["disk", "memory"]
+
+
+@pytest.mark.parametrize(("masters", "bytes_a_weight"), [(True, 18), (False, 8)])
+def test_a_16_bit_student_needs_what_the_dry_run_says(
+    tmp_path: Path, masters: bool, bytes_a_weight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = distillation(tmp_path, train={"master_weights": masters})
+    changes["student"] |= {"dtype": "bfloat16"}
+    recipe = recipe_of(tmp_path, **changes)
+    student, teacher = (room.size_on_disk(str(tmp_path / name), "float32") for name in ("student", "teacher"))
+    assert student is not None
+    assert teacher is not None
+    certain = bytes_a_weight * student.weights // 4 + teacher.weights
+    for free, level in ((certain - 1, "error"), (certain, "warning")):
+        monkeypatch.setattr(room, "free_memory", lambda device, free=free: free)
+        found = ask("memory", Files(recipe), "room")
+        assert found.level == level
+        assert ("master weights" in found.found) == masters
+    assert f"bfloat16 takes {bytes_a_weight} bytes a weight in training" in " ".join(check(recipe))
+    monkeypatch.undo()
+    with parts_of(recipe) as parts:
+        assert room.size_of(parts.loaded.model) == room.size_on_disk(str(tmp_path / "student"), "bfloat16")
+        model = sum(value.numel() for value in parts.loaded.model.parameters())
+        # what is still to come: gradients and moments
+        assert (
+            room.amount((bytes_a_weight - (2 + 2 if not masters else 2 + 4 + 4)) * model) in ask("memory", parts).found
+        )
 
 
 def test_sizes_on_disk_are_those_loaded(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.processes import Process, command_line
@@ -25,6 +27,8 @@ from understudy.recipe import Recipe
 from understudy.trainer.checkpoint import find_checkpoint, load_checkpoint
 from understudy.trainer.console import Console
 from understudy.trainer.loop import Trainer
+from understudy.trainer.settings import Train
+from understudy.trainer.update import Optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -159,6 +163,74 @@ def test_resume_with_lora(targets: list[str] | None, tmp_path: Path) -> None:
         train(tmp_path / "cut", **half)
     train(tmp_path / "cut", resume=True, **half)
     assert_same_run(whole, tmp_path / "cut" / "run")
+
+
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_updates_of_a_16_bit_student(tmp_path: Path, master_weights: bool) -> None:
+    """At this rate a single update is less than bfloat16 resolves. Resumed, it is the same run; saved, it has 16 bits."""
+    settings = {"save_every": 2, "lr": 1e-6, "steps": 6, "master_weights": master_weights}
+    changes = distillation(tmp_path, train=settings)
+    changes["student"] |= {"dtype": "bfloat16"}
+    whole = train(tmp_path / "whole", **changes).run_dir.path
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_take_step", _interrupt_at(3, Trainer._take_step))
+        train(tmp_path / "cut", **changes)
+    train(tmp_path / "cut", resume=True, **changes)
+    assert_same_run(whole, tmp_path / "cut" / "run")
+    assert {value.dtype for value in weights(whole).values()} == {torch.bfloat16}
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all((row["update_survives"] > 0.99) == master_weights for row in rows)
+    assert all(row["update_survives"] < 0.1 for row in rows) == (not master_weights)
+    events = (whole / "events.jsonl").read_text()
+    assert events.count("rounding to bfloat16 leaves") == (not master_weights)
+    _, state = load_checkpoint(whole / "checkpoints" / "step_000006", torch.device("cpu"))
+    masters = {name.removesuffix("/master"): value for name, value in state.items() if name.endswith("/master")}
+    assert bool(masters) == master_weights
+    start = load_file(tmp_path / "student" / "model.safetensors")
+    for name, value in masters.items():
+        assert torch.equal(weights(whole)[name], value.bfloat16())
+        assert state[f"{name}/exp_avg"].dtype == torch.float32
+        moved = (value - start[name].bfloat16().float()).abs()
+        # six updates of about the rate each, and roundings of weights around 1
+        assert 1e-6 < float(moved.max()) <= 6.5e-6
+    other = changes | {"train": settings | {"master_weights": not master_weights}}
+    shutil.copytree(tmp_path / "cut" / "run", tmp_path / "other" / "run")
+    saved = yaml.safe_load((tmp_path / "other" / "run" / "recipe.yaml").read_text())
+    saved["train"]["master_weights"], saved["run_dir"] = not master_weights, str(tmp_path / "other" / "run")
+    (tmp_path / "other" / "run" / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(CheckpointError, match=r"master weights.*student\.dtype and train\.master_weights"):
+        train(tmp_path / "other", resume=True, **other)
+
+
+def test_share_of_an_update_that_survives() -> None:
+    """By hand: at the first step AdamW moves every weight by the rate, whatever its gradient is."""
+    weight = torch.tensor([1.0, 1.0, 2.0**-8, 0.0], dtype=torch.bfloat16)
+    layer = torch.nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
+    settings = Train(steps=4, lr=2.0**-10, eps=1e-12, master_weights=False)
+    for gradient, share in (([1.0, 2.0, 3.0, 4.0], 2 / 4), ([1.0, 0.0, 0.0, 0.0], 0.0), ([0.0, 0.0, 0.0, 1.0], 1.0)):
+        layer.weight.data = weight[None].clone()
+        optimizer = Optimizer(layer, settings)
+        layer.weight.grad = torch.tensor([gradient], dtype=torch.bfloat16)
+        found = optimizer.step(0)["update_survives"]
+        # half a unit in the last place of 1.0 is 2^-9, of 2^-8 it is 2^-17
+        assert found.value == pytest.approx(share, abs=2e-3)
+        assert found.count == pytest.approx(2.0**-10 * sum(value > 0 for value in gradient), rel=4e-3)
+    layer.weight.data = weight[None].clone()
+    nothing = Optimizer(layer, replace(settings, warmup_steps=0, lr=0.0))
+    layer.weight.grad = torch.ones_like(layer.weight)
+    assert nothing.step(0)["update_survives"].count == 0
+
+
+def test_gradients_of_master_weights_are_summed_in_float32() -> None:
+    """256 and 1: their sum is not a number of bfloat16."""
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    optimizer = Optimizer(layer, Train(steps=1, max_grad_norm=None))
+    for factor in (256.0, 1.0):
+        (layer.weight * factor).sum().backward()
+        assert layer.weight.grad is None
+    assert optimizer.clip() == 257.0
+    optimizer.zero_grad()
+    assert optimizer.parameters[0].grad is None
 
 
 def _interrupt_at(step: int, plain: Any) -> Any:
@@ -471,8 +543,6 @@ def test_a_diverged_run_keeps_its_good_checkpoint(tmp_path: Path, monkeypatch: p
 
 def test_an_adapter_is_a_student_like_any_other(tmp_path: Path) -> None:
     """`lora.save: adapter`: the directory loads on its base; and an evaluation needs no teacher."""
-    import shutil
-
     from typer.testing import CliRunner
 
     from understudy.cli.app import app

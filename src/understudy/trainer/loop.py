@@ -32,6 +32,8 @@ MAX_EMPTY = 20
 """Steps in a row without a sample to train on until the run stops: a weak student may have a few at its start."""
 MAX_HEALED = 3
 """Times in one step that an engine is given weights which it has lost."""
+MIN_SURVIVING = 0.5
+"""Share of an update that rounding leaves, below which somebody should know."""
 SAVED_SAMPLES = 32
 """Training samples in one file of `samples/`."""
 
@@ -63,6 +65,7 @@ class Trainer:
     several_teachers: bool = False
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
+    _warned_of_rounding: bool = False
 
     def run(self) -> Ending:
         """Trains from `progress` to the end, a good evaluation, or a signal; always leaves a checkpoint."""
@@ -204,10 +207,11 @@ class Trainer:
     ) -> dict[str, Metric]:
         """Gradient, clip, optimizer step; an update whose loss or gradient is not finite changes nothing.
 
-        Returns its metrics with loss, gradient norm and, unless it was skipped, learning rate; nothing without a token.
+        Returns its metrics with loss, gradient norm and, unless it was skipped, those of `Optimizer.step`; nothing without
+        a token.
         """
         step = self.progress.step
-        self.student.model.zero_grad()
+        self.optimizer.zero_grad()
         loss, metrics = accumulate_gradients(self.student, part, heads=heads, step=own_step, ranks=self.ranks)
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
@@ -216,7 +220,8 @@ class Trainer:
         metrics |= {"loss": Metric(loss, 1), "grad_norm": Metric(norm, 1)}
         if math.isfinite(loss) and math.isfinite(norm):
             self._torn = True
-            metrics["lr"] = Metric(self.optimizer.step(step), 1)
+            metrics |= self.optimizer.step(step)
+            self._check_survival(metrics["update_survives"])
             self.progress = replace(self.progress, updates=self.progress.updates + 1)
             if self.rollouts.collector.teacher is not None:
                 self.rollouts.collector.teacher.follow(self.student.model)
@@ -224,8 +229,20 @@ class Trainer:
             path = self._save_bad_batch(part)
             text = f"step {step + 1} was skipped: loss {loss}, gradient norm {norm}; its batch is in {path}"
             self.observer.warn(step + 1, text)
-        self.student.model.zero_grad()
+        self.optimizer.zero_grad()
         return metrics
+
+    def _check_survival(self, share: Metric) -> None:
+        """Warns once where rounding takes most of an update away. An update of size 0, as in a warm-up, has no share."""
+        if self._warned_of_rounding or not share.count or share.value >= MIN_SURVIVING:
+            return
+        self._warned_of_rounding = True
+        dtype = str(self.optimizer.parameters[0].dtype).removeprefix("torch.")
+        self.observer.warn(
+            self.progress.step + 1,
+            f"rounding to {dtype} leaves {share.value:.1%} of an update, the rest is lost (update_survives): take "
+            "train.master_weights: true or student.dtype: float32 in a new run, or a higher train.lr",
+        )
 
     def _save_bad_batch(self, part: Sequence[MicroBatch]) -> Path:
         folder = self.run_dir.bad_batches

@@ -21,6 +21,9 @@ from understudy.types import Metric, Sample, Scores, TokenBatch, add_metrics, fi
 
 MICRO_BATCH_TOKENS = {"cpu": 2_048}
 MICRO_BATCH_TOKENS_ELSEWHERE = 16_384
+NUM_MEASURED = 4_096
+"""Weights of each tensor on which `update_survives` is measured."""
+_MASTER = "master"
 
 
 @dataclass(frozen=True)
@@ -199,13 +202,23 @@ def _whole_rows(micro: MicroBatch, which: ScoreField, head: LMHead | None) -> Fu
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101); matrices decay, vectors (norms, biases) do not. Its state is keyed by parameter names."""
+    """AdamW (arXiv 1711.05101); matrices decay, vectors (norms, biases) do not. Its state is keyed by parameter names.
+
+    With `master_weights` it updates float32 copies of the trained weights in 16 bits, which are the copies rounded: most
+    updates are smaller than what 16 bits resolve, and would be lost. Gradients are summed in float32 then.
+    """
 
     def __init__(self, model: nn.Module, settings: Train) -> None:
         self._settings = settings
         self._named = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        matrices = [value for value in self._named.values() if value.dim() >= 2]
-        vectors = [value for value in self._named.values() if value.dim() < 2]
+        self._masters = {
+            name: _master_of(value)
+            for name, value in self._named.items()
+            if settings.master_weights and value.element_size() < torch.float32.itemsize
+        }
+        self._updated = self._named | self._masters
+        matrices = [value for value in self.parameters if value.dim() >= 2]
+        vectors = [value for value in self.parameters if value.dim() < 2]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -217,8 +230,13 @@ class Optimizer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters."""
-        return list(self._named.values())
+        """The tensors that it updates, which hold the gradients: the trained parameters or their master weights."""
+        return list(self._updated.values())
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
+        for value in self.parameters:
+            value.grad = None
 
     def clip(self) -> float:
         """The 2-norm of the gradient; where it is above `max_grad_norm` the gradient is scaled down to that."""
@@ -228,8 +246,9 @@ class Optimizer:
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         return float(norm)
 
-    def step(self, step: int) -> float:
-        """One update with the learning rate of optimizer step `step`, which is returned."""
+    @torch.no_grad()
+    def step(self, step: int) -> dict[str, Metric]:
+        """One update with the learning rate of optimizer step `step`; returns `lr` and `update_survives`."""
         settings = self._settings
         rate = learning_rate(
             step,
@@ -241,24 +260,80 @@ class Optimizer:
         )
         for group in self._adamw.param_groups:
             group["lr"] = rate
+        before = [_some_of(value).clone() for value in self.parameters]
         self._adamw.step()
-        return rate
+        for name, master in self._masters.items():
+            self._named[name].copy_(master)
+        return {"lr": Metric(rate, 1), "update_survives": self._survives(before)}
+
+    def _survives(self, before: Sequence[Tensor]) -> Metric:
+        """The part of the update, summed as |change| that AdamW asked for, that falls on weights which changed at all.
+
+        A weight stays as it is where rounding to its precision takes the change away. Looks at some weights of each tensor.
+        """
+        sums = []
+        decay = {value: group["weight_decay"] for group in self._adamw.param_groups for value in group["params"]}
+        (first_beta, second_beta), eps = self._settings.betas, self._settings.eps
+        rate = float(self._adamw.param_groups[0]["lr"])
+        for value, old in zip(self.parameters, before, strict=True):
+            if value.grad is None:
+                continue
+            state = self._adamw.state[value]
+            count = state["step"].double()
+            first = _some_of(state["exp_avg"]).double() / (1 - first_beta**count)
+            second = _some_of(state["exp_avg_sq"]).double() / (1 - second_beta**count)
+            asked = rate * (first / (second.sqrt() + eps) + decay[value] * old.double()).abs()
+            kept = torch.where(_some_of(value) != old, asked, 0.0)
+            # a tensor counts by its size, however many of its weights were looked at
+            sums.append(torch.stack([kept.sum(), asked.sum()]).mul(value.numel() / max(1, old.numel())))
+        return Metric(*torch.stack(sums).sum(0).tolist()) if sums else Metric(0.0, 0.0)
 
     def state(self) -> dict[str, Tensor]:
-        """`{parameter name/key: tensor}`."""
-        return {
+        """`{parameter name/key: tensor}`, master weights by the key "master"."""
+        moments = {
             f"{name}/{key}": value.contiguous()
-            for name, parameter in self._named.items()
+            for name, parameter in self._updated.items()
             for key, value in self._adamw.state.get(parameter, {}).items()
         }
+        return moments | {f"{name}/{_MASTER}": value.detach() for name, value in self._masters.items()}
 
+    @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state` returned. Raises CheckpointError where it belongs to other parameters."""
+        """Restores what `state` returned; nothing from an empty one. Raises CheckpointError where it belongs to other
+        parameters."""
         names = {name.rpartition("/")[0] for name in state}
         differing = sorted(names - set(self._named))
         if differing:
             raise CheckpointError(f"the optimizer state belongs to other parameters, first {differing[0]!r}")
+        masters = {name.rpartition("/")[0] for name in state if name.endswith(f"/{_MASTER}")}
+        if state and masters != set(self._masters):
+            raise CheckpointError(
+                f"the checkpoint has float32 master weights of {len(masters)} parameters, and the run of "
+                f"{len(self._masters)}: resume with the student.dtype and train.master_weights that wrote it"
+            )
         for key, value in state.items():
             name, _, field = key.rpartition("/")
-            parameter = self._named[name]
-            self._adamw.state[parameter][field] = value.to(parameter.device)
+            parameter = self._updated[name]
+            if field == _MASTER:
+                parameter.copy_(value)
+            else:
+                self._adamw.state[parameter][field] = value.to(parameter.device)
+
+
+def _master_of(parameter: nn.Parameter) -> nn.Parameter:
+    """A float32 copy that takes over every gradient of the parameter as soon as a backward has formed it."""
+    master = nn.Parameter(parameter.detach().float())
+
+    def take_over(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(take_over)
+    return master
+
+
+def _some_of(tensor: Tensor) -> Tensor:
+    """About `NUM_MEASURED` entries, evenly spaced. [n]"""
+    return tensor.detach().reshape(-1)[:: max(1, tensor.numel() // NUM_MEASURED)]

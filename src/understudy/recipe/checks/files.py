@@ -83,6 +83,15 @@ def _sections(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     if recipe.student.model is not None:
         yield Finding(f"student: {check_model_dir(recipe.student.model)}", name="student")
+    if recipe.student.dtype in ("bfloat16", "float16") and recipe.student.lora is None:
+        masters, bytes_of = (
+            recipe.train.master_weights,
+            "2 weight, 2 gradient, 4 moments; small updates are rounded away",
+        )
+        if masters:
+            bytes_of = "2 weight, 4 master weight, 4 gradient, 8 moments"
+        held = f"{recipe.student.dtype} takes {18 if masters else 8} bytes a weight in training ({bytes_of})"
+        yield Finding(held, name="student")
     if recipe.rollout is not None:
         yield Finding(recipe.rollout.check(), name="rollout")
     sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}

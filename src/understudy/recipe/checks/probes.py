@@ -71,8 +71,7 @@ def _unchanged(parts: Parts) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for parameter in model.parameters():
-            parameter.grad = None
+        parts.trainer.optimizer.zero_grad()
 
 
 def _rehearse(parts: Parts) -> Iterator[Finding]:

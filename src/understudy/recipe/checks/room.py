@@ -42,6 +42,8 @@ class Size:
     weights: int
     trained: int
     """Bytes of the weights that get a gradient."""
+    trained_half: int
+    """Bytes of those of them that have 16 bits."""
     layer_elements: int
     """Numbers that one layer keeps for its backward, a token."""
     cache_elements: int
@@ -55,8 +57,10 @@ def size_of(model: nn.Module) -> Size:
     """Returns the size of a loaded model."""
     parameters = list(model.parameters())
     weights = sum(value.nbytes for value in parameters)
-    trained = sum(value.nbytes for value in parameters if value.requires_grad)
-    return _size(unwrap(model).config.get_text_config(), weights, trained, parameters[0].element_size())
+    trained = [value for value in parameters if value.requires_grad]
+    half = sum(value.nbytes for value in trained if value.element_size() == _BYTES["bfloat16"])
+    size = sum(value.nbytes for value in trained)
+    return _size(unwrap(model).config.get_text_config(), weights, size, half, parameters[0].element_size())
 
 
 def size_on_disk(source: str | None, dtype: str) -> Size | None:
@@ -75,10 +79,11 @@ def size_on_disk(source: str | None, dtype: str) -> Size | None:
                 stored += math.prod(part.get_shape()) * _BYTES.get(part.get_dtype(), 1)
     number = _BYTES[dtype] if dtype in _BYTES else max(1, round(stored / max(1, elements)))
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
-    return _size(config, elements * number, elements * number, number)
+    half = elements * number if number == _BYTES["bfloat16"] else 0
+    return _size(config, elements * number, elements * number, half, number)
 
 
-def _size(config: Any, weights: int, trained: int, number_bytes: int) -> Size:
+def _size(config: Any, weights: int, trained: int, trained_half: int, number_bytes: int) -> Size:
     """A layer keeps its two normalised inputs, queries, keys, values, the attention's output and both residuals (12 H with
     what softmax and norm add), and four rows of the feed-forward; attention scores are not kept."""
     hidden = int(getattr(config, "hidden_size", 0) or 0)
@@ -87,7 +92,8 @@ def _size(config: Any, weights: int, trained: int, number_bytes: int) -> Size:
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     head = int(getattr(config, "head_dim", None) or hidden // heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
-    return Size(weights, trained, 12 * hidden + 4 * wide, 2 * layers * shared * head, hidden, layers, number_bytes)
+    elements = 12 * hidden + 4 * wide, 2 * layers * shared * head
+    return Size(weights, trained, trained_half, *elements, hidden, layers, number_bytes)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -139,6 +145,16 @@ class Needs:
     """Whether the optimizer's moments are in memory already, as in a resumed run."""
 
     @property
+    def masters(self) -> int:
+        """Bytes of float32 copies of weights in 16 bits."""
+        return 2 * self.student.trained_half if self.recipe.train.master_weights else 0
+
+    @property
+    def updated(self) -> int:
+        """Bytes of what the optimizer updates, and of its gradients and each of its moments."""
+        return self.student.trained + self.masters // 2
+
+    @property
     def num_samples(self) -> int:
         """Samples of one step."""
         return self.recipe.train.prompts_per_step * self.recipe.train.samples_per_prompt
@@ -180,14 +196,14 @@ def _after(parts: Parts) -> Needs:
         vocab_size=loaded.vocab_size,
         positions=parts.rollouts.collector.max_tokens,
         is_loaded=True,
-        has_moments=bool(parts.trainer.optimizer.state()),
+        has_moments=parts.trainer.progress.updates > 0,
     )
 
 
 def _disk(run: Needs) -> Finding:
     recipe, settings, student = run.recipe, run.recipe.train, run.student
     saved = student.weights if recipe.student.lora is None else student.trained
-    checkpoint = saved + ADAM_MOMENTS * student.trained + run.moving
+    checkpoint = saved + ADAM_MOMENTS * run.updated + run.masters + run.moving
     count = settings.keep_last + settings.keep_best + 1
     text = TEXT_BYTES * recipe.sampling.max_new_tokens
     files = 1 + settings.steps // settings.save_samples_every if settings.save_samples_every else 0
@@ -220,12 +236,12 @@ def _memory(run: Needs) -> Finding:
         return Finding("this system does not say how much is free, so nothing was compared")
     recipe, settings, student = run.recipe, run.recipe.train, run.student
     # held all the time
-    held = {} if run.has_moments else {"optimizer": ADAM_MOMENTS * student.trained}
+    held = {} if run.has_moments else {"optimizer": ADAM_MOMENTS * run.updated}
     if not run.is_loaded:
         # an engine of this process that writes beside an update has weights of its own
         copies = {"the engine's copy": student.weights * (recipe.engine.runs_here and recipe.engine.beside_update)}
         others = {label: size.weights for label, size in run.others.items()}
-        held = {"student": student.weights} | copies | others | held
+        held = {"student": student.weights, "master weights": run.masters} | copies | others | held
     # added by one forward and backward
     longest = settings.max_prompt_tokens + recipe.sampling.max_new_tokens
     longest = longest if run.positions is None else min(longest, run.positions)
@@ -235,7 +251,7 @@ def _memory(run: Needs) -> Finding:
     if settings.gradient_checkpointing:
         layers = student.layers * student.hidden + student.layer_elements
     number = 2 if settings.compute_dtype == "bfloat16" else student.number_bytes
-    update = {"gradients": student.trained, "activations": tokens * layers * number}
+    update = {"gradients": run.updated, "activations": tokens * layers * number}
     if run.vocab_size is not None:
         rows = 2 if "full" in recipe.method.needs else 1
         update["logits"] = 4 * rows * min(CHUNK_ELEMENTS, tokens * run.vocab_size)
@@ -243,7 +259,7 @@ def _memory(run: Needs) -> Finding:
     cache = 0
     if recipe.uses.own_samples and recipe.engine.runs_here:
         cache = min(MAX_BATCH_TOKENS, run.num_samples * longest) * student.cache_elements * student.number_bytes
-    certain = sum(held.values()) + student.trained
+    certain = sum(held.values()) + run.updated
     estimate = sum(held.values()) + max(sum(update.values()), cache)
     shown = held | update | {"generation cache": cache}
     listed = ", ".join(f"{name} {amount(value)}" for name, value in shown.items() if value)
@@ -251,8 +267,9 @@ def _memory(run: Needs) -> Finding:
     found = f"{listed}; at most {amount(estimate)} at a time{after}; {amount(free)} are free on {run.device}"
     if certain > free:
         advice = (
-            "weights, gradients and optimizer alone do not fit: take a smaller model, student.lora, student.dtype bfloat16, "
-            "or teacher.offload"
+            "weights, gradients and optimizer alone do not fit: take a smaller model, student.lora, teacher.offload, or "
+            "student.dtype bfloat16 with train.master_weights false, which halves them and rounds small updates away "
+            "(update_survives says how much is left)"
         )
         return Finding(found, "error", advice)
     advice = (
