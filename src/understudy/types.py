@@ -6,6 +6,7 @@ K top tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -38,9 +39,13 @@ class Prompt:
 
     id: str
     text: str | None = None
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """Each with `role` and `content`, both strings, and perhaps `tool_calls` (OpenAI's, with a mapping as arguments),
+    `tool_call_id`, `name`, `reasoning_content`; nothing in it is null."""
     tools: tuple[Mapping[str, Any], ...] | None = None
     """Schemas of the tools that the student may call, for the chat template."""
+    quoted: str = ""
+    """The part of `text` that comes from data: special tokens that it spells are text. Of a chat every message is."""
     reference: tuple[str, ...] | None = None
     """The accepted final answers, the first the one to show; a response is right if a verifier finds it equal to any. A
     lone string becomes the only one."""
@@ -53,6 +58,19 @@ class Prompt:
         given: object = self.reference
         if isinstance(given, str):
             object.__setattr__(self, "reference", (given,))
+
+    @property
+    def conversation(self) -> str:
+        """The prompt to read: its text, its only message, or all messages with their roles and tool calls."""
+        if self.messages is None:
+            return self.text or ""
+        if len(self.messages) == 1:
+            return str(self.messages[0]["content"])
+        said = []
+        for message in self.messages:
+            calls = [json.dumps(call.get("function", call)) for call in message.get("tool_calls", ())]
+            said.append(f"{message['role']}: " + "\n".join([str(message["content"]), *calls]).strip())
+        return "\n\n".join(said)
 
 
 @dataclass(frozen=True)

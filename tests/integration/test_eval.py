@@ -18,7 +18,7 @@ from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval import evaluate
 from understudy.eval.estimators import SHARE, estimate_mean
 from understudy.eval.evaluate import Rejection, run_eval
-from understudy.eval.summary import EvalSummary, prompt_text, summarise
+from understudy.eval.summary import EvalSummary, summarise
 from understudy.report.read import read_attempts, read_eval
 from understudy.tasks import Arithmetic, Jsonl, build_tokenizer
 from understudy.tasks.renderer import Renderer
@@ -328,10 +328,13 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.M
 
 def test_chats_are_shown_with_their_roles() -> None:
     user = {"role": "user", "content": "hi"}
-    assert prompt_text(Prompt("p", messages=(user,))) == "hi"
-    assert (
-        prompt_text(Prompt("p", messages=({"role": "system", "content": "Be brief."}, user)))
-        == "system: Be brief.\n\nuser: hi"
+    assert Prompt("p", messages=(user,)).conversation == "hi"
+    system = {"role": "system", "content": "Be brief."}
+    assert Prompt("p", messages=(system, user)).conversation == "system: Be brief.\n\nuser: hi"
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert Prompt("p", messages=(user, called)).conversation == (
+        'user: hi\n\nassistant: {"name": "add", "arguments": {"a": 1}}'
     )
 
 

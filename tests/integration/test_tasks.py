@@ -129,9 +129,11 @@ BAD_LINES: dict[str, tuple[object, str]] = {
         {"question": 7, "answer": "1"},
         r"rows\.jsonl:2: field 'question' is 7; it must be a string",
     ),
-    "prompt is no chat": ({"question": [{"role": "user"}], "answer": "1"}, r"list of messages with role and content"),
-    "reference is null": ({"question": "x", "answer": None}, r"rows\.jsonl:2: field 'answer' is None; it must be"),
-    "reference is true": ({"question": "x", "answer": True}, r"rows\.jsonl:2: field 'answer' is True; it must be"),
+    "prompt is no chat": ({"question": [{"role": "user"}], "answer": "1"}, r"message 1 \(user\) has the content None"),
+    "reference is an object": (
+        {"question": "x", "answer": {"value": "1", "aliases": ["one"]}},
+        r"rows\.jsonl:2: field 'answer' is {.*}; it must be a string.*name a part of it with a dot: answer\.value",
+    ),
 }
 
 
@@ -215,6 +217,7 @@ def test_a_hub_name_is_checked_without_the_network() -> None:
 def test_every_task_has_a_name_and_splits() -> None:
     settings = {
         "arithmetic": {},
+        "file": {"path": "x", "prompt_field": "q"},
         "jsonl": {"path": "x", "prompt_field": "q"},
         "hub": {"dataset": "x", "prompt_field": "q"},
         "mix": {"parts": {"sums": Arithmetic()}},

@@ -35,7 +35,6 @@ from understudy.teachers.judges.wording import (
     WHOLE,
     Wording,
     as_text,
-    problem_text,
     read_digit,
 )
 from understudy.types import Author, Prompt, Sample, Verdict
@@ -156,8 +155,8 @@ def test_a_step_is_shown_with_the_steps_before_it() -> None:
 
 def test_a_chat_is_told_with_its_roles() -> None:
     turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})
-    assert problem_text(Prompt("a", messages=turns)) == "system: Be brief.\n\nuser: Why?"
-    assert problem_text(Prompt("a", messages=turns[1:])) == "Why?"
+    assert Prompt("a", messages=turns).conversation == "system: Be brief.\n\nuser: Why?"
+    assert Prompt("a", messages=turns[1:]).conversation == "Why?"
 
 
 @pytest.mark.parametrize("keys", [{"template": "{problem}"}, {"step_template": "{steps}"}, {"step_separator": ""}])

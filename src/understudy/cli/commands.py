@@ -26,7 +26,7 @@ from understudy.compare.table import budget_warning
 from understudy.environments import single_turn
 from understudy.environments.play import play
 from understudy.errors import RecipeError
-from understudy.eval.summary import EvalSummary, prompt_text, sample_row
+from understudy.eval.summary import EvalSummary, sample_row
 from understudy.files import write_json_lines
 from understudy.format import count, interval, metric_note, number
 from understudy.methods import SFT
@@ -176,7 +176,7 @@ def sample(
         console.table(
             recipe.student.model or "random weights",
             ["prompt", "response", "ended by"],
-            [[prompt_text(item.prompt), item.text, item.finish] for item in samples],
+            [[item.prompt.conversation, item.text, item.finish] for item in samples],
         )
 
 

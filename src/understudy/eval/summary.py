@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from understudy.eval.estimators import RIGHT, SHARE, Estimate, estimate_mean, majority_score, pass_at_k
 from understudy.format import is_rate
-from understudy.types import Author, Prompt, Sample
+from understudy.types import Author, Sample
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def sample_row(sample: Sample) -> dict[str, object]:
     }
     return {
         "prompt_id": sample.prompt.id,
-        "prompt": prompt_text(sample.prompt),
+        "prompt": sample.prompt.conversation,
         "response": sample.conversation,
         "finish": sample.finish,
         "num_tokens": sample.num_written_tokens,
@@ -122,12 +122,3 @@ def token_table(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[
         values = sample.rollout_logprob[response].tolist()
         table["log-probability"] = [None if math.isnan(value) else round(value, 4) for value in values]
     return table
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """The prompt as people read it: its text, its only message, or all messages with their roles."""
-    if prompt.messages is None:
-        return prompt.text or ""
-    if len(prompt.messages) == 1:
-        return prompt.messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)

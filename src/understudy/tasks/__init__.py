@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
-from understudy.tasks.base import Split, Task
+from understudy.tasks.base import Intake, Split, Task
 from understudy.tasks.mix import PARTS, Mix
-from understudy.tasks.records import Hub, Jsonl, num_repeated, overlap, overlap_message
+from understudy.tasks.overlap import num_repeated, overlap, overlap_message
+from understudy.tasks.records import File, Hub, Jsonl
 from understudy.tasks.renderer import Renderer
 
 TASKS: Mapping[str, type[Task]] = PARTS | {"mix": Mix}
@@ -16,7 +17,9 @@ TASKS: Mapping[str, type[Task]] = PARTS | {"mix": Mix}
 __all__ = [
     "TASKS",
     "Arithmetic",
+    "File",
     "Hub",
+    "Intake",
     "Jsonl",
     "Mix",
     "Renderer",

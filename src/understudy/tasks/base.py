@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from understudy.environments import SINGLE_TURN, Environment
@@ -12,6 +13,28 @@ from understudy.types import Grade, Prompt
 
 Split = Literal["train", "validation", "test"]
 Carried = Literal["solution", "reference", "teacher"]
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What was read of a split."""
+
+    source: str
+    """File, folder, pattern or data set."""
+    num_rows: int
+    num_skipped: int
+    """Rows without a value in one of the fields that the recipe names."""
+    skipped: tuple[str, ...]
+    """The first of them, with place and reason."""
+    digest: str
+    """Hash of what the rows say in those fields."""
+    revision: str | None = None
+    """The commit that the hub gave."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint keeps, to notice other data at a resume."""
+        return {"source": self.source, "rows": self.num_rows, "digest": self.digest, "revision": self.revision}
 
 
 class Task(ABC):
@@ -43,6 +66,10 @@ class Task(ABC):
 
     def check_split(self, split: Split) -> None:
         """Raises RecipeError where the task has no such split."""
+
+    def intake(self, split: Split) -> Intake | None:
+        """What was read of a split that has prompts; None for a task that reads nothing. Raises as `prompts`."""
+        return None
 
     def places(self, section: str = "task") -> Mapping[str, Task]:
         """The tasks that this one is made of, by their place in the recipe; most stand for themselves."""

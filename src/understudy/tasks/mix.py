@@ -11,10 +11,10 @@ from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
 from understudy.tasks.lazy import LazyPrompts
-from understudy.tasks.records import Hub, Jsonl
+from understudy.tasks.records import File, Hub
 from understudy.types import Grade, Prompt
 
-PARTS: dict[str, type[Task]] = {"arithmetic": Arithmetic, "jsonl": Jsonl, "hub": Hub}
+PARTS: dict[str, type[Task]] = {"arithmetic": Arithmetic, "file": File, "jsonl": File, "hub": Hub}
 """`type` of a task, or of a part of a mix -> its section."""
 SEPARATOR = "/"
 """Between the name of a part and the part's own id of a prompt."""

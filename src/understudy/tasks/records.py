@@ -1,17 +1,12 @@
-"""Problems from files: JSON lines and data sets of the Hugging Face hub, with the fields named in the recipe.
-
-`overlap` finds problems that stand both in the training data and in the evaluation, `num_repeated` those that stand twice.
-"""
+"""Problems from files and from data sets of the Hugging Face hub, with the fields named in the recipe."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -19,46 +14,55 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from understudy.config import brief
-from understudy.errors import DataError, RecipeError, nearest
+from understudy.errors import DataError, RecipeError
 from understudy.randomness import hash_name
-from understudy.tasks.base import Carried, Split, Task
+from understudy.tasks.base import Carried, Intake, Split, Task
+from understudy.tasks.chats import SYSTEM_ROLES, Message, conversation_facts, read_messages, read_tools
+from understudy.tasks.fields import (
+    MissingValueError,
+    accepted_answers,
+    read_field,
+    read_text,
+)
+from understudy.tasks.overlap import normalise, problem_key
+from understudy.tasks.rows import Row, bare_name, find_files, padded, read_rows
 from understudy.tasks.verifiers import find_verifier
 from understudy.types import Grade, Prompt
 
-Row = tuple[str, Mapping[str, Any]]
-"""The place of the row (file and line), and its fields."""
-
 NUM_CHECKED_ROWS = 8
 """Rows of each file that a dry run reads."""
-NUM_EXAMPLES = 3
-_TYPESETTING = re.compile(r"\\[()]|\.(?!\d)|[^\w+*/=<>^().-]|_")
-"""Characters in which two copies of a problem differ: white space, mathematical markup, braces, commas and full stops."""
+NUM_SHOWN = 3
+"""Rows without a value that are named."""
+TOOLS_FIELD = "tools"
+_COMMIT = re.compile(r"@([0-9a-f]{40})\b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Records(Task):
     """A task that reads rows: which field means what, how a prompt is worded, and how train and validation are split.
 
-    A field may be nested, `reward_model.ground_truth`. A row's prompt is a string, or a list of messages of a chat.
-    Without `reference_field` the samples cannot be graded; they are left unscored. With `validation_share` a row goes
-    to validation by a hash of its prompt and `seed`: rows that are added or moved leave the others where they are, and
-    equal prompts stay together.
+    A field may be nested, `reward_model.ground_truth`. A row's prompt is a string, or a list of messages of a chat; an
+    assistant's turn at its end is the solution. A row without a value (null, NaN, nothing) in one of the fields is left out
+    and counted. Without `reference_field` the samples cannot be graded; they are left unscored. With `validation_share` a
+    row goes to validation by a hash of its prompt and `seed`: rows that are added or moved leave the others where they
+    are, and equal prompts stay together.
     """
 
     prompt_field: str
     reference_field: str | None = None
-    """The final answer that the verifier compares with."""
+    """The final answer that the verifier compares with, or a list of answers that are all accepted."""
     solution_field: str | None = None
     """A whole response to imitate."""
+    tools_field: str | None = TOOLS_FIELD
+    """Schemas of the tools of a chat; a row may have none."""
     reference_after: str | None = None
     """Take only what follows the last of this mark in the reference: "####" for GSM8K."""
     teacher_field: str | None = None
     """Names the teacher that judges the row."""
     template: str = "{prompt}"
-    """The wording around the prompt; other braces stay as they are."""
+    """The wording around the prompt, of a chat around its last message of the user; other braces stay as they are."""
     system: str | None = None
-    """The system message of the chat."""
+    """The system message of the chat, where the rows bring none."""
     chat: bool = True
     """Through the tokenizer's chat template; false: as plain text."""
     validation_share: float = 0.0
@@ -98,7 +102,11 @@ class Records(Task):
     def carries(self) -> frozenset[Carried]:
         fields: dict[Carried, str | None]
         fields = {"solution": self.solution_field, "reference": self.reference_field, "teacher": self.teacher_field}
-        return frozenset(name for name, field in fields.items() if field)
+        found = frozenset(name for name, field in fields.items() if field)
+        # what a chat ends with is seen in the rows alone
+        if self.chat and (not self.is_local or self.prompts("train")[0].solution is not None):
+            found |= {"solution"}
+        return found
 
     @property
     def is_chat(self) -> bool:
@@ -114,7 +122,23 @@ class Records(Task):
 
         Raises RecipeError for a split that the recipe gives no source for, DataError for a bad row or an empty split.
         """
-        return _load(self, split)
+        return self._loaded(split)[0]
+
+    def intake(self, split: Split) -> Intake:
+        return self._loaded(split)[1]
+
+    def _stamp(self, source: str) -> object:
+        """Changes with the files behind a source, which are then read again."""
+        return None
+
+    def commit(self, source: str) -> str | None:
+        """The commit of a source that was read, where it has one."""
+        return None
+
+    def _loaded(self, split: Split) -> tuple[tuple[Prompt, ...], Intake]:
+        self.check_split(split)
+        source = self.sources().get(split, self.sources()["train"])
+        return _load(self, split, source, self._stamp(source))
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verifier's verdict. Raises DataError for a prompt without reference."""
@@ -125,47 +149,123 @@ class Records(Task):
     def check_files(self) -> None:
         """Read the first rows of every source, as the run would. Raises RecipeError or DataError."""
         for source in dict.fromkeys(self.sources().values()):
-            if not [self.to_prompt(place, row) for place, row in islice(self.rows(source), NUM_CHECKED_ROWS)]:
+            rows = list(islice(self.rows(source), NUM_CHECKED_ROWS + 1))
+            if not rows:
                 raise DataError(f"{source} is empty; it must hold at least one row")
+            missing = []
+            for place, row in rows:
+                try:
+                    self.to_prompt(place, row)
+                except MissingValueError as error:
+                    missing.append(error)
+            if len(missing) == len(rows) <= NUM_CHECKED_ROWS:
+                raise missing[0]
 
     def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
-        """One row as a prompt. Its id is a hash of the bare prompt: it survives another order and another template."""
-        raw = _field(row, self.prompt_field, place)
-        if isinstance(raw, str):
-            raw = [{"role": "user", "content": raw}]
+        """One row as a prompt. Its id is a hash of the bare conversation: it survives another order and another template.
+
+        Raises MissingValueError for a row without a value in one of the fields, DataError for a value of the wrong kind.
+        """
+        messages, tools, solution = self._conversation(place, row)
+        if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
+            said = str(messages[0]["content"])
+        else:
+            told = [{**message, "content": normalise(message["content"])} for message in messages]
+            said = json.dumps(conversation_facts(told, tools), sort_keys=True, ensure_ascii=False)
+        key = blake2b(normalise(said).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         try:
-            messages = [{"role": item["role"], "content": item["content"]} for item in raw]
-            question = messages[-1]["content"]
-        except (TypeError, KeyError, IndexError):
-            messages = []
-        if not messages or not all(isinstance(value, str) for item in messages for value in item.values()):
-            raise DataError(
-                f"{place}: field {self.prompt_field!r} is {brief(raw)}; it must be a string, or a list of messages with "
-                "role and content"
-            )
-        text = self.template.replace("{prompt}", question)
-        messages[-1] = {**messages[-1], "content": text}
+            references = None if self.reference_field is None else self._references(place, row)
+            if self.solution_field is not None:
+                solution = read_text(row, self.solution_field, place)
+            teacher = None if self.teacher_field is None else read_text(row, self.teacher_field, place)
+        except MissingValueError as error:
+            error.key = key
+            raise
+        asked = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
+        quoted = ""
+        if asked is not None:
+            quoted = messages[asked]["content"]
+            messages[asked] = {**messages[asked], "content": self.template.replace("{prompt}", quoted)}
+        elif self.template != "{prompt}":
+            raise DataError(f"{place}: the chat has no message of the user to put into task.template")
         if self.system is not None:
+            if any(message["role"] in SYSTEM_ROLES for message in messages):
+                raise DataError(f"{place}: the chat has a system message, and so has task.system; keep one")
             messages.insert(0, {"role": "system", "content": self.system})
-        reference = _optional_text(row, self.reference_field, place)
-        if reference is not None and self.reference_after is not None:
-            if self.reference_after not in reference:
-                raise DataError(f"{place}: field {self.reference_field!r} does not contain {self.reference_after!r}")
-            reference = reference.rpartition(self.reference_after)[2].strip()
-        digest = blake2b(normalise(question).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         return Prompt(
-            id=f"{self.name}/{digest}",
-            text=None if self.chat else text,
+            id=f"{self.name}/{key}",
+            text=None if self.chat else messages[0]["content"],
             messages=tuple(messages) if self.chat else None,
-            reference=None if reference is None else (reference,),
-            solution=_optional_text(row, self.solution_field, place),
-            teacher=_optional_text(row, self.teacher_field, place),
+            tools=tools,
+            quoted="" if self.chat else quoted,
+            reference=references,
+            solution=solution,
+            teacher=teacher,
         )
+
+    def _conversation(
+        self, place: str, row: Mapping[str, Any]
+    ) -> tuple[list[Message], tuple[Message, ...] | None, str | None]:
+        """The messages that the student answers, its tools, and the assistant's answer where the row ends with one."""
+        raw, solution = read_field(row, self.prompt_field, place, required=True), None
+        try:
+            messages = read_messages(raw)
+        except ValueError as error:
+            raise DataError(f"{place}: field {self.prompt_field!r}{error}") from error
+        where = f"{place}: the chat in field {self.prompt_field!r}"
+        if messages[-1]["role"] == "assistant":
+            answer = messages.pop()
+            if self.solution_field is not None:
+                raise DataError(f"{where} ends with the assistant, and task.solution_field names a solution; keep one")
+            if "tool_calls" not in answer:
+                thought = answer.get("reasoning_content")
+                solution = (
+                    answer["content"] if thought is None else f"<think>\n{thought}\n</think>\n\n{answer['content']}"
+                )
+        last = messages[-1]["role"] if messages else "assistant"
+        if last in ("assistant", *SYSTEM_ROLES):
+            raise DataError(f"{where} leaves nothing to answer: before its end comes {last!r}, not a user or a tool")
+        tools = None
+        try:
+            # a name that the recipe gives has to be there; the usual one is taken where it is
+            if (
+                self.chat
+                and self.tools_field is not None
+                and (self.tools_field in row or self.tools_field != TOOLS_FIELD)
+            ):
+                tools = read_tools(read_field(row, self.tools_field, place, required=True))
+        except MissingValueError:
+            pass
+        except ValueError as error:
+            raise DataError(
+                f"{place}: field {self.tools_field!r}{error}; where it holds no tools, set task.tools_field to null"
+            ) from error
+        if not self.chat and len(messages) > 1:
+            raise DataError(f"{where} has {len(messages)} messages, of which chat: false takes one; leave chat out")
+        return messages, tools, solution
+
+    def _references(self, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The accepted answers, each cut to what follows `reference_after`."""
+        field = str(self.reference_field)
+        try:
+            found = accepted_answers(read_field(row, field, place))
+        except ValueError as error:
+            raise DataError(f"{place}: field {field!r} is {str(error).replace('FIELD', field)}") from error
+        if self.reference_after is not None:
+            for text in found:
+                if self.reference_after not in text:
+                    raise DataError(f"{place}: field {field!r} does not contain {self.reference_after!r}")
+            found = [text.rpartition(self.reference_after)[2].strip() for text in found]
+        found = [text for text in dict.fromkeys(found) if text.strip()]
+        if not found:
+            raise MissingValueError(f"{place}: field {field!r} is empty")
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl(Records):
-    """The task `jsonl`: files of one JSON object per line, `.jsonl` or `.jsonl.gz`."""
+class File(Records):
+    """The task `file`, also `jsonl`: JSON, JSON lines, CSV, TSV, Parquet or Arrow, compressed (.gz, .zst, .bz2, .xz, .zip)
+    or not. A path is a file, a folder or a pattern."""
 
     path: str
     validation_path: str | None = None
@@ -173,30 +273,20 @@ class Jsonl(Records):
 
     @property
     def name(self) -> str:
-        path = Path(self.path)
-        stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        return f"{path.parent.name}/{stem}" if path.parent.name else stem
+        return bare_name(self.path)
 
     def sources(self) -> Mapping[str, str]:
         paths = {"train": self.path, "validation": self.validation_path, "test": self.test_path}
         return {split: path for split, path in paths.items() if path is not None}
 
     def rows(self, source: str) -> Iterator[Row]:
-        path = Path(source)
-        if not path.is_file():
-            siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = nearest(path.name, siblings) if siblings else f"there is no folder {path.parent}"
-            raise RecipeError(f"there is no file {path}; {hint}")
-        line_number = 0
-        try:
-            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-                for line_number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield f"{path}:{line_number}", _parse_line(line, f"{path}:{line_number}")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: not a whole gzip file, after line {line_number}: {error}") from error
-        except OSError as error:
-            raise RecipeError(f"cannot read {path}: {error}") from error
+        return read_rows(source)
+
+    def _stamp(self, source: str) -> object:
+        return _stamp(find_files(source))
+
+
+Jsonl = File
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,14 +313,16 @@ class Hub(Records):
         return {split: source for split, source in splits.items() if source is not None}
 
     def rows(self, source: str) -> Iterator[Row]:
-        from datasets import load_dataset
-
-        try:
-            data = load_dataset(self.dataset, self.config, split=source, revision=self.revision)
-        except Exception as error:  # the library raises a dozen unrelated types for what is wrong with a name
-            raise DataError(f"cannot load split {source!r} of data set {self.dataset!r}: {error}") from error
+        data = _open_split(self.dataset, self.config, source, self.revision, self._stamp(source))
         for number, row in enumerate(data):
-            yield f"{self.dataset}[{source}] row {number}", row
+            yield f"{self.dataset}[{source}] row {number}", padded(row)
+
+    def commit(self, source: str) -> str | None:
+        data = _open_split(self.dataset, self.config, source, self.revision, self._stamp(source))
+        return next(iter(_COMMIT.findall(" ".join(data.info.download_checksums or ()))), None)
+
+    def _stamp(self, source: str) -> object:
+        return _stamp(Path(self.dataset).rglob("*")) if self.is_local else None
 
     @property
     def is_local(self) -> bool:
@@ -246,12 +338,22 @@ class Hub(Records):
 
 
 @lru_cache(maxsize=8)
-def _load(task: Records, split: Split) -> tuple[Prompt, ...]:
-    task.check_split(split)
-    source = task.sources().get(split, task.sources()["train"])
-    found, seen = list[Prompt](), Counter[str]()
+def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tuple[Prompt, ...], Intake]:
+    """`stamp`: with another one the source is read anew."""
+    found, seen, digest = list[Prompt](), Counter[str](), blake2b(digest_size=16)
+    num_rows, skipped = 0, list[str]()
+    fields = (task.prompt_field, task.tools_field, task.reference_field, task.solution_field, task.teacher_field)
     for place, row in task.rows(source):
-        prompt = task.to_prompt(place, row)
+        num_rows += 1
+        said = [row.get(field, row.get(field.partition(".")[0])) for field in fields if field is not None]
+        digest.update(json.dumps(said, default=repr).encode() + b"\n")
+        try:
+            prompt = task.to_prompt(place, row)
+        except MissingValueError as error:
+            skipped.append(str(error))
+            # counted, so that a repetition keeps its id
+            seen[f"{task.name}/{error.key}"] += 1
+            continue
         if task.validation_share > 0 and split != "test":
             draw = hash_name(f"{task.seed}/validation/{problem_key(prompt)}") / 2**64
             if (draw < task.validation_share) != (split == "validation"):
@@ -262,78 +364,27 @@ def _load(task: Records, split: Split) -> tuple[Prompt, ...]:
         found.append(prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}"))
         if len(found) == task.limit:
             break
+    if skipped and len(skipped) == num_rows:
+        raise DataError(f"{skipped[0]}; none of the {num_rows} rows of {source} can be used")
     if not found:
         raise DataError(f"{source}: the {split} split is empty; it must hold at least one row")
-    return tuple(found)
+    examples = tuple(skipped[:NUM_SHOWN])
+    return tuple(found), Intake(source, num_rows, len(skipped), examples, digest.hexdigest(), task.commit(source))
 
 
-def problem_key(prompt: Prompt) -> str:
-    """The part of a prompt's id that names the problem, whatever data set, template or repetition it comes in."""
-    return prompt.id.rpartition("/")[2].partition("~")[0]
+@lru_cache(maxsize=4)
+def _open_split(dataset: str, config: str | None, split: str, revision: str | None, stamp: object) -> Any:
+    from datasets import load_dataset, load_from_disk
 
-
-def normalise(text: str) -> str:
-    """The text without letter case and white space, for comparing two prompts."""
-    return " ".join(text.casefold().split())
-
-
-def _field(row: Mapping[str, Any], field: str, place: str) -> Any:
-    """The value of a field, which may be nested: `a.b`."""
-    value: Any = row
-    for part in [field] if field in row else field.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            known = value if isinstance(value, Mapping) else row
-            raise DataError(f"{place}: no field {field!r}; fields: {', '.join(map(str, row))} ({nearest(part, known)})")
-        value = value[part]
-    return value
-
-
-def _optional_text(row: Mapping[str, Any], field: str | None, place: str) -> str | None:
-    if field is None:
-        return None
-    value = _field(row, field, place)
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    raise DataError(f"{place}: field {field!r} is {brief(value)}; it must be a string or a number")
-
-
-def _parse_line(line: bytes, place: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # the encoding, the syntax, ten thousand brackets
-        raise DataError(f"{place}: not a line of JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: {brief(row)} is not a JSON object; one line holds one object with named fields")
-    return row
+        if any((Path(dataset) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            data = load_from_disk(dataset)
+            return data[split] if isinstance(data, dict) else data
+        return load_dataset(dataset, config, split=split, revision=revision)
+    except Exception as error:  # the library raises a dozen unrelated types for what is wrong with a name
+        raise DataError(f"cannot load split {split!r} of data set {dataset!r}: {error}") from error
 
 
-def overlap(train: Sequence[Prompt], evaluation: Sequence[Prompt], limit: int | None = None) -> list[str]:
-    """Ids of the evaluation prompts that also stand in `train`, letter case, white space, typesetting and template aside.
-
-    Looks at the first `limit` training prompts only, where it is given: a computed task may have millions.
-    """
-    keys = {key for prompt in islice(train, limit) for key in _keys(prompt)}
-    return [prompt.id for prompt in evaluation if not keys.isdisjoint(_keys(prompt))]
-
-
-def overlap_message(ids: Sequence[str], num_evaluation: int) -> str:
-    """One sentence for the console and the report. `ids` as `overlap` returns them."""
-    if not ids:
-        return f"none of the {num_evaluation} evaluation prompts is in the training data"
-    examples = ", ".join(ids[:NUM_EXAMPLES]) + (", ..." if len(ids) > NUM_EXAMPLES else "")
-    return (
-        f"{len(ids)} of {num_evaluation} evaluation prompts are also in the training data ({examples}): the accuracy "
-        "measures memory too; remove them from one side"
-    )
-
-
-def num_repeated(prompts: Sequence[Prompt]) -> int:
-    """How many prompts repeat an earlier one of the sequence."""
-    return len(prompts) - len({problem_key(prompt) for prompt in prompts})
-
-
-def _keys(prompt: Prompt) -> tuple[str, str]:
-    """The problem as its id names it (without a template) and the wording as the model sees it."""
-    users = [message["content"] for message in prompt.messages or () if message["role"] == "user"]
-    text = prompt.text if prompt.text is not None else "\n".join(users)
-    return problem_key(prompt), _TYPESETTING.sub("", text.casefold()) or normalise(text)
+def _stamp(paths: Iterable[Path]) -> object:
+    found = sorted((str(path), path.stat()) for path in paths if path.is_file())
+    return tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found)

@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.tasks.records import Hub, Jsonl, Records, normalise, problem_key
+from understudy.errors import RecipeError
+from understudy.tasks.base import Intake
+from understudy.tasks.overlap import normalise, problem_key, wording
+from understudy.tasks.records import File, Hub, Records
 from understudy.types import Prompt, Sampling
 
 Find = Callable[[Prompt], Sequence[str]]
@@ -48,6 +51,11 @@ class ResponseSection(ABC):
         """Whether they are kept in the run directory."""
         return False
 
+    @property
+    def intake(self) -> Intake | None:
+        """What was read, once all responses are; None where nothing is."""
+        return None
+
     def kept_in(self, folder: Path) -> ResponseSection:
         """The section with everything that it writes in `folder`."""
         return self
@@ -80,8 +88,9 @@ class RowResponses(ResponseSection):
     """Responses in rows of data, each beside its problem. Several rows may answer one prompt."""
 
     prompt_field: str
-    """The bare problem, or a chat whose last message is it; a field may be nested, `a.b`."""
-    response_field: str
+    """The bare problem, or a chat; a field may be nested, `a.b`."""
+    response_field: str | None = None
+    """None: the assistant's turn that ends the chat."""
 
     @property
     @abstractmethod
@@ -97,38 +106,43 @@ class RowResponses(ResponseSection):
         self.rows.check_files()
         return super().check()
 
+    @property
+    def intake(self) -> Intake:
+        return self.rows.intake("train")
+
     def find(self) -> Find:
-        data = self.rows
+        rows = self.rows.prompts("train")
+        if all(row.solution is None for row in rows):
+            raise RecipeError(f"no row of {self.shown} has a response; give responses.response_field")
         found: dict[str, list[str]] = {}
-        for place, fields in data.rows(data.sources()["train"]):
-            row = data.to_prompt(place, fields)
+        for row in rows:
             texts = found.setdefault(problem_key(row), [])
             if row.solution is not None and row.solution not in texts:
                 texts.append(row.solution)
             # the same list under its wording: computed tasks name their problems themselves
-            found[normalise(row.text or "")] = texts
+            if len(row.messages or ()) == 1 and (asked := wording(row)) is not None:
+                found.setdefault(normalise(asked), texts)
 
         def find(prompt: Prompt) -> Sequence[str]:
-            wording = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
-            keys = problem_key(prompt), normalise(wording or "")
+            keys = problem_key(prompt), normalise(wording(prompt) or "")
             return next((found[key] for key in keys if key in found), ())
 
         return find
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlResponses(RowResponses):
-    """Type `jsonl`: a file of one JSON object per line, `.jsonl` or `.jsonl.gz`."""
+class FileResponses(RowResponses):
+    """Type `file`, also `jsonl`: a file, a folder or a pattern, of the kinds that the task `file` reads."""
 
     path: str
 
     @property
     def shown(self) -> str:
-        return f"{self.path} ({self.response_field})"
+        return f"{self.path} ({self.response_field or self.prompt_field})"
 
     @property
-    def rows(self) -> Jsonl:
-        return Jsonl(path=self.path, prompt_field=self.prompt_field, solution_field=self.response_field, chat=False)
+    def rows(self) -> File:
+        return File(path=self.path, prompt_field=self.prompt_field, solution_field=self.response_field)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +157,7 @@ class HubResponses(RowResponses):
 
     @property
     def shown(self) -> str:
-        return f"{self.dataset}[{self.split}] ({self.response_field})"
+        return f"{self.dataset}[{self.split}] ({self.response_field or self.prompt_field})"
 
     @property
     def rows(self) -> Hub:
@@ -154,5 +168,4 @@ class HubResponses(RowResponses):
             revision=self.revision,
             prompt_field=self.prompt_field,
             solution_field=self.response_field,
-            chat=False,
         )

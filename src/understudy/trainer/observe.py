@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from understudy.eval.summary import EvalSummary, prompt_text
+from understudy.eval.summary import EvalSummary
 from understudy.lazy import Tensor, torch
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected
@@ -103,7 +103,7 @@ def nonfinite_record(sample: Sample) -> dict[str, object]:
     return {
         "prompt_id": sample.prompt.id,
         "index": sample.index,
-        "prompt": prompt_text(sample.prompt),
+        "prompt": sample.prompt.conversation,
         "response": sample.text,
         "finish": sample.finish,
         "prompt_length": sample.prompt_length,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from understudy.teachers.base import ScoreForm, TeacherSection
-from understudy.types import Need, Prompt, Sample, Verdict
+from understudy.types import Need, Sample, Verdict
 
 DIGITS = tuple("0123456789")
 SIGNAL_BYTES: dict[ScoreForm, int] = {"argmax": 1, "expectation": 40}
@@ -104,7 +104,7 @@ class Wording:
 
         Of several turns the judge reads all messages, and the steps are those of the student's messages.
         """
-        problem = problem_text(sample.prompt)
+        problem = sample.prompt.conversation
         if not steps:
             return [_fill(self.whole, {"problem": problem, "response": sample.conversation})]
         before: list[str] = []
@@ -174,15 +174,6 @@ def _fill(template: str, values: dict[str, str]) -> Question:
 def as_text(question: Question) -> str:
     """Returns the question as one text."""
     return "".join(piece.text for piece in question)
-
-
-def problem_text(prompt: Prompt) -> str:
-    """Returns the text of a prompt; a chat of several messages with their roles."""
-    if prompt.messages is None:
-        return prompt.text or ""
-    if len(prompt.messages) == 1:
-        return prompt.messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
 
 
 def read_digit(text: str) -> int | None:

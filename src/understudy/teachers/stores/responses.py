@@ -23,7 +23,7 @@ from understudy.errors import CheckpointError, DataError, RecipeError, TemplateE
 from understudy.lazy import Tensor, torch
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import Renderer
-from understudy.tasks.responses import Find, HubResponses, JsonlResponses, ResponseSection, Solutions
+from understudy.tasks.responses import FileResponses, Find, HubResponses, ResponseSection, Solutions
 from understudy.teachers.stores.cache import Claims
 from understudy.types import Prompt, Request, Sampling
 
@@ -85,7 +85,8 @@ class TeacherResponses(ResponseSection):
 
 RESPONSES: Mapping[str, type[ResponseSection]] = {
     "solutions": Solutions,
-    "jsonl": JsonlResponses,
+    "file": FileResponses,
+    "jsonl": FileResponses,
     "hub": HubResponses,
     "teacher": TeacherResponses,
 }

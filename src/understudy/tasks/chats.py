@@ -1,0 +1,155 @@
+"""Rows as chats: messages of OpenAI and ShareGPT, tool calls and tools, in the one shape that chat templates take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from understudy.config import brief
+from understudy.tasks.rows import without_nulls
+
+Message = dict[str, Any]
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+"""Roles of ShareGPT and of older interfaces -> those that chat templates know. Others stay as they are."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+SYSTEM_ROLES = ("system", "developer")
+
+
+def read_messages(value: object) -> list[Message]:
+    """A field of a row as messages: role, content (a string), and what else a message has that is not null.
+
+    A string is a user's message, unless it is a list of messages as JSON. Tool calls are brought into OpenAI's form with
+    their arguments as a mapping. Raises ValueError for what is no chat; its text goes
+    on behind the name of the field.
+    """
+    if isinstance(value, str):
+        value = _chat_in(value) or [{"role": "user", "content": value}]
+    if isinstance(value, Mapping):
+        value = _transposed(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f" is {brief(value)}; it must be a string, or a list of messages with role and content")
+    return [_read_message(item, f", message {number}") for number, item in enumerate(value, start=1)]
+
+
+def read_tools(value: object) -> tuple[Message, ...] | None:
+    """A field of a row as schemas of tools, without nulls; None for none. JSON in strings is read. Raises ValueError."""
+    value = _from_json(value or None, "")
+    if not value:
+        return None
+    if not isinstance(value, list | tuple):
+        raise ValueError(f" is {brief(value)}; it must be a list of tools")
+    tools = []
+    for number, item in enumerate(value, start=1):
+        tool = without_nulls(_from_json(item, f", tool {number}"))
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f", tool {number} is {brief(item)}; it must be an object with a name")
+        if "parameters" in function:
+            function["parameters"] = without_nulls(_from_json(function["parameters"], f", parameters of tool {number}"))
+        tools.append(tool)
+    return tuple(tools)
+
+
+def conversation_facts(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[object]:
+    """What makes one conversation another: roles, contents, reasoning, calls, tools; the ids of calls are arbitrary."""
+    said = [
+        [message["role"], message["content"], message.get("reasoning_content"), message.get("name")]
+        + [call.get("function", call) for call in message.get("tool_calls", ())]
+        for message in messages
+    ]
+    return [said, list(tools or ())]
+
+
+def _read_message(item: object, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"{where} is {brief(item)}; it must have role and content")
+    said = {key: value for key, value in item.items() if value is not None}
+    if "from" in said and "role" not in said:
+        said = {"role": said.pop("from"), "content": said.pop("value", None)} | said
+    role, content = said.pop("role", None), said.pop("content", None)
+    if not isinstance(role, str):
+        raise ValueError(f"{where} is {brief(item)}; it must have role and content")
+    if role == "function_call":
+        said["tool_calls"], content = content, None
+    if "function_call" in said:
+        said["tool_calls"] = [said.pop("function_call")]
+    calls = _read_calls(said.pop("tool_calls", None), where)
+    if isinstance(content, list | tuple):
+        content = "".join(_read_part(part, where) for part in content)
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"{where} ({role}) has the content {brief(content)}; it must be a string")
+    return {"role": _ROLES.get(role, role), "content": content, **said} | ({"tool_calls": calls} if calls else {})
+
+
+def _read_part(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping):
+        kind = part.get("type", "text")
+        if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            return str(part["text"])
+        if kind not in _TEXT_PARTS:
+            raise ValueError(f"{where} has a part of type {kind!r}; only text is read")
+    raise ValueError(f"{where} has the part {brief(part)}; it must be a text, or an object with type and text")
+
+
+def _read_calls(value: object, where: str) -> list[Message]:
+    value = _from_json(value, f"{where}, tool calls")
+    value = [value] if isinstance(value, Mapping) else value or []
+    calls: list[Message] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        call = {key: part for key, part in item.items() if part is not None} if isinstance(item, Mapping) else {}
+        function = call.pop("function", None) or {key: call.pop(key) for key in ("name", "arguments") if key in call}
+        arguments = _from_json(function.get("arguments") or {}, f"{where}, arguments of a tool call")
+        if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"{where} has the tool call {brief(item)}; it must have a name, and arguments as an object"
+            )
+        # nulls among the arguments stay: rows of a columnar format come without theirs
+        function = {key: part for key, part in function.items() if part is not None}
+        calls.append({"type": "function", **call, "function": function | {"arguments": dict(arguments)}})
+    return calls
+
+
+def _from_json(value: object, where: str) -> Any:
+    """The value, or what it holds as JSON where it is a string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is {brief(value)}, which is not JSON: {error}") from error
+
+
+def _chat_in(text: str) -> Any:
+    """The messages that a string holds as JSON, which a table of text has for chats; None where it is no chat."""
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_chat = all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in value)
+    return value if is_chat else None
+
+
+def _transposed(columns: Mapping[str, Any]) -> object:
+    """Messages of one list for each key, as `datasets` writes a `Sequence` of objects; anything else stays."""
+    values = list(columns.values())
+    if not columns or not all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
+        return columns
+    return [dict(zip(columns, item, strict=True)) for item in zip(*values, strict=True)]

@@ -1,0 +1,71 @@
+"""Values of a row's fields: the one that a name stands for, whether there is one, and the answers in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from understudy.config import brief
+from understudy.errors import DataError, nearest
+
+
+class MissingValueError(DataError):
+    """A row has nothing in a field that the recipe names, so it is left out. `key` is its problem's, where it has one."""
+
+    key: str | None = None
+
+
+def accepted_answers(value: object) -> list[str]:
+    """The texts of an answer, or of all answers in a list: nulls are left out, numbers and booleans spelled as people do.
+
+    Raises ValueError for what is no answer.
+    """
+    if is_missing(value):
+        return []
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in accepted_answers(item)]
+    if isinstance(value, bool):
+        return ["true", "True", "yes", "Yes"] if value else ["false", "False", "no", "No"]
+    if isinstance(value, str | int):
+        return [str(value)]
+    if isinstance(value, float | Decimal):
+        # 1e-07 as 0.0000001; a column of whole numbers with one gap comes as 12.0
+        text = format(Decimal(str(value)), "f")
+        return [text.removesuffix(".0"), text]
+    hint = f"; name a part of it with a dot: FIELD.{next(iter(value))}" if isinstance(value, dict) and value else ""
+    raise ValueError(f"{brief(value)}; it must be a string, a number, true or false, or a list of them{hint}")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN, an empty text or list."""
+    return value is None or value in ("", []) or (isinstance(value, float) and math.isnan(value))
+
+
+def read_field(row: Mapping[str, Any], field: str, place: str, *, required: bool = False) -> Any:
+    """The value of a field, which may be nested: `a.b`. Raises MissingValueError where there is none.
+
+    A row without such a field is a DataError if it is `required`, or if the row has one of nearly the same name.
+    """
+    value: Any = row
+    for part in [field] if field in row else field.split("."):
+        if value is None:
+            break
+        if not isinstance(value, Mapping) or part not in value:
+            known = value if isinstance(value, Mapping) else row
+            hint = nearest(part, known)
+            kind = DataError if required or hint.startswith("did you mean") else MissingValueError
+            raise kind(f"{place}: no field {field!r}; fields: {', '.join(map(str, row))} ({hint})")
+        value = value[part]
+    if is_missing(value):
+        raise MissingValueError(f"{place}: field {field!r} is {'null' if value is None else brief(value)}")
+    return value
+
+
+def read_text(row: Mapping[str, Any], field: str, place: str) -> str:
+    """A string or a number of a row as text. Raises as `read_field`, and DataError for anything else."""
+    value = read_field(row, field, place)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"{place}: field {field!r} is {brief(value)}; it must be a string or a number")

@@ -1,0 +1,231 @@
+"""Rows of files: JSON, JSON lines, CSV, TSV, Parquet and Arrow, compressed or not; one file, a folder, or a pattern.
+
+JSON and CSV are read here and not through a columnar format, which would fill rows up with nulls, read "007" as 7, and
+know no line numbers.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import glob
+import gzip
+import io
+import json
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from understudy.config import brief
+from understudy.errors import DataError, RecipeError, nearest
+
+Row = tuple[str, Mapping[str, Any]]
+"""The place of the row (file and line), and its fields."""
+
+_SPLIT_WORDS = re.compile(r"(?:^|[^a-z])(train|test|val|valid|validation|dev|eval)(?:[^a-z]|$)")
+_CSV_NULLS = ("", "nan", "null", "<na>")
+"""Cells, in any letter case, by which programs write a missing value."""
+_SURPLUS = "\0"
+"""Key of the cells of a row that has more than the first line: no name has this character."""
+_CSV_MAX_CHARS = 2**31 - 1
+"""Of one cell; Python's own limit is 131,072."""
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    import pyarrow as pa
+
+    # pyarrow brings the codec, which Python has from 3.14 on
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
+def _open_zip(path: Path) -> IO[bytes]:
+    archive = zipfile.ZipFile(path)
+    names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+    if len(names) != 1:
+        raise RecipeError(f"{path} holds {len(names)} files; unpack it, and name the one that is meant")
+    return archive.open(names[0])
+
+
+_OPENERS: Mapping[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+    ".zip": _open_zip,
+}
+"""Suffix of a compressed file -> how its bytes are read."""
+_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+"""What the decompressors raise for a file that is damaged or cut off."""
+
+
+def find_files(source: str) -> list[Path]:
+    """The files that a path, a folder or a pattern (`data/train-*.parquet`) stands for, sorted.
+
+    Raises RecipeError where there are none, and for a folder with files of several kinds or splits.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(item for item in path.iterdir() if item.is_file() and _kind(item) is not None)
+        if not found:
+            raise RecipeError(f"{path} has no file that can be read; known: {', '.join(_READERS)}")
+        words = [match[1] for item in found if (match := _SPLIT_WORDS.search(item.name.lower()))]
+        for several in (sorted({str(_kind(item)) for item in found}), sorted(set(words))):
+            if len(several) > 1:
+                raise RecipeError(
+                    f"{path} holds files of several kinds or splits ({', '.join(several)}); name those that are meant, "
+                    f"for example {path}/*{several[0]}*"
+                )
+        return found
+    found = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
+    if found:
+        return found
+    if glob.has_magic(source):
+        raise RecipeError(f"no file matches {source}")
+    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, siblings) if siblings else f"there is no folder {path.parent}"
+    raise RecipeError(f"there is no file {path}; {hint}")
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of all files that `source` stands for, in order, each with its place.
+
+    Raises RecipeError for a missing or unreadable file and an unknown kind, DataError for a damaged one.
+    """
+    for path in find_files(source):
+        # a file with another suffix, or none, is taken for JSON lines
+        read, place = _READERS.get(_kind(path) or "", _read_json), "its start"
+        try:
+            with _OPENERS.get(path.suffix.lower(), _open_plain)(path) as file:
+                for place, row in read(file, path):
+                    yield place, row
+        except _BROKEN as error:
+            packed = "gzip" if path.suffix.lower() == ".gz" else path.suffix.lower()[1:]
+            raise DataError(f"{path}: not a whole {packed} file, after {place}: {error}") from error
+        except OSError as error:
+            raise RecipeError(f"cannot read {path}: {error}") from error
+
+
+def bare_name(source: str) -> str:
+    """Folder and name of a file without its suffixes, for people to read: "gsm8k/train"."""
+    path = Path(source)
+    name = path.name
+    for suffix in (path.suffix, Path(path.stem).suffix):
+        if suffix.lower() in {*_OPENERS, *_READERS}:
+            name = name.removesuffix(suffix)
+    return f"{path.parent.name}/{name}" if path.parent.name else name
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys whose value is null, at any depth: a columnar format writes every key into every row."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def padded(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a columnar format without the nulls inside its fields; a field that is null itself stays."""
+    return {key: without_nulls(value) for key, value in row.items()}
+
+
+def _kind(path: Path) -> str | None:
+    """The suffix that says how a file is read, without that of its compression; None: it is not read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _OPENERS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
+
+
+def _open_plain(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _read_json(file: IO[bytes], path: Path) -> Iterator[Row]:
+    """One object a line, or one array of objects."""
+    is_first = True
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        if is_first and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            rows = _parse(line + file.read(), f"{path}: not an array of JSON")
+            for index, row in enumerate(rows):
+                yield f"{path} row {index}", _object(row, f"{path} row {index}")
+            return
+        is_first, place = False, f"{path}:{number}"
+        yield place, _object(_parse(line, f"{place}: not a line of JSON"), place)
+
+
+def _parse(text: bytes, complaint: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # the encoding, the syntax, ten thousand brackets
+        raise DataError(f"{complaint}: {error}") from error
+
+
+def _object(row: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: {brief(row)} is not a JSON object; a row is one object with named fields")
+    return row
+
+
+def _read_csv(file: IO[bytes], path: Path) -> Iterator[Row]:
+    """Cells are text, as they are written; the first line names the fields."""
+    csv.field_size_limit(_CSV_MAX_CHARS)
+    delimiter = "\t" if _kind(path) == ".tsv" else ","
+    reader = csv.DictReader(
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), restkey=_SURPLUS, strict=True, delimiter=delimiter
+    )
+    try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}: the first line names a field twice: {', '.join(names)}")
+        for row in reader:
+            place = f"{path}:{reader.line_num}"
+            if _SURPLUS in row:
+                raise DataError(f"{place}: more cells than the {len(names)} fields that the first line names")
+            yield place, {key: None if (cell or "").casefold() in _CSV_NULLS else cell for key, cell in row.items()}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not {_kind(path)}, after line {reader.line_num}: {error}") from error
+
+
+def _read_columns(file: IO[bytes], path: Path) -> Iterator[Row]:
+    """Parquet, or Arrow as a file or a stream."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # both are read from their end; a compressed one, which is rare, is taken into memory
+    data = pa.BufferReader(file.read()) if path.suffix.lower() in _OPENERS else str(path)
+    try:
+        if _kind(path) == ".parquet":
+            batches = pq.ParquetFile(data).iter_batches()
+        else:
+            source = pa.memory_map(data) if isinstance(data, str) else data
+            try:
+                batches = pa.ipc.open_stream(source)
+            except pa.ArrowInvalid:
+                opened = pa.ipc.open_file(source)
+                batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for index, row in enumerate(rows):
+            yield f"{path} row {index}", padded(row)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a whole {_kind(path)} file: {error}") from error
+
+
+_READERS: Mapping[str, Callable[[IO[bytes], Path], Iterator[Row]]] = {
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_columns,
+    ".arrow": _read_columns,
+}
+"""Suffix of a file, that of its compression aside -> how its rows are read."""

@@ -1,0 +1,423 @@
+"""What users bring: kinds of files, forms of chats, missing values, several answers; and what is done with each."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from understudy.errors import DataError, RecipeError
+from understudy.tasks import File, Hub, overlap
+from understudy.tasks.fields import accepted_answers
+from understudy.tasks.overlap import problem_key
+from understudy.tasks.responses import FileResponses
+from understudy.types import Prompt
+
+ROWS = [{"q": 'a, "quoted"\nline', "a": "007"}, {"q": "ü", "a": "0.10"}]
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def zipped(data: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("rows.jsonl", data)
+    return out.getvalue()
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def arrow(rows: list[dict[str, Any]], opened: Callable[..., Any] = pa.ipc.new_file) -> bytes:
+    table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+    with opened(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+CSV = 'q,a\n"a, ""quoted""\nline",007\nü,0.10\n'
+FILES: dict[str, bytes] = {
+    "rows.jsonl": lines(ROWS),
+    "rows": lines(ROWS),
+    "rows.json": json.dumps(ROWS, indent=1).encode(),
+    "lines.json": lines(ROWS),
+    "bom.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
+    "rows.csv": CSV.encode(),
+    "excel.csv": b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").replace('""\r\nline', '""\nline').encode(),
+    "rows.tsv": CSV.replace("q,a", "q\ta").replace('",007', '"\t007').replace("ü,", "ü\t").encode(),
+    "rows.parquet": parquet(ROWS),
+    "file.arrow": arrow(ROWS),
+    "stream.arrow": arrow(ROWS, pa.ipc.new_stream),
+    "rows.jsonl.gz": gzip.compress(lines(ROWS)),
+    "rows.jsonl.zst": zstd(lines(ROWS)),
+    "rows.json.xz": lzma.compress(json.dumps(ROWS).encode()),
+    "rows.csv.bz2": bz2.compress(CSV.encode()),
+    "rows.jsonl.zip": zipped(lines(ROWS)),
+    "ROWS.CSV.GZ": gzip.compress(CSV.encode()),
+    "rows.parquet.zst": zstd(parquet(ROWS)),
+}
+
+
+def task_of(path: Path, rows: list[dict[str, Any]] | None = None, **settings: Any) -> File:
+    if rows is not None:
+        path.write_bytes(lines(rows))
+    return File(path=str(path), **({"prompt_field": "q"} | settings))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    task = task_of(tmp_path / name, reference_field="a")
+    task.check_files()
+    prompts = task.prompts("train")
+    assert [prompt.messages[0]["content"] for prompt in prompts if prompt.messages] == [row["q"] for row in ROWS]
+    assert [prompt.reference for prompt in prompts] == [("007",), ("0.10",)]
+    intake = task.intake("train")
+    assert (intake.num_rows, intake.num_skipped) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("r.json", b'[{"q": "a"}, ', r"r\.json: not an array of JSON: "),
+        ("r.json", b'[{"q": "a"}, 3]', r"r\.json row 1: 3 is not a JSON object"),
+        ("r.csv", b'q,a\n"cut off', r"r\.csv: not \.csv, after line 1: unexpected end of data"),
+        ("r.csv", b"q,a\n1,2,3\n", r"r\.csv:2: more cells than the 2 fields"),
+        ("r.csv", b"q,q\n1,2\n", r"names a field twice: q, q"),
+        ("r.csv", b"q\n\xff\xfe\n", r"r\.csv: not \.csv, after line 0: 'utf-8'"),
+        ("r.parquet", b"PAR1", r"r\.parquet: not a whole \.parquet file"),
+        ("r.arrow", b"", r"r\.arrow: not a whole \.arrow file"),
+        ("r.jsonl.bz2", bz2.compress(lines(ROWS))[:-8], r"not a whole bz2 file, after "),
+        ("r.jsonl.xz", b"no", r"not a whole xz file, after its start"),
+        ("r.jsonl.zip", b"no", r"not a whole zip file"),
+        ("r.xlsx", b"PK\x03\x04\xff", r"r\.xlsx:1: not a line of JSON"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        task_of(tmp_path / name).prompts("train")
+
+
+def test_a_folder_and_a_pattern(tmp_path: Path) -> None:
+    for split, texts in {"train-0": "ab", "train-1": "c", "test-0": "d"}.items():
+        (tmp_path / f"{split}.parquet").write_bytes(parquet([{"q": text} for text in texts]))
+    (tmp_path / "README.md").write_text("# rows")
+    with pytest.raises(RecipeError, match=r"files of several kinds or splits \(test, train\); name those"):
+        task_of(tmp_path).prompts("train")
+    assert len(task_of(tmp_path / "train-*.parquet").prompts("train")) == 3
+    (tmp_path / "test-0.parquet").unlink()
+    assert len(task_of(tmp_path).prompts("train")) == 3
+    (tmp_path / "more.csv").write_text("q\nd\n")
+    with pytest.raises(RecipeError, match=r"several kinds or splits \(\.csv, \.parquet\)"):
+        task_of(tmp_path).prompts("train")
+    with pytest.raises(RecipeError, match="no file matches"):
+        task_of(tmp_path / "dev-*.parquet").check_files()
+    (tmp_path / "none").mkdir()
+    with pytest.raises(RecipeError, match="no file that can be read"):
+        task_of(tmp_path / "none").check_files()
+
+
+def test_a_data_set_that_was_saved_to_disk(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        assert len(Hub(dataset=str(tmp_path / name), prompt_field="q").prompts("train")) == 2
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    task = task_of(tmp_path / "r.jsonl", [{"q": "a"}])
+    before = task.intake("train")
+    assert task_of(tmp_path / "r.jsonl", [{"q": "b"}, {"q": "c"}]) == task
+    assert (before.num_rows, task.intake("train").num_rows) == (1, 2)
+    assert before.digest != task.intake("train").digest
+
+
+# Missing values
+
+
+@pytest.mark.parametrize("answer", ["null", "NaN", '""', "[]", "[null]", None])
+def test_a_row_without_an_answer_is_left_out_and_counted(tmp_path: Path, answer: str | None) -> None:
+    """The others keep their ids and splits: "b" is the second row of its kind with and without the first."""
+    given = "" if answer is None else f', "a": {answer}'
+    first = '{"q": "b"' + given + "}\n"
+    (tmp_path / "r.jsonl").write_text(first + '{"q": "b", "a": "1"}\n{"q": "c", "a": "2"}\n')
+    task = task_of(tmp_path / "r.jsonl", reference_field="a")
+    task.check_files()
+    full = task_of(tmp_path / "full.jsonl", [{"q": "b", "a": "0"}, {"q": "b", "a": "1"}, {"q": "c", "a": "2"}])
+    ids = [prompt.id.partition("/")[2].partition("/")[2] for prompt in full.prompts("train")]
+    assert [prompt.id.partition("/")[2].partition("/")[2] for prompt in task.prompts("train")] == ids[1:]
+    intake = task.intake("train")
+    assert (intake.num_rows, intake.num_skipped) == (3, 1)
+    assert intake.skipped[0].startswith(f"{tmp_path}/r.jsonl:1: ")
+    assert "'a'" in intake.skipped[0]
+
+
+def test_missing_values_of_tables(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("q,a\nx,1\ny,\nz,NaN\n,4\n")
+    (tmp_path / "r.parquet").write_bytes(
+        parquet([{"q": "x", "a": 1.0}, {"q": "y", "a": None}, {"q": "z", "a": float("nan")}, {"q": None, "a": 4.0}])
+    )
+    for name, reference in (("r.csv", ("1",)), ("r.parquet", ("1", "1.0"))):
+        task = task_of(tmp_path / name, reference_field="a")
+        assert [prompt.reference for prompt in task.prompts("train")] == [reference]
+        assert task.intake("train").num_skipped == 3
+
+
+def test_rows_that_are_all_without_a_value_are_refused(tmp_path: Path) -> None:
+    task = task_of(tmp_path / "r.jsonl", [{"q": "b", "answer": "1"}], reference_field="answers")
+    for call in (task.check_files, lambda: task.prompts("train")):
+        with pytest.raises(
+            DataError, match=r"r\.jsonl:1: no field 'answers'; fields: q, answer .*did you mean 'answer'"
+        ):
+            call()
+    rows = [{"q": "b", "a": None}] * 20
+    with pytest.raises(DataError, match="none of the 20 rows of .* can be used"):
+        task_of(tmp_path / "r.jsonl", rows, reference_field="a").prompts("train")
+
+
+# Accepted answers
+
+
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        ("1", ["1"]),
+        (7, ["7"]),
+        (12.0, ["12", "12.0"]),
+        (1e-07, ["0.0000001"]),
+        (True, ["true", "True", "yes", "Yes"]),
+        (["Jon", "John", None], ["Jon", "John"]),
+        ([["a", "b"], ["c"]], ["a", "b", "c"]),
+        ([1, 1, 0.5], ["1", "1", "0.5"]),
+    ],
+)
+def test_accepted_answers(value: object, answers: list[str]) -> None:
+    assert list(dict.fromkeys(accepted_answers(value))) == list(dict.fromkeys(answers))
+
+
+def test_several_answers_are_graded(tmp_path: Path) -> None:
+    rows = [{"q": "Who?", "a": {"value": "Jon Snow", "aliases": ["John Snow", "Aegon"]}}, {"q": "1+1?", "a": 2}]
+    rows[1]["a"] = {"aliases": [2, "two"]}
+    task = task_of(tmp_path / "r.jsonl", rows, reference_field="a.aliases", verifier="exact")
+    who, sums = task.prompts("train")
+    assert [task.grade(who, text).right for text in ("Aegon", "John Snow", "Jon")] == [True, True, False]
+    assert [task.grade(sums, text).right for text in ("2", "two", "3")] == [True, True, False]
+    rows = [{"q": "x", "a": ["so #### 1", "or #### 2"]}]
+    marked = task_of(tmp_path / "m.jsonl", rows, reference_field="a", reference_after="####")
+    assert marked.prompts("train")[0].reference == ("1", "2")
+
+
+# Chats
+
+USER, SYSTEM, ASSISTANT = ({"role": role, "content": role} for role in ("user", "system", "assistant"))
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def chat(tmp_path: Path, *messages: Any, tools: Any = None, **settings: Any) -> Prompt:
+    row = {"q": list(messages)} | ({} if tools is None else {"tools": tools})
+    return task_of(tmp_path / "chat.jsonl", [row], **settings).prompts("train")[0]
+
+
+def test_the_last_turn_of_the_assistant_is_the_solution(tmp_path: Path) -> None:
+    prompt = chat(
+        tmp_path,
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+        template="{prompt}\nThink.",
+        system="Be brief.",
+    )
+    assert prompt.messages == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2+2?\nThink."},
+    )
+    assert prompt.solution == "4"
+    plain = task_of(tmp_path / "p.jsonl", [{"q": "2+2?"}]).prompts("train")[0]
+    assert problem_key(prompt) == problem_key(plain)
+    thought = chat(tmp_path, USER, ASSISTANT | {"reasoning_content": "hm"})
+    assert thought.solution == "<think>\nhm\n</think>\n\nassistant"
+    called = chat(tmp_path, USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]})
+    assert (called.messages, called.solution) == ((USER,), None)
+
+
+def test_wording_goes_around_the_last_message_of_the_user(tmp_path: Path) -> None:
+    result = {"role": "tool", "content": "4", "tool_call_id": "1"}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    prompt = chat(tmp_path, USER, called, result, tools=[TOOL], template="<{prompt}>")
+    assert prompt.messages == ({"role": "user", "content": "<user>"}, called, result)
+    assert (prompt.tools, prompt.solution) == ((TOOL,), None)
+
+
+@pytest.mark.parametrize(
+    ("messages", "settings", "message"),
+    [
+        ([USER, ASSISTANT, ASSISTANT], {}, "leaves nothing to answer: before its end comes 'assistant'"),
+        ([ASSISTANT], {}, "leaves nothing to answer"),
+        ([USER, SYSTEM], {}, "leaves nothing to answer: before its end comes 'system'"),
+        ([USER, ASSISTANT], {"solution_field": "s"}, "ends with the assistant, and task.solution_field"),
+        ([SYSTEM, USER], {"system": "x"}, "the chat has a system message, and so has task.system; keep one"),
+        (
+            [{"role": "tool", "content": "4"}],
+            {"template": "{prompt}!"},
+            "no message of the user to put into task.template",
+        ),
+        ([SYSTEM, USER], {"chat": False}, "has 2 messages, of which chat: false takes one"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], {}, "a part of type 'image_url'"),
+        ([{"role": "user", "content": 3}], {}, r"message 1 \(user\) has the content 3"),
+        ([{"content": "x"}], {}, "message 1 is .*must have role and content"),
+        (["x"], {}, "message 1 is 'x'"),
+        (
+            [USER, {"role": "assistant", "content": "", "tool_calls": ["add"]}, USER],
+            {},
+            "message 2 has the tool call 'add'",
+        ),
+        ([USER, {"from": "function_call", "value": "add("}], {}, "tool calls is 'add.', which is not JSON"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered_is_refused(
+    tmp_path: Path, messages: list[Any], settings: dict[str, Any], message: str
+) -> None:
+    row = {"q": messages, "s": "1"}
+    with pytest.raises(DataError, match=rf"chat\.jsonl:1: .*{message}"):
+        task_of(tmp_path / "chat.jsonl", [row], **settings).prompts("train")
+
+
+@pytest.mark.parametrize("tools", ["{", [3], {"add": {}}, ["{}"], [{"type": "function"}]])
+def test_tools_that_are_none_are_refused(tmp_path: Path, tools: Any) -> None:
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: field 'tools'.*set task\.tools_field to null"):
+        chat(tmp_path, USER, tools=tools)
+    assert chat(tmp_path, USER, tools=tools, tools_field=None).tools is None
+    with pytest.raises(DataError, match="no field 'function'"):
+        chat(tmp_path, USER, tools=tools, tools_field="function")
+
+
+PLAIN = ({"role": "system", "content": "system"}, {"role": "user", "content": "a b"})
+FORMS: dict[str, Any] = {
+    "openai": [SYSTEM, {"role": "user", "content": "a b"}],
+    "padded": [
+        {"role": "system", "content": "system", "tool_calls": None, "name": None},
+        {"role": "user", "content": "a b", "reasoning_content": None},
+    ],
+    "parts": [
+        SYSTEM,
+        {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "url": None}]},
+    ],
+    "sharegpt": [{"from": "system", "value": "system"}, {"from": "human", "value": "a b"}],
+    "columns": {"role": ["system", "user"], "content": ["system", "a b"]},
+    "json": json.dumps([SYSTEM, {"role": "user", "content": "a b"}]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_chat_gives_the_same_messages(tmp_path: Path, name: str) -> None:
+    rows = [{"conversations": FORMS[name]}]
+    assert task_of(tmp_path / "r.jsonl", rows, prompt_field="conversations").prompts("train")[0].messages == PLAIN
+
+
+def test_sharegpt_with_tools(tmp_path: Path) -> None:
+    said = {
+        "human": "2+2?",
+        "function_call": '{"name": "add", "arguments": {"a": 2}}',
+        "observation": "4",
+        "gpt": "It is 4.",
+    }
+    rows = [
+        {"conversations": [{"from": role, "value": value} for role, value in said.items()], "tools": json.dumps([TOOL])}
+    ]
+    (prompt,) = task_of(tmp_path / "r.jsonl", rows, prompt_field="conversations").prompts("train")
+    roles = [message["role"] for message in prompt.messages or ()]
+    assert (roles, prompt.solution, prompt.tools) == (["user", "assistant", "tool"], "It is 4.", (TOOL,))
+    assert prompt.messages is not None
+    assert prompt.messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    ]
+
+
+def test_the_padding_of_a_columnar_format_is_taken_out(tmp_path: Path) -> None:
+    """Nulls that a row of JSON has among the arguments of a call are its own, and stay."""
+
+    def tool(name: str, **properties: Any) -> dict[str, Any]:
+        return {
+            "type": "function",
+            "function": {"name": name, "parameters": {"type": "object", "properties": properties}},
+        }
+
+    def row(call: dict[str, Any], *tools: Any) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": "add", "arguments": call}}]
+        called = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {"q": [USER, called, {"role": "tool", "content": "4"}], "tools": list(tools)}
+
+    one, two = tool("add", a={"type": "number"}), tool("find", city={"type": "string", "enum": ["x"]})
+    rows = [row({"a": 1}, one, two), row({"city": "x"}, two)]
+    (tmp_path / "r.parquet").write_bytes(parquet(rows))
+    first, second = task_of(tmp_path / "r.parquet").prompts("train")
+    plain = task_of(tmp_path / "r.jsonl", rows).prompts("train")
+    assert (first.messages, first.tools) == (plain[0].messages, (one, two))
+    assert (second.messages, second.tools) == (plain[1].messages, (two,))
+    assert [problem_key(first), problem_key(second)] == [problem_key(prompt) for prompt in plain]
+    padded = json.loads(json.dumps(one).replace('"number"', '"number", "enum": null'))
+    (prompt,) = task_of(tmp_path / "n.jsonl", [row({"a": None}, padded)]).prompts("train")
+    assert prompt.tools == (one,)
+    assert prompt.messages is not None
+    assert prompt.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
+# The key of a problem
+
+
+def test_the_whole_conversation_is_the_problem(tmp_path: Path) -> None:
+    """Two chats that end with the same question are two problems, for stored responses and for the overlap."""
+    sure = {"role": "user", "content": "Are you sure?"}
+    chats = [
+        [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}, sure],
+        [{"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "6"}, sure],
+        [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}, sure],
+        [sure],
+    ]
+    rows = [{"q": said, "a": f"no {number}"} for number, said in enumerate(chats)]
+    rows.append({"q": [sure], "tools": [TOOL], "a": "no 4"})
+    prompts = task_of(tmp_path / "r.jsonl", rows).prompts("train")
+    assert len({problem_key(prompt) for prompt in prompts}) == 5
+    for number, prompt in enumerate(prompts):
+        assert overlap([prompt], prompts) == [prompt.id], number
+    find = FileResponses(path=str(tmp_path / "r.jsonl"), prompt_field="q", response_field="a").find()
+    assert [list(find(prompt)) for prompt in prompts] == [[f"no {number}"] for number in range(5)]
+    spelled = task_of(
+        tmp_path / "s.jsonl", [{"q": [{**said, "content": said["content"].upper()} for said in chats[0]]}]
+    )
+    assert problem_key(spelled.prompts("train")[0]) == problem_key(prompts[0])
+
+
+def test_responses_at_the_end_of_chats(tmp_path: Path) -> None:
+    rows = [{"q": [USER, ASSISTANT]}, {"q": [USER, ASSISTANT | {"content": "other"}]}]
+    task_of(tmp_path / "r.jsonl", rows)
+    find = FileResponses(path=str(tmp_path / "r.jsonl"), prompt_field="q").find()
+    (prompt,) = task_of(tmp_path / "p.jsonl", [{"q": "User"}]).prompts("train")
+    assert list(find(prompt)) == ["assistant", "other"]
+    with pytest.raises(RecipeError, match="no row of .* has a response; give responses.response_field"):
+        FileResponses(path=str(tmp_path / "p.jsonl"), prompt_field="q").find()
