@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from understudy.tasks import Jsonl
-from understudy.tasks.verifiers import find_verifier, grade_exact, grade_math, math_process
+from understudy.tasks.verifiers import Reference, find_verifier, grade_exact, grade_math, math_process
 from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
 from understudy.tasks.verifiers.math_process import compare
-from understudy.types import Prompt
+from understudy.types import Grade, Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +30,9 @@ NO_ANSWER = ["", "   \n", "I give up.\nReally.", "\\boxed{}", "\\boxed{", "#### 
 WRONG = "123456789"
 """No reference of the data sets here has this value."""
 
+TABLE = yaml.safe_load((FIXTURES / "answers.yaml").read_text(encoding="utf-8"))
+HOSTILE = yaml.safe_load((FIXTURES / "hostile_answers.yaml").read_text(encoding="utf-8"))
+
 DATA = {
     "gsm8k test": ("gsm8k/test.jsonl", 1319),
     "gsm8k train": ("gsm8k/train.jsonl", 7473),
@@ -32,11 +40,14 @@ DATA = {
     "aime_2024": ("aime_2024/test.jsonl", 30),
     "aime_2025": ("aime_2025/test.jsonl", 30),
     "amc_2023": ("amc_2023/test.jsonl", 40),
+    "aime_1983_2023": ("deepscaler_aime_1983_2023/train.jsonl", 975),
+    "dapo": ("dapo_math_17k/train.jsonl.gz", 17176),
 }
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def references(rows: list[dict[str, str]]) -> list[str]:
@@ -45,9 +56,10 @@ def references(rows: list[dict[str, str]]) -> list[str]:
 
 
 def check_gold(rows: list[dict[str, str]]) -> None:
-    """The bare answer, and the worked solutions of GSM8K and MATH-500, which end as a response should."""
+    """The bare answer in every form, and the worked solutions of GSM8K and MATH-500, which end as a response should."""
     for row, reference in zip(rows, references(rows), strict=True):
-        texts = [f"So the answer is $\\boxed{{{reference}}}$."]
+        texts = [f"So the answer is $\\boxed{{{reference}}}$.", f"So\n#### {reference}", f"The answer is {reference}."]
+        texts += [f"Thus:\n**Answer:** ${reference}$"]
         texts += [row["answer"]] if "####" in row["answer"] else []
         texts += [row["solution"]] if "unique_id" in row else []
         for text in texts:
@@ -100,6 +112,31 @@ def test_samples_of_the_data_sets(name: str) -> None:
         assert compare(reference, reference, 5.0) == (True, ""), reference
 
 
+@pytest.mark.parametrize("block", TABLE, ids=lambda block: block["kind"])
+def test_the_table_of_answers(block: dict[str, Any]) -> None:
+    cases = [(text, *rest) for text, *rest in block.get("texts", [])]
+    cases += [(f"\\boxed{{{answer}}}", *rest) for answer, *rest in block.get("boxed", [])]
+    for text, reference, score in cases:
+        grade = grade_math(text, reference)
+        assert grade.score == score, (text, reference, grade)
+        assert (grade.note == "") == (score == 1), (text, reference, grade)
+
+
+@pytest.mark.parametrize("block", HOSTILE, ids=lambda block: block["kind"])
+def test_hostile_answers_are_wrong(block: dict[str, Any]) -> None:
+    form = "{}" if block.get("whole") else "\\boxed{{{}}}"
+    for answer, reference in product(block["answers"], block["references"]):
+        grade = grade_math(form.format(answer.replace("{r}", reference)), reference)
+        assert grade.score == 0.0, (answer, reference, grade)
+        assert grade.note
+
+
+def test_the_tables_are_large_enough() -> None:
+    assert sum(len(block.get(form, [])) for block in TABLE for form in ("texts", "boxed")) >= 200
+    assert sum(len(block["answers"]) * len(block["references"]) for block in HOSTILE) >= 600
+    assert all(block["source"] for block in TABLE)
+
+
 @pytest.mark.parametrize(
     ("text", "reference"),
     [
@@ -148,13 +185,14 @@ def test_other_answers_are_wrong(text: str, reference: str) -> None:
     [
         ("\\boxed{a{b}{c}} d", "a{b}{c}"),
         ("\\boxed{\\boxed{3}}", "3"),
-        ("\\boxed{1} \\boxed{2", "1"),
+        ("\\boxed{1} \\boxed{2", None),
+        ("\\boxed{1 \\boxed{2}", "2"),
         ("\\boxed 7", "7"),
         ("\\boxed{\\text{a \\} b}}", "\\text{a \\} b}"),
         ("} } \\boxed{$x$.}", "x"),
     ],
 )
-def test_which_box_is_the_answer(text: str, answer: str) -> None:
+def test_which_box_is_the_answer(text: str, answer: str | None) -> None:
     assert find_answer(text) == answer
 
 
@@ -244,7 +282,7 @@ def test_the_worker_starts_late_and_ends_with_its_parent() -> None:
     code = (
         "from understudy.tasks.verifiers import grade_math, math_process\n"
         "assert grade_math(r'\\boxed{1}', '1').score == 1.0 and not math_process._idle, 'equal spelling needs no worker'\n"
-        "assert grade_math(r'\\boxed{1.0}', '1').score == 1.0\n"
+        "assert grade_math(r'\\boxed{2/2}', '1').score == 1.0\n"
         "print(math_process._idle[0].process.pid)\n"
     )
     done = run_python(code)
@@ -256,7 +294,7 @@ def test_the_worker_starts_late_and_ends_with_its_parent() -> None:
 def test_the_worker_ends_when_its_parent_is_killed() -> None:
     code = (
         "import os\nfrom understudy.tasks.verifiers import grade_math, math_process\n"
-        "grade_math(r'\\boxed{1.0}', '1')\n"
+        "grade_math(r'\\boxed{2/2}', '1')\n"
         "print(math_process._idle[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )
     done = run_python(code)
@@ -313,6 +351,31 @@ def test_the_best_of_several_accepted_answers_counts() -> None:
 
 def test_a_lone_reference_is_the_only_accepted_answer() -> None:
     assert Prompt("p", text="1+1=", reference="12").reference == ("12",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "score"),
+    [
+        ("Clemens", ["Mark Twain", "Clemens"], 1.0),
+        ("Sawyer", ["Mark Twain", ["Clemens"]], 0.0),
+        ("7", 7, 1.0),
+        ("7", 7.0, 1.0),
+        ("0.25", 0.25, 1.0),
+        ("yes", True, 1.0),
+        ("True", False, 0.0),
+    ],
+)
+def test_exact_with_several_answers_numbers_and_booleans(text: str, reference: Reference, score: float) -> None:
+    grade = grade_exact(text, reference)
+    assert grade.score == score
+    assert (grade.note == "") == (score == 1.0)
+
+
+@pytest.mark.parametrize("reference", [[], [[]], None, float("nan"), {"value": "7"}])
+@pytest.mark.parametrize("verifier", [grade_exact, grade_math])
+def test_a_reference_that_is_none_is_an_error(verifier: Callable[..., Grade], reference: object) -> None:
+    with pytest.raises(ValueError, match="the reference is"):
+        verifier("\\boxed{7}", reference)
 
 
 def test_an_unknown_verifier_is_named_with_the_nearest() -> None:

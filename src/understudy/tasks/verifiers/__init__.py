@@ -1,17 +1,19 @@
 """Verifiers: pure functions (text, reference) -> Grade. They know nothing of tasks, prompts or models.
 
-`find_verifier` makes one of several accepted answers out of it.
+A verifier of the table compares with one accepted answer; `several` makes one of several accepted answers out of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from understudy.errors import nearest
 from understudy.tasks.verifiers.math import grade_math
+from understudy.tasks.verifiers.references import Reference, accepted, several
 from understudy.types import Grade
 
 
+@several
 def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
     """For answers that have one spelling: 1.0 if it equals the reference, white space at both ends aside; 0.0 otherwise.
 
@@ -30,25 +32,11 @@ def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
 VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {"exact": grade_exact, "math": grade_math}
 
 
-def find_verifier(name: str) -> Callable[[str, Sequence[str]], Grade]:
+def find_verifier(name: str) -> Callable[[str, Reference], Grade]:
     """The verifier of that name, for any number of accepted answers: the best of their grades. Raises ValueError."""
     if name not in VERIFIERS:
         raise ValueError(f"there is no verifier {name!r}; {nearest(name, VERIFIERS)}")
-    verify = VERIFIERS[name]
-
-    def grade(text: str, references: Sequence[str]) -> Grade:
-        best: Grade | None = None
-        for reference in references:
-            found = verify(text, reference)
-            if found.right:
-                return found
-            if best is None or found.score > best.score:
-                best = found
-        if best is None:
-            raise ValueError("there is no accepted answer to compare with; give at least one")
-        return best
-
-    return grade
+    return several(VERIFIERS[name])
 
 
-__all__ = ["VERIFIERS", "find_verifier", "grade_exact", "grade_math"]
+__all__ = ["VERIFIERS", "Reference", "accepted", "find_verifier", "grade_exact", "grade_math", "several"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+from understudy.tasks.verifiers import notation
 from understudy.tasks.verifiers.math_process import compare
+from understudy.tasks.verifiers.references import several
 from understudy.types import Grade
 
 MAX_ANSWER_CHARS = 1000
@@ -12,88 +14,142 @@ MAX_ANSWER_CHARS = 1000
 MAX_LONE_ANSWER_CHARS = 100
 """A response of one line, at most so long, is its own final answer."""
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s$.,\\{}]+))|\\.|[{}]", re.DOTALL)
+_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+_BRACES = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(?P<bare>[^\s$.,\\{}]+)|)|\\.|[{}]", re.DOTALL)
 r"""Boxes (`\boxed 3` too: solutions of MATH write it), braces, and what a backslash escapes (`\{` is no brace)."""
-_HASHES = re.compile(r"####[ \t]*([-+.\d$\\(\[{][^\n]*)")
-_SENTENCE = re.compile(r"\banswer\s*(?:is|:|=)[ \t:*]*([^\n]+?)(?=\.\s|\n|$)", re.IGNORECASE)
-_INTEGER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)")
-_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right)(?![a-zA-Z.])|[\s~]+")
+_JOINT = re.compile(r"[\s$()\\]*(?:[,;]|(?:, ?)?(?:and|or|\\text\{ ?(?:and|or) ?\}))[\s$()\\]*")
+"""What may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
+_HASHES = re.compile(r"####[ \t]*(.*)")
+_SENTENCE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*", re.IGNORECASE)
+_FIRST_SENTENCE = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re.DOTALL)
 
 
+@several
 def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
-    r"""1.0 if the final answer of `text` equals `reference` mathematically, 0.0 otherwise, with a note that says why.
+    r"""1.0 if the final answer of `text` equals the reference mathematically, 0.0 otherwise, and why.
 
-    The final answer is the last complete `\boxed{...}`; else the last `#### ...` line that starts like a number or
-    formula; else what follows the last "answer is" or "answer:"; else the whole text, if it is one short line. Thoughts
-    up to the last `</think>` are not read. `timeout_s` limits the processor time of the comparison; see `math_process`.
+    The final answer is the last `\boxed{...}`, joined with those before it where only "and", "or" or a comma is between;
+    else the last `#### ...` line that starts like a number or formula, or ends the text; else what follows the last
+    "answer is" or "answer:"; else the whole text, if it is one short line. One that was begun and not finished is none.
+    Thoughts, `<think>` to `</think>` or to the end, are not read.
+
+    An answer must be read to its last character: words, relations or commands that the reference lacks make it wrong,
+    except a name ("x = 7") and a unit where the reference has none. A percent sign is a unit: 7% is 7, not 0.07. Words,
+    dates and times are compared as text. A bare list is a set, unless the reference runs from greatest to least;
+    `(3,1,2)` is ordered. `timeout_s` limits the processor time of each comparison; see `math_process`.
     """
     answer = find_answer(text)
     if answer is None:
-        return Grade(0.0, note="no final answer: neither \\boxed{...} nor #### nor 'answer is'")
+        return Grade(0.0, note="no final answer: neither \\boxed{...} nor #### nor 'answer is', or it is unfinished")
     if len(answer) > MAX_ANSWER_CHARS:
         return Grade(0.0, answer[:MAX_ANSWER_CHARS], f"the answer is longer than {MAX_ANSWER_CHARS} characters")
-    left, right = _plain(answer), _plain(_unwrap(reference))
+    note = _difference(answer, _unwrap(reference), timeout_s)
+    return Grade(0.0, answer, note) if note else Grade(1.0, answer)
+
+
+def _difference(answer: str, reference: str, timeout_s: float) -> str:
+    """Why the answer is not the reference; "" where it is."""
+    if answer == reference:
+        return ""
+    left, right = notation.plain(answer), notation.plain(reference)
     if left == right:
-        return Grade(1.0, answer)
-    if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right):
-        equal, note = _digits(left) == _digits(right), ""
-    else:
-        equal, note = compare(_unwrap(reference), answer, timeout_s)
-    return Grade(1.0, answer) if equal else Grade(0.0, answer, note or "differs from the reference")
+        return ""
+    value, unit = notation.split_unit(notation.items(right))
+    if notation.is_text(reference, value):
+        return "" if notation.words(left) == notation.words(right) else "differs from the reference"
+    left = notation.without_names(notation.items(left), right)
+    if notation.tight(left) == notation.tight(notation.items(right)):
+        return ""
+    given, given_unit = notation.split_unit(left)
+    if unit and given_unit and unit != given_unit:
+        return f"the unit is {given_unit}, that of the reference is {unit}"
+    if note := notation.objection(given, value):
+        return note
+    values = [value]
+    if unit == "percent" and not given_unit:
+        values.append(f"\\frac{{{value}}}{{100}}")
+    for value in values:
+        numbers = notation.number(given), notation.number(value)
+        if None not in numbers:
+            equal, note = numbers[0] == numbers[1], ""
+        else:
+            equal, note = compare(notation.latex(value), notation.latex(given), timeout_s)
+        if equal:
+            return ""
+    return note or "differs from the reference"
 
 
 def find_answer(text: str) -> str | None:
     """The final answer as it is written, without dollar signs and a full stop around it; None where there is none."""
-    text = text.rpartition("</think>")[2].strip()
-    found = _last_box(text)
-    for pattern in (_HASHES, _SENTENCE):
-        if found is None and (matches := pattern.findall(text)):
-            found = matches[-1]
-    # a mark that is left was begun and not read: then the line is no answer
-    if found is None and len(text) <= MAX_LONE_ANSWER_CHARS and not re.search(r"\n|\\boxed|####", text):
-        found = text
-    return _unwrap(found or "") or None
+    if "think" in text.lower():
+        # an end that is left was begun by the prompt
+        text = _END_OF_THOUGHT.split(_THOUGHT.sub("", text))[-1]
+    text = text.strip()
+    has_box, found = _last_box(text)
+    if has_box:
+        return _unwrap(found) or None
+    if hashes := list(_HASHES.finditer(text)):
+        last = hashes[-1]
+        if last.end() == len(text):  # also an empty one: begun and not finished
+            return _unwrap(last[1]) or None
+        numbers = [match[1] for match in hashes if re.match(r"[-+.\d$\\([{]", match[1])]
+        if numbers:
+            return _unwrap(numbers[-1]) or None
+    if sentences := list(_SENTENCE.finditer(text)):
+        match = _FIRST_SENTENCE.match(text, sentences[-1].end())
+        return _unwrap(match[0]) or None if match else None
+    return _unwrap(text) or None if len(text) <= MAX_LONE_ANSWER_CHARS and "\n" not in text else None
 
 
-def _last_box(text: str) -> str | None:
-    """The content of the complete box that starts last, in one pass: a text may open ten thousand and close none."""
-    last_start, last = -1, None
-    opened: list[int | None] = []
-    """Where the content of each open brace starts if the brace is a box's, None for other braces."""
+def _last_box(text: str) -> tuple[bool, str]:
+    """Whether there is a box, and the content of the one that starts last, "" where that one is not finished.
+
+    In one pass: a text may open ten thousand boxes and close none.
+    """
+    boxes: list[tuple[int, int, int]] = []
+    """Start of the box, start and end of its content."""
+    last_start = -1
+    opened: list[tuple[int, int] | None] = []
+    """For each open brace: where the box and its content start, None for a brace that is no box's."""
     for match in _BRACES.finditer(text):
         mark = match.group()
-        if mark.endswith("{") and not mark.startswith("\\{"):
-            opened.append(match.end() if mark.startswith("\\") else None)
-        elif mark == "}" and opened:
-            start = opened.pop()
-            if start is not None and start > last_start:
-                last_start, last = start, text[start : match.start()]
-        elif match["bare"] and match.start() > last_start:
-            last_start, last = match.start(), match["bare"]
-    return last
+        if mark == "}":
+            if opened and (box := opened.pop()) is not None:
+                boxes.append((*box, match.start()))
+        elif mark == "{":
+            opened.append(None)
+        elif mark.startswith(("\\boxed", "\\fbox")):
+            last_start = match.start()
+            if mark.endswith("{"):
+                opened.append((match.start(), match.end()))
+            elif match["bare"]:
+                boxes.append((match.start(), match.start("bare"), match.end()))
+    boxes.sort()
+    if not boxes or boxes[-1][0] != last_start:
+        return last_start >= 0, ""
+    contents = [text[boxes[-1][1] : boxes[-1][2]]]
+    for (_, start, end), (later, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        if not _JOINT.fullmatch(text, end + 1 if text[end : end + 1] == "}" else end, later):
+            break
+        if text[start:end] != contents[-1]:
+            contents.append(text[start:end])
+    return True, ", ".join(reversed(contents))
 
 
 def _unwrap(answer: str) -> str:
     """Without what stands around an answer in a sentence: white space, bold, a full stop, dollar signs or brackets."""
-    answer = answer.strip().strip("*").strip()
-    if answer.endswith(".") and not answer.endswith("\\."):
-        answer = answer[:-1].rstrip().rstrip("*")
+    answer = answer.strip()
+    if answer.startswith("*"):
+        answer = re.sub(r"^\*\*(.+?)\*\*", r"\1", answer)
+    answer = answer.strip("* ")
+    if answer.endswith(".") and not answer.endswith(("\\.", "..")):
+        answer = answer[:-1].rstrip(" *")
+    if not answer.startswith(("$", "\\(", "\\[")):
+        return answer
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        inner = answer[len(opening) : -len(closing)]
-        if answer.startswith(opening) and answer.endswith(closing) and len(answer) > 2 and "$" not in inner:
-            return inner.strip()
+        end = answer.rfind(closing)
+        inner = answer[len(opening) : end]
+        if answer.startswith(opening) and end >= len(opening) and not re.search(r"(?<!\\)\$", inner + " "):
+            return f"{inner.strip()} {answer[end + len(closing) :]}".strip().removesuffix(".")
     return answer
-
-
-def _plain(answer: str) -> str:
-    r"""Without spacing commands and a currency sign: `\$ 1{,}000` and `1,000` have one spelling."""
-    answer = _SPACING.sub(lambda match: "" if match.group().startswith("\\") else " ", answer).strip()
-    answer = answer.replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return answer.removeprefix("\\$").removeprefix("$").strip()
-
-
-def _digits(integer: str) -> str:
-    """One spelling of an integer, without converting it: `int()` refuses more than 4,300 digits."""
-    sign = "-" if integer.startswith("-") else ""
-    digits = integer.lstrip("+-").replace(",", "").lstrip("0")
-    return sign + digits if digits else "0"

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import signal
 import sys
-from typing import TextIO
+from dataclasses import replace
+from typing import Any, TextIO
 
 MEMORY_BYTES = 2 * 1024**3
 """Address space; importing sympy takes a tenth of it, and 9^(9^9) would take all of the machine's."""
@@ -24,13 +26,16 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints may pass for a reply
     try:
-        from math_verify import parse, verify
+        from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
         _write(replies, {"error": str(error)})
         return
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Only LaTeX, of the whole expression: no number picked out of text, no unit cut off that may be a variable ("7t").
+    latex = LatexExtractionConfig()
+    latex = replace(latex, normalization_config=replace(latex.normalization_config, units=False))
     _write(replies, {"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
@@ -39,15 +44,25 @@ def main() -> None:
         reply: dict[str, object]
         try:
             gold, answer = (
-                parse(f"\\boxed{{{request[key]}}}", parsing_timeout=None, raise_on_error=True)
+                parse(f"\\boxed{{{request[key]}}}", [latex], parsing_timeout=None, raise_on_error=True)
                 for key in ("reference", "answer")
             )
-            reply = {"equal": bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))}
+            places = _decimal_places(gold[0])
+            reply = {"equal": bool(verify(gold, answer, places, timeout_seconds=None, raise_on_error=True))}
         except Exception as error:
             reply = {"error": type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _write(replies, reply)
+
+
+def _decimal_places(gold: Any) -> int:
+    """Places in which decimal fractions are compared: six significant digits of a small number, 0.0000672 is not 0.0000668."""
+    try:
+        size = abs(float(gold))
+        return max(6, 5 - math.floor(math.log10(size)))
+    except (TypeError, ValueError, OverflowError):  # not one real number, or 0
+        return 6
 
 
 def _write(replies: TextIO, reply: dict[str, object]) -> None:

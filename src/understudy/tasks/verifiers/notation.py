@@ -1,0 +1,341 @@
+r"""How answers are written: one spelling for each, their units, and what an answer holds that the reference lacks.
+
+math-verify judges mathematics. It passes over what it does not know (the base of `52_8`, a unit) and takes a word for a
+product of its letters, so `objection` first reads an answer to its last character: what is not known here is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
+from itertools import pairwise
+
+
+def _table(text: str) -> dict[str, str]:
+    """Every word of each part -> the first word of the part."""
+    return {word: part.split()[0] for part in text.split(",") for word in part.split()}
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SYMBOLS = {
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"),
+    **dict.fromkeys("\u2044\u2215\u00f7", "/"),
+    "\u00d7": r"\times ",
+    "\u00b7": r"\cdot ",
+    "\u22c5": r"\cdot ",
+    "\u00b1": r"\pm ",
+    "\u221a": r"\sqrt ",
+    "\u221e": r"\infty ",
+    "\u222a": r"\cup ",
+    "\u2229": r"\cap ",
+    "\u2208": r"\in ",
+    "\u2205": r"\emptyset ",
+    "\u2264": r"\le ",
+    "\u2265": r"\ge ",
+    "\u2260": r"\ne ",
+    "\u2248": r"\approx ",
+    "\u00a2": " cents",
+}
+_REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\\(?:left|right|displaystyle|textstyle)(?![a-zA-Z.])", ""),
+    (r",\s*\\!\s*|\{,\}", ","),
+    (r"\\!", ""),
+    (r"\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\s+", " "),
+    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1"),
+    (r"\\(?:rm|bf|it|sf)(?![a-zA-Z])", ""),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(le|ge)(?:q|qslant)(?![a-zA-Z])", r"\\\1 "),
+    (r"\\neq(?![a-zA-Z])", r"\\ne "),
+    (r"\^\s*(?:\\(?:circ|degree)(?![a-zA-Z])|\{\s*\\(?:circ|degree)\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
+    (r"\\([$%])", r"\1"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
+    (r"(?<=[\w)])\s*\*\*\s*(?=[\w(])", "^"),
+    # thousands; inside brackets a comma separates numbers: (100,200)
+    (r"(?<![\d.,(\[{])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda match: match[1].replace(",", "")),
+    (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d|,\d)", lambda match: match[1].replace(" ", "")),
+    (r"(?<![\d.,/^])(\d+) (\d+) ?/ ?(\d+)(?![\d.,/])", r"\1\\frac{\2}{\3}"),
+    (r"\s+", " "),
+]
+"""Commands for spacing and fonts go, symbols with several names get one."""
+_BASE = re.compile(
+    r"(?<![\w.}\\^])(?<!\d,)(?P<digits>\([\dA-F]*\d[\dA-F]*\)|[\dA-F]*\d[\dA-F]*) ?_ ?"
+    r"(?:(?P<base>\d)|\{ ?(?:base )?(?P<named>\d\d?|[a-z]+) ?\})"
+)
+_BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "sixteen": 16}
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")
+
+_UNITS = _table(
+    """meter metre m, kilometer kilometre km, centimeter centimetre cm, millimeter millimetre mm, gram g gm, kilogram kg,
+    milligram mg, ton, pound lb, ounce oz, liter litre l, milliliter millilitre ml, gallon, quart, pint, hour h hr, minute min,
+    second s sec, millisecond ms, day, week, month, year yr, inch in inches, foot ft feet, yard yd, mile mi, mile/hour mph,
+    kilometer/hour kmh kph kmph, acre, hectare, degree deg \u00b0, celsius, fahrenheit, radian rad, percent % percentage pct,
+    dollar $ usd, cent, euro \u20ac, sterling \u00a3, rupee rs, yen, yuan, joule, newton, watt, volt, hertz hz, way, digit,
+    point, person people, man men, woman women, child children, fish, sheep, unit"""
+)
+"""Every spelling of a unit -> its name. A plural in "s" need not be listed."""
+_POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cu": "^3", "cubed": "^3"}
+_NOT_UNITS = _set(
+    "times equals always sometimes perhaps fails means says exceeds differs lies others powers squares cubes roots pairs "
+    "dozens scores hundreds thousands millions billions trillions halves thirds quarters fourths fifths sixths sevenths "
+    "eighths ninths tenths hundredths thousandths millionths mistakes errors wrongs negatives guesses contradicts"
+)
+"""They look like a plural noun, and change or deny the number before them."""
+
+_FUNCTIONS = _set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp gcd lcm max min det mod")
+_GREEK = _set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi "
+    "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+)
+_COMMANDS = (
+    _FUNCTIONS
+    | _GREEK
+    | _set(
+        "infty frac sqrt cdot times div pm mp cup cap binom emptyset varnothing mathbb lfloor rfloor lceil rceil sum prod int "
+        "bmod le ge ne in approx"
+    )
+)
+_ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[a-z]*matrix\}")
+_PLAIN_CHARACTERS = frozenset(" +-*/^_(){}[],;.|!=<>\\&\u00b0")
+_RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[<=>]")
+_OPPOSITE = {">": "<", "\\ge": "\\le"}
+_LEAD = re.compile(
+    r"(?:^|(?<=,)|(?<=;)) ?(?:\\?(?P<name>[a-zA-Z]+)(?: ?_ ?(?:\w|\{[^{}=<>]*\}))?'*(?: ?\([^()=<>]*\))?|\(\w(?:, ?\w)+\))"
+    r" ?(?:=|\\in ?(?=[\[(]|\\\{|\\mathbb|\\emptyset))"
+)
+_NOT_NAMES = _set("e i pi not no non never neither wrong false incorrect without except minus neg lnot")
+_MONTHS = _table(
+    "01 january jan, 02 february feb, 03 march mar, 04 april apr, 05 may, 06 june jun, 07 july jul, 08 august aug, "
+    "09 september sept sep, 10 october oct, 11 november nov, 12 december dec"
+)
+_MONTH = rf"({'|'.join(name for name in _MONTHS if name.isalpha())})\.?"
+_DATE = re.compile(
+    rf"\b(\d\d?)(?:st|nd|rd|th)? (?:of )?{_MONTH}(?:,? (\d{{4}}))?\b|\b{_MONTH} (\d\d?)(?:st|nd|rd|th)?\b(?:,? (\d{{4}}))?"
+)
+_CLOCK = re.compile(r"\b(\d\d?)(?::(\d\d))? ?([ap])\.? ?m\b\.?|\b(\d):(?=\d\d\b)")
+_NO_ARITHMETIC = re.compile(r"\d:\d|\d{4}-\d\d?-\d\d?\b|\d/\d+/\d")
+"""Times, ratios and dates in digits."""
+
+
+def plain(answer: str) -> str:
+    r"""One spelling of what has several: `\dfrac`, unicode symbols and digits, `\text{...}`, thousands, bases, spacing."""
+    answer = re.sub("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+", lambda match: f"^{{{_compatible(match[0])}}}", answer)
+    answer = re.sub("[\u2080-\u2089]+", lambda match: f"_{{{_compatible(match[0])}}}", answer)
+    answer = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: " " + _compatible(match[0]), answer)
+    answer = "".join(map(_symbol, _compatible(answer)))
+    for pattern, replacement in _REWRITTEN:
+        answer = re.sub(pattern, replacement, answer)
+    return _REPEATING.sub(_fraction, _BASE.sub(_decimal, answer)).strip()
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def _symbol(char: str) -> str:
+    if char.isascii() or char in _SYMBOLS:
+        return _SYMBOLS.get(char, char)
+    if char.isdecimal():
+        return str(unicodedata.decimal(char))
+    kind, _, name = unicodedata.name(char, "").partition(" LETTER ")
+    name = name.capitalize() if kind == "GREEK CAPITAL" else name.lower()
+    return f"\\{name} " if kind.startswith("GREEK ") and name in _GREEK else char
+
+
+def _decimal(match: re.Match[str]) -> str:
+    r"""The value of `11_2` or `(A3)_{16}` in base ten; as it was where the base or a digit is none."""
+    named = match["base"] or match["named"]
+    base = int(named) if named.isdecimal() else _BASE_NAMES.get(named, 0)
+    try:
+        return str(int(match["digits"].strip("()"), base)) if 2 <= base <= 16 else match[0]
+    except ValueError:
+        return match[0]
+
+
+def _fraction(match: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as a fraction."""
+    whole, fixed, repeated = match.groups()
+    numerator = Decimal(whole + fixed + repeated) - Decimal(whole + fixed or 0)
+    return f"\\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
+
+
+def number(text: str) -> Decimal | None:
+    """The value of a plain decimal number, exactly; None for anything else. (`int` refuses more than 4,300 digits.)"""
+    return Decimal(text) if _NUMBER.fullmatch(text) else None
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """The value and the name of its unit, "" where there is none: "$5", "5 dollars", "20 square feet", "60 miles per hour"."""
+    text = re.sub("^([-+]?) ?([$\u20ac\u00a3]) ?(.*?)(?= [a-zA-Z]|$)", r"\1\3 \2", text)
+    for match in re.finditer("(?<![\\\\a-zA-Z])[a-zA-Z\u00b0%$\u20ac\u00a3]", text):
+        value, tail = text[: match.start()], text[match.start() :]
+        if not re.search(r"[\d)}\]!]$|(?<![a-zA-Z])[a-zA-Z]$|\\[a-z]+$", value.rstrip()):
+            continue  # a unit follows a value
+        if re.match("[a-zA-Z](?![a-zA-Z])", tail) and not value.endswith(" "):
+            continue  # in "7m" the letter is a variable
+        name = _unit(tail)
+        if name is not None:
+            return value.strip(), name
+    return text, ""
+
+
+def _unit(text: str) -> str | None:
+    """The name of a unit, None for any other text. What is counted is a unit too: a plural noun."""
+    text = re.sub(r" of [a-zA-Z]+$| (?:in total|each|old)$", "", text).lower()
+    text = re.sub(r" ?\^ ?\{? ?(-?\d) ?\}?", r" ^\1 ", text)
+    names: list[str] = []
+    powers = ""
+    for word in re.findall(r"\^-?\d|[a-z]+|[^a-z\s.]|\.(?![\s]|$)", text):
+        name = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or _UNITS.get(word.removesuffix("es"))
+        if word in _POWERS or re.fullmatch(r"\^-?\d", word):
+            powers += _POWERS.get(word, word)
+        elif word in ("per", "/", "a", "an"):
+            names.append("/")
+        elif name is not None:
+            names += [name] if names[-1:] != [name] else []  # "$5 dollars"
+        elif re.fullmatch(r"[a-z]{3,}(?<![sui])s", word) and word not in _NOT_UNITS:
+            names.append(word)
+        else:
+            return None
+    if not names or names[0] == "/" or names[-1] == "/":
+        return None
+    return "" if names == ["unit"] else " ".join(names).replace(" / ", "/") + powers
+
+
+def tight(text: str) -> str:
+    """Without the spaces that mean nothing in mathematics: those between two digits stay."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
+def latex(text: str) -> str:
+    """For math-verify."""
+    return text.replace("\u00b0", r"^\circ ")
+
+
+def items(text: str) -> str:
+    """Alternatives and conjunctions as a list: "5 or 6" is `5, 6`."""
+    return re.sub(r"(?:,| )? ?(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) ?", ", ", text)
+
+
+def is_text(reference: str, value: str) -> bool:
+    r"""Whether a reference (as given, and its value) is words, a date or a time, which have no arithmetic.
+
+    A word of up to three letters that is not in `\text{...}` is a product: "ab".
+    """
+    words = [
+        word for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", _ENVIRONMENT.sub("", value)) if word not in _FUNCTIONS
+    ]
+    return (
+        any(pattern.search(value.lower()) for pattern in (_NO_ARITHMETIC, _DATE, _CLOCK))
+        or any(len(word) > 3 for word in words)
+        or any(char.isalpha() and not char.isascii() for char in value)
+        or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} [a-zA-Z]{2,}", value) is not None
+        or (bool(words) and re.search(r"\\(?:text|mbox)", reference) is not None)
+    )
+
+
+def words(text: str) -> str:
+    """SQuAD's normalisation: lower case, no articles, no punctuation but between digits; dates and times in ISO form."""
+
+    def date(match: re.Match[str]) -> str:
+        day, month, year = (match[1], match[2], match[3]) if match[1] else (match[5], match[4], match[6])
+        return f"{year}-{_MONTHS[month]}-{int(day):02d}" if year else f"{_MONTHS[month]}-{int(day):02d}"
+
+    def clock(match: re.Match[str]) -> str:
+        if match[4]:
+            return f"0{match[4]}:"
+        return f"{int(match[1]) % 12 + 12 * (match[3] == 'p'):02d}:{match[2] or '00'}"
+
+    text = _CLOCK.sub(clock, _DATE.sub(date, text.lower()))
+    text = re.sub(r"(?<!\d)[.,:;/]|[.,:;/](?!\d)|[!?'\"()\[\]{}*_$\\]|(?<=[^\W\d])-|-(?=[^\W\d])", " ", text)
+    kept = [word for word in text.split() if word not in ("a", "an", "the")] or text.split()
+    return " ".join(kept)
+
+
+def without_names(answer: str, reference: str) -> str:
+    r"""The answer without "x =" or "x \in" before its parts, where the reference has no relation."""
+    if _RELATION.search(reference):
+        return answer
+    return _LEAD.sub(lambda match: match[0] if (match["name"] or "").lower() in _NOT_NAMES else " ", answer).strip()
+
+
+def objection(answer: str, reference: str) -> str:
+    """Why an answer cannot be taken for the reference, whatever its value; "" where nothing stands against it.
+
+    Unread characters, commands and words; a relation, chain or negation; numbers side by side; another number of parts,
+    another kind of brackets, another order.
+    """
+    known = _PLAIN_CHARACTERS | set(reference)
+    for char in answer:
+        if char not in known and not (char.isascii() and char.isalnum()):
+            return f"{char!r} in the answer is not read"
+    rest = _ENVIRONMENT.sub(" ", answer)
+    for command in re.findall(r"\\(?:[a-zA-Z]+|[^a-zA-Z])", rest):
+        is_known = command[1:] in _COMMANDS or command in ("\\{", "\\}") or (command == "\\\\" and rest != answer)
+        if not is_known and command not in reference:
+            return f"{command} in the answer is not read"
+    letters = set("".join(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", reference)))
+    for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", rest):
+        if word not in _FUNCTIONS and not set(word) <= letters:
+            return f"{word!r} in the answer is not read"
+    relations = [
+        Counter(_OPPOSITE.get(sign, sign) for sign in _RELATION.findall(re.sub(r"_ ?\{[^{}]*\}", "", text)))
+        for text in (answer, reference)
+    ]
+    if too_many := relations[0] - relations[1]:
+        sign = next(sign for sign in _RELATION.findall(answer) if _OPPOSITE.get(sign, sign) in too_many)
+        return f"the answer is a relation ({sign}) that the reference lacks"
+    if re.search(r"\d [\d.]|(?<!frac)(?<!frac )(?<![\^_])\d ?\{|\d ?_|[)}\]] ?_ ?\{? ?\d", answer):
+        return "numbers stand side by side in the answer"
+    if re.search(r"^ ?[,;!]|[,;] ?[,;]|[,;] ?$|(?<![\w)}\]!|]) ?!|\.(?!\d)", answer) or answer.count("|") % 2:
+        return "the punctuation of the answer is not read"
+    return "" if relations[1] else _other_parts(answer, reference)
+
+
+def _other_parts(answer: str, reference: str) -> str:
+    (kind, parts), (wanted_kind, wanted) = _parts(answer), _parts(reference)
+    if len(wanted) > 1 and kind and wanted_kind and kind != wanted_kind:
+        return f"the answer is in {kind}, the reference in {wanted_kind}"
+    if "\\pm" in answer + reference or "\\mp" in answer + reference:
+        return ""  # two values in one part
+    if len(parts) != len(wanted):
+        return f"the answer has {len(parts)} part(s), the reference {len(wanted)}"
+    values, wanted_values = [number(part) for part in parts], [number(part) for part in wanted]
+    numbers = [value for value in wanted_values if value is not None]
+    # Who lists a set lists it upwards or as found. From greatest to least is an order that was asked for.
+    ordered = not wanted_kind and 2 < len(numbers) == len(wanted) and all(a > b for a, b in pairwise(numbers))
+    if ordered and None not in values and values != wanted_values:
+        return "the order of the parts differs"
+    return ""
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """The kind of brackets around a list, "" for none, and its parts."""
+    text = text.replace("\\{", "{").replace("\\}", "}")
+    depth, kind, starts = 0, "", [0]
+    ends: list[int] = []
+    for index, char in enumerate(text):
+        if char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+            if depth == 0 and text[0] in "([{" and index < len(text) - 1:
+                break
+    else:
+        if text and text[0] in "([{" and text[-1] in ")]}":
+            kind, text = text[0] + text[-1], text[1:-1]
+    depth = 0
+    for index, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if char in ",;" and depth == 0:
+            ends.append(index)
+            starts.append(index + 1)
+    ends.append(len(text))
+    return kind, [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]

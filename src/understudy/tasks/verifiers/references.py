@@ -1,0 +1,50 @@
+"""What a data set gives as a reference, and verifiers that take all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any
+
+from understudy.types import Grade
+
+Reference = str | bool | float | Sequence["Reference"]
+"""An answer, or several of which each is right. Integers too."""
+
+
+def accepted(reference: Reference) -> list[str]:
+    """The accepted answers as strings; true is "true" or "yes". Raises ValueError where there is none."""
+    if isinstance(reference, str):
+        return [reference]
+    if isinstance(reference, bool):
+        return ["true", "True", "yes", "Yes"] if reference else ["false", "False", "no", "No"]
+    if isinstance(reference, Integral):
+        return [f"{Decimal(int(reference)):f}"]
+    if isinstance(reference, Real) and math.isfinite(reference):
+        return [f"{Decimal(repr(float(reference))):f}".removesuffix(".0")]
+    if not isinstance(reference, Sequence):
+        raise ValueError(f"the reference is {reference!r}; it must be a string, a number, a boolean or a list of these")
+    answers = [answer for item in reference for answer in accepted(item)]
+    if not answers:
+        raise ValueError("the reference is an empty list; give at least one accepted answer")
+    return answers
+
+
+def several(verify: Callable[..., Grade]) -> Callable[..., Grade]:
+    """The verifier for any number of accepted answers: the best of their grades, the first of equal ones."""
+
+    @wraps(verify)
+    def grade(text: str, reference: Reference, *options: Any, **named: Any) -> Grade:
+        first, *others = accepted(reference)
+        best = verify(text, first, *options, **named)
+        for answer in others:
+            if best.right:
+                break
+            found = verify(text, answer, *options, **named)
+            best = found if found.score > best.score else best
+        return best
+
+    return grade
