@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,13 @@ def test_process_settings_are_for_cpus_and_leave_the_users_own() -> None:
     assert settings_for({DONE: "1"}, linux=True, gpu=False) == {}
     added = settings_for({"GOMP_SPINCOUNT": "5"}, linux=True, gpu=False)
     assert added.keys() == {DONE, *FOR_CPU} - {"GOMP_SPINCOUNT"}
+
+
+def test_every_file_of_the_package_is_installed_with_it() -> None:
+    """A file that `package-data` forgets is there in a checkout and missing after `pip install`."""
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = root / "src" / "understudy"
+    installed = {path for pattern in settings["understudy"] for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == installed
