@@ -246,7 +246,7 @@ class Optimizer:
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         return float(norm)
 
-    @torch.no_grad()
+    @no_grad
     def step(self, step: int) -> dict[str, Metric]:
         """One update with the learning rate of optimizer step `step`; returns `lr` and `update_survives`."""
         settings = self._settings
@@ -297,7 +297,7 @@ class Optimizer:
         }
         return moments | {f"{name}/{_MASTER}": value.detach() for name, value in self._masters.items()}
 
-    @torch.no_grad()
+    @no_grad
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores what `state` returned; nothing from an empty one. Raises CheckpointError where it belongs to other
         parameters."""
