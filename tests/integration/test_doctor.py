@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ from understudy.types import Sample, Scores
 pytestmark = pytest.mark.slow
 
 QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
 
 
 def recipe_of(folder: Path, **changes: Any) -> Recipe:
@@ -282,6 +284,64 @@ def sharpen(path: Path) -> None:
     save_hf(model, tokenizer, path)
 
 
+def test_what_mixed_precision_moves_is_no_disagreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 moves this student by more than its limit; the teacher is compared without it, the engine beside it."""
+    changes = distillation(tmp_path, train={"compute_dtype": "bfloat16"})
+    sharpen(tmp_path / "student")
+    monkeypatch.setitem(probes.LIMITS, "torch.bfloat16", 1e-4)
+    found = examined(recipe_of(tmp_path, **changes))["log-probabilities"]
+    moved = re.search(r"bfloat16 moves log S by (\S+) nats", found.found)
+    assert moved is not None
+    assert float(moved[1]) > probes.LIMITS["torch.bfloat16"]
+    own = re.search(r"a teacher that is the student, which should be 0: (\S+) nats", found.found)
+    assert own is not None
+    assert float(own[1]) < probes.LIMITS["torch.float32"]
+    assert found.level == "ok", found
+
+
+@pytest.mark.parametrize(("times", "level"), [([0, 3, 3, 4], "warning"), ([0, 1, 1, 4], "ok")])
+def test_mixed_precision_is_measured_on_a_cpu(
+    tmp_path: Path, times: list[int], level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(times)
+    monkeypatch.setattr(probes, "time", SimpleNamespace(process_time=lambda: next(clock)))
+    changes = distillation(tmp_path, train={"compute_dtype": "bfloat16"})
+    found = examined(recipe_of(tmp_path, **changes))["precision"]
+    assert found.level == level
+    assert f"{times[1]} s of processor time in bfloat16, {times[3] - times[2]} s without" in found.found
+
+
+def test_bfloat16_is_used_where_the_device_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = distillation(tmp_path, train={"compute_dtype": "auto"})
+    save_hf(
+        load_causal_lm(changes["teacher"]["model"]).bfloat16(),
+        load_tokenizer(changes["teacher"]["model"]),
+        tmp_path / "teacher",
+    )
+    recipe = recipe_of(tmp_path, **changes)
+    dtypes = {}
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+        with parts_of(recipe) as parts:
+            teacher = parts.models["teacher"]
+            dtypes[has] = parts.loaded.compute_dtype, next(teacher.parameters()).dtype
+    assert dtypes == {True: (torch.bfloat16, torch.bfloat16), False: (None, torch.float32)}
+    assert "precision" not in examined(recipe)
+    named = {"teacher": changes["teacher"] | {"dtype": "bfloat16"}}
+    found = examined(recipe_of(tmp_path, **changes | named))
+    assert levels(found) == {"precision": "warning"}
+    assert "the teacher's weights are bfloat16, which cpu has no instructions for" in found["precision"].found
+
+
+def test_precision_that_needs_no_autocast_uses_none(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """torch warns of an autocast to float32 on a CPU, and ignores it."""
+    changes = distillation(tmp_path, train={"compute_dtype": "float32"})
+    assert levels(examined(recipe_of(tmp_path, **changes))) == {}
+    assert not [item for item in recwarn if "autocast" in str(item.message)]
+    changes["student"] |= {"dtype": "bfloat16"}
+    assert "set student.dtype: float32" in examined(recipe_of(tmp_path, **changes))["loading"].found
+
+
 def test_a_scorer_that_disagrees_with_the_trainer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher = student: its log-ratio is 0."""
     plain = LocalTeacher.score
@@ -467,7 +527,7 @@ def test_checkpoints_have_to_fit_on_the_disk(
 ) -> None:
     """(keep_last + 1) * (weights + two moments) + the student."""
     recipe = recipe_of(tmp_path, **distillation(tmp_path), train={"keep_last": 3})
-    size = room.size_on_disk(recipe.student.model, "float32")
+    size = room.size_on_disk(recipe.student.model, "float32", CPU)
     assert size is not None
     need = 4 * 3 * size.weights + size.weights
     usage = SimpleNamespace(free=int(share * need))
@@ -481,7 +541,7 @@ def test_checkpoints_have_to_fit_on_the_disk(
 def test_weights_gradients_and_optimizer_have_to_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = distillation(tmp_path)
     recipe = recipe_of(tmp_path, **changes)
-    student, teacher = (room.size_on_disk(str(tmp_path / name), "float32") for name in ("student", "teacher"))
+    student, teacher = (room.size_on_disk(str(tmp_path / name), "float32", CPU) for name in ("student", "teacher"))
     assert student is not None
     assert teacher is not None
     certain = 4 * student.weights + teacher.weights
@@ -503,7 +563,7 @@ def test_a_16_bit_student_needs_what_the_dry_run_says(
     changes = distillation(tmp_path, train={"master_weights": masters})
     changes["student"] |= {"dtype": "bfloat16"}
     recipe = recipe_of(tmp_path, **changes)
-    student, teacher = (room.size_on_disk(str(tmp_path / name), "float32") for name in ("student", "teacher"))
+    student, teacher = (room.size_on_disk(str(tmp_path / name), "float32", CPU) for name in ("student", "teacher"))
     assert student is not None
     assert teacher is not None
     certain = bytes_a_weight * student.weights // 4 + teacher.weights
@@ -515,7 +575,7 @@ def test_a_16_bit_student_needs_what_the_dry_run_says(
     assert f"bfloat16 takes {bytes_a_weight} bytes a weight in training" in " ".join(check(recipe))
     monkeypatch.undo()
     with parts_of(recipe) as parts:
-        assert room.size_of(parts.loaded.model) == room.size_on_disk(str(tmp_path / "student"), "bfloat16")
+        assert room.size_of(parts.loaded.model) == room.size_on_disk(str(tmp_path / "student"), "bfloat16", CPU)
         model = sum(value.numel() for value in parts.loaded.model.parameters())
         # what is still to come: gradients and moments
         assert (
@@ -526,11 +586,11 @@ def test_a_16_bit_student_needs_what_the_dry_run_says(
 def test_sizes_on_disk_are_those_loaded(tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path / "model", seed=1)
     model = load_causal_lm(path)
-    assert room.size_on_disk(path, "auto") == room.size_of(model)
-    half = room.size_on_disk(path, "bfloat16")
+    assert room.size_on_disk(path, "auto", CPU) == room.size_of(model)
+    half = room.size_on_disk(path, "bfloat16", CPU)
     assert half is not None
     assert half.weights * 2 == room.size_of(model).weights
-    assert room.size_on_disk("org/name", "auto") is None
+    assert room.size_on_disk("org/name", "auto", CPU) is None
 
 
 def test_a_server_is_asked_how_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,9 +162,13 @@ def test_check_model_dir(tmp_path: Path) -> None:
     assert "are there" in check_model_dir(str(tmp_path))
 
 
-def test_auto_dtype_is_the_checkpoints(tmp_path: Path) -> None:
+def test_auto_dtype_is_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that computes in it; else float32, which holds the same numbers."""
     save_hf(tiny("llama", "bfloat16"), words(TOKENS), tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert load_causal_lm(str(tmp_path)).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    assert load_causal_lm(str(tmp_path)).dtype == torch.float32
     assert load_causal_lm(str(tmp_path), dtype="float32").dtype == torch.float32
 
 

@@ -18,6 +18,7 @@ from understudy.models.load import (
     build_causal_lm,
     check_build,
     check_model_dir,
+    has_bfloat16,
     load_causal_lm,
     save_hf,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "compare_vocabularies",
     "disable_dropout",
     "enable_gradient_checkpointing",
+    "has_bfloat16",
     "lm_head",
     "load_causal_lm",
     "load_tokenizer",

@@ -77,7 +77,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, an adapter merged into the base that it names.
 
-    `dtype="auto"` keeps the checkpoint's own precision.
+    `dtype="auto"` keeps the checkpoint's own precision, but for bfloat16 on a device that lacks its instructions: float32.
 
     Raises RecipeError when the directory is incomplete, nothing can be loaded, or weights of the model are missing
     (they would be random).
@@ -120,7 +120,18 @@ def load_causal_lm(
             f"the weights of {path_or_name!r} lack {len(missing)} tensors of {type(model).__name__}, first "
             f"{missing[0]!r}: they would be random. Is it a checkpoint of another kind of model?"
         )
+    if dtype == "auto" and model.dtype == torch.bfloat16 and not has_bfloat16(torch.device(device)):
+        model = model.float()
     return cast("PreTrainedModel", model.to(device).eval())
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; without them it is emulated, at a fraction of float32's speed."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    instructions = torch.cpu.get_capabilities()
+    # the first two of x86, the third of ARM
+    return any(instructions.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _adapter_base(directory: Path) -> str:

@@ -22,6 +22,7 @@ from understudy.models import (
     compare_vocabularies,
     disable_dropout,
     enable_gradient_checkpointing,
+    has_bfloat16,
     load_causal_lm,
     load_tokenizer,
     num_positions,
@@ -144,19 +145,37 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     probe_head(model)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    dtype = recipe.train.compute_dtype
     return Loaded(
         model=model.train(),
         device=device,
         vocab_size=vocab_size,
         # imitation knows no rollout temperature
         temperature=recipe.temperature if recipe.uses.own_samples or recipe.run_method.needs & TOKEN_SCORES else 1.0,
-        compute_dtype=None if dtype is None else getattr(torch, dtype),
+        compute_dtype=compute_dtype(recipe, model.dtype, device),
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         style=row_style(model),
         renderer=Renderer(tokenizer, student.template_kwargs, stop_ids(tokenizer, model), student.template_date),
         tokenizers=tokenizers,
     )
+
+
+def compute_dtype(recipe: Recipe, weights: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The precision of mixed precision over weights of that precision; None: they are computed with as they are.
+
+    Raises RecipeError for one that the device has no mixed precision for.
+    """
+    named = recipe.train.compute_dtype
+    if named == "auto":
+        return torch.bfloat16 if weights == torch.float32 and has_bfloat16(device) else None
+    if named is None or getattr(torch, named) == weights:
+        return None
+    if named == "float32" and device.type == "cpu":
+        raise RecipeError(
+            f"train.compute_dtype is float32, but the student's weights are {str(weights).removeprefix('torch.')}, and a CPU "
+            "has no mixed precision above the weights'; set student.dtype: float32"
+        )
+    dtype: torch.dtype = getattr(torch, named)
+    return dtype
 
 
 def load_base(recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.device, resume_from: Path | None) -> Any:

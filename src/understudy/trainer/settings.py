@@ -45,8 +45,9 @@ class Train:
     max_grad_norm: float | None = 1.0
     micro_batch_tokens: int | None = None
     """Tokens of one forward and backward, padding included. None: 16,384, or 2,048 on a CPU, whose cache holds no more."""
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """bfloat16: mixed precision over float32 weights; None: the precision of the weights."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """bfloat16: mixed precision over float32 weights; auto: that, where the device has instructions for it; None: the
+    precision of the weights."""
     master_weights: bool = True
     """Update float32 copies of a student's weights in 16 bits: 18 bytes a trained weight in place of 8, and no update is
     rounded away. Nothing changes for a student in float32, nor for LoRA, whose adapters are float32."""

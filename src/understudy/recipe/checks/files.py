@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from understudy.errors import RecipeError, nearest
-from understudy.models import check_build, check_model_dir
+from understudy.models import check_build, check_model_dir, has_bfloat16
 from understudy.recipe.checks.parts import Check, Files, Finding
 from understudy.recipe.load import (
     NUM_CHECKED_PROMPTS,
@@ -40,7 +40,8 @@ def _machine(files: Files) -> Iterator[Finding]:
         raise RecipeError(
             "rollout.launch starts servers for one rank alone; with several ranks start them yourself and give rollout.url"
         )
-    yield Finding(f"device: {device}")
+    lacks = "" if has_bfloat16(device) else ", without instructions for bfloat16"
+    yield Finding(f"device: {device}{lacks}")
 
 
 def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from understudy.lazy import Tensor, torch
 from understudy.linear import score
-from understudy.methods import Method
+from understudy.models import has_bfloat16
 from understudy.models.backbone import evaluating
 from understudy.recipe.checks.parts import Check, Finding, Level, Parts, precision
 from understudy.teachers import LocalTeacher, Teacher
 from understudy.trainer.collect import TOKEN_SCORES
 from understudy.trainer.distributed import Ranks
-from understudy.trainer.update import accumulate_gradients, prepare
+from understudy.trainer.update import StudentModel, accumulate_gradients, prepare
 from understudy.types import Author, Sample, Scores
 
 NUM_PROMPTS = 2
@@ -26,6 +27,8 @@ MAX_NEW_TOKENS = 64
 LIMITS = {"torch.float64": 1e-5, "torch.float32": 1e-3, "torch.float16": 1e-2, "torch.bfloat16": 5e-2}
 """Mean |difference| of log-probabilities that a precision explains, in nats: 5e-7 and 5e-3 were measured between two
 engines on small models in float32 and bfloat16; large ones sum more, and sampled log-probabilities are kept in float32."""
+WORTH = 1.1
+"""Times the processor time of float32, from which on mixed precision is said to be slower."""
 GROSS = 10.0
 """Times the limit: no precision explains this."""
 
@@ -48,9 +51,12 @@ class Gap:
         apart = (one.double() - other.double()).abs()[known]
         return Gap(float(apart.mean()), float(apart.max()), int((~known).sum()))
 
-    def level(self, dtype: torch.dtype, *, may_lack: bool = False) -> Level:
-        """By what the precision explains. `may_lack`: a run goes on without what is missing."""
-        limit = LIMITS[str(dtype)]
+    def level(self, dtype: torch.dtype, *, explained: float = 0.0, may_lack: bool = False) -> Level:
+        """By what the precision explains: its limit, or what was measured on these samples, if that is more.
+
+        `may_lack`: a run goes on without what is missing.
+        """
+        limit = max(LIMITS[str(dtype)], explained)
         if (self.num_missing and not may_lack) or self.mean > GROSS * limit:
             return "error"
         return "ok" if self.mean <= limit and not self.num_missing else "warning"
@@ -99,7 +105,7 @@ def _rehearse(parts: Parts) -> Iterator[Finding]:
             advice = "a weak student's first samples may all be turned down: look at who did it"
             yield Finding(f"{facts}; none is left to learn from", "warning", advice)
             return
-        loss, norm = _gradient(parts, method, step, found.samples)
+        loss, norm = _gradient(parts, trainer.student, found.samples)
     text = f"{facts}; loss {loss:.4g}, gradient norm {norm:.3g}"
     if not (math.isfinite(loss) and math.isfinite(norm)):
         yield Finding(text, "error", "look at the teacher's scores and the weights' precision")
@@ -109,11 +115,12 @@ def _rehearse(parts: Parts) -> Iterator[Finding]:
         yield Finding(text if norm else f"{text}, for all samples of a prompt were rewarded alike")
 
 
-def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]) -> tuple[float, float]:
+def _gradient(parts: Parts, student: StudentModel, samples: Sequence[Sample]) -> tuple[float, float]:
     """Loss and 2-norm of the gradient, which is left in the parameters."""
     trainer = parts.trainer
+    method, step = trainer.method.at(0)
     micros = prepare(
-        trainer.student,
+        student,
         method,
         samples,
         step=step,
@@ -123,9 +130,34 @@ def _gradient(parts: Parts, method: Method, step: int, samples: Sequence[Sample]
         by_teacher=trainer.several_teachers,
     )[0]
     heads = trainer.heads_of(method, samples)
-    loss, _ = accumulate_gradients(trainer.student, micros, heads=heads, step=step, ranks=Ranks())
+    loss, _ = accumulate_gradients(student, micros, heads=heads, step=step, ranks=Ranks())
     gradients = [value.grad for value in trainer.optimizer.parameters if value.grad is not None]
     return loss, float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _speed(parts: Parts) -> Iterator[Finding]:
+    """Measures mixed precision against float32 on a CPU, and finds bfloat16 that the device has to emulate."""
+    student, samples = parts.trainer.student, [] if parts.rehearsed is None else parts.rehearsed.samples
+    if student.compute_dtype is not None and student.device.type == "cpu" and samples:
+        took = []
+        with _unchanged(parts):
+            for dtype in (student.compute_dtype, None):
+                # processor time: what else runs on the machine does not count
+                started = time.process_time()
+                _gradient(parts, replace(student, compute_dtype=dtype), samples)
+                took.append(time.process_time() - started)
+        found = (
+            f"a gradient takes {took[0]:.2g} s of processor time in {student.compute_dtype}, {took[1]:.2g} s without"
+        )
+        advice = "mixed precision is slower here; leave train.compute_dtype out"
+        slower = took[0] > WORTH * took[1]
+        yield Finding(found.replace("torch.", ""), "warning" if slower else "ok", advice)
+    for label, model in parts.models.items():
+        if precision(model) == torch.bfloat16 and not has_bfloat16(student.device):
+            found = f"the {label}'s weights are bfloat16, which {student.device} has no instructions for"
+            yield Finding(
+                found, "warning", f"emulating it takes several times as long; set float32 as the {label}'s dtype"
+            )
 
 
 def _determinism(parts: Parts) -> Iterator[Finding]:
@@ -178,7 +210,11 @@ def _logprobs(teacher: Teacher, samples: Sequence[Sample], scores: Sequence[Scor
 
 
 def _own_scores(parts: Parts) -> Iterator[Finding]:
-    """Compares the log-probabilities of the student's tokens as the trainer, the engine and a teacher compute them."""
+    """Compares the log-probabilities of the student's tokens as the trainer, the engine and a teacher compute them.
+
+    A teacher knows no mixed precision, so it is compared with the trainer without it. How far that moves these samples is
+    measured: the engine may be twice as far from a trainer of the same mixed precision, in which both are rounded.
+    """
     student, teacher = parts.trainer.student, parts.teachers.teacher
     written = [] if parts.rehearsed is None else parts.rehearsed.written
     samples = [sample for sample in written if bool((sample.author == Author.STUDENT).any())]
@@ -186,10 +222,19 @@ def _own_scores(parts: Parts) -> Iterator[Finding]:
         return
     wrote = torch.cat([sample.author[sample.prompt_length :] for sample in samples]) == Author.STUDENT
     target = torch.cat([sample.response_ids for sample in samples]).to(student.device)
-    dtype = precision(student.model, student.compute_dtype)
+    dtype, moved = precision(student.model, student.compute_dtype), None
+
+    def trained_in(compute_dtype: torch.dtype | None) -> Tensor:
+        states = replace(student, compute_dtype=compute_dtype).hidden(student.lay_out(samples))
+        return score(states, student.head(), target)[0].cpu()[wrote]
+
     with _unchanged(parts):
         with torch.no_grad(), evaluating(student.model):
-            trained = score(student.hidden(student.lay_out(samples)), student.head(), target)[0].cpu()[wrote]
+            trained = plain = trained_in(student.compute_dtype)
+            if student.compute_dtype is not None:
+                plain = trained_in(None)
+                moved = Gap.of(trained, plain)
+                yield Finding(f"{student.compute_dtype} moves log S by {moved}".replace("torch.", ""))
         if teacher is not None:
             copy = LocalTeacher(
                 student.model,
@@ -199,10 +244,10 @@ def _own_scores(parts: Parts) -> Iterator[Finding]:
                 device=student.device,
                 around=nullcontext,
             )
-            gap = Gap.of(trained, _logprobs(copy, samples, copy.score(samples, frozenset({"sampled"})))[wrote])
+            gap = Gap.of(plain, _logprobs(copy, samples, copy.score(samples, frozenset({"sampled"})))[wrote])
             found = f"log S / T of a teacher that is the student, which should be 0: {gap}"
             advice = "scoring and training do not compute the same distribution for this model; report it"
-            yield Finding(found, gap.level(dtype), advice)
+            yield Finding(found, gap.level(precision(student.model)), advice)
     if teacher is None or teacher.recording is None:
         # NaN where the engine gives no log-probabilities
         given = [
@@ -218,12 +263,14 @@ def _own_scores(parts: Parts) -> Iterator[Finding]:
             "the engine does not draw from what is trained: compare its weights, temperature, precision and what its "
             "log-probabilities refer to (before or after temperature and filters)"
         )
-        level = gap.level(max(dtype, of_engine, key=lambda dtype: LIMITS[str(dtype)]))
+        coarsest = max(dtype, of_engine, key=lambda dtype: LIMITS[str(dtype)])
+        level = gap.level(coarsest, explained=0.0 if moved is None else 2 * moved.mean)
         yield Finding(f"between engine and trainer: {gap}", level, advice)
 
 
 CHECKS = (
     Check("rehearsal", "rehearsed", "draw, write, reward, score, pack, loss and gradient on two prompts", _rehearse),
+    Check("precision", "rehearsed", "bfloat16 against float32, on this device", _speed),
     Check("teacher's scores", "rehearsed", "the same samples scored again, in another order, and alone", _determinism),
     Check(
         "log-probabilities",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.lazy import nn, torch
 from understudy.linear.chunked import CHUNK_ELEMENTS
-from understudy.models import unwrap
+from understudy.models import has_bfloat16, unwrap
 from understudy.recipe.checks.parts import Check, Files, Finding, Parts
 from understudy.recipe.load import choose_device
 from understudy.recipe.schema import Recipe
@@ -63,8 +63,9 @@ def size_of(model: nn.Module) -> Size:
     return _size(unwrap(model).config.get_text_config(), weights, size, half, parameters[0].element_size())
 
 
-def size_on_disk(source: str | None, dtype: str) -> Size | None:
-    """Returns the size of a model directory from its configuration and the headers of its weights; None for anything else."""
+def size_on_disk(source: str | None, dtype: str, device: torch.device) -> Size | None:
+    """Returns the size that a model directory has once it is loaded, from its configuration and the headers of its weights;
+    None for anything else."""
     folder = Path(source or "").expanduser()
     files = sorted(folder.glob("*.safetensors")) if source else []
     if not files or not (folder / "config.json").is_file():
@@ -78,6 +79,8 @@ def size_on_disk(source: str | None, dtype: str) -> Size | None:
                 elements += math.prod(part.get_shape())
                 stored += math.prod(part.get_shape()) * _BYTES.get(part.get_dtype(), 1)
     number = _BYTES[dtype] if dtype in _BYTES else max(1, round(stored / max(1, elements)))
+    if dtype == "auto" and number == _BYTES["bfloat16"] and not has_bfloat16(device):
+        number = _BYTES["float32"]
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
     half = elements * number if number == _BYTES["bfloat16"] else 0
     return _size(config, elements * number, elements * number, half, number)
@@ -165,13 +168,14 @@ def _before(files: Files) -> list[Needs]:
     recipe = files.recipe
     sections = recipe.all_teachers | ({} if recipe.reference is None else {"reference": recipe.reference})
     others: dict[str, Size] = {}
+    device = choose_device(recipe.device)
     try:
-        student = size_on_disk(recipe.student.model, recipe.student.dtype)
+        student = size_on_disk(recipe.student.model, recipe.student.dtype, device)
         for label, section in sections.items():
             weights = section.weights
             if weights is None or weights.source is None or weights.offload:
                 continue
-            size = size_on_disk(weights.source.name, weights.dtype)
+            size = size_on_disk(weights.source.name, weights.dtype, device)
             if size is not None:
                 others[label] = size
     except (OSError, ValueError, KeyError, SafetensorError):
@@ -180,7 +184,7 @@ def _before(files: Files) -> list[Needs]:
     # with adapters little is trained, and how much is known once they are there
     if student is None or recipe.student.lora is not None:
         return []
-    return [Needs(recipe=recipe, device=choose_device(recipe.device), student=student, others=others)]
+    return [Needs(recipe=recipe, device=device, student=student, others=others)]
 
 
 def _after(parts: Parts) -> Needs:
@@ -250,7 +254,8 @@ def _memory(run: Needs) -> Finding:
     layers = student.layers * student.layer_elements
     if settings.gradient_checkpointing:
         layers = student.layers * student.hidden + student.layer_elements
-    number = 2 if settings.compute_dtype == "bfloat16" else student.number_bytes
+    mixed = settings.compute_dtype == "bfloat16" or (settings.compute_dtype == "auto" and has_bfloat16(run.device))
+    number = 2 if mixed else student.number_bytes
     update = {"gradients": run.updated, "activations": tokens * layers * number}
     if run.vocab_size is not None:
         rows = 2 if "full" in recipe.method.needs else 1
