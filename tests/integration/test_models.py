@@ -250,14 +250,6 @@ def test_at_most_five_differences_are_shown() -> None:
     assert str(error.value).count("for the teacher") == 5
 
 
-def test_different_eos_is_refused() -> None:
-    """peers 12: a base student and a chat teacher."""
-    with pytest.raises(
-        VocabularyError, match=r"'</s>' \(id 1\) for the student, '<\|im_end\|>' \(id 2\) for the teacher"
-    ):
-        compare_vocabularies(words(TOKENS), words(TOKENS, eos="<|im_end|>"))
-
-
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
 def test_saved_model_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     model, tokenizer = tiny(name), words(TOKENS)

@@ -200,7 +200,7 @@ def test_a_prompt_that_becomes_too_long_leaves_its_sample_unscored() -> None:
     assert first is None
     assert second is not None
     assert (second.key, second.scores) == (short.key, kept)
-    says = rf"a#0, .*the privileged prompt of 13 tokens .* make {length} tokens.*{length - 2} positions"
+    says = rf"a#0, .*the prompt that it is shown, of 13 tokens, .* make {length} tokens.*{length - 2} positions"
     with pytest.raises(ScoreError, match=says):
         attach_scores([one, short], [lost, kept], "error")
 

@@ -63,7 +63,7 @@ def _as_ids(value: int | list[int] | None) -> set[int]:
 def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
     """The size of the vocabulary that both share: tokens that exist; rows of an embedding beyond it are padding.
 
-    Raises VocabularyError that names the first differing tokens, or the two EOS tokens where these differ.
+    Raises VocabularyError that names the first differing tokens.
     """
     student, teacher = (
         {int(index): str(token) for token, index in tokenizer.get_vocab().items()}
@@ -79,14 +79,6 @@ def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
         raise VocabularyError(
             f"the tokenizers differ in {len(differing)} of {size} tokens: {shown}. Token scores only mean something "
             "where both read the same tokens: choose models of one family"
-        )
-    ends = student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id
-    if ends[0] != ends[1]:
-        names = [_show(table.get(end)) for table, end in zip((student, teacher), ends, strict=True)]
-        raise VocabularyError(
-            f"EOS differs: {names[0]} (id {ends[0]}) for the student, {names[1]} (id {ends[1]}) for the teacher. "
-            "The teacher would never approve of the student's ending and lengths would explode: use the teacher's "
-            "tokenizer for the student (student.tokenizer), or a base teacher for a base student"
         )
     return size
 

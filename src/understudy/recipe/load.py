@@ -33,6 +33,7 @@ from understudy.models import (
 from understudy.recipe.schema import Recipe
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Judge, Responder, RoutedTeacher, Setup, Source, Start, Teacher
+from understudy.teachers.rendering import OwnRendering
 from understudy.teachers.stores.responses import ResponseSetup, ResponseStore, open_responses
 from understudy.trainer.collect import TOKEN_SCORES
 from understudy.trainer.distributed import Ranks
@@ -109,6 +110,31 @@ class Tokenizers:
             self._others[source] = tokenizer, compare_vocabularies(self.student, tokenizer)
         return self._others[source]
 
+    def compare_ends(self) -> None:
+        """Raises VocabularyError for a teacher that reads the student's ids and ends a response with another token.
+
+        In a chat the end is the template's, where both have one, else EOS.
+        """
+        recipe = self._recipe
+        chats = {part.is_chat for part in recipe.task.places().values()}
+        for section in (*recipe.all_teachers.values(), recipe.reference):
+            if section is None or section.vocabulary is None or section.rendering == "own":
+                continue
+            pair = [self.student, self.other(section.vocabulary)[0]]
+            for is_chat in chats:
+                kind, ends = "EOS differs", [tokenizer.eos_token_id for tokenizer in pair]
+                if is_chat and all(tokenizer.chat_template for tokenizer in pair):
+                    kind = "the chat templates end a turn with different tokens"
+                    ends = [Renderer(one, recipe.student.template_kwargs).turn_end.token_id for one in pair]
+                if ends[0] != ends[1]:
+                    names = [repr(one.convert_ids_to_tokens(end)) for one, end in zip(pair, ends, strict=True)]
+                    raise VocabularyError(
+                        f"{kind}: {names[0]} (id {ends[0]}) for the student, {names[1]} (id {ends[1]}) for "
+                        f"{section.shown}. The teacher would never approve of the student's ending and lengths would explode: "
+                        "have the teacher of a chat read its own rendering (rendering: own), use its tokenizer for the "
+                        "student (student.tokenizer), or a base teacher for a base student"
+                    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded(StudentModel):
@@ -129,6 +155,7 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     for source in tokenizers.sources:
         _, vocab_size = tokenizers.other(source)
+    tokenizers.compare_ends()
     student, lora = recipe.student, recipe.student.lora
     model = load_base(recipe, tokenizer, vocab_size, device, None if lora else resume_from)
     if lora is not None:
@@ -262,15 +289,22 @@ class Teachers:
 def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
     """Opens the teachers and the reference model, at the student's temperature and vocabulary."""
     opened: dict[str, Any] = {}
+    sections = dict(recipe.all_teachers)
+    if "reference" in recipe.method.needs:
+        sections["reference"] = recipe.reference or Start()
     with ExitStack() as stack:
-        for name, section in recipe.all_teachers.items():
-            opened[name] = section.open(teacher_setup(recipe, loaded, name))
+        for name, section in sections.items():
+            reader = None
+            if section.rendering == "own" and section.vocabulary is not None:
+                reader = loaded.renderer.like(loaded.tokenizers.other(section.vocabulary)[0])
+            setup = teacher_setup(recipe, loaded, name, reader)
+            opened[name] = section.open(setup)
             stack.callback(opened[name].close)
-        reference: Any = None
-        if "reference" in recipe.method.needs:
-            reference = (recipe.reference or Start()).open(teacher_setup(recipe, loaded, "reference"))
+            if reader is not None:
+                opened[name] = OwnRendering(opened[name], setup, reader)
         # from here on they are closed by the caller
         stack.pop_all()
+    reference = opened.pop("reference", None)
     scorers = {name: one for name, one in opened.items() if not recipe.all_teachers[name].says_digits}
     return Teachers(
         teacher=RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None),
@@ -280,16 +314,17 @@ def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
     )
 
 
-def teacher_setup(recipe: Recipe, loaded: Loaded, name: str) -> Setup:
-    """The student's side of the run, for a teacher of that name."""
+def teacher_setup(recipe: Recipe, loaded: Loaded, name: str, reader: Renderer | None = None) -> Setup:
+    """The student's side of the run, for a teacher of that name. `reader`: its own chat template, if it writes with that."""
     student, renderer = recipe.student, loaded.renderer
+    reader = reader or renderer
 
     def generate(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[str | None]:
         # the teacher may end its turns with another token than the student
-        ends = tuple({*renderer.stop_ids, *stop_ids(renderer.tokenizer, model)})
+        ends = tuple({*reader.stop_ids, *stop_ids(reader.tokenizer, model)})
         engine = replace(engine_setup(recipe, loaded), stop_ids=ends, autocast=None).hf(model)
-        requests = [Request(prompt, 0, renderer.start(prompt)) for prompt in prompts]
-        written = play(engine, renderer, single_turn, requests, sampling, step=0, stream="teacher")
+        requests = [Request(prompt, 0, reader.start(prompt)) for prompt in prompts]
+        written = play(engine, reader, single_turn, requests, sampling, step=0, stream="teacher")
         return [None if sample.truncated else sample.text for sample in written]
 
     return Setup(

@@ -97,6 +97,15 @@ class Renderer:
         """Whether messages can be rendered; without a chat template everything is plain text."""
         return bool(self.tokenizer.chat_template)
 
+    def like(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        """A renderer for another tokenizer, with the same settings of its template and the same clock."""
+        return Renderer(tokenizer, self.template_kwargs, date=self.date)
+
+    @property
+    def settings(self) -> list[Any]:
+        """All that decides how messages are rendered, beside the tokenizer itself."""
+        return [self.tokenizer.chat_template, self.template_kwargs, self.date if self.reads_clock else None]
+
     @property
     def reads_clock(self) -> bool:
         """Whether the template may write the date or the time."""
@@ -379,18 +388,19 @@ class Renderer:
         return replace(self.plain_end, rest=last)
 
     @cached_property
-    def _opens_thinking(self) -> bool:
-        """Whether the template itself writes the <think> of the student's turn."""
+    def begins(self) -> str:
+        """The tag of reasoning that the template writes right before the student's turn, `<think>` or `</think>`; or ""."""
         try:
-            return self.question("1").rstrip().endswith(_THINK)
+            text = self.question("1").rstrip()
         except DataError:
-            return False
+            return ""
+        return next((tag for tag in (_THINK, _END_THINK) if text.endswith(tag)), "")
 
     def _split_reasoning(self, text: str) -> tuple[str | None, str]:
         """Reasoning, None where the template has no thinking mode or nothing was thought, and what follows it."""
         if _END_THINK not in str(self.tokenizer.chat_template):
             return None, text
-        if _END_THINK not in text and not self._opens_thinking and not text.lstrip().startswith(_THINK):
+        if _END_THINK not in text and self.begins != _THINK and not text.lstrip().startswith(_THINK):
             return None, text
         thought, _, rest = text.partition(_END_THINK)
         return thought.lstrip().removeprefix(_THINK).strip("\n"), rest.lstrip("\n")

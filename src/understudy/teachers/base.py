@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, Protocol
 
-from understudy.errors import ScoreError
+from understudy.errors import RecipeError, ScoreError
 from understudy.lazy import Tensor, nn, torch
 from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir, load_causal_lm, probe_head
@@ -19,6 +19,8 @@ from understudy.types import Need, Prompt, Request, Sample, Sampling, Scores, Ve
 
 ScoreForm = Literal["argmax", "expectation"]
 """The digit that a judge finds most likely, or the mean of the digits under its probabilities."""
+Rendering = Literal["student", "own"]
+"""The student's ids; or the teacher's own template, with the student's response behind it."""
 CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 """Scores of a teacher whose whole rows can be computed."""
 
@@ -109,6 +111,8 @@ class TeacherSection(ABC):
     """Whether `open` returns a `Responder`."""
     alone: bool = False
     """Whether it cannot be one of several."""
+    rendering: Rendering = "student"
+    """Whose rendering of the messages the teacher reads before a response."""
     replays: bool = False
     """Whether it brings recorded samples, which are trained on in place of new ones."""
 
@@ -157,6 +161,15 @@ class TeacherSection(ABC):
     def weights(self) -> LoadedSection | None:
         """The section itself where it loads weights into this process; None: it loads none."""
         return None
+
+
+def check_rendering(section: TeacherSection, run: RunFacts) -> None:
+    """Raises RecipeError where a teacher is to render what has no messages."""
+    if section.rendering == "own" and run.parts and not any(part.is_chat for part in run.parts.values()):
+        raise RecipeError(
+            f"{run.where}.rendering is own, but the problems of {', '.join(run.parts)} are plain text, which every template "
+            f"leaves as it is; remove {run.where}.rendering"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +265,8 @@ class Teacher(Opened):
     """Calls of `score` that may run at the same time, each in a thread of its own."""
     temperature: float | None = None
     """Temperature of its scores, where it knows it."""
+    own_end: int | None = None
+    """The token that ends a turn in its own rendering, for which the student's stands; None: it reads the student's."""
 
     @abstractmethod
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:

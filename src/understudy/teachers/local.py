@@ -18,7 +18,18 @@ from understudy.linear.head import LMHead, project
 from understudy.models import backbone_hidden, lm_head, num_positions, row_style, unwrap
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
-from understudy.teachers.base import CAN, LoadedSection, Setup, Source, Teacher, TeacherSection, check_need
+from understudy.teachers.base import (
+    CAN,
+    LoadedSection,
+    Rendering,
+    RunFacts,
+    Setup,
+    Source,
+    Teacher,
+    TeacherSection,
+    check_need,
+    check_rendering,
+)
 from understudy.types import Need, Prompt, Sample, Sampling, Scores
 
 MAX_BATCH_TOKENS = {"cpu": 2_048}
@@ -44,6 +55,11 @@ class Local(LoadedSection):
     model: str
     """A directory or a hub name."""
     revision: str | None = None
+    rendering: Rendering = "student"
+    """The prompt that it reads before a response: the student's ids, or the messages in its own chat template (own)."""
+
+    def check_run(self, run: RunFacts) -> None:
+        check_rendering(self, run)
 
     @property
     def source(self) -> Source:

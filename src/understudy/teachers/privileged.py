@@ -6,19 +6,18 @@ The response tokens are the student's own, behind another prompt, so scores stay
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.lazy import Tensor, nn, no_grad, torch
-from understudy.linear.head import LMHead
-from understudy.models import lm_head, unwrap
-from understudy.packing import Unscored
-from understudy.teachers.base import LoadedSection, RunFacts, Setup, Source, Teacher, hash_facts
+from understudy.models import unwrap
+from understudy.teachers.base import LoadedSection, RunFacts, Setup, Source, hash_facts
 from understudy.teachers.local import LocalTeacher, Start
-from understudy.types import Author, Need, Prompt, Sample, Scores
+from understudy.teachers.rendering import OtherPrompt
+from understudy.types import Prompt, Sample
 
 TEMPLATE = "A correct solution of the problem below, for reference:\n\n{solution}\n\nThe problem:\n\n{prompt}"
 PLACEHOLDERS = {
@@ -184,16 +183,15 @@ class MovingAverage:
                 value.copy_(self._average[name])
 
 
-class PrivilegedTeacher(Teacher):
-    """`log T(y_t | privileged prompt, y_<t)`, one row for each response token of the sample as it is."""
+class PrivilegedTeacher(OtherPrompt):
+    """Reads the response behind the prompt that the section words."""
 
     def __init__(
         self, inner: LocalTeacher, section: Privileged, setup: Setup, average: MovingAverage | None = None
     ) -> None:
-        self._inner = inner
-        self.name, self.model, self.temperature = inner.name, inner.model, inner.temperature
+        super().__init__(inner, setup)
+        self._local = inner
         self._section = section
-        self._setup = setup
         assert setup.renderer is not None
         self._renderer = setup.renderer
         self._average = average
@@ -203,36 +201,9 @@ class PrivilegedTeacher(Teacher):
     def fingerprint(self) -> str:
         """Hash of the weights as they are now, and of how prompts are reworded."""
         if self._fingerprint is None:
-            section, renderer = self._section, self._renderer
-            rewording = [section.template, section.system, renderer.template_kwargs, renderer.tokenizer.chat_template]
-            self._fingerprint = hash_facts([self._inner.hash_weights(), rewording])
+            rewording = [self._section.template, self._section.system, self._renderer.settings]
+            self._fingerprint = hash_facts([self._local.hash_weights(), rewording])
         return self._fingerprint
-
-    def head_for(self, name: str | None) -> LMHead:
-        return self._inner.head_for(name)
-
-    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """Returns scores as `LocalTeacher.score`, after the privileged prompt; `Unscored` for a sample that is then longer
-        than the teacher's positions.
-
-        Raises DataError for a prompt that lacks what the template asks for.
-        """
-        limit = self.max_tokens
-        shown = [self._reword(sample) for sample in samples]
-        fits = [limit is None or sample.token_ids.numel() - 1 <= limit for sample in shown]
-        fitting = [sample for sample, is_short in zip(shown, fits, strict=True) if is_short]
-        found = iter(self._inner.score(fitting, need, k=k))
-        return [
-            next(found) if is_short else self._unscored(sample, need, k)
-            for sample, is_short in zip(shown, fits, strict=True)
-        ]
-
-    @property
-    def max_tokens(self) -> int | None:
-        return self._inner.max_tokens
-
-    def num_prompt_tokens(self, sample: Sample) -> int:
-        return self._reword(sample).prompt_length
 
     def follow(self, student: nn.Module) -> None:
         if self._average is not None:
@@ -254,39 +225,9 @@ class PrivilegedTeacher(Teacher):
                 "resume with the recipe that wrote it"
             )
 
-    def _reword(self, sample: Sample) -> Sample:
-        """Returns the same response after the prompt that the teacher is shown."""
+    def _read(self, sample: Sample) -> tuple[Prompt, Tensor]:
         shown = reword(sample, self._section.template, self._section.system)
-        prompt_ids = self._renderer.start(shown)
-        author = sample.author[sample.prompt_length :]
-        return replace(
-            sample,
-            prompt=shown,
-            token_ids=torch.cat([prompt_ids, sample.response_ids]),
-            author=torch.cat([author.new_full((len(prompt_ids),), Author.PROMPT), author]),
-            prompt_length=len(prompt_ids),
-            rollout_logprob=None,
-            policy_version=None,
-        )
-
-    def _unscored(self, sample: Sample, need: frozenset[Need], k: int | None) -> Unscored:
-        """NaN scores in the shapes that the sample's scores would have."""
-        size, nan = sample.num_response_tokens, float("nan")
-        fields: dict[str, Tensor] = {}
-        if need & {"sampled", "topk"}:
-            fields |= {"logprob": torch.full((size,), nan), "entropy": torch.full((size,), nan)}
-        if "topk" in need:
-            top = (size, min(k or 0, self._setup.vocab_size))
-            fields |= {"topk_ids": torch.full(top, -1), "topk_logprob": torch.full(top, nan)}
-        if "full" in need:
-            weight, device = lm_head(self._inner.model).weight, self._setup.device
-            fields["hidden"] = torch.full((size, weight.shape[1]), nan, dtype=weight.dtype, device=device)
-        reason = (
-            f"the privileged prompt of {sample.prompt_length} tokens and the response make {sample.token_ids.numel()} "
-            f"tokens, but teacher {self.name!r} has {self.max_tokens} positions (max_position_embeddings): lower "
-            "max_new_tokens, or leave out problems with long solutions"
-        )
-        return Unscored(sample.response_ids, **fields, reason=reason)
+        return shown, self._renderer.start(shown)
 
 
 def reword(sample: Sample, template: str, system: str | None = None) -> Prompt:

@@ -115,6 +115,8 @@ def _tokenizers(files: Files) -> Iterator[Finding]:
     for other in files.tokenizers.sources:
         if files.has(other):
             yield Finding(f"the student and {other.name} share {files.tokenizers.other(other)[1]:,} tokens")
+    if all(map(files.has, files.tokenizers.sources)):
+        files.tokenizers.compare_ends()
 
 
 def _teachers(files: Files) -> tuple[Finding, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from understudy.errors import UnderstudyError
 from understudy.lazy import Tensor, nn, no_grad, torch
@@ -35,7 +34,7 @@ _NO_DISTRIBUTION = re.compile(
     r"^_|^(max_|use_|output_|return_|transformers_|cache_)|^(do_sample|dtype|(bos|eos|pad)_token_id)$"
 )
 """Generation settings that leave the distribution of a token alone."""
-_SHOWN_TOKENS = 4
+_SHOWN_TOKENS = 24
 """On each side of a difference."""
 
 
@@ -100,6 +99,13 @@ def _ends(parts: Parts) -> Iterator[Finding]:
     advice = "no response would ever end; set eos_token in the tokenizer's configuration"
     yield Finding(own, "ok" if any(index < parts.loaded.vocab_size for index in stops) else "error", advice)
     for side in parts.sides:
+        its = side.teacher.own_end
+        if its is not None:
+            stands = (
+                "" if its == end else f", for which the student's {named({end})} stands in what it reads and scores"
+            )
+            yield Finding(f"the {side.label}'s own template ends a turn with {named({its})}{stands}")
+            continue
         if side.teacher.model is None:
             continue
         base, ends = unwrap(side.teacher.model), set[int]()
@@ -169,22 +175,25 @@ def _templates(parts: Parts) -> Iterator[Finding]:
     for side in parts.sides:
         if side.section.vocabulary is None:
             continue
-        tokenizer, _ = parts.loaded.tokenizers.other(side.section.vocabulary)
-        differences = (_difference(parts, *item, tokenizer, side.label) for item in parts.prompts[:NUM_COMPARED])
+        renderer = parts.loaded.renderer.like(parts.loaded.tokenizers.other(side.section.vocabulary)[0])
+        differences = (_difference(parts, *item, renderer, side.label) for item in parts.prompts[:NUM_COMPARED])
         difference = next((found for found in differences if found is not None), None)
         advice = (
             "prompts are rendered with the student's, so the teacher judges text in a form that it may not know, which can "
-            "cost tenths of a nat per token: use models of one family, or the teacher's tokenizer (student.tokenizer)"
+            "cost tenths of a nat per token: have it read its own (rendering: own), use models of one family, or the teacher's "
+            "tokenizer (student.tokenizer)"
         )
         found = difference or f"the {side.label}'s template gives the student's tokens"
-        yield Finding(found, "ok" if difference is None else "warning", advice)
+        if side.section.rendering == "own":
+            found += f"; the {side.label} reads its own"
+        is_meant = difference is None or side.section.rendering == "own"
+        yield Finding(found, "ok" if is_meant else "warning", advice)
 
 
-def _difference(parts: Parts, prompt: Prompt, ids: Tensor, tokenizer: Any, label: str) -> str | None:
-    """Describes the first token at which the other side's rendering differs; None where none does."""
+def _difference(parts: Parts, prompt: Prompt, ids: Tensor, renderer: Renderer, label: str) -> str | None:
+    """Shows both renderings from before the first token at which they differ; None where none does."""
     try:
-        ours_too = parts.loaded.renderer
-        other = Renderer(tokenizer, ours_too.template_kwargs, date=ours_too.date).start(prompt).tolist()
+        other = renderer.start(prompt).tolist()
     except UnderstudyError as error:
         return f"the {label} cannot render prompt {prompt.id}: {error}"
     ours = ids.tolist()

@@ -134,7 +134,7 @@ class VerbalTeacher(Judge):
     def fingerprint(self) -> str:
         """Hash of model, templates and digit tokens; reads all weights once."""
         asker, words, renderer = self._asker, self._asker.wording, self._asker.renderer
-        template = [renderer.tokenizer.chat_template, renderer.template_kwargs]
+        template = renderer.settings
         asked = [words.whole, words.step, words.separator, *template, asker.space, asker.digit_ids]
         return hash_facts([self._reader.fingerprint, *asked])
 

@@ -10,7 +10,17 @@ from typing import Any
 
 from understudy.http.client import HttpClient, RetryOptions
 from understudy.http.replies import check_address
-from understudy.teachers.base import Setup, Source, Teacher, TeacherSection, check_need, hash_facts
+from understudy.teachers.base import (
+    Rendering,
+    RunFacts,
+    Setup,
+    Source,
+    Teacher,
+    TeacherSection,
+    check_need,
+    check_rendering,
+    hash_facts,
+)
 from understudy.teachers.stores.cache import CACHE_FILE, CachedTeacher
 from understudy.types import Need, Sample, Scores
 
@@ -25,6 +35,8 @@ class RemoteSection(RetryOptions, TeacherSection):
     """Tokens of all samples in one request."""
     tokenizer: str | None = None
     """The teacher's, a directory or hub name, to compare with the student's; None: they are taken to be the same."""
+    rendering: Rendering = "student"
+    """The prompt that it reads before a response: the student's ids, or the messages in its own chat template (own)."""
     cache: str | None = None
     """A directory on a local disk that keeps scores; a rerun asks for nothing twice."""
 
@@ -32,6 +44,8 @@ class RemoteSection(RetryOptions, TeacherSection):
         _ = self.retry_policy
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+        if self.rendering == "own" and self.tokenizer is None:
+            raise ValueError("rendering is own, which needs the teacher's chat template: set tokenizer to its model")
         if not self.urls:
             raise ValueError("url is empty; give the address of the server")
         for url in self.urls:
@@ -45,6 +59,9 @@ class RemoteSection(RetryOptions, TeacherSection):
     @property
     def vocabulary(self) -> Source | None:
         return None if self.tokenizer is None else Source(self.tokenizer)
+
+    def check_run(self, run: RunFacts) -> None:
+        check_rendering(self, run)
 
     def check(self) -> str:
         return f"teacher: {self.shown}, not asked yet"

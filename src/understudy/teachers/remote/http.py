@@ -83,7 +83,8 @@ class Http(RemoteSection):
         return self.k_max or FORMATS[self.api].default_k_max or math.inf
 
     def check_run(self, run: RunFacts) -> None:
-        """Raises RecipeError for a temperature or a K that the server does not give."""
+        """Raises RecipeError for a temperature or a K that the server does not give, and as `check_rendering`."""
+        super().check_run(run)
         self.check_temperature(run.temperature)
         self.check_k(run.k)
 

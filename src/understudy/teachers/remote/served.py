@@ -143,6 +143,9 @@ class Served(RemoteSection):
             )
         if setup.tokenizer is None or tokenizer_digest(setup.tokenizer) == about.tokenizer_digest:
             return
+        # its `tokenizer` was compared token by token, and its end of a turn stands for the student's
+        if self.rendering == "own":
+            return
         size = max(setup.tokenizer.get_vocab().values()) + 1
         raise VocabularyError(
             f"{self.shown} ({about.model}) reads with another tokenizer than the student: the teacher's has "

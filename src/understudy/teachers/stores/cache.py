@@ -117,6 +117,10 @@ class CachedTeacher(Teacher):
     def head_for(self, name: str | None) -> LMHead | None:
         return self.teacher.head_for(name)
 
+    @property
+    def max_tokens(self) -> int | None:
+        return self.teacher.max_tokens
+
     def follow(self, student: nn.Module) -> None:
         """Lets the teacher follow; if that changes its fingerprint, nothing stored is used any more."""
         self.teacher.follow(student)

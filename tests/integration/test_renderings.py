@@ -1,0 +1,241 @@
+"""Student and teacher with different chat templates: whose rendering is read, where a turn ends, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.test_doctor import examined, levels
+from tests.integration.test_templates import GEMMA, with_tokens
+from tests.integration.test_verbal import CHATML
+from tests.runs import BUILD, metric_rows, tiny_recipe, train
+from tests.tiny_models import plain_logp
+from understudy import config
+from understudy.errors import RecipeError, ScoreError, VocabularyError
+from understudy.models import build_causal_lm, save_hf
+from understudy.recipe import Recipe
+from understudy.recipe.checks import check
+from understudy.tasks import Renderer
+from understudy.teachers import LocalTeacher, Setup
+from understudy.teachers.rendering import OwnRendering
+from understudy.types import Author, Need, Prompt, Sample
+
+SPECIAL = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
+STUDENT, TEACHER = with_tokens(CHATML, SPECIAL, "<|im_end|>"), with_tokens(GEMMA, SPECIAL, "<|im_end|>")
+NUM_TOKENS = len(STUDENT)
+END, OTHER = STUDENT.convert_tokens_to_ids(["<|im_end|>", "<end_of_turn>"])
+ALL: frozenset[Need] = frozenset({"sampled", "topk", "full"})
+ROUNDING = 1e-12
+"""float64: another order of sums."""
+
+
+def setup(**changes: Any) -> Setup:
+    values = {"name": "t", "vocab_size": NUM_TOKENS, "temperature": 0.7, "renderer": Renderer(STUDENT)}
+    return Setup(**values | changes)
+
+
+def model(**changes: Any) -> Any:
+    sizes = BUILD | {"hidden_size": 32, "max_position_embeddings": 256} | changes
+    built = build_causal_lm(sizes, vocab_size=NUM_TOKENS, eos_token_id=END, pad_token_id=0, dtype="float64")
+    with torch.no_grad():
+        built.get_output_embeddings().weight.mul_(8.0)
+    return built
+
+
+def answered(question: str, text: str) -> Sample:
+    prompt = Prompt(question, messages=({"role": "user", "content": question},))
+    renderer = Renderer(STUDENT)
+    ids, response = renderer.start(prompt), renderer.response(prompt, text)
+    author = torch.tensor([Author.PROMPT] * len(ids) + [Author.STUDENT] * len(response), dtype=torch.uint8)
+    return Sample(prompt, 0, torch.cat([ids, response]), author, len(ids), "stop", text)
+
+
+def own(inner: Any, **changes: Any) -> OwnRendering:
+    told = setup(**changes)
+    judge = LocalTeacher(inner, name="t", vocab_size=NUM_TOKENS, temperature=0.7)
+    return OwnRendering(judge, told, Renderer(TEACHER))
+
+
+def test_scores_are_of_the_response_behind_the_teachers_own_prompt() -> None:
+    """By hand: the teacher's text as its template writes it, its end in place of the student's, token by token."""
+    samples, base = [answered("2+2?", "4"), answered(" what is 10 + 10? ", "it is 20")], model()
+    teacher = own(base)
+    for sample, scores in zip(samples, teacher.score(samples, ALL, k=4), strict=True):
+        messages = [dict(message) for message in sample.prompt.messages or ()]
+        opened = TEACHER.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        said = [*messages, {"role": "assistant", "content": sample.text}]
+        whole = torch.tensor(TEACHER.apply_chat_template(said, return_dict=False)[:-1])
+        rows = plain_logp(base, whole, temperature=0.7)[len(opened) - 1 :]
+        # the student's name for the end is the teacher's
+        rows[:, [END, OTHER]] = rows[:, [OTHER, END]]
+        picked = rows.gather(-1, sample.response_ids[:, None]).squeeze(-1)
+        top = rows.topk(4)
+        assert torch.equal(scores.token_ids, sample.response_ids)
+        torch.testing.assert_close(scores.logprob, picked, atol=ROUNDING, rtol=0)
+        assert scores.topk_ids is not None
+        assert torch.equal(scores.topk_ids, top.indices)
+        torch.testing.assert_close(scores.topk_logprob, top.values, atol=ROUNDING, rtol=0)
+        head = teacher.head_for(None)
+        assert head is not None
+        assert scores.hidden is not None
+        torch.testing.assert_close(head.logits(scores.hidden).log_softmax(-1), rows, atol=ROUNDING, rtol=0)
+    assert teacher.num_prompt_tokens(samples[0]) == len(Renderer(TEACHER).start(samples[0].prompt))
+
+
+def test_a_teacher_with_the_students_template_scores_as_without() -> None:
+    samples, base = [answered("2+2?", "4")], model()
+    plain = LocalTeacher(base, name="t", vocab_size=NUM_TOKENS, temperature=0.7)
+    same = OwnRendering(plain, setup(), Renderer(STUDENT))
+    (found,), (expected,) = same.score(samples, ALL, k=3), plain.score(samples, ALL, k=3)
+    for name in ("logprob", "topk_ids", "topk_logprob", "hidden", "entropy"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert same.fingerprint != own(base).fingerprint
+
+
+def test_a_prompt_that_becomes_too_long_has_no_score() -> None:
+    sample = answered("2+2?", "4")
+    # the student's whole sample fits; the teacher's template is longer
+    teacher = own(model(max_position_embeddings=len(sample.token_ids) + 1))
+    (found,) = teacher.score([sample], frozenset({"sampled"}))
+    longer = Renderer(TEACHER).start(sample.prompt).numel() > sample.prompt_length + 2
+    assert bool(torch.isnan(found.logprob).all()) == longer  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_aligned_is_refused() -> None:
+    sample = answered("2+2?", "4")
+    author = sample.author.clone()
+    author[-2] = Author.ENVIRONMENT
+    with pytest.raises(ScoreError, match="has several turns"):
+        own(model()).score([replace(sample, author=author)], frozenset({"sampled"}))
+    opened = with_tokens(CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}", SPECIAL, "<|im_end|>")
+    with pytest.raises(
+        RecipeError, match="student's prompts end with no thinking and those of teacher 't' with <think>"
+    ):
+        OwnRendering(LocalTeacher(model(), name="t", vocab_size=NUM_TOKENS), setup(), Renderer(opened))
+
+
+# --- a run -------------------------------------------------------------------------------------------------------------
+
+
+def chats(folder: Path, *, template: str, teacher: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Changes that distil a chat teacher with that template into a ChatML student."""
+    for name, tokenizer, hidden in (
+        ("student", STUDENT, 16),
+        ("teacher", with_tokens(template, SPECIAL, "<|im_end|>"), 32),
+    ):
+        sizes = BUILD | {"hidden_size": hidden, "max_position_embeddings": 512}
+        save_hf(
+            build_causal_lm(sizes, vocab_size=NUM_TOKENS, eos_token_id=END, pad_token_id=0), tokenizer, folder / name
+        )
+    rows = [{"q": f"{i}+{i}?", "a": str(2 * i), "s": f"It is {2 * i}."} for i in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "student": {"model": str(folder / "student"), "build": None} | changes.pop("student", {}),
+        "teacher": {"type": "local", "model": str(folder / "teacher")} | (teacher or {}),
+        "task": {
+            "type": "jsonl",
+            "path": str(folder / "rows.jsonl"),
+            "prompt_field": "q",
+            "reference_field": "a",
+            "solution_field": "s",
+            "verifier": "exact",
+        },
+        "method": {"type": "gkd"},
+        "sampling": {"max_new_tokens": 8},
+        "train": {"steps": 2, "prompts_per_step": 4, "lr": 1e-3, "save_samples_every": 0},
+    } | changes
+
+
+def recipe_of(folder: Path, **changes: Any) -> Recipe:
+    return config.parse(Recipe, tiny_recipe(folder, **changes))
+
+
+def test_a_teacher_that_ends_turns_otherwise_has_to_read_its_own(tmp_path: Path) -> None:
+    changes = chats(tmp_path, template=GEMMA)
+    with pytest.raises(
+        VocabularyError,
+        match=r"end a turn with different tokens: '<\|im_end\|>' \(id \d+\) for the student, '<end_of_turn>' .*rendering: own",
+    ):
+        check(recipe_of(tmp_path, **changes))
+    changes = chats(tmp_path, template=GEMMA, teacher={"rendering": "own"})
+    found = examined(recipe_of(tmp_path, **changes))
+    assert levels(found) == {}
+    assert "the teacher's own template ends a turn with '<end_of_turn>'" in found["end of a response"].found
+    shown = found["chat template"].found
+    assert "<|im_start|>user" in shown
+    assert "<start_of_turn>user" in shown
+    rows = metric_rows(train(tmp_path, **changes))
+    assert len(rows) >= 2
+
+
+def test_another_template_with_the_same_end_is_shown(tmp_path: Path) -> None:
+    template = CHATML.replace("<|im_start|>", "<start_of_turn>")
+    found = examined(recipe_of(tmp_path, **chats(tmp_path, template=template)))
+    assert found["chat template"].level == "warning"
+    assert "rendering: own" in found["chat template"].advice
+    assert "<|im_start|>user" in found["chat template"].found
+    assert "<start_of_turn>user" in found["chat template"].found
+
+
+def test_eos_that_no_template_writes_need_not_agree(tmp_path: Path) -> None:
+    """A base student (EOS <|endoftext|>) and a chat teacher (EOS <|im_end|>) whose templates are one: Qwen2.5's."""
+    changes = chats(tmp_path, template=CHATML)
+    for name, eos in (("student", "<bos>"), ("teacher", "<|im_end|>")):
+        file = tmp_path / name / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": eos}))
+    assert "a response ends with '<|im_end|>', as the chat template ends a turn" in check(
+        recipe_of(tmp_path, **changes)
+    )
+    plain = changes | {"task": changes["task"] | {"chat": False}}
+    with pytest.raises(VocabularyError, match=r"EOS differs: '<bos>' \(id \d+\) for the student, '<\|im_end\|>'"):
+        check(recipe_of(tmp_path, **plain))
+
+
+def test_own_rendering_is_of_chats(tmp_path: Path) -> None:
+    changes = chats(tmp_path, template=CHATML, teacher={"rendering": "own"})
+    plain = changes | {"task": changes["task"] | {"chat": False}}
+    with pytest.raises(RecipeError, match="teacher.rendering is own, but the problems of task are plain text"):
+        check(recipe_of(tmp_path, **plain))
+    for kind in ({"type": "served"}, {"type": "http", "api": "vllm", "model": "m"}):
+        with pytest.raises(RecipeError, match="needs the teacher's chat template: set tokenizer"):
+            recipe_of(tmp_path, **changes | {"teacher": kind | {"url": "http://h:1", "rendering": "own"}})
+
+
+DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y %H:%M:%S') }}.<|im_end|>\n" + CHATML
+
+
+def test_a_run_has_one_clock_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.runs import assert_same_run, train_in_two
+    from understudy import run as runs
+
+    changes: dict[str, Any] = {"method": {"type": "sft"}, "teacher": None, "train": {"steps": 4, "save_every": 2}}
+    ticks = iter(f"2026-01-0{day}T00:00:00" for day in range(1, 9))
+    monkeypatch.setattr(runs, "now", lambda: next(ticks))
+
+    def dated(folder: Path, **extra: Any) -> dict[str, Any]:
+        values = chats(folder, template=CHATML) | changes | extra
+        file = folder / "student" / "chat_template.jinja"
+        assert file.is_file()
+        file.write_text(DATED)
+        return values
+
+    for name in ("once", "twice", "given"):
+        (tmp_path / name).mkdir()
+    once = train(tmp_path / "once", **dated(tmp_path / "once"))
+    assert config.read_yaml(once / "recipe.yaml")["student"]["template_date"] == "2026-01-01T00:00:00"
+    # started on the second, resumed when the clock says the third
+    twice = train_in_two(tmp_path / "twice", 2, **dated(tmp_path / "twice"))
+    assert config.read_yaml(twice / "recipe.yaml")["student"]["template_date"] == "2026-01-02T00:00:00"
+    given = dated(tmp_path / "given")
+    given["student"] |= {"template_date": "2026-01-02"}
+    assert_same_run(train(tmp_path / "given", **given), twice)
+    assert metric_rows(once)[1]["loss"] != metric_rows(twice)[1]["loss"]
+    lines = check(recipe_of(tmp_path / "given", **given))
+    assert any("the chat template reads the clock: every prompt has 2026-01-02" in line for line in lines)
+    with pytest.raises(RecipeError, match="template_date is 'soon'; it must be a date"):
+        recipe_of(tmp_path, **given | {"student": given["student"] | {"template_date": "soon"}})
