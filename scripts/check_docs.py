@@ -189,12 +189,18 @@ def title_methods(page: Path) -> list[str]:
 
 
 def coverage_problems() -> Iterator[str]:
-    """Methods without a page, or with two; pages that the overview does not link to."""
+    """Methods without a page, or with two; pages that the overview or the site's navigation does not name."""
     named = [name for page in METHOD_PAGES for name in title_methods(page)]
     yield from (
         f"docs/methods: {named.count(name)} pages have {name} in their title"
         for name in METHODS
         if named.count(name) != 1
+    )
+    navigation = (ROOT / "zensical.toml").read_text()
+    yield from (
+        f"zensical.toml: the navigation lacks {name}"
+        for page in (ROOT / "docs").rglob("*.md")
+        if f'"{(name := page.relative_to(ROOT / "docs").as_posix())}"' not in navigation
     )
     linked = {target for target, _ in LINK.findall(OVERVIEW.read_text())}
     yield from (
