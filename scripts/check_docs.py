@@ -2,7 +2,7 @@
 
 Checked are paths, commands, links and their anchors on every page; on the pages of the methods that every method has one,
 that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse; on those
-of teachers and engines the keys and defaults of their sections, and that recipes parse; on the page for users of other
+of teachers, tasks and engines the keys and defaults of their sections, and that recipes parse; on the page for users of other
 toolkits that the keys it names exist.
 """
 
@@ -27,6 +27,8 @@ from understudy.errors import RecipeError
 from understudy.methods import METHODS
 from understudy.methods.base import PolicyMethod
 from understudy.recipe import Recipe
+from understudy.tasks import TASKS
+from understudy.tasks.records import Records
 from understudy.teachers import TEACHERS
 from understudy.trainer.settings import Async
 
@@ -38,6 +40,7 @@ SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     ROOT / "README.md": {},
     COMING_FROM: {},
     ROOT / "docs" / "teachers.md": TEACHERS,
+    ROOT / "docs" / "tasks.md": {**TASKS, "records": Records},
     ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
 }
 """What a heading with such a name describes in the tables below it."""
@@ -61,8 +64,8 @@ SECTIONS = (
     "Evidence",
 )
 """Headings of a method's page, in this order, after its name and its formula."""
-SHARED = frozenset(item.name for item in fields(PolicyMethod))
-"""Keys that stand in the overview, once for all methods."""
+SHARED = (PolicyMethod, Records)
+"""Kinds whose keys stand once for all kinds of them."""
 ELSEWHERE = "see below"
 """In place of a default that is too long for a table."""
 REST_OF_RECIPE: Mapping[str, Any] = {
@@ -254,7 +257,8 @@ def key_problems(text: str, columns: Mapping[str, type[Any]]) -> Iterator[str]:
     """Keys and defaults that differ from those of the dataclasses, each with a column of the table."""
     rows = [row for table in tables(text) if table.header[0] == "key" for row in table.rows]
     for column, kind in columns.items():
-        left_out = SHARED if issubclass(kind, PolicyMethod) and kind is not PolicyMethod else frozenset[str]()
+        bases = [base for base in SHARED if issubclass(kind, base) and kind is not base]
+        left_out = {item.name for base in bases for item in fields(base)}
         items = {item.name: item for item in fields(kind) if item.init and item.name not in left_out}
         keys = [row["key"].strip("`") for row in rows]
         if sorted(keys) != sorted(items):

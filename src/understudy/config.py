@@ -6,7 +6,8 @@ marked by `choice`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from understudy.errors import RecipeError, nearest
+from understudy.errors import RecipeError, brief, nearest, written
 
 Section = TypeVar("Section")
+
+MAX_SAME = 3
+"""Places of one key that a hint names."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,26 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     return result
 
 
-def parse(section: type[Section], values: object, path: str = "") -> Section:
-    """The dataclass filled from a mapping. Raises RecipeError with the path, the value, and what is allowed."""
+def parse(section: type[Section], values: object, path: str = "", root: type[Any] | None = None) -> Section:
+    """The dataclass filled from a mapping. Raises RecipeError with the path, the value, and what is allowed.
+
+    `root`: the section of which it is a part at `path`. It may have the names that other toolkits have for its keys and
+    types, `other_names` and `other_types`.
+    """
+    root = root or section
     if not isinstance(values, Mapping):
         raise RecipeError(f"{path or 'the recipe'} is {brief(values)}; it must be a mapping of keys")
     known = {key_of(item): item for item in fields(cast(Any, section)) if item.init}
-    for key in values:
-        if key not in known:
-            raise RecipeError(f"{_join(path, key)}: unknown key; {nearest(str(key), known)}")
+    unknown = [
+        f"{_join(path, key)}: unknown key; {_meant(root, path, key, values[key], known)}"
+        for key in values
+        if key not in known
+    ]
+    if unknown:
+        raise RecipeError("\n".join(unknown))
     hints = get_type_hints(section)
     found = {
-        item.name: _parse_field(item, hints[item.name], values[key], _join(path, key))
+        item.name: _parse_field(item, hints[item.name], values[key], _join(path, key), root)
         for key, item in known.items()
         if key in values
     }
@@ -133,26 +146,69 @@ def key_of(item: Field[Any]) -> str:
     return item.name.rstrip("_")
 
 
-def _parse_field(item: Field[Any], hint: Any, value: object, path: str) -> Any:
+def places(section: type[Any], path: str = "", kind: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a section and its parts by its path, with the type of the part that has it; empty where there is one."""
+    hints = get_type_hints(section)
+    for item in fields(cast(Any, section)):
+        place, chosen, inner = _join(path, key_of(item)), item.metadata.get("choice"), _dataclass_in(hints[item.name])
+        if item.init:
+            yield place, kind
+        if chosen is not None and not chosen.named:
+            yield f"{place}.type", ""
+            for name, part in chosen.table.items():
+                yield from places(part, place, name)
+        elif chosen is None and inner is not None:
+            yield from places(inner, place)
+
+
+def _meant(root: type[Any], path: str, key: object, value: object, known: Iterable[str]) -> str:
+    """The hint for an unknown key: the same key elsewhere, the key for another toolkit's name, or the nearest one."""
+    name, kinds_at = str(key).lower().replace("-", "_"), dict[str, list[str]]()
+    for place, kind in places(root):
+        kinds_at.setdefault(place, []).append(kind)
+
+    def known_as(given: str) -> str | None:
+        found = getattr(root, "other_names", {}).get(given)
+        # an option of the command line is no place
+        exists = found and (found.startswith("--") or re.split(r"[^\w.]", found)[0] in kinds_at)
+        return found if exists else None
+
+    if _join(path, name) in kinds_at:
+        kinds = [kind for kind in kinds_at[_join(path, name)] if kind]
+        return f"only the types {', '.join(kinds)} have it" if kinds and name == key else f"did you mean {name!r}?"
+    if found := known_as(_join(path, name)) or known_as(name):
+        return f"the key is {found}"
+    if isinstance(value, Mapping):
+        leaves = ((leaf, known_as(leaf.rpartition(".")[2])) for leaf in flatten(value))
+        told = [f"{leaf} is {found}" for leaf, found in leaves if found]
+        if told:
+            return f"of its keys, {', '.join(told)}"
+    same = [place for place in kinds_at if place.rpartition(".")[2] == name]
+    if same and len(same) <= MAX_SAME:
+        return f"did you mean {' or '.join(same)}?"
+    return nearest(str(key), known)
+
+
+def _parse_field(item: Field[Any], hint: Any, value: object, path: str, root: type[Any]) -> Any:
     chosen: Choice | None = item.metadata.get("choice")
     if chosen is not None and chosen.named:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{path} is {brief(value)}; it must be a mapping of names to sections with a `type`")
-        return {str(name): parse_choice(chosen, section, _join(path, name)) for name, section in value.items()}
+        return {str(name): parse_choice(chosen, section, _join(path, name), root) for name, section in value.items()}
     if chosen is not None:
-        return None if value is None and chosen.optional else parse_choice(chosen, value, path)
+        return None if value is None and chosen.optional else parse_choice(chosen, value, path, root)
     inner = _dataclass_in(hint)
     if inner is not None:
-        return None if value is None and NoneType in get_args(hint) else parse(inner, value, path)
+        return None if value is None and NoneType in get_args(hint) else parse(inner, value, path, root)
     if isinstance(value, bool) and bool not in _flat(hint):
-        raise RecipeError(f"{path} is {value}; it must be {words(hint)}")
+        raise RecipeError(f"{path} is {brief(value)}; it must be {words(hint)}")
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        raise RecipeError(f"{path} is {brief(value)}; {_complaint(error, hint, value)}") from error
+        raise RecipeError(f"{path} is {brief(value)}; {_complaint(hint, value)}") from error
 
 
-def parse_choice(chosen: Choice, value: object, path: str) -> Any:
+def parse_choice(chosen: Choice, value: object, path: str, root: type[Any] | None = None) -> Any:
     """The section that `type: NAME` says. Raises RecipeError as `parse` does."""
     if not isinstance(value, Mapping):
         raise RecipeError(f"{path} is {brief(value)}; it must be a mapping with a `type`: {', '.join(chosen.table)}")
@@ -161,8 +217,10 @@ def parse_choice(chosen: Choice, value: object, path: str) -> Any:
         raise RecipeError(f"{path}.type is {name!r}, which is refused: {chosen.refused[str(name)]}")
     if not isinstance(name, str) or name not in chosen.table:
         said = "is missing" if name is None else f"is {brief(name)}"
-        raise RecipeError(f"{path}.type {said}; {nearest(str(name), chosen.table)}")
-    return parse(chosen.table[name], {key: item for key, item in value.items() if key != "type"}, path)
+        others = getattr(root, "other_types", {}).get(str(name).lower().replace("-", "_"), ())
+        meant = [f"the type is {kind}" for kind in others if kind in chosen.table]
+        raise RecipeError(f"{path}.type {said}; {meant[0] if meant else nearest(str(name), chosen.table)}")
+    return parse(chosen.table[name], {key: item for key, item in value.items() if key != "type"}, path, root)
 
 
 def dump(section: Any, chosen: Choice | None = None) -> dict[str, Any]:
@@ -200,7 +258,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, st
     """The leaves that are not equal by their path, as "KEY was OLD, is NEW"; a leaf that is absent is None."""
     old, new = flatten(before), flatten(after)
     changed = (key for key in old | new if old.get(key) != new.get(key))
-    return {key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed}
+    return {key: f"{key} was {written(old.get(key))}, is {written(new.get(key))}" for key in changed}
 
 
 def _plain(value: Any) -> Any:
@@ -213,12 +271,6 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def brief(value: object) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _flat(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
@@ -227,20 +279,30 @@ def _dataclass_in(hint: Any) -> type[Any] | None:
     return next((part for part in _flat(hint) if isinstance(part, type) and is_dataclass(part)), None)
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "left out"}
+_WORDS = {int: "whole number", float: "number", str: "string"}
 
 
 def words(hint: Any) -> str:
-    """The values that a key may have, in words: "a number or left out", "token, sequence"."""
-    options = [", ".join(map(str, get_args(part))) for part in _flat(hint) if get_origin(part) is Literal]
-    others = [
-        _WORDS.get(part, str(part).replace("typing.", "")) for part in _flat(hint) if get_origin(part) is not Literal
-    ]
-    return " or ".join([*options, *others])
+    """The values that a key may have, in words: "a number or null", "token, sequence", "a list of strings"."""
+    found = []
+    for part in _flat(hint):
+        origin, inner = get_origin(part), [item for item in get_args(part) if item is not Ellipsis]
+        if origin is Literal:
+            found.append(", ".join(map(str, inner)))
+        elif part in _WORDS:
+            found.append(f"a {_WORDS[part]}")
+        elif part is bool:
+            found.append("true or false")
+        elif origin in (tuple, list, Sequence):
+            size = f"{len(inner)} " if len(inner) > 1 else ""
+            found.append(f"a list of {size}{_WORDS[inner[0]]}s" if inner and inner[0] in _WORDS else "a list")
+        elif part is not NoneType:
+            found.append("a mapping" if origin is Mapping else "a value")
+    return " or ".join([*found, *(["null"] if NoneType in _flat(hint) else [])])
 
 
-def _complaint(error: ValidationError, hint: Any, value: object) -> str:
+def _complaint(hint: Any, value: object) -> str:
     options = [option for part in _flat(hint) for option in get_args(part) if isinstance(option, str)]
-    if options:
-        return f"it must be one of {', '.join(options)} ({nearest(str(value), options)})"
-    return f"it must be {words(hint)} ({error.errors()[0]['msg']})"
+    meant = nearest(str(value), options)
+    among = "one of " if options else ""
+    return f"it must be {among}{words(hint)}{f' ({meant})' if meant.startswith('did') else ''}"

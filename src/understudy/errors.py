@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -47,9 +48,44 @@ class WeightsLostError(EngineError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint for an unknown name: the nearest known one, or all of them."""
+    """The hint for an unknown name: the known one from which it differs by a slip, or all of them."""
     options = sorted(known)
     if not options:
         return "there are none"
-    close = get_close_matches(name, options, n=1)
+    close = get_close_matches(name, options, n=1, cutoff=0.65)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+
+
+def written(value: object) -> str:
+    """A value as a recipe writes it: null, true, text in quotes."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return "infinite" if math.isinf(value) else repr(value).removesuffix(".0")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(written, value))}]"
+    return repr(value)
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it, of its first 60 characters."""
+    text = written(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_range(
+    section: object, low: float, *names: str, high: float = math.inf, above: bool = False, off: str = ""
+) -> None:
+    """Raises ValueError for a field of `section` that is no finite number from `low`, or above it, to `high`; None passes.
+
+    `off` tells what to write in place of 0 to do without.
+    """
+    for name in names:
+        value = getattr(section, name)
+        # not (value < low or ...), so that NaN is refused too
+        if value is not None and not (low <= value <= high and value < math.inf and not (above and value == low)):
+            limit = (
+                f"lie in [{low:g}, {high:g}]" if high < math.inf else f"be {'above' if above else 'at least'} {low:g}"
+            )
+            limit += "" if math.isfinite(value) else " and finite"
+            raise ValueError(f"{name} is {brief(value)}; it must {limit}{off and '; ' + off}")

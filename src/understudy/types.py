@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from math import inf
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
+from understudy.errors import check_range
 from understudy.lazy import Tensor, torch
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
@@ -345,11 +345,11 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        ranges = {"temperature": (0.0, inf), "top_p": (1e-6, 1.0), "top_k": (0, inf), "min_p": (0.0, 1.0)}
-        for name, (low, high) in (ranges | {"max_new_tokens": (1, inf)}).items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; it must lie in [{low:g}, {high:g}]")
+        check_range(self, 0, "temperature")
+        check_range(self, 1e-6, "top_p", high=1, off="1 takes every token")
+        check_range(self, 0, "top_k", off="0 takes every token")
+        check_range(self, 0, "min_p", high=1)
+        check_range(self, 1, "max_new_tokens")
 
     @property
     def filtered(self) -> bool:

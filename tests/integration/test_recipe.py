@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from understudy.errors import CheckpointError, DataError, RecipeError, Understud
 from understudy.methods import GKD, TopK
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
+from understudy.recipe.names import OTHER_NAMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,13 +36,13 @@ def parse(folder: Path, **changes: Any) -> Recipe:
         ({"method": {"type": "gdk"}}, "method.type is 'gdk'; did you mean 'gkd'"),
         ({"method": {"type": "k1_loss"}}, "refused: .* expected gradient is zero"),
         ({"method": "sft"}, "method is 'sft'; it must be a mapping with a `type`: opd, gkd, topk, "),
-        ({"method": {"beta": 1}}, "method.beta: unknown key; there are none"),
+        ({"method": {"beta": 1}}, "method.beta: unknown key; only the types .*gkd.* have it"),
         ({"method": {"type": None}}, "method.type is missing; known: "),
         ({"train": {"steps": "many"}}, "train.steps is 'many'; it must be a whole number"),
-        ({"train": {"steps": True}}, "train.steps is True; it must be a whole number"),
+        ({"train": {"steps": True}}, "train.steps is true; it must be a whole number"),
         ({"train": {"steps": 0}}, "train: steps is 0; it must be at least 1"),
         ({"train": {"schedule": "cosin"}}, "train.schedule is 'cosin'; it must be one of .*did you mean 'cosine'"),
-        ({"train": {"max_grad_norm": 0}}, "stops every update"),
+        ({"train": {"max_grad_norm": 0}}, "null does not clip, 0 would stop every update"),
         ({"sampling": {"top_p": 1.5}}, r"sampling: top_p is 1.5; it must lie in \[1e-06, 1\]"),
         ({"task": {"type": "arithmetic", "family": "adition"}}, "task.family is 'adition'.*addition"),
         ({"student": {"model": "x"}}, "student: give either model"),
@@ -58,6 +60,96 @@ def parse(folder: Path, **changes: Any) -> Recipe:
 def test_what_a_recipe_may_not_say(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learning_rate=1e-5", "learning_rate: unknown key; the key is train.lr$"),
+        ("train.learning_rate=1e-5", "train.learning_rate: unknown key; the key is train.lr$"),
+        ("train.gradient_accumulation_steps=4", "the key is train.micro_batch_tokens"),
+        ("train.max_length=512", "the key is train.max_prompt_tokens, and sampling.max_new_tokens for the response"),
+        ("sampling.max_completion_length=512", "the key is sampling.max_new_tokens$"),
+        ("train.num_generations=8", "the key is train.samples_per_prompt"),
+        ("per_device_train_batch_size=8", "the key is train.prompts_per_step"),
+        ("output_dir=x", "the key is run_dir$"),
+        ("num_train_epochs=3", "the key is train.steps; an epoch has as many as the data"),
+        ("bf16=true", "the key is train.compute_dtype: bfloat16$"),
+        ("task.train_path=x", "the key is task.path$"),
+        ("eval.steps=3", "the key is eval.every$"),
+        ("beta=1", "beta: unknown key; did you mean method.beta"),
+        ("method.k=64", "method.k: unknown key; only the types topk, .* have it"),
+        ("sampling.lr=1", "the key is train.lr$"),
+        ("train.LR=1", "did you mean 'lr'"),
+        (
+            "data={train_files: x, max_prompt_length: 8}",
+            "train_files is task.path, max_prompt_length is train.max_prompt",
+        ),
+        (
+            "actor_rollout_ref.rollout.n=8",
+            "actor_rollout_ref: unknown key; of its keys, rollout.n is train.samples_per_p",
+        ),
+        ("train.zzz=1", "train.zzz: unknown key; known: betas, "),
+        ("method.type=on-policy-distillation", "the type is gkd$"),
+        ("task.type=json", "the type is file$"),
+    ],
+)
+def test_names_of_other_toolkits_get_the_key(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write_recipe(tmp_path), [override])
+
+
+def test_every_unknown_key_of_a_section_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(?s)train.learning_rate.*train.bf16"):
+        load_recipe(write_recipe(tmp_path), ["train.learning_rate=1", "train.bf16=true"])
+
+
+def test_the_keys_for_other_names_are_there() -> None:
+    places = {place for place, _ in config.places(Recipe)}
+    for name, key in OTHER_NAMES.items():
+        assert key.startswith("--") or re.split(r"[^\w.]", key)[0] in places, name
+        assert name not in places, f"{name} is a key of its own"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("eval.every=0", "every is 0; it must be at least 1; null evaluates before and after training only"),
+        ("eval.problems=0", "null takes all; without a section eval nothing is evaluated"),
+        ("train.max_grad_norm=0", "null does not clip"),
+        ("train.save_every=0", "null saves at the end only"),
+        ("student.lora.rank=0", "without a section lora all weights are trained"),
+        ("sampling.top_p=0", "1 takes every token"),
+        ("sampling.top_k=-1", "0 takes every token"),
+        ("task.num_solutions=0", "null takes all problems"),
+        ("train.lr=.inf", "lr is infinite; it must be at least 0 and finite"),
+        ("train.lr=null", "train.lr is null; it must be a number$"),
+        ("train.betas=1", "train.betas is 1; it must be a list of 2 numbers$"),
+        ("loggers=3", "loggers is 3; it must be a list of strings$"),
+        ("eval={every: often}", "eval.every is 'often'; it must be a whole number or null$"),
+    ],
+)
+def test_values_are_refused_in_the_words_of_a_recipe(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write_recipe(tmp_path, **distillation(tmp_path, eval={"every": 1})), [override])
+
+
+def test_an_evaluation_on_one_file_is_one_key(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"q": "1+1", "a": "2"}\n')
+    (tmp_path / "held.jsonl").write_text('{"q": "2+2", "a": "4"}\n{"q": "3+3", "a": "6"}\n')
+    task = {"type": "jsonl", "path": str(tmp_path / "train.jsonl"), "prompt_field": "q", "reference_field": "a"}
+    task |= {"limit": 1, "template": "Add {prompt}"}
+    path = write_recipe(tmp_path, **distillation(tmp_path, task=task))
+    recipe = load_recipe(path, [f"eval.path={tmp_path / 'held.jsonl'}"])
+    prompts = recipe.held_out.prompts(recipe.eval.split)  # type: ignore[union-attr]
+    assert [(prompt.reference, (prompt.messages or ())[-1]["content"]) for prompt in prompts] == [
+        (("4",), "Add 2+2"),
+        (("6",), "Add 3+3"),
+    ]
+    with pytest.raises(RecipeError, match="eval.path and eval_task are both given"):
+        load_recipe(path, ["eval.path=x", "eval_task={type: arithmetic}"])
+    with pytest.raises(RecipeError, match="write a section `eval_task"):
+        load_recipe(write_recipe(tmp_path, **distillation(tmp_path)), ["eval.path=x"])
 
 
 def test_a_greedy_student_cannot_learn_from_its_samples(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ BAD_LINES: dict[str, tuple[object, str]] = {
         {"question": 7, "answer": "1"},
         r"rows\.jsonl:2: field 'question' is 7; it must be a string",
     ),
-    "prompt is no chat": ({"question": [{"role": "user"}], "answer": "1"}, r"message 1 \(user\) has the content None"),
+    "prompt is no chat": ({"question": [{"role": "user"}], "answer": "1"}, r"message 1 \(user\) has the content null"),
     "reference is an object": (
         {"question": "x", "answer": {"value": "1", "aliases": ["one"]}},
         r"rows\.jsonl:2: field 'answer' is {.*}; it must be a string.*name a part of it with a dot: answer\.value",

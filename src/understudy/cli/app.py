@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 import understudy
-from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest
+from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest, written
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SIGNAL = 2, 1, 130
 QUIET_LIBRARIES = {
@@ -288,7 +288,7 @@ def methods(name: Annotated[str | None, _argument("[NAME]", "One method, with it
         console.note(f"{inspect.getdoc(inspect.getmodule(kind))}\n\n{inspect.getdoc(kind)}")
         hints = get_type_hints(kind)
         rows = [
-            [item.name, words(hints[item.name]), "required" if item.default is MISSING else str(item.default)]
+            [item.name, words(hints[item.name]), "required" if item.default is MISSING else written(item.default)]
             for item in fields(kind)
         ]
         if rows:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from understudy import config
-from understudy.errors import RecipeError, nearest
+from understudy.errors import RecipeError, brief, check_range, nearest
 from understudy.recipe import Recipe
 
 NUM_SEEDS = 5
@@ -55,14 +55,11 @@ class Grid:
         for where, keys in changed.items():
             for key in RESERVED.intersection(keys):
                 raise ValueError(f"{where}: {key} is set by the comparison; use `seeds` and --out")
-        if self.seeds < 1:
-            raise ValueError(f"seeds is {self.seeds}; it must be at least 1")
+        check_range(self, 1, "seeds")
+        check_range(self, 1, "tune_steps", off="null: as many as the recipe's")
+        check_range(self, 0, "target", high=1, above=True, off="null leaves the column out")
         if self.tune and 0 <= self.tune_seed < self.seeds:
             raise ValueError(f"tune_seed is {self.tune_seed}, which is compared too; it must be at least {self.seeds}")
-        if self.tune_steps is not None and self.tune_steps < 1:
-            raise ValueError(f"tune_steps is {self.tune_steps}; it must be at least 1")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise ValueError(f"target is {self.target}; it must be above 0 and at most 1")
         if any(not values for values in self.tune.values()):
             raise ValueError("a key of tune has no value")
         for axis, label in self.baseline.items():
@@ -146,7 +143,7 @@ def read_grid(
             chosen[axis] = label
         for key, listed in tuned.items():
             if not isinstance(listed, list):
-                raise RecipeError(f"tune.{key} is {config.brief(listed)}; it must be a list of values")
+                raise RecipeError(f"tune.{key} is {brief(listed)}; it must be a list of values")
         values |= {"vary": axes, "tune": tuned, "baseline": {axis: str(label) for axis, label in chosen.items()}}
         values |= {key: value for key, value in (changes or {}).items() if value is not None}
         return config.parse(Grid, values)
@@ -158,7 +155,7 @@ def read_grid(
 def _mapping(value: object, where: str, example: str) -> dict[str, Any]:
     """The mapping with its keys as strings: YAML reads `1:` and `on:` as others. Null is an empty one."""
     if value is not None and not isinstance(value, Mapping):
-        raise RecipeError(f"{where} is {config.brief(value)}; it must be a mapping, such as {example}")
+        raise RecipeError(f"{where} is {brief(value)}; it must be a mapping, such as {example}")
     return {str(key): item for key, item in (value or {}).items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -11,7 +10,7 @@ from dataclasses import dataclass, fields
 from json import dumps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from understudy.errors import EngineError
+from understudy.errors import EngineError, check_range
 from understudy.http.background import SCOPE, Background, Closed, Scope, Stopped
 from understudy.http.replicas import Attempts, Permit, Replica, Replicas
 from understudy.http.replies import (
@@ -76,11 +75,10 @@ class RetryPolicy(RetryOptions):
     restarting; else that counts against `max_retries`."""
 
     def __post_init__(self) -> None:
-        for key, low in (("max_retries", 0), ("max_concurrency", 1), ("break_after", 1)):
-            if getattr(self, key) < low:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
-        if not (0 < self.timeout_s < math.inf and 0 < self.deadline_s < math.inf and 0 <= self.backoff_s < math.inf):
-            raise ValueError("timeout_s and deadline_s must be above 0, and backoff_s at least 0")
+        check_range(self, 0, "max_retries", "backoff_s")
+        check_range(self, 1, "max_concurrency")
+        check_range(self, 1, "break_after", off="a large number leaves no replica alone")
+        check_range(self, 0, "timeout_s", "deadline_s", above=True, off="a large number waits as long")
 
     def wait_s(self, seed: int, key: str, attempt: int) -> float:
         """Returns 50 to 100 % of `backoff_s * 2^(attempt - 1)`: jitter keeps many requests from returning at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_type_hints
 
+from understudy.errors import check_range
 from understudy.lazy import Tensor, torch
 from understudy.losses import advantages
 from understudy.losses.terms import PolicyGradient, Reads, Reduce, Term
@@ -98,10 +99,9 @@ class Method:
     def __post_init__(self) -> None:
         """Raises ValueError for a key outside its `Range`."""
         for key, hint in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, key)
             for bound in getattr(hint, "__metadata__", ()):
-                if isinstance(bound, Range) and value is not None and not bound.low <= value <= bound.high:
-                    raise ValueError(f"{key} is {value}; it must lie in [{bound.low:g}, {bound.high:g}]")
+                if isinstance(bound, Range):
+                    check_range(self, bound.low, key, high=bound.high)
 
     @property
     def needs(self) -> frozenset[Need]:

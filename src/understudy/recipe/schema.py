@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from understudy import config
 from understudy.engines import ENGINES, HF, EngineSection
-from understudy.errors import RecipeError, nearest
+from understudy.errors import RecipeError, check_range, nearest
 from understudy.methods import METHODS, REFUSED, Method
 from understudy.methods.base import Uses
 from understudy.models import DType
+from understudy.recipe.names import OTHER_NAMES, OTHER_TYPES
 from understudy.tasks import TASKS, Task
 from understudy.tasks.responses import ResponseSection
 from understudy.teachers import REFERENCES, TEACHERS, Start, TeacherSection
@@ -47,8 +48,7 @@ class Lora:
     """Contents of the final `student/` directory: the merged model with the adapter in `student/adapter/`, or the adapter."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        check_range(self, 1, "rank", off="without a section lora all weights are trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,9 @@ class Student:
 class Recipe:
     """The whole recipe. Relative paths in it are relative to the working directory."""
 
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
+    other_types: ClassVar[Mapping[str, tuple[str, ...]]] = OTHER_TYPES
+
     run_dir: str
     seed: int = 0
     device: str = "auto"
@@ -130,6 +133,10 @@ class Recipe:
             raise ValueError("teacher and teachers are both given; keep one")
         if self.eval_task is not None and self.eval is None:
             raise ValueError("eval_task is given without a section eval")
+        if self.eval is not None and self.eval.path is not None:
+            if self.eval_task is not None:
+                raise ValueError("eval.path and eval_task are both given; keep one")
+            _ = self.held_out
         for rule in RULES:
             rule(self)
 
@@ -143,10 +150,12 @@ class Recipe:
         """The engine that writes samples."""
         return self.rollout or HF()
 
-    @property
+    @cached_property
     def held_out(self) -> Task:
         """The task that evaluation problems come from."""
-        return self.eval_task or self.task
+        if self.eval is None or self.eval.path is None:
+            return self.eval_task or self.task
+        return self.task.on_file(self.eval.path)
 
     @property
     def all_teachers(self) -> dict[str, TeacherSection]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from understudy.errors import check_range
 from understudy.tasks.base import Split, Task
 from understudy.tasks.lazy import LazyPrompts, Permutation
 from understudy.tasks.verifiers import grade_exact
@@ -70,8 +71,7 @@ class Arithmetic(Task):
             raise ValueError(f"operations is a setting of the family chain, not of {self.family}")
         if not set(_FAMILIES[self.family]) <= set(_FAMILIES[self.alphabet or self.family]):
             raise ValueError(f"the alphabet of {self.alphabet} lacks tokens that {self.family} is written in")
-        if self.num_solutions is not None and self.num_solutions < 1:
-            raise ValueError(f"num_solutions is {self.num_solutions}; it must be at least 1, or left out")
+        check_range(self, 1, "num_solutions", off="null takes all problems")
 
     @property
     def name(self) -> str:

@@ -61,6 +61,13 @@ class Task(ABC):
         """Returns a new environment for one episode: who answers the student. Here nobody does."""
         return SINGLE_TURN
 
+    def on_file(self, path: str) -> Task:
+        """Returns a task whose every split is the file, read with the keys of this one. Raises ValueError where it has none."""
+        raise ValueError(
+            "eval.path is read with the keys of the task (prompt_field, ...), which this one has not; write a section "
+            "`eval_task: {type: file, path: ..., prompt_field: ...}` in its place"
+        )
+
     def check_files(self) -> None:
         """Raises RecipeError or DataError for what can be found wrong without reading everything."""
 

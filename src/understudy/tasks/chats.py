@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from understudy.config import brief
+from understudy.errors import brief
 from understudy.tasks.rows import without_nulls
 
 Message = dict[str, Any]

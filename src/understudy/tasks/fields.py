@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from understudy.config import brief
-from understudy.errors import DataError, nearest
+from understudy.errors import DataError, brief, nearest
 
 
 class MissingValueError(DataError):

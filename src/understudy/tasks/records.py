@@ -7,14 +7,14 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from understudy.errors import DataError, RecipeError
+from understudy.errors import DataError, RecipeError, check_range
 from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Intake, Split, Task
 from understudy.tasks.chats import SYSTEM_ROLES, Message, conversation_facts, read_messages, read_tools
@@ -80,11 +80,15 @@ class Records(Task):
             raise ValueError(f"validation_share is {self.validation_share}; it must be at least 0 and less than 1")
         if self.validation_share > 0 and "validation" in self.sources():
             raise ValueError("validation_share and a validation source are both given; keep one")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; it must be at least 1, or left out")
+        check_range(self, 1, "limit", off="null takes every row")
         if self.reference_after is not None and self.reference_field is None:
             raise ValueError("reference_after is given without reference_field")
         find_verifier(self.verifier)
+
+    def on_file(self, path: str) -> File:
+        read_alike = {item.name: getattr(self, item.name) for item in fields(Records)}
+        own = {"path": path, "validation_path": path, "test_path": path, "validation_share": 0.0, "limit": None}
+        return File(**read_alike | own)
 
     @abstractmethod
     def sources(self) -> Mapping[str, str]:

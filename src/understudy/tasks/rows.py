@@ -22,8 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from understudy.config import brief
-from understudy.errors import DataError, RecipeError, nearest
+from understudy.errors import DataError, RecipeError, brief, nearest
 
 Row = tuple[str, Mapping[str, Any]]
 """The place of the row (file and line), and its fields."""

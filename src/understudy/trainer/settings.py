@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from understudy.errors import check_range
 from understudy.losses.schedules import Shape
 from understudy.tasks import Split
 from understudy.types import Sampling
-
-
-def _check(section: object, low: float, *names: str, high: float = math.inf) -> None:
-    for name in names:
-        value = getattr(section, name)
-        # not (value < low or ...), so that NaN is refused too
-        if value is not None and not (low <= value <= high and value < math.inf):
-            limit = "finite" if high == math.inf else f"at most {high:g}"
-            raise ValueError(f"{name} is {value}; it must be at least {low:g}, and {limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +56,19 @@ class Train:
     """Steps between files of training samples; 0: none."""
 
     def __post_init__(self) -> None:
-        _check(self, 1, "steps", "prompts_per_step", "samples_per_prompt", "max_prompt_tokens", "micro_batch_tokens")
-        _check(self, 1, "minibatches", "passes", "save_every", "keep_last")
-        _check(self, 0, "lr", "warmup_steps", "weight_decay", "max_grad_norm", "eps", "save_samples_every")
-        _check(self, 0, "final_lr_share", "stop_at", high=1)
+        check_range(self, 1, "steps", off="`understudy eval` evaluates without training")
+        check_range(self, 1, "prompts_per_step", "samples_per_prompt", "max_prompt_tokens")
+        check_range(self, 1, "micro_batch_tokens", off="null takes what suits the device")
+        check_range(self, 1, "minibatches", off="1 makes one update of a step")
+        check_range(self, 1, "passes", off="1 uses each sample once")
+        check_range(self, 1, "save_every", off="null saves at the end only")
+        check_range(self, 1, "keep_last", off="1 keeps the last one, from which the run can be resumed")
+        check_range(self, 0, "max_grad_norm", above=True, off="null does not clip, 0 would stop every update")
+        check_range(self, 0, "lr", "warmup_steps", "weight_decay", "eps", "save_samples_every")
+        check_range(self, 0, "final_lr_share", high=1)
+        check_range(self, 0, "stop_at", high=1, off="null never stops early")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and less than 1")
-        if self.max_grad_norm == 0:
-            raise ValueError("max_grad_norm is 0, which stops every update; leave it out (null) not to clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +82,8 @@ class Async:
     """Seconds without a finished sample after which the run stops."""
 
     def __post_init__(self) -> None:
-        _check(self, 0, "max_staleness")
-        _check(self, 1, "timeout_s")
+        check_range(self, 0, "max_staleness")
+        check_range(self, 1, "timeout_s", off="a large number waits as long")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +93,8 @@ class Eval:
     every: int | None = None
     """Steps between evaluations; None: only before and after."""
     at_start: bool = True
+    path: str | None = None
+    """A file of problems that is read with the keys of `task`, in place of its split; None: the split."""
     split: Split = "test"
     problems: int | None = 200
     """Number of problems, the first of the split; None: all."""
@@ -111,6 +109,8 @@ class Eval:
     """N, the most draws of one answer under rejection; the last counts where none was accepted."""
 
     def __post_init__(self) -> None:
-        _check(self, 1, "every", "problems", "samples_per_prompt")
-        _check(self, 2, "max_attempts")
-        _check(self, 0, "reject_below", high=9)
+        check_range(self, 1, "every", off="null evaluates before and after training only")
+        check_range(self, 1, "problems", off="null takes all; without a section eval nothing is evaluated")
+        check_range(self, 1, "samples_per_prompt")
+        check_range(self, 2, "max_attempts", off="without reject_below every answer is drawn once")
+        check_range(self, 0, "reject_below", high=9)

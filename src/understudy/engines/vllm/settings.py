@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from understudy.engines.base import Weights
 from understudy.engines.sections import EngineSection, EngineSetup
-from understudy.errors import RecipeError
+from understudy.errors import RecipeError, check_range
 from understudy.http.client import RetryPolicy
 from understudy.http.replies import check_address, check_variable, is_loopback
 from understudy.lazy import nn
@@ -50,8 +50,7 @@ class Launch:
     """Loading, compiling and capturing graphs takes minutes for a large model."""
 
     def __post_init__(self) -> None:
-        if self.num_servers < 1:
-            raise ValueError(f"num_servers is {self.num_servers}; it must be at least 1")
+        check_range(self, 1, "num_servers", off="with url in place of launch the run starts none")
         if self.command is not None and not any("{port}" in word for word in self.command):
             raise ValueError("command does not say {port}, so nobody knows where its server listens")
         if not 0 <= self.port <= 65_535 - self.num_servers:
@@ -106,10 +105,12 @@ class VLLM(EngineSection):
             )
         if self.weights_dir is not None and self.weights not in ("auto", "directory"):
             raise ValueError(f"weights_dir is given, but weights is {self.weights}; keep one")
-        if self.probe_tokens < 1:
-            raise ValueError(f"probe_tokens is {self.probe_tokens}; it must be at least 1")
-        if self.check_tolerance is not None and self.check_tolerance <= 0:
-            raise ValueError(f"check_tolerance is {self.check_tolerance}; it must be above 0")
+        check_range(
+            self, 1, "probe_tokens", off="1 compares the least, and a large check_tolerance accepts any difference"
+        )
+        check_range(
+            self, 0, "check_tolerance", above=True, off="null goes by precision, a large number accepts any difference"
+        )
         # checks the limits
         self.retry_policy()
 

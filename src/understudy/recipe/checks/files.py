@@ -75,7 +75,11 @@ def _task(files: Files) -> Iterator[Finding]:
 def _evaluation(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     if recipe.eval is not None:
-        _data(recipe.held_out, recipe.eval.split, "eval_task" if recipe.eval_task else "task")
+        _data(
+            recipe.held_out,
+            recipe.eval.split,
+            "eval_task" if recipe.eval_task else "eval.path" if recipe.eval.path else "task",
+        )
         yield Finding(f"evaluation: {recipe.held_out.name}, {recipe.eval.split} split")
 
 

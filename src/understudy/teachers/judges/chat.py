@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from understudy.errors import EngineError, RecipeError
+from understudy.errors import EngineError, RecipeError, check_range
 from understudy.http.client import HttpClient, RetryOptions
 from understudy.http.replies import BadReply, Refused, check_address, check_variable, read_key, without_key
 from understudy.http.replies import Reply as HttpReply
@@ -60,9 +60,8 @@ class Chat(RetryOptions, JudgeSection):
         super().__post_init__()
         _ = self.retry_policy
         check_variable(self.api_key_env, "api_key_env")
-        for key, low in (("max_tokens", 1), ("max_parse_retries", 0)):
-            if getattr(self, key) < low:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least {low}")
+        check_range(self, 1, "max_tokens")
+        check_range(self, 0, "max_parse_retries")
         if taken := sorted(_OWN_KEYS & self.extra_body.keys()):
             raise ValueError(f"extra_body sets {', '.join(taken)}, which this section sets itself")
 

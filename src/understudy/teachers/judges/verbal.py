@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from understudy.errors import DataError, RecipeError
+from understudy.errors import DataError, RecipeError, check_range
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead
 from understudy.models import lm_head, load_tokenizer, num_positions
@@ -32,8 +32,7 @@ class Verbal(JudgeSection, LoadedSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens is {self.max_batch_tokens}; it must be at least 1, or left out")
+        check_range(self, 1, "max_batch_tokens", off="null takes what suits the device")
 
     @property
     def source(self) -> Source:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from understudy.errors import check_range
 from understudy.http.client import HttpClient, RetryOptions
 from understudy.http.replies import check_address
 from understudy.teachers.base import (
@@ -42,8 +43,7 @@ class RemoteSection(RetryOptions, TeacherSection):
 
     def __post_init__(self) -> None:
         _ = self.retry_policy
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+        check_range(self, 1, "batch_tokens", off="1 sends every sample alone")
         if self.rendering == "own" and self.tokenizer is None:
             raise ValueError("rendering is own, which needs the teacher's chat template: set tokenizer to its model")
         if not self.urls:

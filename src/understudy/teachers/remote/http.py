@@ -11,7 +11,7 @@ from json import loads
 from threading import Lock
 from typing import Any
 
-from understudy.errors import DataError, EngineError, RecipeError, ScoreError, nearest
+from understudy.errors import DataError, EngineError, RecipeError, ScoreError, check_range, nearest
 from understudy.http.client import HttpClient
 from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
 from understudy.packing import Unscored
@@ -53,8 +53,7 @@ class Http(RemoteSection):
         check_variable(self.api_key_env, "api_key_env")
         if self.api not in FORMATS:
             raise ValueError(f"api is {self.api!r}; {nearest(self.api, FORMATS)}")
-        if self.k_max is not None and self.k_max < 1:
-            raise ValueError(f"k_max is {self.k_max}; it must be at least 1")
+        check_range(self, 1, "k_max", off="null: vLLM's 20")
         for url in self.urls:
             if url.rstrip("/").endswith(("/completions", "/generate")):
                 raise RecipeError(
