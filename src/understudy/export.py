@@ -15,6 +15,7 @@ from understudy import config
 from understudy.eval.summary import EvalSummary
 from understudy.files import write_json
 from understudy.format import count, interval
+from understudy.given import is_given
 from understudy.lazy import torch
 from understudy.models import save_hf
 from understudy.recipe import Recipe
@@ -62,7 +63,7 @@ def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSumma
     """Markdown with the metadata block of the Hugging Face hub: method, data, teacher, commit, metrics, recipe."""
     start, made = recipe.student.model, commit()
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    metadata |= {"base_model": start} if start and not Path(start).expanduser().exists() else {}
+    metadata |= {"base_model": start} if start and not is_given(start) and not Path(start).expanduser().exists() else {}
     rows = {
         "Method": f"`{recipe.method_name}`",
         "Started from": f"`{start}`" if start else "random weights",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from understudy import config
+from understudy import config, given
 from understudy.engines import Engine
 from understudy.errors import DataError
 from understudy.eval.evaluate import Rejection, run_eval
@@ -54,17 +57,38 @@ from understudy.types import Prompt
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a run ended."""
+class Run:
+    """A run that has ended."""
 
-    run_dir: RunDir
+    recipe: Recipe = field(repr=False)
+    run_dir: RunDir = field(repr=False)
     ending: Ending
     summaries: tuple[EvalSummary, ...]
     """The evaluations of this process, by step."""
     report: Path | None
+    """A page that works offline; None on other ranks than the first."""
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Loaded models, rows and functions of the program that started it, by their names in the recipe."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.run_dir.path
+
+    @property
+    def student(self) -> Path:
+        """The final student with its tokenizer, as `from_pretrained` loads it; not there where a signal ended the run."""
+        return self.run_dir.student
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The numbers of every step, those of earlier processes of the run too; NaN where one was not finite."""
+        lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        rows = [{name: value for name, value in json.loads(line).items() if name != "nonfinite"} for line in lines]
+        return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
-def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console: Console) -> Result:
+def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console: Console) -> Run:
     """Runs a recipe. Nothing is written before everything is checked and loaded; `examine`: by the doctor too.
 
     Raises RecipeError, DataError or VocabularyError for bad input, CheckpointError when the run cannot be saved or
@@ -115,7 +139,10 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
                 write_facts(parts, run_dir, status, started)
             trainer.observer.close()
     report = write_report(run_dir.path) if ranks.is_main else None
-    return Result(run_dir, ending, tuple(trainer.observer.summaries), report)
+    ended = Run(recipe, run_dir, ending, tuple(trainer.observer.summaries), report)
+    for callback in trainer.observer.callbacks:
+        callback.on_end(ended)
+    return ended
 
 
 def assemble(
@@ -170,7 +197,7 @@ def assemble(
             raise DataError(
                 f"all {len(held_out)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
             )
-    rollouts = Rollouts(prompts, collector, teachers.judge, recipe.task.grade, ranks, loaded.vocab_size)
+    rollouts = Rollouts(prompts, collector, teachers.judge, recipe.task.reward, ranks, loaded.vocab_size)
     collected: Rollouts | Overlapped = rollouts
     if recipe.async_ is not None:
         collected = Overlapped(rollouts, method, recipe.async_, grouped=recipe.engine.grouped)
@@ -235,7 +262,7 @@ def _observer(
     if resume_step is not None:
         for lines in files.values():
             lines.truncate_after(resume_step)
-    return Observer(console, loggers, files)
+    return Observer(console, loggers, files, [given.find(name) for name in recipe.callbacks])
 
 
 def evaluator(

@@ -74,7 +74,7 @@ def test_parts_of_phases_are_methods_with_an_end(tmp_path: Path, part: dict[str,
 def test_bounds_of_methods_are_in_the_schema(name: str) -> None:
     """What lies just outside is refused by both."""
     kind = METHODS[name]
-    properties = SCHEMA["$defs"][f"{kind.__module__.removeprefix('understudy.')}.{kind.__name__}"]["properties"]
+    properties = SCHEMA["$defs"][f"{kind.__module__.removeprefix('understudy.')}.{name}"]["properties"]
     for key, found in properties.items():
         for bound, step in (("minimum", -1), ("maximum", 1)):
             if bound in found:

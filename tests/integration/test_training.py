@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 DETERMINISTIC = ("loss", "grad_norm", "log_ratio", "student_entropy", "response_tokens", "lr", "num_samples")
 
 
-def train(folder: Path, *, resume: bool = False, examine: bool = True, **changes: Any) -> run.Result:
+def train(folder: Path, *, resume: bool = False, examine: bool = True, **changes: Any) -> run.Run:
     recipe = config.parse(Recipe, tiny_recipe(folder, **changes))
     return run.train(recipe, resume=resume, examine=examine, console=Console(quiet=True))
 

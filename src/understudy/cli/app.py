@@ -106,9 +106,9 @@ def evaluate(
     out: Annotated[Path | None, _option(metavar="DIR", help="Write summary and samples there.")] = None,
 ) -> None:
     """Evaluate a student on held-out problems: avg@k, pass@k, maj@k, lengths, each with a 95 % interval."""
-    from understudy.cli import commands
+    from understudy import api
 
-    commands.evaluate(recipe, overrides or [], model=model, out=out)
+    api.evaluate(recipe, overrides=overrides or [], model=model, out=out)
 
 
 @app.command()

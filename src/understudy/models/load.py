@@ -7,10 +7,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from understudy import given
 from understudy.errors import RecipeError, nearest
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models.backbone import unwrap
@@ -36,6 +38,8 @@ def check_model_dir(path: str) -> str:
     Raises RecipeError for a path that exists and is no directory, or lacks config.json or weights, and for what looks
     like a path but does not exist.
     """
+    if given.find(path) is not None:
+        return f"{path}: given from Python"
     directory = Path(path).expanduser()
     if not directory.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path.strip():
@@ -74,10 +78,12 @@ def load_causal_lm(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     revision: str | None = None,
+    copy: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, an adapter merged into the base that it names.
 
     `dtype="auto"` keeps the checkpoint's own precision, but for bfloat16 on a device that lacks its instructions: float32.
+    `copy`: of a model that was given from Python, not itself.
 
     Raises RecipeError when the directory is incomplete, nothing can be loaded, or weights of the model are missing
     (they would be random).
@@ -85,6 +91,8 @@ def load_causal_lm(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    if (pair := given.find(path_or_name)) is not None:
+        return _loaded_before(deepcopy(pair[0]) if copy else pair[0], path_or_name, dtype, device, attn_implementation)
     check_model_dir(path_or_name)
     local = Path(path_or_name).expanduser()
     if (local / _ADAPTER).is_file():
@@ -132,6 +140,19 @@ def has_bfloat16(device: torch.device) -> bool:
     instructions = torch.cpu.get_capabilities()
     # the first two of x86, the third of ARM
     return any(instructions.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _loaded_before(
+    model: Any, name: str, dtype: DType, device: str | torch.device, attn_implementation: str | None
+) -> PreTrainedModel:
+    """A model that was given from Python: itself, or a copy where another precision is asked for."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attn_implementation not in (None, attention):
+        raise RecipeError(
+            f"{name} has the attention {attention!r}; load it with {attn_implementation!r}, or leave attn_implementation out"
+        )
+    wanted = model.dtype if dtype == "auto" else getattr(torch, dtype)
+    return cast("PreTrainedModel", (model if wanted == model.dtype else deepcopy(model).to(wanted)).to(device).eval())
 
 
 def _adapter_base(directory: Path) -> str:

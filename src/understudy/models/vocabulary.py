@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from understudy import given
 from understudy.errors import RecipeError, VocabularyError
 from understudy.lazy import nn
 from understudy.models.backbone import unwrap
@@ -21,6 +22,8 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
     """A Hugging Face tokenizer. Raises RecipeError where none can be loaded."""
     from transformers import AutoTokenizer
 
+    if (pair := given.find(path_or_name)) is not None:
+        return pair[1]
     local = Path(path_or_name).expanduser()
     try:
         return AutoTokenizer.from_pretrained(

@@ -96,7 +96,7 @@ def _one_of(table: Mapping[str, type[Any]], sections: dict[str, Any]) -> dict[st
 
 def _reference(section: type[Any], sections: dict[str, Any], name: str | None = None) -> dict[str, Any]:
     """A link to the section's schema, which is made where it is not there yet: tasks may hold tasks."""
-    known = f"{section.__module__.removeprefix('understudy.')}.{section.__name__}"
+    known = f"{section.__module__.removeprefix('understudy.')}.{name or section.__name__}"
     if known not in sections:
         sections[known] = {}
         sections[known] = _section(section, sections, name)

@@ -216,6 +216,8 @@ def load_base(recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.dev
             device=str(device),
             attn_implementation=student.attn_implementation,
             revision=student.revision if source == student.model else None,
+            # teachers and references may be the same one
+            copy=True,
         )
     assert student.build is not None
     return build_causal_lm(

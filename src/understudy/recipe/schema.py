@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from understudy import config
 from understudy.engines import ENGINES, HF, EngineSection
 from understudy.errors import RecipeError, check_range, nearest
+from understudy.given import is_given
 from understudy.methods import METHODS, REFUSED, Method
 from understudy.methods.base import Uses
 from understudy.models import DType
@@ -106,6 +107,8 @@ class Recipe:
     """auto: the first GPU, else the CPU."""
     loggers: tuple[str, ...] = ()
     """Beside metrics.jsonl: tensorboard, wandb, trackio."""
+    callbacks: tuple[str, ...] = ()
+    """Names of the callbacks that a Python program gives (`understudy.distil`)."""
     student: Student
     teacher: TeacherSection | None = config.choice(TEACHERS, optional=True)
     teachers: Mapping[str, TeacherSection] = config.choices(TEACHERS)
@@ -129,6 +132,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
+        for name in self.callbacks:
+            if not is_given(name):
+                raise ValueError(
+                    f"callbacks has {name!r}; callbacks are given from Python: understudy.distil(callbacks=...)"
+                )
         if self.teacher is not None and self.teachers:
             raise ValueError("teacher and teachers are both given; keep one")
         if self.eval_task is not None and self.eval is None:
@@ -139,6 +147,11 @@ class Recipe:
             _ = self.held_out
         for rule in RULES:
             rule(self)
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Recipe:
+        """A recipe from YAML with overrides, as in "train.lr=1e-5". Raises RecipeError."""
+        return load_recipe(Path(path), overrides)
 
     @property
     def method_name(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.base import Intake, Split, Task
+from understudy.tasks.in_memory import Rows
 from understudy.tasks.mix import PARTS, Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.records import File, Hub, Jsonl
@@ -23,6 +24,7 @@ __all__ = [
     "Jsonl",
     "Mix",
     "Renderer",
+    "Rows",
     "Split",
     "Task",
     "build_tokenizer",

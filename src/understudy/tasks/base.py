@@ -57,6 +57,15 @@ class Task(ABC):
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verdict on one response. Several threads may call it."""
 
+    def reward(self, prompt: Prompt, text: str) -> Grade | None:
+        """The reward of one response in training: its grade. None: nobody can judge it, so it is left out."""
+        return self.grade(prompt, text)
+
+    @property
+    def rewards(self) -> bool:
+        """Whether `reward` needs no reference."""
+        return False
+
     def environment(self, prompt: Prompt) -> Environment:
         """Returns a new environment for one episode: who answers the student. Here nobody does."""
         return SINGLE_TURN

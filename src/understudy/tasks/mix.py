@@ -10,11 +10,12 @@ from understudy.environments import Environment
 from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
+from understudy.tasks.in_memory import Rows
 from understudy.tasks.lazy import LazyPrompts
 from understudy.tasks.records import File, Hub
 from understudy.types import Grade, Prompt
 
-PARTS: dict[str, type[Task]] = {"arithmetic": Arithmetic, "file": File, "jsonl": File, "hub": Hub}
+PARTS: dict[str, type[Task]] = {"arithmetic": Arithmetic, "file": File, "jsonl": File, "hub": Hub, "rows": Rows}
 """`type` of a task, or of a part of a mix -> its section."""
 SEPARATOR = "/"
 """Between the name of a part and the part's own id of a prompt."""
@@ -58,6 +59,10 @@ class Mix(Task):
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verdict of the part that the prompt comes from."""
         return self._part(prompt).grade(prompt, text)
+
+    def reward(self, prompt: Prompt, text: str) -> Grade | None:
+        """The reward of the part that the prompt comes from."""
+        return self._part(prompt).reward(prompt, text)
 
     def environment(self, prompt: Prompt) -> Environment:
         """The environment of the prompt's part."""

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from understudy import given
 from understudy.errors import DataError, RecipeError, check_range
 from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Intake, Split, Task
@@ -69,6 +70,8 @@ class Records(Task):
     limit: int | None = None
     """At most so many prompts of each split, the first ones."""
     verifier: str = "math"
+    reward_function: str | None = None
+    """Name of a function that a Python program gives (`understudy.distil`): its reward replaces the grade in training."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +87,10 @@ class Records(Task):
         if self.reference_after is not None and self.reference_field is None:
             raise ValueError("reference_after is given without reference_field")
         find_verifier(self.verifier)
+        if self.reward_function is not None and not given.is_given(self.reward_function):
+            raise ValueError(
+                f"reward_function is {self.reward_function!r}; a function is given from Python: understudy.distil(reward=...)"
+            )
 
     def on_file(self, path: str) -> File:
         read_alike = {item.name: getattr(self, item.name) for item in fields(Records)}
@@ -149,6 +156,17 @@ class Records(Task):
         if prompt.reference is None:
             raise DataError(f"prompt {prompt.id} has no reference to grade with; set task.reference_field")
         return find_verifier(self.verifier)(text, prompt.reference)
+
+    @property
+    def rewards(self) -> bool:
+        return self.reward_function is not None
+
+    def reward(self, prompt: Prompt, text: str) -> Grade | None:
+        """The result of the function that was given, or the grade. Raises DataError as `grade`, and for no number."""
+        if self.reward_function is None:
+            return self.grade(prompt, text)
+        reward = given.find(self.reward_function)(prompt, text)
+        return None if reward is None else given.as_grade(reward, self.reward_function)
 
     def check_files(self) -> None:
         """Read the first rows of every source, as the run would. Raises RecipeError or DataError."""

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TextIO
 
 import rich.console
@@ -50,10 +51,14 @@ class Console:
         out = rich.console.Console(
             file=stream, quiet=quiet, markup=False, highlight=False, emoji=False, force_terminal=live
         )
-        if not out.is_terminal:
+        if not out.is_terminal and not out.is_jupyter:
             out.width = _PLAIN_WIDTH
         self._out = out
-        self._live = not quiet and out.is_terminal and not out.is_dumb_terminal
+        # rich redraws a notebook's output through ipywidgets
+        redraws = (
+            find_spec("ipywidgets") is not None if out.is_jupyter else out.is_terminal and not out.is_dumb_terminal
+        )
+        self._live = not quiet and live is not False and redraws
         self._clock = clock
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),

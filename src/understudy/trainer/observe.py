@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from understudy.eval.summary import EvalSummary
 from understudy.lazy import Tensor, torch
@@ -115,6 +116,19 @@ def nonfinite_record(sample: Sample) -> dict[str, object]:
     }
 
 
+class Callback:
+    """Told of a run's progress; extend it, and override what you want to hear. What a method raises ends the run, saved."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` is done; `metrics` as in metrics.jsonl."""
+
+    def on_evaluation(self, summary: EvalSummary) -> None:
+        """An evaluation is done."""
+
+    def on_end(self, run: Any) -> None:
+        """The run, an `understudy.Run`, has ended, but not by an error."""
+
+
 @dataclass
 class Observer:
     """Sends numbers to the console, the loggers and files of lines. Ranks other than the first have none of these."""
@@ -123,6 +137,7 @@ class Observer:
     loggers: Sequence[JsonLines | Dashboard] = ()
     files: Mapping[str, JsonLines] = field(default_factory=dict)
     """By name: "events", and "consumed" for the prompts that each step used."""
+    callbacks: Sequence[Callback] = ()
     summaries: list[EvalSummary] = field(default_factory=list)
     """The evaluations of this process."""
 
@@ -137,6 +152,8 @@ class Observer:
         self.console.update(progress.step, values)
         if positions:
             self._write("consumed", {"step": progress.step, "positions": list(positions)})
+        for callback in self.callbacks:
+            callback.on_step(progress.step, values)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Sends samples to the dashboards that have tables."""
@@ -147,6 +164,8 @@ class Observer:
     def evaluation(self, summary: EvalSummary, seconds: float) -> float | None:
         """Shows an evaluation; returns its avg@k if it was graded."""
         self.summaries.append(summary)
+        for callback in self.callbacks:
+            callback.on_evaluation(summary)
         name = f"avg@{summary.samples_per_prompt}"
         found = summary.metrics.get(name)
         if found is None:

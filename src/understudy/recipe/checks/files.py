@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from understudy import config, given
 from understudy.errors import RecipeError, nearest
 from understudy.models import check_build, check_model_dir, has_bfloat16
 from understudy.recipe.checks.parts import Check, Files, Finding
@@ -44,6 +45,13 @@ def _machine(files: Files) -> Iterator[Finding]:
     yield Finding(f"device: {device}{lacks}")
 
 
+def _objects(files: Files) -> tuple[Finding, ...]:
+    """Raises RecipeError for an object of a Python program that is not there."""
+    if files.training:
+        given.check_given(config.flatten(config.dump(files.recipe)))
+    return ()
+
+
 def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:
     """The parts of a task by their place in the recipe. Raises RecipeError for a missing file or split, with the place."""
     task.check_files()
@@ -65,7 +73,7 @@ def _task(files: Files) -> Iterator[Finding]:
             raise RecipeError(
                 f"the method {name} imitates solutions, but {place}.solution_field does not say where they are"
             )
-        if "outcome" in recipe.uses.rewards and "reference" not in part.carries:
+        if "outcome" in recipe.uses.rewards and "reference" not in part.carries and not part.rewards:
             raise RecipeError(
                 f"the method {name} rewards right answers, but {place}.reference_field does not say where they are"
             )
@@ -265,6 +273,7 @@ def _last_step(files: Files) -> Iterator[Finding]:
 
 
 CHECKS = (
+    Check("objects", "files", "models, rows and functions of a Python program", _objects),
     Check("task", "files", "data, and the fields that the method reads", _task),
     Check("evaluation", "files", "held-out data", _evaluation),
     Check("section", "files", "each section by itself", _sections),

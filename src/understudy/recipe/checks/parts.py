@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from understudy.errors import EngineError, UnderstudyError
+from understudy.given import is_given
 from understudy.lazy import Tensor, nn, torch
 from understudy.recipe.load import Loaded, Teachers, Tokenizers, response_setup, tokenizer_source
 from understudy.recipe.schema import Recipe
@@ -141,7 +142,7 @@ class Files:
 
     def has(self, source: Source) -> bool:
         """Whether a tokenizer may be loaded."""
-        return self.fetch or Path(source.name).expanduser().exists()
+        return self.fetch or is_given(source.name) or Path(source.name).expanduser().exists()
 
     def may_read(self, task: Task) -> bool:
         """Whether the task's prompts may be read."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from understudy import given
 from understudy.errors import nearest
 from understudy.tasks.verifiers.math import grade_math
 from understudy.tasks.verifiers.references import Reference, accepted, several
@@ -34,9 +35,11 @@ VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {"exact": grade_exact, "m
 
 def find_verifier(name: str) -> Callable[[str, Reference], Grade]:
     """The verifier of that name, for any number of accepted answers: the best of their grades. Raises ValueError."""
-    if name not in VERIFIERS:
+    if name not in VERIFIERS and not given.is_given(name):
         raise ValueError(f"there is no verifier {name!r}; {nearest(name, VERIFIERS)}")
-    return several(VERIFIERS[name])
+    if name in VERIFIERS:
+        return several(VERIFIERS[name])
+    return several(lambda text, reference: given.as_grade(given.find(name)(text, reference), name))
 
 
 __all__ = ["VERIFIERS", "Reference", "accepted", "find_verifier", "grade_exact", "grade_math", "several"]

@@ -1,0 +1,409 @@
+"""Runs from Python: `distil`, `train`, `evaluate` and `sample`. The command line calls the last three.
+
+```python
+from understudy import GKD, distil
+
+run = distil(student="Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-4B", train=rows, prompt="question", reference="answer",
+             method=GKD(beta=1.0), steps=200, lr=1e-5)
+```
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from itertools import count as numbers
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from understudy import config, run
+from understudy import given as in_memory
+from understudy.environments import single_turn
+from understudy.environments.play import play
+from understudy.errors import RecipeError
+from understudy.eval.summary import EvalSummary
+from understudy.format import count, interval, metric_note
+from understudy.lazy import torch
+from understudy.methods import SFT, Method
+from understudy.recipe import Recipe, load_recipe
+from understudy.recipe.checks import check
+from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
+from understudy.run import Run
+from understudy.tasks import Split
+from understudy.trainer.checkpoint import RunDir
+from understudy.trainer.console import Console
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.observe import Callback
+from understudy.trainer.settings import Eval, Train
+from understudy.trainer.signals import terminable
+from understudy.types import Prompt, Request, Sample
+
+BLOCK_REQUESTS = 256
+"""Requests between two updates of the progress bar."""
+
+
+def distil(
+    *,
+    student: Any,
+    teacher: Any = None,
+    train: Any = None,
+    prompt: str | None = None,
+    reference: str | Mapping[str, Any] | None = None,
+    solution: str | None = None,
+    validation: Any = None,
+    test: Any = None,
+    verifier: str | Callable[[str, str], Any] | None = None,
+    reward: Callable[[Prompt, str], Any] | None = None,
+    method: Method | Mapping[str, Any] | str = "gkd",
+    callbacks: Sequence[Callback] = (),
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    examine: bool = True,
+    quiet: bool = False,
+    **keys: Any,
+) -> Run:
+    """Trains a student, and returns the run with its metrics, evaluations, student and report.
+
+    `student`, `teacher`: a directory or hub name, a pair of a loaded model and its tokenizer, or a section of a recipe
+    (`{"model": ..., "lora": {"rank": 8}}`). A loaded student is copied; a loaded teacher is used as it is, and left so.
+    `train`, `validation`, `test`: rows, as a `datasets.Dataset` or a list of mappings; or files; or, for `train` a data set
+    of the hub and for the others its splits. With one of the last two the student is evaluated before and after.
+    `prompt`, `reference`, `solution`: their fields. A mapping as `reference` is the section of the reference model.
+    `verifier`: a name, or a function of response and one accepted answer; `reward`: a function of prompt and response, which
+    replaces the verifier's grade in training. Both return a number (1 is right), a bool or a `Grade`; a reward of None leaves
+    the sample out.
+    `run_dir`: by default the first of runs/distil, runs/distil-2, ... that is free.
+    `examine`, `quiet`: the doctor's checks come first; nothing is printed.
+    `keys`: the other keys of a recipe, those of its section `train` by themselves: `lr=1e-5`, `sampling={"top_p": 0.9}`.
+
+    Models, rows and functions stand in the recipe by names, and must be given again to resume. Ctrl-C finishes the step and
+    saves, then raises KeyboardInterrupt; `resume=True` goes on. The doctor's rehearsal calls functions too.
+    Raises RecipeError, and as `understudy.run.train`.
+    """
+    objects: dict[str, Any] = {}
+    of_train = {item.name for item in fields(Train)}
+    values = {key: _plain(key, value) for key, value in keys.items() if key not in of_train}
+    values["train"] = {key: _plain(key, value) for key, value in keys.items() if key in of_train}
+    values["student"] = _model(student, "student", objects)
+    values["method"] = {"type": method} if isinstance(method, str) else _plain("method", method)
+    if teacher is not None:
+        values["teacher"] = _model(teacher, "teacher", objects)
+    if "teachers" in values:
+        named = values["teachers"].items()
+        values["teachers"] = {name: _model(one, f"teachers.{name}", objects) for name, one in named}
+    if isinstance(reference, Mapping):
+        values["reference"], reference = _model(reference, "reference", objects), None
+    given = {"prompt_field": prompt, "reference_field": reference, "solution_field": solution}
+    functions = {"verifier": verifier, "reward_function": reward}
+    given |= {key: _named(one, objects) if callable(one) else one for key, one in functions.items()}
+    section = _task(values.get("task", {}), {"train": train, "validation": validation, "test": test}, objects)
+    values["task"] = section | {key: value for key, value in given.items() if value is not None}
+    held_out = [name for name, rows in (("test", test), ("validation", validation)) if rows is not None]
+    if held_out:
+        values["eval"] = {"split": held_out[0]} | (values.get("eval") or {})
+    for one in callbacks:
+        if not all(callable(getattr(one, name, None)) for name in ("on_step", "on_evaluation", "on_end")):
+            raise RecipeError(
+                f"callbacks: {type(one).__name__} lacks one of on_step, on_evaluation, on_end; extend Callback"
+            )
+    values["callbacks"] = [_named(one, objects) for one in callbacks]
+    if run_dir is None and (resume or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise RecipeError("resume, and a run of several processes, need run_dir, the directory of the run")
+    free = (path for n in numbers(1) if not (path := Path("runs", f"distil-{n}" if n > 1 else "distil")).exists())
+    values["run_dir"] = str(next(free) if run_dir is None else run_dir)
+    with in_memory.given(objects), _as_they_were(objects):
+        result = _train(config.parse(Recipe, values), resume=resume, examine=examine, quiet=quiet)
+    return replace(result, given=objects)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A section that may be a dataclass, as a recipe has it."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return str(value) if isinstance(value, Path) else value
+    known = {config.key_of(item): item for item in fields(Recipe)}
+    table = known[key].metadata.get("choice") if key in known else None
+    if table is not None and type(value) not in table.table.values():
+        raise RecipeError(
+            f"{key} is of type {type(value).__name__}, which has no name in a recipe; known: {', '.join(table.table)}"
+        )
+    return config.dump(value, table)
+
+
+def _model(value: Any, place: str, objects: dict[str, Any]) -> dict[str, Any]:
+    """The section of a student, teacher or reference. Loaded models are added to the objects."""
+    section = _plain(place, value)
+    section = dict(section) if isinstance(section, Mapping) else {"model": section}
+    model = section.get("model")
+    if isinstance(model, tuple) and len(model) == 2:
+        if hasattr(model[0], "peft_config"):
+            raise RecipeError(
+                f"{place} has adapters: merge them first (merge_and_unload), and train new ones with "
+                "student={'model': ..., 'lora': {'rank': 16}}"
+            )
+        section["model"] = _added(in_memory.name_of_model(*model), model, objects)
+    elif hasattr(model, "state_dict"):
+        raise RecipeError(
+            f"{place} is a loaded model without its tokenizer; give both, as in {place}=(model, tokenizer)"
+        )
+    elif model is not None and not isinstance(model, str):
+        raise RecipeError(
+            f"{place} is of type {type(model).__name__}; it must be a directory, a hub name, or a pair (model, tokenizer)"
+        )
+    return section if place == "student" or "type" in section else {"type": "local"} | section
+
+
+def _task(section: Mapping[str, Any], sources: Mapping[str, Any], objects: dict[str, Any]) -> dict[str, Any]:
+    """The section of the task with the sources of its rows. Raises RecipeError for sources of several kinds."""
+    task = _plain("task", section)
+    named = {split: str(rows) for split, rows in sources.items() if isinstance(rows, str | Path)}
+    rows = {split: rows for split, rows in sources.items() if rows is not None and split not in named}
+    if not named and not rows:
+        return dict(task)
+    if sources["train"] is None:
+        raise RecipeError(f"{', '.join([*rows, *named])} without train; give train, or all sources in task")
+    if rows and named:
+        raise RecipeError(
+            f"{', '.join(rows)} are rows, {', '.join(named)} names; give all of them as rows or all by name"
+        )
+    if rows:
+        for split, given in rows.items():
+            if isinstance(given, Mapping) or not hasattr(given, "__len__"):
+                raise RecipeError(
+                    f"{split} is of type {type(given).__name__}; rows are a datasets.Dataset (one split) or a list of mappings"
+                )
+        found = {split: _added(in_memory.name_of_rows(given), given, objects) for split, given in rows.items()}
+        return {"type": "rows"} | found | dict(task)
+    first = named.pop("train")
+    path = Path(first).expanduser()
+    if task.get("type", "file") != "hub" and (path.exists() or path.suffix or first.startswith((".", "/", "~"))):
+        return {"type": "file", "path": first} | {f"{split}_path": name for split, name in named.items()} | dict(task)
+    return {"type": "hub", "dataset": first} | {f"split_{split}": name for split, name in named.items()} | dict(task)
+
+
+def _named(function: Any, objects: dict[str, Any]) -> str:
+    return _added(in_memory.name_of_function(function), function, objects)
+
+
+def _added(name: str, one: Any, objects: dict[str, Any]) -> str:
+    """Adds an object under its name; of two functions with one name the second gets a number."""
+    free = (f"{name} {n}" if n > 1 else name for n in numbers(1))
+    chosen = next(other for other in free if objects.get(other, one) is one)
+    objects[chosen] = one
+    return chosen
+
+
+@contextmanager
+def _as_they_were(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Loaded models come out as they went in: mode, device, and which of their weights are trained."""
+    models = [one[0] for one in objects.values() if isinstance(one, tuple)]
+    before = [
+        (model, model.training, model.device, [value.requires_grad for value in model.parameters()]) for model in models
+    ]
+    try:
+        yield
+    finally:
+        for model, training, device, flags in before:
+            model.train(training).to(device)
+            for value, flag in zip(model.parameters(), flags, strict=True):
+                value.requires_grad_(flag)
+
+
+def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, quiet: bool = False) -> Run:
+    """Trains as a recipe says. Prints progress, the first and last evaluation, and where the student is.
+
+    Ctrl-C finishes the step and saves, then raises KeyboardInterrupt. Signal handlers, random numbers and the settings of
+    libraries are afterwards what they were. Raises as `understudy.run.train`.
+    """
+    return _train(recipe, resume=resume, examine=examine, quiet=quiet)
+
+
+def _train(recipe: Recipe, *, resume: bool, examine: bool, quiet: bool) -> Run:
+    with _undisturbed(recipe.device):
+        result = train_and_show(recipe, resume=resume, examine=examine, quiet=quiet)
+    if result.ending == "stopped by a signal":
+        raise KeyboardInterrupt(f"stopped by a signal; the run is saved in {result.path}, and resume=True goes on")
+    return result
+
+
+def train_and_show(recipe: Recipe, *, resume: bool, examine: bool, quiet: bool = False) -> Run:
+    """The same in a process that ends with it: for the command line."""
+    ranks = Ranks.from_environment(partial(choose_device, recipe.device))
+    with terminable(), Console(quiet=quiet or not ranks.is_main) as console, closing(ranks):
+        result = run.train(recipe, resume=resume, examine=examine, console=console)
+        if result.summaries:
+            title = "before and after" if len(result.summaries) > 1 else "evaluation"
+            show(console, title, result.summaries)
+        if result.ending == "stopped by a signal":
+            console.note(f"stopped by a signal; the checkpoint is saved, continue with --resume ({result.path})")
+        else:
+            console.note(f"student  {result.student}")
+            console.note(f"report   {result.report}")
+    return result
+
+
+@contextmanager
+def _undisturbed(device: str) -> Iterator[None]:
+    """Random numbers, the current device and the settings of libraries are afterwards what they were."""
+    import transformers
+
+    libraries = transformers.logging
+    with ExitStack() as restored:
+        devices = []
+        if torch.cuda.is_available() and device != "cpu":
+            restored.enter_context(torch.cuda.device(torch.cuda.current_device()))
+            devices = [choose_device(device).index or 0]
+        restored.enter_context(torch.random.fork_rng(devices))
+        restored.callback(libraries.set_verbosity, libraries.get_verbosity())
+        if libraries.is_progress_bar_enabled():
+            restored.callback(libraries.enable_progress_bar)
+        # their bars and notes would tear the display
+        libraries.set_verbosity_error()
+        libraries.disable_progress_bar()
+        yield
+
+
+def show(console: Console, title: str, summaries: Sequence[EvalSummary]) -> None:
+    """Prints a table of the first and the last evaluation, metric by metric."""
+    shown = summaries if len(summaries) < 2 else [summaries[0], summaries[-1]]
+    last = shown[-1]
+    rows = [
+        [name, metric_note(name), *(interval(name, one.metrics.get(name)) for one in shown)] for name in last.metrics
+    ]
+    described = f"{title}: {count(last.num_problems, f'{last.split} problem')}, 95 % intervals over problems"
+    console.table(described, ["metric", "", *(f"step {one.step:,}" for one in shown)], rows)
+
+
+def load_for_use(source: Run | Recipe | str | Path, overrides: Sequence[str], model: str | None) -> Recipe:
+    """The recipe with `model` as its student, or with the final student of a run.
+
+    It keeps no teacher but the judge that evaluations ask. Raises RecipeError for a run without a final student.
+    """
+    path = source.path if isinstance(source, Run) else source
+    if isinstance(path, Recipe):
+        recipe = config.parse(Recipe, config.override(config.dump(path), overrides))
+    elif (path := Path(path)).is_dir():
+        run_dir = RunDir(path)
+        run_dir.check_started()
+        recipe = load_recipe(run_dir.recipe, overrides)
+        if model is None and not run_dir.student.is_dir():
+            raise RecipeError(f"{path} has no final student yet; name a checkpoint's student with --model")
+        model = model or str(run_dir.student)
+    else:
+        recipe = load_recipe(path, overrides)
+    rejects = recipe.eval is not None and recipe.eval.reject_below is not None
+    teacher = recipe.teacher if rejects else None
+    recipe = replace(recipe, teacher=teacher, teachers={}, reference=None, responses=None, method=SFT(), callbacks=())
+    if model is None:
+        return recipe
+    student = replace(
+        recipe.student, model=model, starts={}, start=None, build=None, tokenizer=None, lora=None, revision=None
+    )
+    return replace(recipe, student=student)
+
+
+@contextmanager
+def _objects_of(source: object) -> Iterator[None]:
+    """Inside, what a run was given from Python is there again."""
+    objects = source.given if isinstance(source, Run) else {}
+    with in_memory.given(objects), _as_they_were(objects):
+        yield
+
+
+@contextmanager
+def _using(recipe: Recipe, quiet: bool) -> Iterator[Console]:
+    with _undisturbed(recipe.device), terminable(), Console(quiet=quiet) as console:
+        yield console
+
+
+def evaluate(
+    source: Run | Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> EvalSummary:
+    """Evaluates the final student of a run, the student of a recipe, or `model`; prints and returns the numbers.
+
+    `overrides`: keys of the recipe, as in "eval.problems=100". `out`: an empty directory for the summary and all samples.
+    """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
+    with _objects_of(source), ExitStack() as opened:
+        recipe = load_for_use(source, overrides, model)
+        if recipe.eval is None:
+            recipe = replace(recipe, eval=Eval())
+        check(recipe, training=False)
+        console = opened.enter_context(_using(recipe, quiet))
+        loaded = load_student(recipe)
+        started = time.perf_counter()
+        with closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:
+            summary = run.evaluator(recipe, loaded, engine, teachers.judge, Ranks(), out, console)(0)
+        show(console, recipe.student.model or "random weights", [summary])
+        console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
+    return summary
+
+
+def sample(
+    source: Run | Recipe | str | Path,
+    prompts: Sequence[str] = (),
+    *,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    num: int = 4,
+    split: str = "train",
+    num_samples: int = 1,
+    quiet: bool = False,
+) -> list[Sample]:
+    """Returns what a student writes, `num_samples` times each: to prompts of yours, or else to the first `num` of a split.
+
+    `source`, `overrides`, `model`: as in `evaluate`. A sample's `text` is the response.
+    """
+    if split not in get_args(Split):
+        raise RecipeError(f"--split is {split!r}; it must be one of {', '.join(get_args(Split))}")
+    with _objects_of(source), ExitStack() as opened:
+        recipe = load_for_use(source, overrides, model)
+        check(recipe, training=False)
+        chosen, environment_of = list(islice(recipe.task.prompts(cast(Split, split)), num)), recipe.task.environment
+        if prompts:
+            # in the form that the task's prompts have
+            is_chat, environment_of = next(iter(recipe.task.prompts("train"))).messages is not None, single_turn
+            chosen = [
+                Prompt(f"cli/{text}", messages=({"role": "user", "content": text},))
+                if is_chat
+                else Prompt(f"cli/{text}", text=text)
+                for text in prompts
+            ]
+        console = opened.enter_context(_using(recipe, quiet))
+        loaded = load_student(recipe)
+        rendered = [loaded.renderer.start(prompt) for prompt in chosen]
+        requests = [
+            Request(prompt, index, ids)
+            for prompt, ids in zip(_distinct(chosen), rendered, strict=True)
+            for index in range(num_samples)
+        ]
+        samples: list[Sample] = []
+        with sampling_with(recipe, loaded) as engine, console.progress("sample", len(requests)) as advance:
+            for start in range(0, len(requests), BLOCK_REQUESTS):
+                block = requests[start : start + BLOCK_REQUESTS]
+                parts = (engine, loaded.renderer, environment_of)
+                samples += play(*parts, block, recipe.sampling, step=0, stream="sample/cli")
+                advance(len(block))
+    return samples
+
+
+def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Numbers prompts that are given twice, because draws are keyed by id: they would get the same sample twice."""
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        seen[prompt.id] += 1
+        count = seen[prompt.id]
+        found.append(prompt if count == 1 else replace(prompt, id=f"{prompt.id}~{count}"))
+    return found
