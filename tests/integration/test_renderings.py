@@ -16,7 +16,7 @@ from tests.integration.test_verbal import CHATML
 from tests.runs import BUILD, metric_rows, tiny_recipe, train
 from tests.tiny_models import plain_logp
 from understudy import config
-from understudy.errors import RecipeError, ScoreError, VocabularyError
+from understudy.errors import DataError, RecipeError, ScoreError, VocabularyError
 from understudy.models import build_causal_lm, save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
@@ -204,6 +204,36 @@ def test_own_rendering_is_of_chats(tmp_path: Path) -> None:
     for kind in ({"type": "served"}, {"type": "http", "api": "vllm", "model": "m"}):
         with pytest.raises(RecipeError, match="needs the teacher's chat template: set tokenizer"):
             recipe_of(tmp_path, **changes | {"teacher": kind | {"url": "http://h:1", "rendering": "own"}})
+
+
+def test_solutions_without_room_are_found_before_the_run(tmp_path: Path) -> None:
+    """Also behind the first rows."""
+    template = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    changes = chats(tmp_path, template=CHATML, method={"type": "sft"}, teacher=None) | {"teacher": None}
+    (tmp_path / "student" / "chat_template.jinja").write_text(template)
+    rows = [{"q": f"{i}+{i}?", "a": str(2 * i), "s": f"{i} twice\n</think>\n\n{2 * i}"} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert any("opens <think> for the student" in line for line in check(recipe_of(tmp_path, **changes)))
+    file.write_text("".join(json.dumps(row | ({"s": "70"} if row["q"] == "35+35?" else {})) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"the response to prompt .* has no reasoning to stand in it"):
+        check(recipe_of(tmp_path, **changes))
+
+
+def test_the_model_says_which_role_ends_a_turn(tmp_path: Path) -> None:
+    """The dry run, which loads no model, finds the end that the run has."""
+    changes = chats(tmp_path, template=CHATML)
+    template = (
+        "{% for m in messages %}<{{ 'bos' if m['role'] == 'user' else '|im_start|' }}>{{ m['content'] }}{% endfor %}"
+    )
+    (tmp_path / "student" / "chat_template.jinja").write_text(template)
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(template)
+    recipe = recipe_of(tmp_path, **changes)
+    assert any(line.startswith("a response ends with '<|im_end|>', EOS: the chat template") for line in check(recipe))
+    ends = {"eos_token_id": STUDENT.convert_tokens_to_ids(["<|im_end|>", "<bos>"])}
+    (tmp_path / "student" / "generation_config.json").write_text(json.dumps(ends))
+    assert "a response ends with '<bos>', as the chat template ends a turn" in check(recipe)
+    assert "a response ends with '<bos>'" in examined(recipe)["end of a response"].found
 
 
 DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y %H:%M:%S') }}.<|im_end|>\n" + CHATML

@@ -203,6 +203,39 @@ def test_a_block_that_the_template_opens_is_not_opened_twice(template: str, text
         renderer.response(ASKED, "4")
 
 
+NEMOTRON = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}\n{% else %}<|assistant|>"
+    "{% if loop.last %}<think>\n\n{% endif %}{{ m['content'] }}\n<|end|>\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n\n{% endif %}"
+)
+
+
+def test_a_turn_that_the_template_leaves_open_is_no_turn() -> None:
+    """As Nemotron Nano 2's: the last turn begins with an open block whatever the content is."""
+    renderer = Renderer(with_tokens(NEMOTRON, ["<|user|>", "<|assistant|>", "<|end|>"], "</s>"))
+    assert trained(renderer, "<think>hm</think>4") == "hm</think>4\n<|end|>"
+    assert trained(renderer, "hm</think>4") == "hm</think>4\n<|end|>"
+    with pytest.raises(DataError, match="opens <think> for the student, but the response to prompt p has no reasoning"):
+        renderer.response(ASKED, "4")
+
+
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' %}<think></think>\n{% endif %}"
+    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_block_behind_the_generation_prompt_is_trained() -> None:
+    """As GLM 4.6's: the prompt ends before the line break, the turn has an empty block, and the next turn ends it."""
+    special = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>"]
+    tokenizer = with_tokens(GLM, special, "<|endoftext|>")
+    renderer = Renderer(tokenizer, stop_ids=tokenizer.convert_tokens_to_ids(["<|user|>", "<|endoftext|>"]))
+    assert trained(renderer, "4") == "\n<think></think>\n4<|user|>"
+    other = renderer.like(with_tokens(CHATML, [*special, "<|im_start|>"], "<|im_end|>"))
+    assert other.turn_end.text == "<|im_end|>"
+    assert renderer.like(tokenizer).turn_end == renderer.turn_end
+
+
 def test_reasoning_that_a_template_drops_is_trained() -> None:
     renderer = Renderer(with_tokens(DROPPING, ["<|im_start|>"], "<|im_end|>"))
     assert trained(renderer, "<think>\nhm\n</think>\n\n4") == "<think>\nhm\n</think>\n\n4<|im_end|>"

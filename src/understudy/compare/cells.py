@@ -20,6 +20,7 @@ from understudy.recipe import Recipe, check_same_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import eval_prompts
 from understudy.tasks import overlap
+from understudy.tasks.renderer import now
 from understudy.trainer.checkpoint import RunDir
 from understudy.trainer.rollouts import MAX_ROUNDS
 
@@ -161,7 +162,16 @@ class Cells:
         values |= {"seed": 0, "run_dir": str(self.out / "cells" / combination.slug / "seed-0")}
         with _named(combination.name):
             recipe, dropped = parse_cell(values)
-        return Cell(combination, recipe, tuned, dropped)
+        return Cell(combination, recipe.dated(self._date), tuned, dropped)
+
+    @cached_property
+    def _date(self) -> str:
+        """One clock for the chat templates of all runs: that of one that has begun, else now."""
+        for path in sorted(self.out.glob("*/*/*/recipe.yaml")):
+            date = config.read_yaml(path).get("student", {}).get("template_date")
+            if date is not None:
+                return str(date)
+        return now()
 
 
 @dataclass(frozen=True)

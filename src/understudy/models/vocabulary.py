@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
             "tokenizer's configuration"
         )
     return tuple(sorted(found))
+
+
+def saved_ends(model: str) -> set[int]:
+    """The tokens that end a response as far as the configurations in a model's directory say; none for a hub name."""
+    found = set[int]()
+    for name in ("config.json", "generation_config.json"):
+        path = Path(model).expanduser() / name
+        if path.is_file():
+            found |= _as_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    return found
 
 
 def tokenizer_ends(tokenizer: Any) -> set[int]:

@@ -98,8 +98,8 @@ class Renderer:
         return bool(self.tokenizer.chat_template)
 
     def like(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """A renderer for another tokenizer, with the same settings of its template and the same clock."""
-        return Renderer(tokenizer, self.template_kwargs, date=self.date)
+        """A renderer for another tokenizer of the same tokens: the same settings, clock, and tokens that may end a turn."""
+        return Renderer(tokenizer, self.template_kwargs, {*tokenizer_ends(tokenizer), *self.stop_ids}, date=self.date)
 
     @property
     def settings(self) -> list[Any]:
@@ -220,7 +220,10 @@ class Renderer:
             whole = self._template(prompt, said, opened=False)
             if whole.startswith(known) and whole.endswith(end.rest):
                 told = whole[len(known) : len(whole) - len(end.rest)]
-                if _squashed(text) in _squashed(told):
+                # in a block that the prompt has opened or closed nothing but its rest may follow
+                is_open = _END_THINK in told and not told.lstrip().startswith(_THINK)
+                fits = {_THINK: is_open, _END_THINK: _THINK not in told, "": True}[_last_tag(known)]
+                if fits and _squashed(text) in _squashed(told):
                     return told
             return self._continued(prompt, known, whole, text)
 
@@ -239,8 +242,8 @@ class Renderer:
         Right where only the thinking of the two differs: the template drops the reasoning of a turn, or writes in the
         prompt for the student what it does not write in a turn.
         """
-        begun, thinks = known.rstrip(), _THINK in text or _END_THINK in text
-        if begun.endswith(_THINK):
+        begins, thinks = _last_tag(known), _THINK in text or _END_THINK in text
+        if begins == _THINK:
             if _END_THINK not in text:
                 raise DataError(
                     f"the chat template opens {_THINK} for the student, but the response to prompt {prompt.id} has no "
@@ -252,8 +255,8 @@ class Renderer:
                 "are trained as the student samples them, from their reasoning on"
             ] = None
             rest = text.lstrip().removeprefix(_THINK)
-            return text if rest == text.lstrip() else rest.removeprefix(known[len(begun) :])
-        if begun.endswith(_END_THINK):
+            return text if rest == text.lstrip() else rest.removeprefix(known[len(known.rstrip()) :])
+        if begins == _END_THINK:
             if thinks:
                 raise DataError(
                     f"the chat template closes {_END_THINK} before the student begins, but the response to prompt "
@@ -391,10 +394,9 @@ class Renderer:
     def begins(self) -> str:
         """The tag of reasoning that the template writes right before the student's turn, `<think>` or `</think>`; or ""."""
         try:
-            text = self.question("1").rstrip()
+            return _last_tag(self.question("1"))
         except DataError:
             return ""
-        return next((tag for tag in (_THINK, _END_THINK) if text.endswith(tag)), "")
 
     def _split_reasoning(self, text: str) -> tuple[str | None, str]:
         """Reasoning, None where the template has no thinking mode or nothing was thought, and what follows it."""
@@ -492,6 +494,11 @@ class Renderer:
 def _fill(text: str, spelled: Sequence[str]) -> str:
     """The text with what the slots stand for."""
     return _SLOTS.sub(lambda match: spelled[int(match[1])], text)
+
+
+def _last_tag(text: str) -> str:
+    """The tag of reasoning that the text ends with, or ""."""
+    return next((tag for tag in (_THINK, _END_THINK) if text.rstrip().endswith(tag)), "")
 
 
 def _squashed(text: str) -> str:

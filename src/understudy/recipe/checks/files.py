@@ -29,6 +29,8 @@ MAX_COMPARED = 200_000
 """Training prompts that are compared with the evaluation's: computed tasks have millions."""
 NUM_RENDERED = 8
 """First prompts that are rendered."""
+NUM_TRIED = 256
+"""Solutions that are rendered."""
 
 
 def _machine(files: Files) -> Iterator[Finding]:
@@ -229,9 +231,13 @@ def _turns(files: Files) -> Iterator[Finding]:
         return
     renderer, own = files.renderer, files.training and recipe.uses.given_responses and recipe.responses is None
     if own and files.may_read(recipe.task):
-        for prompt in islice(recipe.task.prompts("train"), NUM_RENDERED):
-            if prompt.solution is not None:
-                renderer.response(prompt, prompt.solution)
+        given = [one for one in islice(recipe.task.prompts("train"), NUM_CHECKED_PROMPTS) if one.solution is not None]
+        # beside the first ones those whose reasoning may have no room in what the prompt opens or closes
+        tried = given[:NUM_RENDERED]
+        if renderer.begins:
+            tried += [one for one in given if ("</think>" in str(one.solution)) != (renderer.begins == "<think>")]
+        for prompt in tried[:NUM_TRIED]:
+            renderer.response(prompt, prompt.solution or "")
     end = renderer.turn_end
     token = renderer.tokenizer.convert_ids_to_tokens(end.token_id)
     how = (

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from understudy.errors import EngineError, UnderstudyError
 from understudy.given import is_given
 from understudy.lazy import Tensor, nn, torch
+from understudy.models.vocabulary import saved_ends, tokenizer_ends
 from understudy.recipe.load import Loaded, Teachers, Tokenizers, response_setup, tokenizer_source
 from understudy.recipe.schema import Recipe
 from understudy.tasks import Task
@@ -131,8 +132,9 @@ class Files:
     @cached_property
     def renderer(self) -> Renderer:
         """The student's tokenizer with its chat template."""
-        student = self.recipe.student
-        return Renderer(self.tokenizers.student, student.template_kwargs, date=student.template_date)
+        student, tokenizer = self.recipe.student, self.tokenizers.student
+        ends = tokenizer_ends(tokenizer) | (set() if student.model is None else saved_ends(student.model))
+        return Renderer(tokenizer, student.template_kwargs, ends, student.template_date)
 
     @property
     def knows_tokenizer(self) -> bool:
