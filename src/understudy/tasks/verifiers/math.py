@@ -18,7 +18,7 @@ _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | 
 _END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(?P<bare>[^\s$.,\\{}]+)|)|\\.|[{}]", re.DOTALL)
 r"""Boxes (`\boxed 3` too: solutions of MATH write it), braces, and what a backslash escapes (`\{` is no brace)."""
-_JOINT = re.compile(r"[\s$()\\]*(?:[,;]|(?:, ?)?(?:and|or|\\text\{ ?(?:and|or) ?\}))[\s$()\\]*")
+_JOINT = re.compile(r"[\s$()\\]*(?:[,;]|(?:, ?)?(?:and|or|\\text\{ ?(?:and|or) ?\}))?[\s$()\\]*")
 """What may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
 _HASHES = re.compile(r"####[ \t]*(.*)")
 _SENTENCE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*", re.IGNORECASE)
@@ -29,7 +29,7 @@ _FIRST_SENTENCE = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re
 def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
     r"""1.0 if the final answer of `text` equals the reference mathematically, 0.0 otherwise, and why.
 
-    The final answer is the last `\boxed{...}`, joined with those before it where only "and", "or" or a comma is between;
+    The final answer is the last `\boxed{...}`, joined with those before it where nothing but "and", "or" or a comma is between;
     else the last `#### ...` line that starts like a number or formula, or ends the text; else what follows the last
     "answer is" or "answer:"; else the whole text, if it is one short line. One that was begun and not finished is none.
     Thoughts, `<think>` to `</think>` or to the end, are not read.
@@ -58,6 +58,8 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
     value, unit = notation.split_unit(notation.items(right))
     if notation.is_text(reference, value):
         return "" if notation.words(left) == notation.words(right) else "differs from the reference"
+    if len(right) > 1 and right.isalpha() and left.lower() == right.lower():
+        return ""
     left = notation.without_names(notation.items(left), right)
     if notation.tight(left) == notation.tight(notation.items(right)):
         return ""

@@ -47,16 +47,20 @@ _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r",\s*\\!\s*|\{,\}", ","),
     (r"\\!", ""),
     (r"\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\s+", " "),
-    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1"),
+    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|boldsymbol|operatorname)\s*\{([^{}]*)\}", r" \1"),
     (r"\\(?:rm|bf|it|sf)(?![a-zA-Z])", ""),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(le|ge)(?:q|qslant)(?![a-zA-Z])", r"\\\1 "),
     (r"\\neq(?![a-zA-Z])", r"\\ne "),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
     (r"\^\s*(?:\\(?:circ|degree)(?![a-zA-Z])|\{\s*\\(?:circ|degree)\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
     (r"\\([$%])", r"\1"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
     (r"(?<=[\w)])\s*\*\*\s*(?=[\w(])", "^"),
+    (r"(?<=\d) ?: ?(?=\d)", ":"),
+    (r"(?<=\d) ?(?:st|nd|rd|th)(?![a-zA-Z])|(?<=\d) ?\^ ?\{? ?(?:st|nd|rd|th)(?![a-zA-Z])\}?", ""),
     # thousands; inside brackets a comma separates numbers: (100,200)
     (r"(?<![\d.,(\[{])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda match: match[1].replace(",", "")),
     (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d|,\d)", lambda match: match[1].replace(" ", "")),
@@ -73,19 +77,22 @@ _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")
 
 _UNITS = _table(
-    """meter metre m, kilometer kilometre km, centimeter centimetre cm, millimeter millimetre mm, gram g gm, kilogram kg,
-    milligram mg, ton, pound lb, ounce oz, liter litre l, milliliter millilitre ml, gallon, quart, pint, hour h hr, minute min,
-    second s sec, millisecond ms, day, week, month, year yr, inch in inches, foot ft feet, yard yd, mile mi, mile/hour mph,
-    kilometer/hour kmh kph kmph, acre, hectare, degree deg \u00b0, celsius, fahrenheit, radian rad, percent % percentage pct,
-    dollar $ usd, cent, euro \u20ac, sterling \u00a3, rupee rs, yen, yuan, joule, newton, watt, volt, hertz hz, way, digit,
-    point, person people, man men, woman women, child children, fish, sheep, unit"""
+    """meter metre m, kilometer kilometre km, centimeter centimetre cm, millimeter millimetre mm, inch in inches, foot ft feet,
+    yard yd, mile mi, mile/hour mph, kilometer/hour kmh kph kmph, acre, hectare, gram g gm, kilogram kg, milligram mg, ton,
+    pound lb, ounce oz, liter litre l, milliliter millilitre ml, gallon, quart, pint, hour h hr, minute min, second s sec,
+    millisecond ms, day, week, month, year yr, degree deg \u00b0, celsius \u00b0c, fahrenheit \u00b0f, radian rad,
+    percent % percentage pct, dollar $ usd, cent, euro \u20ac, sterling \u00a3, rupee rs, yen, yuan, joule, newton, watt, volt,
+    hertz hz, way, digit, point, person people, man men, woman women, child children, fish, sheep, unit"""
 )
 """Every spelling of a unit -> its name. A plural in "s" need not be listed."""
+_UNIT_START = re.compile("(?<![\\\\a-zA-Z])[a-zA-Z\u00b0%$\u20ac\u00a3]")
+MAX_UNIT_CHARS = 60
 _POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cu": "^3", "cubed": "^3"}
 _NOT_UNITS = _set(
-    "times equals always sometimes perhaps fails means says exceeds differs lies others powers squares cubes roots pairs "
-    "dozens scores hundreds thousands millions billions trillions halves thirds quarters fourths fifths sixths sevenths "
-    "eighths ninths tenths hundredths thousandths millionths mistakes errors wrongs negatives guesses contradicts"
+    """times equals always sometimes perhaps does holds works seems appears becomes remains fails means says exceeds differs
+    lies others powers squares cubes roots pairs dozens scores hundreds thousands millions billions trillions halves thirds
+    quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths millionths mistakes errors wrongs
+    negatives guesses contradicts"""
 )
 """They look like a plural noun, and change or deny the number before them."""
 
@@ -98,7 +105,7 @@ _COMMANDS = (
     _FUNCTIONS
     | _GREEK
     | _set(
-        "infty frac sqrt cdot times div pm mp cup cap binom emptyset varnothing mathbb lfloor rfloor lceil rceil sum prod int "
+        "infty frac sqrt cdot times div pm mp cup cap binom emptyset mathbb lfloor rfloor lceil rceil sum prod int "
         "bmod le ge ne in approx"
     )
 )
@@ -106,11 +113,15 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[a-z]*matrix\}")
 _PLAIN_CHARACTERS = frozenset(" +-*/^_(){}[],;.|!=<>\\&\u00b0")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[<=>]")
 _OPPOSITE = {">": "<", "\\ge": "\\le"}
-_LEAD = re.compile(
-    r"(?:^|(?<=,)|(?<=;)) ?(?:\\?(?P<name>[a-zA-Z]+)(?: ?_ ?(?:\w|\{[^{}=<>]*\}))?'*(?: ?\([^()=<>]*\))?|\(\w(?:, ?\w)+\))"
-    r" ?(?:=|\\in ?(?=[\[(]|\\\{|\\mathbb|\\emptyset))"
+_NAME = (
+    rf"(?:\\angle ?)?(?:\\(?:{'|'.join(_GREEK - {'pi'})})|(?P<name>[a-zA-Z]+))"
+    r"(?: ?_ ?(?:\w|\{[^{}=<>]*\}))?(?:'*|\^ ?\{-1\})(?: ?\([^()=<>]*\))?"
 )
-_NOT_NAMES = _set("e i pi not no non never neither wrong false incorrect without except minus neg lnot")
+_LEAD = re.compile(
+    rf"(?:^|(?<=,)|(?<=;)) ?(?:{_NAME}|\(\w(?:, ?\w)+\)) ?(?:=|\\in ?(?=[\[(]|\\\{{|\\mathbb|\\emptyset))"
+)
+"""A name and "=" or "is in"."""
+_NOT_NAMES = _set("e i not no non never neither wrong false incorrect without except minus")
 _MONTHS = _table(
     "01 january jan, 02 february feb, 03 march mar, 04 april apr, 05 may, 06 june jun, 07 july jul, 08 august aug, "
     "09 september sept sep, 10 october oct, 11 november nov, 12 december dec"
@@ -174,7 +185,7 @@ def number(text: str) -> Decimal | None:
 def split_unit(text: str) -> tuple[str, str]:
     """The value and the name of its unit, "" where there is none: "$5", "5 dollars", "20 square feet", "60 miles per hour"."""
     text = re.sub("^([-+]?) ?([$\u20ac\u00a3]) ?(.*?)(?= [a-zA-Z]|$)", r"\1\3 \2", text)
-    for match in re.finditer("(?<![\\\\a-zA-Z])[a-zA-Z\u00b0%$\u20ac\u00a3]", text):
+    for match in _UNIT_START.finditer(text, max(0, len(text) - MAX_UNIT_CHARS)):
         value, tail = text[: match.start()], text[match.start() :]
         if not re.search(r"[\d)}\]!]$|(?<![a-zA-Z])[a-zA-Z]$|\\[a-z]+$", value.rstrip()):
             continue  # a unit follows a value
@@ -192,7 +203,9 @@ def _unit(text: str) -> str | None:
     text = re.sub(r" ?\^ ?\{? ?(-?\d) ?\}?", r" ^\1 ", text)
     names: list[str] = []
     powers = ""
-    for word in re.findall(r"\^-?\d|[a-z]+|[^a-z\s.]|\.(?![\s]|$)", text):
+    for word in re.findall(
+        "\u00b0[cf](?![a-z])|\\^-?\\d|[a-z]+|[^a-z\\s.]|\\.(?!\\s|$)", text.replace("\u00b0 ", "\u00b0")
+    ):
         name = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or _UNITS.get(word.removesuffix("es"))
         if word in _POWERS or re.fullmatch(r"\^-?\d", word):
             powers += _POWERS.get(word, word)
@@ -215,8 +228,8 @@ def tight(text: str) -> str:
 
 
 def latex(text: str) -> str:
-    """For math-verify."""
-    return text.replace("\u00b0", r"^\circ ")
+    """For math-verify, which knows the imaginary unit by the word boundaries around it."""
+    return re.sub(r"(?<=\d)i(?![a-zA-Z])", " i", text).replace("\u00b0", r"^\circ ")
 
 
 def items(text: str) -> str:
@@ -229,15 +242,13 @@ def is_text(reference: str, value: str) -> bool:
 
     A word of up to three letters that is not in `\text{...}` is a product: "ab".
     """
-    words = [
-        word for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", _ENVIRONMENT.sub("", value)) if word not in _FUNCTIONS
-    ]
+    found = set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", _ENVIRONMENT.sub("", value))) - _FUNCTIONS
     return (
         any(pattern.search(value.lower()) for pattern in (_NO_ARITHMETIC, _DATE, _CLOCK))
-        or any(len(word) > 3 for word in words)
+        or any(len(word) > 3 for word in found)
         or any(char.isalpha() and not char.isascii() for char in value)
         or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} [a-zA-Z]{2,}", value) is not None
-        or (bool(words) and re.search(r"\\(?:text|mbox)", reference) is not None)
+        or (bool(found) and re.search(r"\\(?:text|mbox)", reference) is not None)
     )
 
 
@@ -254,7 +265,7 @@ def words(text: str) -> str:
         return f"{int(match[1]) % 12 + 12 * (match[3] == 'p'):02d}:{match[2] or '00'}"
 
     text = _CLOCK.sub(clock, _DATE.sub(date, text.lower()))
-    text = re.sub(r"(?<!\d)[.,:;/]|[.,:;/](?!\d)|[!?'\"()\[\]{}*_$\\]|(?<=[^\W\d])-|-(?=[^\W\d])", " ", text)
+    text = re.sub(r"(?<!\d)[.,:;/]|[.,:;/](?!\d)|[?'\"()\[\]{}*_$\\]|!(?=\s|$)|(?<=[^\W\d])-(?=[^\W\d])", " ", text)
     kept = [word for word in text.split() if word not in ("a", "an", "the")] or text.split()
     return " ".join(kept)
 
@@ -292,7 +303,7 @@ def objection(answer: str, reference: str) -> str:
     if too_many := relations[0] - relations[1]:
         sign = next(sign for sign in _RELATION.findall(answer) if _OPPOSITE.get(sign, sign) in too_many)
         return f"the answer is a relation ({sign}) that the reference lacks"
-    if re.search(r"\d [\d.]|(?<!frac)(?<!frac )(?<![\^_])\d ?\{|\d ?_|[)}\]] ?_ ?\{? ?\d", answer):
+    if re.search(r"(?<!_)\d [\d.]|(?<!frac)(?<!frac )(?<![\^_])\d ?\{|\d ?_|[)}\]] ?_ ?\{? ?\d", answer):
         return "numbers stand side by side in the answer"
     if re.search(r"^ ?[,;!]|[,;] ?[,;]|[,;] ?$|(?<![\w)}\]!|]) ?!|\.(?!\d)", answer) or answer.count("|") % 2:
         return "the punctuation of the answer is not read"
@@ -303,8 +314,8 @@ def _other_parts(answer: str, reference: str) -> str:
     (kind, parts), (wanted_kind, wanted) = _parts(answer), _parts(reference)
     if len(wanted) > 1 and kind and wanted_kind and kind != wanted_kind:
         return f"the answer is in {kind}, the reference in {wanted_kind}"
-    if "\\pm" in answer + reference or "\\mp" in answer + reference:
-        return ""  # two values in one part
+    if re.search(r"\\(?:pm|mp|mathbb)", answer + reference):
+        return ""  # two values in one part; an interval for a set
     if len(parts) != len(wanted):
         return f"the answer has {len(parts)} part(s), the reference {len(wanted)}"
     values, wanted_values = [number(part) for part in parts], [number(part) for part in wanted]
@@ -319,23 +330,12 @@ def _other_parts(answer: str, reference: str) -> str:
 def _parts(text: str) -> tuple[str, list[str]]:
     """The kind of brackets around a list, "" for none, and its parts."""
     text = text.replace("\\{", "{").replace("\\}", "}")
-    depth, kind, starts = 0, "", [0]
-    ends: list[int] = []
-    for index, char in enumerate(text):
-        if char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-            if depth == 0 and text[0] in "([{" and index < len(text) - 1:
-                break
-    else:
-        if text and text[0] in "([{" and text[-1] in ")]}":
-            kind, text = text[0] + text[-1], text[1:-1]
-    depth = 0
+    depth, cuts, wrapped = 0, [-1], len(text) > 1
     for index, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")
+        wrapped = wrapped and (depth > 0 or index == len(text) - 1)
         if char in ",;" and depth == 0:
-            ends.append(index)
-            starts.append(index + 1)
-    ends.append(len(text))
-    return kind, [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+            cuts.append(index)
+    if wrapped and text[-1] in ")]}":
+        return text[0] + text[-1], _parts(text[1:-1])[1]
+    return "", [text[start + 1 : end].strip() for start, end in pairwise([*cuts, len(text)])]
