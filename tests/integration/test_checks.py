@@ -299,7 +299,7 @@ def test_a_privileged_prompt_that_is_too_long_costs_its_sample(
                 assert bool((mine == -1).all() if name == "topk_ids" else mine.isnan().all())
     stopped = changes | {"train": {"steps": 2, "prompts_per_step": 2}}
     with pytest.raises(
-        ScoreError, match=r"rows/.*#0, .* is missing: the privileged prompt of 68 tokens .*64 positions"
+        ScoreError, match=r"rows/.*#0, .* is missing: the prompt that it is shown, of 68 tokens, .*64 positions"
     ):
         train(tmp_path / "error", **stopped)
 

@@ -26,6 +26,7 @@ from understudy.models import (
     probe_head,
     save_hf,
     stop_ids,
+    vocabulary_size,
 )
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
@@ -192,7 +193,8 @@ def test_real_weights_load(shared: Path) -> None:
     path = str(shared / "models" / "stories260K")
     model, tokenizer = load_causal_lm(path), load_tokenizer(path)
     probe_head(model)
-    assert compare_vocabularies(tokenizer, tokenizer) == 512
+    assert compare_vocabularies(tokenizer, tokenizer) == {}
+    assert vocabulary_size(tokenizer) == 512
     assert stop_ids(tokenizer, model) == (2,)
 
 
@@ -230,23 +232,27 @@ def test_qwen_stops(shared: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     assert stop_ids(tokenizer, model) == (151_643, 151_645)
-    assert compare_vocabularies(tokenizer, tokenizer) == 151_669
+    assert compare_vocabularies(tokenizer, tokenizer) == {}
+    assert vocabulary_size(tokenizer) == 151_669
 
 
 def test_vocabularies_of_equal_size_are_not_equal() -> None:
     """peers 13: equal size is not equal vocabulary."""
-    assert compare_vocabularies(words(TOKENS), words(TOKENS)) == len(TOKENS)
+    assert compare_vocabularies(words(TOKENS), words(TOKENS)) == {}
     swapped = [*TOKENS[:3], "b", "a", *TOKENS[5:]]
-    with pytest.raises(VocabularyError, match=r"2 of 11 tokens: 3 is 'a' for the student and 'b' for the teacher"):
+    with pytest.raises(
+        VocabularyError, match=r"2 of the student's 11 tokens: 3 is 'a' for the student and 'b' for the teacher"
+    ):
         compare_vocabularies(words(TOKENS), words(swapped))
-    with pytest.raises(VocabularyError, match="11 is absent for the student and 'z' for the teacher"):
-        compare_vocabularies(words(TOKENS), words([*TOKENS, "z"]))
+    with pytest.raises(VocabularyError, match="11 is 'z' for the student and absent for the teacher"):
+        compare_vocabularies(words([*TOKENS, "z"]), words(TOKENS))
+    assert compare_vocabularies(words(TOKENS), words([*TOKENS, "z"])) == {11: "z"}
 
 
 def test_at_most_five_differences_are_shown() -> None:
     with pytest.raises(VocabularyError) as error:
         compare_vocabularies(words(TOKENS), words([*TOKENS[:3], *"ABCDEFGH"]))
-    assert "differ in 8 of 11" in str(error.value)
+    assert "differ in 8 of the student's 11" in str(error.value)
     assert str(error.value).count("for the teacher") == 5
 
 

@@ -22,7 +22,7 @@ from understudy.models.load import (
     load_causal_lm,
     save_hf,
 )
-from understudy.models.vocabulary import compare_vocabularies, load_tokenizer, stop_ids
+from understudy.models.vocabulary import compare_vocabularies, load_tokenizer, name_tokens, stop_ids, vocabulary_size
 
 __all__ = [
     "DType",
@@ -38,10 +38,12 @@ __all__ = [
     "lm_head",
     "load_causal_lm",
     "load_tokenizer",
+    "name_tokens",
     "num_positions",
     "probe_head",
     "row_style",
     "save_hf",
     "stop_ids",
     "unwrap",
+    "vocabulary_size",
 ]

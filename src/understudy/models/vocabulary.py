@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,22 @@ def _as_ids(value: int | list[int] | None) -> set[int]:
     return {value} if isinstance(value, int) else set(value)
 
 
-def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
-    """The size of the vocabulary that both share: tokens that exist; rows of an embedding beyond it are padding.
+def vocabulary_size(tokenizer: Any) -> int:
+    """The highest id, plus one; rows of an embedding from there on are padding."""
+    return int(max(tokenizer.get_vocab().values())) + 1
 
-    Raises VocabularyError that names the first differing tokens.
+
+def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> dict[int, str]:
+    """The tokens that the teacher has behind all of the student's, by id; empty where the two have the same.
+
+    Raises VocabularyError that names the first ids, up to the student's highest, at which the two have different tokens or
+    one of them has none.
     """
     student, teacher = (
         {int(index): str(token) for token, index in tokenizer.get_vocab().items()}
         for tokenizer in (student_tokenizer, teacher_tokenizer)
     )
-    size = max([*student, *teacher]) + 1
+    size = max(student) + 1
     differing = [index for index in range(size) if student.get(index) != teacher.get(index)]
     if differing:
         shown = "; ".join(
@@ -91,10 +98,17 @@ def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
             for index in differing[:_SHOWN]
         )
         raise VocabularyError(
-            f"the tokenizers differ in {len(differing)} of {size} tokens: {shown}. Token scores only mean something "
-            "where both read the same tokens: choose models of one family"
+            f"the tokenizers differ in {len(differing)} of the student's {size} tokens: {shown}. Token scores only mean "
+            "something where both read the same tokens: choose models of one family, or a student whose tokens the teacher "
+            "begins with"
         )
-    return size
+    return {index: token for index, token in sorted(teacher.items()) if index >= size}
+
+
+def name_tokens(tokens: Mapping[int, str]) -> str:
+    """The first of some tokens with their ids."""
+    shown = ", ".join(f"{token!r} ({index})" for index, token in list(tokens.items())[:_SHOWN])
+    return f"{shown}, ..." if len(tokens) > _SHOWN else shown
 
 
 def _show(token: str | None) -> str:

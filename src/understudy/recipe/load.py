@@ -29,10 +29,11 @@ from understudy.models import (
     probe_head,
     row_style,
     stop_ids,
+    vocabulary_size,
 )
 from understudy.recipe.schema import Recipe
 from understudy.tasks.renderer import Renderer
-from understudy.teachers import Judge, Responder, RoutedTeacher, Setup, Source, Start, Teacher
+from understudy.teachers import Judge, Responder, RoutedTeacher, Setup, Source, Start, Teacher, TeacherSection
 from understudy.teachers.rendering import OwnRendering
 from understudy.teachers.stores.responses import ResponseSetup, ResponseStore, open_responses
 from understudy.trainer.collect import TOKEN_SCORES
@@ -79,7 +80,7 @@ class Tokenizers:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._others: dict[Source, tuple[Any, int]] = {}
+        self._others: dict[Source, tuple[Any, dict[int, str]]] = {}
 
     @cached_property
     def student(self) -> Any:
@@ -103,8 +104,8 @@ class Tokenizers:
         found = (section.vocabulary for section in sections if section is not None)
         return list(dict.fromkeys(source for source in found if source is not None))
 
-    def other(self, source: Source) -> tuple[Any, int]:
-        """Returns a tokenizer and the number of tokens that it shares with the student's. Raises VocabularyError."""
+    def other(self, source: Source) -> tuple[Any, dict[int, str]]:
+        """Returns a tokenizer and the tokens that it has and the student's has not, by id. Raises VocabularyError."""
         if source not in self._others:
             tokenizer = load_tokenizer(source.name, revision=source.revision)
             self._others[source] = tokenizer, compare_vocabularies(self.student, tokenizer)
@@ -152,9 +153,10 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     device = choose_device(recipe.device)
     tokenizers = tokenizers or Tokenizers(recipe)
     tokenizer = tokenizers.student
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = vocabulary_size(tokenizer)
     for source in tokenizers.sources:
-        _, vocab_size = tokenizers.other(source)
+        # raises where a teacher has other tokens
+        tokenizers.other(source)
     tokenizers.compare_ends()
     student, lora = recipe.student, recipe.student.lora
     model = load_base(recipe, tokenizer, vocab_size, device, None if lora else resume_from)
@@ -299,7 +301,7 @@ def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
             reader = None
             if section.rendering == "own" and section.vocabulary is not None:
                 reader = loaded.renderer.like(loaded.tokenizers.other(section.vocabulary)[0])
-            setup = teacher_setup(recipe, loaded, name, reader)
+            setup = teacher_setup(recipe, loaded, name, section, reader)
             opened[name] = section.open(setup)
             stack.callback(opened[name].close)
             if reader is not None:
@@ -316,10 +318,16 @@ def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
     )
 
 
-def teacher_setup(recipe: Recipe, loaded: Loaded, name: str, reader: Renderer | None = None) -> Setup:
-    """The student's side of the run, for a teacher of that name. `reader`: its own chat template, if it writes with that."""
+def teacher_setup(
+    recipe: Recipe, loaded: Loaded, name: str, section: TeacherSection | None = None, reader: Renderer | None = None
+) -> Setup:
+    """The student's side of the run, for a teacher of that name; without a section it has the student's tokenizer.
+
+    `reader`: its own chat template, if it writes with that.
+    """
     student, renderer = recipe.student, loaded.renderer
     reader = reader or renderer
+    source = None if section is None else section.vocabulary
 
     def generate(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[str | None]:
         # the teacher may end its turns with another token than the student
@@ -332,6 +340,7 @@ def teacher_setup(recipe: Recipe, loaded: Loaded, name: str, reader: Renderer | 
     return Setup(
         name=name,
         vocab_size=loaded.vocab_size,
+        teacher_tokenizer=None if source is None else loaded.tokenizers.other(source)[0],
         temperature=recipe.temperature,
         device=loaded.device,
         renderer=renderer,

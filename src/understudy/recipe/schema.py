@@ -30,7 +30,7 @@ WHY: dict[Need, str] = {
     "topk": "the teacher's K most probable tokens: its forward KL sums over them, and the score of the sampled token alone "
     "says nothing about the tokens that were not sampled",
     "full": "the teacher's whole next-token distribution, which a teacher gives that is loaded here (local) or served by "
-    "`understudy serve-teacher` (served)",
+    "`understudy serve-teacher` (served), with extra_ids: mask",
     "verbal": "a digit from 0 to 9 for each sample",
 }
 """The need of a method, and why nothing less will do."""

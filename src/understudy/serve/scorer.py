@@ -102,8 +102,13 @@ class Scorer:
     def check(self, request: ScoreRequest) -> None:
         """Raises Refusal, naming the sample, for unknown tokens and for sequences that the model cannot read."""
         head = lm_head(self._model)
-        if request.vocab_size > head.num_tokens:
-            raise Refusal(422, f"vocab_size is {request.vocab_size}, and the head has {head.num_tokens} rows")
+        size = request.softmax_size or request.vocab_size
+        if not request.vocab_size <= size <= head.num_tokens:
+            raise Refusal(
+                422, f"vocab_size is {request.vocab_size}, softmax_size {size}, and the head has {head.num_tokens} rows"
+            )
+        if size > request.vocab_size and "full" in request.need:
+            raise Refusal(422, "need is full, and whole rows over vocab_size have no room for the rest of softmax_size")
         limit = num_positions(self._model)
         longest = int(request.lengths.argmax())
         # the last token of a sequence is never read
@@ -163,7 +168,8 @@ class Scorer:
                     found.update(zip(group, self._continue(request, together), strict=True))
         rest = [index for index in range(len(samples)) if index not in found]
         if rest:
-            view = self._view(temperature=request.temperature, vocab_size=request.vocab_size)
+            sizes = {"vocab_size": request.vocab_size, "softmax_size": request.softmax_size}
+            view = self._view(temperature=request.temperature, **sizes)
             whole = view.score([samples[index] for index in rest], request.need, k=request.k)
             found.update(zip(rest, whole, strict=True))
         return [found[index] for index in range(len(samples))]
@@ -175,9 +181,10 @@ class Scorer:
             states = continued_hidden(self._model, prompt, responses, self.max_batch_tokens, self._device)
         fields: dict[str, Sequence[Tensor]] = {"hidden": states} if "full" in request.need else {}
         if request.need & {"sampled", "topk"}:
-            head = lm_head(self._model, temperature=request.temperature, vocab_size=request.vocab_size)
+            size = request.softmax_size or request.vocab_size
+            head = lm_head(self._model, temperature=request.temperature, vocab_size=size)
             target = torch.cat(responses).to(self._device)
-            rows = score_rows(torch.cat(states), head, target, k=request.k)
+            rows = score_rows(torch.cat(states), head, target, k=request.k, num_ids=request.vocab_size)
             sizes = [len(response) for response in responses]
             fields |= {name: value.cpu().split(sizes) for name, value in rows.items()}
         return [

@@ -12,11 +12,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 from understudy.errors import RecipeError, ScoreError
 from understudy.lazy import Tensor, nn, torch
 from understudy.linear.head import LMHead
-from understudy.models import DType, check_model_dir, load_causal_lm, probe_head
+from understudy.models import DType, check_model_dir, load_causal_lm, probe_head, vocabulary_size
 from understudy.tasks.base import Task
 from understudy.tasks.renderer import Renderer
 from understudy.types import Need, Prompt, Request, Sample, Sampling, Scores, Verdict
 
+ExtraIds = Literal["mask", "tail"]
+"""Fate of tokens that the teacher has and the student has not: cut out of the teacher's softmax, which is then that given one
+of the student's tokens, or left in it, so that their probability is in the tail of a row of K."""
 ScoreForm = Literal["argmax", "expectation"]
 """The digit that a judge finds most likely, or the mean of the digits under its probabilities."""
 Rendering = Literal["student", "own"]
@@ -28,6 +31,11 @@ CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
 def hash_facts(facts: Sequence[object]) -> str:
     """A hash of facts; one that is no JSON value counts by its text."""
     return blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def gives_of(can: frozenset[Need], extra_ids: ExtraIds) -> frozenset[Need]:
+    """The scores of a teacher whose whole rows can be computed: a whole row over the student's tokens has no tail."""
+    return can - {"full"} if extra_ids == "tail" else can
 
 
 def check_need(need: frozenset[Need], k: int | None, gives: frozenset[Need], what: str) -> None:
@@ -52,7 +60,9 @@ class Setup:
     name: str
     """As prompts name the teacher."""
     vocab_size: int
-    """Tokens that student and teacher share; rows of a head past them are cut off."""
+    """The student's tokens, which the teacher has too; rows of a head past them are cut off."""
+    teacher_tokenizer: Any = None
+    """The teacher's own, compared with the student's; None: the student's, or nobody says."""
     temperature: float = 1.0
     """The student's; scores are those at it."""
     device: str | torch.device = "cpu"
@@ -74,6 +84,12 @@ class Setup:
     def tokenizer(self) -> Any:
         """The student's; None where nobody gave one."""
         return None if self.renderer is None else self.renderer.tokenizer
+
+    @property
+    def teacher_size(self) -> int:
+        """The teacher's tokens, at least the student's."""
+        own = 0 if self.teacher_tokenizer is None else vocabulary_size(self.teacher_tokenizer)
+        return max(own, self.vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +129,8 @@ class TeacherSection(ABC):
     """Whether it cannot be one of several."""
     rendering: Rendering = "student"
     """Whose rendering of the messages the teacher reads before a response."""
+    extra_ids: ExtraIds = "mask"
+    """What becomes of tokens that the student does not have."""
     replays: bool = False
     """Whether it brings recorded samples, which are trained on in place of new ones."""
 
@@ -189,7 +207,7 @@ class LoadedSection(TeacherSection):
 
     @property
     def gives(self) -> frozenset[Need]:
-        return CAN
+        return gives_of(CAN, self.extra_ids)
 
     @property
     def vocabulary(self) -> Source | None:

@@ -20,6 +20,7 @@ from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
 from understudy.teachers.base import (
     CAN,
+    ExtraIds,
     LoadedSection,
     Rendering,
     RunFacts,
@@ -29,6 +30,7 @@ from understudy.teachers.base import (
     TeacherSection,
     check_need,
     check_rendering,
+    gives_of,
 )
 from understudy.types import Need, Prompt, Sample, Sampling, Scores
 
@@ -55,6 +57,8 @@ class Local(LoadedSection):
     model: str
     """A directory or a hub name."""
     revision: str | None = None
+    extra_ids: ExtraIds = "mask"
+    """Tokens that the student does not have: "mask" cuts them out of the softmax, "tail" leaves their probability in it."""
     rendering: Rendering = "student"
     """The prompt that it reads before a response: the student's ids, or the messages in its own chat template (own)."""
 
@@ -67,7 +71,7 @@ class Local(LoadedSection):
 
     def open(self, setup: Setup) -> LocalTeacher:
         """Loads the model. Raises RecipeError where it cannot be, VocabularyError where its head is too small."""
-        return LocalTeacher.beside(setup, self.load(setup.device), offload=self.offload)
+        return LocalTeacher.beside(setup, self.load(setup.device), self.extra_ids, offload=self.offload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,8 @@ class LocalTeacher(Teacher):
     """Any causal language model: sampled-token scores, top-K of the full softmax, or hidden states.
 
     Scores are those at `temperature`, the student's, over the first `vocab_size` tokens: padding rows of the head are cut
-    off before the softmax. The weights stay in their own precision; softmaxes are in float32 (float64 for float64).
+    off before the softmax. `softmax_size`, which is more where the teacher has tokens of its own, is that of the softmax alone;
+    whole rows cannot be had then. The weights stay in their own precision; softmaxes are in float32 (float64 for float64).
 
     `around`: entered for every use of a model that someone else trains, to switch its adapters off. Such a model is not
     frozen here, and nothing else may run it meanwhile.
@@ -167,6 +172,7 @@ class LocalTeacher(Teacher):
         *,
         name: str,
         vocab_size: int,
+        softmax_size: int | None = None,
         temperature: float = 1.0,
         max_batch_tokens: int | None = None,
         device: str | torch.device | None = None,
@@ -182,19 +188,23 @@ class LocalTeacher(Teacher):
         self._style = row_style(model)
         self.name = name
         self._vocab_size = vocab_size
+        self._softmax_size = softmax_size or vocab_size
         self.temperature = temperature
         self._offload = offload
-        self._device = lm_head(model, vocab_size=vocab_size).weight.device if device is None else torch.device(device)
+        self._device = (
+            lm_head(model, vocab_size=self._softmax_size).weight.device if device is None else torch.device(device)
+        )
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
         self._max_batch_tokens = max_batch_tokens or default
         # several threads may ask, and write with it, where generation overlaps with the update
         self._lock = RLock()
 
     @staticmethod
-    def beside(setup: Setup, model: nn.Module, **options: Any) -> LocalTeacher:
+    def beside(setup: Setup, model: nn.Module, extra_ids: ExtraIds = "mask", **options: Any) -> LocalTeacher:
         """The model as a teacher of the run that `setup` describes; `options` as those of the class."""
+        size = setup.teacher_size if extra_ids == "tail" else setup.vocab_size
         names = ("name", "vocab_size", "temperature", "device", "generate")
-        return LocalTeacher(model, **{name: getattr(setup, name) for name in names}, **options)
+        return LocalTeacher(model, softmax_size=size, **{name: getattr(setup, name) for name in names}, **options)
 
     @property
     def max_tokens(self) -> int | None:
@@ -224,7 +234,10 @@ class LocalTeacher(Teacher):
         digest = blake2b(digest_size=16)
         base = unwrap(self.model)
         config = {key: value for key, value in base.config.to_dict().items() if key not in PROVENANCE}
-        digest.update(json.dumps([config, self.temperature, self._vocab_size], sort_keys=True, default=str).encode())
+        facts = [config, self.temperature, self._vocab_size]
+        if self._softmax_size != self._vocab_size:
+            facts.append(self._softmax_size)
+        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, value in base.state_dict().items():
             if not self._keeps_adapters and any(part in name for part in ADAPTERS):
                 continue
@@ -242,7 +255,8 @@ class LocalTeacher(Teacher):
         Raises ScoreError for another need and for a sample longer than the teacher's positions, ValueError for "topk"
         without k.
         """
-        check_need(need, k, CAN, f"teacher {self.name!r} is a local model and")
+        gives = gives_of(CAN, "mask" if self._softmax_size == self._vocab_size else "tail")
+        check_need(need, k, gives, f"teacher {self.name!r} is a local model and")
         limit = self.max_tokens
         for sample in samples:
             if limit is not None and sample.token_ids.numel() - 1 > limit:
@@ -273,8 +287,8 @@ class LocalTeacher(Teacher):
         fields: dict[str, tuple[Tensor, ...]] = {}
         if need & {"sampled", "topk"}:
             target = torch.cat([sample.response_ids for sample in samples]).to(self._device)
-            head = lm_head(self.model, temperature=self.temperature, vocab_size=self._vocab_size)
-            rows = score_rows(hidden, head, target, k=k if "topk" in need else None)
+            head = lm_head(self.model, temperature=self.temperature, vocab_size=self._softmax_size)
+            rows = score_rows(hidden, head, target, k=k if "topk" in need else None, num_ids=self._vocab_size)
             fields |= {name: value.cpu().split(layout.sizes) for name, value in rows.items()}
         if "full" in need:
             fields["hidden"] = (hidden if keeps_hidden else hidden.cpu()).split(layout.sizes)
@@ -302,10 +316,13 @@ class LocalTeacher(Teacher):
                     tensor.data = data
 
 
-def score_rows(hidden: Tensor, head: LMHead, target: Tensor, *, k: int | None) -> dict[str, Tensor]:
+def score_rows(
+    hidden: Tensor, head: LMHead, target: Tensor, *, k: int | None, num_ids: int | None = None
+) -> dict[str, Tensor]:
     """`logprob` [T] of the targets and `entropy` [T]; with k also `topk_ids` and `topk_logprob` [T, min(k, V)].
 
-    hidden [T, H], target [T]. Every logit is formed once; a chunk of them is all that is held.
+    hidden [T, H], target [T]. The K are among the first `num_ids` tokens; None: among all V. Every logit is formed
+    once; a chunk of them is all that is held.
     """
     if k is None:
         logprob, entropy = score(hidden, head, target)
@@ -316,7 +333,8 @@ def score_rows(hidden: Tensor, head: LMHead, target: Tensor, *, k: int | None) -
     for start in range(0, max(1, len(target)), rows):
         part = slice(start, start + rows)
         logits = project(hidden[part].to(dtype), head)
-        top = logits.topk(min(k, head.num_tokens), dim=-1)
+        candidates = logits[:, :num_ids]
+        top = candidates.topk(min(k, candidates.shape[-1]), dim=-1)
         lse = logits.logsumexp(-1, keepdim=True)
         logp = logits.sub_(lse)
         chunks.append(

@@ -14,7 +14,7 @@ from typing import Any
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import unwrap
-from understudy.teachers.base import LoadedSection, RunFacts, Setup, Source, hash_facts
+from understudy.teachers.base import ExtraIds, LoadedSection, RunFacts, Setup, Source, hash_facts
 from understudy.teachers.local import LocalTeacher, Start
 from understudy.teachers.rendering import OtherPrompt
 from understudy.types import Prompt, Sample
@@ -43,6 +43,8 @@ class Privileged(LoadedSection):
     system: str | None = None
     """A system message for the teacher alone, added to the one that the chat has."""
     revision: str | None = None
+    extra_ids: ExtraIds = "mask"
+    """As of a local teacher."""
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.template:
@@ -123,7 +125,7 @@ class Privileged(LoadedSection):
         self._check_student(setup.name, setup.start, student is not None and unwrap(student) is not student)
         if self.model is not None:
             return PrivilegedTeacher(
-                LocalTeacher.beside(setup, self.load(setup.device), offload=self.offload), self, setup
+                LocalTeacher.beside(setup, self.load(setup.device), self.extra_ids, offload=self.offload), self, setup
             )
         start = Start(dtype=self.dtype, offload=self.offload, attn_implementation=self.attn_implementation)
         if self.ema is None:

@@ -141,6 +141,11 @@ class OwnRendering(OtherPrompt):
                 "student, or what turns thinking on or off in both templates (student.template_kwargs)"
             )
         self.own_end = renderer.turn_end.token_id
+        if self.own_end >= setup.vocab_size:
+            raise RecipeError(
+                f"the chat template of teacher {setup.name!r} ends a turn with token {self.own_end}, which the student lacks; "
+                "set rendering: student"
+            )
         ends = student.turn_end.token_id, self.own_end
         super().__init__(inner, setup, None if ends[0] == ends[1] else ends)
         # only some teachers can be asked how they are

@@ -9,7 +9,7 @@ from itertools import islice
 
 from understudy import config, given
 from understudy.errors import RecipeError, nearest
-from understudy.models import check_build, check_model_dir, has_bfloat16
+from understudy.models import check_build, check_model_dir, has_bfloat16, name_tokens
 from understudy.recipe.checks.parts import Check, Files, Finding
 from understudy.recipe.load import (
     NUM_CHECKED_PROMPTS,
@@ -126,9 +126,16 @@ def _tokenizers(files: Files) -> Iterator[Finding]:
         yield Finding(f"tokenizer: {source.name} is a hub name, not checked offline")
         return
     yield Finding(f"tokenizer: {len(files.tokenizers.student):,} tokens")
-    for other in files.tokenizers.sources:
-        if files.has(other):
-            yield Finding(f"the student and {other.name} share {files.tokenizers.other(other)[1]:,} tokens")
+    recipe = files.recipe
+    for section in (*recipe.all_teachers.values(), recipe.reference):
+        other = None if section is None else section.vocabulary
+        if section is None or other is None or not files.has(other):
+            continue
+        extra = files.tokenizers.other(other)[1]
+        shared = f"the student and {other.name} share {len(files.tokenizers.student):,} tokens"
+        kept = "left in the tail of" if section.extra_ids == "tail" else "masked out of"
+        more = f"; {len(extra)} that the student lacks are {kept} its softmax: {name_tokens(extra)}" if extra else ""
+        yield Finding(shared + more)
     if all(map(files.has, files.tokenizers.sources)):
         files.tokenizers.compare_ends()
 

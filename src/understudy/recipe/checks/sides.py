@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from understudy.errors import UnderstudyError
 from understudy.lazy import Tensor, nn, no_grad, torch
-from understudy.models import backbone_hidden, lm_head, num_positions, unwrap
+from understudy.models import backbone_hidden, lm_head, name_tokens, num_positions, unwrap
 from understudy.models.backbone import evaluating
 from understudy.recipe.checks.parts import AS_SAID, HEALTH_S, Check, Finding, Parts, Side, within
 from understudy.recipe.load import prompt_limit
@@ -48,6 +48,7 @@ def _health(parts: Parts) -> Iterator[Finding]:
 
 def _padding(parts: Parts) -> Iterator[Finding]:
     size = parts.loaded.vocab_size
+    own = {side.label: side.section.vocabulary for side in parts.sides if side.section.vocabulary is not None}
     for label, model in parts.models.items():
         base = unwrap(model)
         rows = {int(base.get_input_embeddings().weight.shape[0]), int(base.get_output_embeddings().weight.shape[0])}
@@ -67,6 +68,12 @@ def _padding(parts: Parts) -> Iterator[Finding]:
             "scores are renormalised over the tokens that exist; an engine that does not cut them samples some, so see "
             "whether the tokenizer is the model's own"
         )
+        if label in own and (extra := parts.loaded.tokenizers.other(own[label])[1]):
+            found = f"{found}; {len(extra)} are tokens that the student lacks: {name_tokens(extra)}"
+            advice = (
+                f"the {label} wants tokens there that the student does not have: give the student the {label}'s tokenizer, or "
+                "prompts and a template that do not call for them"
+            )
         yield Finding(found, "warning" if mass is not None and mass > PADDING_MASS else "ok", advice)
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from json import loads
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError, check_range, nearest
 from understudy.http.client import HttpClient
 from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
 from understudy.packing import Unscored
-from understudy.teachers.base import RunFacts, Setup, Teacher
+from understudy.teachers.base import ExtraIds, RunFacts, Setup, Teacher
 from understudy.teachers.grouping import by_prompt, chunks
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
 from understudy.teachers.remote.formats import FORMATS
@@ -35,8 +35,12 @@ _SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticE
 
 @dataclass(frozen=True, kw_only=True)
 class Http(RemoteSection):
-    """The section of a recipe for a teacher behind vLLM, SGLang or a completions server that echoes log-probabilities."""
+    """The section of a recipe for a teacher behind vLLM, SGLang or a completions server that echoes log-probabilities.
 
+    Its softmax is the server's, over all the tokens that the teacher has.
+    """
+
+    extra_ids: ClassVar[ExtraIds] = "tail"  # type: ignore[misc]
     model: str
     """Its name at the server."""
     api: str
@@ -255,7 +259,8 @@ class HttpTeacher(RemoteTeacher):
                 for sample, part in zip(asked, parts, strict=True):
                     who = f"{reply.url}, sample {sample.key}"
                     raw = form.read(sample, part)
-                    answers.append(check(sample, raw, k=k, num_top=num_top, vocab_size=self._setup.vocab_size))
+                    sizes = {"vocab_size": self._setup.vocab_size, "teacher_size": self._setup.teacher_size}
+                    answers.append(check(sample, raw, k=k, num_top=num_top, **sizes))
                 return answers
             except BadReply as error:
                 raise BadReply(f"{who}: {error}") from None

@@ -101,6 +101,7 @@ class _RequestFacts:
     need: str
     temperature: Annotated[FiniteFloat, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
     vocab_size: Size
+    softmax_size: Size | None = None
     k: Size | None = None
 
 
@@ -133,6 +134,8 @@ class ScoreRequest:
     need: frozenset[Need]
     temperature: float
     vocab_size: int
+    softmax_size: int | None = None
+    """Tokens of the softmax, of which the first `vocab_size` are the client's; None: no others."""
     k: int | None = None
     """For "topk"."""
 
@@ -144,13 +147,14 @@ class ScoreRequest:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Requests of one kind may be answered together."""
-        return tuple(sorted(self.need)), self.k, self.temperature, self.vocab_size
+        return tuple(sorted(self.need)), self.k, self.temperature, self.vocab_size, self.softmax_size
 
     def encode(self) -> bytes:
         """Returns the body of a request."""
         tensors = {"tokens": self.tokens, "lengths": self.lengths, "prompt_lengths": self.prompt_lengths}
         facts = {"need": ",".join(sorted(self.need)), "temperature": repr(self.temperature)}
-        facts |= {"vocab_size": str(self.vocab_size)} | ({} if self.k is None else {"k": str(self.k)})
+        sizes = {"vocab_size": self.vocab_size, "softmax_size": self.softmax_size, "k": self.k}
+        facts |= {name: str(size) for name, size in sizes.items() if size is not None}
         return _write(tensors, facts)
 
     @staticmethod
@@ -190,6 +194,7 @@ class ScoreRequest:
             need=need,
             temperature=facts.temperature,
             vocab_size=facts.vocab_size,
+            softmax_size=facts.softmax_size,
             k=facts.k if "topk" in need else None,
         )
 

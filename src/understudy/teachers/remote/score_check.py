@@ -22,7 +22,7 @@ MAX_FOREIGN_MASS = 0.01
 
 Padding rows hold some e^-10, so scores stay as the server's softmax has them: the total of all such ids is not known from a
 top-K reply, and a top-K that is scaled up beside a sampled score that is not would be two distributions. A teacher that
-gives more to such ids cannot teach that token.
+gives more to such ids cannot teach that token. Tokens that the teacher is known to have stay in the tail, whatever they hold.
 """
 
 
@@ -48,10 +48,13 @@ class Answer:
     """Entries of a top-K row that are past the student's vocabulary, so that as many more must be asked for."""
 
 
-def check(sample: Sample, raw: RawScores, *, k: int | None, num_top: int, vocab_size: int) -> Answer:
+def check(
+    sample: Sample, raw: RawScores, *, k: int | None, num_top: int, vocab_size: int, teacher_size: int = 0
+) -> Answer:
     """Returns scores of the ids that were sent, with the `k` likeliest tokens in descending order, or what is not finite.
 
-    `num_top`: how many were asked for, at least `k`. Ids past `vocab_size` are dropped (see `MAX_FOREIGN_MASS`).
+    `num_top`: how many were asked for, at least `k`. Ids from `vocab_size` on are dropped; those from `teacher_size` on, which
+    no tokenizer has, may hold little (see `MAX_FOREIGN_MASS`).
     Raises BadReply for a malformed response.
     """
     wanted = sample.response_ids
@@ -77,14 +80,14 @@ def check(sample: Sample, raw: RawScores, *, k: int | None, num_top: int, vocab_
             f"response token {row}: its log-probability {float(logprob[row]):.4f} contradicts the row of "
             "likeliest tokens beside it"
         )
-    foreign = ids >= vocab_size
-    mass = (values.exp() * foreign).sum(-1)
+    foreign, unknown = ids >= vocab_size, ids >= max(vocab_size, teacher_size)
+    mass = (values.exp() * unknown).sum(-1)
     if bool((mass > MAX_FOREIGN_MASS).any()):
         row = int(mass.argmax())
         return Answer(
             None,
             f"the teacher gives {float(mass[row]):.2g} of its probability at response token {row} to ids past the student's "
-            f"{vocab_size} tokens, such as {int(ids[row][foreign[row]][0])}: its vocabulary is another",
+            f"{vocab_size} tokens, such as {int(ids[row][unknown[row]][0])}: its vocabulary is another",
         )
     short = int((k - (~foreign).sum(-1)).max()) if len(ids) else 0
     if short > 0:

@@ -14,7 +14,7 @@ from understudy.http.replies import BadReply, Refused, Reply, check_variable, re
 from understudy.lazy import torch
 from understudy.linear.head import LMHead
 from understudy.packing import LOGPROB_TOLERANCE, Unscored
-from understudy.teachers.base import Setup, Teacher
+from understudy.teachers.base import ExtraIds, Setup, Teacher, gives_of
 from understudy.teachers.grouping import by_prompt
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
 from understudy.teachers.remote.protocol import (
@@ -57,6 +57,8 @@ class Served(RemoteSection):
 
     token_env: str = ""
     """The NAME of the environment variable with the server's token."""
+    extra_ids: ExtraIds = "mask"
+    """As of a local teacher; its `tokenizer` then has to be named."""
     break_after: int = 3
     """Consecutive failures after which a replica is left alone for a while."""
 
@@ -66,7 +68,7 @@ class Served(RemoteSection):
 
     @property
     def gives(self) -> frozenset[Need]:
-        return NEEDS | {"none"}
+        return gives_of(NEEDS | {"none"}, self.extra_ids)
 
     @property
     def shown(self) -> str:
@@ -141,7 +143,9 @@ class Served(RemoteSection):
                 f"{self.shown} ({about.model}) has {about.num_rows} rows and the student {setup.vocab_size} tokens: serve a "
                 "teacher of the student's family"
             )
-        if setup.tokenizer is None or tokenizer_digest(setup.tokenizer) == about.tokenizer_digest:
+        # the teacher's own was compared with the student's, token by token
+        tokenizers = [one for one in (setup.teacher_tokenizer, setup.tokenizer) if one is not None]
+        if not tokenizers or about.tokenizer_digest in map(tokenizer_digest, tokenizers):
             return
         # its `tokenizer` was compared token by token, and its end of a turn stands for the student's
         if self.rendering == "own":
@@ -151,7 +155,8 @@ class Served(RemoteSection):
             f"{self.shown} ({about.model}) reads with another tokenizer than the student: the teacher's has "
             f"{about.tokenizer_size} tokens and EOS is id {about.eos_id}, the student's has {size} tokens and EOS is id "
             f"{setup.tokenizer.eos_token_id}. Token scores only mean something where both read the same tokens: choose models "
-            "of one family, or give the student the teacher's tokenizer"
+            "of one family, give the student the teacher's tokenizer, or name the teacher's own (teacher.tokenizer) where it "
+            "begins with all of the student's tokens"
         )
 
     def refusal(self, refused: Refused) -> EngineError:
@@ -168,7 +173,8 @@ class ServedTeacher(RemoteTeacher):
         head = about.num_rows * (about.hidden_size + 1) * getattr(torch, about.dtype).itemsize
         longest = max(about.reply_bytes, int(head)) + HEADER_BYTES
         client = section.connect(setup, section.retry_policy, longest)
-        super().__init__(section, setup, client, section.shown, about.fingerprint)
+        tail = ["tail"] if section.extra_ids == "tail" else []
+        super().__init__(section, setup, client, section.shown, about.fingerprint, *tail)
         self._section: Served = section
         self.about = about
         """The server's description when the run began."""
@@ -270,6 +276,10 @@ class ServedTeacher(RemoteTeacher):
             need=need,
             temperature=self._setup.temperature,
             vocab_size=self._setup.vocab_size,
+            # the server says how many tokens its tokenizer has
+            softmax_size=max(self.about.tokenizer_size, self._setup.vocab_size)
+            if self._section.extra_ids == "tail"
+            else None,
             k=k,
         )
         return self._client.request(SCORE, read, key=named(samples), content=request.encode())
