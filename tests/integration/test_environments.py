@@ -359,6 +359,28 @@ def test_an_environment_may_use_its_dictionary_again() -> None:
         assert said == ["A", "B"][: len(said)]
 
 
+@pytest.mark.parametrize("environment", [SINGLE_TURN, Scripted(max_turns=1)])
+@pytest.mark.parametrize(("text", "graded"), [("so \\boxed{5}", True), ("so</think>\\boxed{5}", False)])
+def test_a_response_that_ends_inside_the_thoughts_of_the_template_has_no_answer(
+    text: str, graded: bool, environment: Any
+) -> None:
+    opened = byte_tokenizer(chat=True)
+    opened.chat_template = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}"
+    prompt = Prompt("p", messages=({"role": "user", "content": "2+3?"},), reference=("5",))
+    ids = torch.tensor([1, *opened(text)["input_ids"]])
+    author = torch.full(ids.shape, STUDENT, dtype=torch.uint8)
+
+    class Engine:
+        def generate(self, requests: Sequence[Request], sampling: Sampling, **options: Any) -> list[Sample]:
+            return [Sample(prompt, 0, ids, author, 1, "length", text)]
+
+    (sample,) = play(Engine(), Renderer(opened), lambda _: environment, [Request(prompt, 0, ids[:1])], SHORT, step=0)  # type: ignore[arg-type]
+    assert (sample.grade is not None) == graded
+    if sample.grade is not None:
+        assert (sample.grade.score, sample.grade.answer) == (0.0, None)
+        assert "inside its thoughts" in sample.grade.note
+
+
 def test_a_reward_is_a_grade_like_a_verifiers() -> None:
     """With an answer to vote on, and without a note where it is right: teachers are shown it as feedback."""
     with engine_of("hf", model_of(), Path()) as engine:

@@ -63,7 +63,7 @@ def play(
                 open_environments.callback(_close, environment)
                 episodes[index] = _Episode(request, environment, sample, turn_start=sample.prompt_length)
         if not episodes:
-            return samples
+            return [_graded_if_unfinished(sample, renderer) for sample in samples]
         pool = open_environments.enter_context(ThreadPoolExecutor(MAX_STEPS_AT_ONCE, "understudy-environment"))
         going, turn = list(episodes), 1
         while going:
@@ -77,7 +77,26 @@ def play(
                 # another stream: a later turn draws other numbers than the first, whatever the engine keys its draws by
                 written = _write(engine, asked, sampling, step, f"{stream}/turn{turn}")
                 episodes |= {index: _join(episodes[index], part) for index, part in zip(going, written, strict=True)}
-    return [episodes[index].sample if index in episodes else sample for index, sample in enumerate(samples)]
+    played = [episodes[index].sample if index in episodes else sample for index, sample in enumerate(samples)]
+    return [_graded_if_unfinished(sample, renderer) for sample in played]
+
+
+def _graded_if_unfinished(sample: Sample, renderer: Renderer) -> Sample:
+    """The sample, graded 0 if it ends inside thoughts that the template began: its text does not show it to a verifier."""
+    prompt = sample.prompt
+    if (
+        sample.grade is not None
+        or prompt.reference is None
+        or prompt.messages is None
+        or sample.finish == "environment"
+    ):
+        return sample
+    if renderer.begins != "<think>" or "</think>" in sample.text:
+        return sample
+    # some tokenizers have the tag as a special token, which the text leaves out
+    if "</think>" in renderer.tokenizer.decode(sample.token_ids[sample.prompt_length :]):
+        return sample
+    return replace(sample, grade=Grade(0.0, note="no final answer: the response ends inside its thoughts"))
 
 
 def _write(engine: Generates, requests: Sequence[Request], sampling: Sampling, step: int, stream: str) -> list[Sample]:
