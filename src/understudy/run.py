@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from understudy.recipe.load import (
     open_engine,
     open_store,
     prompt_limit,
+    read_intakes,
 )
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
@@ -40,6 +41,7 @@ from understudy.trainer.checkpoint import (
     STUDENT,
     Progress,
     RunDir,
+    check_same_inputs,
     find_checkpoint,
     load_checkpoint,
     load_teacher_state,
@@ -126,7 +128,9 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
             doctor.write_findings(run_dir.doctor, found)
         if ranks.is_main and checkpoint is None:
             for item in doctor.attempt_all("advice", parts):
-                if item.level != "ok":
+                if item.level == "ok":
+                    console.note(item.found)
+                else:
                     trainer.observer.warn(trainer.progress.step, item.found)
         started, status = time.time(), "failed"
         try:
@@ -154,6 +158,12 @@ def assemble(
     """
     recipe, device = files.recipe, choose_device(files.recipe.device)
     progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, device)
+    inputs = {name: intake.fingerprint for name, intake in read_intakes(recipe).items()}
+    if checkpoint is not None:
+        check_same_inputs(progress.inputs, inputs)
+        if inputs and not progress.inputs:
+            console.warn(f"{checkpoint} does not say which data it was made with, so it was not compared with today's")
+    progress = replace(progress, inputs=inputs)
     resume_from = None if checkpoint is None else checkpoint / STUDENT
     loaded = load_student(recipe, resume_from=resume_from, tokenizers=files.tokenizers)
     optimizer = Optimizer(loaded.model, recipe.train)

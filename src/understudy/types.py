@@ -44,8 +44,8 @@ class Prompt:
     `tool_call_id`, `name`, `reasoning_content`; nothing in it is null."""
     tools: tuple[Mapping[str, Any], ...] | None = None
     """Schemas of the tools that the student may call, for the chat template."""
-    quoted: str = ""
-    """The part of `text` that comes from data: special tokens that it spells are text. Of a chat every message is."""
+    quoted: tuple[str, ...] = ()
+    """The parts of `text` that come from data: special tokens that they spell are text. Empty: all of it does."""
     reference: tuple[str, ...] | None = None
     """The accepted final answers, the first the one to show; a response is right if a verifier finds it equal to any. A
     lone string becomes the only one."""

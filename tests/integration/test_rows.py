@@ -16,8 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from understudy.errors import DataError, RecipeError
-from understudy.tasks import File, Hub, overlap
+from tests.integration.test_verbal import CHATML, byte_tokenizer
+from tests.runs import BUILD, save_tiny_model, tiny_recipe, train
+from understudy import config
+from understudy.errors import CheckpointError, DataError, RecipeError
+from understudy.recipe import Recipe
+from understudy.recipe.checks import check
+from understudy.tasks import File, Hub, Renderer, overlap
 from understudy.tasks.fields import accepted_answers
 from understudy.tasks.overlap import problem_key
 from understudy.tasks.responses import FileResponses
@@ -421,3 +426,132 @@ def test_responses_at_the_end_of_chats(tmp_path: Path) -> None:
     assert list(find(prompt)) == ["assistant", "other"]
     with pytest.raises(RecipeError, match="no row of .* has a response; give responses.response_field"):
         FileResponses(path=str(tmp_path / "p.jsonl"), prompt_field="q").find()
+
+
+# In a run
+
+SUMS = [{"q": f"{a}+{b}:", "a": f"{a}{b}0={a + b:02d}#{a + b}"} for a in range(1, 10) for b in range(10 - a)]
+
+
+def of_files(folder: Path, rows: list[dict[str, Any]] = SUMS, **changes: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data.jsonl").write_bytes(lines(rows))
+    task = {
+        "type": "file",
+        "path": str(folder / "data.jsonl"),
+        "prompt_field": "q",
+        "solution_field": "a",
+        "chat": False,
+    }
+    student = {"build": dict(BUILD), "tokenizer": save_tiny_model(folder / "tokens", seed=1)}
+    return {"task": task, "student": student} | changes
+
+
+def dry_run(folder: Path, **changes: Any) -> list[str]:
+    return check(config.parse(Recipe, tiny_recipe(folder, **changes)))
+
+
+def test_a_resumed_run_refuses_other_data(tmp_path: Path) -> None:
+    """Not another time of the same file, and not rows of which nothing is read."""
+    settings = {
+        "eval": {"at_start": False, "problems": 2, "split": "test"},
+        "train": {"steps": 2, "prompts_per_step": 2},
+    }
+    changes = of_files(tmp_path, SUMS[:8], **settings)
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_bytes(lines(SUMS[8:10]))
+    changes["task"]["test_path"] = str(held_out)
+    run_dir = train(tmp_path, **changes)
+    saved = json.loads((run_dir / "checkpoints/step_000002/progress.json").read_text())["inputs"]
+    assert {name: facts["rows"] for name, facts in saved.items()} == {"task.train": 8, "task.test": 2}
+    (tmp_path / "data.jsonl").write_bytes(lines([row | {"other": 1} for row in SUMS[:8]]))
+    train(tmp_path, resume=True, **changes)
+    for rows, found in ((SUMS[:9], "rows 8, now 9"), (SUMS[1:9], "8 rows as before, but others")):
+        (tmp_path / "data.jsonl").write_bytes(lines(rows))
+        with pytest.raises(
+            CheckpointError, match=rf"not what this run began with: task\.train \(.*data\.jsonl\): {found}"
+        ):
+            train(tmp_path, resume=True, **changes)
+    (tmp_path / "data.jsonl").write_bytes(lines(SUMS[:8]))
+    held_out.write_bytes(lines(SUMS[9:11]))
+    with pytest.raises(CheckpointError, match=r"task\.test \(.*test\.jsonl\): 2 rows as before, but others"):
+        train(tmp_path, resume=True, **changes)
+
+
+def test_a_resumed_run_refuses_other_responses(tmp_path: Path) -> None:
+    changes = of_files(tmp_path, train={"steps": 2, "prompts_per_step": 2})
+    (tmp_path / "said.jsonl").write_bytes(lines(SUMS))
+    said = {"type": "file", "path": str(tmp_path / "said.jsonl"), "prompt_field": "q", "response_field": "a"}
+    train(tmp_path, responses=said, **changes)
+    (tmp_path / "said.jsonl").write_bytes(lines(SUMS[1:]))
+    with pytest.raises(CheckpointError, match=rf"responses \(.*said\.jsonl\): rows {len(SUMS)}, now {len(SUMS) - 1}"):
+        train(tmp_path, resume=True, responses=said, **changes)
+
+
+def test_left_out_rows_are_counted_in_the_dry_run_and_in_the_run(tmp_path: Path) -> None:
+    rows = [*SUMS[:3], {"q": "1+1:", "a": None}, *SUMS[3:]]
+    changes = of_files(tmp_path, rows)
+    line = next(line for line in dry_run(tmp_path, **changes) if line.startswith("task.train: "))
+    assert line == f"task.train: 46 rows, rows_skipped: 1 ({tmp_path}/data.jsonl:4: field 'a' is null)"
+    run_dir = train(tmp_path, **changes)
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert (facts["rows"], facts["rows_skipped"]) == ({"task.train": 46}, {"task.train": 1})
+    warnings = [json.loads(event)["text"] for event in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [text for text in warnings if "rows_skipped: 1" in text], warnings
+
+
+def test_a_row_without_a_solution_is_named_before_it_is_imitated(tmp_path: Path) -> None:
+    changes, asked = of_files(tmp_path), {"role": "user", "content": "1+1:"}
+    (tmp_path / "data.jsonl").write_bytes(
+        lines([{"q": [asked, {"role": "assistant", "content": "110=02#2"}]}, {"q": [asked]}])
+    )
+    changes["task"]["solution_field"] = None
+    said = changes | {"task": changes["task"] | {"solution_field": "q"}}
+    assert "task.train: 2 rows, rows_skipped: 1" in "\n".join(dry_run(tmp_path, **said))
+    with pytest.raises(RecipeError, match=r"but 1 of 2 prompts of task have none .*: a chat has one where it ends"):
+        dry_run(tmp_path, **changes)
+
+
+def with_template(folder: Path, template: str) -> str:
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_the_template_leaves_out_and_control_tokens_are_said_once(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    called = {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]}
+    said = [USER, called, {"role": "tool", "content": "4", "tool_call_id": "1"}, ASSISTANT]
+    rows = [{"q": said, "tools": [TOOL]}] * 2 + [{"q": [{"role": "user", "content": "<|im_end|>x"}, ASSISTANT]}]
+    changes = of_files(tmp_path, rows)
+    changes["task"] |= {"solution_field": None, "chat": True}
+    changes["student"]["tokenizer"] = with_template(tmp_path / "chatml", CHATML)
+    found = dry_run(tmp_path, **changes)
+    (unused,) = [line for line in found if "does not read" in line]
+    names = ["tools", "reasoning_content", "tool_calls"]
+    assert [name for name in (*names, "messages of role", "tool_call_id") if name in unused] == names
+    assert unused.count("tools (of prompt") == 1
+    (spelled,) = [line for line in found if "prompts_with_special_tokens" in line]
+    assert spelled.startswith("prompts_with_special_tokens: 1 (")
+    message = "{{ m['content'] }}"
+    shown = "{{ tools }}" + CHATML.replace(message, message + "{{ m.tool_calls }}{{ m.reasoning_content }}")
+    changes["student"]["tokenizer"] = with_template(tmp_path / "all", shown)
+    assert not [line for line in dry_run(tmp_path, **changes) if "does not read" in line]
+    no_tools = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    assert no_tools != CHATML
+    changes["student"]["tokenizer"] = with_template(tmp_path / "less", no_tools)
+    assert "messages of role 'tool'" in next(line for line in dry_run(tmp_path, **changes) if "does not read" in line)
+
+
+def test_wording_keeps_its_control_tokens_and_plain_text_of_the_data_has_none(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    rows = [{"q": "hi"}, {"q": "<|im_end|>\n<|im_start|>system"}]
+    task = task_of(tmp_path / "r.jsonl", rows, chat=False, template="<|im_start|>user\n{prompt}<|im_end|>\n")
+    renderer = Renderer(tokenizer)
+    for prompt, row in zip(task.prompts("train"), rows, strict=True):
+        ids = renderer.start(prompt).tolist()
+        assert [index for index in ids if index in (start, end)] == [start, end]
+        assert tokenizer.decode(ids) == f"<|im_start|>user\n{row['q']}<|im_end|>\n"
+        assert renderer.spells_control(prompt) == ("<|" in row["q"])

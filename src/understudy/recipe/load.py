@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -32,6 +32,7 @@ from understudy.models import (
     vocabulary_size,
 )
 from understudy.recipe.schema import Recipe
+from understudy.tasks import Intake, Split, Task
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Judge, Responder, RoutedTeacher, Setup, Source, Start, Teacher, TeacherSection
 from understudy.teachers.rendering import OwnRendering
@@ -260,6 +261,26 @@ def eval_prompts(recipe: Recipe) -> Sequence[Prompt]:
     assert recipe.eval is not None
     prompts = recipe.held_out.prompts(recipe.eval.split)
     return prompts if recipe.eval.problems is None else prompts[: recipe.eval.problems]
+
+
+def data_parts(recipe: Recipe) -> list[tuple[str, Task, Split]]:
+    """The tasks and splits whose prompts the run reads, each with its place in the recipe: "task.parts.maths.train"."""
+    found: list[tuple[str, Task, Split]] = []
+    for place, part in recipe.task.places().items():
+        found.append((f"{place}.train", part, "train"))
+    if recipe.eval is not None:
+        split = recipe.eval.split
+        for place, part in recipe.held_out.places("eval_task" if recipe.eval_task else "task").items():
+            found.append((f"{place}.{split}", part, split))
+    return found
+
+
+def read_intakes(recipe: Recipe, may_read: Callable[[Task], bool] = lambda task: True) -> dict[str, Intake]:
+    """What is read of each source of prompts and responses, by place in the recipe. Raises DataError for bad data."""
+    found = {name: part.intake(split) for name, part, split in data_parts(recipe) if may_read(part)}
+    if recipe.responses is not None:
+        found["responses"] = recipe.responses.intake(may_read)
+    return {name: intake for name, intake in found.items() if intake is not None}
 
 
 # --- teachers -----------------------------------------------------------------------------------------------------------

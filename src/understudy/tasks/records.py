@@ -53,7 +53,7 @@ class Records(Task):
     reference_field: str | None = None
     """The final answer that the verifier compares with, or a list of answers that are all accepted."""
     solution_field: str | None = None
-    """A whole response to imitate."""
+    """A whole response to imitate; the field of the prompt again where it is the end of the chat."""
     tools_field: str | None = TOOLS_FIELD
     """Schemas of the tools of a chat; a row may have none."""
     reference_after: str | None = None
@@ -114,8 +114,8 @@ class Records(Task):
         fields: dict[Carried, str | None]
         fields = {"solution": self.solution_field, "reference": self.reference_field, "teacher": self.teacher_field}
         found = frozenset(name for name, field in fields.items() if field)
-        # what a chat ends with is seen in the rows alone
-        if self.chat and (not self.is_local or self.prompts("train")[0].solution is not None):
+        # what a chat ends with is seen in the rows alone; of those far away the recipe has to say it
+        if self.is_local and self.prompts("train")[0].solution is not None:
             found |= {"solution"}
         return found
 
@@ -197,7 +197,9 @@ class Records(Task):
         key = blake2b(normalise(said).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         try:
             references = None if self.reference_field is None else self._references(place, row)
-            if self.solution_field is not None:
+            if self.solution_field == self.prompt_field and solution is None:
+                raise MissingValueError(f"{place}: the chat does not end with words of the assistant")
+            if self.solution_field not in (None, self.prompt_field):
                 solution = read_text(row, self.solution_field, place)
             teacher = None if self.teacher_field is None else read_text(row, self.teacher_field, place)
         except MissingValueError as error:
@@ -219,7 +221,7 @@ class Records(Task):
             text=None if self.chat else messages[0]["content"],
             messages=tuple(messages) if self.chat else None,
             tools=tools,
-            quoted="" if self.chat else quoted,
+            quoted=() if self.chat else (quoted,),
             reference=references,
             solution=solution,
             teacher=teacher,
@@ -237,7 +239,7 @@ class Records(Task):
         where = f"{place}: the chat in field {self.prompt_field!r}"
         if messages[-1]["role"] == "assistant":
             answer = messages.pop()
-            if self.solution_field is not None:
+            if self.solution_field not in (None, self.prompt_field):
                 raise DataError(f"{where} ends with the assistant, and task.solution_field names a solution; keep one")
             if "tool_calls" not in answer:
                 thought = answer.get("reasoning_content")
@@ -250,11 +252,7 @@ class Records(Task):
         tools = None
         try:
             # a name that the recipe gives has to be there; the usual one is taken where it is
-            if (
-                self.chat
-                and self.tools_field is not None
-                and (self.tools_field in row or self.tools_field != TOOLS_FIELD)
-            ):
+            if self.tools_field is not None and (self.tools_field in row or self.tools_field != TOOLS_FIELD):
                 tools = read_tools(read_field(row, self.tools_field, place, required=True))
         except MissingValueError:
             pass

@@ -120,7 +120,7 @@ class Renderer:
         prompt of no tokens.
         """
         if prompt.messages is None:
-            ids = self._encode_plain(prompt.text or "")
+            ids = self._encode_plain(prompt.text or "", prompt.quoted)
         elif not self.has_template:
             raise RecipeError(
                 f"the tokenizer {self.tokenizer.name_or_path or 'of the student'} has no chat template, and prompt "
@@ -133,6 +133,40 @@ class Renderer:
         if not ids:
             raise DataError(f"prompt {prompt.id} has no tokens; a response needs at least one to follow")
         return torch.tensor(ids, dtype=torch.int64)
+
+    def spells_control(self, prompt: Prompt) -> bool:
+        """Whether the data of a prompt spells a token that only a template may write."""
+        texts = (
+            list(prompt.quoted or (prompt.text or "",)) if prompt.messages is None else [prompt.messages, prompt.tools]
+        )
+        return any(self._control.search(text if isinstance(text, str) else str(text)) for text in texts)
+
+    def unused(self, prompt: Prompt) -> list[str]:
+        """What the chat template leaves out of a prompt: its tools, parts of messages, all messages of a role."""
+        messages = prompt.messages
+        if messages is None or not self.has_template:
+            return ["tools"] if prompt.tools else []
+        shown = self._template(prompt, messages)
+
+        def is_unused(prompt: Prompt, messages: Sequence[Said]) -> bool:
+            try:
+                return self._template(prompt, messages) == shown
+            except TemplateError:
+                return False
+
+        found = ["tools"] if prompt.tools and is_unused(replace(prompt, tools=None), messages) else []
+        for key in dict.fromkeys(key for message in messages for key in message):
+            # the id of a call says again which call a result belongs to
+            if key not in ("role", "content", "tool_call_id"):
+                bare = [{name: value for name, value in message.items() if name != key} for message in messages]
+                found += [key] if is_unused(prompt, bare) else []
+        for role in dict.fromkeys(message["role"] for message in messages):
+            other = [
+                {**message, "content": f"{_ANSWER}{message['content']}"} if message["role"] == role else message
+                for message in messages
+            ]
+            found += [f"messages of role {role!r}"] if is_unused(prompt, other) else []
+        return found
 
     def append(self, ids: Tensor, prompt: Prompt, said: Sequence[Said]) -> Tensor:
         """`ids` [L], kept as they are, then what stands between the student's last message and its next turn. [L + A]
@@ -414,16 +448,12 @@ class Renderer:
         """
         spelled: list[str] = []
 
-        def slot(match: re.Match[str]) -> str:
-            spelled.append(match[0])
-            return _SLOT.format(len(spelled) - 1)
-
         def hide(value: Any) -> Any:
             if isinstance(value, Mapping):
                 return {hide(key): hide(item) for key, item in value.items()}
             if isinstance(value, list | tuple):
                 return type(value)(map(hide, value))
-            return self._spelled.sub(slot, value) if isinstance(value, str) else value
+            return self._slotted(value, spelled) if isinstance(value, str) else value
 
         hidden = hide(untrusted)
         if not spelled:
@@ -435,6 +465,15 @@ class Renderer:
                 "data, or change chat_template in the tokenizer's configuration"
             )
         return text, spelled
+
+    def _slotted(self, text: str, spelled: list[str]) -> str:
+        """The text with a slot for every control token that it spells out; these are added to `spelled`."""
+
+        def slot(match: re.Match[str]) -> str:
+            spelled.append(match[0])
+            return _SLOT.format(len(spelled) - 1)
+
+        return self._spelled.sub(slot, text)
 
     def _encode_around(
         self, render: Callable[[_Untrusted], str], untrusted: _Untrusted, *, begins: bool = False
@@ -470,8 +509,18 @@ class Renderer:
             )
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer adds by itself, but an EOS at the end."""
+    def _encode_plain(self, text: str, quoted: Sequence[str] = ()) -> list[int]:
+        """With the special tokens that the tokenizer adds by itself, but an EOS at the end.
+
+        Control tokens that the text spells are text where they stand in one of `quoted`, or everywhere if nothing is.
+        """
+        if quoted and self._control.search(text):
+            spelled: list[str] = []
+            parts = re.compile("|".join(re.escape(part) for part in sorted(quoted, key=len, reverse=True)))
+            plain = self._encode_filled(parts.sub(lambda found: self._slotted(found[0], spelled), text), spelled)
+            probe, bare = self._encode("1", add_special_tokens=True), self._encode("1")
+            first = next(index for index in range(len(probe)) if probe[index : index + len(bare)] == bare)
+            return [*probe[:first], *plain]
         plain = self._encode_untrusted(text)
         if self.tokenizer.num_special_tokens_to_add() == 0:
             return plain

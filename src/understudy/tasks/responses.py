@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from understudy.errors import RecipeError
-from understudy.tasks.base import Intake
+from understudy.tasks.base import Intake, Task
 from understudy.tasks.overlap import normalise, problem_key, wording
 from understudy.tasks.records import File, Hub, Records
 from understudy.types import Prompt, Sampling
@@ -51,9 +51,8 @@ class ResponseSection(ABC):
         """Whether they are kept in the run directory."""
         return False
 
-    @property
-    def intake(self) -> Intake | None:
-        """What was read, once all responses are; None where nothing is."""
+    def intake(self, may_read: Callable[[Task], bool]) -> Intake | None:
+        """What is read of files; None where nothing is, or may be. Raises DataError for bad data."""
         return None
 
     def kept_in(self, folder: Path) -> ResponseSection:
@@ -106,9 +105,8 @@ class RowResponses(ResponseSection):
         self.rows.check_files()
         return super().check()
 
-    @property
-    def intake(self) -> Intake:
-        return self.rows.intake("train")
+    def intake(self, may_read: Callable[[Task], bool]) -> Intake | None:
+        return self.rows.intake("train") if may_read(self.rows) else None
 
     def find(self) -> Find:
         rows = self.rows.prompts("train")

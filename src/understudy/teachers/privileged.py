@@ -244,7 +244,9 @@ def reword(sample: Sample, template: str, system: str | None = None) -> Prompt:
             raise DataError(
                 f"prompt {prompt.id} is no chat and takes no system message; move teacher.system into teacher.template"
             )
-        return replace(prompt, text=_fill(template, sample, prompt.text or ""))
+        told = (prompt.solution, *(prompt.reference or ()), None if sample.grade is None else sample.grade.note)
+        quoted = (*prompt.quoted, *filter(None, told)) if prompt.quoted else ()
+        return replace(prompt, text=_fill(template, sample, prompt.text or ""), quoted=quoted)
     messages = [dict(message) for message in prompt.messages]
     asked = [message for message in messages if message.get("role") == "user"]
     if not asked:

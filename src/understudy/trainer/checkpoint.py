@@ -3,7 +3,7 @@
     step_000100/student/               the model and its tokenizer, as Hugging Face or PEFT loads them
     step_000100/optimizer.safetensors  the optimizer's state by parameter name
     step_000100/teacher.safetensors    state of a teacher that follows the student; most have none
-    step_000100/progress.json          steps, data position, best evaluation, versions
+    step_000100/progress.json          steps, data position, best evaluation, fingerprints of the inputs
     step_000100/files.json             size and SHA-256 of every file
 
 A checkpoint is written under another name, synced file by file, and renamed. Random numbers and schedules are functions
@@ -16,10 +16,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -52,6 +53,8 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None
     """The highest avg@k so far and its step."""
+    inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Fingerprints of what the run reads, by place in the recipe: `digest` decides, the rest says what changed."""
 
     def evaluated(self, value: float) -> Progress:
         """With this step's avg@k as the best one if it is."""
@@ -186,6 +189,22 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
         raise CheckpointError(
             f"checkpoint {path} is damaged: {error}; delete it and resume from the one before"
         ) from error
+
+
+def check_same_inputs(saved: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises CheckpointError that lists the inputs which are others than when the checkpoint was written."""
+    changed = []
+    for name in sorted(saved.keys() & found.keys()):
+        before, after = saved[name], found[name]
+        if before["digest"] != after["digest"]:
+            keys = [key for key in before if key != "digest" and before[key] != after.get(key)]
+            what = [f"{key} {before[key]}, now {after.get(key)}" for key in keys]
+            same = f"{after['rows']} rows as before, but others" if "rows" in after else "others than before"
+            changed.append(f"{name} ({after['source']}): {', '.join(what) or same}")
+    if changed:
+        raise CheckpointError(
+            f"the data is not what this run began with: {'; '.join(changed)}. Put it back and resume, or begin a new run"
+        )
 
 
 def load_teacher_state(path: Path) -> dict[str, Tensor]:

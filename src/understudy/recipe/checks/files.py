@@ -10,7 +10,7 @@ from itertools import islice
 from understudy import config, given
 from understudy.errors import RecipeError, nearest
 from understudy.models import check_build, check_model_dir, has_bfloat16, name_tokens
-from understudy.recipe.checks.parts import Check, Files, Finding
+from understudy.recipe.checks.parts import MAX_COMPARED, Check, Files, Finding
 from understudy.recipe.load import (
     NUM_CHECKED_PROMPTS,
     choose_device,
@@ -25,8 +25,8 @@ from understudy.trainer.loggers import check_loggers
 
 ENDS_ON_POLICY = 0.05
 """Share of a teacher's response in a prefix below which it is a token or two."""
-MAX_COMPARED = 200_000
-"""Training prompts that are compared with the evaluation's: computed tasks have millions."""
+MAX_SKIPPED_SHARE = 0.01
+"""Share of rows that are left out from which on it is a warning."""
 NUM_RENDERED = 8
 """First prompts that are rendered."""
 NUM_TRIED = 256
@@ -79,7 +79,24 @@ def _task(files: Files) -> Iterator[Finding]:
             raise RecipeError(
                 f"the method {name} rewards right answers, but {place}.reference_field does not say where they are"
             )
+        if imitates and "solution" in part.carries and not part.computed and files.may_read(part):
+            prompts = part.prompts("train")
+            without = [prompt.id for prompt in prompts if prompt.solution is None]
+            if without:
+                raise RecipeError(
+                    f"the method {name} imitates solutions, but {len(without):,} of {len(prompts):,} prompts of {place} have "
+                    f"none ({', '.join(without[:3])}): a chat has one where it ends with words of the assistant"
+                )
     yield Finding(f"task: {recipe.task.name}")
+
+
+def _rows(files: Files) -> Iterator[Finding]:
+    for name, intake in files.intakes.items():
+        found = f"{name}: {intake.num_rows:,} rows"
+        if intake.num_skipped:
+            found += f", rows_skipped: {intake.num_skipped:,} ({'; '.join(intake.skipped)})"
+        many = intake.num_skipped > MAX_SKIPPED_SHARE * intake.num_rows
+        yield Finding(found, "warning" if many else "ok", "fill in the fields, or take the rows out", name=name)
 
 
 def _evaluation(files: Files) -> Iterator[Finding]:
@@ -211,6 +228,38 @@ def _prompts(files: Files) -> Iterator[Finding]:
     yield Finding(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
 
 
+def _unused(files: Files) -> Iterator[Finding]:
+    """What the chats of the data hold and the template leaves out, each thing named once."""
+    if not files.knows_tokenizer:
+        return
+    tried, found = set[object](), dict[str, str]()
+    for prompt in files.written_prompts:
+        keys = {key for message in prompt.messages or () for key in (*message, f"role {message['role']}")}
+        kind = (frozenset(keys), prompt.tools is None)
+        if kind not in tried:
+            tried.add(kind)
+            for what in files.renderer.unused(prompt):
+                found.setdefault(what, prompt.id)
+    if found:
+        named = ", ".join(f"{what} (of prompt {first})" for what, first in found.items())
+        yield Finding(
+            f"the student does not read {named}: its chat template leaves that out",
+            "warning",
+            "take another chat_template, or take it out of the data",
+        )
+
+
+def _spelling(files: Files) -> Iterator[Finding]:
+    if files.knows_tokenizer and files.spelling:
+        names = ", ".join(prompt.id for prompt in files.spelling[:3])
+        yield Finding(
+            f"prompts_with_special_tokens: {len(files.spelling):,} ({names}); the student reads the tokens that they spell as "
+            "plain text",
+            "warning",
+            "where they are a chat that was rendered before, give it as a list of messages",
+        )
+
+
 def _responses(files: Files) -> tuple[Finding, ...]:
     """Raises RecipeError where none of the first training prompts has a response that the student's tokenizer can say."""
     recipe, section = files.recipe, files.recipe.responses
@@ -289,13 +338,19 @@ CHECKS = (
     Check("objects", "files", "models, rows and functions of a Python program", _objects),
     Check("task", "files", "data, and the fields that the method reads", _task),
     Check("evaluation", "files", "held-out data", _evaluation),
+    Check("rows", "files", "rows, and those without a value in one of the fields", _rows),
     Check("section", "files", "each section by itself", _sections),
     Check("machine", "files", "device, packages and loggers", _machine),
     Check("tokenizer", "files", "tokens of the student against those of its teachers, one by one", _tokenizers),
     Check("teachers", "files", "each teacher against the run", _teachers),
     Check("prompts", "files", "the first prompts as tokens", _prompts),
+    Check("unused", "files", "what the data holds and the chat template leaves out", _unused),
+    Check("special tokens", "files", "texts of the data against the tokenizer's control tokens", _spelling),
     Check("responses", "files", "a teacher's own responses against the prompts", _responses),
     Check("turns", "files", "how the chat template ends a turn, and writes given responses", _turns),
+    Check("rows", "advice", "rows, and those without a value in one of the fields", _rows),
+    Check("unused", "advice", "what the data holds and the chat template leaves out", _unused),
+    Check("special tokens", "advice", "texts of the data against the tokenizer's control tokens", _spelling),
     Check("data", "advice", "evaluation problems against those that are trained on", _overlap),
     Check("last step", "advice", "whether training ends on the student's own samples", _last_step),
 )

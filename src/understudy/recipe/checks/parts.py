@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,9 +17,17 @@ from understudy.errors import EngineError, UnderstudyError
 from understudy.given import is_given
 from understudy.lazy import Tensor, nn, torch
 from understudy.models.vocabulary import saved_ends, tokenizer_ends
-from understudy.recipe.load import Loaded, Teachers, Tokenizers, response_setup, tokenizer_source
+from understudy.recipe.load import (
+    Loaded,
+    Teachers,
+    Tokenizers,
+    data_parts,
+    read_intakes,
+    response_setup,
+    tokenizer_source,
+)
 from understudy.recipe.schema import Recipe
-from understudy.tasks import Task
+from understudy.tasks import Intake, Task
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Source, Start, Teacher, TeacherSection
 from understudy.teachers.stores.responses import open_responses
@@ -35,6 +44,8 @@ Stage = Literal["files", "room", "loaded", "rehearsed", "advice"]
 were rehearsed; and all data, read whole, for warnings that no run has to heed. Rules that need the recipe alone are
 `schema.RULES`: no recipe is made that breaks one."""
 AS_SAID = "as the message says"
+MAX_COMPARED = 200_000
+"""Training prompts that are looked at one by one: computed tasks have millions."""
 NUM_PROMPTS = 32
 """First prompts that are rendered and measured."""
 HEALTH_S = 30.0
@@ -146,6 +157,23 @@ class Files:
         """Whether a tokenizer may be loaded."""
         return self.fetch or is_given(source.name) or Path(source.name).expanduser().exists()
 
+    @cached_property
+    def intakes(self) -> dict[str, Intake]:
+        """What is read of each source that may be read, by place in the recipe."""
+        return read_intakes(self.recipe, self.may_read)
+
+    @property
+    def written_prompts(self) -> Iterator[Prompt]:
+        """Prompts of training and evaluation that are no computed ones and may be read, at most `MAX_COMPARED` of each."""
+        for _, part, split in data_parts(self.recipe):
+            if not part.computed and self.may_read(part):
+                yield from islice(part.prompts(split), MAX_COMPARED)
+
+    @cached_property
+    def spelling(self) -> list[Prompt]:
+        """Those of them that spell control tokens."""
+        return [prompt for prompt in self.written_prompts if self.renderer.spells_control(prompt)]
+
     def may_read(self, task: Task) -> bool:
         """Whether the task's prompts may be read."""
         return self.fetch or task.is_local
@@ -175,6 +203,14 @@ class Parts(Files):
     trainer: Trainer
     rehearsed: Collected | None = field(default=None, init=False)
     """Few samples with the scores that the method needs; None before the rehearsal, and where it failed."""
+
+    @property
+    def knows_tokenizer(self) -> bool:
+        return True
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return self.loaded.renderer
 
     @cached_property
     def sides(self) -> list[Side]:
