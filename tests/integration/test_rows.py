@@ -187,9 +187,9 @@ def test_missing_values_of_tables(tmp_path: Path) -> None:
     (tmp_path / "r.parquet").write_bytes(
         parquet([{"q": "x", "a": 1.0}, {"q": "y", "a": None}, {"q": "z", "a": float("nan")}, {"q": None, "a": 4.0}])
     )
-    for name, reference in (("r.csv", ("1",)), ("r.parquet", ("1", "1.0"))):
+    for name in ("r.csv", "r.parquet"):
         task = task_of(tmp_path / name, reference_field="a")
-        assert [prompt.reference for prompt in task.prompts("train")] == [reference]
+        assert [prompt.reference for prompt in task.prompts("train")] == [("1",)]
         assert task.intake("train").num_skipped == 3
 
 
@@ -213,7 +213,7 @@ def test_rows_that_are_all_without_a_value_are_refused(tmp_path: Path) -> None:
     [
         ("1", ["1"]),
         (7, ["7"]),
-        (12.0, ["12", "12.0"]),
+        (12.0, ["12"]),
         (1e-07, ["0.0000001"]),
         (True, ["true", "True", "yes", "Yes"]),
         (["Jon", "John", None], ["Jon", "John"]),

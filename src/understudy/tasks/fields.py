@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 from understudy.errors import DataError, brief, nearest
@@ -17,22 +18,15 @@ class MissingValueError(DataError):
 
 
 def accepted_answers(value: object) -> list[str]:
-    """The texts of an answer, or of all answers in a list: nulls are left out, numbers and booleans spelled as people do.
-
-    Raises ValueError for what is no answer.
-    """
+    """The texts of an answer, or of all answers in a list, in which nulls are left out. Raises ValueError for no answer."""
     if is_missing(value):
         return []
     if isinstance(value, list | tuple):
         return [text for item in value for text in accepted_answers(item)]
-    if isinstance(value, bool):
-        return ["true", "True", "yes", "Yes"] if value else ["false", "False", "no", "No"]
-    if isinstance(value, str | int):
-        return [str(value)]
-    if isinstance(value, float | Decimal):
-        # 1e-07 as 0.0000001; a column of whole numbers with one gap comes as 12.0
-        text = format(Decimal(str(value)), "f")
-        return [text.removesuffix(".0"), text]
+    if isinstance(value, Decimal):
+        value = f"{value:f}"
+    if isinstance(value, str) or (isinstance(value, Real) and math.isfinite(value)):
+        return accepted(value)
     hint = f"; name a part of it with a dot: FIELD.{next(iter(value))}" if isinstance(value, dict) and value else ""
     raise ValueError(f"{brief(value)}; it must be a string, a number, true or false, or a list of them{hint}")
 
