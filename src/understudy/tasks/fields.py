@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from understudy.errors import DataError, brief, nearest
+from understudy.tasks.verifiers import accepted
 
 
 class MissingValueError(DataError):
