@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from understudy.errors import DataError, brief, nearest
-from understudy.tasks.verifiers import accepted
+from understudy.tasks.verifiers import Reference, accepted
 
 
 class MissingValueError(DataError):
@@ -27,7 +27,7 @@ def accepted_answers(value: object) -> list[str]:
     if isinstance(value, Decimal):
         value = f"{value:f}"
     if isinstance(value, str) or (isinstance(value, Real) and math.isfinite(value)):
-        return accepted(value)
+        return accepted(cast("Reference", value))
     hint = f"; name a part of it with a dot: FIELD.{next(iter(value))}" if isinstance(value, dict) and value else ""
     raise ValueError(f"{brief(value)}; it must be a string, a number, true or false, or a list of them{hint}")
 
