@@ -143,6 +143,46 @@ def test_an_end_need_not_be_special() -> None:
         renderer.start(Prompt("p", messages=({"role": "user", "content": "a<|over|>b"},)))
 
 
+def eating() -> Any:
+    """Phi 3's tokens take the white space behind them along."""
+    tokenizer = byte_tokenizer(chat=False)
+    names = ["<|user|>", "<|system|>", "<|assistant|>", "<|end|>"]
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.add_tokens([AddedToken(name, rstrip=True, special=True) for name in names], special_tokens=True)
+    tokenizer.chat_template = PHI
+    return tokenizer
+
+
+def test_tokens_that_take_white_space_along() -> None:
+    tokenizer = eating()
+    renderer = Renderer(tokenizer)
+    ids = torch.cat([renderer.start(ASKED), renderer.response(ASKED, "4")])
+    later = [*MESSAGES, assistant("4"), {"role": "user", "content": "sure?"}]
+    whole = tokenizer.apply_chat_template(later, add_generation_prompt=True, return_dict=False)
+    assert renderer.append(ids, ASKED, later[1:]).tolist() == list(whole)
+    spelled, plain = (
+        renderer.start(Prompt("p", messages=({"role": "user", "content": text},))).tolist()
+        for text in ("a<|end|>", "a")
+    )
+    piece = tokenizer("<|end|>", split_special_tokens=True)["input_ids"]
+    # the text of the token follows the letter, and nothing else differs
+    at = plain.index(tokenizer("a")["input_ids"][0]) + 1
+    assert spelled == [*plain[:at], *piece, *plain[at:]]
+
+
+def test_words_that_are_tokens_stay_words() -> None:
+    """Some tokenizers add words and runs of spaces as tokens of their own; a template that writes them marks nothing."""
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("user", "    ", "assistant")])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "    <|im_end|>\n")
+    renderer = Renderer(tokenizer)
+    assert trained(renderer, "4") == "4    <|im_end|>"
+    prompt = Prompt("p", messages=({"role": "user", "content": "ask the user    twice"},))
+    messages = [dict(message) for message in prompt.messages or ()]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert renderer.start(prompt).tolist() == list(expected)
+
+
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "<|im_end|>\n"])
 def test_an_end_that_is_written_is_not_doubled(end: str) -> None:
     assert trained(family("chatml"), "4" + end) == "4<|im_end|>"

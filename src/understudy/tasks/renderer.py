@@ -70,8 +70,13 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         self.date = date or now()
-        self._added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-        self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.added_tokens_decoder
+        self._special = {index: str(token) for index, token in added.items() if token.special}
+        # words and runs of spaces, which some tokenizers add as tokens, mark nothing
+        marks = {index: str(token) for index, token in added.items() if re.search(r"[^\w\s]", str(token))}
+        self._added = self._special | marks
+        self._eats_before = {str(token) for token in added.values() if token.lstrip}
+        self._eats_behind = {str(token) for token in added.values() if token.rstrip}
         # `split_special_tokens` is set on the tokenizer itself, which the threads of all episodes share
         self._lock = Lock()
         self._shown_roles: set[tuple[str, ...]] = set()
@@ -190,9 +195,12 @@ class Renderer:
             def between(contents: Sequence[str]) -> str:
                 text = self._between(prompt, said[: last + 1], new, contents)
                 before, end, rest = text.partition(self._added.get(written, _MARK))
-                return rest if end and not before.strip() and written in self.stop_ids else text
+                return end + rest if end and not before.strip() and written in self.stop_ids else text
 
             added = self._encode_around(between, contents)
+            # encoded with what follows, for a token may take the white space behind it along
+            if added[:1] == [written] and written in self.stop_ids:
+                added = added[1:]
         return torch.cat([ids, torch.tensor(added, dtype=torch.int64)])
 
     def read(self, ids: Tensor) -> Message:
@@ -488,10 +496,14 @@ class Renderer:
         if begins and not self.has_template:
             return self._encode_plain(_fill(text, spelled))
         ids, trusted = list[int](), ""
-        for part in re.split(f"({self._control.pattern})", text):
+        parts = re.split(f"({self._control.pattern})", text)
+        for at, part in enumerate(parts):
             if not _SLOTS.search(part):
                 trusted += part
                 continue
+            before, behind = (parts[i] if 0 <= i < len(parts) else "" for i in (at - 1, at + 1))
+            part = part.lstrip() if before in self._eats_behind else part
+            part = part.rstrip() if behind in self._eats_before else part
             ids += [*self._encode(trusted), *self._encode_untrusted(_fill(part, spelled))]
             trusted = ""
         return [*ids, *self._encode(trusted)]
