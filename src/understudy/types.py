@@ -339,10 +339,15 @@ class Sampling:
     recorded still refer to the unfiltered distribution at this temperature."""
 
     temperature: float = 1.0
+    """Of the softmax that tokens are drawn from; 0: always the most likely one. The teacher's scores are at it too."""
     top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities sum to this; 1: all."""
     top_k: int = 0
+    """Draw from so many of the most likely tokens; 0: all."""
     min_p: float = 0.0
+    """Draw from tokens with at least this share of the most likely one's probability; 0: all."""
     max_new_tokens: int = 512
+    """Tokens after which a response is cut off."""
 
     def __post_init__(self) -> None:
         check_range(self, 0, "temperature")

@@ -12,33 +12,33 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.integration.test_recipe import FILES, ROOT, test_what_a_recipe_may_not_say
+from tests.integration import test_recipe
 from tests.runs import distillation, tiny_recipe
 from understudy import config
 from understudy.cli.app import app
+from understudy.errors import RecipeError
 from understudy.methods import METHODS
 from understudy.recipe import Recipe, load_recipe
-from understudy.recipe.editor import FILE, MODELINE, key_docs, recipe_schema
-from understudy.tasks import Jsonl
+from understudy.recipe.editor import FILE, MODELINE, key_bounds, key_docs, recipe_schema
+from understudy.recipe.schema import Lora
+from understudy.tasks import Arithmetic, Jsonl
+from understudy.trainer.settings import Async, Eval, Train
+from understudy.types import Sampling
 
 SCHEMA = recipe_schema()
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
-RECIPES = [path for path in FILES if path.stem != "grid"]
-REFUSED: list[tuple[dict[str, Any], str]] = test_what_a_recipe_may_not_say.pytestmark[0].args[1]  # type: ignore[attr-defined]
+RECIPES = [path for path in test_recipe.FILES if path.stem != "grid"]
+REFUSED: list[tuple[dict[str, Any], str]] = test_recipe.test_what_a_recipe_may_not_say.pytestmark[0].args[1]  # type: ignore[attr-defined]
 PARSERS_ALONE = (
-    "steps is 0",
-    "stops every update",
-    "top_p is 1.5",
     "student: give either",
     "needs a teacher",
     "asks no teacher",
     "device is",
     "lr is nan",
     "betas",
-    "stop_at is 7",
     "without a section eval",
 )
-"""Refusals that concern values or several keys."""
+"""Refusals that concern several keys, or what no schema can say."""
 
 
 def test_it_is_a_schema() -> None:
@@ -49,7 +49,7 @@ def test_it_is_a_schema() -> None:
 def test_the_projects_recipes_are_valid_and_name_their_schema(path: Path) -> None:
     text = path.read_text()
     CHECK.validate(yaml.safe_load(text))
-    assert text.splitlines()[0] == MODELINE + os.path.relpath(ROOT / FILE, path.parent)
+    assert text.splitlines()[0] == MODELINE + os.path.relpath(test_recipe.ROOT / FILE, path.parent)
     # the resolved recipe too, which has every key
     CHECK.validate(json.loads(json.dumps(config.dump(load_recipe(path)))))
 
@@ -83,6 +83,20 @@ def test_bounds_of_methods_are_in_the_schema(name: str) -> None:
                 assert not CHECK.is_valid({"method": {"type": name, key: found[bound] + step}})
 
 
+@pytest.mark.parametrize("kind", [Train, Async, Eval, Sampling, Lora, Arithmetic])
+def test_bounds_of_sections_are_in_the_schema(kind: type[Any]) -> None:
+    required = {"steps": 1} if kind is Train else {}
+    bounds = key_bounds(kind)
+    assert bounds
+    for key, found in bounds.items():
+        for word, step in (("minimum", -1), ("exclusiveMinimum", 0), ("maximum", 1)):
+            if word in found:
+                with pytest.raises(RecipeError, match=key):
+                    config.parse(kind, required | {key: found[word] + step})
+            if word in found and word != "exclusiveMinimum":
+                assert getattr(config.parse(kind, required | {key: found[word]}), key) == found[word]
+
+
 def test_keys_have_their_docstrings_and_defaults() -> None:
     train = SCHEMA["$defs"]["trainer.settings.Train"]["properties"]
     assert train["stop_at"]["description"] == "Stop when an evaluation's avg@k reaches this."
@@ -91,7 +105,14 @@ def test_keys_have_their_docstrings_and_defaults() -> None:
     assert "null: 16,384" in train["micro_batch_tokens"]["description"]
     # inherited ones too
     assert key_docs(Jsonl)["reference_field"].startswith("The final answer")
-    assert all("description" in section for section in SCHEMA["$defs"].values())
+    for name, section in {"recipe": SCHEMA, **SCHEMA["$defs"]}.items():
+        lacking = [
+            key
+            for key, value in section["properties"].items()
+            if key != "type" and "description" not in value and not {"$ref", "oneOf", "anyOf"} & value.keys()
+        ]
+        assert not lacking, name
+        assert section.get("description"), name
 
 
 def test_the_command_prints_or_writes_it_and_init_lays_it_beside(tmp_path: Path) -> None:

@@ -24,10 +24,13 @@ class AOPD(ClippedMethod):
     """
 
     k: PositiveInt = 64
+    """Tokens of the forward KL."""
     threshold: Annotated[float, Range(-1.0, 1.0)] = 0.0
+    """The paper's tau, a difference of probabilities."""
     mean_over_k: bool = False
     """Open in the sources: a factor 1/K on the forward KL."""
     reduce: Reduce = "sequence"
+    """Mean over all tokens, or over each sample's first and then over samples."""
     tail: Tail = "none"
     """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
 

@@ -170,7 +170,9 @@ class PolicyMethod(Method):
     """
 
     correction: advantages.Correction = field(default="none", kw_only=True)
+    """Kind of the weight for the gap between engine and trainer."""
     correction_low: NonNegative = field(default=0.5, kw_only=True)
+    """Lower bound of "icepop"."""
     correction_high: float = field(default=5.0, kw_only=True)
     """"tis" cuts the weight there; "icepop" drops tokens outside [low, high]."""
 

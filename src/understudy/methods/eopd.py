@@ -23,9 +23,11 @@ class EOPD(ClippedMethod):
     """
 
     k: PositiveInt = 16
+    """Tokens of the forward KL."""
     threshold: float = 0.8
     """Nats."""
     coef: float = 1.0
+    """Weight of the forward KL, the paper's alpha."""
     clip: NonNegative = field(default=0.2, kw_only=True)
 
     needs = frozenset[Need]({"sampled", "topk"})

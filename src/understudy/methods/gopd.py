@@ -25,7 +25,9 @@ class GOPD(ClippedMethod):
     scale: NonNegative = 1.25
     """The paper's lambda: 1 is OPD whatever R is, below interpolates, above lets the student pass its teacher (ExOPD)."""
     form: Literal["sampled", "full"] = "sampled"
+    """Rewards of sampled tokens, or reverse KL over the whole vocabulary."""
     reduce: Reduce = "token"
+    """Mean over all tokens, or over each sample's first and then over samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

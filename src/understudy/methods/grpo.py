@@ -19,8 +19,11 @@ class GRPO(PolicyMethod):
     """`A_i = (R_i - mean_g) / (std_g + 1e-6)` on every token of sample i, clipped as PPO; `distil_coef` adds `coef d_t`."""
 
     clip_low: NonNegative = 0.2
+    """Clip of the ratio below 1."""
     clip_high: NonNegative = 0.2
+    """Clip of the ratio above 1."""
     normalise_std: bool = True
+    """Divide by the standard deviation of a prompt's rewards."""
     length: Reduce = "token"
     """The mean: over all tokens; over each sample's, then samples; or sums over samples, divided by `max_tokens`."""
     kl_coef: NonNegative = 0.0

@@ -17,6 +17,7 @@ class KDRL(ClippedMethod):
     """`J_GRPO - beta d_t^2 / 2`, the gradient of the second part through S; off where the sample is already right."""
 
     beta: NonNegative = 0.002
+    """Weight of the pull to the teacher."""
     anneal_to: float | None = None
     """Value of beta at the last step, reached linearly; None: constant."""
     skip_correct: bool = True

@@ -31,14 +31,17 @@ class OVD(ClippedMethod):
     """
 
     threshold: Annotated[float, Range(0.0, 9.0)] = 7
+    """Least digit that is accepted."""
     on_reject: OnReject = "teacher"
     """Filling of a rejected slot: a response of the teacher, nothing, or one more attempt of the student."""
     reward: RewardSource = "outcome"
     """The verifier's score; or the digit over 9, which needs no ground truth."""
     score: Literal["argmax", "expectation"] = "argmax"
+    """The digit that the judge finds most likely, or the mean under its probabilities."""
     steps: bool = False
     """Judge each step of a response; the lowest digit counts."""
     kl_coef: NonNegative = 0.001
+    """Weight of the KL to the reference; 0: no reference model."""
     clip: NonNegative = field(default=0.2, kw_only=True)
 
     @property

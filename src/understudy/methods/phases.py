@@ -23,6 +23,7 @@ class Phases(Method):
     """
 
     parts: Sequence[Mapping[str, Any]]
+    """Methods in their order, each with `until`, the share of the run at which it ends."""
     num_steps: int | None = field(default=None, kw_only=True)
     """Number of steps that the shares refer to; None: the run's."""
     max_new_tokens: int | None = field(default=None, kw_only=True)

@@ -27,9 +27,11 @@ class REOPOLD(ClippedMethod):
     floor: Literal["mixture", "odds"] | float = "mixture"
     """"mixture": `log(mix)/(1-mix)`; "odds": `log(mix/(1-mix))`; or the floor f itself."""
     phases: bool = True
+    """False: every token, in every step."""
     switch_step: int | None = None
     """First step of refinement; None: half of the run."""
     top_share: Share = 0.2
+    """Share of a step's tokens that refinement keeps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,10 +19,13 @@ class TopK(Method):
     """
 
     k: PositiveInt = 64
+    """Tokens compared at each position."""
     direction: Direction = "forward"
+    """Forward: KL from the teacher; reverse: from the student."""
     support: Literal["teacher", "student"] = "teacher"
     """"student" needs a teacher that can score given tokens."""
     tail: Tail = "bucket"
+    """Treatment of the other tokens: one bucket, none, or both sides renormalised on the K."""
 
     @property
     def needs(self) -> frozenset[Need]:

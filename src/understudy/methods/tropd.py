@@ -26,13 +26,16 @@ class TrOPD(ClippedMethod):
     """
 
     k: PositiveInt = 64
+    """Tokens of the forward KL."""
     region: Literal["bernoulli", "ratio"] = "bernoulli"
     """"ratio": a token is trusted where `T(y_t)/S(y_t) >= threshold`. In both regions T and S that differ by no more than
     `advantages.rounding` are equal."""
     threshold: NonNegative = 1.0
+    """Least ratio T/S of a trusted token under `region: ratio`."""
     outlier: Literal["forward_kl", "clip", "mask", "scalar"] = "forward_kl"
     """Forward KL on the teacher's top K; `max(d_t, floor)` as advantage; nothing; or `-KL` as an advantage."""
     floor: float = -2.0
+    """Least advantage under `outlier: clip`."""
     guidance: NonNegative = 0.001
     """Weight of imitating the prefixes."""
     anneal_steps: Annotated[int, Range(0)] = 200

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
-import textwrap
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -44,7 +46,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def _section(section: Any, sections: dict[str, Any], name: str | None = None) -> dict[str, Any]:
     """The schema of a section. `name`: its `type`, where it is one of a table."""
-    hints, docs = get_type_hints(section, include_extras=True), key_docs(section)
+    hints, docs, bounds = get_type_hints(section), key_docs(section), key_bounds(section)
     properties: dict[str, Any] = {} if name is None else {"type": {"const": name}}
     required = [] if name is None else ["type"]
     for item in fields(section):
@@ -53,7 +55,7 @@ def _section(section: Any, sections: dict[str, Any], name: str | None = None) ->
         key = config.key_of(item)
         if item.default is MISSING and item.default_factory is MISSING:
             required.append(key)
-        properties[key] = _value(item, hints[item.name], sections)
+        properties[key] = _value(item, hints[item.name], sections) | bounds.get(item.name, {})
         if item.name in docs:
             properties[key]["description"] = docs[item.name]
     if section is Phases:
@@ -69,7 +71,6 @@ def _section(section: Any, sections: dict[str, Any], name: str | None = None) ->
 
 def _value(item: Field[Any], hint: Any, sections: dict[str, Any]) -> dict[str, Any]:
     chosen: config.Choice | None = item.metadata.get("choice")
-    bounds = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)]
     options = get_args(hint) or (hint,)
     inner = next((part for part in options if isinstance(part, type) and is_dataclass(part)), None)
     if chosen is not None:
@@ -82,9 +83,6 @@ def _value(item: Field[Any], hint: Any, sections: dict[str, Any]) -> dict[str, A
         value = TypeAdapter(hint).json_schema()
     if NoneType in options and (inner is not None or chosen is not None):
         value = {"anyOf": [value, {"type": "null"}]}
-    for bound in bounds:
-        numbers = {"minimum": bound.low, "maximum": bound.high}
-        value |= {key: number for key, number in numbers.items() if abs(number) < float("inf")}
     if item.default is not MISSING and item.default is not None:
         value["default"] = config.dump(item.default) if is_dataclass(item.default) else item.default
     return value
@@ -110,14 +108,25 @@ def _part(name: str, sections: dict[str, Any]) -> dict[str, Any]:
     return part | {"properties": part["properties"] | {"until": until}}
 
 
+@cache
+def _classes_of(module: str) -> dict[str, ast.ClassDef]:
+    """The source of a module's classes by their names."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _classes(section: type[Any]) -> list[ast.ClassDef]:
+    """The source of the dataclass and of those that it extends, the outermost first."""
+    found = [
+        _classes_of(kind.__module__).get(kind.__name__) for kind in reversed(section.__mro__) if is_dataclass(kind)
+    ]
+    return [tree for tree in found if tree is not None]
+
+
 def key_docs(section: type[Any]) -> dict[str, str]:
-    """Field -> the docstring under it in the source, of the dataclass and those that it extends."""
+    """Field -> the docstring under it in the source."""
     found: dict[str, str] = {}
-    for kind in reversed(section.__mro__):
-        if not is_dataclass(kind):
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        assert isinstance(tree, ast.ClassDef)
+    for tree in _classes(section):
         for line, after in zip(tree.body, tree.body[1:], strict=False):
             if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
                 continue
@@ -125,3 +134,23 @@ def key_docs(section: type[Any]) -> dict[str, str]:
                 # a recipe writes null
                 found[line.target.id] = re.sub(r"\bNone\b", "null", inspect.cleandoc(str(after.value.value)))
     return found
+
+
+def key_bounds(section: type[Any]) -> dict[str, dict[str, float]]:
+    """Field -> the bounds that its `Range` names, or that `errors.check_range` is called with in the source."""
+    found: dict[str, dict[str, float]] = {}
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        for bound in getattr(hint, "__metadata__", ()):
+            if isinstance(bound, Range):
+                found[name] = {"minimum": bound.low, "maximum": bound.high}
+    for call in (node for tree in _classes(section) for node in ast.walk(tree)):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "check_range":
+            continue
+        if all(isinstance(value, ast.Constant) for value in call.args[1:]):
+            low, *names = map(ast.literal_eval, call.args[1:])
+            options = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
+            lowest = "exclusiveMinimum" if options.get("above") else "minimum"
+            found |= {name: {lowest: low, "maximum": options.get("high", math.inf)} for name in names}
+    return {
+        name: {word: bound for word, bound in bounds.items() if math.isfinite(bound)} for name, bounds in found.items()
+    }

@@ -41,8 +41,11 @@ class Lora:
     """The section `student.lora`."""
 
     rank: int = 16
+    """Columns of the two factors of an update."""
     alpha: float = 32.0
+    """An update is scaled by alpha / rank."""
     dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
     target_modules: tuple[str, ...] | None = None
     """None: every linear layer but the output layer."""
     save: Literal["merged", "adapter"] = "merged"
@@ -61,6 +64,7 @@ class Student:
     starts: Mapping[str, str] = field(default_factory=dict)
     """Models by a name of your own, of which `start` picks one: for comparisons."""
     start: str | None = None
+    """The one of `starts` that the student begins as."""
     build: Mapping[str, Any] | None = None
     """A model from scratch: `{architecture: llama, hidden_size: 64, num_layers: 2, num_heads: 4}`."""
     tokenizer: str | None = None
@@ -70,9 +74,11 @@ class Student:
     template_date: str | None = None
     """The date (and time, ISO 8601) that a chat template reads from its clock; None: the run's start, kept in its recipe."""
     revision: str | None = None
+    """Commit, branch or tag of a hub model."""
     dtype: DType = "float32"
     """Precision of the weights; `train.compute_dtype` is that of the computation."""
     attn_implementation: str | None = None
+    """Name of the attention in transformers, such as sdpa or flash_attention_2; None: its choice."""
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +109,7 @@ class Recipe:
 
     run_dir: str
     seed: int = 0
+    """Of every draw: the same seed draws the same prompts and samples."""
     device: str = "auto"
     """auto: the first GPU, else the CPU."""
     loggers: tuple[str, ...] = ()

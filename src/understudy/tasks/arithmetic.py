@@ -50,6 +50,7 @@ class Arithmetic(Task):
     """
 
     family: Family = "addition"
+    """The kind of problems."""
     digits: int = 3
     """Digits of each summand (addition)."""
     operations: int = 4
@@ -57,6 +58,7 @@ class Arithmetic(Task):
     num_solutions: int | None = None
     """The most training problems, each with its solution; None: all that there are."""
     seed: int = 0
+    """Orders the training problems."""
     alphabet: Family | None = None
     """Family whose tokens the tokenizer has; None: its own. For students of several families."""
 

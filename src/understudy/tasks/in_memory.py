@@ -18,7 +18,9 @@ class Rows(Records):
     train: str
     """Name of the rows that are trained on."""
     validation: str | None = None
+    """Name of the rows of the split `validation`."""
     test: str | None = None
+    """Name of the rows of the split `test`."""
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ class Mix(Task):
     """
 
     parts: Mapping[str, Task] = config.choices(PARTS)
+    """Tasks by a name of yours."""
 
     def __post_init__(self) -> None:
         if not self.parts:

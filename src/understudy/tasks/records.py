@@ -50,6 +50,7 @@ class Records(Task):
     """
 
     prompt_field: str
+    """A string, or the list of messages of a chat; a field may be nested: `a.b`."""
     reference_field: str | None = None
     """The final answer that the verifier compares with, or a list of answers that are all accepted."""
     solution_field: str | None = None
@@ -67,12 +68,15 @@ class Records(Task):
     chat: bool = True
     """Through the tokenizer's chat template; false: as plain text."""
     validation_share: float = 0.0
+    """Share of the training rows that goes to validation."""
     limit: int | None = None
     """At most so many prompts of each split, the first ones."""
     verifier: str = "math"
+    """`math`, `exact`, or the name of a function that a Python program gives."""
     reward_function: str | None = None
     """Name of a function that a Python program gives (`understudy.distil`): its reward replaces the grade in training."""
     seed: int = 0
+    """Of the split into training and validation."""
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.template:
@@ -288,8 +292,11 @@ class File(Records):
     or not. A path is a file, a folder or a pattern."""
 
     path: str
+    """The training rows."""
     validation_path: str | None = None
+    """Rows of the split `validation`."""
     test_path: str | None = None
+    """Rows of the split `test`."""
 
     @property
     def name(self) -> str:
@@ -317,10 +324,15 @@ class Hub(Records):
     """
 
     dataset: str
+    """`owner/name` on the hub, or a folder."""
     config: str | None = None
+    """Its configuration, where it has several."""
     split_train: str = "train"
+    """The split to train on."""
     split_validation: str | None = None
+    """The split `validation`."""
     split_test: str | None = None
+    """The split `test`."""
     revision: str | None = None
     """A commit or tag; give it where results are to be repeated."""
 

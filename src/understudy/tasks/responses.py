@@ -133,6 +133,7 @@ class FileResponses(RowResponses):
     """Type `file`, also `jsonl`: a file, a folder or a pattern, of the kinds that the task `file` reads."""
 
     path: str
+    """The rows with responses."""
 
     @property
     def shown(self) -> str:
@@ -148,8 +149,11 @@ class HubResponses(RowResponses):
     """Type `hub`: a data set by its name on the hub or as a local folder."""
 
     dataset: str
+    """`owner/name` on the hub, or a folder."""
     config: str | None = None
+    """Its configuration, where it has several."""
     split: str = "train"
+    """The split with the responses."""
     revision: str | None = None
     """A commit or tag; give it where results are to be repeated."""
 

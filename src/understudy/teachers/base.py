@@ -199,6 +199,7 @@ class LoadedSection(TeacherSection):
     offload: bool = False
     """Keep the weights in host memory between uses."""
     attn_implementation: str | None = None
+    """Name of the attention in transformers, such as sdpa or flash_attention_2; None: its choice."""
 
     @property
     @abstractmethod

@@ -57,6 +57,7 @@ class Local(LoadedSection):
     model: str
     """A directory or a hub name."""
     revision: str | None = None
+    """Commit, branch or tag of a hub model."""
     extra_ids: ExtraIds = "mask"
     """Tokens that the student does not have: "mask" cuts them out of the softmax, "tail" leaves their probability in it."""
     rendering: Rendering = "student"

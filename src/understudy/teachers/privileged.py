@@ -43,6 +43,7 @@ class Privileged(LoadedSection):
     system: str | None = None
     """A system message for the teacher alone, added to the one that the chat has."""
     revision: str | None = None
+    """Commit, branch or tag of a hub model."""
     extra_ids: ExtraIds = "mask"
     """As of a local teacher."""
 

@@ -16,8 +16,11 @@ class Train:
     """The section `train`. A step draws prompts, samples responses, scores them and makes optimizer updates."""
 
     steps: int
+    """Steps of the run; one uses `prompts_per_step` times `samples_per_prompt` samples."""
     prompts_per_step: int = 64
+    """Prompts drawn in a step, over all ranks."""
     samples_per_prompt: int = 1
+    """Responses to each prompt; rewards are compared within them."""
     minibatches: int = 1
     """Optimizer updates that divide a step's samples among them."""
     passes: int = 1
@@ -25,15 +28,21 @@ class Train:
     max_prompt_tokens: int = 1024
     """Longer prompts are left out, counted and reported; they are never cut."""
     lr: float = 1e-5
+    """Peak learning rate of AdamW."""
     schedule: Shape = "constant"
+    """Course of the learning rate after the warm-up."""
     warmup_steps: int = 0
+    """Steps over which the learning rate grows from 0."""
     final_lr_share: float = 0.0
     """End of the schedule, as a share of `lr`."""
     weight_decay: float = 0.0
     """Applies to matrices; vectors (norms, biases) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
     eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     max_grad_norm: float | None = 1.0
+    """2-norm to which the gradient of an update is clipped; None: no clip."""
     micro_batch_tokens: int | None = None
     """Tokens of one forward and backward, padding included. None: 16,384, or 2,048 on a CPU, whose cache holds no more."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
@@ -43,6 +52,7 @@ class Train:
     """Update float32 copies of a student's weights in 16 bits: 18 bytes a trained weight in place of 8, and no update is
     rounded away. Nothing changes for a student in float32, nor for LoRA, whose adapters are float32."""
     gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass: less memory, a third more time."""
     on_missing_score: Literal["error", "drop"] = "error"
     """Whether a sample that the teacher could not score stops the run or is dropped and counted."""
     stop_at: float | None = None
@@ -50,6 +60,7 @@ class Train:
     save_every: int | None = None
     """Steps between checkpoints; one is always written at the end and on SIGINT or SIGTERM."""
     keep_last: int = 2
+    """Newest checkpoints that are kept."""
     keep_best: bool = False
     """Also keep the checkpoint with the highest avg@k; one is written whenever an evaluation is the best so far."""
     save_samples_every: int = 50
@@ -93,12 +104,15 @@ class Eval:
     every: int | None = None
     """Steps between evaluations; None: only before and after."""
     at_start: bool = True
+    """Also before the first step."""
     path: str | None = None
     """A file of problems that is read with the keys of `task`, in place of its split; None: the split."""
     split: Split = "test"
+    """The split of the task."""
     problems: int | None = 200
     """Number of problems, the first of the split; None: all."""
     samples_per_prompt: int = 1
+    """Responses to each prompt; rewards are compared within them."""
     sampling: Sampling | None = None
     """None: as in training."""
     greedy: bool = False

@@ -46,6 +46,7 @@ class Launch:
     port: int = 0
     """0: a free one. Several servers take this one and those that follow."""
     num_servers: int = 1
+    """Servers to start, each with the whole model."""
     ready_timeout_s: float = 900.0
     """Loading, compiling and capturing graphs takes minutes for a large model."""
 
@@ -87,6 +88,7 @@ class VLLM(EngineSection):
     deadline_s: float | None = None
     """Seconds for one request with all its attempts; None: four times `timeout_s`."""
     max_retries: int = 5
+    """Further attempts of a request that failed in a way that may pass."""
     max_concurrency: int = 256
     """Requests in flight over all servers; they batch what they get."""
 

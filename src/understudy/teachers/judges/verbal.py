@@ -25,6 +25,7 @@ class Verbal(JudgeSection, LoadedSection):
     model: str
     """A directory or a hub name."""
     revision: str | None = None
+    """Commit, branch or tag of a hub model."""
     template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
     """For the chat template: without thinking, so that the digit comes at once. Templates ignore keys they do not know."""
     max_batch_tokens: int | None = None

@@ -134,6 +134,7 @@ class JudgeSection(TeacherSection):
     step_template: str | None = None
     """With {problem}, {steps}, {step} and {fence}; None: `wording.STEP`."""
     step_separator: str = STEP_SEPARATOR
+    """Text between two steps of a response."""
 
     def __post_init__(self) -> None:
         _ = self.wording

@@ -241,6 +241,7 @@ class Stored(TeacherSection):
     fingerprint: str | None = None
     """The same, by its fingerprint."""
     dtype: DType = "auto"
+    """Precision of `model`."""
     revision: str | None = None
     """Precision and revision of `model`."""
 
