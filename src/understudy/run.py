@@ -16,7 +16,7 @@ from understudy import config, given
 from understudy.engines import Engine
 from understudy.errors import DataError
 from understudy.eval.evaluate import Rejection, run_eval
-from understudy.eval.summary import EvalSummary
+from understudy.eval.summary import EvalSummary, read_summaries
 from understudy.export import export_student, write_facts
 from understudy.files import write_atomically
 from understudy.models import num_positions, save_hf
@@ -66,9 +66,9 @@ class Run:
     run_dir: RunDir = field(repr=False)
     ending: Ending
     summaries: tuple[EvalSummary, ...]
-    """The evaluations of this process, by step."""
+    """The evaluations of the run, by step; those before a resume too."""
     report: Path | None
-    """A page that works offline; None on other ranks than the first."""
+    """A page that works offline; None on other ranks than the first, and for a run that a signal stopped."""
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Loaded models, rows and functions of the program that started it, by their names in the recipe."""
 
@@ -123,6 +123,8 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
         doctor.refuse(found)
         # from here on the run directory is written
         trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
+        # those of the run until here; every rank has to know which were made
+        trainer.observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
         if ranks.is_main and examine:
             doctor.show_briefly(console, found)
             doctor.write_findings(run_dir.doctor, found)
@@ -142,7 +144,8 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
             if ranks.is_main:
                 write_facts(parts, run_dir, status, started)
             trainer.observer.close()
-    report = write_report(run_dir.path) if ranks.is_main else None
+    # whoever stops a run wants to leave now; `understudy report` makes one
+    report = write_report(run_dir.path) if ranks.is_main and ending != "stopped by a signal" else None
     ended = Run(recipe, run_dir, ending, tuple(trainer.observer.summaries), report)
     for callback in trainer.observer.callbacks:
         callback.on_end(ended)

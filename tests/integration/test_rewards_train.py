@@ -125,6 +125,33 @@ def test_the_reward_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row["reward"] for row in rows] == pytest.approx([0.3, 0.3])
 
 
+@pytest.mark.parametrize(("score", "advice"), [(0.0, "take easier problems"), (1.0, "take harder problems")])
+@pytest.mark.parametrize("overlap", [None, {"max_staleness": 0}], ids=["in turns", "overlapped"])
+def test_rewards_that_are_all_equal_are_counted_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: float, advice: str, overlap: dict[str, Any] | None
+) -> None:
+    graded(monkeypatch, lambda task, prompt, text: Grade(score))
+    changes = outcome(tmp_path, "grpo", train={"steps": 5}) | {
+        "rollout": {"type": "hf", "copy": True},
+        "async": overlap,
+    }
+    run_dir = train(tmp_path, **changes)
+    assert [row["prompts_flat"] for row in metric_rows(run_dir)] == [4.0] * 5
+    told = events(run_dir)
+    assert told.count("the samples of every prompt are rewarded alike") == 1
+    assert told.count("no prompt has samples of different reward since step 1") == told.count(advice) == 1
+
+
+def test_one_prompt_with_different_rewards_is_enough_to_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graded(monkeypatch, only_some)
+    run_dir = train(tmp_path, **outcome(tmp_path, "grpo", train={"steps": 4}))
+    flat = [row["prompts_flat"] for row in metric_rows(run_dir)]
+    assert any(0 < number < 4 for number in flat)
+    assert ("rewarded alike" in events(run_dir)) == (4 in flat)
+
+
 def test_one_prompt_is_a_run(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every slot of a step is the same prompt: one group, all of it distinct samples."""
     graded(monkeypatch, grade_by_length)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from tests.processes import Process, command_line
 from tests.runs import distillation, tiny_recipe, write_recipe
 from understudy import config, run
 from understudy.errors import CheckpointError, TrainingError
+from understudy.eval.evaluate import run_eval
 from understudy.recipe import Recipe
+from understudy.trainer import loop
 from understudy.trainer.checkpoint import find_checkpoint, load_checkpoint
 from understudy.trainer.console import Console
 from understudy.trainer.loop import Trainer
+from understudy.trainer.rollouts import Rollouts
 from understudy.trainer.settings import Train
-from understudy.trainer.update import Optimizer
+from understudy.trainer.update import Optimizer, accumulate_gradients
 
 pytestmark = pytest.mark.slow
 
@@ -305,6 +309,71 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: signal.Signals) -> No
     progress, _ = load_checkpoint(saved, torch.device("cpu"))
     assert progress.step == len((run_dir / "metrics.jsonl").read_text().splitlines())
     assert json.loads((run_dir / "run.json").read_text())["status"] == "stopped by a signal"
+    assert not (run_dir / "report.html").exists()
+
+
+def press_and_hang() -> None:
+    """Ctrl-C inside of something that takes very long."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("place", ["generation", "gradient", "evaluation", "last evaluation"])
+def test_a_signal_leaves_what_takes_long_and_a_resume_makes_up_for_it(tmp_path: Path, place: str) -> None:
+    changes = distillation(tmp_path, train={"steps": 6}, eval={"every": 2, "problems": 6})
+    whole = train(tmp_path / "whole", **changes)
+    started = time.monotonic()
+
+    def at(plain: Any, when: Callable[..., bool]) -> Any:
+        def hangs(*given: Any, **named: Any) -> Any:
+            if when(*given, **named):
+                press_and_hang()
+            return plain(*given, **named)
+
+        return hangs
+
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "generation":
+            patch.setattr(Rollouts, "collect", at(Rollouts.collect, lambda _, progress, *rest: progress.step == 3))
+        elif place == "gradient":
+            patch.setattr(loop, "accumulate_gradients", at(accumulate_gradients, lambda *_, step, **rest: step == 3))
+        else:
+            step_of_it = 4 if place == "evaluation" else 6
+            patch.setattr(run, "run_eval", at(run_eval, lambda *, step, **rest: step == step_of_it))
+        cut = train(tmp_path / "cut", **changes)
+    assert time.monotonic() - started < 60
+    assert cut.ending == "stopped by a signal"
+    assert cut.report is None
+    assert not (cut.run_dir.path / "report.html").exists()
+    assert json.loads((cut.run_dir.path / "run.json").read_text())["status"] == "stopped by a signal"
+    resumed = train(tmp_path / "cut", resume=True, **changes)
+    assert_same_run(whole.run_dir.path, resumed.run_dir.path)
+    assert resumed.report is not None
+    # the table of the console begins with step 0, as if nothing had happened
+    assert [summary.step for summary in resumed.summaries] == [0, 2, 4, 6]
+    assert resumed.summaries == whole.summaries
+
+
+def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path: Path) -> None:
+    changes = distillation(tmp_path, train={"steps": 6})
+    saved = []
+
+    def hangs(self: Trainer) -> None:
+        saved.append(self.progress.step)
+        press_and_hang()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Rollouts, "collect", lambda *_: press_and_hang())
+        patch.setattr(Trainer, "_checkpoint", hangs)
+        train(tmp_path, **changes)
+    assert saved == [0], "no second try"
+
+
+def test_nothing_is_said_of_a_push_where_none_happens(tmp_path: Path) -> None:
+    alone = train(tmp_path / "alone", **distillation(tmp_path)).run_dir.path
+    assert "push_s" not in (alone / "metrics.jsonl").read_text()
+    copied = train(tmp_path / "copied", **distillation(tmp_path, rollout={"type": "hf", "copy": True})).run_dir.path
+    assert (copied / "metrics.jsonl").read_text().count("push_s") == len(metrics(copied))
 
 
 def test_kill_at_any_instant_then_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:

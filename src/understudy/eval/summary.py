@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from understudy.errors import DataError
 from understudy.eval.estimators import RIGHT, SHARE, Estimate, estimate_mean, majority_score, pass_at_k
 from understudy.format import is_rate
 from understudy.types import Author, Sample
@@ -80,6 +83,19 @@ def summarise(
         too_long=too_long,
         sampling=sampling or {},
     )
+
+
+def read_summaries(folder: Path) -> list[EvalSummary]:
+    """The evaluations that were saved in a directory, by step. Raises DataError for a file that holds none."""
+    found = []
+    for path in folder.glob("step_*.json"):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            metrics = {name: Estimate(**item) for name, item in values["metrics"].items()}
+            found.append(EvalSummary(**values | {"metrics": metrics}))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} is not an evaluation of this version ({error}); move it away") from error
+    return sorted(found, key=lambda summary: summary.step)
 
 
 def sample_row(sample: Sample) -> dict[str, object]:

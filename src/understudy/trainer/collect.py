@@ -37,7 +37,7 @@ class Collected:
     counts: Counter[str] = field(default_factory=Counter)
     """Of this rank: the sum over ranks is logged."""
     flat_prompts: frozenset[str] = frozenset()
-    """Prompts, over all ranks, whose samples were all rewarded alike, so that further prompts replace them."""
+    """Prompts, over all ranks, whose samples were all rewarded alike; further prompts may replace them."""
     positions: tuple[int, ...] = ()
     """Of the prompts that were used, where that is recorded."""
     next_position: int = 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from understudy.errors import CheckpointError, TrainingError, WeightsLostError
+from understudy.eval.estimators import RIGHT
 from understudy.eval.summary import EvalSummary, sample_row, token_table
 from understudy.files import write_json_lines
 from understudy.lazy import torch
@@ -20,9 +21,9 @@ from understudy.trainer.checkpoint import Progress, RunDir, prune, save_checkpoi
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, Observer, collected_metrics, nonfinite_record, peak_memory_gib
 from understudy.trainer.overlap import Overlapped
-from understudy.trainer.rollouts import Rollouts
+from understudy.trainer.rollouts import Rollouts, replaces_flat
 from understudy.trainer.settings import Eval, Train
-from understudy.trainer.signals import StopSignal
+from understudy.trainer.signals import Abandoned, Stopped, StopSignal
 from understudy.trainer.update import Heads, MicroBatch, Optimizer, StudentModel, accumulate_gradients, prepare
 from understudy.types import Metric, Sample, add_metrics, map_tensors
 
@@ -32,6 +33,8 @@ MAX_EMPTY = 20
 """Steps in a row without a sample to train on until the run stops: a weak student may have a few at its start."""
 MAX_HEALED = 3
 """Times in one step that an engine is given weights which it has lost."""
+MAX_FLAT = 3
+"""Steps in a row in which every prompt's samples are rewarded alike, until the run says what may help."""
 MIN_SURVIVING = 0.5
 """Share of an update that rounding leaves, below which somebody should know."""
 SAVED_SAMPLES = 32
@@ -66,33 +69,50 @@ class Trainer:
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
     _warned_of_rounding: bool = False
+    _signal: StopSignal | None = None
+    """While the run goes on."""
+    _flat_in_row: int = 0
 
     def run(self) -> Ending:
         """Trains from `progress` to the end, a good evaluation, or a signal; always leaves a checkpoint."""
         ends_early = self.settings.stop_at is not None
         self.observer.console.start(self.settings.steps, self.progress.step, ends_early=ends_early)
-        with StopSignal() as signal, self._saved_on_failure():
-            if self.progress.step == 0 and self.evaluation is not None and self.evaluation.at_start:
-                self._evaluate()
-            while (ending := self._ending(signal)) is None:
-                self._take_step()
-                if self._is_due(None if self.evaluation is None else self.evaluation.every):
-                    self._evaluate()
-                if self._is_due(self.settings.save_every):
-                    self._checkpoint()
-            if ending != "stopped by a signal" and self.evaluation is not None:
-                self._evaluate()
+        with StopSignal() as self._signal, self._saved_on_failure():
+            ending: Ending = "stopped by a signal"
+            with suppress(Stopped):
+                ending = self._steps()
             self._checkpoint()
         return ending
 
-    def _ending(self, signal: StopSignal) -> Ending | None:
+    def _steps(self) -> Ending:
+        """Steps and evaluations, those too that a stop left out, until training ends."""
+        self._evaluate_where_due()
+        while (ending := self._ending()) is None:
+            self._take_step()
+            self._evaluate_where_due()
+            if self._is_due(self.settings.save_every):
+                self._checkpoint()
+        if ending != "stopped by a signal" and self.evaluation is not None:
+            self._evaluate()
+        return ending
+
+    def _ending(self) -> Ending | None:
         """Why training ends here; None: it goes on."""
-        if self.ranks.any(signal.received):
+        if self.ranks.any(self._signal is not None and self._signal.received):
             return "stopped by a signal"
         if self.progress.step >= self.settings.steps:
             return "finished"
         goal, best = self.settings.stop_at, self.progress.best_value
         return "good enough" if goal is not None and best is not None and best >= goal else None
+
+    def _breakable(self) -> AbstractContextManager[None]:
+        """A context that a signal leaves at once, as what is in it is done again after a resume.
+
+        Nothing is left between two updates of a step, nor while other ranks wait in a collective call.
+        """
+        if self._signal is None or self._torn or self.ranks.world > 1:
+            return nullcontext()
+        return self._signal.breaks()
 
     def _take_step(self) -> None:
         """Collects samples, trains on them, publishes the weights, and logs the numbers."""
@@ -100,7 +120,8 @@ class Trainer:
         # dropout draws from torch's own generator; this makes it a function of the step, as all other draws are
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
-        collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
+        with self._breakable():
+            collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
         with clock("update_s"):
             numbers = self._update(collected.samples, method, own_step)
         metrics = self.ranks.sum_metrics(collected_metrics(collected, updates))
@@ -119,13 +140,15 @@ class Trainer:
         self._torn = False
         try:
             if self.progress.updates > updates:
-                with clock("push_s"):
+                with self._breakable():
                     numbers |= self._healed(lambda: self.publish(self.progress.updates, collected.samples))
         finally:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
         self._check_progress()
+        if "reward" in numbers and not replaces_flat(method.plan(own_step)):
+            self._check_rewards(numbers["reward"], numbers["prompts_flat"])
 
     def _check_progress(self) -> None:
         """Raises TrainingError where nothing has been learnt for too long."""
@@ -139,6 +162,34 @@ class Trainer:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row, last at step {step}; the batches "
                 f"are in {folder / 'bad_batches'}. Lower train.lr, or look there for an unusual sample"
+            )
+
+    def _check_rewards(self, reward: float, num_flat: float) -> None:
+        """Warns where the samples of every prompt are rewarded alike, so that no advantage says anything, and then says what
+        may help."""
+        if num_flat < self.settings.prompts_per_step:
+            self._flat_in_row = 0
+            return
+        self._flat_in_row += 1
+        step = self.progress.step
+        if self._flat_in_row == 1:
+            self.observer.warn(
+                step,
+                f"step {step}: the samples of every prompt are rewarded alike (mean {reward:.3g}): rewards teach nothing",
+            )
+        elif self._flat_in_row == MAX_FLAT:
+            cause = (
+                "take harder problems"
+                if reward >= RIGHT
+                else (
+                    "read some in samples/: if right answers are graded wrong, see task.verifier; if they are cut, raise "
+                    "sampling.max_new_tokens; else take easier problems, or train with sft or a teacher first"
+                )
+            )
+            self.observer.warn(
+                step,
+                f"no prompt has samples of different reward since step {step - MAX_FLAT + 1}: {cause}; or raise "
+                "train.samples_per_prompt or sampling.temperature, so that samples differ",
             )
 
     def _healed(self, do: Callable[[], Result]) -> Result:
@@ -163,18 +214,19 @@ class Trainer:
     def _update(self, samples: Sequence[Sample], method: Method, own_step: int) -> dict[str, float]:
         """Makes the updates of one step; returns the means of their loss, gradient norm and metrics."""
         settings, before = self.settings, self.progress
-        parts = prepare(
-            self.student,
-            method,
-            samples,
-            step=own_step,
-            draw=(self.seed, before.step),
-            ranks=self.ranks,
-            num_minibatches=settings.minibatches,
-            fix_old=settings.minibatches * settings.passes > 1,
-            by_teacher=self.several_teachers,
-        )
-        heads = self.heads_of(method, samples)
+        with self._breakable():
+            parts = prepare(
+                self.student,
+                method,
+                samples,
+                step=own_step,
+                draw=(self.seed, before.step),
+                ranks=self.ranks,
+                num_minibatches=settings.minibatches,
+                fix_old=settings.minibatches * settings.passes > 1,
+                by_teacher=self.several_teachers,
+            )
+            heads = self.heads_of(method, samples)
         total: dict[str, Metric] = {}
         for part in parts * settings.passes:
             total = add_metrics(total, self._update_once(part, method, own_step, heads))
@@ -212,7 +264,8 @@ class Trainer:
         """
         step = self.progress.step
         self.optimizer.zero_grad()
-        loss, metrics = accumulate_gradients(self.student, part, heads=heads, step=own_step, ranks=self.ranks)
+        with self._breakable():
+            loss, metrics = accumulate_gradients(self.student, part, heads=heads, step=own_step, ranks=self.ranks)
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
         if not metrics:
@@ -256,7 +309,13 @@ class Trainer:
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
+    def _evaluate_where_due(self) -> None:
+        evaluation = self.evaluation
+        if evaluation is not None and (self._is_due(evaluation.every) if self.progress.step else evaluation.at_start):
+            self._evaluate()
+
     def _evaluate(self) -> None:
+        """Evaluates the student as it is, unless that was done."""
         if self.observer.summaries and self.observer.summaries[-1].step == self.progress.step:
             return
 
@@ -267,7 +326,8 @@ class Trainer:
             return summary
 
         started = time.perf_counter()
-        summary = self._healed(evaluated)
+        with self._breakable():
+            summary = self._healed(evaluated)
         shown = self.observer.evaluation(summary, time.perf_counter() - started)
         # the first rank's: a grader's time limit may strike on one rank and not on another
         value = self.ranks.gather((shown,))[0][0]
@@ -308,7 +368,7 @@ class Trainer:
         """Writes a checkpoint when an error ends the run between two steps, so that nothing learnt is lost."""
         try:
             yield
-        except CheckpointError:
+        except (CheckpointError, Abandoned):
             raise
         except BaseException:
             # with several ranks the others wait inside another collective call, so none can be made here

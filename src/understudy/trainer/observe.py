@@ -26,7 +26,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._started = time.perf_counter()
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -35,7 +35,7 @@ class Clock:
         # kernels run behind Python: without this their time would count for a later phase
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._seconds[phase] = time.perf_counter() - begun
+        self.seconds[phase] = time.perf_counter() - begun
 
     def total_s(self) -> float:
         """Seconds since the clock was made."""
@@ -44,7 +44,7 @@ class Clock:
     def rates(self, num_samples: int, num_tokens: int) -> dict[str, float]:
         """Returns seconds by phase, and samples and response tokens per second of the whole step."""
         total = self.total_s()
-        return self._seconds | {
+        return self.seconds | {
             "step_s": total,
             "tokens_per_s": num_tokens / total,
             "samples_per_s": num_samples / total,
@@ -139,7 +139,7 @@ class Observer:
     """By name: "events", and "consumed" for the prompts that each step used."""
     callbacks: Sequence[Callback] = ()
     summaries: list[EvalSummary] = field(default_factory=list)
-    """The evaluations of this process."""
+    """The evaluations of the run, by step."""
 
     def step(self, progress: Progress, numbers: Mapping[str, float], positions: Sequence[int]) -> None:
         """Logs the numbers of a step; those that were not measured are left out, not zero.

@@ -12,6 +12,7 @@ from understudy.linear import score
 from understudy.models import lm_head
 from understudy.models.backbone import evaluating
 from understudy.trainer.distributed import Ranks
+from understudy.trainer.observe import Clock
 from understudy.trainer.update import StudentModel
 from understudy.types import Sample
 
@@ -34,27 +35,31 @@ class Publisher:
     """Sequences to compare on before there are samples."""
 
     def __call__(self, version: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """Pushes; returns for servers `push_gap`, the mean |log S_engine - log S_trainer| in nats.
+        """Pushes; returns the seconds `push_s` where weights move, and for servers `push_gap`, the mean
+        |log S_engine - log S_trainer| in nats.
 
         Raises EngineError where that is more than the precision explains, and WeightsLostError, on every rank, as
         `Engine.verify`.
         """
-        if not self.engine.remote:
-            self.engine.push(None if self.weights is None else self.weights(), version)
-            return {}
-        gap, lost = None, None
-        if self.ranks.is_main:
-            assert self.weights is not None
-            try:
-                gap = self.engine.push(self.weights(), version, probe_of(self.student, samples or self.first))
-            except WeightsLostError as error:
-                lost = error
-        # every rank raises, so that all of them heal together: the calls that follow are collective
-        if self.ranks.any(lost is not None):
-            raise lost or WeightsLostError("the rollout engine lost its weights, as the first rank reports")
-        if not self.ranks.is_main:
+        if self.weights is None:
             self.engine.push(None, version)
-        return {} if gap is None else {"push_gap": gap}
+            return {}
+        clock = Clock(self.student.device)
+        gap, lost = None, None
+        with clock("push_s"):
+            if not self.engine.remote:
+                self.engine.push(self.weights(), version)
+            elif self.ranks.is_main:
+                try:
+                    gap = self.engine.push(self.weights(), version, probe_of(self.student, samples or self.first))
+                except WeightsLostError as error:
+                    lost = error
+            # every rank raises, so that all of them heal together: the calls that follow are collective
+            if self.engine.remote and self.ranks.any(lost is not None):
+                raise lost or WeightsLostError("the rollout engine lost its weights, as the first rank reports")
+            if self.engine.remote and not self.ranks.is_main:
+                self.engine.push(None, version)
+        return clock.seconds | ({} if gap is None else {"push_gap": gap})
 
 
 @no_grad

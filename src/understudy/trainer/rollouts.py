@@ -184,8 +184,7 @@ class Rollouts:
         compared, flat = self._compare(rewarded, plan.rewards)
         if plan.rewards.dynamic_sampling:
             compared = [sample for sample in compared if sample.prompt.id not in flat]
-            found = replace(found, flat_prompts=flat)
-        return replace(found, samples=compared, metrics=add_metrics(found.metrics, metrics))
+        return replace(found, samples=compared, metrics=add_metrics(found.metrics, metrics), flat_prompts=flat)
 
     def _accept(self, samples: Sequence[Sample], requests: Sequence[Request], rule: Acceptance, step: int) -> Collected:
         """Verbal rejection: accepted samples, and others that fill the places of the rejected ones."""
@@ -265,10 +264,14 @@ class Rollouts:
 
     def _compare(self, rewarded: Sequence[Sample], rewards: Rewards) -> tuple[list[Sample], frozenset[str]]:
         """The samples with their advantages over those of the same prompt on every rank, and the prompts, of all ranks, whose
-        samples are all equally right."""
-        # "right" leaves out what the length costs, or no prompt with responses of different length would be flat
+        samples are all rewarded alike; those that others would replace, where they are equally right."""
+        # "right" leaves out what the length costs, or no prompt with responses of different length would be replaced
         worth = [
-            (sample.prompt.id, sample.reward, sample.reward if sample.grade is None else sample.grade.score)
+            (
+                sample.prompt.id,
+                sample.reward,
+                sample.grade.score if sample.grade and rewards.dynamic_sampling else sample.reward,
+            )
             for sample in rewarded
         ]
         by_rank = self.ranks.gather(worth)

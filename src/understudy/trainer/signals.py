@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the step, save, leave. A second one ends the process at once."""
+"""SIGINT and SIGTERM: leave what can be done again, save, end. A second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -17,19 +17,40 @@ def terminable() -> Iterator[None]:
         yield
 
 
+class Stopped(BaseException):
+    """The first signal, where what is being done may be left in the middle."""
+
+
+class Abandoned(KeyboardInterrupt):
+    """A further signal: leave at once, and save nothing."""
+
+
 class StopSignal(ExitStack):
-    """A context in which the first signal only sets `received`."""
+    """A context in which the first signal sets `received`, and raises Stopped inside `breaks`; a second raises Abandoned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.received = False
+        self.received = self._breaks = False
         for number in (signal.SIGINT, signal.SIGTERM):
             _handle(self, number, self._receive)
 
+    @contextmanager
+    def breaks(self) -> Iterator[None]:
+        """Raises Stopped where the first signal comes inside, or came before."""
+        if self.received:
+            raise Stopped
+        self._breaks = True
+        try:
+            yield
+        finally:
+            self._breaks = False
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            raise Abandoned
         self.received = True
+        if self._breaks:
+            raise Stopped
 
 
 def _handle(restored: ExitStack, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
