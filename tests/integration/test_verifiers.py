@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -101,6 +102,14 @@ def test_answers_of_other_problems_are_wrong(shared: Path) -> None:
         if answer != reference and grade_math(f"\\boxed{{{answer}}}", reference).score
     ]
     assert mistaken == [("5", "x=5")], "equal in mathematics"
+
+
+def test_a_changed_digit_makes_every_answer_wrong() -> None:
+    for reference in references(read(FIXTURES / "math500.jsonl")):
+        for match in re.finditer(r"\d", reference):
+            other = str((int(match[0]) + 1) % 10)
+            answer = reference[: match.start()] + other + reference[match.end() :]
+            assert grade_math(f"\\boxed{{{answer}}}", reference).score == 0.0, (answer, reference)
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500"])

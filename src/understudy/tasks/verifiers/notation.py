@@ -45,8 +45,8 @@ _SYMBOLS = {
 _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right|displaystyle|textstyle)(?![a-zA-Z.])", ""),
     (r",\s*\\!\s*|\{,\}", ","),
-    (r"\\!", ""),
-    (r"\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\s+", " "),
+    (r"(?<!\\)\\!", ""),
+    (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\s+", " "),
     (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|boldsymbol|operatorname)\s*\{([^{}]*)\}", r" \1"),
     (r"\\(?:rm|bf|it|sf)(?![a-zA-Z])", ""),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -56,8 +56,12 @@ _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
     (r"\^\s*(?:\\(?:circ|degree)(?![a-zA-Z])|\{\s*\\(?:circ|degree)\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
     (r"\\([$%])", r"\1"),
+    (r"(?<![\\a-zA-Z])inf(?:inity|ty)?(?![a-zA-Z])", r"\\infty "),
+    (r"(?<![\\a-zA-Z])(sqrt|pi|theta|alpha|beta|gamma|sin|cos|tan|arcsin|arccos|arctan|log|ln)(?![a-zA-Z])", r"\\\1 "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
+    (r"<=", r"\\le "),
+    (r"(?<!=)>=", r"\\ge "),
+    (r"!=|/=", r"\\ne "),
     (r"(?<=[\w)])\s*\*\*\s*(?=[\w(])", "^"),
     (r"(?<=\d) ?: ?(?=\d)", ":"),
     (r"(?<=\d) ?(?:st|nd|rd|th)(?![a-zA-Z])|(?<=\d) ?\^ ?\{? ?(?:st|nd|rd|th)(?![a-zA-Z])\}?", ""),
@@ -109,7 +113,7 @@ _COMMANDS = (
         "bmod le ge ne in approx"
     )
 )
-_ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[a-z]*matrix\}")
+_ENVIRONMENT = re.compile(r"\\begin ?\{array\} ?\{[clr|]+\}|\\(?:begin|end) ?\{(?:[a-z]*matrix|array)\}")
 _PLAIN_CHARACTERS = frozenset(" +-*/^_(){}[],;.|!=<>\\&\u00b0")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[<=>]")
 _OPPOSITE = {">": "<", "\\ge": "\\le"}
@@ -272,9 +276,11 @@ def words(text: str) -> str:
 
 def without_names(answer: str, reference: str) -> str:
     r"""The answer without "x =" or "x \in" before its parts, where the reference has no relation."""
-    if _RELATION.search(reference):
+    names = [match["name"] or "" for match in _LEAD.finditer(answer)]
+    # "y = 1, x = 2" must not become (1, 2)
+    if _RELATION.search(reference) or names != sorted(names) or any(name.lower() in _NOT_NAMES for name in names):
         return answer
-    return _LEAD.sub(lambda match: match[0] if (match["name"] or "").lower() in _NOT_NAMES else " ", answer).strip()
+    return _LEAD.sub(" ", answer).strip()
 
 
 def objection(answer: str, reference: str) -> str:
