@@ -223,8 +223,10 @@ def test_qwen3_trains_what_its_template_writes(qwen: Any, thinking: bool | None,
 
 def test_reasoning_needs_room(qwen: Any) -> None:
     renderer = Renderer(qwen, {"enable_thinking": False})
-    with pytest.raises(DataError, match=r"closes </think> before the student begins, but the response to prompt p has"):
-        renderer.response(ASKED, "<think>\nhm\n</think>\n\n4")
+    for text in ("<think>\nhm\n</think>\n\n4", "hm</think>4", "<think>hm"):
+        with pytest.raises(DataError, match=r"closes </think> before the student begins, but the response to prompt p"):
+            renderer.response(ASKED, text)
+    assert trained(renderer, "the tag <think> opens it") == "the tag <think> opens it<|im_end|>"
 
 
 OPENED = "{% if add_generation_prompt %}<think>\n{% endif %}"

@@ -263,8 +263,8 @@ class Renderer:
             if whole.startswith(known) and whole.endswith(end.rest):
                 told = whole[len(known) : len(whole) - len(end.rest)]
                 # in a block that the prompt has opened or closed nothing but its rest may follow
-                is_open = _END_THINK in told and not told.lstrip().startswith(_THINK)
-                fits = {_THINK: is_open, _END_THINK: _THINK not in told, "": True}[_last_tag(known)]
+                begins, opens_again = _last_tag(known), told.lstrip().startswith(_THINK)
+                fits = not (begins and opens_again) and (begins != _THINK or _END_THINK in told)
                 if fits and _squashed(text) in _squashed(told):
                     return told
             return self._continued(prompt, known, whole, text)
@@ -284,7 +284,7 @@ class Renderer:
         Right where only the thinking of the two differs: the template drops the reasoning of a turn, or writes in the
         prompt for the student what it does not write in a turn.
         """
-        begins, thinks = _last_tag(known), _THINK in text or _END_THINK in text
+        begins, thinks = _last_tag(known), text.lstrip().startswith(_THINK) or _END_THINK in text
         if begins == _THINK:
             if _END_THINK not in text:
                 raise DataError(

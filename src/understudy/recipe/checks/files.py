@@ -30,7 +30,7 @@ MAX_SKIPPED_SHARE = 0.01
 NUM_RENDERED = 8
 """First prompts that are rendered."""
 NUM_TRIED = 256
-"""Solutions that are rendered."""
+"""Solutions, and prompts that spell control tokens, that are rendered."""
 
 
 def _machine(files: Files) -> Iterator[Finding]:
@@ -251,6 +251,9 @@ def _unused(files: Files) -> Iterator[Finding]:
 
 def _spelling(files: Files) -> Iterator[Finding]:
     if files.knows_tokenizer and files.spelling:
+        for prompt in files.spelling[:NUM_TRIED]:
+            # not every tokenizer and template can keep them as text
+            files.renderer.start(prompt)
         names = ", ".join(prompt.id for prompt in files.spelling[:3])
         yield Finding(
             f"prompts_with_special_tokens: {len(files.spelling):,} ({names}); the student reads the tokens that they spell as "
