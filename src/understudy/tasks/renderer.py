@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from understudy.errors import DataError, RecipeError, TemplateError
 from understudy.lazy import Tensor, torch
 from understudy.models.vocabulary import tokenizer_ends
+from understudy.tasks.encoding import SHOWN_CHARS, SLOT, Encoder, Untrusted, fill
 from understudy.types import Message, Prompt, ToolCall
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 Said = Mapping[str, Any]
 """A message as chat templates take it: role and content."""
-SHOWN_CHARS = 60
-_MARK = "\ue000"
-_SLOT = _MARK + "{}\ue001"
-"""Stands for untrusted text while a template is rendered: private characters, which no template writes itself."""
-_SLOTS = re.compile(_MARK + "([0-9]+)\ue001")
 _QUESTION, _ANSWER, _NEXT = "1029384756", "5647382910", "9182736450"
 """Contents of a conversation that shows what a template writes around them."""
 _THINK, _END_THINK = "<think>", "</think>"
@@ -33,8 +28,6 @@ _CLOCK = "strftime_now"
 """The function by which templates read the clock."""
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 """As Hermes and Qwen models write calls; a call that is cut off ends with the text."""
-
-_Untrusted = TypeVar("_Untrusted")
 
 
 def now() -> str:
@@ -70,32 +63,19 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         self.date = date or now()
-        added = tokenizer.added_tokens_decoder
-        self._special = {index: str(token) for index, token in added.items() if token.special}
-        # words and runs of spaces, which some tokenizers add as tokens, mark nothing
-        marks = {index: str(token) for index, token in added.items() if re.search(r"[^\w\s]", str(token))}
-        self._added = self._special | marks
-        self._eats_before = {str(token) for token in added.values() if token.lstrip}
-        self._eats_behind = {str(token) for token in added.values() if token.rstrip}
-        # `split_special_tokens` is set on the tokenizer itself, which the threads of all episodes share
-        self._lock = Lock()
+        self._text = Encoder(tokenizer)
         self._shown_roles: set[tuple[str, ...]] = set()
         ends = tokenizer_ends(tokenizer) if stop_ids is None else set(stop_ids)
-        self._controls = dict(self._special)
-        """Tokens that no text of a user may become."""
         self.plain_end = TurnEnd(tokenizer.eos_token_id)
         self.turn_end = self._find_end(ends) if self.has_template else self.plain_end
         self.stop_ids: tuple[int, ...] = tuple(sorted(ends | {self.turn_end.token_id} - {None}))
-        words = sorted(self._controls.values(), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, words)) or "(?!)")
-        self._spelled = re.compile(f"{self._control.pattern}|{_MARK}")
         self.notes: dict[str, None] = {}
         """Sentences on responses that the template would not write as the student samples them."""
 
     @property
     def special_ids(self) -> set[int]:
         """Tokens that no text may spell."""
-        return set(self._special)
+        return set(self._text.special)
 
     @property
     def has_template(self) -> bool:
@@ -125,7 +105,7 @@ class Renderer:
         prompt of no tokens.
         """
         if prompt.messages is None:
-            ids = self._encode_plain(prompt.text or "", prompt.quoted)
+            ids = self._text.plain(prompt.text or "", prompt.quoted)
         elif not self.has_template:
             raise RecipeError(
                 f"the tokenizer {self.tokenizer.name_or_path or 'of the student'} has no chat template, and prompt "
@@ -144,7 +124,7 @@ class Renderer:
         texts = (
             list(prompt.quoted or (prompt.text or "",)) if prompt.messages is None else [prompt.messages, prompt.tools]
         )
-        return any(self._control.search(text if isinstance(text, str) else str(text)) for text in texts)
+        return any(self._text.spells(str(text)) for text in texts)
 
     def unused(self, prompt: Prompt) -> list[str]:
         """What the chat template leaves out of a prompt: its tools, parts of messages, all messages of a role."""
@@ -187,14 +167,14 @@ class Renderer:
         new = said[last + 1 :]
         contents = [str(message["content"]) for message in new]
         if prompt.messages is None:
-            added = [index for content in contents for index in self._encode_untrusted(content)]
+            added = [index for content in contents for index in self._text.untrusted(content)]
         else:
             self._check_shown(prompt, said[: last + 1], new)
             written = int(ids[-1])
 
             def between(contents: Sequence[str]) -> str:
                 text = self._between(prompt, said[: last + 1], new, contents)
-                before, end, rest = text.partition(self._added.get(written, _MARK))
+                before, end, rest = text.partition(self._text.marks.get(written, SLOT))
                 return end + rest if end and not before.strip() and written in self.stop_ids else text
 
             added = self._encode_around(between, contents)
@@ -239,12 +219,8 @@ class Renderer:
         if not self._without_end(text).strip():
             raise DataError(f"the response to prompt {prompt.id} is empty")
         told, ids = self._respond(prompt, text)
-        back = str(tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False))
-        if (
-            len(ids) == 1
-            or tokenizer.unk_token_id in ids
-            or (back != told and self._normalised(back) != self._normalised(told))
-        ):
+        if len(ids) == 1 or tokenizer.unk_token_id in ids or not self._text.comes_back(told, ids[:-1]):
+            back = str(tokenizer.decode(ids[:-1]))
             raise DataError(
                 f"the tokenizer cannot say {text[:SHOWN_CHARS]!r}: it reads it back as {back[:SHOWN_CHARS]!r}"
             )
@@ -254,7 +230,7 @@ class Renderer:
         """The text that is said, without its end, and its ids with it."""
         text, end = self._without_end(text), self.end_of(prompt)
         if prompt.messages is None:
-            return text, [*self._encode_untrusted(text), end.token_id]
+            return text, [*self._text.untrusted(text), end.token_id]
         known = self._template(prompt, prompt.messages)
 
         def turn(text: str) -> str:
@@ -269,14 +245,14 @@ class Renderer:
                     return told
             return self._continued(prompt, known, whole, text)
 
-        lead = end.text.removesuffix(self._added.get(end.token_id, ""))
-        told, spelled = self._hidden(lambda text: turn(text) + lead, text)
-        ids = self._encode_filled(told, spelled)
+        lead = end.text.removesuffix(self._text.marks.get(end.token_id, ""))
+        told, spelled = self._text.hidden(lambda text: turn(text) + lead, text)
+        ids = self._text.around(told, spelled)
         if not spelled:
             # a tokenizer may begin a text by itself with a space
-            before, joined = self.start(prompt).tolist(), self._encode(known + told)
+            before, joined = self.start(prompt).tolist(), self._text.encode(known + told)
             ids = joined[len(before) :] if joined[: len(before)] == before else ids
-        return _fill(told, spelled), [*ids, end.token_id]
+        return fill(told, spelled), [*ids, end.token_id]
 
     def _continued(self, prompt: Prompt, known: str, whole: str, text: str) -> str:
         """`text` as the student samples it behind `known`, where the template's own turn of the assistant is another.
@@ -327,7 +303,7 @@ class Renderer:
     def _without_end(self, text: str) -> str:
         """The text without the end that it spells out."""
         for index in dict.fromkeys((self.turn_end.token_id, self.tokenizer.eos_token_id)):
-            end = self._added.get(index, self.tokenizer.eos_token)
+            end = self._text.marks.get(index, self.tokenizer.eos_token)
             if end and text.rstrip().endswith(end):
                 return text.rstrip().removesuffix(end)
         return text
@@ -337,7 +313,8 @@ class Renderer:
 
         Special tokens that the untrusted texts spell out are encoded as plain characters. Raises DataError.
         """
-        return self._encode_around(lambda texts: self.question(wording(texts)) + ending, untrusted, begins=True)
+        text, spelled = self._text.hidden(lambda texts: self.question(wording(texts)) + ending, untrusted)
+        return self._text.around(text, spelled) if self.has_template else self._text.plain(fill(text, spelled))
 
     def question(self, text: str) -> str:
         """`text` as a user's message up to where the answer begins; the text itself without a chat template."""
@@ -346,7 +323,7 @@ class Renderer:
 
     def encode_question(self, text: str) -> list[int]:
         """Ids of what `question` returns, with the special tokens that a tokenizer puts before a plain text."""
-        return self._encode(text) if self.has_template else self._encode_plain(text)
+        return self._text.encode(text) if self.has_template else self._text.plain(text)
 
     def _template(self, prompt: Prompt, messages: Sequence[Said], *, opened: bool = True) -> str:
         """`opened`: up to where the student's next turn begins."""
@@ -372,7 +349,7 @@ class Renderer:
         roles = tuple(message["role"] for message in new)
         if roles in self._shown_roles:
             return
-        slots = [_SLOT.format(index) for index in range(len(new))]
+        slots = [SLOT.format(index) for index in range(len(new))]
         shown = self._between(prompt, before, new, slots)
         for role, slot in zip(roles, slots, strict=True):
             if slot not in shown:
@@ -416,18 +393,15 @@ class Renderer:
             whole = self._template(Prompt("probe"), messages, opened=False)
         except DataError:
             return self.plain_end
-        self._controls |= {
-            index: self._added[index]
-            for index in {*self._encode(whole)} & self._added.keys()
-            if self._added[index] not in (_THINK, _END_THINK)
-        }
-        begins = self._encode(whole.partition(_QUESTION)[0])
+        marks, written = self._text.marks, set(self._text.encode(whole))
+        self._text.guard(index for index in written & marks.keys() if marks[index] not in (_THINK, _END_THINK))
+        begins = self._text.encode(whole.partition(_QUESTION)[0])
         follows = whole.rpartition(_ANSWER)[2].rpartition(_NEXT)[0]
         for text in (last, follows):
-            index = next((index for index in self._encode(text) if index in self._added), None)
+            index = next((index for index in self._text.encode(text) if index in marks), None)
             if index is None:
                 continue
-            before, token, _ = text.partition(self._added[index])
+            before, token, _ = text.partition(marks[index])
             if text is last or (not before.strip() and (index in ends or index not in begins)):
                 return TurnEnd(index, before + token, last)
         return replace(self.plain_end, rest=last)
@@ -449,112 +423,9 @@ class Renderer:
         thought, _, rest = text.partition(_END_THINK)
         return thought.lstrip().removeprefix(_THINK).strip("\n"), rest.lstrip("\n")
 
-    def _hidden(self, render: Callable[[_Untrusted], str], untrusted: _Untrusted) -> tuple[str, list[str]]:
-        """`render(untrusted)` with a slot for every special token that a string in `untrusted` spells out, and these.
-
-        Raises TemplateError for a template that looks at them: it would write something else.
-        """
-        spelled: list[str] = []
-
-        def hide(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {hide(key): hide(item) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return type(value)(map(hide, value))
-            return self._slotted(value, spelled) if isinstance(value, str) else value
-
-        hidden = hide(untrusted)
-        if not spelled:
-            return render(untrusted), []
-        text = render(hidden)
-        if _fill(text, spelled) != render(untrusted):
-            raise TemplateError(
-                f"a text spells {spelled[0]!r}, and the chat template writes something else where it does; take it out of the "
-                "data, or change chat_template in the tokenizer's configuration"
-            )
-        return text, spelled
-
-    def _slotted(self, text: str, spelled: list[str]) -> str:
-        """The text with a slot for every control token that it spells out; these are added to `spelled`."""
-
-        def slot(match: re.Match[str]) -> str:
-            spelled.append(match[0])
-            return _SLOT.format(len(spelled) - 1)
-
-        return self._spelled.sub(slot, text)
-
-    def _encode_around(
-        self, render: Callable[[_Untrusted], str], untrusted: _Untrusted, *, begins: bool = False
-    ) -> list[int]:
-        """Ids of `render(untrusted)`, a special token being one only in what `render` itself writes."""
-        return self._encode_filled(*self._hidden(render, untrusted), begins=begins)
-
-    def _encode_filled(self, text: str, spelled: Sequence[str], *, begins: bool = False) -> list[int]:
-        """Ids of a text with slots; what stands between two control tokens is read as plain text where it has one."""
-        if not spelled:
-            return self.encode_question(text) if begins else self._encode(text)
-        if begins and not self.has_template:
-            return self._encode_plain(_fill(text, spelled))
-        ids, trusted = list[int](), ""
-        parts = re.split(f"({self._control.pattern})", text)
-        for at, part in enumerate(parts):
-            if not _SLOTS.search(part):
-                trusted += part
-                continue
-            before, behind = (parts[i] if 0 <= i < len(parts) else "" for i in (at - 1, at + 1))
-            part = part.lstrip() if before in self._eats_behind else part
-            part = part.rstrip() if behind in self._eats_before else part
-            ids += [*self._encode(trusted), *self._encode_untrusted(_fill(part, spelled))]
-            trusted = ""
-        return [*ids, *self._encode(trusted)]
-
-    def _encode_untrusted(self, text: str) -> list[int]:
-        """Raises DataError where a control token that the text spells out cannot be kept as text."""
-        if not self._spelled.search(text):
-            return self._encode(text)
-        ids = self._encode(text, split_special_tokens=True)
-        found = self._controls.keys() & set(ids)
-        if found:
-            raise DataError(
-                f"the text {text[:SHOWN_CHARS]!r} spells {self._controls[min(found)]!r}, which the tokenizer cannot keep as "
-                "text: take it out of the data, or make it a special token in the tokenizer's configuration"
-            )
-        return ids
-
-    def _encode_plain(self, text: str, quoted: Sequence[str] = ()) -> list[int]:
-        """With the special tokens that the tokenizer adds by itself, but an EOS at the end.
-
-        Control tokens that the text spells are text where they stand in one of `quoted`, or everywhere if nothing is.
-        """
-        if quoted and self._control.search(text):
-            spelled: list[str] = []
-            parts = re.compile("|".join(re.escape(part) for part in sorted(quoted, key=len, reverse=True)))
-            plain = self._encode_filled(parts.sub(lambda found: self._slotted(found[0], spelled), text), spelled)
-            probe, bare = self._encode("1", add_special_tokens=True), self._encode("1")
-            first = next(index for index in range(len(probe)) if probe[index : index + len(bare)] == bare)
-            return [*probe[:first], *plain]
-        plain = self._encode_untrusted(text)
-        if self.tokenizer.num_special_tokens_to_add() == 0:
-            return plain
-        ids = self._encode(text, add_special_tokens=True, split_special_tokens=bool(self._spelled.search(text)))
-        closes_itself = ids[-1:] == [self.tokenizer.eos_token_id] and plain[-1:] != ids[-1:] and len(ids) > 1
-        return ids[:-1] if closes_itself else ids
-
-    def _encode(self, text: str, **options: bool) -> list[int]:
-        try:
-            with self._lock:
-                return list(self.tokenizer(text, **({"add_special_tokens": False} | options))["input_ids"])
-        except Exception as error:  # what `tokenizers` raises has no type of its own
-            raise DataError(f"the tokenizer cannot encode {text[:SHOWN_CHARS]!r}: {error}") from error
-
-    def _normalised(self, text: str) -> str:
-        normaliser = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
-        return "".join((text if normaliser is None else normaliser.normalize_str(text)).split())
-
-
-def _fill(text: str, spelled: Sequence[str]) -> str:
-    """The text with what the slots stand for."""
-    return _SLOTS.sub(lambda match: spelled[int(match[1])], text)
+    def _encode_around(self, render: Callable[[Untrusted], str], untrusted: Untrusted) -> list[int]:
+        """Ids of `render(untrusted)`, a control token being one only in what `render` itself writes."""
+        return self._text.around(*self._text.hidden(render, untrusted))
 
 
 def _last_tag(text: str) -> str:
