@@ -18,7 +18,7 @@ _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | 
 _END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(?P<bare>[^\s$.,\\{}]+)|)|\\.|[{}]", re.DOTALL)
 r"""Boxes (`\boxed 3` too: solutions of MATH write it), braces, and what a backslash escapes (`\{` is no brace)."""
-_JOINT = re.compile(r"[\s$()\\]*(?:[,;]|(?:, ?)?(?:and|or|\\text\{ ?(?:and|or) ?\}))?[\s$()\\]*")
+_JOINT = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
 """What may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
 _HASHES = re.compile(r"####[ \t]*(.*)")
 _SENTENCE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*", re.IGNORECASE)
@@ -131,6 +131,8 @@ def _last_box(text: str) -> tuple[bool, str]:
     if not boxes or boxes[-1][0] != last_start:
         return last_start >= 0, ""
     contents = [text[boxes[-1][1] : boxes[-1][2]]]
+    if not contents[0].strip():
+        return True, ""
     for (_, start, end), (later, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _JOINT.fullmatch(text, end + 1 if text[end : end + 1] == "}" else end, later):
             break
@@ -140,12 +142,12 @@ def _last_box(text: str) -> tuple[bool, str]:
 
 
 def _unwrap(answer: str) -> str:
-    """Without what stands around an answer in a sentence: white space, bold, a full stop, dollar signs or brackets."""
+    """Without what stands around an answer in a sentence: white space, bold, punctuation, dollar signs or brackets."""
     answer = answer.strip()
     if answer.startswith("*"):
         answer = re.sub(r"^\*\*(.+?)\*\*", r"\1", answer)
     answer = answer.strip("* ")
-    if answer.endswith(".") and not answer.endswith(("\\.", "..")):
+    if answer.endswith((".", ",", ";")) and not answer.endswith(("\\.", "..", "\\,", "\\;")):
         answer = answer[:-1].rstrip(" *")
     if not answer.startswith(("$", "\\(", "\\[")):
         return answer
@@ -153,5 +155,5 @@ def _unwrap(answer: str) -> str:
         end = answer.rfind(closing)
         inner = answer[len(opening) : end]
         if answer.startswith(opening) and end >= len(opening) and not re.search(r"(?<!\\)\$", inner + " "):
-            return f"{inner.strip()} {answer[end + len(closing) :]}".strip().removesuffix(".")
+            return f"{_unwrap(inner)} {answer[end + len(closing) :]}".strip()
     return answer

@@ -141,6 +141,8 @@ _NO_ARITHMETIC = re.compile(r"\d:\d|\d{4}-\d\d?-\d\d?\b|\d/\d+/\d")
 
 def plain(answer: str) -> str:
     r"""One spelling of what has several: `\dfrac`, unicode symbols and digits, `\text{...}`, thousands, bases, spacing."""
+    if len(re.findall(r"(?<!\\)\$", answer)) % 2 == 0:
+        answer = re.sub(r"(?<!\\)\$", " ", answer)  # they delimit; a lone one is a currency
     answer = re.sub("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+", lambda match: f"^{{{_compatible(match[0])}}}", answer)
     answer = re.sub("[\u2080-\u2089]+", lambda match: f"_{{{_compatible(match[0])}}}", answer)
     answer = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: " " + _compatible(match[0]), answer)
@@ -275,10 +277,10 @@ def words(text: str) -> str:
 
 
 def without_names(answer: str, reference: str) -> str:
-    r"""The answer without "x =" or "x \in" before its parts, where the reference has no relation."""
+    r"""The answer without "x =" or "x \in" before its parts, where the reference is no equation."""
     names = [match["name"] or "" for match in _LEAD.finditer(answer)]
     # "y = 1, x = 2" must not become (1, 2)
-    if _RELATION.search(reference) or names != sorted(names) or any(name.lower() in _NOT_NAMES for name in names):
+    if "=" in reference or names != sorted(names) or any(name.lower() in _NOT_NAMES for name in names):
         return answer
     return _LEAD.sub(" ", answer).strip()
 
