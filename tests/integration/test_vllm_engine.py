@@ -63,6 +63,7 @@ def setup_of(
     tmp_path: Path,
     *,
     vocab_size: int | None = None,
+    absent: tuple[int, ...] = (),
     stop_ids: tuple[int, ...] = (EOS,),
     sampling: Sampling = LONG,
 ) -> EngineSetup:
@@ -70,6 +71,7 @@ def setup_of(
         model=model,
         tokenizer=letters(vocab_size or NUM_ROWS),
         vocab_size=vocab_size or NUM_ROWS,
+        absent=absent,
         stop_ids=stop_ids,
         autocast=None,
         seed=0,
@@ -87,6 +89,7 @@ def make_engine(
     stubs: int = 1,
     stub: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
+    absent: tuple[int, ...] = (),
     stop_ids: tuple[int, ...] = (EOS,),
     sampling: Sampling = LONG,
     **section: Any,
@@ -99,9 +102,8 @@ def make_engine(
             server.logprobs_mode = section.get("mode", "raw_logprobs")
         section.pop("mode", None)
         given = {"url": tuple(server.url for server in servers)} | PATIENCE | section
-        made = VLLMEngine(
-            VLLM(**given), setup_of(model, tmp_path, vocab_size=vocab_size, stop_ids=stop_ids, sampling=sampling)
-        )
+        setup = setup_of(model, tmp_path, vocab_size=vocab_size, absent=absent, stop_ids=stop_ids, sampling=sampling)
+        made = VLLMEngine(VLLM(**given), setup)
         yield stack.enter_context(closing(made)), servers
 
 
@@ -489,6 +491,20 @@ def test_a_response_ends_before_a_token_that_does_not_exist(tmp_path: Path, monk
     # a tenth of the tokens is padding
     assert len(short) > len(samples) // 2
     assert all(sample.truncated for sample in short)
+
+
+@pytest.mark.parametrize("may_forbid", [True, False])
+def test_ids_between_those_of_the_student_are_never_written(
+    may_forbid: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("understudy.engines.vllm.engine.MAX_BIASED", 5 if may_forbid else 1)
+    model = model_of(sharp=0.1)
+    with make_engine(model, tmp_path, vocab_size=36, absent=(20,), stop_ids=()) as (engine, servers):
+        push(engine, model)
+        samples = engine.generate(requests(8), LONG, step=0)
+        bias = servers[0].asked("/v1/completions")[-1].body.get("logit_bias", {})
+    assert sorted(map(int, bias)) == ([20, 36, 37, 38, 39] if may_forbid else [])
+    assert not {20, 36, 37, 38, 39} & {token for sample in samples for token in sample.response_ids.tolist()}
 
 
 def test_a_group_is_one_request(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tests.runs import BUILD, distillation, metric_rows, save_tiny_model, tiny_recipe, train
 from tests.serving import serve_beside
-from tests.tiny_models import letters, plain_logp, sample, scored, tiny
+from tests.tiny_models import letters, plain_logp, request, sample, scored, tiny
 from understudy import config
+from understudy.engines import HFEngine
 from understudy.errors import RecipeError, ScoreError, VocabularyError
 from understudy.linear import LMHead, evaluate
 from understudy.methods import EOPD, GKD, OPD, Method, TopK
-from understudy.models import build_causal_lm, compare_vocabularies, load_tokenizer, save_hf, vocabulary_size
+from understudy.models import build_causal_lm, compare_vocabularies, lm_head, load_tokenizer, save_hf, vocabulary_size
 from understudy.packing import pack
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
@@ -29,7 +30,7 @@ from understudy.teachers import LocalTeacher, Setup
 from understudy.teachers.remote.score_check import MAX_FOREIGN_MASS, RawScores
 from understudy.teachers.remote.score_check import check as check_scores
 from understudy.teachers.remote.served import Served
-from understudy.types import Sample, Scores
+from understudy.types import Sample, Sampling, Scores
 
 SHARED, TEACHER = 36, 40
 """Tokens of the student, and of the teacher: four more, which hold a good part of its probability."""
@@ -37,11 +38,18 @@ K = 5
 EXACT = 1e-12
 
 
+GAPS = (7, 20)
+"""Ids between the student's that only the teacher has a token for."""
+OWN = [index for index in range(SHARED) if index not in GAPS]
+
+
 def samples() -> list[Sample]:
+    """In tokens that the student has with gaps too."""
     generator = torch.Generator().manual_seed(1)
     lengths = [(3, 5), (1, 4), (9, 2), (9, 3), (2, 11)]
+    own = torch.tensor(OWN[2:])
     return [
-        sample(f"p{i}", *(torch.randint(2, SHARED, (n,), generator=generator).tolist() for n in pair))
+        sample(f"p{i}", *(own[torch.randint(len(own), (n,), generator=generator)].tolist() for n in pair))
         for i, pair in enumerate(lengths)
     ]
 
@@ -89,12 +97,14 @@ METHODS: dict[str, Method] = {
 }
 
 
+@pytest.mark.parametrize("absent", [(), GAPS])
 @pytest.mark.parametrize("extra_ids", ["mask", "tail"])
 @pytest.mark.parametrize("name", METHODS)
-def test_loss_and_gradient_are_those_of_the_formula(name: str, extra_ids: Any) -> None:
-    """float64. Masked, the teacher is its softmax over the student's tokens; in the tail, the four take what they have."""
+def test_loss_and_gradient_are_those_of_the_formula(name: str, extra_ids: Any, absent: tuple[int, ...]) -> None:
+    """float64. Masked, the teacher is its softmax over the student's tokens; in the tail, the others take what they have."""
     method, model = METHODS[name], teacher_model()
-    teacher = LocalTeacher.beside(setup(), model, extra_ids)
+    teacher = LocalTeacher.beside(setup(absent=absent), model, extra_ids)
+    own = torch.tensor(OWN if absent else range(SHARED))
     if extra_ids == "tail" and name == "gkd":
         with pytest.raises(ScoreError, match=r"cannot give \['full'\]"):
             teacher.score(samples(), method.needs)
@@ -102,16 +112,18 @@ def test_loss_and_gradient_are_those_of_the_formula(name: str, extra_ids: Any) -
     batch = pack(scored(samples(), teacher.score(samples(), method.needs, k=K)))
     q = teacher_rows(model)
     assert float(q[:, SHARED:].sum(-1).max()) > 0.1
-    kept = q[:, :SHARED] / q[:, :SHARED].sum(-1, keepdim=True) if extra_ids == "mask" else q[:, :SHARED]
+    kept = q[:, own] / q[:, own].sum(-1, keepdim=True) if extra_ids == "mask" else q[:, own]
     z = torch.randn(len(batch), SHARED, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
-    expected = by_hand(name, kept, theirs, batch.target)
+    # the student has a row for each gap as well, which is no token
+    expected = by_hand(name, kept, theirs[:, own], torch.searchsorted(own, batch.target))
     expected.backward()
     full = None
     if "full" in method.needs:
         hidden = [one.hidden for one in teacher.score(samples(), method.needs) if one.hidden is not None]
         full = torch.cat(hidden), teacher.head_for(None)
-    found = evaluate(method, batch, ours, LMHead(torch.eye(SHARED, dtype=torch.float64)), teacher=full)
+    head = LMHead(torch.eye(SHARED, dtype=torch.float64), absent=torch.tensor(absent) if absent else None)
+    found = evaluate(method, batch, ours, head, teacher=full)
     found.loss.backward()
     assert ours.grad is not None
     assert theirs.grad is not None
@@ -141,16 +153,24 @@ def test_scores_by_hand(extra_ids: Any) -> None:
     assert same[0] == same[1]
 
 
+@pytest.mark.parametrize("absent", [(), GAPS])
 @pytest.mark.parametrize("extra_ids", ["mask", "tail"])
-def test_a_served_teacher_gives_the_same(extra_ids: Any) -> None:
+def test_a_served_teacher_gives_the_same(extra_ids: Any, absent: tuple[int, ...]) -> None:
     """Also where several responses share a prompt, which is read once."""
     model = teacher_model()
-    shared = [sample("one", range(2, 32), range(2 + i, 2 + i + n)) for i, n in enumerate((4, 5, 1, 5, 9))]
+    shared = [sample("one", range(2, 32), OWN[2 + i : 2 + i + n]) for i, n in enumerate((4, 5, 1, 5, 9))]
     needs = [{"sampled"}, {"topk"}, {"full"}] if extra_ids == "mask" else [{"sampled"}, {"topk"}]
     with serve_beside(Scorer(model, letters(TEACHER), name="tiny"), Settings(model="tiny", port=0)) as url:
-        teacher = Served(url=url, tokenizer="named", extra_ids=extra_ids).open(setup())
-        local = LocalTeacher.beside(setup(), model, extra_ids)
+        into = setup(absent=absent)
+        teacher = Served(url=url, tokenizer="named", extra_ids=extra_ids).open(into)
+        local = LocalTeacher.beside(into, model, extra_ids)
         try:
+            if extra_ids == "mask":
+                ours, theirs = teacher.head_for(None), local.head_for(None)
+                hidden = torch.randn(3, 32, dtype=torch.float64)
+                assert ours is not None
+                assert torch.equal(ours.logits(hidden), theirs.logits(hidden))
+                assert float(ours.logits(hidden).softmax(-1)[:, list(absent)].sum()) == 0.0
             for need in needs:
                 for some in (samples(), shared):
                     _close(teacher.score(some, frozenset(need), k=K), local.score(some, frozenset(need), k=K))
@@ -180,6 +200,37 @@ def test_a_known_token_stays_in_the_tail_behind_http() -> None:
         assert (answer.scores is None) == lost
         if answer.scores is not None and answer.scores.topk_ids is not None:
             assert answer.scores.topk_ids.tolist() == [[2, 3]]
+
+
+def test_a_gap_is_dropped_from_rows_behind_http() -> None:
+    raw = RawScores([2], [-0.2], [[(2, -0.2), (5, -2.5), (3, -7.0)]])
+    answer = check_scores(sample("p", [1], [2]), raw, k=2, num_top=3, vocab_size=9, absent=(5,), teacher_size=9)
+    assert answer.scores is not None
+    assert answer.scores.topk_ids is not None
+    assert answer.scores.topk_ids.tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_a_gap_has_no_probability_and_no_gradient(name: str) -> None:
+    """Also under a soft-cap, whose derivative is taken at the logit."""
+    model = tiny(name, sharp=3.0)
+    head = lm_head(model, vocab_size=SHARED, absent=GAPS)
+    teacher = lm_head(tiny(name, sharp=2.0), vocab_size=SHARED, absent=GAPS)
+    hidden = torch.randn(6, 32, dtype=torch.float64)
+    batch = pack(samples()[:1])
+    states = hidden[: len(batch)]
+    for beta in (0.0, 0.3, 1.0):
+        model.zero_grad()
+        evaluate(GKD(beta=beta), batch, states, head, teacher=(states, teacher)).loss.backward()
+        grad = head.weight.grad
+        assert grad is not None
+        assert bool(grad.isfinite().all())
+        assert float(grad[list(GAPS)].abs().max()) == 0.0
+        assert float(grad[OWN].abs().max()) > 0.0
+    engine = HFEngine(model, letters(SHARED), seed=0, stop_ids=(1,), vocab_size=SHARED, absent=GAPS)
+    asked = [request(f"r{index}", [3, 4]) for index in range(200)]
+    written = engine.generate(asked, Sampling(max_new_tokens=8, temperature=3.0), step=0)
+    assert not set(GAPS) & {token for one in written for token in one.response_ids.tolist()}
 
 
 # --- recipes
@@ -240,6 +291,34 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         VocabularyError, match=r"4 of the student's 21 tokens: 17 is '<think>' for the student and absent"
     ):
         check(config.parse(Recipe, tiny_recipe(tmp_path, **changes)))
+
+
+def test_a_student_with_gaps_learns(tmp_path: Path) -> None:
+    """Its tokenizer lacks three of the teacher's tokens, one of them last."""
+    larger = save_larger(tmp_path / "larger")
+    changes = distillation(tmp_path, teacher={"type": "local", "model": larger}, train={"steps": 2})
+    changes["student"] = {"model": save_larger(tmp_path / "student"), "build": None}
+    path = tmp_path / "student" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    lacking = ("<think>", "<tool>", "</tool>")
+    values["added_tokens"] = [one for one in values["added_tokens"] if one["content"] not in lacking]
+    # else it would take the next free id
+    values["model"]["vocab"]["</think>"] = len(build_tokenizer("addition")) + 1
+    path.write_text(json.dumps(values))
+    student = load_tokenizer(str(tmp_path / "student"))
+    size = len(build_tokenizer("addition"))
+    assert student.get_vocab()["</think>"] == size + 1
+    assert compare_vocabularies(student, load_tokenizer(larger)) == {
+        size: "<think>",
+        size + 2: "<tool>",
+        size + 3: "</tool>",
+    }
+    run_dir = train(tmp_path, examine=True, **changes)
+    assert all(row["loss"] is not None for row in metric_rows(run_dir))
+    rows = [
+        json.loads(line) for file in (run_dir / "samples").glob("*.jsonl") for line in file.read_text().splitlines()
+    ]
+    assert "<think>" not in json.dumps(rows)
 
 
 def test_qwen_with_four_tokens_less(shared: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ class EngineSetup:
     model: nn.Module
     tokenizer: Any
     vocab_size: int
+    absent: tuple[int, ...] = ()
+    """Ids below `vocab_size` that are no tokens."""
     stop_ids: tuple[int, ...]
     autocast: torch.dtype | None
     seed: int
@@ -38,6 +40,7 @@ class EngineSetup:
             seed=self.seed,
             stop_ids=self.stop_ids,
             vocab_size=self.vocab_size,
+            absent=self.absent,
             autocast=self.autocast,
         )
 

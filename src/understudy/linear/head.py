@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from understudy.lazy import Tensor, torch
 
+ABSENT = -1e5
+"""Logit of an id that is no token. Its probability is exactly 0, in float64 too, and differences with it stay finite."""
 TILE_ELEMENTS = 4 * 1024 * 1024
 """Weights of a 16-bit head that are upcast at a time: 16 MiB in float32."""
 
@@ -16,7 +18,8 @@ class LMHead:
     """`logits = softcap(scale * (hidden @ weight.T + bias)) / temperature`, over the first `vocab_size` rows of `weight`.
 
     `softcap(z) = cap * tanh(z / cap)`; None: the identity. Rows past `vocab_size` are padding of the embedding: they are
-    cut off before the softmax and get a zero gradient.
+    cut off before the softmax and get a zero gradient. Ids in `absent` are no tokens either: their logits are `ABSENT`, which
+    leaves them no probability and no gradient.
 
     Raises ValueError for shapes that do not fit and for a temperature, scale or cap that is not positive.
     """
@@ -29,6 +32,8 @@ class LMHead:
     scale: float = 1.0
     temperature: float = 1.0
     vocab_size: int | None = None
+    absent: Tensor | None = None
+    """[A] ids below `vocab_size`."""
 
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
@@ -53,7 +58,8 @@ class LMHead:
         z = z * self.scale
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
-        return z / self.temperature
+        z = z / self.temperature
+        return z if self.absent is None else z.index_fill(-1, self.absent, ABSENT)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -90,6 +96,8 @@ def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
     if head.temperature != 1.0:
         z.div_(head.temperature)
+    if head.absent is not None:
+        z.index_fill_(-1, head.absent, ABSENT)
     return z
 
 

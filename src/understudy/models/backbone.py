@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -47,8 +47,11 @@ def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -
     return cast("Tensor", output.last_hidden_state)
 
 
-def lm_head(model: nn.Module, *, temperature: float = 1.0, vocab_size: int | None = None) -> LMHead:
-    """The model's head with its live weight and bias, soft-cap and scale, at a temperature, cut to `vocab_size`.
+def lm_head(
+    model: nn.Module, *, temperature: float = 1.0, vocab_size: int | None = None, absent: Sequence[int] = ()
+) -> LMHead:
+    """The model's head with its live weight and bias, soft-cap and scale, at a temperature, cut to `vocab_size` and without the
+    ids that are `absent`.
 
     Raises RecipeError for a model without an output layer, VocabularyError when it has fewer rows than `vocab_size`.
     """
@@ -74,6 +77,7 @@ def lm_head(model: nn.Module, *, temperature: float = 1.0, vocab_size: int | Non
         scale=scale,
         temperature=temperature,
         vocab_size=vocab_size,
+        absent=torch.tensor(absent, device=layer.weight.device) if absent else None,
     )
 
 

@@ -81,28 +81,26 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def compare_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> dict[int, str]:
-    """The tokens that the teacher has behind all of the student's, by id; empty where the two have the same.
+    """The tokens that the teacher has and the student has not, by id; empty where the two have the same.
 
-    Raises VocabularyError that names the first ids, up to the student's highest, at which the two have different tokens or
-    one of them has none.
+    Raises VocabularyError that names the first of the student's tokens that are not the teacher's.
     """
     student, teacher = (
         {int(index): str(token) for token, index in tokenizer.get_vocab().items()}
         for tokenizer in (student_tokenizer, teacher_tokenizer)
     )
-    size = max(student) + 1
-    differing = [index for index in range(size) if student.get(index) != teacher.get(index)]
+    differing = sorted(index for index, token in student.items() if teacher.get(index) != token)
     if differing:
         shown = "; ".join(
-            f"{index} is {_show(student.get(index))} for the student and {_show(teacher.get(index))} for the teacher"
+            f"{index} is {student[index]!r} for the student and {_show(teacher.get(index))} for the teacher"
             for index in differing[:_SHOWN]
         )
         raise VocabularyError(
-            f"the tokenizers differ in {len(differing)} of the student's {size} tokens: {shown}. Token scores only mean "
-            "something where both read the same tokens: choose models of one family, or a student whose tokens the teacher "
-            "begins with"
+            f"the tokenizers differ in {len(differing)} of the student's {len(student)} tokens: {shown}. Token scores only "
+            "mean something where both read the same tokens: choose models of one family, or a teacher that has all of the "
+            "student's tokens"
         )
-    return {index: token for index, token in sorted(teacher.items()) if index >= size}
+    return {index: token for index, token in sorted(teacher.items()) if index not in student}
 
 
 def name_tokens(tokens: Mapping[int, str]) -> str:

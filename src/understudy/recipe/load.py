@@ -112,6 +112,12 @@ class Tokenizers:
             self._others[source] = tokenizer, compare_vocabularies(self.student, tokenizer)
         return self._others[source]
 
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """Ids between those of the student that only teachers have a token for. Raises VocabularyError."""
+        size = vocabulary_size(self.student)
+        return tuple(sorted({index for source in self.sources for index in self.other(source)[1] if index < size}))
+
     def compare_ends(self) -> None:
         """Raises VocabularyError for a teacher that reads the student's ids and ends a response with another token.
 
@@ -155,9 +161,8 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     tokenizers = tokenizers or Tokenizers(recipe)
     tokenizer = tokenizers.student
     vocab_size = vocabulary_size(tokenizer)
-    for source in tokenizers.sources:
-        # raises where a teacher has other tokens
-        tokenizers.other(source)
+    # raises where a teacher has other tokens
+    absent = tokenizers.absent
     tokenizers.compare_ends()
     student, lora = recipe.student, recipe.student.lora
     model = load_base(recipe, tokenizer, vocab_size, device, None if lora else resume_from)
@@ -179,6 +184,7 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         model=model.train(),
         device=device,
         vocab_size=vocab_size,
+        absent=absent,
         # imitation knows no rollout temperature
         temperature=recipe.temperature if recipe.uses.own_samples or recipe.run_method.needs & TOKEN_SCORES else 1.0,
         compute_dtype=compute_dtype(recipe, model.dtype, device),
@@ -361,6 +367,7 @@ def teacher_setup(
     return Setup(
         name=name,
         vocab_size=loaded.vocab_size,
+        absent=loaded.absent,
         teacher_tokenizer=None if source is None else loaded.tokenizers.other(source)[0],
         temperature=recipe.temperature,
         device=loaded.device,
@@ -414,6 +421,7 @@ def engine_setup(recipe: Recipe, loaded: Loaded) -> EngineSetup:
         model=loaded.model,
         tokenizer=loaded.renderer.tokenizer,
         vocab_size=loaded.vocab_size,
+        absent=loaded.absent,
         stop_ids=loaded.renderer.stop_ids,
         autocast=loaded.compute_dtype,
         seed=recipe.seed,

@@ -14,7 +14,7 @@ from understudy.models.backbone import evaluating
 from understudy.serve.prompts import can_continue, continued_hidden, is_worth
 from understudy.teachers import LocalTeacher
 from understudy.teachers.grouping import by_prompt, chunks
-from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE, score_rows
+from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE
 from understudy.teachers.remote.protocol import (
     About,
     ScoreReply,
@@ -102,13 +102,15 @@ class Scorer:
     def check(self, request: ScoreRequest) -> None:
         """Raises Refusal, naming the sample, for unknown tokens and for sequences that the model cannot read."""
         head = lm_head(self._model)
-        size = request.softmax_size or request.vocab_size
+        size, absent = request.tail_size or request.vocab_size, set(request.absent.tolist())
         if not request.vocab_size <= size <= head.num_tokens:
             raise Refusal(
-                422, f"vocab_size is {request.vocab_size}, softmax_size {size}, and the head has {head.num_tokens} rows"
+                422, f"vocab_size is {request.vocab_size}, tail_size {size}, and the head has {head.num_tokens} rows"
             )
-        if size > request.vocab_size and "full" in request.need:
-            raise Refusal(422, "need is full, and whole rows over vocab_size have no room for the rest of softmax_size")
+        if absent and not 0 <= min(absent) <= max(absent) < request.vocab_size:
+            raise Refusal(
+                422, f"absent holds {min(absent)} to {max(absent)}; they must lie in [0, {request.vocab_size})"
+            )
         limit = num_positions(self._model)
         longest = int(request.lengths.argmax())
         # the last token of a sequence is never read
@@ -121,13 +123,15 @@ class Scorer:
         lowest, highest = int(request.tokens.min()), int(request.tokens.max())
         if lowest < 0 or highest >= self._num_embedded:
             raise Refusal(422, f"tokens holds {lowest} to {highest}; they must lie in [0, {self._num_embedded})")
-        if highest < request.vocab_size:
+        if highest < request.vocab_size and not absent:
             return
         for index, sample in enumerate(_samples(request)):
-            if foreign := [token for token in sample.response_ids.tolist() if token >= request.vocab_size]:
+            ids = sample.response_ids.tolist()
+            if foreign := [token for token in ids if token >= request.vocab_size or token in absent]:
                 raise Refusal(
                     422,
-                    f"the response of sample {index} holds token {foreign[0]}, and vocab_size is {request.vocab_size}",
+                    f"the response of sample {index} holds token {foreign[0]}, and vocab_size is {request.vocab_size}"
+                    + (f", without {len(absent)} ids that are absent" if absent else ""),
                 )
 
     def reply_bytes(self, request: ScoreRequest) -> int:
@@ -168,11 +172,18 @@ class Scorer:
                     found.update(zip(group, self._continue(request, together), strict=True))
         rest = [index for index in range(len(samples)) if index not in found]
         if rest:
-            sizes = {"vocab_size": request.vocab_size, "softmax_size": request.softmax_size}
-            view = self._view(temperature=request.temperature, **sizes)
-            whole = view.score([samples[index] for index in rest], request.need, k=request.k)
+            whole = self._view_of(request).score([samples[index] for index in rest], request.need, k=request.k)
             found.update(zip(rest, whole, strict=True))
         return [found[index] for index in range(len(samples))]
+
+    def _view_of(self, request: ScoreRequest) -> LocalTeacher:
+        """The weights as the teacher that the request asks."""
+        return self._view(
+            temperature=request.temperature,
+            vocab_size=request.vocab_size,
+            absent=tuple(request.absent.tolist()),
+            tail_size=request.tail_size,
+        )
 
     def _continue(self, request: ScoreRequest, samples: list[Sample]) -> list[Scores]:
         """Samples with one prompt."""
@@ -181,10 +192,7 @@ class Scorer:
             states = continued_hidden(self._model, prompt, responses, self.max_batch_tokens, self._device)
         fields: dict[str, Sequence[Tensor]] = {"hidden": states} if "full" in request.need else {}
         if request.need & {"sampled", "topk"}:
-            size = request.softmax_size or request.vocab_size
-            head = lm_head(self._model, temperature=request.temperature, vocab_size=size)
-            target = torch.cat(responses).to(self._device)
-            rows = score_rows(torch.cat(states), head, target, k=request.k, num_ids=request.vocab_size)
+            rows = self._view_of(request).score_rows(torch.cat(states), torch.cat(responses), request.k)
             sizes = [len(response) for response in responses]
             fields |= {name: value.cpu().split(sizes) for name, value in rows.items()}
         return [

@@ -61,6 +61,8 @@ class Setup:
     """As prompts name the teacher."""
     vocab_size: int
     """The student's tokens, which the teacher has too; rows of a head past them are cut off."""
+    absent: tuple[int, ...] = ()
+    """Ids below `vocab_size` that only teachers have a token for."""
     teacher_tokenizer: Any = None
     """The teacher's own, compared with the student's; None: the student's, or nobody says."""
     temperature: float = 1.0
@@ -90,6 +92,11 @@ class Setup:
         """The teacher's tokens, at least the student's."""
         own = 0 if self.teacher_tokenizer is None else vocabulary_size(self.teacher_tokenizer)
         return max(own, self.vocab_size)
+
+    @property
+    def tail_size(self) -> int | None:
+        """The teacher's tokens where some are not the student's, else None: there is no difference in a tail."""
+        return self.teacher_size if self.absent or self.teacher_size > self.vocab_size else None
 
 
 @dataclass(frozen=True, kw_only=True)

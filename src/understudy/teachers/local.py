@@ -14,7 +14,7 @@ from typing import Any
 from understudy.errors import RecipeError, ScoreError
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear import score
-from understudy.linear.head import LMHead, project
+from understudy.linear.head import ABSENT, LMHead, project
 from understudy.models import backbone_hidden, lm_head, num_positions, row_style, unwrap
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
@@ -32,7 +32,7 @@ from understudy.teachers.base import (
     check_rendering,
     gives_of,
 )
-from understudy.types import Need, Prompt, Sample, Sampling, Scores
+from understudy.types import Need, Prompt, Sample, Sampling, Scores, map_tensors
 
 MAX_BATCH_TOKENS = {"cpu": 2_048}
 """Slots of one forward where activations should stay in a processor's cache: 1.4 times as fast as 16,384."""
@@ -156,9 +156,10 @@ REFERENCES: dict[str, type[TeacherSection]] = {"start": Start, "local": Local}
 class LocalTeacher(Teacher):
     """Any causal language model: sampled-token scores, top-K of the full softmax, or hidden states.
 
-    Scores are those at `temperature`, the student's, over the first `vocab_size` tokens: padding rows of the head are cut
-    off before the softmax. `softmax_size`, which is more where the teacher has tokens of its own, is that of the softmax alone;
-    whole rows cannot be had then. The weights stay in their own precision; softmaxes are in float32 (float64 for float64).
+    Scores are those at `temperature`, the student's, over the first `vocab_size` tokens without those in `absent`: padding
+    rows of the head are cut off before the softmax. With `tail_size` the softmax is over that many tokens, all that the
+    teacher has; the student's alone are in a row of K, and whole rows cannot be had. The weights stay in their own precision;
+    softmaxes are in float32 (float64 for float64).
 
     `around`: entered for every use of a model that someone else trains, to switch its adapters off. Such a model is not
     frozen here, and nothing else may run it meanwhile.
@@ -173,7 +174,8 @@ class LocalTeacher(Teacher):
         *,
         name: str,
         vocab_size: int,
-        softmax_size: int | None = None,
+        absent: tuple[int, ...] = (),
+        tail_size: int | None = None,
         temperature: float = 1.0,
         max_batch_tokens: int | None = None,
         device: str | torch.device | None = None,
@@ -189,12 +191,11 @@ class LocalTeacher(Teacher):
         self._style = row_style(model)
         self.name = name
         self._vocab_size = vocab_size
-        self._softmax_size = softmax_size or vocab_size
+        self._absent = absent
+        self._tail_size = tail_size
         self.temperature = temperature
         self._offload = offload
-        self._device = (
-            lm_head(model, vocab_size=self._softmax_size).weight.device if device is None else torch.device(device)
-        )
+        self._device = self._head().weight.device if device is None else torch.device(device)
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
         self._max_batch_tokens = max_batch_tokens or default
         # several threads may ask, and write with it, where generation overlaps with the update
@@ -203,9 +204,16 @@ class LocalTeacher(Teacher):
     @staticmethod
     def beside(setup: Setup, model: nn.Module, extra_ids: ExtraIds = "mask", **options: Any) -> LocalTeacher:
         """The model as a teacher of the run that `setup` describes; `options` as those of the class."""
-        size = setup.teacher_size if extra_ids == "tail" else setup.vocab_size
-        names = ("name", "vocab_size", "temperature", "device", "generate")
-        return LocalTeacher(model, softmax_size=size, **{name: getattr(setup, name) for name in names}, **options)
+        size = setup.tail_size if extra_ids == "tail" else None
+        names = ("name", "vocab_size", "absent", "temperature", "device", "generate")
+        return LocalTeacher(model, tail_size=size, **{name: getattr(setup, name) for name in names}, **options)
+
+    def _head(self) -> LMHead:
+        """The head over the tokens of the softmax."""
+        options: dict[str, Any] = {"vocab_size": self._vocab_size, "absent": self._absent}
+        if self._tail_size is not None:
+            options = {"vocab_size": self._tail_size}
+        return lm_head(self.model, temperature=self.temperature, **options)
 
     @property
     def max_tokens(self) -> int | None:
@@ -221,9 +229,8 @@ class LocalTeacher(Teacher):
     def head_for(self, name: str | None) -> LMHead:
         """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
         with self._around():
-            head = lm_head(self.model, temperature=self.temperature, vocab_size=self._vocab_size)
-        bias = None if head.bias is None else head.bias.to(self._device)
-        return LMHead(head.weight.to(self._device), bias, head.softcap, head.scale, head.temperature, head.vocab_size)
+            head = self._head()
+        return map_tensors(head, lambda value: value.to(self._device))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -236,8 +243,8 @@ class LocalTeacher(Teacher):
         base = unwrap(self.model)
         config = {key: value for key, value in base.config.to_dict().items() if key not in PROVENANCE}
         facts = [config, self.temperature, self._vocab_size]
-        if self._softmax_size != self._vocab_size:
-            facts.append(self._softmax_size)
+        if self._tail_size is not None or self._absent:
+            facts += [self._absent, self._tail_size]
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, value in base.state_dict().items():
             if not self._keeps_adapters and any(part in name for part in ADAPTERS):
@@ -256,7 +263,7 @@ class LocalTeacher(Teacher):
         Raises ScoreError for another need and for a sample longer than the teacher's positions, ValueError for "topk"
         without k.
         """
-        gives = gives_of(CAN, "mask" if self._softmax_size == self._vocab_size else "tail")
+        gives = gives_of(CAN, "mask" if self._tail_size is None else "tail")
         check_need(need, k, gives, f"teacher {self.name!r} is a local model and")
         limit = self.max_tokens
         for sample in samples:
@@ -287,9 +294,8 @@ class LocalTeacher(Teacher):
         hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if need & {"sampled", "topk"}:
-            target = torch.cat([sample.response_ids for sample in samples]).to(self._device)
-            head = lm_head(self.model, temperature=self.temperature, vocab_size=self._softmax_size)
-            rows = score_rows(hidden, head, target, k=k if "topk" in need else None, num_ids=self._vocab_size)
+            target = torch.cat([sample.response_ids for sample in samples])
+            rows = self.score_rows(hidden, target, k if "topk" in need else None)
             fields |= {name: value.cpu().split(layout.sizes) for name, value in rows.items()}
         if "full" in need:
             fields["hidden"] = (hidden if keeps_hidden else hidden.cpu()).split(layout.sizes)
@@ -297,6 +303,39 @@ class LocalTeacher(Teacher):
             Scores(sample.response_ids, **{name: parts[index] for name, parts in fields.items()})
             for index, sample in enumerate(samples)
         ]
+
+    def score_rows(self, hidden: Tensor, target: Tensor, k: int | None) -> dict[str, Tensor]:
+        """`logprob` [T] of the targets and `entropy` [T]; with k also `topk_ids` and `topk_logprob` [T, min(k, V)], of the
+        tokens that are the student's.
+
+        hidden [T, H], target [T]. Every logit is formed once; a chunk of them is all that is held.
+        """
+        head, target = self._head(), target.to(self._device)
+        if k is None:
+            logprob, entropy = score(hidden, head, target)
+            return {"logprob": logprob, "entropy": entropy}
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        rows = max(1, CHUNK_ELEMENTS // head.num_tokens)
+        absent = torch.tensor(self._absent, dtype=torch.int64, device=hidden.device)
+        chunks = []
+        for start in range(0, max(1, len(target)), rows):
+            part = slice(start, start + rows)
+            logits = project(hidden[part].to(dtype), head)
+            candidates = logits[:, : self._vocab_size]
+            if self._absent:
+                candidates = candidates.index_fill(-1, absent, ABSENT)
+            top = candidates.topk(min(k, candidates.shape[-1]), dim=-1)
+            lse = logits.logsumexp(-1, keepdim=True)
+            logp = logits.sub_(lse)
+            chunks.append(
+                {
+                    "logprob": logp.gather(-1, target[part, None]).squeeze(-1),
+                    "entropy": -torch.linalg.vecdot(logp.exp(), logp),
+                    "topk_ids": top.indices,
+                    "topk_logprob": top.values - lse,
+                }
+            )
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -315,35 +354,3 @@ class LocalTeacher(Teacher):
             finally:
                 for tensor, data in zip(tensors, on_host, strict=True):
                     tensor.data = data
-
-
-def score_rows(
-    hidden: Tensor, head: LMHead, target: Tensor, *, k: int | None, num_ids: int | None = None
-) -> dict[str, Tensor]:
-    """`logprob` [T] of the targets and `entropy` [T]; with k also `topk_ids` and `topk_logprob` [T, min(k, V)].
-
-    hidden [T, H], target [T]. The K are among the first `num_ids` tokens; None: among all V. Every logit is formed
-    once; a chunk of them is all that is held.
-    """
-    if k is None:
-        logprob, entropy = score(hidden, head, target)
-        return {"logprob": logprob, "entropy": entropy}
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = max(1, CHUNK_ELEMENTS // head.num_tokens)
-    chunks = []
-    for start in range(0, max(1, len(target)), rows):
-        part = slice(start, start + rows)
-        logits = project(hidden[part].to(dtype), head)
-        candidates = logits[:, :num_ids]
-        top = candidates.topk(min(k, candidates.shape[-1]), dim=-1)
-        lse = logits.logsumexp(-1, keepdim=True)
-        logp = logits.sub_(lse)
-        chunks.append(
-            {
-                "logprob": logp.gather(-1, target[part, None]).squeeze(-1),
-                "entropy": -torch.linalg.vecdot(logp.exp(), logp),
-                "topk_ids": top.indices,
-                "topk_logprob": top.values - lse,
-            }
-        )
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

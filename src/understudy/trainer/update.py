@@ -36,11 +36,13 @@ class StudentModel:
     temperature: float
     compute_dtype: torch.dtype | None
     micro_batch_tokens: int | None = None
+    absent: tuple[int, ...] = ()
+    """Ids below `vocab_size` that are no tokens of the student, but of a teacher."""
     style: RowStyle = "packed"
 
     def head(self) -> LMHead:
         """The head at the rollout temperature, over the tokens that exist."""
-        return lm_head(self.model, temperature=self.temperature, vocab_size=self.vocab_size)
+        return lm_head(self.model, temperature=self.temperature, vocab_size=self.vocab_size, absent=self.absent)
 
     def lay_out(self, samples: Sequence[Sample]) -> Layout:
         """Returns the samples in rows as this model takes them, on its device."""

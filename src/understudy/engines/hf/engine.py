@@ -27,7 +27,8 @@ class HFEngine:
     """Writes batches with a model: the live one needs no push, a copy gets its weights by one and can write beside an update.
 
     A draw depends on (seed, stream, step, request, position), not on which requests share a batch; the logits do, by
-    rounding errors. Token ids from `vocab_size` on are never sampled. The model is in evaluation mode meanwhile.
+    rounding errors. Token ids from `vocab_size` on and those in `absent` are never sampled. The model is in evaluation
+    mode meanwhile.
     """
 
     concurrency: ClassVar[int] = 1
@@ -40,6 +41,7 @@ class HFEngine:
     seed: int
     stop_ids: tuple[int, ...]
     vocab_size: int
+    absent: tuple[int, ...] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
     autocast: torch.dtype | None = None
     _version: int = field(default=0, init=False)
@@ -77,7 +79,9 @@ class HFEngine:
         limit, num_new = num_positions(self.model), sampling.max_new_tokens
         owner = f"the student has {limit} positions (max_position_embeddings)"
         responses = open_responses(requests, num_new, limit, owner)
-        head = lm_head(self.model, temperature=sampling.temperature or 1.0, vocab_size=self.vocab_size)
+        head = lm_head(
+            self.model, temperature=sampling.temperature or 1.0, vocab_size=self.vocab_size, absent=self.absent
+        )
         decoder = Decoder(self.model, head, self.stop_ids, self.autocast)
         lengths = [len(response.context) for response in responses]
         with self._lock, evaluating(self.model):

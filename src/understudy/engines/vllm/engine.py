@@ -118,7 +118,7 @@ class VLLMEngine:
         section.check_sampling(setup.sampling)
         self._section, self._setup = section, setup
         model = unwrap(setup.model)
-        padding = range(setup.vocab_size, int(model.get_output_embeddings().weight.shape[0]))
+        padding = [*setup.absent, *range(setup.vocab_size, int(model.get_output_embeddings().weight.shape[0]))]
         self._bias = {str(row): FORBID for row in padding} if 0 < len(padding) <= MAX_BIASED else {}
         # a precision that no engine has becomes float32
         own = model.dtype if model.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
@@ -312,7 +312,8 @@ class VLLMEngine:
             self._wrote_since_check = True
             for response, (ids, logprob, finish) in zip(group, choices, strict=True):
                 # without a bias a token may be drawn that the tokenizer does not have: the response ends before it
-                keep = next((place for place, token in enumerate(ids) if token >= self._setup.vocab_size), len(ids))
+                size, absent = self._setup.vocab_size, self._setup.absent
+                keep = next((place for place, token in enumerate(ids) if token >= size or token in absent), len(ids))
                 response.ids += ids[:keep]
                 response.logprob += logprob[:keep]
                 response.version += [version] * keep

@@ -240,6 +240,7 @@ def _own_scores(parts: Parts) -> Iterator[Finding]:
                 student.model,
                 name="the student",
                 vocab_size=student.vocab_size,
+                absent=student.absent,
                 temperature=student.temperature,
                 device=student.device,
                 around=nullcontext,

@@ -85,7 +85,7 @@ class RemoteTeacher(Teacher):
         self._setup = setup
         self._client = client
         self._who = who
-        self._facts = [*facts, float(setup.temperature), setup.vocab_size]
+        self._facts = [*facts, float(setup.temperature), setup.vocab_size, *([setup.absent] if setup.absent else [])]
 
     @property
     def fingerprint(self) -> str:

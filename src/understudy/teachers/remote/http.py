@@ -252,6 +252,7 @@ class HttpTeacher(RemoteTeacher):
 
         def read(reply: Reply) -> list[Answer]:
             who, answers = reply.url, []
+            known = {name: getattr(self._setup, name) for name in ("vocab_size", "absent", "teacher_size")}
             try:
                 parts = form.parts(reply.json())
                 if len(parts) != len(asked):
@@ -259,8 +260,7 @@ class HttpTeacher(RemoteTeacher):
                 for sample, part in zip(asked, parts, strict=True):
                     who = f"{reply.url}, sample {sample.key}"
                     raw = form.read(sample, part)
-                    sizes = {"vocab_size": self._setup.vocab_size, "teacher_size": self._setup.teacher_size}
-                    answers.append(check(sample, raw, k=k, num_top=num_top, **sizes))
+                    answers.append(check(sample, raw, k=k, num_top=num_top, **known))
                 return answers
             except BadReply as error:
                 raise BadReply(f"{who}: {error}") from None

@@ -101,7 +101,7 @@ class _RequestFacts:
     need: str
     temperature: Annotated[FiniteFloat, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
     vocab_size: Size
-    softmax_size: Size | None = None
+    tail_size: Size | None = None
     k: Size | None = None
 
 
@@ -134,8 +134,10 @@ class ScoreRequest:
     need: frozenset[Need]
     temperature: float
     vocab_size: int
-    softmax_size: int | None = None
-    """Tokens of the softmax, of which the first `vocab_size` are the client's; None: no others."""
+    absent: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """[A] int32 ids below `vocab_size` that are no tokens of the client."""
+    tail_size: int | None = None
+    """Tokens of a softmax that keeps those which the client lacks; None: it is over the client's."""
     k: int | None = None
     """For "topk"."""
 
@@ -147,20 +149,29 @@ class ScoreRequest:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Requests of one kind may be answered together."""
-        return tuple(sorted(self.need)), self.k, self.temperature, self.vocab_size, self.softmax_size
+        return (
+            tuple(sorted(self.need)),
+            self.k,
+            self.temperature,
+            self.vocab_size,
+            (*self.absent.tolist(),),
+            self.tail_size,
+        )
 
     def encode(self) -> bytes:
         """Returns the body of a request."""
         tensors = {"tokens": self.tokens, "lengths": self.lengths, "prompt_lengths": self.prompt_lengths}
+        if self.absent.numel():
+            tensors["absent"] = self.absent
         facts = {"need": ",".join(sorted(self.need)), "temperature": repr(self.temperature)}
-        sizes = {"vocab_size": self.vocab_size, "softmax_size": self.softmax_size, "k": self.k}
+        sizes = {"vocab_size": self.vocab_size, "tail_size": self.tail_size, "k": self.k}
         facts |= {name: str(size) for name, size in sizes.items() if size is not None}
         return _write(tensors, facts)
 
     @staticmethod
     def decode(data: bytes) -> ScoreRequest:
         """Raises ProtocolError for a body that is not well formed."""
-        tensors, said = _read(data, needed={"tokens", "lengths", "prompt_lengths"})
+        tensors, said = _read(data, needed={"tokens", "lengths", "prompt_lengths"}, allowed={"absent"})
         for name, tensor in tensors.items():
             _check(name, tensor, _INTEGERS, 1)
         facts: _RequestFacts = _validate(_RequestFacts, said)
@@ -194,7 +205,7 @@ class ScoreRequest:
             need=need,
             temperature=facts.temperature,
             vocab_size=facts.vocab_size,
-            softmax_size=facts.softmax_size,
+            tail_size=facts.tail_size,
             k=facts.k if "topk" in need else None,
         )
 

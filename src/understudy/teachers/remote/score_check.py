@@ -49,12 +49,19 @@ class Answer:
 
 
 def check(
-    sample: Sample, raw: RawScores, *, k: int | None, num_top: int, vocab_size: int, teacher_size: int = 0
+    sample: Sample,
+    raw: RawScores,
+    *,
+    k: int | None,
+    num_top: int,
+    vocab_size: int,
+    absent: Sequence[int] = (),
+    teacher_size: int = 0,
 ) -> Answer:
     """Returns scores of the ids that were sent, with the `k` likeliest tokens in descending order, or what is not finite.
 
-    `num_top`: how many were asked for, at least `k`. Ids from `vocab_size` on are dropped; those from `teacher_size` on, which
-    no tokenizer has, may hold little (see `MAX_FOREIGN_MASS`).
+    `num_top`: how many were asked for, at least `k`. Ids from `vocab_size` on and those in `absent` are dropped; those from
+    `teacher_size` on, which no tokenizer has, may hold little (see `MAX_FOREIGN_MASS`).
     Raises BadReply for a malformed response.
     """
     wanted = sample.response_ids
@@ -80,7 +87,8 @@ def check(
             f"response token {row}: its log-probability {float(logprob[row]):.4f} contradicts the row of "
             "likeliest tokens beside it"
         )
-    foreign, unknown = ids >= vocab_size, ids >= max(vocab_size, teacher_size)
+    unknown = ids >= max(vocab_size, teacher_size)
+    foreign = (ids >= vocab_size) | torch.isin(ids, torch.tensor(absent, dtype=ids.dtype))
     mass = (values.exp() * unknown).sum(-1)
     if bool((mass > MAX_FOREIGN_MASS).any()):
         row = int(mass.argmax())

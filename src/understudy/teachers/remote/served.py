@@ -35,7 +35,7 @@ from understudy.teachers.remote.protocol import (
     row_bytes,
 )
 from understudy.teachers.stores.recording import tokenizer_digest
-from understudy.types import Need, Sample, Scores
+from understudy.types import Need, Sample, Scores, map_tensors
 
 OPENING_S = 30.0
 """Time that a replica has to describe itself."""
@@ -204,9 +204,10 @@ class ServedTeacher(RemoteTeacher):
         shape = self.about.num_rows, self.about.hidden_size
         if tuple(head.weight.shape) != shape:
             raise BadReply(f"a head of {tuple(head.weight.shape)}, and {shape} was announced")
-        device, bias = self._setup.device, None if head.bias is None else head.bias.to(self._setup.device)
-        facts = self._setup.temperature, self._setup.vocab_size
-        return LMHead(head.weight.to(device), bias, head.softcap, head.scale, *facts)
+        setup = self._setup
+        absent = torch.tensor(setup.absent) if setup.absent else None
+        head = replace(head, temperature=setup.temperature, vocab_size=setup.vocab_size, absent=absent)
+        return map_tensors(head, lambda value: value.to(setup.device))
 
     def _score(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
         """Asks in batches, side by side."""
@@ -276,10 +277,8 @@ class ServedTeacher(RemoteTeacher):
             need=need,
             temperature=self._setup.temperature,
             vocab_size=self._setup.vocab_size,
-            # the server says how many tokens its tokenizer has
-            softmax_size=max(self.about.tokenizer_size, self._setup.vocab_size)
-            if self._section.extra_ids == "tail"
-            else None,
+            absent=torch.tensor(self._setup.absent, dtype=torch.int32),
+            tail_size=self._setup.tail_size if self._section.extra_ids == "tail" else None,
             k=k,
         )
         return self._client.request(SCORE, read, key=named(samples), content=request.encode())
