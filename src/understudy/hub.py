@@ -1,11 +1,34 @@
-"""Uploads a finished student to the Hugging Face hub."""
+"""The Hugging Face hub: whether it can be reached, and uploads of a finished student."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from understudy.errors import RecipeError, UnderstudyError
 from understudy.text import without_secrets
+
+REACH_S = 5.0
+"""Seconds for one request; the libraries try every file of a name for 23 s."""
+
+
+@cache
+def unreachable() -> str | None:
+    """Why the hub cannot be reached, asked once in a process; None where it can.
+
+    The libraries then go on with what their caches hold, as the variable HF_HUB_OFFLINE would have them.
+    """
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        httpx.head(constants.ENDPOINT, timeout=REACH_S)
+    except httpx.HTTPError as error:
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} cannot be reached ({error or type(error).__name__})"
+    return None
 
 
 def push(run_dir: Path, name: str, *, public: bool = False) -> str:

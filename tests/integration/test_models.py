@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from understudy.errors import RecipeError, VocabularyError
+from understudy.errors import DataError, RecipeError, VocabularyError
+from understudy.hub import unreachable
 from understudy.models import (
     apply_lora,
     backbone_hidden,
@@ -28,6 +30,7 @@ from understudy.models import (
     stop_ids,
     vocabulary_size,
 )
+from understudy.tasks import Hub
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -403,3 +406,29 @@ def test_gradient_checkpointing_changes_no_gradient(lora: bool) -> None:
     assert grads[0]
     assert len(grads[0]) == len(grads[1])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_hub_name_without_the_hub_fails_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries alone try for 23 s, two or three times in a row."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    unreachable.cache_clear()
+    started = time.monotonic()
+    told = r"not in .* cache.*, and http://127.0.0.1:9 cannot be reached \(.*refused"
+    with pytest.raises(RecipeError, match=rf"tokenizer from 'org/nothing': .*{told}"):
+        load_tokenizer("org/nothing")
+    with pytest.raises(RecipeError, match=rf"the model 'org/nothing': .*{told}"):
+        load_causal_lm("org/nothing")
+    with pytest.raises(DataError, match=rf"data set 'org/nothing': .*{told}"):
+        Hub(dataset="org/nothing", prompt_field="text").prompts("train")
+    assert time.monotonic() - started < 15
+    assert constants.HF_HUB_OFFLINE
+    unreachable.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match="and HF_HUB_OFFLINE is set"):
+        load_tokenizer("org/nothing")
+    unreachable.cache_clear()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from understudy import given
 from understudy.errors import RecipeError, nearest
+from understudy.hub import unreachable
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models.backbone import unwrap
 
@@ -108,7 +109,7 @@ def load_causal_lm(
         # an adapter that is trained on top names this one as its base, not the model beneath
         merged.name_or_path = str(local)
         return cast("PreTrainedModel", merged.eval())
-    source = str(local) if local.exists() else path_or_name
+    source, offline = locate(path_or_name)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -121,7 +122,7 @@ def load_causal_lm(
             **options,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"cannot load the model {path_or_name!r}: {first_line(error)}") from error
+        raise RecipeError(f"cannot load the model {path_or_name!r}: {said_by(error, offline)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise RecipeError(
@@ -155,12 +156,26 @@ def _loaded_before(
     return cast("PreTrainedModel", (model if wanted == model.dtype else deepcopy(model).to(wanted)).to(device).eval())
 
 
+def locate(path_or_name: str) -> tuple[str, str | None]:
+    """The directory, or the hub name of what is not one, and then why the hub cannot be asked, if it cannot."""
+    local = Path(path_or_name).expanduser()
+    if local.exists():
+        return str(local), None
+    reason = unreachable()
+    return path_or_name, reason and f"it is no directory and not in the hub's cache, and {reason}"
+
+
 def _adapter_base(directory: Path) -> str:
     return str(json.loads((directory / _ADAPTER).read_text())["base_model_name_or_path"])
 
 
+def said_by(error: BaseException, offline: str | None) -> str:
+    """`offline` for what is missing on this machine; of other errors of a library, which may be a page long, the first line."""
+    return offline if offline is not None and isinstance(error, OSError) else first_line(error)
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error of a library, which may be a page long."""
+    """The first line of an error of a library."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 

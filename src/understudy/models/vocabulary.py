@@ -11,7 +11,7 @@ from understudy import given
 from understudy.errors import RecipeError, VocabularyError
 from understudy.lazy import nn
 from understudy.models.backbone import unwrap
-from understudy.models.load import first_line
+from understudy.models.load import locate, said_by
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """End a turn wherever the chat template writes them (Qwen and other ChatML, Llama 3, Gemma)."""
@@ -26,13 +26,11 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
 
     if (pair := given.find(path_or_name)) is not None:
         return pair[1]
-    local = Path(path_or_name).expanduser()
+    source, offline = locate(path_or_name)
     try:
-        return AutoTokenizer.from_pretrained(
-            str(local) if local.exists() else path_or_name, revision=revision or "main", trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise RecipeError(f"cannot load a tokenizer from {path_or_name!r}: {first_line(error)}") from error
+        raise RecipeError(f"cannot load a tokenizer from {path_or_name!r}: {said_by(error, offline)}") from error
 
 
 def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from understudy import given
 from understudy.errors import DataError, RecipeError, check_range
+from understudy.hub import unreachable
 from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Intake, Split, Task
 from understudy.tasks.chats import SYSTEM_ROLES, Message, conversation_facts, read_messages, read_tools
@@ -406,15 +407,20 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
 
 @lru_cache(maxsize=4)
 def _open_split(dataset: str, config: str | None, split: str, revision: str | None, stamp: object) -> Any:
+    from datasets import config as settings
     from datasets import load_dataset, load_from_disk
 
+    offline = None if Path(dataset).exists() else unreachable()
+    # the library keeps a copy of the hub's setting, from the time when it was imported
+    settings.HF_HUB_OFFLINE |= offline is not None
     try:
         if any((Path(dataset) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             data = load_from_disk(dataset)
             return data[split] if isinstance(data, dict) else data
         return load_dataset(dataset, config, split=split, revision=revision)
     except Exception as error:  # the library raises a dozen unrelated types for what is wrong with a name
-        raise DataError(f"cannot load split {split!r} of data set {dataset!r}: {error}") from error
+        told = f"it is not in the cache of `datasets`, and {offline}" if offline else error
+        raise DataError(f"cannot load split {split!r} of data set {dataset!r}: {told}") from error
 
 
 def _stamp(paths: Iterable[Path]) -> object:
