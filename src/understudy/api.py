@@ -28,9 +28,11 @@ from understudy.environments import single_turn
 from understudy.environments.play import play
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
+from understudy.files import check_writable
 from understudy.format import count, interval, metric_note
 from understudy.lazy import torch
 from understudy.methods import SFT, Method
+from understudy.models import config_on_disk, positions_of
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
@@ -44,6 +46,8 @@ from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
 
+NEW_TOKENS = 512
+"""Of a model without a recipe; less where it has fewer than twice as many positions."""
 BLOCK_REQUESTS = 256
 """Requests between two updates of the progress bar."""
 
@@ -279,14 +283,45 @@ def show(console: Console, title: str, summaries: Sequence[EvalSummary]) -> None
     console.table(described, ["metric", "", *(f"step {one.step:,}" for one in shown)], rows)
 
 
-def load_for_use(source: Run | Recipe | str | Path, overrides: Sequence[str], model: str | None) -> Recipe:
-    """The recipe with `model` as its student, or with the final student of a run.
+def is_model(source: object) -> bool:
+    """Whether it is the directory of a model, and not of a run."""
+    names = ("config.json", "adapter_config.json")
+    return isinstance(source, str | Path) and any((Path(source) / name).is_file() for name in names)
 
-    It keeps no teacher but the judge that evaluations ask. Raises RecipeError for a run without a final student.
+
+def model_recipe(path: str | Path, overrides: Sequence[str], **sections: Mapping[str, Any]) -> Recipe:
+    """A recipe for a model directory alone; `sections` and overrides say the rest."""
+    positions = positions_of(config_on_disk(str(path)))
+    values: dict[str, Any] = {
+        "run_dir": f"runs/{Path(path).absolute().name}",
+        "student": {"model": str(path)},
+        "sampling": {"max_new_tokens": NEW_TOKENS if positions is None else min(NEW_TOKENS, max(1, positions // 2))},
+        "train": {"steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2},
+    }
+    values = config.override(values | {key: dict(section) for key, section in sections.items()}, overrides)
+    if "task" not in values:
+        raise RecipeError(
+            f"{path} is a model, which has no task; give one, such as task.type=file task.path=FILE task.prompt_field=NAME"
+        )
+    return config.parse(Recipe, values)
+
+
+def load_for_use(
+    source: Run | Recipe | str | Path,
+    overrides: Sequence[str],
+    model: str | None,
+    **sections: Mapping[str, Any],
+) -> Recipe:
+    """The recipe with `model` as its student, or with the final student of a run, or of a model directory alone.
+
+    It keeps no teacher but the judge that evaluations ask. `sections`: as for `model_recipe`. Raises RecipeError for a run
+    without a final student.
     """
     path = source.path if isinstance(source, Run) else source
     if isinstance(path, Recipe):
         recipe = config.parse(Recipe, config.override(config.dump(path), overrides))
+    elif is_model(path):
+        recipe = model_recipe(path, ["student.dtype=auto", *overrides], method={"type": "sft"}, **sections)
     elif (path := Path(path)).is_dir():
         run_dir = RunDir(path)
         run_dir.check_started()
@@ -331,10 +366,13 @@ def evaluate(
 ) -> EvalSummary:
     """Evaluates the final student of a run, the student of a recipe, or `model`; prints and returns the numbers.
 
-    `overrides`: keys of the recipe, as in "eval.problems=100". `out`: an empty directory for the summary and all samples.
+    `source` may also be a model directory, with a task among the overrides, which are keys of the recipe, as in
+    "eval.problems=100". `out`: an empty directory for the summary and all samples.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
+    if out is not None:
+        check_writable(out, "--out")
+        if out.is_dir() and any(out.iterdir()):
+            raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
     with _objects_of(source), ExitStack() as opened:
         recipe = load_for_use(source, overrides, model)
         if recipe.eval is None:
@@ -368,20 +406,24 @@ def sample(
     if split not in get_args(Split):
         raise RecipeError(f"--split is {split!r}; it must be one of {', '.join(get_args(Split))}")
     with _objects_of(source), ExitStack() as opened:
-        recipe = load_for_use(source, overrides, model)
+        # prompts of the user's own need no task, whose place the smallest takes
+        alone = bool(prompts) and is_model(source)
+        recipe = load_for_use(source, overrides, model, **({"task": {"type": "arithmetic"}} if alone else {}))
+        recipe = replace(recipe, eval=None, eval_task=None)
         check(recipe, training=False)
         chosen, environment_of = list(islice(recipe.task.prompts(cast(Split, split)), num)), recipe.task.environment
+        console = opened.enter_context(_using(recipe, quiet))
+        loaded = load_student(recipe)
         if prompts:
-            # in the form that the task's prompts have
-            is_chat, environment_of = next(iter(recipe.task.prompts("train"))).messages is not None, single_turn
+            # in the form that the task's prompts have, or that the model was trained on
+            is_chat = next(iter(recipe.task.prompts("train"))).messages is not None
+            is_chat, environment_of = bool(loaded.renderer.tokenizer.chat_template) if alone else is_chat, single_turn
             chosen = [
                 Prompt(f"cli/{text}", messages=({"role": "user", "content": text},))
                 if is_chat
                 else Prompt(f"cli/{text}", text=text)
                 for text in prompts
             ]
-        console = opened.enter_context(_using(recipe, quiet))
-        loaded = load_student(recipe)
         rendered = [loaded.renderer.start(prompt) for prompt in chosen]
         requests = [
             Request(prompt, index, ids)

@@ -1,14 +1,28 @@
-"""Writes files whole or not at all."""
+"""Writes files whole or not at all, and finds out beforehand whether they can be written."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from understudy.errors import CheckpointError
+from understudy.errors import CheckpointError, RecipeError
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raises RecipeError that names `key` where the directory cannot be made or written to. Leaves nothing behind."""
+    try:
+        with suppress(FileNotFoundError):
+            folder.lstat()
+        with tempfile.TemporaryFile(dir=next(part for part in (folder, *folder.parents) if part.exists())):
+            pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RecipeError(f"{key} {folder} cannot be written to ({reason}); choose another directory") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -196,7 +196,7 @@ def assemble(
         _training_prompts(recipe, teachers),
         loaded.renderer.start,
         seed=recipe.seed,
-        max_prompt_tokens=prompt_limit(recipe, recipe.sampling, models, engine)
+        max_prompt_tokens=prompt_limit(recipe, recipe.sampling, map(num_positions, models), engine)
         if own_samples
         else recipe.train.max_prompt_tokens,
     )
@@ -205,7 +205,7 @@ def assemble(
     if recipe.eval is not None:
         # so would an evaluation, but later
         held_out = eval_prompts(recipe)
-        limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [loaded.model], engine)
+        limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [num_positions(loaded.model)], engine)
         if not any(len(loaded.renderer.start(prompt)) <= limit for prompt in held_out):
             raise DataError(
                 f"all {len(held_out)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
@@ -309,7 +309,7 @@ def evaluator(
                 step=step,
                 split=settings.split,
                 out_dir=out_dir,
-                max_prompt_tokens=prompt_limit(recipe, sampling, [loaded.model], engine),
+                max_prompt_tokens=prompt_limit(recipe, sampling, [num_positions(loaded.model)], engine),
                 progress=advance,
                 greedy=settings.greedy,
                 rejection=rejection,

@@ -245,7 +245,7 @@ def test_a_greedy_evaluation_cannot_redraw(tmp_path: Path, models: dict[str, str
         with pytest.raises(RecipeError, match=words):
             parse(tmp_path, **judged, **changes)
     assert check(parse(tmp_path, **judged, eval={"reject_below": 5}))
-    assert check(parse(tmp_path, eval={"greedy": True, "sampling": {"temperature": 0}}))
+    assert check(parse(tmp_path, eval={"greedy": True, "sampling": {"temperature": 0, "max_new_tokens": 8}}))
 
 
 def test_what_training_needs_an_evaluation_does_not(tmp_path: Path, models: dict[str, str]) -> None:

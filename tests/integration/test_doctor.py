@@ -517,8 +517,8 @@ def test_prompts_and_responses_have_to_fit(tmp_path: Path, monkeypatch: pytest.M
         assert ask("lengths", parts).level == "error"
     # no prompt fits beside so many new tokens
     long = examined(recipe_of(tmp_path, **changes, sampling={"max_new_tokens": 64}))
-    assert long["loading"].level == "error"
-    assert "positions" in long["loading"].found
+    assert long["prompts"].level == "error"
+    assert "positions" in long["prompts"].found
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.5, "error"), (100.0, "ok")])

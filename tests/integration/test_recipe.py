@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -421,8 +422,73 @@ def test_limits_are_found_before_anything_is_written(tmp_path: Path, changes: di
     assert code != 0
     assert "64 positions" in text
     assert not (tmp_path / "run").exists()
+    dry_code, dry_text = run("train", str(path), "--dry-run")
+    assert (dry_code, "64 positions" in dry_text) == (code, True)
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_dry_run_measures_prompts_until_one_fits(tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"student": {"tokenizer": save_tiny_model(tmp_path / "model", seed=0)}}
+    for name, numbers in {"one fits": [9] * 20 + [1], "none fits": [9] * 20}.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps({"q": "1+" * number + "1", "a": "1"}) + "\n" for number in numbers))
+        task = {"type": "jsonl", "path": str(data), "prompt_field": "q", "solution_field": "a", "chat": False}
+        changes |= {"task": task}
+        if kind == "evaluation":
+            del changes["task"]
+            changes |= {"eval": {"problems": None}, "eval_task": task | {"test_path": str(data)}}
+        recipe = parse(tmp_path, **changes, train={"max_prompt_tokens": 12})
+        if name == "one fits":
+            check(recipe)
+            continue
+        with pytest.raises(DataError, match=rf"all 20 {kind} prompts are longer than train.max_prompt_tokens \(12\)"):
+            check(recipe)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "/proc/run", "x" * 300])
+@pytest.mark.parametrize(
+    "command", ["train", "train --dry-run", "eval --out", "sample --out", "record --out", "compare"]
+)
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, name: str, command: str) -> None:
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / name)
+    changes = {"run_dir": folder if command.startswith("train") else str(tmp_path / "run"), "eval": {"problems": 1}}
+    path = write_recipe(tmp_path, **distillation(tmp_path, method={"type": "opd"}, **changes))
+    before = sorted(tmp_path.iterdir())
+    words = command.split()
+    if words[-1] == "--out":
+        words.append(f"{folder}/x" if words[0] == "sample" else folder)
+    if command == "compare":
+        words += ["--vary", "train.lr=1e-3,1e-4", "--dry-run", "--out", folder]
+    code, text = run(words[0], str(path), *words[1:])
+    assert code != 0
+    key = "run_dir" if words[0] == "train" else "--out"
+    assert re.search(rf"{key} .*cannot be written to \(.*\); choose another directory", text, re.DOTALL), text
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_names_with_special_characters_survive_init(tmp_path: Path) -> None:
     assert run("init", str(tmp_path / "odd.yaml"), "--student", "a: b")[0] == 0
     assert load_recipe(tmp_path / "odd.yaml").student.model == "a: b"
+
+
+def test_a_model_directory_stands_where_a_run_does(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", seed=0)
+    code, text = run("sample", model, "--prompt", "1+1=")
+    assert (code, "1+1=" in text) == (0, True), text
+    code, text = run("eval", model, "task.type=arithmetic", "eval.problems=2", "--out", str(tmp_path / "out"))
+    assert (code, "avg@1" in text) == (0, True), text
+    assert json.loads(next((tmp_path / "out").glob("*.json")).read_text())["num_problems"] == 2
+    code, text = run("doctor", model)
+    assert (code, "nothing is wrong" in text, "between engine and trainer" in " ".join(text.split())) == (0, True, True)
+    for command in ("eval", "sample"):
+        code, text = run(command, model)
+        assert (code, "which has no task; give one, such as task.type=file" in text) == (1, True), text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_the_doctor_takes_a_run(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, train={"steps": 1})
+    assert run("train", str(path))[0] == 0
+    code, text = run("doctor", str(tmp_path / "run"))
+    assert (code, "nothing is wrong" in text) == (0, True), text

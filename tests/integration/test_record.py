@@ -275,7 +275,7 @@ def test_a_teacher_that_was_changed_in_place_is_noticed(recipe: Path, tmp_path: 
 
 def test_a_directory_with_something_else_is_left_alone(recipe: Path, tmp_path: Path) -> None:
     refuse("exists and holds something else", "record", recipe, "--out", tmp_path / "teacher")
-    refuse("exists and holds something else", "record", recipe, "--out", recipe)
+    refuse("cannot be written to (Not a directory)", "record", recipe, "--out", recipe)
     (tmp_path / "empty").mkdir()
     succeed("record", recipe, "--out", tmp_path / "empty", "--prompts", 1)
 

@@ -45,7 +45,9 @@ def _argument(metavar: str, help: str) -> Any:
 
 
 RecipeFile = Annotated[Path, _argument("RECIPE", "A recipe (YAML).")]
-RecipeOrRun = Annotated[Path, _argument("RECIPE|RUN", "A recipe, or a run directory: its final student.")]
+RecipeOrRun = Annotated[
+    Path, _argument("RECIPE|RUN|MODEL", "A recipe, a run directory (its final student), or a model directory.")
+]
 Overrides = Annotated[list[str] | None, _argument("[KEY=VALUE]...", "Overrides, such as method.k=64 or train.lr=1e-5.")]
 ModelDir = Annotated[str | None, _option("--model", metavar="DIR", help="Another model than the recipe's student.")]
 
@@ -87,7 +89,7 @@ def train(
 
 
 @app.command()
-def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def doctor(recipe: RecipeOrRun, overrides: Overrides = None) -> None:
     """Check everything that a run depends on, and take two prompts through the whole loop. Nothing is written.
 
     Exit code 2 where something is wrong; `train` runs the same checks first.

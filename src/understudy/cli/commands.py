@@ -21,7 +21,7 @@ from understudy.compare.run import compare as make
 from understudy.compare.table import budget_warning
 from understudy.errors import RecipeError
 from understudy.eval.summary import sample_row
-from understudy.files import write_json_lines
+from understudy.files import check_writable, write_json_lines
 from understudy.format import count, number
 from understudy.recipe import load_recipe
 from understudy.recipe.checks import Files, Parts, check
@@ -58,8 +58,10 @@ def sample(
     out: Path | None,
 ) -> None:
     """Prints samples, or writes them to a file. Raises RecipeError for a file that exists."""
-    if out is not None and out.exists():
-        raise RecipeError(f"--out {out} exists; choose another file")
+    if out is not None:
+        check_writable(out.parent, "--out")
+        if out.exists():
+            raise RecipeError(f"--out {out} exists; choose another file")
     samples = api.sample(path, prompts, overrides=overrides, model=model, num=num, split=split, num_samples=num_samples)
     with Console() as console:
         if out is not None:
@@ -75,8 +77,14 @@ def sample(
 
 
 def doctor(path: Path, overrides: Sequence[str]) -> int:
-    """Prints every finding and returns the number of errors. Nothing is written."""
-    recipe = load_recipe(path, overrides)
+    """Prints every finding and returns the number of errors. Nothing is written.
+
+    A model directory is examined as the student of a run that learns from rewards, which needs no other model.
+    """
+    if api.is_model(path):
+        recipe = api.model_recipe(path, overrides, task={"type": "arithmetic"}, method={"type": "grpo"})
+    else:
+        recipe = load_recipe(RunDir(path).recipe if path.is_dir() else path, overrides)
     with terminable(), Console() as console:
         found = examine(recipe, lambda files: loaded(files, console))
         show(console, found)

@@ -15,9 +15,10 @@ from typing import Any
 from understudy import config
 from understudy.environments.play import play
 from understudy.errors import DataError, RecipeError
-from understudy.files import write_atomically
+from understudy.files import check_writable, write_atomically
 from understudy.lazy import Tensor
 from understudy.methods import OPD, TopK
+from understudy.models import num_positions
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import Loaded, load_student, load_teachers, prompt_limit, sampling_with, teacher_setup
@@ -48,6 +49,7 @@ def record(
     recipe = load_recipe(path, overrides)
     _check_teachers(recipe)
     k = _rows_needed(recipe, k)
+    check_writable(out, "--out")
     saved = config.read_yaml(out / ORIGIN) if (out / ORIGIN).is_file() else {"student": {"template_date": now()}}
     recipe = recipe.dated(saved["student"].get("template_date"))
     origin = {key: value for key, value in config.dump(recipe).items() if key in DECIDES}
@@ -63,7 +65,7 @@ def record(
         assert teachers.teacher is not None
         meta = ScoredMeta.of(teachers.teacher, teacher_setup(scored, loaded, "teacher"), shown, k)
         known = recorded(out, meta)
-        limit = prompt_limit(recipe, recipe.sampling, [loaded.model, *teachers.models])
+        limit = prompt_limit(recipe, recipe.sampling, map(num_positions, [loaded.model, *teachers.models]))
         requests = _requests(recipe, loaded.renderer, limit, prompts, samples)
         missing = [request for request in requests if request.key not in known]
         write_atomically(out / ORIGIN, config.write_yaml(origin))
@@ -131,7 +133,7 @@ def _rows_needed(recipe: Recipe, k: int | None) -> int | None:
 def _check_out(out: Path, origin: Mapping[str, Any]) -> None:
     """Raises RecipeError unless `out` is new, empty or holds what these keys of a recipe recorded before."""
     if not (out / ORIGIN).is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.is_dir() and any(out.iterdir()):
             raise RecipeError(f"--out {out} exists and holds something else; choose another directory")
     elif changed := config.changes(config.read_yaml(out / ORIGIN), origin):
         raise RecipeError(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from understudy import config
 from understudy.compare.grid import Combination, Grid, apply, slug
 from understudy.errors import RecipeError, UnderstudyError
+from understudy.files import check_writable
 from understudy.format import count
 from understudy.methods import METHODS, REFUSED, Method
 from understudy.recipe import Recipe, check_same_recipe
@@ -127,6 +128,7 @@ class Cells:
 
         Raises RecipeError, DataError or VocabularyError.
         """
+        check_writable(self.out, "--out")
         for cell in self.tuning:
             with _named(cell.name):
                 check(cell.recipe)

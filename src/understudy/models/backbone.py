@@ -33,7 +33,12 @@ def unwrap(model: nn.Module) -> Any:
 
 def num_positions(model: nn.Module) -> int | None:
     """`max_position_embeddings`, the longest sequence that the model takes; None where its configuration has no limit."""
-    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    return positions_of(unwrap(model).config.get_text_config())
+
+
+def positions_of(config: Any) -> int | None:
+    """As `num_positions`, by the configuration of a language model alone."""
+    limit = getattr(config, "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
 

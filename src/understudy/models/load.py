@@ -165,6 +165,28 @@ def locate(path_or_name: str) -> tuple[str, str | None]:
     return path_or_name, reason and f"it is no directory and not in the hub's cache, and {reason}"
 
 
+def config_on_disk(path: str | None, build: Mapping[str, Any] | None = None) -> Any:
+    """The configuration of the language model in a directory, or of `build`; None for a hub name.
+
+    Raises RecipeError for one that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    if path is not None and (pair := given.find(path)) is not None:
+        return pair[0].config.get_text_config()
+    if build is not None:
+        return _default_config(str(build["architecture"]), **check_build(build)).get_text_config()
+    folder = Path(path or "").expanduser()
+    if path is not None and (folder / _ADAPTER).is_file():
+        return config_on_disk(_adapter_base(folder))
+    if path is None or not (folder / "config.json").is_file():
+        return None
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
+
+
 def _adapter_base(directory: Path) -> str:
     return str(json.loads((directory / _ADAPTER).read_text())["base_model_name_or_path"])
 

@@ -25,7 +25,6 @@ from understudy.models import (
     has_bfloat16,
     load_causal_lm,
     load_tokenizer,
-    num_positions,
     probe_head,
     row_style,
     stop_ids,
@@ -241,12 +240,15 @@ def load_base(recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.dev
     )
 
 
-def prompt_limit(recipe: Recipe, sampling: Sampling, models: Iterable[nn.Module], engine: Engine | None = None) -> int:
-    """The longest prompt in tokens that leaves room for a response, by `train.max_prompt_tokens`, models and engine.
+def prompt_limit(
+    recipe: Recipe, sampling: Sampling, positions: Iterable[int | None], engine: Engine | None = None
+) -> int:
+    """The longest prompt in tokens that leaves room for a response, by `train.max_prompt_tokens`, the positions of models,
+    and the engine.
 
     Raises RecipeError where no room is left.
     """
-    rooms = [("a model has {} positions (max_position_embeddings)", num_positions(model)) for model in models]
+    rooms = [("a model has {} positions (max_position_embeddings)", room) for room in positions]
     if engine is not None:
         rooms.append(("the rollout engine takes {} tokens in all (--max-model-len)", engine.num_positions))
     limit = recipe.train.max_prompt_tokens

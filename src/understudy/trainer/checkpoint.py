@@ -25,6 +25,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from understudy.errors import CheckpointError, RecipeError
+from understudy.files import check_writable
 from understudy.lazy import Tensor, safetensors, torch
 
 FORMAT = 1
@@ -85,14 +86,16 @@ class RunDir:
         self.student = path / "student"
 
     def check_new(self) -> None:
-        """Raises RecipeError where a run, or anything else but traces of engines that did not start, is there already."""
+        """Raises RecipeError where a run, or anything else but traces of engines that did not start, is there already, and
+        where it cannot be written."""
 
         def is_trace(path: Path) -> bool:
             if path.name == "weights" and path.is_dir():
                 return not any(path.iterdir())
             return path.match("engine_*.log")
 
-        if self.path.exists() and (not self.path.is_dir() or not all(map(is_trace, self.path.iterdir()))):
+        check_writable(self.path, "run_dir")
+        if self.path.is_dir() and not all(map(is_trace, self.path.iterdir())):
             raise RecipeError(
                 f"run_dir {self.path} exists and is not empty; continue it with --resume, or choose another run_dir"
             )

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 from understudy import config, given
-from understudy.errors import RecipeError, nearest
-from understudy.models import check_build, check_model_dir, has_bfloat16, name_tokens
+from understudy.errors import DataError, RecipeError, nearest
+from understudy.models import (
+    check_build,
+    check_model_dir,
+    config_on_disk,
+    has_bfloat16,
+    name_tokens,
+    positions_of,
+)
 from understudy.recipe.checks.parts import MAX_COMPARED, Check, Files, Finding
 from understudy.recipe.load import (
     NUM_CHECKED_PROMPTS,
     choose_device,
     eval_prompts,
+    prompt_limit,
     response_setup,
     tokenizer_source,
 )
@@ -22,6 +30,7 @@ from understudy.tasks import Split, Task, num_repeated, overlap, overlap_message
 from understudy.teachers import RunFacts, TeacherSection, check_names
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.loggers import check_loggers
+from understudy.types import Prompt
 
 ENDS_ON_POLICY = 0.05
 """Share of a teacher's response in a prefix below which it is a token or two."""
@@ -218,14 +227,35 @@ def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
 
 
 def _prompts(files: Files) -> Iterator[Finding]:
-    recipe = files.recipe
-    if not files.knows_tokenizer or not files.may_read(recipe.task):
-        return
-    lengths = [len(files.renderer.start(prompt)) for prompt in islice(recipe.task.prompts("train"), NUM_RENDERED)]
-    if recipe.eval is not None and files.may_read(recipe.held_out):
-        for prompt in islice(eval_prompts(recipe), NUM_RENDERED):
-            files.renderer.start(prompt)
-    yield Finding(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
+    """Raises RecipeError where the models have no positions for a response, DataError where no prompt leaves room for one."""
+    recipe, limit = files.recipe, files.recipe.train.max_prompt_tokens
+    student = positions_of(config_on_disk(recipe.student.model, recipe.student.build))
+    if recipe.uses.own_samples or not files.training:
+        sections = [*recipe.all_teachers.values(), recipe.reference]
+        loaded = [section.weights for section in sections if section is not None and section.vocabulary is not None]
+        sources = [weights.source.name for weights in loaded if weights is not None and weights.source is not None]
+        others = [positions_of(config_on_disk(name)) for name in sources if files.training]
+        limit = prompt_limit(recipe, recipe.sampling, [student, *others])
+    if files.knows_tokenizer and files.may_read(recipe.task):
+        lengths = [len(files.renderer.start(prompt)) for prompt in islice(recipe.task.prompts("train"), NUM_RENDERED)]
+        if files.training and min(lengths) > limit:
+            _check_any_fits(files, recipe.task, recipe.task.prompts("train"), limit, "training")
+        yield Finding(f"first prompts: {min(lengths)} to {max(lengths)} tokens")
+    if recipe.eval is not None:
+        limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [student])
+        if files.knows_tokenizer and files.may_read(recipe.held_out):
+            _check_any_fits(files, recipe.held_out, eval_prompts(recipe), limit, "evaluation")
+
+
+def _check_any_fits(files: Files, task: Task, prompts: Sequence[Prompt], limit: int, kind: str) -> None:
+    """Renders prompts until one fits; of a computed task, which has millions of a kind, the first."""
+    shown = prompts[:NUM_CHECKED_PROMPTS] if task.computed else prompts
+    if not any(len(files.renderer.start(prompt)) <= limit for prompt in shown):
+        named = files.recipe.train.max_prompt_tokens
+        told = f"train.max_prompt_tokens ({limit}); raise it"
+        if limit < named:
+            told = f"the {limit} tokens that max_new_tokens leaves of the models' positions; lower it"
+        raise DataError(f"all {len(shown):,} {kind} prompts are longer than {told}, or shorten the prompts")
 
 
 def _unused(files: Files) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.lazy import nn, torch
 from understudy.linear.chunked import CHUNK_ELEMENTS
-from understudy.models import has_bfloat16, unwrap
+from understudy.models import config_on_disk, has_bfloat16, unwrap
 from understudy.recipe.checks.parts import Check, Files, Finding, Parts
 from understudy.recipe.load import choose_device
 from understudy.recipe.schema import Recipe
@@ -70,8 +70,6 @@ def size_on_disk(source: str | None, dtype: str, device: torch.device) -> Size |
     files = sorted(folder.glob("*.safetensors")) if source else []
     if not files or not (folder / "config.json").is_file():
         return None
-    from transformers import AutoConfig
-
     elements = stored = 0
     for file in files:
         with safe_open(file, "pt") as tensors:
@@ -81,9 +79,8 @@ def size_on_disk(source: str | None, dtype: str, device: torch.device) -> Size |
     number = _BYTES[dtype] if dtype in _BYTES else max(1, round(stored / max(1, elements)))
     if dtype == "auto" and number == _BYTES["bfloat16"] and not has_bfloat16(device):
         number = _BYTES["float32"]
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
     half = elements * number if number == _BYTES["bfloat16"] else 0
-    return _size(config, elements * number, elements * number, half, number)
+    return _size(config_on_disk(source), elements * number, elements * number, half, number)
 
 
 def _size(config: Any, weights: int, trained: int, trained_half: int, number_bytes: int) -> Size:

@@ -234,7 +234,11 @@ def _temperature(parts: Parts) -> Iterator[Finding]:
 def _lengths(parts: Parts) -> Iterator[Finding]:
     recipe, own = parts.recipe, parts.recipe.uses.own_samples
     new = recipe.sampling.max_new_tokens if own else 0
-    limit = prompt_limit(recipe, recipe.sampling, parts.models.values()) if own else recipe.train.max_prompt_tokens
+    limit = (
+        prompt_limit(recipe, recipe.sampling, map(num_positions, parts.models.values()))
+        if own
+        else recipe.train.max_prompt_tokens
+    )
     lengths = [len(ids) for _, ids in parts.prompts]
     kept = [length for length in lengths if length <= limit]
     if not kept:
