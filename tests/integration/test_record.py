@@ -249,8 +249,8 @@ def test_a_recording_grows(recipe: Path, tmp_path: Path) -> None:
     ("change", "words"),
     [
         ("seed=1", "seed was 0, is 1"),
-        ("sampling.top_p=0.9", "sampling.top_p was 1.0, is 0.9"),
-        ("sampling.temperature=0.5", "sampling.temperature was 1.0, is 0.5"),
+        ("sampling.top_p=0.9", "sampling.top_p was 1, is 0.9"),
+        ("sampling.temperature=0.5", "sampling.temperature was 1, is 0.5"),
         ("task.seed=3", "task.seed was 0, is 3"),
         ("teacher.dtype=float64", "teacher.dtype was 'auto', is 'float64'"),
         ("student.dtype=float64", "student.dtype was 'float32', is 'float64'"),
