@@ -296,6 +296,7 @@ def test_wording_goes_around_the_last_message_of_the_user(tmp_path: Path) -> Non
         ([{"role": "user", "content": 3}], {}, r"message 1 \(user\) has the content 3"),
         ([{"content": "x"}], {}, "message 1 is .*must have role and content"),
         (["x"], {}, "message 1 is 'x'"),
+        ([[USER], [USER]], {}, "message 1 is .*must have role and content"),
         (
             [USER, {"role": "assistant", "content": "", "tool_calls": ["add"]}, USER],
             {},
@@ -334,6 +335,7 @@ FORMS: dict[str, Any] = {
     ],
     "sharegpt": [{"from": "system", "value": "system"}, {"from": "human", "value": "a b"}],
     "columns": {"role": ["system", "user"], "content": ["system", "a b"]},
+    "nested": [[SYSTEM, {"role": "user", "content": "a b"}]],
     "json": json.dumps([SYSTEM, {"role": "user", "content": "a b"}]),
 }
 

@@ -36,6 +36,8 @@ def read_messages(value: object) -> list[Message]:
         value = _chat_in(value) or [{"role": "user", "content": value}]
     if isinstance(value, Mapping):
         value = _transposed(value)
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
+        value = value[0]  # a conversation of one part, as BFCL has it
     if not isinstance(value, list | tuple):
         raise ValueError(f" is {brief(value)}; it must be a string, or a list of messages with role and content")
     return [_read_message(item, f", message {number}") for number, item in enumerate(value, start=1)]
