@@ -377,8 +377,11 @@ def evaluate(
         recipe = load_for_use(source, overrides, model)
         if recipe.eval is None:
             recipe = replace(recipe, eval=Eval())
-        check(recipe, training=False)
+        found = check(recipe, training=False)
         console = opened.enter_context(_using(recipe, quiet))
+        for line in found:
+            if "rows_skipped" in line:
+                console.warn(line)
         loaded = load_student(recipe)
         started = time.perf_counter()
         with closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:

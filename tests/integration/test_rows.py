@@ -9,16 +9,19 @@ import json
 import lzma
 import zipfile
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import understudy
 from tests.integration.test_verbal import CHATML, byte_tokenizer
 from tests.runs import BUILD, save_tiny_model, tiny_recipe, train
-from understudy import config
+from understudy import config, run
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
@@ -26,6 +29,7 @@ from understudy.tasks import File, Hub, Renderer, overlap
 from understudy.tasks.fields import accepted_answers
 from understudy.tasks.overlap import problem_key
 from understudy.tasks.responses import FileResponses
+from understudy.trainer.console import Console
 from understudy.types import Prompt
 
 ROWS = [{"q": 'a, "quoted"\nline', "a": "007"}, {"q": "ü", "a": "0.10"}]
@@ -117,7 +121,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         ("r.jsonl.bz2", bz2.compress(lines(ROWS))[:-8], r"not a whole bz2 file, after "),
         ("r.jsonl.xz", b"no", r"not a whole xz file, after its start"),
         ("r.jsonl.zip", b"no", r"not a whole zip file"),
-        ("r.xlsx", b"PK\x03\x04\xff", r"r\.xlsx:1: not a line of JSON"),
+        ("r.xlsx", b"PK\x03\x04\xff", r"r\.xlsx:1: not a line of JSON.*known: \.jsonl, "),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -130,7 +134,7 @@ def test_a_folder_and_a_pattern(tmp_path: Path) -> None:
     for split, texts in {"train-0": "ab", "train-1": "c", "test-0": "d"}.items():
         (tmp_path / f"{split}.parquet").write_bytes(parquet([{"q": text} for text in texts]))
     (tmp_path / "README.md").write_text("# rows")
-    with pytest.raises(RecipeError, match=r"files of several kinds or splits \(test, train\); name those"):
+    with pytest.raises(RecipeError, match=r"files of several kinds or splits \(test\*, train\*\); name .*\*train\*"):
         task_of(tmp_path).prompts("train")
     assert len(task_of(tmp_path / "train-*.parquet").prompts("train")) == 3
     (tmp_path / "test-0.parquet").unlink()
@@ -237,6 +241,13 @@ def test_several_answers_are_graded(tmp_path: Path) -> None:
     assert marked.prompts("train")[0].reference == ("1", "2")
 
 
+def test_arrays_of_numpy(tmp_path: Path) -> None:
+    """Rows of pandas have them where a file of Parquet has lists."""
+    row = {"q": np.array([USER, ASSISTANT], dtype=object), "a": np.array(["1", "one"]), "n": np.int64(7)}
+    prompt = task_of(tmp_path / "r.jsonl", reference_field="a", teacher_field="n").to_prompt("row 1", row)
+    assert (prompt.messages, prompt.reference, prompt.teacher) == ((USER,), ("1", "one"), "7")
+
+
 # Chats
 
 USER, SYSTEM, ASSISTANT = ({"role": role, "content": role} for role in ("user", "system", "assistant"))
@@ -262,7 +273,7 @@ def test_the_last_turn_of_the_assistant_is_the_solution(tmp_path: Path) -> None:
     )
     assert prompt.solution == "4"
     plain = task_of(tmp_path / "p.jsonl", [{"q": "2+2?"}]).prompts("train")[0]
-    assert problem_key(prompt) == problem_key(plain)
+    assert problem_key(prompt) == problem_key(plain) == blake2b(b"2+2?", digest_size=8).hexdigest()
     thought = chat(tmp_path, USER, ASSISTANT | {"reasoning_content": "hm"})
     assert thought.solution == "<think>\nhm\n</think>\n\nassistant"
     called = chat(tmp_path, USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]})
@@ -500,6 +511,24 @@ def test_left_out_rows_are_counted_in_the_dry_run_and_in_the_run(tmp_path: Path)
     assert (facts["rows"], facts["rows_skipped"]) == ({"task.train": 46}, {"task.train": 1})
     warnings = [json.loads(event)["text"] for event in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [text for text in warnings if "rows_skipped: 1" in text], warnings
+
+
+def test_left_out_rows_of_an_evaluation_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = of_files(tmp_path, SUMS[:4])
+    (tmp_path / "test.jsonl").write_bytes(lines([*SUMS[:2], {"q": "1+1:", "a": None}]))
+    changes["task"] |= {"test_path": str(tmp_path / "test.jsonl"), "reference_field": "a", "verifier": "exact"}
+    understudy.evaluate(config.parse(Recipe, tiny_recipe(tmp_path, **changes, eval={"split": "test"})))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "task.test: 3 rows, rows_skipped: 1" in said
+    assert "task.train" not in said
+
+
+def test_few_left_out_rows_are_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = of_files(tmp_path, [*SUMS * 3, {"q": "1+1:", "a": None}], train={"steps": 1, "prompts_per_step": 2})
+    recipe = config.parse(Recipe, tiny_recipe(tmp_path, **changes))
+    run.train(recipe, examine=False, console=Console())
+    assert "task.train: 136 rows, rows_skipped: 1" in " ".join(capsys.readouterr().out.split())
+    assert "rows_skipped" not in (tmp_path / "run" / "events.jsonl").read_text()
 
 
 def test_a_row_without_a_solution_is_named_before_it_is_imitated(tmp_path: Path) -> None:

@@ -619,6 +619,19 @@ def test_the_model_answers_prompts_itself() -> None:
         assert not any({"temperature", "max_tokens", "structured_outputs"} & one.keys() for one in body.values())
 
 
+def test_a_chat_with_tools_is_sent_as_the_interface_takes_it() -> None:
+    tool = {"type": "function", "function": {"name": "add"}}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    turns = ({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "", "tool_calls": [call]})
+    result = {"role": "tool", "content": "4", "tool_call_id": "1"}
+    with asked(lambda *_: says("It is 4.")) as (judge, requests, _):
+        assert judge.respond([Prompt("a", messages=(*turns, result), tools=(tool,))], max_new_tokens=7) == ["It is 4."]
+        body = requests[0].body
+        assert body["tools"] == [tool]
+        assert body["messages"][1]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 2}'}
+        assert body["messages"][2] == result
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -271,11 +271,14 @@ def eval_prompts(recipe: Recipe) -> Sequence[Prompt]:
     return prompts if recipe.eval.problems is None else prompts[: recipe.eval.problems]
 
 
-def data_parts(recipe: Recipe) -> list[tuple[str, Task, Split]]:
-    """The tasks and splits whose prompts the run reads, each with its place in the recipe: "task.parts.maths.train"."""
+def data_parts(recipe: Recipe, training: bool = True) -> list[tuple[str, Task, Split]]:
+    """The tasks and splits whose prompts a run reads, each with its place in the recipe: "task.parts.maths.train".
+
+    `training`: those of the training too, not of the evaluation alone.
+    """
     found: list[tuple[str, Task, Split]] = []
-    for place, part in recipe.task.places().items():
-        found.append((f"{place}.train", part, "train"))
+    if training:
+        found += [(f"{place}.train", part, "train") for place, part in recipe.task.places().items()]
     if recipe.eval is not None:
         split = recipe.eval.split
         for place, part in recipe.held_out.places("eval_task" if recipe.eval_task else "task").items():
@@ -283,10 +286,12 @@ def data_parts(recipe: Recipe) -> list[tuple[str, Task, Split]]:
     return found
 
 
-def read_intakes(recipe: Recipe, may_read: Callable[[Task], bool] = lambda task: True) -> dict[str, Intake]:
+def read_intakes(
+    recipe: Recipe, training: bool = True, may_read: Callable[[Task], bool] = lambda task: True
+) -> dict[str, Intake]:
     """What is read of each source of prompts and responses, by place in the recipe. Raises DataError for bad data."""
-    found = {name: part.intake(split) for name, part, split in data_parts(recipe) if may_read(part)}
-    if recipe.responses is not None:
+    found = {name: part.intake(split) for name, part, split in data_parts(recipe, training) if may_read(part)}
+    if training and recipe.responses is not None:
         found["responses"] = recipe.responses.intake(may_read)
     return {name: intake for name, intake in found.items() if intake is not None}
 

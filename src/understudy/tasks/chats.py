@@ -9,7 +9,7 @@ from typing import Any
 from understudy.errors import brief
 from understudy.tasks.rows import without_nulls
 
-Message = dict[str, Any]
+Said = dict[str, Any]
 
 _ROLES = {
     "human": "user",
@@ -25,7 +25,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 SYSTEM_ROLES = ("system", "developer")
 
 
-def read_messages(value: object) -> list[Message]:
+def read_messages(value: object) -> list[Said]:
     """A field of a row as messages: role, content (a string), and what else a message has that is not null.
 
     A string is a user's message, unless it is a list of messages as JSON. Tool calls are brought into OpenAI's form with
@@ -43,7 +43,7 @@ def read_messages(value: object) -> list[Message]:
     return [_read_message(item, f", message {number}") for number, item in enumerate(value, start=1)]
 
 
-def read_tools(value: object) -> tuple[Message, ...] | None:
+def read_tools(value: object) -> tuple[Said, ...] | None:
     """A field of a row as schemas of tools, without nulls; None for none. JSON in strings is read. Raises ValueError."""
     value = _from_json(value or None, "")
     if not value:
@@ -74,7 +74,7 @@ def conversation_facts(
     return [said, list(tools or ())]
 
 
-def _read_message(item: object, where: str) -> Message:
+def _read_message(item: object, where: str) -> Said:
     if not isinstance(item, Mapping):
         raise ValueError(f"{where} is {brief(item)}; it must have role and content")
     said = {key: value for key, value in item.items() if value is not None}
@@ -109,10 +109,10 @@ def _read_part(part: object, where: str) -> str:
     raise ValueError(f"{where} has the part {brief(part)}; it must be a text, or an object with type and text")
 
 
-def _read_calls(value: object, where: str) -> list[Message]:
+def _read_calls(value: object, where: str) -> list[Said]:
     value = _from_json(value, f"{where}, tool calls")
     value = [value] if isinstance(value, Mapping) else value or []
-    calls: list[Message] = []
+    calls: list[Said] = []
     for item in value if isinstance(value, list | tuple) else [value]:
         call = {key: part for key, part in item.items() if part is not None} if isinstance(item, Mapping) else {}
         function = call.pop("function", None) or {key: call.pop(key) for key in ("name", "arguments") if key in call}

@@ -8,6 +8,8 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any, cast
 
+import numpy as np
+
 from understudy.errors import DataError, brief, nearest
 from understudy.tasks.verifiers import Reference, accepted
 
@@ -52,6 +54,8 @@ def read_field(row: Mapping[str, Any], field: str, place: str, *, required: bool
             kind = DataError if required or hint.startswith("did you mean") else MissingValueError
             raise kind(f"{place}: no field {field!r}; fields: {', '.join(map(str, row))} ({hint})")
         value = value[part]
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if is_missing(value):
         raise MissingValueError(f"{place}: field {field!r} is {'null' if value is None else brief(value)}")
     return value

@@ -19,7 +19,7 @@ from understudy.errors import DataError, RecipeError, check_range
 from understudy.hub import unreachable
 from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Intake, Split, Task
-from understudy.tasks.chats import SYSTEM_ROLES, Message, conversation_facts, read_messages, read_tools
+from understudy.tasks.chats import SYSTEM_ROLES, Said, conversation_facts, read_messages, read_tools
 from understudy.tasks.fields import (
     MissingValueError,
     accepted_answers,
@@ -234,7 +234,7 @@ class Records(Task):
 
     def _conversation(
         self, place: str, row: Mapping[str, Any]
-    ) -> tuple[list[Message], tuple[Message, ...] | None, str | None]:
+    ) -> tuple[list[Said], tuple[Said, ...] | None, str | None]:
         """The messages that the student answers, its tools, and the assistant's answer where the row ends with one."""
         raw, solution = read_field(row, self.prompt_field, place, required=True), None
         try:
@@ -370,7 +370,7 @@ class Hub(Records):
             )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tuple[Prompt, ...], Intake]:
     """`stamp`: with another one the source is read anew."""
     found, seen, digest = list[Prompt](), Counter[str](), blake2b(digest_size=16)

@@ -75,12 +75,13 @@ def find_files(source: str) -> list[Path]:
         found = sorted(item for item in path.iterdir() if item.is_file() and _kind(item) is not None)
         if not found:
             raise RecipeError(f"{path} has no file that can be read; known: {', '.join(_READERS)}")
-        words = [match[1] for item in found if (match := _SPLIT_WORDS.search(item.name.lower()))]
-        for several in (sorted({str(_kind(item)) for item in found}), sorted(set(words))):
+        kinds = {str(_kind(item)) for item in found}
+        splits = {f"{match[1]}*" for item in found if (match := _SPLIT_WORDS.search(item.name.lower()))}
+        for several in (sorted(kinds), sorted(splits)):
             if len(several) > 1:
                 raise RecipeError(
-                    f"{path} holds files of several kinds or splits ({', '.join(several)}); name those that are meant, "
-                    f"for example {path}/*{several[0]}*"
+                    f"{path} holds files of several kinds or splits ({', '.join(several)}); name those that are meant by a "
+                    f"pattern, for example {path}/*{several[-1]}"
                 )
         return found
     found = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
@@ -105,6 +106,10 @@ def read_rows(source: str) -> Iterator[Row]:
             with _OPENERS.get(path.suffix.lower(), _open_plain)(path) as file:
                 for place, row in read(file, path):
                     yield place, row
+        except DataError as error:
+            if _kind(path) is not None:
+                raise
+            raise DataError(f"{error}. A file of another kind is read so; known: {', '.join(_READERS)}") from error
         except _BROKEN as error:
             packed = "gzip" if path.suffix.lower() == ".gz" else path.suffix.lower()[1:]
             raise DataError(f"{path}: not a whole {packed} file, after {place}: {error}") from error

@@ -160,12 +160,12 @@ class Files:
     @cached_property
     def intakes(self) -> dict[str, Intake]:
         """What is read of each source that may be read, by place in the recipe."""
-        return read_intakes(self.recipe, self.may_read)
+        return read_intakes(self.recipe, self.training, self.may_read)
 
     @property
     def written_prompts(self) -> Iterator[Prompt]:
         """Prompts of training and evaluation that are no computed ones and may be read, at most `MAX_COMPARED` of each."""
-        for _, part, split in data_parts(self.recipe):
+        for _, part, split in data_parts(self.recipe, self.training):
             if not part.computed and self.may_read(part):
                 yield from islice(part.prompts(split), MAX_COMPARED)
 

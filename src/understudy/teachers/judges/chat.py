@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,15 @@ class Chat(RetryOptions, JudgeSection):
         return ChatTeacher(self, name=setup.name, seed=setup.seed)
 
 
+def _sent(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as the interface takes it, which has the arguments of a call as a string."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, **({"tool_calls": calls} if calls else {})}
+
+
 class ChatTeacher(Judge):
     """A chat model as a judge that says one digit, at temperature 0, and as a writer of responses.
 
@@ -136,9 +146,12 @@ class ChatTeacher(Judge):
 
         def write(prompt: Prompt) -> str | None:
             messages = [
-                dict(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)
+                _sent(message) for message in prompt.messages or ({"role": "user", "content": prompt.text or ""},)
             ]
-            choice = self._complete(self._body(messages, max_new_tokens, temperature), prompt.id)
+            body = self._body(messages, max_new_tokens, temperature)
+            if prompt.tools:
+                body["tools"] = [dict(tool) for tool in prompt.tools]
+            choice = self._complete(body, prompt.id)
             if isinstance(choice, Refused) or choice.get("finish_reason") == "length":
                 return None
             return choice["message"].get("content") or None
