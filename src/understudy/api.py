@@ -86,13 +86,14 @@ def distil(
     `examine`, `quiet`: the doctor's checks come first; nothing is printed.
     `keys`: the other keys of a recipe, those of its section `train` by themselves: `lr=1e-5`, `sampling={"top_p": 0.9}`.
 
-    Models, rows and functions stand in the recipe by names, and must be given again to resume. Ctrl-C finishes the step and
-    saves, then raises KeyboardInterrupt; `resume=True` goes on. The doctor's rehearsal calls functions too.
+    Models, rows and functions stand in the recipe by names, and must be given again to resume. Ctrl-C saves within seconds
+    and raises KeyboardInterrupt; `resume=True` goes on. The doctor's rehearsal calls functions too.
     Raises RecipeError, and as `understudy.run.train`.
     """
     objects: dict[str, Any] = {}
     of_train = {item.name for item in fields(Train)}
-    values = {key: _plain(key, value) for key, value in keys.items() if key not in of_train}
+    # async is a word that Python reserves
+    values = {key.rstrip("_"): _plain(key, value) for key, value in keys.items() if key not in of_train}
     values["train"] = {key: _plain(key, value) for key, value in keys.items() if key in of_train}
     values["student"] = _model(student, "student", objects)
     values["method"] = {"type": method} if isinstance(method, str) else _plain("method", method)
@@ -144,7 +145,14 @@ def _model(value: Any, place: str, objects: dict[str, Any]) -> dict[str, Any]:
     section = _plain(place, value)
     section = dict(section) if isinstance(section, Mapping) else {"model": section}
     model = section.get("model")
-    if isinstance(model, tuple) and len(model) == 2:
+    if isinstance(model, Path):
+        section["model"] = str(model)
+    elif isinstance(model, tuple) and len(model) == 2:
+        if not hasattr(model[0], "state_dict") or not hasattr(model[1], "get_vocab"):
+            kinds = ", ".join(type(one).__name__ for one in model)
+            raise RecipeError(
+                f"{place} is a pair of {kinds}; it must be a loaded model and its tokenizer, in this order"
+            )
         if hasattr(model[0], "peft_config"):
             raise RecipeError(
                 f"{place} has adapters: merge them first (merge_and_unload), and train new ones with "
@@ -177,7 +185,9 @@ def _task(section: Mapping[str, Any], sources: Mapping[str, Any], objects: dict[
         )
     if rows:
         for split, given in rows.items():
-            if isinstance(given, Mapping) or not hasattr(given, "__len__"):
+            # a Dataset has features and a length; an IterableDataset has no length, and a DatasetDict is a mapping
+            is_dataset = hasattr(given, "features") and hasattr(given, "__len__") and not isinstance(given, Mapping)
+            if not is_dataset and not isinstance(given, list | tuple):
                 raise RecipeError(
                     f"{split} is of type {type(given).__name__}; rows are a datasets.Dataset (one split) or a list of mappings"
                 )
@@ -221,7 +231,7 @@ def _as_they_were(objects: Mapping[str, Any]) -> Iterator[None]:
 def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, quiet: bool = False) -> Run:
     """Trains as a recipe says. Prints progress, the first and last evaluation, and where the student is.
 
-    Ctrl-C finishes the step and saves, then raises KeyboardInterrupt. Signal handlers, random numbers and the settings of
+    Ctrl-C saves within seconds and raises KeyboardInterrupt. Signal handlers, random numbers and the settings of
     libraries are afterwards what they were. Raises as `understudy.run.train`.
     """
     return _train(recipe, resume=resume, examine=examine, quiet=quiet)

@@ -65,7 +65,7 @@ class Run:
     recipe: Recipe = field(repr=False)
     run_dir: RunDir = field(repr=False)
     ending: Ending
-    summaries: tuple[EvalSummary, ...]
+    summaries: tuple[EvalSummary, ...] = field(repr=False)
     """The evaluations of the run, by step; those before a resume too."""
     report: Path | None
     """A page that works offline; None on other ranks than the first, and for a run that a signal stopped."""

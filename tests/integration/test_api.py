@@ -249,6 +249,11 @@ def test_an_interrupt_saves_and_raises(names: dict[str, str], tmp_path: Path) ->
     ("keys", "words"),
     [
         ({"student": torch.nn.Linear(1, 1)}, r"student is a loaded model without its tokenizer"),
+        (
+            {"student": (load_tokenizer, load_causal_lm)},
+            "a pair of function, function; it must be a loaded model and its",
+        ),
+        ({"reward": lambda prompt, text: 1.0}, "GKD asks for no reward, so task.reward_function would never be called"),
         ({"student": 3}, "student is of type int"),
         ({"learning_rate": 1}, "learning_rate: unknown key"),
         ({"train": {"train": ROWS}}, "train is of type dict; rows are"),

@@ -76,7 +76,8 @@ def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:
 
 
 def _task(files: Files) -> Iterator[Finding]:
-    """Raises RecipeError where the method imitates solutions or rewards right answers and a part of the task has none."""
+    """Raises RecipeError where the method imitates solutions or rewards right answers and a part of the task has none, and
+    for a reward function that the method does not ask for."""
     recipe, name = files.recipe, files.recipe.method_name
     imitates = files.training and recipe.uses.given_responses and recipe.responses is None
     for place, part in _data(recipe.task, "train", "task").items():
@@ -84,6 +85,8 @@ def _task(files: Files) -> Iterator[Finding]:
             raise RecipeError(
                 f"the method {name} imitates solutions, but {place}.solution_field does not say where they are"
             )
+        if files.training and part.rewards and "outcome" not in recipe.uses.rewards:
+            raise RecipeError(f"the method {name} asks for no reward, so {place}.reward_function would never be called")
         if "outcome" in recipe.uses.rewards and "reference" not in part.carries and not part.rewards:
             raise RecipeError(
                 f"the method {name} rewards right answers, but {place}.reference_field does not say where they are"
