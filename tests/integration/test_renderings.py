@@ -10,20 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.test_doctor import examined, levels
+from tests.integration.test_doctor import examined, levels, parts_of
 from tests.integration.test_templates import GEMMA, with_tokens
 from tests.integration.test_verbal import CHATML
 from tests.runs import BUILD, metric_rows, tiny_recipe, train
+from tests.serving import serve_beside
 from tests.tiny_models import plain_logp
 from understudy import config
 from understudy.errors import DataError, RecipeError, ScoreError, VocabularyError
 from understudy.models import build_causal_lm, save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
+from understudy.recipe.load import engine_setup
+from understudy.serve import Scorer, Settings
 from understudy.tasks import Renderer
 from understudy.teachers import LocalTeacher, Setup
+from understudy.teachers.remote.served import Served
 from understudy.teachers.rendering import OwnRendering
-from understudy.types import Author, Need, Prompt, Sample
+from understudy.types import Author, Need, Prompt, Request, Sample
 
 SPECIAL = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
 STUDENT, TEACHER = with_tokens(CHATML, SPECIAL, "<|im_end|>"), with_tokens(GEMMA, SPECIAL, "<|im_end|>")
@@ -85,6 +89,52 @@ def test_scores_are_of_the_response_behind_the_teachers_own_prompt() -> None:
         assert scores.hidden is not None
         torch.testing.assert_close(head.logits(scores.hidden).log_softmax(-1), rows, atol=ROUNDING, rtol=0)
     assert teacher.num_prompt_tokens(samples[0]) == len(Renderer(TEACHER).start(samples[0].prompt))
+
+
+def test_a_served_teacher_reads_its_own_too() -> None:
+    """Whole rows included: the head that travels has its ends exchanged here."""
+    samples, base = [answered("2+2?", "4"), answered("10+10?", "it is 20")], model().float()
+    told = setup(teacher_tokenizer=TEACHER)
+    expected = own(base).score(samples, ALL, k=4)
+    with serve_beside(Scorer(base, TEACHER, name="tiny"), Settings(model="tiny", port=0)) as url:
+        inner = Served(url=url, tokenizer="tiny", rendering="own").open(told)
+        try:
+            teacher = OwnRendering(inner, told, Renderer(TEACHER))
+            head = teacher.head_for(None)
+            assert head is not None
+            for found, other in zip(teacher.score(samples, ALL, k=4), expected, strict=True):
+                assert found.hidden is not None
+                torch.testing.assert_close(found.logprob, other.logprob, atol=1e-4, rtol=0)
+                assert found.topk_ids is not None
+                assert torch.equal(found.topk_ids, other.topk_ids)
+                rows = head.logits(found.hidden).log_softmax(-1)
+                picked = rows.gather(-1, found.token_ids[:, None]).squeeze(-1)
+                torch.testing.assert_close(picked, other.logprob, atol=1e-4, rtol=0)
+        finally:
+            inner.close()
+
+
+def test_samples_data_and_stops_have_one_end(tmp_path: Path) -> None:
+    """ChatML over a tokenizer whose EOS is another token: what is imitated, sampled and stopped at is <|im_end|>."""
+    changes = chats(tmp_path, template=CHATML)
+    for name in ("student", "teacher"):
+        file = tmp_path / name / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<bos>"}))
+    changes["responses"] = {"type": "solutions"}
+    changes["method"] = {"type": "gkd", "on_policy_share": 0.5}
+    recipe = recipe_of(tmp_path, **changes)
+    with parts_of(recipe) as parts:
+        collector = parts.rollouts.collector
+        requests = [Request(prompt, 0, ids) for prompt, ids in parts.prompts[:4]]
+        given = collector.given(requests, 0)
+        assert {int(one.token_ids[-1]) for one in given if one is not None} == {END}
+        assert {one.text for one in given if one is not None} == {str(request.prompt.solution) for request in requests}
+        assert END in engine_setup(recipe, parts.loaded).stop_ids
+        written = collector.play(requests, 0, "sample")
+        stops = parts.loaded.renderer.stop_ids
+        assert all(int(one.token_ids[-1]) in stops for one in written if one.finish == "stop")
+    rows = metric_rows(train(tmp_path, **changes))
+    assert len(rows) >= 2
 
 
 def test_a_teacher_with_the_students_template_scores_as_without() -> None:

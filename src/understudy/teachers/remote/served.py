@@ -147,9 +147,6 @@ class Served(RemoteSection):
         tokenizers = [one for one in (setup.teacher_tokenizer, setup.tokenizer) if one is not None]
         if not tokenizers or about.tokenizer_digest in map(tokenizer_digest, tokenizers):
             return
-        # its `tokenizer` was compared token by token, and its end of a turn stands for the student's
-        if self.rendering == "own":
-            return
         size = max(setup.tokenizer.get_vocab().values()) + 1
         raise VocabularyError(
             f"{self.shown} ({about.model}) reads with another tokenizer than the student: the teacher's has "
