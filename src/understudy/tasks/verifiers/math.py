@@ -63,6 +63,10 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
     left = notation.without_names(notation.items(left), right)
     if notation.tight(left) == notation.tight(notation.items(right)):
         return ""
+    kind, parts = notation.split_list(left)
+    is_list = not kind and len(parts) > 1 and len(notation.split_list(value)[1]) == 1
+    if is_list and all(part and not _difference(part, reference, timeout_s) for part in parts):
+        return ""  # "3/5 or 0.6" says one thing twice
     given, given_unit = notation.split_unit(left)
     if unit and given_unit and unit != given_unit:
         return f"the unit is {given_unit}, that of the reference is {unit}"

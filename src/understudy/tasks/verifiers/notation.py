@@ -319,7 +319,7 @@ def objection(answer: str, reference: str) -> str:
 
 
 def _other_parts(answer: str, reference: str) -> str:
-    (kind, parts), (wanted_kind, wanted) = _parts(answer), _parts(reference)
+    (kind, parts), (wanted_kind, wanted) = split_list(answer), split_list(reference)
     if len(wanted) > 1 and kind and wanted_kind and kind != wanted_kind:
         return f"the answer is in {kind}, the reference in {wanted_kind}"
     if re.search(r"\\(?:pm|mp|mathbb)", answer + reference):
@@ -335,7 +335,7 @@ def _other_parts(answer: str, reference: str) -> str:
     return ""
 
 
-def _parts(text: str) -> tuple[str, list[str]]:
+def split_list(text: str) -> tuple[str, list[str]]:
     """The kind of brackets around a list, "" for none, and its parts."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     depth, cuts, wrapped = 0, [-1], len(text) > 1
@@ -345,5 +345,5 @@ def _parts(text: str) -> tuple[str, list[str]]:
         if char in ",;" and depth == 0:
             cuts.append(index)
     if wrapped and text[-1] in ")]}":
-        return text[0] + text[-1], _parts(text[1:-1])[1]
+        return text[0] + text[-1], split_list(text[1:-1])[1]
     return "", [text[start + 1 : end].strip() for start, end in pairwise([*cuts, len(text)])]
