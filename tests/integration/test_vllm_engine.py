@@ -29,7 +29,7 @@ from understudy.engines.base import Probe
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.launch import free_ports
 from understudy.engines.vllm.settings import Launch, logprobs_modes
-from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left
+from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left, with_head
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
 from understudy.models.load import merged_state_dict
 from understudy.types import Author, Request, Sample, Sampling
@@ -811,6 +811,26 @@ def test_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: pytes
     read: Mapping[str, Tensor] = AutoModelForCausalLM.from_pretrained(written, dtype="auto").state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(read[name], value.bfloat16())
+    store.close()
+
+
+def test_a_started_engine_reads_an_adapted_embedding_as_it_acts(tmp_path: Path) -> None:
+    """Adapters on a tied embedding: the configuration that a server reads no longer ties the head to it."""
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from understudy.models import apply_lora
+
+    model = apply_lora(model_of(tied=True), rank=2, alpha=8.0, target_modules=["embed_tokens", "q_proj"]).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    store = store_of(model, tmp_path, weights_dir=str(tmp_path))
+    written = store.write(with_head(model, merged_state_dict(model).items()), "v0")
+    read = AutoModelForCausalLM.from_pretrained(written)
+    ids = torch.arange(2, 10)[None]
+    # (W + BA) x against W x + B (A x)
+    torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
     store.close()
 
 
