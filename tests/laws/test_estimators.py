@@ -10,6 +10,7 @@ import pytest
 
 from understudy.eval import estimators
 from understudy.eval.estimators import (
+    LENGTH,
     SHARE,
     beta_quantile,
     crossed_mean,
@@ -118,6 +119,13 @@ def test_equal_values_are_not_certain(values: list[float]) -> None:
     assert found == crossed_mean([values] * 3, SHARE), "nor if seeds agree"
     without_ends = estimate_mean(values)
     assert (without_ends.low, without_ends.high) == (None, None), "nothing is known of the spread"
+
+
+def test_a_length_is_never_below_nothing() -> None:
+    found = estimate_mean([7.0, 13.0], LENGTH)
+    assert (found.low, found.high) == (0.0, pytest.approx(10 + 12.7062 * 3, abs=1e-3)), (
+        "Student's t, one degree of freedom"
+    )
 
 
 def test_seeds_and_problems_that_cancel_are_not_certain() -> None:

@@ -26,6 +26,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 Ends = tuple[float, float]
 """The least and the most that a value can be."""
 SHARE: Ends = (0.0, 1.0)
+LENGTH: Ends = (0.0, math.inf)
 _BLOCK = 1 << 22
 """Random numbers that are held at a time: 32 MiB."""
 
@@ -73,13 +74,14 @@ def majority_score(answers: Sequence[str | None], scores: Sequence[float]) -> fl
     return float(np.mean([np.mean(group) for group in votes.values() if len(group) == most]))
 
 
-def estimate_mean(values: ArrayLike, ends: Ends | None = None) -> Estimate:
+def estimate_mean(values: ArrayLike, ends: Ends = (-math.inf, math.inf)) -> Estimate:
     """The mean of one value per problem [P] with its interval over problems, whatever their order.
 
-    With `ends`, the least and the most that a value can be, a bound is a quantile of `sum_i w_i x_i + w_0 end` over weights w
-    that are Dirichlet(1, ..., 1): for values that are right or wrong the exact one of Clopper and Pearson (1934), for others
-    that of Gaffke, which holds the mean at least as often as it says in all that was tried (Learned-Miller and Thomas, arXiv
-    1905.06208). Without `ends`, Student's t, and no bounds where nothing is known of the spread: one problem, or equal values.
+    With finite `ends`, the least and the most that a value can be, a bound is a quantile of `sum_i w_i x_i + w_0 end` over
+    weights w that are Dirichlet(1, ..., 1): for values that are right or wrong the exact one of Clopper and Pearson (1934), for
+    others that of Gaffke, which holds the mean at least as often as it says in all that was tried (Learned-Miller and Thomas,
+    arXiv 1905.06208). Without them, Student's t as far as the ends, and no bounds where nothing is known of the spread: one
+    problem, or equal values.
     Raises ValueError for no values, one that is not finite and one beyond the ends.
     """
     array = np.asarray(values, dtype=np.float64)
@@ -88,15 +90,15 @@ def estimate_mean(values: ArrayLike, ends: Ends | None = None) -> Estimate:
     if not np.isfinite(array).all():
         raise ValueError(f"an estimate needs finite values; {(~np.isfinite(array)).sum()} are not")
     mean = math.fsum(array) / len(array)
-    if ends is not None:
-        if array.min() < ends[0] or array.max() > ends[1]:
-            raise ValueError(f"the values go from {array.min()} to {array.max()}; they must lie in {list(ends)}")
+    if array.min() < ends[0] or array.max() > ends[1]:
+        raise ValueError(f"the values go from {array.min()} to {array.max()}; they must lie in {list(ends)}")
+    if math.isfinite(ends[1] - ends[0]):
         low, high = (_bound(array, end, tail) for end, tail in zip(ends, TAILS, strict=True))
         return Estimate(mean, low, high, len(array))
     if np.ptp(array) == 0:
         return Estimate(mean, None, None, len(array))
     half = t_quantile(TAILS[1], len(array) - 1) * math.sqrt(_variance(array))
-    return Estimate(mean, mean - half, mean + half, len(array))
+    return Estimate(mean, max(ends[0], mean - half), min(ends[1], mean + half), len(array))
 
 
 def _bound(values: NDArray[np.float64], end: float, probability: float) -> float:
@@ -116,7 +118,7 @@ def _bound(values: NDArray[np.float64], end: float, probability: float) -> float
     return float(np.quantile(np.concatenate(means), probability))
 
 
-def paired_difference(before: ArrayLike, after: ArrayLike, ends: Ends | None = None) -> Estimate:
+def paired_difference(before: ArrayLike, after: ArrayLike, ends: Ends = (-math.inf, math.inf)) -> Estimate:
     """The mean of `after - before` [P], row by row the same problem; `ends` are those of the values.
 
     Raises ValueError where the shapes differ, and as `estimate_mean`.
@@ -124,10 +126,10 @@ def paired_difference(before: ArrayLike, after: ArrayLike, ends: Ends | None = N
     first, last = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != last.shape:
         raise ValueError(f"paired values must be of the same problems; got {first.shape} before and {last.shape} after")
-    return estimate_mean(last - first, None if ends is None else (ends[0] - ends[1], ends[1] - ends[0]))
+    return estimate_mean(last - first, (ends[0] - ends[1], ends[1] - ends[0]))
 
 
-def crossed_mean(values: ArrayLike, ends: Ends | None = None) -> Estimate:
+def crossed_mean(values: ArrayLike, ends: Ends = (-math.inf, math.inf)) -> Estimate:
     """The mean of [S, P] and a t interval for it, seeds and problems both drawn at random (crossed random effects).
 
     Var = var_seed / S + var_problem / P - var_rest / (S P), of the sample variances of the seeds' means, the problems'
@@ -153,8 +155,7 @@ def crossed_mean(values: ArrayLike, ends: Ends | None = None) -> Estimate:
     total = max(parts[0][0] + parts[1][0] - noise, parts[0][0], parts[1][0])
     spread = sum(part**2 / freedom for part, freedom in (*parts, (noise, free)) if freedom)
     half = t_quantile(TAILS[1], total**2 / spread) * math.sqrt(total)
-    least, most = ends or (-math.inf, math.inf)
-    return Estimate(mean, max(least, mean - half), min(most, mean + half), num_problems)
+    return Estimate(mean, max(ends[0], mean - half), min(ends[1], mean + half), num_problems)
 
 
 def _variance(values: NDArray[np.float64]) -> float:

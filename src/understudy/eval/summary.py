@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from understudy.errors import DataError
-from understudy.eval.estimators import RIGHT, SHARE, Estimate, estimate_mean, majority_score, pass_at_k
+from understudy.eval.estimators import LENGTH, RIGHT, SHARE, Estimate, estimate_mean, majority_score, pass_at_k
 from understudy.format import is_rate
 from understudy.types import Author, Sample
 
@@ -78,7 +78,7 @@ def summarise(
         split=split,
         samples_per_prompt=num,
         num_problems=len(problems),
-        metrics={name: estimate_mean(value, SHARE if is_rate(name) else None) for name, value in values.items()},
+        metrics={name: estimate_mean(value, SHARE if is_rate(name) else LENGTH) for name, value in values.items()},
         unscored=sum(sample.grade is None for sample in samples),
         too_long=too_long,
         sampling=sampling or {},

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from understudy.eval import estimators
-from understudy.eval.estimators import RIGHT, SHARE, Estimate, majority_score, pass_at_k
+from understudy.eval.estimators import LENGTH, RIGHT, SHARE, Estimate, majority_score, pass_at_k
 from understudy.format import MISSING, Bounded, Interval, change, count, interval, is_rate
 from understudy.report.read import Attempt, EvalRecord
 
@@ -72,7 +72,7 @@ def paired_difference(comparison: Comparison, metric: str) -> Estimate | None:
     if not pairs:
         return None
     before, after = zip(*pairs, strict=True)
-    return estimators.paired_difference(before, after, SHARE if is_rate(metric) else None)
+    return estimators.paired_difference(before, after, SHARE if is_rate(metric) else LENGTH)
 
 
 def problem_value(metric: str, attempts: Sequence[Attempt]) -> float | None:
