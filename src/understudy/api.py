@@ -109,6 +109,8 @@ def distil(
     given |= {key: _named(one, objects) if callable(one) else one for key, one in functions.items()}
     section = _task(values.get("task", {}), {"train": train, "validation": validation, "test": test}, objects)
     values["task"] = section | {key: value for key, value in given.items() if value is not None}
+    if train is not None and "prompt_field" not in values["task"]:
+        raise RecipeError("prompt is missing: the field of the rows that is the prompt, as in prompt='question'")
     held_out = [name for name, rows in (("test", test), ("validation", validation)) if rows is not None]
     if held_out:
         values["eval"] = {"split": held_out[0]} | (values.get("eval") or {})

@@ -262,6 +262,7 @@ def test_an_interrupt_saves_and_raises(names: dict[str, str], tmp_path: Path) ->
         ({"train": [{"question": object()}]}, "row 0 cannot be told from others"),
         ({"train": ROWS, "test": "test"}, "give all of them as rows or all by name"),
         ({"train": None, "test": ROWS}, "test without train"),
+        ({"prompt": None}, "prompt is missing: the field"),
         ({"prompt": "text"}, "no field 'text'"),
         ({"method": "gdk"}, "method.type is 'gdk'"),
         ({"resume": True, "run_dir": None}, "resume, .* need run_dir"),

@@ -38,7 +38,7 @@ def loaded_by(statement: str) -> set[str]:
     ("statement", "allowed"),
     [
         ("import understudy; assert 'distil' in understudy.__all__", set()),
-        ("from understudy import GKD", set()),
+        ("from understudy import GKD, Recipe, Run, distil, evaluate, sample, train", set()),
         ("import understudy.cli.commands, understudy.cli.recording, understudy.serve, understudy.linear", set()),
         ("from understudy.methods import GKD; GKD().for_run(10, 64).uses(10)", set()),
         ("from understudy.types import torch; torch.zeros(1)", {"torch"}),

@@ -60,7 +60,7 @@ def errors_of(findings: Iterable[Finding]) -> list[Finding]:
 def refuse(findings: Iterable[Finding]) -> None:
     """Raises RecipeError that lists the errors, if there are any."""
     if errors := errors_of(findings):
-        head = f"{verdict(errors)} (--no-doctor trains all the same)"
+        head = f"{verdict(errors)} (--no-doctor, or examine=False from Python, trains all the same)"
         raise RecipeError("\n  ".join([head, *map(_line, errors)]))
 
 

@@ -97,7 +97,8 @@ class RunDir:
         check_writable(self.path, "run_dir")
         if self.path.is_dir() and not all(map(is_trace, self.path.iterdir())):
             raise RecipeError(
-                f"run_dir {self.path} exists and is not empty; continue it with --resume, or choose another run_dir"
+                f"run_dir {self.path} exists and is not empty; continue it with --resume (resume=True from "
+                "Python), or choose another run_dir"
             )
 
     def check_started(self) -> None:

@@ -117,7 +117,8 @@ def nonfinite_record(sample: Sample) -> dict[str, object]:
 
 
 class Callback:
-    """Told of a run's progress; extend it, and override what you want to hear. What a method raises ends the run, saved."""
+    """Told of a run's progress on the first rank; extend it, and override what you want to hear. What a method raises ends
+    the run, which is saved first."""
 
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` is done; `metrics` as in metrics.jsonl."""
