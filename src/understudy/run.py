@@ -108,32 +108,32 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     else:
         run_dir.check_new()
     files = Files(recipe)
-    for check in of_stage("files"):
-        check(files)
+    found = [item for check in of_stage("files") for item in check(files)]
     ranks = Ranks.from_environment(partial(choose_device, recipe.device))
     # one clock for everything that renders, on every rank
     files.recipe = recipe = recipe.dated(ranks.gather(now())[0])
     if examine:
-        doctor.refuse(ranks.gather(doctor.attempt_all("room", files) if ranks.is_main else [])[0])
+        found += ranks.gather(doctor.attempt_all("room", files) if ranks.is_main else [])[0]
+        doctor.refuse(found)
     teachers = [f"{label} ({section.shown})" for label, section in recipe.all_teachers.items()]
     console.note("loading " + " and ".join([f"the student ({recipe.student.model or 'from scratch'})", *teachers]))
     with ExitStack() as opened:
         parts = assemble(files, run_dir, checkpoint, ranks, console, opened)
-        trainer, found = parts.trainer, doctor.examine_parts(parts) if examine else []
+        trainer = parts.trainer
+        found += doctor.examine_parts(parts) if examine else []
         doctor.refuse(found)
         # from here on the run directory is written
         trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
         # those of the run until here; every rank has to know which were made
         trainer.observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
-        if ranks.is_main and examine:
-            doctor.show_briefly(console, found)
-            doctor.write_findings(run_dir.doctor, found)
-        if ranks.is_main and checkpoint is None:
-            for item in doctor.attempt_all("advice", parts):
-                if item.level == "ok":
-                    console.note(item.found)
-                else:
-                    trainer.observer.warn(trainer.progress.step, item.found)
+        if ranks.is_main:
+            # a resumed run has said it
+            warn = partial(trainer.observer.warn, trainer.progress.step) if checkpoint is None else console.warn
+            found = doctor.each_once([*found, *doctor.attempt_all("advice", parts)])
+            doctor.warn_of(found, warn)
+            if examine:
+                console.note(f"doctor: {doctor.count_fine(found)}")
+                doctor.write_findings(run_dir.doctor, found)
         started, status = time.time(), "failed"
         try:
             ending = trainer.run()

@@ -766,3 +766,40 @@ def test_a_recipe_that_does_not_fit_together_is_the_first_error(tmp_path: Path) 
     found = examined(recipe_of(tmp_path, **distillation(tmp_path, student={"model": str(tmp_path / "nowhere")})))
     assert list(found) == ["task", "section"]
     assert "nowhere" in found["section"].found
+
+
+def test_what_it_finds_is_the_same_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One count of checks in the command, the run, its file and its report; warnings are events."""
+    import yaml
+
+    changes = distillation(tmp_path, train={"compute_dtype": "bfloat16", "steps": 1}, eval={"problems": 2})
+    changes |= {"task": jsonl_sums(tmp_path), "eval_task": jsonl_sums(tmp_path, test_path=str(tmp_path / "sums.jsonl"))}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(tmp_path, **changes)))
+    assert commands.doctor(path, []) == 0
+    counted = re.search(r"(\d+) of (\d+) checks are fine; the run may start", capsys.readouterr().out)
+    assert counted is not None
+    recipe = config.parse(Recipe, tiny_recipe(tmp_path, **changes))
+    result = run.train(recipe, console=Console())
+    assert f"doctor: {counted[1]} of {counted[2]} checks are fine" in capsys.readouterr().out
+    findings = json.loads((result.path / "doctor.json").read_text())["findings"]
+    assert [str(sum(item["level"] == "ok" for item in findings)), str(len(findings))] == [counted[1], counted[2]]
+    warned = [item for item in findings if item["level"] == "warning"]
+    events = [json.loads(line) for line in (result.path / "events.jsonl").read_text().splitlines()]
+    told = [event["text"] for event in events if event["kind"] == "warning"]
+    assert told == [
+        f"{item['name']}: {item['found']}" + f"; {item['advice']}" * bool(item["advice"]) for item in warned
+    ]
+    assert any("also in the training data" in text for text in told)
+    assert result.report is not None
+    page = result.report.read_text()
+    assert f"Before the first step {counted[1]} of {counted[2]} checks were fine" in page
+    assert "also in the training data" in page
+    assert "No warnings" not in page
+
+
+def jsonl_sums(folder: Path, **keys: Any) -> dict[str, Any]:
+    file = folder / "sums.jsonl"
+    file.write_text("".join(json.dumps({"q": f"{n}+1=", "a": str(n + 1)}) + "\n" for n in range(1, 9)))
+    fields = {"prompt_field": "q", "reference_field": "a", "solution_field": "a", "chat": False, "verifier": "exact"}
+    return {"type": "jsonl", "path": str(file)} | fields | keys

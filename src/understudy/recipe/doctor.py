@@ -31,14 +31,17 @@ def examine(recipe: Recipe, build: Build) -> list[Finding]:
         return found
     try:
         with build(files) as parts:
-            found = [*found, *examine_parts(parts), *attempt_all("advice", parts)]
-            # room is looked at twice, and what is loaded says more
-            return list({finding.name: finding for finding in found}.values())
+            return each_once([*found, *examine_parts(parts), *attempt_all("advice", parts)])
     except (UnderstudyError, RuntimeError, MemoryError, OSError) as error:
         return [
             *found,
             Finding(str(error), "error", AS_SAID, name="loading", checked="models, data and the first prompts"),
         ]
+
+
+def each_once(findings: Iterable[Finding]) -> list[Finding]:
+    """The last of each name: room is looked at twice, and what is loaded says more."""
+    return list({finding.name: finding for finding in findings}.values())
 
 
 def examine_parts(parts: Parts) -> list[Finding]:
@@ -88,15 +91,18 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
     if errors:
         console.warn(verdict(errors))
     elif warnings:
-        console.note(f"{len(findings)} checks, {len(warnings)} with a warning; the run may start")
+        console.note(f"{count_fine(findings)}; the run may start")
     else:
-        console.note(f"{len(findings)} checks, nothing is wrong")
+        console.note(f"{count_fine(findings)}; nothing is wrong")
 
 
-def show_briefly(console: Console, findings: Sequence[Finding]) -> None:
-    """Prints a line, and one more for each warning."""
+def warn_of(findings: Iterable[Finding], warn: Callable[[str], None]) -> None:
+    """Calls `warn` with a line for each finding that is not fine."""
     for item in findings:
-        if item.level == "warning":
-            console.warn(_line(item))
-    num_ok = sum(item.level == "ok" for item in findings)
-    console.note(f"doctor: {num_ok} of {len(findings)} checks are fine")
+        if item.level != "ok":
+            warn(_line(item))
+
+
+def count_fine(findings: Sequence[Finding]) -> str:
+    """As "14 of 15 checks are fine"."""
+    return f"{sum(item.level == 'ok' for item in findings)} of {len(findings)} checks are fine"

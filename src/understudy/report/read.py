@@ -105,6 +105,8 @@ class RunRecord:
     facts: Mapping[str, object]
     series: Mapping[str, Series]
     events: tuple[Event, ...]
+    findings: tuple[Mapping[str, str], ...]
+    """Of the doctor, before the first step: name, level, checked, found, advice."""
     evals: tuple[EvalRecord, ...]
     """By step."""
     samples: tuple[tuple[int, Path], ...]
@@ -141,10 +143,20 @@ def read_run(run_dir: Path) -> RunRecord:
             Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or ""))
             for _, row in _rows(run_dir / "events.jsonl", cut)
         ),
+        findings=_read_findings(run_dir / "doctor.json"),
         evals=tuple(read_eval(path) for _, path in _step_files(run_dir / "eval", "*.json")),
         samples=tuple(_step_files(run_dir / "samples", "*.jsonl")),
         cut_files=tuple(cut),
     )
+
+
+def _read_findings(path: Path) -> tuple[Mapping[str, str], ...]:
+    """Empty for a run that nobody examined. Raises DataError for another file."""
+    found = _object(path.read_bytes(), str(path)).get("findings") if path.is_file() else []
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise DataError(f"{path}: 'findings' must be a list of objects")
+    names = ("name", "level", "checked", "found", "advice")
+    return tuple({name: str(item.get(name) or "") for name in names} for item in found)
 
 
 def read_eval(path: Path) -> EvalRecord:
