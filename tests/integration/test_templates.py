@@ -278,6 +278,25 @@ def test_a_block_behind_the_generation_prompt_is_trained() -> None:
     assert renderer.like(tokenizer).turn_end == renderer.turn_end
 
 
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "{% if m.thinking and loop.last %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
+    "<|channel|>final{% endif %}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def test_reasoning_goes_where_the_template_has_it() -> None:
+    """As gpt-oss's: a channel of its own in place of tags, and another token behind the last turn."""
+    special = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
+    renderer = Renderer(with_tokens(HARMONY, special, "<|return|>"))
+    assert trained(renderer, "4") == "<|channel|>final<|message|>4<|return|>"
+    assert trained(renderer, "<think>\nhm\n</think>\n\n4") == (
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
+    )
+
+
 def test_reasoning_that_a_template_drops_is_trained() -> None:
     renderer = Renderer(with_tokens(DROPPING, ["<|im_start|>"], "<|im_end|>"))
     assert trained(renderer, "<think>\nhm\n</think>\n\n4") == "<think>\nhm\n</think>\n\n4<|im_end|>"

@@ -234,14 +234,19 @@ class Renderer:
         known = self._template(prompt, prompt.messages)
 
         def turn(text: str) -> str:
-            said = [*(prompt.messages or ()), {"role": "assistant", "content": text}]
+            thought, found, answer = text.partition(_END_THINK)
+            parts = {"content": text}
+            if found and self._reads_reasoning:
+                thought = thought.lstrip().removeprefix(_THINK).strip("\n")
+                parts = {"content": answer.lstrip("\n"), "reasoning_content": thought}
+            said = [*(prompt.messages or ()), {"role": "assistant", **parts}]
             whole = self._template(prompt, said, opened=False)
             if whole.startswith(known) and whole.endswith(end.rest):
                 told = whole[len(known) : len(whole) - len(end.rest)]
                 # in a block that the prompt has opened or closed nothing but its rest may follow
                 begins, opens_again = _last_tag(known), told.lstrip().startswith(_THINK)
                 fits = not (begins and opens_again) and (begins != _THINK or _END_THINK in told)
-                if fits and _squashed(text) in _squashed(told):
+                if fits and all(_squashed(part) in _squashed(told) for part in parts.values()):
                     return told
             return self._continued(prompt, known, whole, text)
 
@@ -413,6 +418,12 @@ class Renderer:
             return _last_tag(self.question("1"))
         except DataError:
             return ""
+
+    @property
+    def _reads_reasoning(self) -> bool:
+        """Whether the template has its own words around reasoning, which it takes from a part of the message (gpt-oss)."""
+        template = str(self.tokenizer.chat_template)
+        return _END_THINK not in template and re.search(r"\b(reasoning_content|thinking)\b", template) is not None
 
     def _split_reasoning(self, text: str) -> tuple[str | None, str]:
         """Reasoning, None where the template has no thinking mode or nothing was thought, and what follows it."""
