@@ -6,10 +6,11 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from understudy import config
 from understudy.eval.summary import EvalSummary
@@ -35,8 +36,20 @@ def export_student(parts: Parts, run_dir: RunDir) -> None:
         (aside / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_facts(parts: Parts, run_dir: RunDir, status: str, started: float) -> None:
-    """Writes what became of the run, on which machine and with which versions. `started`: seconds since 1970."""
+def data_facts(parts: Parts) -> dict[str, Any]:
+    """Counts of the data, taken before the first step: files may change while a run goes on."""
+    return {
+        "rows": {name: intake.num_rows for name, intake in parts.intakes.items()},
+        "rows_skipped": {name: intake.num_skipped for name, intake in parts.intakes.items()},
+        "prompts_with_special_tokens": len(parts.spelling),
+    }
+
+
+def write_facts(parts: Parts, run_dir: RunDir, status: str, started: float, data: Mapping[str, Any]) -> None:
+    """Writes what became of the run, on which machine and with which versions. `started`: seconds since 1970.
+
+    `data`: as `data_facts` counted it.
+    """
     progress, parameters = parts.trainer.progress, list(parts.loaded.model.parameters())
     values = {
         "status": status,
@@ -51,9 +64,7 @@ def write_facts(parts: Parts, run_dir: RunDir, status: str, started: float) -> N
         "trained_parameters": sum(value.numel() for value in parameters if value.requires_grad),
         "vocabulary": parts.loaded.vocab_size,
         "teacher": ", ".join(section.shown for section in parts.recipe.all_teachers.values()) or None,
-        "rows": {name: intake.num_rows for name, intake in parts.intakes.items()},
-        "rows_skipped": {name: intake.num_skipped for name, intake in parts.intakes.items()},
-        "prompts_with_special_tokens": len(parts.spelling),
+        **data,
         "hardware": hardware(parts.loaded.device),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "versions": installed(),

@@ -17,7 +17,7 @@ from understudy.engines import Engine
 from understudy.errors import DataError
 from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary, read_summaries
-from understudy.export import export_student, write_facts
+from understudy.export import data_facts, export_student, write_facts
 from understudy.files import write_atomically
 from understudy.models import num_positions, save_hf
 from understudy.recipe import Recipe, check_same_recipe, doctor
@@ -135,6 +135,7 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
                 console.note(f"doctor: {doctor.count_fine(found)}")
                 doctor.write_findings(run_dir.doctor, found)
         started, status = time.time(), "failed"
+        data = data_facts(parts) if ranks.is_main else {}
         try:
             ending = trainer.run()
             status = ending
@@ -142,7 +143,7 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
                 export_student(parts, run_dir)
         finally:
             if ranks.is_main:
-                write_facts(parts, run_dir, status, started)
+                write_facts(parts, run_dir, status, started, data)
             trainer.observer.close()
     # whoever stops a run wants to leave now; `understudy report` makes one
     report = write_report(run_dir.path) if ranks.is_main and ending != "stopped by a signal" else None
@@ -289,9 +290,12 @@ def evaluator(
 ) -> Callable[[int], EvalSummary]:
     """A function that evaluates the engine's weights at a step as the section `eval` says, and saves what it finds."""
 
+    # read once: a file that changes during the run must not change its evaluations
+    prompts = () if recipe.eval is None else eval_prompts(recipe)
+
     def evaluate(step: int) -> EvalSummary:
         assert recipe.eval is not None
-        settings, prompts, rejection = recipe.eval, eval_prompts(recipe), None
+        settings, rejection = recipe.eval, None
         sampling = settings.sampling or recipe.sampling
         if settings.reject_below is not None and judge is not None:
             rejection = Rejection(

@@ -29,7 +29,9 @@ from understudy.tasks import File, Hub, Renderer, overlap
 from understudy.tasks.fields import accepted_answers
 from understudy.tasks.overlap import problem_key
 from understudy.tasks.responses import FileResponses
+from understudy.trainer import checkpoint
 from understudy.trainer.console import Console
+from understudy.trainer.loop import Trainer
 from understudy.types import Prompt
 
 ROWS = [{"q": 'a, "quoted"\nline', "a": "007"}, {"q": "ü", "a": "0.10"}]
@@ -586,3 +588,36 @@ def test_wording_keeps_its_control_tokens_and_plain_text_of_the_data_has_none(tm
         assert [index for index in ids if index in (start, end)] == [start, end]
         assert tokenizer.decode(ids) == f"<|im_start|>user\n{row['q']}<|im_end|>\n"
         assert renderer.spells_control(prompt) == ("<|" in row["q"])
+
+
+def test_a_run_reads_its_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are gone after the first step change nothing."""
+    changes = of_files(
+        tmp_path, eval={"every": 1, "problems": 2, "split": "test"}, train={"steps": 2, "prompts_per_step": 2}
+    )
+    (tmp_path / "test.jsonl").write_bytes(lines(SUMS[:4]))
+    changes["task"] |= {"test_path": str(tmp_path / "test.jsonl")}
+    plain = Trainer._take_step
+
+    def without_files(self: Trainer) -> None:
+        for path in tmp_path.glob("*.jsonl"):
+            path.unlink()
+        plain(self)
+
+    monkeypatch.setattr(Trainer, "_take_step", without_files)
+    facts = json.loads((train(tmp_path, **changes) / "run.json").read_text())
+    assert (facts["status"], facts["rows"]) == ("finished", {"task.train": len(SUMS), "task.test": 4})
+
+
+def test_a_checkpoint_without_fingerprints_is_resumed_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = of_files(tmp_path, train={"steps": 1, "prompts_per_step": 2})
+    folder = train(tmp_path, **changes) / "checkpoints/step_000001"
+    values = json.loads((folder / "progress.json").read_text())
+    del values["inputs"]
+    (folder / "progress.json").write_text(json.dumps(values))
+    (folder / "files.json").write_text(json.dumps(checkpoint._digest(folder)))
+    recipe = config.parse(Recipe, tiny_recipe(tmp_path, **changes))
+    run.train(recipe, resume=True, examine=False, console=Console())
+    assert "does not say which data it was made with" in " ".join(capsys.readouterr().out.split())
