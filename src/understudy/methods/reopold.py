@@ -36,7 +36,7 @@ class REOPOLD(ClippedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.mix < 1.0:
-            raise ValueError(f"mix is {self.mix}; it must lie between 0 and 1")
+            raise ValueError(f"mix is {self.mix}; it must lie between 0 and 1; floor: -1.0e+9 is as good as no floor")
         if self.floor != self.floor:
             raise ValueError("floor is NaN; give a number, mixture or odds")
 

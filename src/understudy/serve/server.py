@@ -60,7 +60,9 @@ class Settings:
         for name in ("max_batch_tokens", "max_request_bytes", "max_reply_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise RecipeError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+                raise RecipeError(
+                    f"--{name.replace('_', '-')} is {value}; it must be at least 1; leave it out for the default"
+                )
         if not self.token() and not is_loopback(self.host):
             raise RecipeError(
                 f"--host {self.host} can be reached from other machines: name a variable with a token for clients "
