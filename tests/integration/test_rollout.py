@@ -231,7 +231,8 @@ def test_padding_rows_are_never_sampled() -> None:
 
 def test_training_mode_dropout_and_checkpointing_do_not_reach_the_engine() -> None:
     model = tiny("qwen3", sharp=4.0, attention_dropout=0.5)
-    expected = make_engine(model).generate(requests(), Sampling(max_new_tokens=8), step=0)
+    engine = make_engine(model)
+    expected = engine.generate(requests(), Sampling(max_new_tokens=8), step=0)
     enable_gradient_checkpointing(model)
     model.train()
     model.model.layers[0].eval()
@@ -239,7 +240,7 @@ def test_training_mode_dropout_and_checkpointing_do_not_reach_the_engine() -> No
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    made = make_engine(model).generate(requests(), Sampling(max_new_tokens=8), step=0)
+    made = engine.generate(requests(), Sampling(max_new_tokens=8), step=0)
     assert all(same(a, b) for a, b in zip(expected, made, strict=True))
     assert set(lengths[1:]) == {1}
     assert model.training
@@ -271,9 +272,11 @@ def test_adapters_are_sampled_with() -> None:
 def test_bfloat16_logits_are_formed_in_float32() -> None:
     """peers 10: with a row of bfloat16 logits the probabilities would err by percents."""
     model = tiny(dtype="bfloat16", sharp=4.0)
-    seen: list[Tensor] = []
+    engine, seen = make_engine(model), list[Tensor]()
+    # how contexts share a batch is found with the first one
+    engine.generate([request("b", [5])], Sampling(max_new_tokens=1), step=0)
     model.model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state[:, -1]))
-    one = make_engine(model).generate([request("a", [5, 6])], Sampling(max_new_tokens=1), step=0)[0]
+    one = engine.generate([request("a", [5, 6])], Sampling(max_new_tokens=1), step=0)[0]
     assert one.rollout_logprob is not None
     logp = (seen[0].double() @ model.lm_head.weight.detach().double().T).log_softmax(-1)
     assert math.isclose(float(one.rollout_logprob[-1]), float(logp[0, one.token_ids[-1]]), abs_tol=FLOAT32)

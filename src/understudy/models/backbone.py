@@ -18,7 +18,7 @@ _SCALES = {
     "logits_mup_width_multiplier": -1,
 }
 """Configuration keys whose value multiplies (1) or divides (-1) the logits; `probe_head` checks what comes out."""
-_TOLERANCE = {"torch.float64": 1e-4, "torch.float32": 1e-3, "torch.float16": 4e-3, "torch.bfloat16": 3e-2}
+TOLERANCE = {"torch.float64": 1e-4, "torch.float32": 1e-3, "torch.float16": 4e-3, "torch.bfloat16": 3e-2}
 """Error of a logit over the largest logit: a few roundings; 1e-3 in float32 leaves room for TF32 products. Norms and the
 softmax of an attention may be in float32 whatever the weights are (Gemma 2), so float64 weights promise no more than that."""
 _PACKING_MARGIN = 0.1
@@ -29,6 +29,25 @@ def unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside a PEFT wrapper, adapters still active; any other model as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The part of the model up to the final norm. Llama 4's text model names none, and transformers would return all of it."""
+    base = unwrap(model)
+    decoder = base.get_decoder()
+    return base.model if decoder is base else decoder
+
+
+def rope_switch(model: nn.Module) -> int | None:
+    """The longest sequence that LongRoPE reads with its short frequencies: in a longer one all positions have others.
+
+    transformers goes by the longest sequence of a call, so no call may hold sequences of both kinds. None: no LongRoPE.
+    """
+    parameters = getattr(unwrap(model).config.get_text_config(), "rope_parameters", None) or {}
+    # some models have parameters for each kind of layer
+    every = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    found = [int(one["original_max_position_embeddings"]) for one in every if one.get("rope_type") == "longrope"]
+    return min(found, default=None)
 
 
 def num_positions(model: nn.Module) -> int | None:
@@ -45,9 +64,17 @@ def positions_of(config: Any) -> int | None:
 def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Hidden states after the final norm, without logits. [B, L], [B, L] -> [B, L, H].
 
-    Sequences in one row are kept apart where positions restart, which transformers does only without a cache.
+    Sequences in one row are kept apart where positions restart, which transformers does only without a cache. Rows on both
+    sides of `rope_switch` are read apart.
     """
-    decoder = unwrap(model).get_decoder()
+    switch = rope_switch(model)
+    if switch is not None:
+        long = position_ids.amax(-1) >= switch
+        if bool(long.any()) and not bool(long.all()):
+            parts = [backbone_hidden(model, input_ids[rows], position_ids[rows]) for rows in (long, ~long)]
+            order = torch.cat([long.nonzero(), (~long).nonzero()]).squeeze(-1).argsort()
+            return torch.cat(parts)[order]
+    decoder = decoder_of(model)
     output = decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
     return cast("Tensor", output.last_hidden_state)
 
@@ -78,7 +105,7 @@ def lm_head(
     return LMHead(
         weight=layer.weight,
         bias=getattr(layer, "bias", None),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
         scale=scale,
         temperature=temperature,
         vocab_size=vocab_size,
@@ -90,7 +117,8 @@ def probe_head(model: nn.Module) -> None:
     """Runs a few tokens and compares the model's logits with its head on its hidden states.
 
     Raises RecipeError, naming the architecture, where they differ by more than the precision explains: such a model has
-    a head of a kind that `LMHead` does not know, and every loss would be wrong.
+    a head of a kind that `LMHead` does not know, and every loss would be wrong. Also for a model that reads what follows a
+    token, as BERT does.
     """
     base = unwrap(model)
     head = lm_head(model)
@@ -99,8 +127,9 @@ def probe_head(model: nn.Module) -> None:
         expected = base(input_ids=ids, use_cache=False).logits[0]
         hidden = backbone_hidden(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
         found = head.logits(hidden[0])
+        before = backbone_hidden(model, ids[:, :4], torch.arange(4, device=ids.device)[None])
     error = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp_min(1e-30))
-    limit = _TOLERANCE[str(base.dtype)]
+    limit = TOLERANCE[str(base.dtype)]
     if not bool(expected.isfinite().all()):
         raise RecipeError(
             f"{type(base).__name__}: its logits are not finite, so its weights are damaged or have diverged"
@@ -110,6 +139,11 @@ def probe_head(model: nn.Module) -> None:
             f"{type(base).__name__} ({base.config.model_type}): its logits are not its head times its final hidden "
             f"states (relative error {error:.1e}, at most {limit:.0e} in {base.dtype}). Its output layer does more "
             "than scale, soft-cap and bias; choose another model, or teach `understudy.models.lm_head` about it"
+        )
+    if not float((hidden[:, :4] - before).abs().max() / hidden.abs().max().clamp_min(1e-30)) <= limit:
+        raise RecipeError(
+            f"{type(base).__name__} ({base.config.model_type}): a token's hidden state depends on the tokens behind it, so it "
+            "cannot predict them; choose a causal language model"
         )
 
 
@@ -122,6 +156,8 @@ def row_style(model: nn.Module) -> Literal["packed", "single", "alone"]:
     base = unwrap(model)
     if str(getattr(base.config, "_attn_implementation", "")).startswith("flash"):
         return "single"
+    if rope_switch(model) is not None:
+        return "alone"
     device = base.get_output_embeddings().weight.device
     ids = torch.arange(1, 9, device=device).remainder(base.get_output_embeddings().weight.shape[0])
     positions = torch.arange(4, device=device).repeat(2)
@@ -129,7 +165,7 @@ def row_style(model: nn.Module) -> Literal["packed", "single", "alone"]:
         side_by_side = backbone_hidden(model, ids[None], positions[None])[0, 4:]
         alone = backbone_hidden(model, ids[None, 4:], positions[None, 4:])[0]
     error = float((side_by_side - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
-    return "packed" if error <= _TOLERANCE[str(base.dtype)] * _PACKING_MARGIN else "alone"
+    return "packed" if error <= TOLERANCE[str(base.dtype)] * _PACKING_MARGIN else "alone"
 
 
 def disable_dropout(model: nn.Module) -> None:

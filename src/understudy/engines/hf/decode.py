@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from inspect import signature
+from typing import Any, Literal
 
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead, project
-from understudy.models import unwrap
+from understudy.models.backbone import TOLERANCE, backbone_hidden, decoder_of, rope_switch
 from understudy.types import Sampling
 
 KEEP_SHARE = 0.75
@@ -22,23 +23,43 @@ LOGIT_ELEMENTS = 2**24
 """Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 320 MiB with what a draw needs."""
 
 
+CacheStyle = Literal["padded", "equal", "none"]
+"""How contexts share a batch: padded on the left; only with contexts of equal length, because padding would enter a state
+(recurrent layers) or the frequencies of positions (LongRoPE); or read again for every token, by a model without a cache of
+the common kind."""
+
+
 class Decoder:
     """A model, its head and the tokens that end a response, for one batch. Runs in whatever mode the model is in."""
 
     def __init__(
-        self, model: nn.Module, head: LMHead, stop_ids: Sequence[int], autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        head: LMHead,
+        stop_ids: Sequence[int],
+        autocast: torch.dtype | None = None,
+        style: CacheStyle = "padded",
     ) -> None:
-        self._backbone = unwrap(model).get_decoder()
+        self._model = model
+        self._backbone = decoder_of(model)
+        self._style = style
+        self._switch = rope_switch(model)
+        named = signature(self._backbone.forward).parameters
+        self._cache_key = "cache_params" if "cache_params" in named else "past_key_values"
         self._head = head
         self._device = head.weight.device
         self._stop = torch.tensor(sorted(stop_ids), device=self._device)
         self._autocast = autocast
         self._check_every = 1 if self._device.type == "cpu" else CHECK_EVERY
         self._cache: Any = None
+        self._room = 0
+        """Tokens of a row that the cache may come to hold."""
         self._mask: Tensor | None = None
         """[b, C + N] bool, False on padding; None if no row is padded."""
         self._positions = torch.empty(0)
         """[b, C + N] int64, 0 on padding; [1, C + N] if no row is padded."""
+        self._ids = torch.empty(0)
+        """[b, n] int64, all tokens that the model has read, where they may be read again; else empty."""
         self._length = 0
         """Tokens of a row that the model has read."""
 
@@ -95,9 +116,6 @@ class Decoder:
 
     def _prefill(self, contexts: Sequence[Tensor], num_new: int, last: int) -> Tensor:
         """Reads every distinct context once. The hidden states at the last tokens of all B rows. [B, H]."""
-        # late, because it imports transformers
-        from understudy.engines.hf.kv_cache import new_cache
-
         names = [context.numpy().tobytes() for context in contexts]
         distinct = dict(zip(names, contexts, strict=True))
         where = {name: index for index, name in enumerate(distinct)}
@@ -109,10 +127,11 @@ class Decoder:
         ids[real[:, :width]] = torch.cat(list(distinct.values()))
         positions = (column - (width - lengths)[:, None]).clamp(0, last)
         padded = not bool(real.all())
-        self._cache = new_cache(self._backbone.config, width + num_new)
+        self._room = width + num_new
         self._mask = real.to(self._device) if padded else None
         self._positions = (positions if padded else positions[:1]).to(self._device)
         self._length = 0
+        self._ids = ids[:, :0].to(self._device)
         hidden = self._forward(ids.to(self._device))
         select = torch.tensor([where[name] for name in names], device=self._device)
         if len(distinct) < len(contexts):
@@ -121,24 +140,65 @@ class Decoder:
 
     def _select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may occur several times."""
-        self._cache.reorder_cache(rows)
+        if self._cache is not None:
+            self._cache.reorder_cache(rows)
+        self._ids = self._ids[rows]
         if self._mask is not None:
             self._mask, self._positions = self._mask[rows], self._positions[rows]
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Hidden states at the last of `ids` [b, n], which the cache then holds. [b, H]."""
+        # late, because it imports transformers
+        from understudy.engines.hf.kv_cache import new_cache
+
         end = self._length + ids.shape[1]
-        with nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast):
+        if self._style != "padded":
+            ids = self._ids = torch.cat([self._ids, ids], 1)
+        precision = nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
+        with precision:
+            if self._style == "none":
+                self._length = end
+                return backbone_hidden(self._model, ids, self._positions[:, :end].expand_as(ids))[:, -1]
+            if self._length == 0 or (self._switch is not None and self._length <= self._switch < end):
+                # also past the switch, where what the cache holds was read with other frequencies
+                self._cache, self._length = new_cache(self._backbone.config, self._room), 0
             output = self._backbone(
-                input_ids=ids,
+                input_ids=ids[:, -(end - self._length) :],
                 position_ids=self._positions[:, self._length : end],
                 attention_mask=None if self._mask is None else self._mask[:, :end],
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._cache_key: self._cache},
             )
         self._length = end
         hidden: Tensor = output.last_hidden_state
         return hidden[:, -1]
+
+
+@no_grad
+def cache_style(model: nn.Module, head: LMHead) -> CacheStyle:
+    """Finds how contexts may share a batch of this model by running a few tokens, against each alone and without a cache."""
+    ids = torch.arange(1, 10).remainder(head.num_tokens)
+    tries: tuple[tuple[CacheStyle, list[Tensor]], ...] = (
+        ("padded", [ids[:6], ids[:2]]),
+        ("equal", [ids[:4], ids[2:6]]),
+    )
+    for style, contexts in tries:
+        if style == "padded" and rope_switch(model) is not None:
+            continue
+        decoder = Decoder(model, head, (), style=style)
+        try:
+            decoder._prefill(contexts, 2, 8)
+            decoder._select(torch.tensor([1, 0], device=head.weight.device))
+            found = decoder._forward(ids[6:8, None].to(head.weight.device))
+        except Exception:  # noqa: S112 (a model with a cache of its own kind raises whatever it likes)
+            continue
+        whole = [torch.cat([context, token[None]]) for context, token in zip(contexts[::-1], ids[6:8], strict=True)]
+        each = [row[None].to(head.weight.device) for row in whole]
+        alone = [backbone_hidden(model, row, torch.arange(row.shape[1], device=row.device)[None]) for row in each]
+        expected = torch.cat([hidden[:, -1] for hidden in alone])
+        if float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)) <= TOLERANCE[str(found.dtype)]:
+            return style
+    return "none"
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any, ClassVar
 
 from understudy.engines.base import Probe, Weights
-from understudy.engines.hf.decode import Decoder
+from understudy.engines.hf.decode import CacheStyle, Decoder, cache_style
 from understudy.engines.requests import open_responses, to_samples
 from understudy.errors import EngineError, TrainingError
 from understudy.lazy import nn, no_grad, torch
@@ -44,6 +44,8 @@ class HFEngine:
     absent: tuple[int, ...] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
     autocast: torch.dtype | None = None
+    _style: CacheStyle | None = field(default=None, init=False)
+    """How contexts share a batch; None until the first one is written."""
     _version: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
@@ -82,12 +84,13 @@ class HFEngine:
         head = lm_head(
             self.model, temperature=sampling.temperature or 1.0, vocab_size=self.vocab_size, absent=self.absent
         )
-        decoder = Decoder(self.model, head, self.stop_ids, self.autocast)
         lengths = [len(response.context) for response in responses]
         with self._lock, evaluating(self.model):
             if self._closed:
                 raise EngineError("the engine is closed")
-            for group in plan_batches(lengths, num_new, self.max_batch_tokens):
+            self._style = self._style or cache_style(self.model, head)
+            decoder = Decoder(self.model, head, self.stop_ids, self.autocast, self._style)
+            for group in plan_batches(lengths, num_new, self.max_batch_tokens, equal=self._style != "padded"):
                 chosen = [responses[index] for index in group]
                 contexts = [torch.tensor(response.context) for response in chosen]
                 room = torch.tensor([response.room for response in chosen])
@@ -109,15 +112,17 @@ class HFEngine:
         return to_samples(responses, self.tokenizer)
 
 
-def plan_batches(lengths: Sequence[int], num_new: int, max_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], num_new: int, max_tokens: int, *, equal: bool = False) -> list[list[int]]:
     """Groups of indices, long contexts first, such that group size * (longest context + num_new) <= `max_tokens`.
 
-    Neighbours in length go together, so little is padded. A context beyond the budget gets a group of its own.
+    Neighbours in length go together, so little is padded; `equal`: only contexts of one length. A context beyond the budget
+    gets a group of its own.
     """
     groups: list[list[int]] = []
     width = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if not groups or (len(groups[-1]) + 1) * width > max_tokens:
+        full = not groups or (len(groups[-1]) + 1) * width > max_tokens
+        if full or (equal and width != lengths[index] + num_new):
             groups.append([])
             width = lengths[index] + num_new
         groups[-1].append(index)
