@@ -276,6 +276,11 @@ def test_the_last_turn_of_the_assistant_is_the_solution(tmp_path: Path) -> None:
     assert prompt.solution == "4"
     plain = task_of(tmp_path / "p.jsonl", [{"q": "2+2?"}]).prompts("train")[0]
     assert problem_key(prompt) == problem_key(plain) == blake2b(b"2+2?", digest_size=8).hexdigest()
+    for nothing in (None, ""):
+        rows = [{"q": [USER, ASSISTANT | {"content": nothing}]}, {"q": [USER, ASSISTANT]}]
+        task = task_of(tmp_path / "empty.jsonl", rows)
+        assert [prompt.solution for prompt in task.prompts("train")] == ["assistant"]
+        assert "ends with an empty turn of the assistant" in task.intake("train").skipped[0]
     thought = chat(tmp_path, USER, ASSISTANT | {"reasoning_content": "hm"})
     assert thought.solution == "<think>\nhm\n</think>\n\nassistant"
     called = chat(tmp_path, USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]})

@@ -40,7 +40,10 @@ def read_messages(value: object) -> list[Said]:
         value = value[0]  # a conversation of one part, as BFCL has it
     if not isinstance(value, list | tuple):
         raise ValueError(f" is {brief(value)}; it must be a string, or a list of messages with role and content")
-    return [_read_message(item, f", message {number}") for number, item in enumerate(value, start=1)]
+    return [
+        _read_message(item, f", message {number}", is_last=number == len(value))
+        for number, item in enumerate(value, start=1)
+    ]
 
 
 def read_tools(value: object) -> tuple[Said, ...] | None:
@@ -74,7 +77,7 @@ def conversation_facts(
     return [said, list(tools or ())]
 
 
-def _read_message(item: object, where: str) -> Said:
+def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     if not isinstance(item, Mapping):
         raise ValueError(f"{where} is {brief(item)}; it must have role and content")
     said = {key: value for key, value in item.items() if value is not None}
@@ -90,11 +93,13 @@ def _read_message(item: object, where: str) -> Said:
     calls = _read_calls(said.pop("tool_calls", None), where)
     if isinstance(content, list | tuple):
         content = "".join(_read_part(part, where) for part in content)
-    if content is None and calls:
+    role = _ROLES.get(role, role)
+    # an answer that is null is a missing one, not a chat of another kind
+    if content is None and (calls or (is_last and role == "assistant")):
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"{where} ({role}) has the content {brief(content)}; it must be a string")
-    return {"role": _ROLES.get(role, role), "content": content, **said} | ({"tool_calls": calls} if calls else {})
+    return {"role": role, "content": content, **said} | ({"tool_calls": calls} if calls else {})
 
 
 def _read_part(part: object, where: str) -> str:

@@ -23,6 +23,7 @@ from understudy.tasks.chats import SYSTEM_ROLES, Said, conversation_facts, read_
 from understudy.tasks.fields import (
     MissingValueError,
     accepted_answers,
+    is_missing,
     read_field,
     read_text,
 )
@@ -247,6 +248,8 @@ class Records(Task):
             if self.solution_field not in (None, self.prompt_field):
                 raise DataError(f"{where} ends with the assistant, and task.solution_field names a solution; keep one")
             if "tool_calls" not in answer:
+                if is_missing(answer["content"]):
+                    raise MissingValueError(f"{where} ends with an empty turn of the assistant")
                 thought = answer.get("reasoning_content")
                 solution = (
                     answer["content"] if thought is None else f"<think>\n{thought}\n</think>\n\n{answer['content']}"
