@@ -48,7 +48,7 @@ def parse(folder: Path, **changes: Any) -> Recipe:
         ({"task": {"type": "arithmetic", "family": "adition"}}, "task.family is 'adition'.*addition"),
         ({"student": {"model": "x"}}, "student: give either model"),
         ({"method": {"type": "gkd"}}, "the method GKD needs a teacher"),
-        ({"teacher": {"type": "local", "model": "x"}}, "the method SFT asks no teacher"),
+        ({"teachers": {"a": {"type": "local", "model": "x"}}}, "the method SFT asks no teacher"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"train": {"lr": float("nan")}}, "lr is nan; it must be at least 0"),
         ({"train": {"betas": [2, 3]}}, "betas is|betas are"),
@@ -492,3 +492,48 @@ def test_the_doctor_takes_a_run(tmp_path: Path) -> None:
     assert run("train", str(path))[0] == 0
     code, text = run("doctor", str(tmp_path / "run"))
     assert (code, "nothing is wrong" in text) == (0, True), text
+
+
+def test_a_teacher_that_nobody_asks_is_left_alone(tmp_path: Path) -> None:
+    """So that one line changes the method."""
+    changes = distillation(tmp_path, method={"type": "grpo"}, train={"steps": 1, "samples_per_prompt": 2})
+    changes["teacher"] = changes["teacher"] | {"model": "org/nothing"}
+    path = write_recipe(tmp_path, **changes)
+    for arguments in (["--dry-run"], []):
+        code, text = run("train", str(path), *arguments)
+        assert code == 0, text
+        assert "GRPO asks no teacher, so the section teacher is not loaded" in " ".join(text.split())
+    assert (tmp_path / "run" / "student" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "method", ["gkd", "opd", "topk", "eopd", "aopd", "tropd", "grpo", "dapo", "kdrl", "sft", "gopd"]
+)
+@pytest.mark.parametrize("source", ["data", "task"])
+def test_what_init_writes_can_be_trained(tmp_path: Path, method: str, source: str) -> None:
+    models = distillation(tmp_path)
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(1, 90)))
+    path = tmp_path / "recipe.yaml"
+    given = ["--data", str(data)] if source == "data" else ["--task", "arithmetic"]
+    named = ["--student", models["student"]["model"], "--teacher", models["teacher"]["model"]]
+    code, text = run("init", str(path), *named, "--method", method, *given)
+    assert code == 0, text
+    small = ["sampling.max_new_tokens=8", "train.max_prompt_tokens=16", "task.chat=false", "task.template='{prompt}'"]
+    small = small[: 4 if source == "data" else 2]
+    if method == "dapo":
+        small.append("method.overlong_buffer=0")
+    code, text = run("train", str(path), *small, "--dry-run")
+    assert code == 0, text
+    assert load_recipe(path, small).train.compute_dtype == "auto"
+
+
+def test_init_says_what_it_lacks(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"x": 1, "y": 2}) + "\n")
+    path = tmp_path / "recipe.yaml"
+    assert "has the fields x, y" in run("init", str(path), "--data", str(data))[1]
+    assert "there is no method" in run("init", str(path), "--method", "gdk")[1]
+    assert "needs what only you can say" in run("init", str(path), "--method", "phases")[1]
+    assert "there is no file" in run("init", str(path), "--data", str(tmp_path / "nothing.jsonl"))[1]
+    assert not path.exists()

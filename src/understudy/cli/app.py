@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import re
 import sys
 from dataclasses import MISSING, fields
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -302,22 +300,20 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the recipe.")] = Path("recipe.yaml"),
     student: Annotated[str, typer.Option(help="Directory or hub name of the student.")] = "Qwen/Qwen3-0.6B",
     teacher: Annotated[str, typer.Option(help="Directory or hub name of the teacher.")] = "Qwen/Qwen3-4B",
+    method: Annotated[str, typer.Option(help="See: understudy methods.")] = "gkd",
+    data: Annotated[
+        str | None, _option(metavar="FILE|NAME", help="Rows to train on: files, or a hub data set.", default="gsm8k")
+    ] = None,
+    task: Annotated[str | None, _option(help="Type of the task, such as arithmetic.", default="by --data")] = None,
 ) -> None:
-    """Write a commented recipe for two models, to be edited and trained, and beside it the schema for your editor."""
-    import yaml
-
-    from understudy import config
+    """Write a commented recipe with what its method needs, to be edited and trained, and the schema for your editor."""
+    from understudy.cli.new_recipe import new_recipe
     from understudy.files import write_atomically
-    from understudy.recipe import Recipe
     from understudy.recipe.editor import FILE, recipe_schema
 
     if path.exists():
         raise RecipeError(f"{path} exists; choose another file")
-    text = (files("understudy") / "cli" / "recipe.yaml").read_text(encoding="utf-8")
-    named = {"NAME": path.stem, "STUDENT": json.dumps(student), "TEACHER": json.dumps(teacher)}
-    text = re.sub(r"\b(NAME|STUDENT|TEACHER)\b", lambda found: named[found[0]], text)
-    config.parse(Recipe, yaml.safe_load(text))
-    write_atomically(path, text)
+    write_atomically(path, new_recipe(path.stem, student, teacher, method, data, task))
     if not (beside := path.with_name(FILE)).exists():
         write_atomically(beside, json.dumps(recipe_schema(), indent=2))
     typer.echo(f"wrote {path}; check it with: understudy train {path} --dry-run")

@@ -189,7 +189,8 @@ def parse_cell(values: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     Raises RecipeError.
     """
     try:
-        return config.parse(Recipe, values), ()
+        recipe = config.parse(Recipe, values)
+        return (replace(recipe, teacher=None), ("teacher",)) if recipe.leaves_teacher else (recipe, ())
     except RecipeError as error:
         method = config.parse(_Learning, {key: item for key, item in values.items() if key == "method"}).method
         steps = values.get("train", {}).get("steps")
@@ -201,7 +202,9 @@ def parse_cell(values: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
         unused = [name for name in unused if values.get(name)]
         for names in (names for count in range(len(unused)) for names in combinations(unused, count + 1)):
             with suppress(RecipeError):
-                return config.parse(Recipe, {key: item for key, item in values.items() if key not in names}), names
+                recipe = config.parse(Recipe, {key: item for key, item in values.items() if key not in names})
+                if not recipe.leaves_teacher:
+                    return recipe, names
         raise error
 
 

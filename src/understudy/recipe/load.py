@@ -348,7 +348,9 @@ def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
         teacher=RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None),
         judge=next((one for name, one in opened.items() if name not in scorers), None),
         reference=reference,
-        responder=opened["teacher"] if recipe.teacher is not None and recipe.teacher.writes_responses else None,
+        responder=opened["teacher"]
+        if "teacher" in opened and recipe.all_teachers["teacher"].writes_responses
+        else None,
     )
 
 

@@ -179,8 +179,17 @@ class Recipe:
 
     @property
     def all_teachers(self) -> dict[str, TeacherSection]:
-        """Every teacher by its name; one alone is called "teacher"."""
-        return dict(self.teachers) if self.teacher is None else {"teacher": self.teacher}
+        """Every teacher that is asked, by its name; one alone is called "teacher"."""
+        if self.teacher is None or self.leaves_teacher:
+            return dict(self.teachers)
+        return {"teacher": self.teacher}
+
+    @property
+    def leaves_teacher(self) -> bool:
+        """Whether nothing in the recipe asks the section `teacher`, so that it is not loaded."""
+        rejects = self.eval is not None and self.eval.reject_below is not None
+        by_teacher = self.responses is not None and self.responses.by_teacher
+        return self.teacher is not None and not (self.method.needs - {"none", "reference"} or rejects or by_teacher)
 
     def place_of(self, teacher: str) -> str:
         """The place of a teacher's section in the recipe."""
@@ -224,7 +233,7 @@ def _teachers_give_what_is_asked(recipe: Recipe) -> None:
         raise ValueError("eval.reject_below needs a judge that says digits: a teacher of type verbal or chat")
     by_teacher = recipe.responses is not None and recipe.responses.by_teacher
     if not asked and teachers and not rejects and not by_teacher:
-        raise ValueError(f"the method {name} asks no teacher; remove the section teacher")
+        raise ValueError(f"the method {name} asks no teacher; remove the section teachers")
     if recipe.teachers and any(section.alone for section in teachers.values()):
         raise ValueError("several teachers score tokens; a judge (verbal, chat) or a stored teacher stands alone")
     for label, section in teachers.items():

@@ -194,6 +194,9 @@ def _teachers(files: Files) -> tuple[Finding, ...]:
                 raise RecipeError(f"{place} names no teacher: {nearest(label, recipe.teachers)}")
     for name, section in recipe.all_teachers.items():
         section.check_run(_facts(files, name, section))
+    if recipe.leaves_teacher:
+        found = f"the method {recipe.method_name} asks no teacher, so the section teacher is not loaded"
+        return (Finding(found, "warning", "remove it, or choose a method that asks (see: understudy methods)"),)
     return ()
 
 

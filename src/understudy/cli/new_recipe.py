@@ -1,0 +1,100 @@
+"""The recipe that `understudy init` writes: a commented template, with what a method and its data need filled in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from understudy import config
+from understudy.errors import RecipeError, nearest
+from understudy.methods import METHODS
+from understudy.recipe import Recipe
+from understudy.tasks import TASKS, Hub
+from understudy.tasks.rows import read_rows
+
+PROMPTS = ("messages", "prompt", "question", "problem", "instruction", "query", "conversations")
+ANSWERS = ("reference", "answer", "final_answer", "ground_truth", "label", "target", "solution")
+RESPONSES = ("solution", "response", "completion", "output", "answer")
+"""Usual names of fields, the likeliest first."""
+
+
+def new_recipe(name: str, student: str, teacher: str, method: str, data: str | None, task: str | None) -> str:
+    """The text of the recipe. Raises RecipeError for a method or data that need what only the user knows."""
+    if method not in METHODS:
+        raise RecipeError(f"there is no method {method!r}; {nearest(method, METHODS)}")
+    try:
+        chosen = METHODS[method]()
+    except TypeError as error:
+        raise RecipeError(
+            f"the method {method} needs what only you can say; take another for init, and see: understudy methods {method}"
+        ) from error
+    uses = chosen.uses(1)
+    text = (files("understudy") / "cli" / "recipe.yaml").read_text(encoding="utf-8")
+    named = {"NAME": name, "STUDENT": json.dumps(student), "TEACHER": json.dumps(teacher)}
+    text = re.sub(r"\b(NAME|STUDENT|TEACHER)\b", lambda found: named[found[0]], text)
+    asked = chosen.needs - {"none", "reference"}
+    if not asked:
+        text = _replaced(text, "teacher", "")
+    said = f"method:                     # see: understudy methods\n  type: {method}\n"
+    if "verbal" in asked:
+        text = text.replace("  type: local\n", "  type: verbal\n", 1)
+        said += "  on_reject: drop           # a judge writes no responses\n"
+    elif uses.prefixes or uses.fills_slots:
+        said += "\nresponses: {type: teacher}  # which begin or replace samples of the student\n"
+    text = _replaced(text, "method", said)
+    if uses.rewards:
+        # the samples of a prompt are compared with each other
+        text = text.replace("prompts_per_step: 64\n", "prompts_per_step: 16\n")
+        text = text.replace("samples_per_prompt: 1\n", "samples_per_prompt: 8\n", 1)
+    if data is not None or task is not None:
+        section = _task(data, task)
+        text = _replaced(text, "task", yaml.safe_dump({"task": section}, sort_keys=False, allow_unicode=True))
+        if "validation_share" in section:
+            text = text.replace("  split: test\n", "  split: validation\n")
+    elif uses.given_responses:
+        text = text.replace("  reference_field: answer\n", "  reference_field: answer\n  solution_field: answer\n")
+    config.parse(Recipe, yaml.safe_load(text))
+    return text
+
+
+def _replaced(text: str, section: str, new: str) -> str:
+    """The text with another section of that name, up to the next empty line."""
+    return re.sub(rf"^{section}:.*?\n\n", lambda _: f"{new}\n" if new else "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def _task(data: str | None, task: str | None) -> dict[str, Any]:
+    """The section of a task by its type, or of a file or a data set of the hub by the names of its fields."""
+    if data is None:
+        if task is None or task not in TASKS:
+            raise RecipeError(f"there is no task {task!r}; {nearest(str(task), TASKS)}")
+        try:
+            TASKS[task]()
+        except TypeError as error:
+            raise RecipeError(f"--task {task} needs --data: a file, or a data set of the hub") from error
+        return {"type": task}
+    path = Path(data).expanduser()
+    if task == "hub" or (task is None and not path.exists() and not path.suffix and data.count("/") == 1):
+        section = {"type": "hub", "dataset": data}
+        rows = Hub(dataset=data, prompt_field="").rows("train")
+    else:
+        section = {"type": "file", "path": data}
+        rows = read_rows(data)
+    _, row = next(iter(rows), ("", {}))
+    fields = {"prompt_field": PROMPTS, "reference_field": ANSWERS, "solution_field": RESPONSES}
+    found = {key: name for key, usual in fields.items() if (name := _first(usual, row)) is not None}
+    if "prompt_field" not in found:
+        raise RecipeError(
+            f"{data} has the fields {', '.join(map(str, row)) or 'of no row'}, none of which is usual for prompts "
+            f"({', '.join(PROMPTS)}); write the recipe without --data, and name them in its section task"
+        )
+    return section | found | {"validation_share": 0.1}
+
+
+def _first(usual: Sequence[str], row: Any) -> str | None:
+    return next((name for name in usual if name in row), None)
