@@ -131,6 +131,10 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
             warn = partial(trainer.observer.warn, trainer.progress.step) if checkpoint is None else console.warn
             found = doctor.each_once([*found, *doctor.attempt_all("advice", parts)])
             doctor.warn_of(found, warn)
+            for item in found:
+                # few rows are no warning, and are said all the same
+                if item.level == "ok" and "rows_skipped" in item.found:
+                    console.note(item.found)
             if examine:
                 console.note(f"doctor: {doctor.count_fine(found)}")
                 doctor.write_findings(run_dir.doctor, found)
