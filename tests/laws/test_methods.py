@@ -261,7 +261,7 @@ def test_padding_of_the_vocabulary_carries_no_probability() -> None:
     [
         (lambda: GKD(beta=1.5), "beta is 1.5"),
         (lambda: GKD(on_policy_share=-0.1), "on_policy_share is -0.1"),
-        (lambda: OPD(discount=2.0), "discount is 2.0"),
+        (lambda: OPD(discount=2.0), "discount is 2;"),
         (lambda: OPD(discount=0.5, baseline=True), "baseline"),
         (lambda: TopK(k=0), "k is 0"),
     ],

@@ -32,10 +32,13 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def decoder_of(model: nn.Module) -> Any:
-    """The part of the model up to the final norm. Llama 4's text model names none, and transformers would return all of it."""
+    """The part of the model up to the final norm. What transformers names so is all of Llama 4's text model, and the output
+    layer of ModernBERT's decoder."""
     base = unwrap(model)
-    decoder = base.get_decoder()
-    return base.model if decoder is base else decoder
+    parts = (base.get_decoder(), base.base_model, getattr(base, "model", None))
+    return next(
+        (part for part in parts if part is not base and hasattr(part, "get_input_embeddings")), base.get_decoder()
+    )
 
 
 def rope_switch(model: nn.Module) -> int | None:
