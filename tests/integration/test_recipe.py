@@ -511,21 +511,22 @@ def test_a_teacher_that_nobody_asks_is_left_alone(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("source", ["data", "task"])
 def test_what_init_writes_can_be_trained(tmp_path: Path, method: str, source: str) -> None:
-    models = distillation(tmp_path)
+    """As written: also for a student with few positions and without a chat template."""
+    models, mark = distillation(tmp_path), "" if method == "sft" else "#### "
     data = tmp_path / "sums.jsonl"
-    data.write_text("".join(json.dumps({"question": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(1, 90)))
+    rows = [{"question": f"{n}+1=", "answer": f"{mark}{n + 1}"} for n in range(1, 90)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "recipe.yaml"
     given = ["--data", str(data)] if source == "data" else ["--task", "arithmetic"]
     named = ["--student", models["student"]["model"], "--teacher", models["teacher"]["model"]]
     code, text = run("init", str(path), *named, "--method", method, *given)
     assert code == 0, text
-    small = ["sampling.max_new_tokens=8", "train.max_prompt_tokens=16", "task.chat=false", "task.template='{prompt}'"]
-    small = small[: 4 if source == "data" else 2]
-    if method == "dapo":
-        small.append("method.overlong_buffer=0")
-    code, text = run("train", str(path), *small, "--dry-run")
+    code, text = run("train", str(path), "--dry-run")
     assert code == 0, text
-    assert load_recipe(path, small).train.compute_dtype == "auto"
+    recipe = load_recipe(path)
+    assert recipe.train.compute_dtype == "auto"
+    assert [prompt.reference for prompt in recipe.task.prompts("train")[:1]] != [None]
+    assert "#" not in str(recipe.task.prompts("train")[0].reference)
 
 
 def test_init_says_what_it_lacks(tmp_path: Path) -> None:

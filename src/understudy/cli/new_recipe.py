@@ -14,6 +14,7 @@ import yaml
 from understudy import config
 from understudy.errors import RecipeError, nearest
 from understudy.methods import METHODS
+from understudy.models import config_on_disk, positions_of
 from understudy.recipe import Recipe
 from understudy.tasks import TASKS, Hub
 from understudy.tasks.rows import read_rows
@@ -22,6 +23,8 @@ PROMPTS = ("messages", "prompt", "question", "problem", "instruction", "query", 
 ANSWERS = ("reference", "answer", "final_answer", "ground_truth", "label", "target", "solution")
 RESPONSES = ("solution", "response", "completion", "output", "answer")
 """Usual names of fields, the likeliest first."""
+MARK = "####"
+"""Stands before the final answer in GSM8K and data like it."""
 
 
 def new_recipe(name: str, student: str, teacher: str, method: str, data: str | None, task: str | None) -> str:
@@ -59,7 +62,23 @@ def new_recipe(name: str, student: str, teacher: str, method: str, data: str | N
             text = text.replace("  split: test\n", "  split: validation\n")
     elif uses.given_responses:
         text = text.replace("  reference_field: answer\n", "  reference_field: answer\n  solution_field: answer\n")
+    text = _fitted(text, Path(student).expanduser())
     config.parse(Recipe, yaml.safe_load(text))
+    return text
+
+
+def _fitted(text: str, student: Path) -> str:
+    """The text for a student on this machine, which may have few positions and no chat template."""
+    positions = positions_of(config_on_disk(str(student)))
+    if positions is not None:
+        room = min(1024, max(1, positions // 2))
+        text = text.replace("max_new_tokens: 1024\n", f"max_new_tokens: {room}\n")
+    if (file := student / "tokenizer_config.json").is_file():
+        has_template = (student / "chat_template.jinja").is_file() or '"chat_template"' in file.read_text(
+            encoding="utf-8"
+        )
+        if not has_template and "\n  prompt_field:" in text:
+            text = text.replace("\n  prompt_field:", "\n  chat: false\n  prompt_field:", 1)
     return text
 
 
@@ -93,6 +112,8 @@ def _task(data: str | None, task: str | None) -> dict[str, Any]:
             f"{data} has the fields {', '.join(map(str, row)) or 'of no row'}, none of which is usual for prompts "
             f"({', '.join(PROMPTS)}); write the recipe without --data, and name them in its section task"
         )
+    if MARK in str(row.get(found.get("reference_field", ""))):
+        found["reference_after"] = MARK
     return section | found | {"validation_share": 0.1}
 
 
