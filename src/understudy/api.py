@@ -424,7 +424,8 @@ def sample(
         # prompts of the user's own need no task, whose place the smallest takes
         alone = bool(prompts) and is_model(source)
         recipe = load_for_use(source, overrides, model, **({"task": {"type": "arithmetic"}} if alone else {}))
-        recipe = replace(recipe, eval=None, eval_task=None)
+        # nothing is evaluated, so nothing waits for an evaluation either
+        recipe = replace(recipe, eval=None, eval_task=None, train=replace(recipe.train, stop_at=None))
         check(recipe, training=False)
         chosen, environment_of = list(islice(recipe.task.prompts(cast(Split, split)), num)), recipe.task.environment
         console = opened.enter_context(_using(recipe, quiet))

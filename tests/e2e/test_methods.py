@@ -12,7 +12,7 @@ import yaml
 from tests.chat_server import ChatServer, Request, Response, says
 
 from understudy.recipe import load_recipe
-from understudy.run import Result, train
+from understudy.run import Run, train
 from understudy.trainer.console import Console
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ CHAIN = {"type": "arithmetic", "family": "chain", "operations": 2}
 MIX = {"type": "mix", "parts": {"addition": ADDITION, "chain": CHAIN}}
 
 
-def run(folder: Path, **sections: Any) -> Result:
+def run(folder: Path, **sections: Any) -> Run:
     """One run of the recipe in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {"run_dir": str(folder / "run"), "device": "cpu", "sampling": {"max_new_tokens": 20}} | sections
@@ -61,7 +61,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory, start: str) -> dict[str, s
     }
 
 
-def accuracy_by_part(result: Result, step: int) -> dict[str, float]:
+def accuracy_by_part(result: Run, step: int) -> dict[str, float]:
     """Share of right answers of each part of the mix."""
     rows = [json.loads(line) for line in (result.run_dir.eval / f"step_{step:06d}.jsonl").read_text().splitlines()]
     found: dict[str, list[float]] = {}
