@@ -289,7 +289,7 @@ def data_parts(recipe: Recipe, training: bool = True) -> list[tuple[str, Task, S
 def read_intakes(
     recipe: Recipe, training: bool = True, may_read: Callable[[Task], bool] = lambda task: True
 ) -> dict[str, Intake]:
-    """What is read of each source of prompts and responses, by place in the recipe. Raises DataError for bad data."""
+    """Intake of each source of prompts and responses, by place in the recipe. Raises DataError for bad data."""
     found = {name: part.intake(split) for name, part, split in data_parts(recipe, training) if may_read(part)}
     if training and recipe.responses is not None:
         found["responses"] = recipe.responses.intake(may_read)

@@ -17,7 +17,7 @@ Carried = Literal["solution", "reference", "teacher"]
 
 @dataclass(frozen=True)
 class Intake:
-    """What was read of a split."""
+    """Rows of a split that were read and left out."""
 
     source: str
     """File, folder, pattern or data set."""
@@ -33,7 +33,7 @@ class Intake:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint keeps, to notice other data at a resume."""
+        """Facts that a checkpoint keeps, to notice other data at a resume."""
         return {"source": self.source, "rows": self.num_rows, "digest": self.digest, "revision": self.revision}
 
 
@@ -84,7 +84,7 @@ class Task(ABC):
         """Raises RecipeError where the task has no such split."""
 
     def intake(self, split: Split) -> Intake | None:
-        """What was read of a split that has prompts; None for a task that reads nothing. Raises as `prompts`."""
+        """Intake of a split that has prompts; None for a task that reads nothing. Raises as `prompts`."""
         return None
 
     def places(self, section: str = "task") -> Mapping[str, Task]:

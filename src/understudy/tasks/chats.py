@@ -68,7 +68,7 @@ def read_tools(value: object) -> tuple[Said, ...] | None:
 def conversation_facts(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> list[object]:
-    """What makes one conversation another: roles, contents, reasoning, calls, tools; the ids of calls are arbitrary."""
+    """Facts by which conversations differ: roles, contents, reasoning, calls, tools; the ids of calls are arbitrary."""
     said = [
         [message["role"], message["content"], message.get("reasoning_content"), message.get("name")]
         + [call.get("function", call) for call in message.get("tool_calls", ())]

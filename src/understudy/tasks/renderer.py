@@ -127,7 +127,7 @@ class Renderer:
         return any(self._text.spells(str(text)) for text in texts)
 
     def unused(self, prompt: Prompt) -> list[str]:
-        """What the chat template leaves out of a prompt: its tools, parts of messages, all messages of a role."""
+        """Names what the chat template leaves out of a prompt: its tools, parts of messages, all messages of a role."""
         messages = prompt.messages
         if messages is None or not self.has_template:
             return ["tools"] if prompt.tools else []

@@ -52,7 +52,7 @@ class ResponseSection(ABC):
         return False
 
     def intake(self, may_read: Callable[[Task], bool]) -> Intake | None:
-        """What is read of files; None where nothing is, or may be. Raises DataError for bad data."""
+        """Rows that are read of files; None where nothing is, or may be. Raises DataError for bad data."""
         return None
 
     def kept_in(self, folder: Path) -> ResponseSection:

@@ -265,7 +265,7 @@ def _check_any_fits(files: Files, task: Task, prompts: Sequence[Prompt], limit: 
 
 
 def _unused(files: Files) -> Iterator[Finding]:
-    """What the chats of the data hold and the template leaves out, each thing named once."""
+    """Names each thing once that the chats of the data hold and the template leaves out."""
     if not files.knows_tokenizer:
         return
     tried, found = set[object](), dict[str, str]()

@@ -159,7 +159,7 @@ class Files:
 
     @cached_property
     def intakes(self) -> dict[str, Intake]:
-        """What is read of each source that may be read, by place in the recipe."""
+        """Intake of each source that may be read, by place in the recipe."""
         return read_intakes(self.recipe, self.training, self.may_read)
 
     @property

@@ -1,4 +1,4 @@
-"""What a data set gives as a reference, and verifiers that take all of it."""
+"""References as data sets give them, and verifiers that take all of it."""
 
 from __future__ import annotations
 
