@@ -41,11 +41,12 @@ vllm:
 
 environment: $(STAMP)
 
+# in the order of the files: the end-to-end tests are the longest and come first, so that both processes end together
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/laws tests/properties tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests/laws tests/properties tests/integration
 
 test-kernels: $(STAMP)
 	$(BIN)/python scripts/test_kernels.py $(TESTS)

@@ -53,7 +53,7 @@ def run(variables: dict[str, str], tests: list[str]) -> tuple[str, int, int, int
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-n", "2", "--dist", "loadfile", f"--junitxml={report}"]
+        options = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", *options, *tests]
         subprocess.run(command, cwd=ROOT, env=environment, check=False)  # noqa: S603 (the caller's own arguments)
         # there is none where pytest stopped before its first test

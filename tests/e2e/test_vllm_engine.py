@@ -168,7 +168,7 @@ def test_tempered_log_probabilities_are_the_models(engine: Engine) -> None:
 def test_pushes_in_the_middle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of several versions in one response, each with its own model's log-probability; no token is read as an end."""
     monkeypatch.setattr(engine.engine, "_setup", replace(engine.engine._setup, stop_ids=()))
-    long = replace(WARM, max_new_tokens=1500)
+    long = replace(WARM, max_new_tokens=600)
     models = {}
     with ThreadPoolExecutor(1) as threads:
         for attempt in range(ATTEMPTS):
