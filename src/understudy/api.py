@@ -47,7 +47,7 @@ from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
 
 NEW_TOKENS = 512
-"""Of a model without a recipe; less where it has fewer than twice as many positions."""
+"""New tokens for a model without a recipe; fewer if it has less than twice as many positions."""
 BLOCK_REQUESTS = 256
 """Requests between two updates of the progress bar."""
 

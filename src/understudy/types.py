@@ -78,7 +78,7 @@ class ToolCall:
     """A tool call as a model wrote it."""
 
     text: str
-    """What stands between the tags."""
+    """The text between the tags."""
     name: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -94,7 +94,7 @@ class Message:
     content: str
     """`text` without reasoning and tool calls."""
     reasoning: str | None = None
-    """What was thought first; None where the template has no thinking mode, or nothing was thought."""
+    """The thoughts before the content; None if the template has no thinking mode, or nothing was thought."""
     tool_calls: tuple[ToolCall, ...] = ()
     ended: bool = True
     """Whether a token that ends a response is its last."""
@@ -339,7 +339,7 @@ class Sampling:
     recorded still refer to the unfiltered distribution at this temperature."""
 
     temperature: float = 1.0
-    """Of the softmax that tokens are drawn from; 0: always the most likely one. The teacher's scores are at it too."""
+    """Temperature of the softmax that tokens are drawn from, and of the teacher's scores; 0: always the most likely token."""
     top_p: float = 1.0
     """Draw from the fewest tokens whose probabilities sum to this; 1: all."""
     top_k: int = 0

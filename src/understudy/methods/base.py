@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_type_hints
 
@@ -90,7 +91,7 @@ class Uses:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """Base of all methods. A method is its own section in a recipe: its fields are the keys.
 
     `terms` sees no logits and gives no gradient: it reads the batch and says which losses apply to which tokens.
@@ -104,9 +105,9 @@ class Method:
                     check_range(self, bound.low, key, high=bound.high)
 
     @property
+    @abstractmethod
     def needs(self) -> frozenset[Need]:
         """Scores that the teacher, or the reference model, must return."""
-        raise NotImplementedError
 
     @property
     def requires(self) -> tuple[str, ...]:
@@ -123,9 +124,9 @@ class Method:
         """Numbers of the student's rows that the losses read."""
         return Reads()
 
+    @abstractmethod
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         """The terms for the trained tokens in `batch`; `batch.student_logprob` is always there."""
-        raise NotImplementedError
 
     def plan(self, step: int) -> RolloutPlan:
         """How to sample at `step`."""

@@ -32,8 +32,8 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def decoder_of(model: nn.Module) -> Any:
-    """The part of the model up to the final norm. What transformers names so is all of Llama 4's text model, and the output
-    layer of ModernBERT's decoder."""
+    """The part of the model up to the final norm. `get_decoder` returns all of Llama 4's text model, and the output layer of
+    ModernBERT's decoder."""
     base = unwrap(model)
     parts = (base.get_decoder(), base.base_model, getattr(base, "model", None))
     return next(

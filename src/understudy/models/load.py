@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DType = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 _PART_OF_ADAPTED = re.compile(r"\.base_layer\.|\.modules_to_save\.[^.]+\.")
-"""What peft inserts into the names of weights."""
+"""Parts that peft inserts into the names of weights."""
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 ALIASES = {
     "num_layers": "num_hidden_layers",

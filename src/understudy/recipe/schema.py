@@ -109,7 +109,7 @@ class Recipe:
 
     run_dir: str
     seed: int = 0
-    """Of every draw: the same seed draws the same prompts and samples."""
+    """Seed of every draw: the same one draws the same prompts and samples."""
     device: str = "auto"
     """auto: the first GPU, else the CPU."""
     loggers: tuple[str, ...] = ()

@@ -106,7 +106,7 @@ class RunRecord:
     series: Mapping[str, Series]
     events: tuple[Event, ...]
     findings: tuple[Mapping[str, str], ...]
-    """Of the doctor, before the first step: name, level, checked, found, advice."""
+    """Findings of the doctor, before the first step: name, level, checked, found, advice."""
     evals: tuple[EvalRecord, ...]
     """By step."""
     samples: tuple[tuple[int, Path], ...]

@@ -78,7 +78,7 @@ class Records(Task):
     reward_function: str | None = None
     """Name of a function that a Python program gives (`understudy.distil`): its reward replaces the grade in training."""
     seed: int = 0
-    """Of the split into training and validation."""
+    """Seed of the split into training and validation."""
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.template:

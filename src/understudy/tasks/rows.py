@@ -33,7 +33,7 @@ _CSV_NULLS = ("", "nan", "null", "<na>")
 _SURPLUS = "\0"
 """Key of the cells of a row that has more than the first line: no name has this character."""
 _CSV_MAX_CHARS = 2**31 - 1
-"""Of one cell; Python's own limit is 131,072."""
+"""Longest cell of a CSV file, in characters; Python's own limit is 131,072."""
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
@@ -60,7 +60,7 @@ _OPENERS: Mapping[str, Callable[[Path], Any]] = {
 }
 """Suffix of a compressed file -> how its bytes are read."""
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
-"""What the decompressors raise for a file that is damaged or cut off."""
+"""Errors of the decompressors for a file that is damaged or cut off."""
 
 
 def find_files(source: str) -> list[Path]:

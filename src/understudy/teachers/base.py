@@ -135,9 +135,9 @@ class TeacherSection(ABC):
     alone: bool = False
     """Whether it cannot be one of several."""
     rendering: Rendering = "student"
-    """Whose rendering of the messages the teacher reads before a response."""
+    """The rendering of the messages that the teacher reads before a response."""
     extra_ids: ExtraIds = "mask"
-    """What becomes of tokens that the student does not have."""
+    """Treatment of tokens that the student does not have."""
     replays: bool = False
     """Whether it brings recorded samples, which are trained on in place of new ones."""
 

@@ -35,13 +35,13 @@ class Collected:
     """Turned down by the verbal teacher; kept for people to read."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    """Of this rank: the sum over ranks is logged."""
+    """Counts of this rank; the sum over ranks is logged."""
     flat_prompts: frozenset[str] = frozenset()
     """Prompts, over all ranks, whose samples were all rewarded alike; further prompts may replace them."""
     positions: tuple[int, ...] = ()
-    """Of the prompts that were used, where that is recorded."""
+    """Positions of the prompts that were used, if they are recorded."""
     next_position: int = 0
-    """Where the prompts of the next step begin."""
+    """Position at which the prompts of the next step begin."""
 
     @staticmethod
     def join(parts: Sequence[Collected], next_position: int) -> Collected:

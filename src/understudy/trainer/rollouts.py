@@ -34,7 +34,7 @@ class Drawn:
     num_too_long: int
     """Prompts that were passed over because they are too long."""
     positions: tuple[int, ...] = ()
-    """Of the prompts."""
+    """Positions of the prompts in the stream."""
 
     @property
     def names(self) -> list[str]:

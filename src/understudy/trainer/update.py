@@ -71,7 +71,7 @@ class MicroBatch:
 
     samples: Sequence[Sample]
     layout: Layout
-    """Of the samples, on the student's device: every forward over them uses it."""
+    """Layout of the samples, on the student's device: every forward over them uses it."""
     batch: TokenBatch
     terms: TermsOf
     teacher: str | None = None

@@ -64,7 +64,7 @@ class ServerProcess:
     _status: int | None = field(default=None, init=False)
     """The server's exit status; None while it runs."""
     _log_start: int = field(default=0, init=False)
-    """Where this server's part of the log begins, which an earlier one may have written to."""
+    """Byte at which this server's part of the log begins: an earlier server may have written to the same file."""
 
     @property
     def url(self) -> str:

@@ -67,9 +67,9 @@ class Servers:
     policy: RetryPolicy
     """Limits of requests for samples."""
     dtype: torch.dtype
-    """Of servers that are started here, as is `mode`."""
+    """Precision of servers that are started here."""
     mode: str
-    """Of log-probabilities."""
+    """Mode of log-probabilities of servers that are started here."""
     client: HttpClient = field(init=False)
     """Shares requests for samples out between the servers."""
     urls: tuple[str, ...] = field(default=(), init=False)

@@ -255,9 +255,9 @@ class NCCLTransfer:
 
     servers: Servers
     dtype: torch.dtype
-    """Of the engine."""
+    """Precision of the engine's weights."""
     device: torch.device
-    """Of the weights."""
+    """The trainer's GPU, which holds the weights."""
     timeout_s: float
     open_group: Callable[[bytes, int, torch.device], NCCLGroup] = NCCLGroup
     new_id: Callable[[], bytes] = torch.cuda.nccl.unique_id

@@ -19,7 +19,7 @@ _END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(?P<bare>[^\s$.,\\{}]+)|)|\\.|[{}]", re.DOTALL)
 r"""Boxes (`\boxed 3` too: solutions of MATH write it), braces, and what a backslash escapes (`\{` is no brace)."""
 _JOINT = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
-"""What may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
+"""Text that may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
 _HASHES = re.compile(r"####[ \t]*(.*)")
 _SENTENCE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*", re.IGNORECASE)
 _FIRST_SENTENCE = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re.DOTALL)
