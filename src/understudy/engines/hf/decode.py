@@ -190,6 +190,8 @@ def cache_style(model: nn.Module, head: LMHead) -> CacheStyle:
             decoder._prefill(contexts, 2, 8)
             decoder._select(torch.tensor([1, 0], device=head.weight.device))
             found = decoder._forward(ids[6:8, None].to(head.weight.device))
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # noqa: S112 (a model with a cache of its own kind raises whatever it likes)
             continue
         whole = [torch.cat([context, token[None]]) for context, token in zip(contexts[::-1], ids[6:8], strict=True)]
