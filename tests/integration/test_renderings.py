@@ -17,7 +17,7 @@ from tests.runs import BUILD, metric_rows, tiny_recipe, train
 from tests.serving import serve_beside
 from tests.tiny_models import plain_logp
 from understudy import config
-from understudy.errors import DataError, RecipeError, ScoreError, VocabularyError
+from understudy.errors import DataError, RecipeError, ScoreError, TemplateError, VocabularyError
 from understudy.models import build_causal_lm, save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
@@ -244,6 +244,40 @@ def test_eos_that_no_template_writes_need_not_agree(tmp_path: Path) -> None:
     plain = changes | {"task": changes["task"] | {"chat": False}}
     with pytest.raises(VocabularyError, match=r"EOS differs: '<bos>' \(id \d+\) for the student, '<\|im_end\|>'"):
         check(recipe_of(tmp_path, **plain))
+
+
+ALTERNATING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + GEMMA
+
+
+def test_data_that_a_teachers_own_template_cannot_show_is_found_before_the_run(tmp_path: Path) -> None:
+    """As Gemma 2's, which has no system message; also far behind the first rows."""
+    changes = chats(tmp_path, template=ALTERNATING, teacher={"rendering": "own"})
+    asked = [{"q": f"{i}+{i}?", "a": str(2 * i), "s": "x"} for i in range(40)]
+    told = {"q": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1+1?"}], "a": "2", "s": "x"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*asked, told]))
+    with pytest.raises(TemplateError, match=r"the teacher cannot be shown all data: .* no system here"):
+        check(recipe_of(tmp_path, **changes))
+    with pytest.raises(TemplateError, match=r"teacher 't' cannot read its own rendering: .* no system here"):
+        prompt = replace(answered("2+2?", "4"), prompt=Prompt("p", messages=tuple(told["q"])))  # type: ignore[arg-type]
+        OwnRendering(
+            LocalTeacher(model(), name="t", vocab_size=NUM_TOKENS),
+            setup(),
+            Renderer(with_tokens(ALTERNATING, SPECIAL, "<|im_end|>")),
+        ).score([prompt], frozenset({"sampled"}))
+    # and what it leaves out is named
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(
+        GEMMA.replace("for m in messages", "for m in messages[-1:]")
+    )
+    lines = " ".join(check(recipe_of(tmp_path, **changes)))
+    assert "the teacher does not read messages of role 'system'" in lines
+    assert "the student does not read" not in lines
+
+
+def test_a_setting_that_no_template_reads_is_named(tmp_path: Path) -> None:
+    changes = chats(tmp_path, template=CHATML + "{# enable_thinking #}")
+    changes["student"]["template_kwargs"] = {"enable_thinking": False, "enable_thinkng": False}
+    lines = " ".join(check(recipe_of(tmp_path, **changes)))
+    assert "no chat template reads enable_thinkng of student.template_kwargs" in lines
 
 
 def test_own_rendering_is_of_chats(tmp_path: Path) -> None:

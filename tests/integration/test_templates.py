@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tokenizers import AddedToken
 
 from tests.integration.test_verbal import CHATML, byte_tokenizer
-from understudy.errors import DataError, TemplateError
+from understudy.errors import DataError, RecipeError, TemplateError, VocabularyError
 from understudy.models import load_tokenizer
 from understudy.tasks import Renderer
 from understudy.types import Prompt
@@ -41,6 +42,11 @@ BETWEEN = (
 ROLES = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+COHERE = (
+    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{% if m['role'] == 'assistant' %}<|CHATBOT_TOKEN|>"
+    "<|START_RESPONSE|>{{ m['content'] }}<|END_RESPONSE|>{% else %}<|USER_TOKEN|>{{ m['content'] }}{% endif %}"
+    "<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
 )
 PLAIN = (
     "{% for m in messages %}### {{ m['role'] | capitalize }}\n{{ m['content'] }}\n\n{% endfor %}"
@@ -73,7 +79,7 @@ def family(name: str, **options: Any) -> Renderer:
     return Renderer(with_tokens(template, special.split(), eos), **options)
 
 
-def with_tokens(template: str, special: list[str], eos: str) -> Any:
+def with_tokens(template: str | dict[str, str], special: list[str], eos: str) -> Any:
     tokenizer = byte_tokenizer(chat=True)
     tokens: dict[str, Any] = {"eos_token": eos, "additional_special_tokens": special}
     if "<bos>" in special:
@@ -127,6 +133,29 @@ def test_a_role_that_the_model_names_as_an_end_is_one() -> None:
     renderer = Renderer(tokenizer, stop_ids=(user, eos))
     assert renderer.response(ASKED, "4").tolist()[-1] == user
     assert Renderer(tokenizer).response(ASKED, "4").tolist()[-1] == eos
+
+
+def test_a_turn_ends_where_the_model_stops() -> None:
+    """As Command R7B's: a mark closes the content, and the token that ends a turn follows it."""
+    special = [
+        "<bos>",
+        "<|START_RESPONSE|>",
+        "<|END_RESPONSE|>",
+        "<|START_OF_TURN_TOKEN|>",
+        "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>",
+    ]
+    tokenizer = with_tokens(COHERE, special, "<|END_OF_TURN_TOKEN|>")
+    renderer = Renderer(tokenizer)
+    assert trained(renderer, "4") == "<|START_RESPONSE|>4<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert renderer.stop_ids == (tokenizer.eos_token_id,)
+    # without the opening mark a second turn follows, behind one end
+    tokenizer.chat_template = COHERE.replace("<|START_RESPONSE|>", "")
+    renderer = Renderer(tokenizer)
+    later = [*MESSAGES, assistant("4"), {"role": "user", "content": "sure?"}]
+    whole = tokenizer.apply_chat_template(later, add_generation_prompt=True, return_dict=False)
+    ids = torch.cat([renderer.start(ASKED), renderer.response(ASKED, "4")])
+    assert renderer.append(ids, ASKED, later[1:]).tolist() == list(whole)
 
 
 def test_an_end_need_not_be_special() -> None:
@@ -304,12 +333,25 @@ def test_reasoning_that_a_template_drops_is_trained() -> None:
     assert trained(renderer, "4") == "4<|im_end|>"
 
 
-def test_an_empty_block_in_the_prompt_alone() -> None:
-    """As SmolLM3 and DeepSeek-V3.1 write it."""
-    template = CHATML + "{% if add_generation_prompt %}<think>\n\n</think>\n{% endif %}"
+@pytest.mark.parametrize(
+    ("block", "end"),
+    [
+        ("<think>\n\n</think>\n", "</think>"),
+        ("</think>", "</think>"),
+        ("<|channel>thought\n<channel|>", "<|channel>thought\n<channel|>"),
+        ("[THINK][/THINK]", "[THINK][/THINK]"),
+        ("<seed:think></seed:think>\n", "<seed:think></seed:think>"),
+        ("<|START_THINKING|><|END_THINKING|>", "<|START_THINKING|><|END_THINKING|>"),
+    ],
+)
+def test_an_empty_block_in_the_prompt_alone(block: str, end: str) -> None:
+    """As SmolLM3, DeepSeek-V3.1, Gemma 4 and others write it."""
+    template = CHATML + f"{{% if add_generation_prompt %}}{block}{{% endif %}}"
     renderer = Renderer(with_tokens(template, ["<|im_start|>"], "<|im_end|>"))
     assert trained(renderer, "4") == "4<|im_end|>"
-    assert any("writes </think> before" in note for note in renderer.notes)
+    assert any(f"writes {end} before" in note for note in renderer.notes)
+    with pytest.raises(DataError):
+        renderer.response(ASKED, "<think>\nhm\n</think>\n\n4")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +360,7 @@ def test_an_empty_block_in_the_prompt_alone() -> None:
         CHATML.replace("m['content']", "(m['content'] if m['role'] == 'user' else 'cut')"),
         CHATML.replace("m['content']", "(m['content'] if m['role'] == 'user' else m['content'] | upper)"),
         CHATML + "{% if add_generation_prompt %}Answer: {% endif %}",
+        CHATML + "{% if add_generation_prompt %}<seed:think><seed:cot_budget_reflect>{% endif %}",
     ],
 )
 def test_a_template_that_writes_another_turn_is_refused(template: str) -> None:
@@ -396,6 +439,42 @@ def test_the_clock_of_a_template_stands_still() -> None:
     assert "It is today, 26." in given.tokenizer.decode(given.start(ASKED))
     assert renderer.reads_clock
     assert not family("chatml").reads_clock
+
+
+@pytest.mark.parametrize(
+    "written", ["%G-W%V-%u", "%h %C %y", "%%d %%Y", "%_d %0e %^a", "%OB %Ey", "%f" * 2, "%x %X %c %Z"]
+)
+def test_the_clock_knows_all_formats(written: str) -> None:
+    template = f"{{{{ strftime_now({written!r}) }}}}.{CHATML}"
+    moment = datetime(2026, 2, 3, 4, 5, 6)
+    renderer = Renderer(with_tokens(template, ["<|im_start|>"], "<|im_end|>"), date=moment.isoformat())
+    assert renderer.tokenizer.decode(renderer.start(ASKED)).startswith(f"{moment.strftime(written)}.<|im_start|>")
+
+
+def test_several_templates_without_a_default_are_refused() -> None:
+    """With and without a clock."""
+    for clock in ("", "{{ strftime_now('%Y') }}"):
+        renderer = Renderer(with_tokens({"rag": CHATML + clock, "tool_use": CHATML}, ["<|im_start|>"], "<|im_end|>"))
+        with pytest.raises(
+            TemplateError, match="refuses prompt p: This model has multiple chat templates with no default"
+        ):
+            renderer.start(ASKED)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template", "add_generation_prompt", "continue_final_message", "truncation", "tokenize", "messages"]
+)
+def test_settings_that_no_template_reads_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"template_kwargs has {name}, which no template reads"):
+        family("chatml", template_kwargs={name: True, "enable_thinking": False})
+
+
+def test_a_response_without_an_end_is_refused() -> None:
+    tokenizer = with_tokens(PLAIN, [], "<|endoftext|>")
+    tokenizer.eos_token = None
+    for prompt in (ASKED, Prompt("p", text="2+2=")):
+        with pytest.raises(VocabularyError, match="has no EOS, so no response would ever end"):
+            Renderer(tokenizer).response(prompt, "4")
 
 
 def test_a_stopped_clock_changes_nothing_else() -> None:

@@ -293,6 +293,17 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         check(config.parse(Recipe, tiny_recipe(tmp_path, **changes)))
 
 
+def test_a_teacher_with_fewer_rows_than_tokens_is_refused(tmp_path: Path) -> None:
+    """Tokens were added to its tokenizer alone: an id past its rows must not be looked up."""
+    changes = distillation(tmp_path, teacher={"type": "local", "model": save_larger(tmp_path / "larger")})
+    changes["student"] = {"model": str(tmp_path / "larger"), "build": None}
+    small, tokenizer = save_tiny_model(tmp_path / "small", seed=3), load_tokenizer(str(tmp_path / "larger"))
+    tokenizer.save_pretrained(small)
+    changes["teacher"]["model"] = small
+    with pytest.raises(VocabularyError, match=r"the tokenizer has 21 tokens but the head of \w+ has 17 rows"):
+        train(tmp_path, **changes)
+
+
 def test_a_student_with_gaps_learns(tmp_path: Path) -> None:
     """Its tokenizer lacks three of the teacher's tokens, one of them last."""
     larger = save_larger(tmp_path / "larger")

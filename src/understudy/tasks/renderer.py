@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import product
+from os.path import commonprefix
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
-from understudy.errors import DataError, RecipeError, TemplateError
+from understudy.errors import DataError, RecipeError, TemplateError, VocabularyError
 from understudy.lazy import Tensor, torch
 from understudy.models.vocabulary import tokenizer_ends
 from understudy.tasks.encoding import SHOWN_CHARS, SLOT, Encoder, Untrusted, fill
@@ -24,8 +27,28 @@ Said = Mapping[str, Any]
 _QUESTION, _ANSWER, _NEXT = "1029384756", "5647382910", "9182736450"
 """Contents of a conversation that shows what a template writes around them."""
 _THINK, _END_THINK = "<think>", "</think>"
-_CLOCK = "strftime_now"
-"""The function by which templates read the clock."""
+_CLOCK, _PERCENT = "strftime_now", "\ue002"
+"""The function by which templates read the clock, and what stands for a percent sign in its formats."""
+_CALL_OPTIONS = frozenset(
+    (
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    )
+)
+"""Arguments of `apply_chat_template` itself, which no template reads."""
+_EMPTY_BLOCK = re.compile(r"[<[]\|?(?:START_)?([\w:]+?)\|?[>\]]\w*\s*[<[]\|?/?(?:END_)?\1\|?[>\]]\s*\Z")
+"""A block of reasoning without any, at the end of a text: `<|channel>thought\\n<channel|>` of Gemma 4, `[THINK][/THINK]`."""
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 """As Hermes and Qwen models write calls; a call that is cut off ends with the text."""
 
@@ -51,6 +74,7 @@ class Renderer:
 
     `stop_ids`: tokens that end a response; None: those that the tokenizer names. The token by which the template ends a
     turn is added to them. `date`: the date and time (ISO 8601) that a template reads from its clock; None: now.
+    Raises RecipeError for settings that are no template's: its arguments of messages and of tokens.
     """
 
     def __init__(
@@ -62,6 +86,11 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
+        if foreign := sorted(self.template_kwargs.keys() & _CALL_OPTIONS):
+            raise RecipeError(
+                f"template_kwargs has {', '.join(foreign)}, which no template reads: take it out; the template itself is "
+                "chat_template in the tokenizer's configuration"
+            )
         self.date = date or now()
         self._text = Encoder(tokenizer)
         self._shown_roles: set[tuple[str, ...]] = set()
@@ -175,7 +204,8 @@ class Renderer:
             def between(contents: Sequence[str]) -> str:
                 text = self._between(prompt, said[: last + 1], new, contents)
                 before, end, rest = text.partition(self._text.marks.get(written, SLOT))
-                return end + rest if end and not before.strip() and written in self.stop_ids else text
+                lead = self.turn_end.text.removesuffix(end).strip() if written == self.turn_end.token_id else ""
+                return end + rest if end and before.strip() == lead and written in self.stop_ids else text
 
             added = self._encode_around(between, contents)
             # encoded with what follows, for a token may take the white space behind it along
@@ -196,8 +226,14 @@ class Renderer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def end_of(self, prompt: Prompt) -> TurnEnd:
-        """How a response to the prompt ends."""
-        return self.plain_end if prompt.messages is None else self.turn_end
+        """How a response to the prompt ends. Raises VocabularyError where no token ends it."""
+        end = self.plain_end if prompt.messages is None else self.turn_end
+        if end.token_id is None:
+            raise VocabularyError(
+                f"the tokenizer {self.tokenizer.name_or_path or 'of the student'} has no EOS, so no response would ever end; "
+                "set eos_token in its configuration"
+            )
+        return end
 
     def response(self, prompt: Prompt, text: str) -> Tensor:
         """Ids by which the student itself would say `text` behind the prompt, with the token that ends it. [R]
@@ -279,14 +315,20 @@ class Renderer:
             ] = None
             rest = text.lstrip().removeprefix(_THINK)
             return text if rest == text.lstrip() else rest.removeprefix(known[len(known.rstrip()) :])
-        if begins == _END_THINK:
+        closed = begins
+        block = _EMPTY_BLOCK.search(known)
+        if block is not None and not closed and not thinks and not whole.startswith(known):
+            opening = known[: block.start()]
+            if whole.startswith(opening) and _squashed(text) in _squashed(whole.removeprefix(opening)):
+                closed = block[0].strip()
+        if closed:
             if thinks:
                 raise DataError(
                     f"the chat template closes {_END_THINK} before the student begins, but the response to prompt "
                     f"{prompt.id} has reasoning: turn thinking on in student.template_kwargs, or take it out"
                 )
             self.notes[
-                f"the chat template writes {_END_THINK} before the student begins and an assistant's turn without it: "
+                f"the chat template writes {closed} before the student begins and an assistant's turn without it: "
                 "responses are trained as the student samples them, behind it"
             ] = None
             return text
@@ -334,9 +376,9 @@ class Renderer:
         """`opened`: up to where the student's next turn begins."""
         tools = {} if prompt.tools is None else {"tools": [dict(tool) for tool in prompt.tools]}
         options = self.template_kwargs | tools | {"tokenize": False, "add_generation_prompt": opened}
-        if self.reads_clock:
-            options["chat_template"] = self._stopped_clock + self.tokenizer.get_chat_template(tools=prompt.tools)
         try:
+            if self.reads_clock:
+                options["chat_template"] = self._stopped_clock + self.tokenizer.get_chat_template(tools=prompt.tools)
             return str(self.tokenizer.apply_chat_template([dict(message) for message in messages], **options))
         except Exception as error:  # a template raises whatever it likes
             raise TemplateError(f"the chat template refuses prompt {prompt.id}: {error}") from error
@@ -345,9 +387,15 @@ class Renderer:
     def _stopped_clock(self) -> str:
         """A macro in place of the clock that transformers gives to templates; a function cannot be handed to them."""
         moment = datetime.fromisoformat(self.date)
-        directives = [flag + letter for flag in ("-", "") for letter in "aAbBcdDeFHIjklmMnpPrRsSTuUVwWxXyYzZ"]
-        shown = "".join(f" | replace('%{one}', {moment.strftime('%' + one)!r})" for one in directives)
-        return f"{{% macro {_CLOCK}(format) %}}{{{{ format{shown} | replace('%%', '%') }}}}{{% endmacro +%}}"
+        flags = "-", "_", "0", "^", "#", "E", "O", ""
+        directives = [f"%{flag}{letter}" for flag, letter in product(flags, ascii_letters)]
+        pairs = [[one, moment.strftime(one)] for one in directives if moment.strftime(one) != one]
+        # %% stands for %, and what follows it is no directive
+        return (
+            f"{{% macro {_CLOCK}(format) %}}{{%- set ns = namespace(text=format | replace('%%', '{_PERCENT}')) -%}}"
+            f"{{%- for one, shown in {pairs} -%}}{{%- set ns.text = ns.text | replace(one, shown) -%}}{{%- endfor -%}}"
+            f"{{{{- ns.text | replace('{_PERCENT}', '%') -}}}}{{% endmacro +%}}"
+        )
 
     def _check_shown(self, prompt: Prompt, before: Sequence[Said], new: Sequence[Said]) -> None:
         """Raises TemplateError for a message that the template leaves out, as many do with a role that they do not know."""
@@ -389,7 +437,8 @@ class Renderer:
         """The first token of its own behind the content of an assistant's turn, as the template writes it.
 
         Some templates end a turn only where another follows: a token that begins the user's turn then counts if the model or
-        the tokenizer names it as an end. EOS where the template ends turns with plain text, or refuses the conversation.
+        the tokenizer names it as an end. Of several that end every turn it is the first that is named (the last of
+        <|END_RESPONSE|><|END_OF_TURN_TOKEN|>). EOS where the template ends turns with plain text, or refuses the conversation.
         """
         asked, answered = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
         messages = [asked, answered, {"role": "user", "content": _NEXT}]
@@ -402,12 +451,14 @@ class Renderer:
         self._text.guard(index for index in written & marks.keys() if marks[index] not in (_THINK, _END_THINK))
         begins = self._text.encode(whole.partition(_QUESTION)[0])
         follows = whole.rpartition(_ANSWER)[2].rpartition(_NEXT)[0]
-        for text in (last, follows):
-            index = next((index for index in self._text.encode(text) if index in marks), None)
+        named = marks.keys() & ends
+        shared = commonprefix([last, follows])  # noqa: RUF071 -- character by character is meant
+        for text, known in ((shared, named), (last, marks), (follows, marks)):
+            index = next((index for index in self._text.encode(text) if index in known), None)
             if index is None:
                 continue
             before, token, _ = text.partition(marks[index])
-            if text is last or (not before.strip() and (index in ends or index not in begins)):
+            if last.startswith(before + token) or (not before.strip() and (index in ends or index not in begins)):
                 return TurnEnd(index, before + token, last)
         return replace(self.plain_end, rest=last)
 

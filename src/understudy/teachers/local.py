@@ -195,7 +195,9 @@ class LocalTeacher(Teacher):
         self._tail_size = tail_size
         self.temperature = temperature
         self._offload = offload
-        self._device = self._head().weight.device if device is None else torch.device(device)
+        # raises where the head is too small, before an id beyond its rows is looked up
+        head = self._head()
+        self._device = head.weight.device if device is None else torch.device(device)
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
         self._max_batch_tokens = max_batch_tokens or default
         # several threads may ask, and write with it, where generation overlaps with the update

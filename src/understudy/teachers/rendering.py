@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import cast
 
-from understudy.errors import RecipeError, ScoreError
+from understudy.errors import DataError, RecipeError, ScoreError
 from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead
 from understudy.packing import Unscored
@@ -172,4 +172,7 @@ class OwnRendering(OtherPrompt):
                 f"sample {sample.key} has several turns, which stand there as the student's template writes them; teacher "
                 f"{self.name!r} can read only a single one in its own rendering: set rendering: student"
             )
-        return sample.prompt, self.renderer.start(sample.prompt)
+        try:
+            return sample.prompt, self.renderer.start(sample.prompt)
+        except DataError as error:
+            raise type(error)(f"teacher {self.name!r} cannot read its own rendering: {error}") from error

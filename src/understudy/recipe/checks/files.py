@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -26,7 +27,7 @@ from understudy.recipe.load import (
     response_setup,
     tokenizer_source,
 )
-from understudy.tasks import Split, Task, num_repeated, overlap, overlap_message
+from understudy.tasks import Renderer, Split, Task, num_repeated, overlap, overlap_message
 from understudy.teachers import RunFacts, TeacherSection, check_names
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.loggers import check_loggers
@@ -265,24 +266,45 @@ def _check_any_fits(files: Files, task: Task, prompts: Sequence[Prompt], limit: 
 
 
 def _unused(files: Files) -> Iterator[Finding]:
-    """Names each thing once that the chats of the data hold and the template leaves out."""
+    """Names each thing once that the chats of the data hold and a template leaves out.
+
+    Raises DataError for a conversation that a template refuses, the student's or that of a teacher that reads its own.
+    """
     if not files.knows_tokenizer:
         return
-    tried, found = set[object](), dict[str, str]()
+    # templates look at the roles and their order, and at what messages have
+    kinds: dict[object, Prompt] = {}
     for prompt in files.written_prompts:
-        keys = {key for message in prompt.messages or () for key in (*message, f"role {message['role']}")}
-        kind = (frozenset(keys), prompt.tools is None)
-        if kind not in tried:
-            tried.add(kind)
-            for what in files.renderer.unused(prompt):
+        messages = prompt.messages or ()
+        keys = frozenset(key for message in messages for key in message)
+        kinds.setdefault((tuple(message["role"] for message in messages), keys, prompt.tools is None), prompt)
+    for reader, renderer in _readers(files):
+        found: dict[str, str] = {}
+        for prompt in kinds.values():
+            try:
+                unused = renderer.unused(prompt)
+            except DataError as error:
+                raise type(error)(f"the {reader} cannot be shown all data: {error}") from error
+            for what in unused:
                 found.setdefault(what, prompt.id)
-    if found:
-        named = ", ".join(f"{what} (of prompt {first})" for what, first in found.items())
-        yield Finding(
-            f"the student does not read {named}: its chat template leaves that out",
-            "warning",
-            "take another chat_template, or take it out of the data",
-        )
+        if found:
+            named = ", ".join(f"{what} (of prompt {first})" for what, first in found.items())
+            yield Finding(
+                f"the {reader} does not read {named}: its chat template leaves that out",
+                "warning",
+                "take another chat_template, or take it out of the data",
+            )
+
+
+def _readers(files: Files) -> Iterator[tuple[str, Renderer]]:
+    """The student, and the teachers that read prompts in their own chat templates."""
+    yield "student", files.renderer
+    recipe = files.recipe
+    sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
+    for place, section in (sections | {"reference": recipe.reference}).items():
+        source = None if section is None else section.vocabulary
+        if section is not None and section.rendering == "own" and source is not None and files.has(source):
+            yield place, files.renderer.like(files.tokenizers.other(source)[0])
 
 
 def _spelling(files: Files) -> Iterator[Finding]:
@@ -341,6 +363,16 @@ def _turns(files: Files) -> Iterator[Finding]:
         else "EOS: the chat template ends a turn with no token of its own"
     )
     yield Finding(f"a response ends with {token!r}, {how}")
+    sources = files.tokenizers.sources
+    if recipe.student.template_kwargs and all(map(files.has, sources)):
+        tokenizers = renderer.tokenizer, *(files.tokenizers.other(source)[0] for source in sources)
+        known = set(re.findall(r"\w+", " ".join(str(one.chat_template) for one in tokenizers)))
+        if unknown := [key for key in recipe.student.template_kwargs if key not in known]:
+            yield Finding(
+                f"no chat template reads {', '.join(unknown)} of student.template_kwargs",
+                "warning",
+                "correct the name, or take it out",
+            )
     if renderer.reads_clock:
         pinned = recipe.student.template_date
         when = (
