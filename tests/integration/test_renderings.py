@@ -169,6 +169,28 @@ def test_what_cannot_be_aligned_is_refused() -> None:
         OwnRendering(LocalTeacher(model(), name="t", vocab_size=NUM_TOKENS), setup(), Renderer(opened))
 
 
+EMPTY = "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+
+
+def test_a_closed_block_and_no_block_both_ask_for_an_answer() -> None:
+    """A student of Qwen2.5 and a teacher of Qwen3 whose thinking is off, and the other way round."""
+    closed = with_tokens(CHATML + EMPTY, SPECIAL, "<|im_end|>")
+    for student, teacher in ((STUDENT, closed), (closed, STUDENT)):
+        reader = OwnRendering(
+            LocalTeacher(model(), name="t", vocab_size=NUM_TOKENS), setup(renderer=Renderer(student)), Renderer(teacher)
+        )
+        sample = answered("2+2?", "4")
+        shown = [*Renderer(teacher).start(sample.prompt).tolist(), *sample.response_ids.tolist()]
+        assert reader._shown(sample).token_ids.tolist() == shown
+
+
+def test_an_end_that_the_student_lacks_is_refused() -> None:
+    """Also one between its tokens."""
+    plain = LocalTeacher(model(), name="t", vocab_size=NUM_TOKENS)
+    with pytest.raises(RecipeError, match=f"ends a turn with token {OTHER}, which the student lacks"):
+        OwnRendering(plain, setup(absent=(OTHER,)), Renderer(TEACHER))
+
+
 # --- a run -------------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +243,28 @@ def test_a_teacher_that_ends_turns_otherwise_has_to_read_its_own(tmp_path: Path)
     assert "<start_of_turn>user" in shown
     rows = metric_rows(train(tmp_path, **changes))
     assert len(rows) >= 2
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (
+            CHATML.replace(
+                "{{ m['content'] }}",
+                "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+            ),
+            r"'<think>\n\n</think>\n\n' before a response and '' before its end",
+        ),
+        (CHATML.replace("<|im_end|>", "\n<|im_end|>"), r"'' before a response and '\n' before its end"),
+    ],
+)
+def test_what_a_teachers_own_template_has_around_a_response_is_named(
+    tmp_path: Path, template: str, written: str
+) -> None:
+    """As of Qwen3 with thinking on, which puts an empty block before an answer, and of Apriel."""
+    found = examined(recipe_of(tmp_path, **chats(tmp_path, template=template, teacher={"rendering": "own"})))
+    assert found["chat template"].level == "warning"
+    assert f"whose template writes {written}; the student's writes '' and ''" in found["chat template"].found
 
 
 def test_another_template_with_the_same_end_is_shown(tmp_path: Path) -> None:

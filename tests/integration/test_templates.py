@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken
+from transformers import ByT5Tokenizer, GPT2Tokenizer
 
 from tests.integration.test_verbal import CHATML, byte_tokenizer
 from understudy.errors import DataError, RecipeError, TemplateError, VocabularyError
@@ -172,6 +173,24 @@ def test_an_end_need_not_be_special() -> None:
         renderer.start(Prompt("p", messages=({"role": "user", "content": "a<|over|>b"},)))
 
 
+def test_a_tokenizer_that_marks_nothing_as_special() -> None:
+    """ByT5's names an EOS that is not marked; it stays text all the same."""
+    tokenizer = ByT5Tokenizer()
+    for prompt in (Prompt("p", text="a</s>b"), Prompt("p", messages=({"role": "user", "content": "a</s>b"},))):
+        tokenizer.chat_template = PLAIN
+        renderer = Renderer(tokenizer)
+        assert tokenizer.eos_token_id not in renderer.start(prompt).tolist()
+        assert renderer.response(prompt, "a</s>b").tolist().count(tokenizer.eos_token_id) == 1
+
+
+def test_the_end_may_be_what_stands_for_unknown_text(shared: Path) -> None:
+    """GPT-2's EOS is its unknown token too: a response that ends is no unknown text."""
+    folder = shared / "tokenizers" / "gpt2"
+    tokenizer = GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    assert tokenizer.unk_token_id == tokenizer.eos_token_id
+    assert tokenizer.decode(Renderer(tokenizer).faithful(Prompt("p", text="2+2="), " 4")) == " 4<|endoftext|>"
+
+
 def eating() -> Any:
     """Phi 3's tokens take the white space behind them along."""
     tokenizer = byte_tokenizer(chat=False)
@@ -212,9 +231,12 @@ def test_words_that_are_tokens_stay_words() -> None:
     assert renderer.start(prompt).tolist() == list(expected)
 
 
-@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "<|im_end|>\n"])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "<|im_end|>\n", "<|stop|>"])
 def test_an_end_that_is_written_is_not_doubled(end: str) -> None:
-    assert trained(family("chatml"), "4" + end) == "4<|im_end|>"
+    """Whichever of the tokens that end a response it is."""
+    tokenizer = with_tokens(CHATML, ["<|im_start|>", "<|im_end|>", "<|stop|>"], "<|endoftext|>")
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert trained(Renderer(tokenizer, stop_ids=(stop,)), "4" + end) == "4<|im_end|>"
 
 
 def test_a_control_token_in_a_response_stays_text() -> None:

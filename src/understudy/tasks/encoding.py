@@ -27,7 +27,11 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self.special = {index: str(token) for index, token in added.items() if token.special}
+        # not every tokenizer marks the EOS that it names as special
+        named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+        self.special = {index: token for index, token in named if index is not None} | {
+            index: str(token) for index, token in added.items() if token.special
+        }
         # words and runs of spaces, which some tokenizers add as tokens, mark nothing
         marks = {index: str(token) for index, token in added.items() if re.search(r"[^\w\s]", str(token))}
         self.marks = self.special | marks

@@ -255,7 +255,7 @@ class Renderer:
         if not self._without_end(text).strip():
             raise DataError(f"the response to prompt {prompt.id} is empty")
         told, ids = self._respond(prompt, text)
-        if len(ids) == 1 or tokenizer.unk_token_id in ids or not self._text.comes_back(told, ids[:-1]):
+        if len(ids) == 1 or tokenizer.unk_token_id in ids[:-1] or not self._text.comes_back(told, ids[:-1]):
             back = str(tokenizer.decode(ids[:-1]))
             raise DataError(
                 f"the tokenizer cannot say {text[:SHOWN_CHARS]!r}: it reads it back as {back[:SHOWN_CHARS]!r}"
@@ -349,8 +349,8 @@ class Renderer:
 
     def _without_end(self, text: str) -> str:
         """The text without the end that it spells out."""
-        for index in dict.fromkeys((self.turn_end.token_id, self.tokenizer.eos_token_id)):
-            end = self._text.marks.get(index, self.tokenizer.eos_token)
+        for index in dict.fromkeys((self.turn_end.token_id, self.tokenizer.eos_token_id, *self.stop_ids)):
+            end = self._text.marks.get(index)
             if end and text.rstrip().endswith(end):
                 return text.rstrip().removesuffix(end)
         return text
@@ -471,14 +471,29 @@ class Renderer:
             return ""
 
     @property
+    def thinks(self) -> bool:
+        """Whether the template knows a block of reasoning."""
+        return _END_THINK in str(self.tokenizer.chat_template)
+
+    @cached_property
+    def frame(self) -> tuple[str, str]:
+        """What the template writes between the prompt and a response, and between the response and the token that ends it."""
+        try:
+            told, _ = self._respond(Prompt("probe", messages=({"role": "user", "content": _QUESTION},)), _ANSWER)
+        except DataError:
+            return "", ""
+        before, _, behind = told.partition(_ANSWER)
+        return before, behind
+
+    @property
     def _reads_reasoning(self) -> bool:
         """Whether the template has its own words around reasoning, which it takes from a part of the message (gpt-oss)."""
         template = str(self.tokenizer.chat_template)
-        return _END_THINK not in template and re.search(r"\b(reasoning_content|thinking)\b", template) is not None
+        return not self.thinks and re.search(r"\b(reasoning_content|thinking)\b", template) is not None
 
     def _split_reasoning(self, text: str) -> tuple[str | None, str]:
         """Reasoning, None where the template has no thinking mode or nothing was thought, and what follows it."""
-        if _END_THINK not in str(self.tokenizer.chat_template):
+        if not self.thinks:
             return None, text
         if _END_THINK not in text and self.begins != _THINK and not text.lstrip().startswith(_THINK):
             return None, text

@@ -123,7 +123,8 @@ class OwnRendering(OtherPrompt):
     """Reads the messages as its own chat template writes them, then the student's response.
 
     `renderer`: the teacher's, with the student's tokens. Raises RecipeError where one template begins the response
-    within a <think> block, or behind one, and the other does not: the same tokens would mean something else.
+    within a <think> block, or behind one, and the other does not: the same tokens would mean something else. Behind a closed
+    block and in a template that knows none they mean the same.
     """
 
     def __init__(self, inner: Teacher, setup: Setup, renderer: Renderer) -> None:
@@ -134,14 +135,16 @@ class OwnRendering(OtherPrompt):
                 f"teacher {setup.name!r} is to read its own rendering, but its tokenizer has no chat template; set rendering: "
                 "student"
             )
-        if self.renderer.begins != student.begins:
+        # a closed block and a template without any both ask for an answer alone
+        answers = all(one.begins == "</think>" or not (one.begins or one.thinks) for one in (student, renderer))
+        if renderer.begins != student.begins and not answers:
             raise RecipeError(
                 f"the student's prompts end with {student.begins or 'no thinking'} and those of teacher {setup.name!r} with "
                 f"{self.renderer.begins or 'no thinking'}, so a response would mean something else to it; set rendering: "
                 "student, or what turns thinking on or off in both templates (student.template_kwargs)"
             )
         self.own_end = renderer.turn_end.token_id
-        if self.own_end >= setup.vocab_size:
+        if self.own_end >= setup.vocab_size or self.own_end in setup.absent:
             raise RecipeError(
                 f"the chat template of teacher {setup.name!r} ends a turn with token {self.own_end}, which the student lacks; "
                 "set rendering: student"

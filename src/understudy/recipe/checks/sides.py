@@ -194,6 +194,17 @@ def _templates(parts: Parts) -> Iterator[Finding]:
         if side.section.rendering == "own":
             found += f"; the {side.label} reads its own"
         is_meant = difference is None or side.section.rendering == "own"
+        (before, behind), (its_before, its_behind) = parts.loaded.renderer.frame, renderer.frame
+        if side.section.rendering == "own" and (before.strip(), behind) != (its_before.strip(), its_behind):
+            is_meant = False
+            found += (
+                f", whose template writes {its_before!r} before a response and {its_behind!r} before its end; the student's "
+                f"writes {before!r} and {behind!r}"
+            )
+            advice = (
+                "the teacher expects that around a response and would disapprove of its first or last token: set what turns "
+                "thinking off in its template (student.template_kwargs), or rendering: student"
+            )
         yield Finding(found, "ok" if is_meant else "warning", advice)
 
 
