@@ -16,12 +16,27 @@ MAX_LONE_ANSWER_CHARS = 100
 
 _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+_END_TOKENS = re.compile(r"\s*(?:(?:<\|\w+\|>|</s>|<eos>|<end_of_turn>)\s*)+$")
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(?P<bare>[^\s$.,\\{}]+)|)|\\.|[{}]", re.DOTALL)
 r"""Boxes (`\boxed 3` too: solutions of MATH write it), braces, and what a backslash escapes (`\{` is no brace)."""
-_JOINT = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
+_JOINT = re.compile(
+    r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\b[a-zA-Z](?:_\w)?\s*=)*"
+)
 """Text that may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
+_NAME_BEFORE = re.compile(r"(?<![\\\w])[a-zA-Z](?:_\w)?\s*=\s*$")
 _HASHES = re.compile(r"####[ \t]*(.*)")
-_SENTENCE = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*", re.IGNORECASE)
+_JSON = re.compile(r'"(?:final_?)?answer"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",{}\[\]]+))\s*[,}]', re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"(?:\banswers?(?: to (?:the|this) \w+)?|\b(?:correct|right|best) (?:option|choice))[*_]*"
+    r"(?:\s*(?:is|are|:|=)| (?:should|must) be)(?: (?:therefore|thus|simply)\b)?[\s:*]*"
+    r"|^[#*_ \t]*(?:final |my )?answer[*_ \t]*\n[\s*]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_REASON = re.compile(r"(?:,? (?:because|since)|, which is)\b")
+_DENIAL = re.compile(
+    r"n't|\b(?:no|not|nor|or|but|wrong|false|incorrect|wait|actually|rather|instead|answer|so)\b", re.IGNORECASE
+)
+"""A word in a reason that may take the answer before it back."""
 _FIRST_SENTENCE = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re.DOTALL)
 
 
@@ -29,19 +44,21 @@ _FIRST_SENTENCE = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re
 def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
     r"""1.0 if the final answer of `text` equals the reference mathematically, 0.0 otherwise, and why.
 
-    The final answer is the last `\boxed{...}`, joined with those before it where nothing but "and", "or" or a comma is between;
-    else the last `#### ...` line that starts like a number or formula, or ends the text; else what follows the last
-    "answer is" or "answer:"; else the whole text, if it is one short line. One that was begun and not finished is none.
-    Thoughts, `<think>` to `</think>` or to the end, are not read.
+    The final answer is the last `\boxed{...}`, joined with those before it where nothing but "and", "or", a comma or "x =" is
+    between; else the last `#### ...` line that starts like a number or formula, or ends the text; else the content of the last
+    `<answer>...</answer>`; else the value of the last "answer" of a JSON object; else what follows the last "answer is",
+    "answer:" or heading "Answer", without a reason behind it ("7 because 3+4=7"); else the whole text, if it is one short
+    line. One that was begun and not finished is none. Thoughts, `<think>` to `</think>` or to the end, are not read.
 
     An answer must be read to its last character: words, relations or commands that the reference lacks make it wrong,
-    except a name ("x = 7") and a unit where the reference has none. A percent sign is a unit: 7% is 7, not 0.07. Words,
-    dates and times are compared as text. A bare list is a set, unless the reference runs from greatest to least;
-    `(3,1,2)` is ordered. `timeout_s` limits the processor time of each comparison; see `math_process`.
+    except a name ("x = 7"), a unit where the reference has none, and what follows the letter of a multiple choice
+    ("(C) Paris" is C). A percent sign is a unit: 7% is 7, not 0.07. Words, dates and times are compared as text. A bare
+    list is a set, unless the reference runs from greatest to least; `(3,1,2)` is ordered. `timeout_s` limits the processor
+    time of each comparison; see `math_process`.
     """
     answer = find_answer(text)
     if answer is None:
-        return Grade(0.0, note="no final answer: neither \\boxed{...} nor #### nor 'answer is', or it is unfinished")
+        return Grade(0.0, note="no final answer: no \\boxed{...}, ####, <answer> or 'answer is', or it is unfinished")
     if len(answer) > MAX_ANSWER_CHARS:
         return Grade(0.0, answer[:MAX_ANSWER_CHARS], f"the answer is longer than {MAX_ANSWER_CHARS} characters")
     note = _difference(answer, _unwrap(reference), timeout_s)
@@ -53,14 +70,15 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
     if answer == reference:
         return ""
     left, right = notation.plain(answer), notation.plain(reference)
-    if left == right:
+    if left == right or ((letter := notation.choice(right)) and letter == notation.choice(left)):
         return ""
+    right = right if " " in right else notation.digits(right)
     value, unit = notation.split_unit(notation.items(right))
     if notation.is_text(reference, value):
         return "" if notation.words(left) == notation.words(right) else "differs from the reference"
     if len(right) > 1 and right.isalpha() and left.lower() == right.lower():
         return ""
-    left = notation.without_names(notation.items(left), right)
+    left = notation.without_names(notation.items(notation.digits(left)), right)
     if notation.tight(left) == notation.tight(notation.items(right)):
         return ""
     kind, parts = notation.split_list(left)
@@ -92,19 +110,29 @@ def find_answer(text: str) -> str | None:
         # an end that is left was begun by the prompt
         text = _END_OF_THOUGHT.split(_THOUGHT.sub("", text))[-1]
     text = text.strip()
+    text = text[:-100] + _END_TOKENS.sub("", text[-100:])
     has_box, found = _last_box(text)
     if has_box:
         return _unwrap(found) or None
     if hashes := list(_HASHES.finditer(text)):
         last = hashes[-1]
-        if last.end() == len(text):  # also an empty one: begun and not finished
+        if last.end() == len(text) and not _SENTENCE.search(last[1]):  # also an empty one: begun and not finished
             return _unwrap(last[1]) or None
         numbers = [match[1] for match in hashes if re.match(r"[-+.\d$\\([{]", match[1])]
         if numbers:
             return _unwrap(numbers[-1]) or None
+    if "<answer>" in text:
+        content, closed, _ = text.rpartition("<answer>")[2].partition("</answer>")
+        text = content.strip() if closed else ""
+    if objects := list(_JSON.finditer(text)):
+        return _unwrap((objects[-1][1] or objects[-1][2]).replace("\\\\", "\\")) or None
     if sentences := list(_SENTENCE.finditer(text)):
         match = _FIRST_SENTENCE.match(text, sentences[-1].end())
-        return _unwrap(match[0]) or None if match else None
+        sentence = match[0] if match else ""
+        reason = _REASON.search(sentence)
+        if reason and not _DENIAL.search(sentence, reason.end()):
+            sentence = sentence[: reason.start()]
+        return _unwrap(sentence) or None
     return _unwrap(text) or None if len(text) <= MAX_LONE_ANSWER_CHARS and "\n" not in text else None
 
 
@@ -137,12 +165,22 @@ def _last_box(text: str) -> tuple[bool, str]:
     contents = [text[boxes[-1][1] : boxes[-1][2]]]
     if not contents[0].strip():
         return True, ""
-    for (_, start, end), (later, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+    names = [_name_before(text, boxes[-1][0])]
+    for (begin, start, end), (later, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _JOINT.fullmatch(text, end + 1 if text[end : end + 1] == "}" else end, later):
             break
         if text[start:end] != contents[-1]:
             contents.append(text[start:end])
+            names.append(_name_before(text, begin))
+    if len(contents) > 1:
+        contents = [name + content for name, content in zip(names, contents, strict=True)]
     return True, ", ".join(reversed(contents))
+
+
+def _name_before(text: str, box: int) -> str:
+    """The "x =" in front of a box, "" where there is none."""
+    match = _NAME_BEFORE.search(text, max(0, box - 20), box)
+    return match[0] if match else ""
 
 
 def _unwrap(answer: str) -> str:
@@ -151,6 +189,8 @@ def _unwrap(answer: str) -> str:
     if answer.startswith("*"):
         answer = re.sub(r"^\*\*(.+?)\*\*", r"\1", answer)
     answer = answer.strip("* ")
+    if quoted := re.fullmatch(r"([\"'`_]{1,3})([^\"'`]+)\1", answer):
+        answer = quoted[2].strip()
     if answer.endswith((".", ",", ";")) and not answer.endswith(("\\.", "..", "\\,", "\\;")):
         answer = answer[:-1].rstrip(" *")
     if not answer.startswith(("$", "\\(", "\\[")):

@@ -26,6 +26,10 @@ def _set(text: str) -> frozenset[str]:
 _SYMBOLS = {
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"),
     **dict.fromkeys("\u2044\u2215\u00f7", "/"),
+    **dict.fromkeys("\u2018\u2019", "'"),
+    **dict.fromkeys("\u201c\u201d", '"'),
+    "\u2236": ":",
+    "\u2261": r"\equiv ",
     "\u00d7": r"\times ",
     "\u00b7": r"\cdot ",
     "\u22c5": r"\cdot ",
@@ -42,18 +46,39 @@ _SYMBOLS = {
     "\u2248": r"\approx ",
     "\u00a2": " cents",
 }
+_POWERS_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"\\(?:left|right|displaystyle|textstyle)(?![a-zA-Z.])", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small|normalsize)(?![a-zA-Z.])", ""),
     (r",\s*\\!\s*|\{,\}", ","),
     (r"(?<!\\)\\!", ""),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\s+", " "),
-    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|boldsymbol|operatorname)\s*\{([^{}]*)\}", r" \1"),
+    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|boldsymbol|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"),
     (r"\\(?:rm|bf|it|sf)(?![a-zA-Z])", ""),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:[dtcs]|nice)frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac ?(\d) (?=\d)", r"\\frac{\1}"),
+    (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+    (r"([\^_] ?)\{([^{}]+\\over(?![a-zA-Z])[^{}]+)\}", r"\1{{\2}}"),
+    (r"(?:(?<!\\)\{|^)([^{}]+)\\over(?![a-zA-Z])([^{}]+)(?:\}|$)", r"\\frac{\1}{\2}"),
+    (r"(?:(?<!\\)\{|^)([^{}]+)\\choose(?![a-zA-Z])([^{}]+)(?:\}|$)", r"\\binom{\1}{\2}"),
+    (r"\\[lr]?vert(?![a-zA-Z])", "|"),
+    (r"\\[lr]brace(?![a-zA-Z])", lambda match: r"\{" if match[0][1] == "l" else r"\}"),
+    (r"\\([gl])t(?![a-zA-Z])", lambda match: ">" if match[1] == "g" else "<"),
+    (r"(\.\d*?)(\d{1,3}?)\2{2,} ?(?:\.{3}|\\[lc]?dots(?![a-zA-Z]))", r"\1\\overline{\2}"),
+    (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
+    (r"\\&", " and "),
+    (r"\\bigcup(?![a-zA-Z])|(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
+    (r"\\pmod ?(\w+)|\( ?\\?b?mod ?(\w+) ?\)", r"\\pmod{\1\2}"),
+    (r"(?<!\\)\{\} ?(?=\^)", ""),
+    (r"(?<=\\\\) ?\[\d+(?:pt|ex|em|mm)\]", ""),
     (r"\\(le|ge)(?:q|qslant)(?![a-zA-Z])", r"\\\1 "),
     (r"\\neq(?![a-zA-Z])", r"\\ne "),
     (r"\\varnothing", r"\\emptyset"),
-    (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
+    (r"\\mathbb ([A-Z])|\\(R)(?![a-zA-Z])", r"\\mathbb{\1\2}"),
+    (r"(?i)^ ?all real numbers\.?$", r"\\mathbb{R}"),
+    (r"(?i)^ ?(?:no solutions?|(?:the )?empty set)\.?$", r"\\emptyset"),
+    (r"(?i)(?<![\\a-zA-Z])per cent(?![a-zA-Z])", "percent"),
+    (r"^ *(?:negative|minus) +(?=[\d\\(])", "-"),
+    (r"(?<=[\dA-F)]) *base *(\d\d?|[a-z]+)(?![a-zA-Z])", r"_{\1}"),
     (r"\^\s*(?:\\(?:circ|degree)(?![a-zA-Z])|\{\s*\\(?:circ|degree)\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
     (r"\\([$%])", r"\1"),
     (r"(?<![\\a-zA-Z])inf(?:inity|ty)?(?![a-zA-Z])", r"\\infty "),
@@ -63,33 +88,52 @@ _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<!=)>=", r"\\ge "),
     (r"!=|/=", r"\\ne "),
     (r"(?<=[\w)])\s*\*\*\s*(?=[\w(])", "^"),
-    (r"(?<=\d) ?: ?(?=\d)", ":"),
+    (r"(?<=\d) ?(?::|\\colon(?![a-zA-Z])) ?(?=\d)", ":"),
     (r"(?<=\d) ?(?:st|nd|rd|th)(?![a-zA-Z])|(?<=\d) ?\^ ?\{? ?(?:st|nd|rd|th)(?![a-zA-Z])\}?", ""),
     # thousands; inside brackets a comma separates numbers: (100,200)
     (r"(?<![\d.,(\[{])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda match: match[1].replace(",", "")),
-    (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d|,\d)", lambda match: match[1].replace(" ", "")),
+    (r"(?<![\d.,])(\d{1,3}(?:([ '])\d{3})(?:\2\d{3})*)(?!\d|,\d)", lambda match: match[1].replace(match[2], "")),
+    (
+        r"(?<![\w.,^{])(\d+(?:\.\d+)?) *(hundred|thousand|million|billion|trillion)(?![a-zA-Z])",
+        lambda match: f"{(Decimal(match[1]) * 10 ** _POWERS_OF_TEN[match[2]]).normalize():f}",
+    ),
     (r"(?<![\d.,/^])(\d+) (\d+) ?/ ?(\d+)(?![\d.,/])", r"\1\\frac{\2}{\3}"),
     (r"\s+", " "),
 ]
 """Commands for spacing and fonts go, symbols with several names get one."""
 _BASE = re.compile(
     r"(?<![\w.}\\^])(?<!\d,)(?P<digits>\([\dA-F]*\d[\dA-F]*\)|[\dA-F]*\d[\dA-F]*) ?_ ?"
-    r"(?:(?P<base>\d)|\{ ?(?:base )?(?P<named>\d\d?|[a-z]+) ?\})"
+    r"(?:(?P<base>\d)|\{ ?\(?(?:base )?(?P<named>\d\d?|[a-z]+)\)? ?\})"
 )
 _BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "sixteen": 16}
-_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}")
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\(?:overline|bar|dot) ?(?:\{(\d+)\}|(\d))|\((\d+)\))(?![\d\\])")
+_NUMBER = re.compile(
+    r"([-+]?(?:\d+\.?\d*|\.\d+))(?:[eE]([-+]?\d{1,4})| ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:(\d)|\{ ?([-+]?\d{1,4}) ?\}))?"
+)
+_CHOICE = re.compile(r"(?i:option |choice |answer )?(?:\(([A-J])\)|([A-J])(?:[.:)](?=\s|$)|$))(.*)", re.DOTALL)
+_TO_NINETEEN = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_NUMBER_WORDS = {word: value for value, word in enumerate(_TO_NINETEEN.split())}
+_NUMBER_WORDS |= {
+    f"{ten}-{word}" if one else ten: 10 * tens + one
+    for tens, ten in enumerate(_TENS.split(), start=2)
+    for word, one in list(_NUMBER_WORDS.items())[:10]
+}
 
 _UNITS = _table(
     """meter metre m, kilometer kilometre km, centimeter centimetre cm, millimeter millimetre mm, inch in inches, foot ft feet,
     yard yd, mile mi, mile/hour mph, kilometer/hour kmh kph kmph, acre, hectare, gram g gm, kilogram kg, milligram mg, ton,
     pound lb, ounce oz, liter litre l, milliliter millilitre ml, gallon, quart, pint, hour h hr, minute min, second s sec,
     millisecond ms, day, week, month, year yr, degree deg \u00b0, celsius \u00b0c, fahrenheit \u00b0f, radian rad,
-    percent % percentage pct, dollar $ usd, cent, euro \u20ac, sterling \u00a3, rupee rs, yen, yuan, joule, newton, watt, volt,
+    percent % percentage pct, dollar $ usd, cent, euro \u20ac eur, sterling \u00a3 gbp, rupee rs inr \u20b9,
+    yen \u00a5, yuan, kwh, kw, kj, kpa, ev, kb, mb, gb, tb, mole mol, calorie cal, kcal, joule, newton, watt, volt,
     hertz hz, way, digit, point, person people, man men, woman women, child children, fish, sheep, unit"""
 )
 """Every spelling of a unit -> its name. A plural in "s" need not be listed."""
-_UNIT_START = re.compile("(?<![\\\\a-zA-Z])[a-zA-Z\u00b0%$\u20ac\u00a3]")
+_UNIT_START = re.compile("(?<![\\\\a-zA-Z])[a-zA-Z\u00b0%$\u20ac\u00a3\u00a5\u20b9]")
 MAX_UNIT_CHARS = 60
 _POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cu": "^3", "cubed": "^3"}
 _NOT_UNITS = _set(
@@ -122,7 +166,7 @@ _NAME = (
     r"(?: ?_ ?(?:\w|\{[^{}=<>]*\}))?(?:'*|\^ ?\{-1\})(?: ?\([^()=<>]*\))?"
 )
 _LEAD = re.compile(
-    rf"(?:^|(?<=,)|(?<=;)) ?(?:{_NAME}|\(\w(?:, ?\w)+\)) ?(?:=|\\in ?(?=[\[(]|\\\{{|\\mathbb|\\emptyset))"
+    rf"(?:^|(?<=,)|(?<=;)) ?(?:{_NAME}|\(\w(?:, ?\w)+\)) ?(?:=|\\equiv(?=.*\\pmod)|\\in ?(?=[\[(]|\\\{{|\\mathbb|\\emptyset))"
 )
 """A name and "=" or "is in"."""
 _NOT_NAMES = _set("e i not no non never neither wrong false incorrect without except minus")
@@ -132,9 +176,11 @@ _MONTHS = _table(
 )
 _MONTH = rf"({'|'.join(name for name in _MONTHS if name.isalpha())})\.?"
 _DATE = re.compile(
-    rf"\b(\d\d?)(?:st|nd|rd|th)? (?:of )?{_MONTH}(?:,? (\d{{4}}))?\b|\b{_MONTH} (\d\d?)(?:st|nd|rd|th)?\b(?:,? (\d{{4}}))?"
+    rf"\b(\d\d?)(?:st|nd|rd|th)? (?:of )?{_MONTH}(?:,? (\d{{4}}))?\b|\b{_MONTH} (?:the )?(\d\d?)(?:st|nd|rd|th)?\b"
+    r"(?:,? (\d{4}))?"
 )
 _CLOCK = re.compile(r"\b(\d\d?)(?::(\d\d))? ?([ap])\.? ?m\b\.?|\b(\d):(?=\d\d\b)")
+_ISO = re.compile(r"\b(\d{4})([-/])(\d\d?)\2(\d\d?)\b")
 _NO_ARITHMETIC = re.compile(r"\d:\d|\d{4}-\d\d?-\d\d?\b|\d/\d+/\d")
 """Times, ratios and dates in digits."""
 
@@ -146,7 +192,7 @@ def plain(answer: str) -> str:
     answer = re.sub("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+", lambda match: f"^{{{_compatible(match[0])}}}", answer)
     answer = re.sub("[\u2080-\u2089]+", lambda match: f"_{{{_compatible(match[0])}}}", answer)
     answer = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: " " + _compatible(match[0]), answer)
-    answer = "".join(map(_symbol, _compatible(answer)))
+    answer = "".join(map(_symbol, _compatible(answer.replace("\u211d", r"\R "))))
     for pattern, replacement in _REWRITTEN:
         answer = re.sub(pattern, replacement, answer)
     return _REPEATING.sub(_fraction, _BASE.sub(_decimal, answer)).strip()
@@ -178,19 +224,29 @@ def _decimal(match: re.Match[str]) -> str:
 
 def _fraction(match: re.Match[str]) -> str:
     r"""`0.1\overline{6}` as a fraction."""
-    whole, fixed, repeated = match.groups()
+    whole, fixed, *groups = match.groups()
+    repeated = next(group for group in groups if group)
     numerator = Decimal(whole + fixed + repeated) - Decimal(whole + fixed or 0)
     return f"\\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
 
 
 def number(text: str) -> Decimal | None:
-    """The value of a plain decimal number, exactly; None for anything else. (`int` refuses more than 4,300 digits.)"""
-    return Decimal(text) if _NUMBER.fullmatch(text) else None
+    r"""The value of a decimal number, also `1e5` or `1 \times 10^5`, exactly; None for anything else.
+
+    (`int` refuses more than 4,300 digits.)
+    """
+    if not (match := _NUMBER.fullmatch(text)):
+        return None
+    return Decimal(f"{match[1]}e{match[2] or match[3] or match[4] or 0}")
 
 
 def split_unit(text: str) -> tuple[str, str]:
     """The value and the name of its unit, "" where there is none: "$5", "5 dollars", "20 square feet", "60 miles per hour"."""
-    text = re.sub("^([-+]?) ?([$\u20ac\u00a3]) ?(.*?)(?= [a-zA-Z]|$)", r"\1\3 \2", text)
+    text = re.sub(
+        r"^([-+]?) ?(?:US ?(?=\$))?([$\u20ac\u00a3\u00a5\u20b9]|(?:USD|EUR|GBP|INR|Rs)(?=[. \d]))\.? ?(.*?)(?= [a-zA-Z]|$)",
+        r"\1\3 \2",
+        text,
+    )
     for match in _UNIT_START.finditer(text, max(0, len(text) - MAX_UNIT_CHARS)):
         value, tail = text[: match.start()], text[match.start() :]
         if not re.search(r"[\d)}\]!]$|(?<![a-zA-Z])[a-zA-Z]$|\\[a-z]+$", value.rstrip()):
@@ -235,7 +291,7 @@ def tight(text: str) -> str:
 
 def latex(text: str) -> str:
     """For math-verify, which knows the imaginary unit by the word boundaries around it."""
-    return re.sub(r"(?<=\d)i(?![a-zA-Z])", " i", text).replace("\u00b0", r"^\circ ")
+    return re.sub(r"(?<=\d)i(?![a-zA-Z])", " i", text).replace("\u00b0", r"^\circ ").replace(";", ",")
 
 
 def items(text: str) -> str:
@@ -243,17 +299,34 @@ def items(text: str) -> str:
     return re.sub(r"(?:,| )? ?(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) ?", ", ", text)
 
 
+def choice(text: str) -> str:
+    """The letter of a multiple choice in "C", "(C) Paris", "C. Paris" or "Option C"; "" where more than one is named."""
+    match = _CHOICE.fullmatch(text)
+    if match is None:
+        return ""
+    letter = match[1] or match[2]
+    others = re.search(rf"(?!\(?{letter})(?:\([A-J]\)|\b(?:[B-HJ]|or|and|nor|not|no|wrong|false)\b)", match[3])
+    return "" if others else letter
+
+
+def digits(text: str) -> str:
+    """The text with a number word at its start in digits: "twelve apples" is "12 apples"."""
+    match = re.match(r"[a-zA-Z]+(?:-[a-zA-Z]+)?(?![-a-zA-Z])", text)
+    value = _NUMBER_WORDS.get(match[0].lower()) if match else None
+    return text if match is None or value is None else f"{value}{text[match.end() :]}"
+
+
 def is_text(reference: str, value: str) -> bool:
     r"""Whether a reference (as given, and its value) is words, a date or a time, which have no arithmetic.
 
-    A word of up to three letters that is not in `\text{...}` is a product: "ab".
+    A word of up to three letters that is not in `\text{...}` is a product ("ab"), except "yes" and "no".
     """
     found = set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", _ENVIRONMENT.sub("", value))) - _FUNCTIONS
     return (
         any(pattern.search(value.lower()) for pattern in (_NO_ARITHMETIC, _DATE, _CLOCK))
-        or any(len(word) > 3 for word in found)
+        or any(len(word) > 3 or word.lower() in ("yes", "no") for word in found)
         or any(char.isalpha() and not char.isascii() for char in value)
-        or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} [a-zA-Z]{2,}", value) is not None
+        or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} [a-zA-Z]{2,}|[a-zA-Z]\.[a-zA-Z]", value) is not None
         or (bool(found) and re.search(r"\\(?:text|mbox)", reference) is not None)
     )
 
@@ -270,8 +343,19 @@ def words(text: str) -> str:
             return f"0{match[4]}:"
         return f"{int(match[1]) % 12 + 12 * (match[3] == 'p'):02d}:{match[2] or '00'}"
 
-    text = _CLOCK.sub(clock, _DATE.sub(date, text.lower()))
+    def duration(match: re.Match[str]) -> str:
+        return f" {_UNITS[match[1].removesuffix('s')]} "
+
+    text = _ISO.sub(lambda match: f"{match[1]}-{int(match[3]):02d}-{int(match[4]):02d}", text.lower())
+    text = _CLOCK.sub(clock, _DATE.sub(date, text))
+    text = re.sub(r"\b(?:on |(?:mon|tues|wednes|thurs|fri|satur|sun)day,? )+(?=\d{2,4}-\d)", "", text)
+    text = re.sub(r"\bmidnight\b", "00:00", re.sub(r"\b(?:12(?::00)? )?noon\b", "12:00", text))
+    text = re.sub(r"(?<=\d) to (?=\d)", ":", text).replace("&", " and ")
+    text = re.sub(r"(?<=\d) ?(hours?|hrs?|h|minutes?|mins?|seconds?|secs?)\b(?:,? and (?=\d))?", duration, text)
+    text = "".join(" " if not char.isascii() and unicodedata.category(char)[0] == "P" else char for char in text)
     text = re.sub(r"(?<!\d)[.,:;/]|[.,:;/](?!\d)|[?'\"()\[\]{}*_$\\]|!(?=\s|$)|(?<=[^\W\d])-(?=[^\W\d])", " ", text)
+    # "U.S." and "US", "J.K." and "J. K."
+    text = re.sub(r"(?<!\S)([^\W\d]) (?=[^\W\d](?!\S))", r"\1", " ".join(text.split()))
     kept = [word for word in text.split() if word not in ("a", "an", "the")] or text.split()
     return " ".join(kept)
 
@@ -280,7 +364,11 @@ def without_names(answer: str, reference: str) -> str:
     r"""The answer without "x =" or "x \in" before its parts, where the reference is no equation."""
     names = [match["name"] or "" for match in _LEAD.finditer(answer)]
     # "y = 1, x = 2" must not become (1, 2)
-    if "=" in reference or names != sorted(names) or any(name.lower() in _NOT_NAMES for name in names):
+    if (
+        re.search(r"=|\\equiv", reference)
+        or names != sorted(names)
+        or any(name.lower() in _NOT_NAMES for name in names)
+    ):
         return answer
     return _LEAD.sub(" ", answer).strip()
 
