@@ -47,39 +47,77 @@ def choices(table: Mapping[str, type[Any]]) -> Any:
     return field(default_factory=dict, metadata={"choice": Choice(table, {}, optional=False, named=True)})
 
 
+_INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+_NUMBERS = {
+    _INT: (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    _FLOAT: (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""Numbers as YAML 1.2 and JSON write them, with the characters that they begin with. PyYAML follows YAML 1.1, in which 1e-5 is
+a string, 010 is 8 and 1:30 is 90."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would keep the last without a word."""
+    """Reads numbers as YAML 1.2, leaves dates strings, and refuses a key that stands twice in one mapping, of which YAML
+    would keep the last without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: list[object] = []
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            keys.append(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                keys.add((key.tag, key.value))
+        return node
 
 
-# a date stays the string that it is: no key holds anything else
+class _Dumper(yaml.SafeDumper):
+    """Quotes a string that the loader, or another reader of YAML, would take for a number."""
+
+
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _DATE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+for _tag, (_pattern, _first) in _NUMBERS.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(_INT, lambda _, node: int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10))
+
+
+def _load(text: str, place: str) -> Any:
+    """The value of a YAML document. Raises RecipeError that begins with the place and names the line."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        said = " ".join(str(error).replace('in "<unicode string>",', "at").split())
+        hint = "; indent with spaces, not with tabs" if r"character '\t'" in said else ""
+        raise RecipeError(f"{place} is not valid YAML: {said}{hint}") from error
+    except RecursionError:
+        raise RecipeError(f"{place} is nested too deeply for a recipe") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a file. Raises RecipeError for a missing file, bad YAML (with the line) and anything but a mapping."""
+    if path.is_dir():
+        inside = f"; did you mean {path / 'recipe.yaml'}?" if (path / "recipe.yaml").is_file() else ""
+        raise RecipeError(f"{path} is a directory, and a recipe is a file{inside}")
     if not path.is_file():
-        others = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, others) if others else f"there is no folder {path.parent}"
+        hint = f"there is no folder {path.parent}"
+        if path.parent.is_dir():
+            others = [item.name for item in path.parent.iterdir() if item.suffix in (".yaml", ".yml")]
+            hint = nearest(path.name, others) if others else "write one with: understudy init"
         raise RecipeError(f"there is no recipe {path}; {hint}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not text in UTF-8: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
+    values = _load(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds {brief(values)}; a recipe is a mapping of sections")
     return values
@@ -98,10 +136,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise RecipeError(f"{text!r}: {'.'.join(parents[:depth])} is {brief(inner)}, not a section")
-        try:
-            inner[last] = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        inner[last] = _load(value, f"{text!r}: the value")
     return result
 
 
@@ -109,7 +144,7 @@ def parse(section: type[Section], values: object, path: str = "", root: type[Any
     """The dataclass filled from a mapping. Raises RecipeError with the path, the value, and what is allowed.
 
     `root`: the section of which it is a part at `path`. It may have the names that other toolkits have for its keys and
-    types, `other_names` and `other_types`.
+    types, `other_names` and `other_types`, and `no_keys` for what none of its keys sets.
     """
     root = root or section
     if not isinstance(values, Mapping):
@@ -123,11 +158,13 @@ def parse(section: type[Section], values: object, path: str = "", root: type[Any
     if unknown:
         raise RecipeError("\n".join(unknown))
     hints = get_type_hints(section)
-    found = {
-        item.name: _parse_field(item, hints[item.name], values[key], _join(path, key), root)
-        for key, item in known.items()
-        if key in values
-    }
+    found = {}
+    for key, item in known.items():
+        if key in values:
+            try:
+                found[item.name] = _parse_field(item, hints[item.name], values[key], _join(path, key), root)
+            except RecipeError as error:
+                raise RecipeError(f"{error}{_to_do_without(item, hints[item.name], values[key])}") from error
     for key, item in known.items():
         if key not in values and item.default is MISSING and item.default_factory is MISSING:
             chosen, hint = item.metadata.get("choice"), hints[item.name]
@@ -161,32 +198,46 @@ def places(section: type[Any], path: str = "", kind: str = "") -> Iterator[tuple
             yield from places(inner, place)
 
 
+def _known_as(root: type[Any], name: str) -> str | None:
+    """The key for another toolkit's name, or for the last part of one."""
+    names: Mapping[str, str] = getattr(root, "other_names", {})
+    return names.get(name) or names.get(name.rpartition(".")[2])
+
+
 def _meant(root: type[Any], path: str, key: object, value: object, known: Iterable[str]) -> str:
     """The hint for an unknown key: the same key elsewhere, the key for another toolkit's name, or the nearest one."""
     name, kinds_at = str(key).lower().replace("-", "_"), dict[str, list[str]]()
     for place, kind in places(root):
         kinds_at.setdefault(place, []).append(kind)
-
-    def known_as(given: str) -> str | None:
-        found = getattr(root, "other_names", {}).get(given)
-        # an option of the command line is no place
-        exists = found and (found.startswith("--") or re.split(r"[^\w.]", found)[0] in kinds_at)
-        return found if exists else None
-
     if _join(path, name) in kinds_at:
         kinds = [kind for kind in kinds_at[_join(path, name)] if kind]
         return f"only the types {', '.join(kinds)} have it" if kinds and name == key else f"did you mean {name!r}?"
-    if found := known_as(_join(path, name)) or known_as(name):
+    if found := _known_as(root, _join(path, name)):
         return f"the key is {found}"
     if isinstance(value, Mapping):
-        leaves = ((leaf, known_as(leaf.rpartition(".")[2])) for leaf in flatten(value))
-        told = [f"{leaf} is {found}" for leaf, found in leaves if found]
+        told = [f"{leaf} is {found}" for leaf in flatten(value) if (found := _known_as(root, leaf))]
         if told:
             return f"of its keys, {', '.join(told)}"
+    if instead := getattr(root, "no_keys", {}).get(name):
+        return f"no key sets it: {instead}"
     same = [place for place in kinds_at if place.rpartition(".")[2] == name]
-    if same and len(same) <= MAX_SAME:
-        return f"did you mean {' or '.join(same)}?"
+    if same:
+        # those of the outer sections first
+        return f"did you mean {' or '.join(sorted(same, key=lambda place: place.count('.'))[:MAX_SAME])}?"
     return nearest(str(key), known)
+
+
+def _to_do_without(item: Field[Any], hint: Any, value: object) -> str:
+    """Advice for null and false where a key takes neither."""
+    chosen = item.metadata.get("choice")
+    if value is False and (NoneType in _flat(hint) if chosen is None else chosen.optional):
+        return "; null does without"
+    if value is None and item.default_factory is not MISSING:
+        return "; leave it out for its default"
+    if value is None and item.default is not MISSING:
+        default = "s" if is_dataclass(item.default) else f", {written(item.default)}"
+        return f"; leave it out for its default{default}"
+    return ""
 
 
 def _parse_field(item: Field[Any], hint: Any, value: object, path: str, root: type[Any]) -> Any:
@@ -201,7 +252,7 @@ def _parse_field(item: Field[Any], hint: Any, value: object, path: str, root: ty
     if inner is not None:
         return None if value is None and NoneType in get_args(hint) else parse(inner, value, path, root)
     if isinstance(value, bool) and bool not in _flat(hint):
-        raise RecipeError(f"{path} is {brief(value)}; it must be {words(hint)}")
+        raise RecipeError(f"{path} is {brief(value)}; {_complaint(hint, value)}")
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
@@ -211,10 +262,20 @@ def _parse_field(item: Field[Any], hint: Any, value: object, path: str, root: ty
 def parse_choice(chosen: Choice, value: object, path: str, root: type[Any] | None = None) -> Any:
     """The section that `type: NAME` says. Raises RecipeError as `parse` does."""
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{path} is {brief(value)}; it must be a mapping with a `type`: {', '.join(chosen.table)}")
+        short = f"; write {path}: {{type: {value}}}" if isinstance(value, str) and value in chosen.table else ""
+        raise RecipeError(
+            f"{path} is {brief(value)}; it must be a mapping with a `type`: {', '.join(chosen.table)}{short}"
+        )
     name = value.get("type")
-    if name in chosen.refused:
-        raise RecipeError(f"{path}.type is {name!r}, which is refused: {chosen.refused[str(name)]}")
+    if name is None and root is not None:
+        # another toolkit has a section of this name
+        own = {key_of(item) for kind in chosen.table.values() for item in fields(kind)}
+        strange = {key: item for key, item in value.items() if key not in own}
+        told = [f"{_join(path, leaf)} is {found}" for leaf in flatten(strange) if (found := _known_as(root, leaf))]
+        if told:
+            raise RecipeError(f"{path}.type is missing; of its keys, {', '.join(told)}")
+    if isinstance(name, str) and name in chosen.refused:
+        raise RecipeError(f"{path}.type is {name!r}, which is refused: {chosen.refused[name]}")
     if not isinstance(name, str) or name not in chosen.table:
         said = "is missing" if name is None else f"is {brief(name)}"
         others = getattr(root, "other_types", {}).get(str(name).lower().replace("-", "_"), ())
@@ -243,7 +304,7 @@ def dump(section: Any, chosen: Choice | None = None) -> dict[str, Any]:
 
 def write_yaml(values: Mapping[str, Any]) -> str:
     """YAML in the order of the sections."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -268,7 +329,8 @@ def _plain(value: Any) -> Any:
 
 
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    name = key if isinstance(key, str) else written(key)
+    return f"{path}.{name}" if path else name
 
 
 def _flat(hint: Any) -> tuple[Any, ...]:

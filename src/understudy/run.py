@@ -100,10 +100,7 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     # None for a new run, and for one that was killed before its first checkpoint
     checkpoint = None
     if resume:
-        run_dir.check_started()
-        saved = config.parse(Recipe, config.read_yaml(run_dir.recipe))
-        check_same_recipe(saved, recipe)
-        recipe = recipe.dated(saved.student.template_date)
+        recipe = resumed_recipe(recipe, run_dir)
         checkpoint = find_checkpoint(run_dir.checkpoints)
     else:
         run_dir.check_new()
@@ -155,6 +152,14 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     for callback in trainer.observer.callbacks:
         callback.on_end(ended)
     return ended
+
+
+def resumed_recipe(recipe: Recipe, run_dir: RunDir) -> Recipe:
+    """The recipe with the clock of the run that it continues. Raises RecipeError where there is none, or it had another."""
+    run_dir.check_started()
+    saved = config.parse(Recipe, config.read_yaml(run_dir.recipe))
+    check_same_recipe(saved, recipe)
+    return recipe.dated(saved.student.template_date)
 
 
 def assemble(

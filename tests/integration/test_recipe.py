@@ -93,6 +93,12 @@ def test_what_a_recipe_may_not_say(tmp_path: Path, changes: dict[str, Any], word
         ("train.zzz=1", "train.zzz: unknown key; known: betas, "),
         ("method.type=on-policy-distillation", "the type is gkd$"),
         ("task.type=json", "the type is file$"),
+        ("rollout.n=8", "rollout.type is missing; of its keys, rollout.n is train.samples_per_prompt$"),
+        ("train.max_new_tokens=8", "did you mean .*sampling.max_new_tokens"),
+        ("sampling.stop=a", "no key sets it: a response ends as the chat template ends a turn"),
+        ("train.optim=adamw_8bit", "no key sets it: the optimizer is AdamW$"),
+        ("method=grpo", r"write method: {type: grpo}$"),
+        ("method.type=[sft]", r"method.type is \['sft'\]"),
     ],
 )
 def test_names_of_other_toolkits_get_the_key(tmp_path: Path, override: str, words: str) -> None:
@@ -124,7 +130,16 @@ def test_the_keys_for_other_names_are_there() -> None:
         ("sampling.top_k=-1", "0 takes every token"),
         ("task.num_solutions=0", "null takes all problems"),
         ("train.lr=.inf", "lr is infinite; it must be at least 0 and finite"),
-        ("train.lr=null", "train.lr is null; it must be a number$"),
+        ("train.lr=null", "train.lr is null; it must be a number; leave it out for its default, 1e-05$"),
+        ("train.save_samples_every=null", "leave it out for its default, 50$"),
+        ("loggers=null", r"it must be a list of strings; leave it out for its default, \[\]$"),
+        ("sampling=null", "it must be a mapping of keys; leave it out for its defaults$"),
+        ("eval=false", "eval is false; it must be a mapping of keys; null does without$"),
+        ("student.lora=false", "student.lora is false; it must be a mapping of keys; null does without$"),
+        ("student.lora.target_modules=[]", r"target_modules is \[\]; null takes every linear layer"),
+        ("train.eps=0", "eps is 0; it must be above 0$"),
+        ("null=1", "null: unknown key"),
+        ("true=1", "true: unknown key"),
         ("train.betas=1", "train.betas is 1; it must be a list of 2 numbers$"),
         ("loggers=3", "loggers is 3; it must be a list of strings$"),
         ("eval={every: often}", "eval.every is 'often'; it must be a whole number or null$"),
@@ -133,6 +148,47 @@ def test_the_keys_for_other_names_are_there() -> None:
 def test_values_are_refused_in_the_words_of_a_recipe(tmp_path: Path, override: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load_recipe(write_recipe(tmp_path, **distillation(tmp_path, eval={"every": 1})), [override])
+
+
+def test_yaml_is_read_as_other_tools_read_it(tmp_path: Path) -> None:
+    plain = write_recipe(tmp_path).read_text()
+    path = tmp_path / "traps.yaml"
+    path.write_text(
+        plain.replace("\n  lr: 0.003", "\n  lr: 1e-3").replace(
+            "\n  steps: 6", "\n  steps: 010\n  <<: &shared {eps: 1e-7}"
+        )
+        + "eval: {every: 1e1, sampling: {top_p: .5, <<: {temperature: 0.5, top_p: 1}}}\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.train.lr, recipe.train.steps, recipe.train.eps) == (1e-3, 10, 1e-7)
+    assert recipe.eval is not None
+    assert recipe.eval.sampling is not None
+    assert (recipe.eval.every, recipe.eval.sampling.temperature, recipe.eval.sampling.top_p) == (10, 0.5, 0.5)
+    # a mapping without a type of its own has numbers too, and names that look like numbers stay names
+    values = {"a": 1e-5, "b": "1e5", "c": "010", "d": "08", "e": "1:30", "f": 7}
+    (tmp_path / "written.yaml").write_text(config.write_yaml(values))
+    assert config.read_yaml(tmp_path / "written.yaml") == values
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n\tsteps: 2\n", "at line 2, column 1: .*indent with spaces, not with tabs$"),
+        ("train:\n  steps: 2\n  steps: 3\n", "the key 'steps' stands twice at line 3, column 3"),
+        ("train:\n  <<: {steps: 2}\n  <<: {steps: 3}\n", "the key '<<' stands twice"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("train: {steps: 1:30}", "train.steps is '1:30'; it must be a whole number"),
+        ("1: 2", "^1: unknown key"),
+        ("# caf\xe9", "is not text in UTF-8"),
+    ],
+)
+def test_traps_of_yaml_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match=r"is a directory, and a recipe is a file; did you mean .*recipe.yaml\?$"):
+        load_recipe(tmp_path)
 
 
 def test_an_evaluation_on_one_file_is_one_key(tmp_path: Path) -> None:
@@ -350,6 +406,19 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_a_dry_run_finds_nothing_to_resume(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    code, text = run("train", str(path), "--dry-run", "--resume")
+    assert code
+    assert "there is no run to resume" in text
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(path.read_text())
+    assert run("train", str(path), "--dry-run", "--resume")[0] == 0
+    code, text = run("train", str(path), "train.lr=1", "--dry-run", "--resume")
+    assert code
+    assert "train.lr was 0.003, is 1" in text
+
+
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, **distillation(tmp_path, eval={"split": "test"}))
     before = sorted(tmp_path.rglob("*"))
@@ -395,6 +464,7 @@ def test_methods_and_init(tmp_path: Path) -> None:
         ),
         ({"student": {"build": {"architecture": "llama", "hidden_size": "x"}}}, "'hidden_size' is 'x'"),
         ({"device": "cpu:x"}, "device is 'cpu:x'"),
+        ({"student": {"tokenizer": "./nowhere"}}, "no model directory at './nowhere'"),
         (
             {
                 "eval": {"split": "test"},

@@ -37,8 +37,11 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
     recipe = load_recipe(path, overrides)
     if dry_run:
         with Console() as console:
-            if not resume:
-                RunDir(Path(recipe.run_dir)).check_new()
+            run_dir = RunDir(Path(recipe.run_dir))
+            if resume:
+                recipe = run.resumed_recipe(recipe, run_dir)
+            else:
+                run_dir.check_new()
             for line in check(recipe):
                 console.note(line)
             console.note(f"{path} is fine; nothing was loaded or written")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _NAMES: Mapping[str, str] = {
+    "run_dir, whose last part names the run": "run_name experiment_name exp_name project_name wandb_project",
     "run_dir": "output_dir out_dir save_dir log_dir logging_dir default_local_dir",
     "seed": "random_seed data_seed",
     "loggers": "report_to logger log_with wandb tensorboard trackio",
@@ -69,7 +70,8 @@ _NAMES: Mapping[str, str] = {
     "train.betas": "adam_beta1 adam_beta2 adam_betas",
     "train.eps": "adam_epsilon adam_eps",
     "train.max_grad_norm": "clip_grad grad_clip gradient_clipping clip_grad_norm",
-    "train.compute_dtype: bfloat16": "bf16 fp16 amp mixed_precision autocast",
+    "train.compute_dtype; bfloat16 is its mixed precision": "fp16 float16 half",
+    "train.compute_dtype: bfloat16": "bf16 amp mixed_precision autocast",
     "train.save_every": "save_steps save_freq save_interval save_strategy checkpoint_every",
     "train.keep_last": "save_total_limit max_ckpt_to_keep",
     "train.keep_best": "load_best_model_at_end save_best",
@@ -83,6 +85,20 @@ _NAMES: Mapping[str, str] = {
 }
 OTHER_NAMES: Mapping[str, str] = {name: key for key, names in _NAMES.items() for name in names.split()}
 """A name elsewhere -> the key here, and what there is to know about it."""
+
+_NO_KEYS: Mapping[str, str] = {
+    "the optimizer is AdamW": "optim optimizer optimizer_type optim_type",
+    "a run uses several GPUs when torchrun starts it, one process for each": "n_gpus_per_node nnodes num_gpus gpus nodes "
+    "deepspeed fsdp fsdp_config",
+    "a response ends as the chat template ends a turn, with EOS, or at sampling.max_new_tokens": "stop stop_strings "
+    "stop_sequences stop_token_ids stop_words eos_token eos_token_id",
+    "samples are drawn without penalties": "repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size",
+    "no code of a model repository is run": "trust_remote_code",
+    "models are not quantised; student.lora trains few weights": "load_in_4bit load_in_8bit quantization_config use_qlora",
+    "a run is uploaded with: understudy push RUN OWNER/NAME": "push_to_hub hub_model_id hub_strategy",
+}
+NO_KEYS: Mapping[str, str] = {name: instead for instead, names in _NO_KEYS.items() for name in names.split()}
+"""A name elsewhere of what no key sets here -> what holds instead."""
 
 _TYPES: Mapping[str, str] = {
     "hub": "huggingface hf datasets dataset",

@@ -17,7 +17,7 @@ from understudy.given import is_given
 from understudy.methods import METHODS, REFUSED, Method
 from understudy.methods.base import Uses
 from understudy.models import DType
-from understudy.recipe.names import OTHER_NAMES, OTHER_TYPES
+from understudy.recipe.names import NO_KEYS, OTHER_NAMES, OTHER_TYPES
 from understudy.tasks import TASKS, Task
 from understudy.tasks.responses import ResponseSection
 from understudy.teachers import REFERENCES, TEACHERS, Start, TeacherSection
@@ -53,6 +53,10 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_range(self, 1, "rank", off="without a section lora all weights are trained")
+        if self.target_modules == ():
+            raise ValueError(
+                "target_modules is []; null takes every linear layer, and without a section lora all are trained"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,7 @@ class Recipe:
     """The whole recipe. Relative paths in it are relative to the working directory."""
 
     other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
+    no_keys: ClassVar[Mapping[str, str]] = NO_KEYS
     other_types: ClassVar[Mapping[str, tuple[str, ...]]] = OTHER_TYPES
 
     run_dir: str

@@ -75,7 +75,8 @@ class Train:
         check_range(self, 1, "save_every", off="null saves at the end only")
         check_range(self, 1, "keep_last", off="1 keeps the last one, from which the run can be resumed")
         check_range(self, 0, "max_grad_norm", above=True, off="null does not clip, 0 would stop every update")
-        check_range(self, 0, "lr", "warmup_steps", "weight_decay", "eps", "save_samples_every")
+        check_range(self, 0, "lr", "warmup_steps", "weight_decay", "save_samples_every")
+        check_range(self, 0, "eps", above=True)
         check_range(self, 0, "final_lr_share", high=1)
         check_range(self, 0, "stop_at", high=1, off="null never stops early")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 
 from understudy import config, given
 from understudy.errors import DataError, RecipeError, nearest
@@ -128,6 +129,9 @@ def _sections(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     if recipe.student.model is not None:
         yield Finding(f"student: {check_model_dir(recipe.student.model)}", name="student")
+    if recipe.student.tokenizer is not None and not Path(recipe.student.tokenizer).expanduser().is_dir():
+        # raises for what is no name of the hub either
+        check_model_dir(recipe.student.tokenizer)
     if recipe.student.dtype in ("bfloat16", "float16") and recipe.student.lora is None:
         masters, bytes_of = (
             recipe.train.master_weights,
