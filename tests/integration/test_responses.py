@@ -158,6 +158,29 @@ def test_the_choice_among_several_is_keyed(tmp_path: Path) -> None:
     assert all(abs(many.count(text) - 400 / 3) < 47 for text in ("1", "2", "3"))
 
 
+@pytest.mark.parametrize("step", [0, 5])
+def test_slots_are_dealt_every_response_once(tmp_path: Path, step: int) -> None:
+    """r slots of a prompt hold min(r, m) of its m responses, no two alike, whoever asks for which slot."""
+    rows = [{"q": "a?", "a": str(number)} for number in range(5)] + [{"q": "b?", "a": "9"}, {"q": "b?", "a": "fünf"}]
+    store = from_file(tmp_path, rows)
+    a, b = ask([Prompt("x", text="a?")], 7), ask([Prompt("y", text="b?")], 2)
+    dealt = say(store.find([*a, *b], step, [*range(7), 0, 1]))
+    assert sorted(text for text in dealt[:5] if text) == ["0", "1", "2", "3", "4"]
+    assert dealt[5:] == [None, None, "9", None]
+    assert store.take_counts() == {"responses_missing": 3, "responses_unreadable": 1}
+    for slot in range(7):
+        # the sample that the slot belongs to is nothing
+        assert say(store.find([a[6 - slot]], step, [slot])) == dealt[slot : slot + 1]
+
+
+def test_the_order_in_which_responses_are_dealt_is_drawn(tmp_path: Path) -> None:
+    """By (seed, step, prompt): each of three is the first in a third of the steps."""
+    store = from_file(tmp_path, [{"q": "a?", "a": str(number)} for number in range(3)])
+    firsts = [say(store.find(ask([Prompt("x", text="a?")]), step, [0]))[0] for step in range(400)]
+    # 5 standard deviations of 400 draws are 47
+    assert all(abs(firsts.count(text) - 400 / 3) < 47 for text in ("0", "1", "2"))
+
+
 def test_texts_that_the_student_cannot_say_are_left_out(tmp_path: Path) -> None:
     rows = [{"q": "a?", "a": "vier"}, {"q": "a?", "a": "4"}, {"q": "b?", "a": "fünf"}, {"q": "c?", "a": " "}]
     store = from_file(tmp_path, rows)
@@ -244,6 +267,20 @@ def test_the_teacher_writes_once_and_only_what_is_needed(tmp_path: Path) -> None
     again = Writer()
     assert say(teacher_store(tmp_path, again).find(ask(PROMPTS), 7)) == ["3", "6", "9"]
     assert not again.asked
+
+
+def test_the_teacher_writes_one_response_for_each_step_and_slot(tmp_path: Path) -> None:
+    """Under a name of its own, which keys its random numbers; a resumed run reads what was written."""
+    writer = Writer()
+    store = teacher_store(tmp_path, writer)
+    requests = ask(PROMPTS[:1], 3)
+    store.find(requests, 0)
+    store.find(requests, 0, [0, 1, 2])
+    store.find(requests[:2], 1, [0, 1])
+    assert writer.asked == [["a"], ["a@0/0", "a@0/1", "a@0/2"], ["a@1/0", "a@1/1"]]
+    resumed = Writer()
+    assert say(teacher_store(tmp_path, resumed).find(requests[1:], 1, [0, 1])) == ["3", "3"]
+    assert not resumed.asked
 
 
 @pytest.mark.parametrize(
@@ -477,7 +514,7 @@ def test_threads_have_a_response_written_once_and_side_by_side(tmp_path: Path) -
     texts = WrittenOnce(generate, ResponseCache(tmp_path, {"teacher": "t"}))
     requests = [Request(Prompt(id=name, text=name), 0, torch.tensor([1])) for name in ("a", "b", "a")]
     with ThreadPoolExecutor(3) as threads:
-        found = list(threads.map(lambda request: texts([request]), requests))
+        found = list(threads.map(lambda request: texts([request], [""]), requests))
     assert found == [[("to a",)], [("to b",)], [("to a",)]]
     assert sorted(asked) == ["a", "b"]
 
@@ -497,9 +534,9 @@ def test_a_response_that_another_thread_fails_to_get_is_asked_for_again(tmp_path
     texts = responses.WrittenOnce(generate, responses.ResponseCache(tmp_path, {"teacher": "t"}))
     request = Request(Prompt(id="a", text="a"), 0, torch.tensor([1]))
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(texts, [request])
+        first = threads.submit(texts, [request], [""])
         assert begun.wait(20)
-        second = threads.submit(texts, [request])
+        second = threads.submit(texts, [request], [""])
         go_on.set()
         with pytest.raises(DataError, match="gone"):
             first.result(20)

@@ -480,7 +480,7 @@ def test_a_response_beyond_the_positions_is_not_trained(
 
 
 def test_one_example_is_a_run(tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of one line, drawn for every slot."""
+    """A file of one line, drawn for every prompt of a step."""
     judged(monkeypatch, second_is_bad)
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"q": "12+34:", "a": "240=06;130=04#46", "r": "46"}) + "\n")
@@ -488,8 +488,67 @@ def test_one_example_is_a_run(tmp_path: Path, seen: Seen, monkeypatch: pytest.Mo
     changes = verbal(tmp_path) | {"task": {"type": "jsonl", "path": str(file), **fields}}
     train(tmp_path, **changes)
     for samples in seen.updates:
-        assert len(samples) == len({sample.key for sample in samples}) == 8
-        assert Counter(sample.finish == "data" for sample in samples) == {True: 4, False: 4}
+        assert len(samples) == len({sample.key for sample in samples}) == 5
+        # there is one solution, which fills one of the four slots
+        assert Counter(sample.finish == "data" for sample in samples) == {True: 1, False: 4}
+
+
+def several(folder: Path, count: int) -> dict[str, Any]:
+    """`count` responses to every problem, the first of them its solution."""
+    file = folder / "several.jsonl"
+    prompts = Arithmetic("addition", digits=2, num_solutions=50).prompts("train")
+    rows = [{"q": p.text, "a": f"{p.solution or ''}{'0' * number}"} for p in prompts for number in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"type": "jsonl", "path": str(file), "prompt_field": "q", "response_field": "a"}
+
+
+def first_is_good(sample: Sample) -> Verdict:
+    return Verdict(9.0 if sample.index % 4 == 0 else 0.0)
+
+
+@pytest.mark.parametrize(("count", "held"), [(5, 3), (3, 3), (2, 2), (1, 1)])
+def test_rejected_slots_of_a_group_hold_different_responses(
+    tmp_path: Path, count: int, held: int, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three slots hold `held` responses, none twice; slots that nothing is left for stay empty, counted and told."""
+    judged(monkeypatch, first_is_good)
+    graded(monkeypatch, lambda task, prompt, text: Grade(float(len(text) % 2)))
+    changes = verbal(tmp_path, responses=several(tmp_path, count), train={"samples_per_prompt": 4})
+    run_dir = train(tmp_path, **changes)
+    for row, samples in zip(metric_rows(run_dir), seen.updates, strict=True):
+        given = [(sample.prompt.id, sample.text) for sample in samples if sample.finish == "data"]
+        assert len(given) == len(set(given)) == 4 * held
+        assert Counter(name for name, _ in given) == dict.fromkeys({name for name, _ in given}, held)
+        assert row["slots_empty"] == pytest.approx(1 - held / 3)
+        if held > 1:
+            assert any(sample.advantage for sample in samples if sample.finish == "data")
+    assert events(run_dir).count("places of rejected samples stay empty") == (1 if held < 3 else 0)
+
+
+def test_a_group_of_rejected_samples_learns_where_its_responses_differ(
+    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is rejected: right responses of the teacher are compared with its wrong ones."""
+    judged(monkeypatch, lambda sample: Verdict(0.0))
+    graded(monkeypatch, solved)
+    changes = verbal(tmp_path, responses=several(tmp_path, 4), train={"samples_per_prompt": 4, "steps": 1})
+    train(tmp_path, **changes)
+    for sample in seen.updates[0]:
+        # one of four is right: mean 1/4, standard deviation sqrt(3) / 4
+        expected = 3 / math.sqrt(3) if sample.text == sample.prompt.solution else -1 / math.sqrt(3)
+        assert sample.advantage == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("overlap", [None, {"max_staleness": 0}], ids=["in turns", "overlapped"])
+def test_filled_slots_go_on_after_a_resume(
+    tmp_path: Path, overlap: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, first_is_good)
+    graded(monkeypatch, grade_by_length)
+    changes = verbal(tmp_path, responses=several(tmp_path, 5), kl_coef=0.0, train={"samples_per_prompt": 4, "steps": 4})
+    changes |= {"rollout": {"type": "hf", "copy": True}, "async": overlap}
+    whole = train(tmp_path / "whole", **changes)
+    assert_same_run(whole, train_in_two(tmp_path / "cut", 2, **changes))
 
 
 def test_a_local_judge_reads_the_samples(tmp_path: Path) -> None:

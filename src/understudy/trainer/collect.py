@@ -140,11 +140,14 @@ class Collector:
         found = self.responses.find(requests, step)
         return guided_requests(requests, found, plan.prefix_share, max_new_tokens=self.sampling.max_new_tokens)
 
-    def given(self, requests: Sequence[Request], step: int) -> list[Sample | None]:
-        """Responses that the student did not write: from the section `responses`, else the prompts' own solutions."""
+    def given(self, requests: Sequence[Request], step: int, slots: Sequence[int] | None = None) -> list[Sample | None]:
+        """Responses that the student did not write: from the section `responses`, else the prompts' own solutions.
+
+        `slots`: as of `ResponseStore.find`.
+        """
         if self.responses is None:
             return [given_sample(self.renderer, request) for request in requests]
-        found = self.responses.find(requests, step)
+        found = self.responses.find(requests, step, slots)
         return [
             None if response_ids is None else given_sample(self.renderer, request, response_ids)
             for request, response_ids in zip(requests, found, strict=True)

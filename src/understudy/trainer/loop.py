@@ -69,6 +69,7 @@ class Trainer:
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
     _warned_of_rounding: bool = False
+    _warned_of_slots: bool = False
     _signal: StopSignal | None = None
     """While the run goes on."""
     _flat_in_row: int = 0
@@ -147,6 +148,15 @@ class Trainer:
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
         self._check_progress()
+        if numbers.get("slots_empty", 0.0) > 0 and not self._warned_of_slots:
+            self._warned_of_slots = True
+            self.observer.warn(
+                self.progress.step,
+                f"step {self.progress.step}: {numbers['slots_empty']:.0%} of the places of rejected samples stay empty, for "
+                "nothing was left to fill them with. Each response of a teacher fills one place in a group: give more "
+                "responses a prompt, raise responses.temperature where a teacher writes them, or lower "
+                "method.threshold",
+            )
         if "reward" in numbers and not replaces_flat(method.plan(own_step)):
             self._check_rewards(numbers["reward"], numbers["prompts_flat"])
 

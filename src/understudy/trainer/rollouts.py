@@ -200,16 +200,45 @@ class Rollouts:
         if rule.on_reject == "resample":
             second = self._with_verdicts(self.collector.play(again, step, "resample"), rule)
             filling = [sample for sample in second if _accepted(sample, rule)]
-        elif rule.on_reject == "teacher" and again:
-            given = [sample for sample in self.collector.given(again, step) if sample is not None]
-            filling = [sample for sample in given if self.collector.fits(sample)]
-            metrics = {"responses_too_long": Metric(len(given) - len(filling), len(given))}
+            metrics = {"slots_empty": Metric(len(again) - len(filling), len(again))}
+        elif rule.on_reject == "teacher":
+            filling, metrics = self._fill(again, step)
         return Collected(
             samples=[*good, *filling],
             written=[*samples, *second],
             rejected=left,
             metrics=metrics | _signal([*judged, *second]) | self._verbal_metrics(judged, len(good), len(filling)),
         )
+
+    def _fill(self, requests: Sequence[Request], step: int) -> tuple[list[Sample], dict[str, Metric]]:
+        """A different response of the teacher for each of a prompt's rejected requests, over all ranks.
+
+        A slot for which there is none, or only one that another slot of the prompt has, stays empty: of equal copies no
+        advantage would tell one from the other. A collective call.
+        """
+        by_rank = self.ranks.gather([(request.prompt.id, request.index) for request in requests])
+        slots: dict[tuple[str, int], int] = {}
+        num_before = Counter[str]()
+        for name, index in sorted(one for part in by_rank for one in part):
+            slots[name, index] = num_before[name]
+            num_before[name] += 1
+        own = [slots[request.prompt.id, request.index] for request in requests]
+        given = [sample for sample in self.collector.given(requests, step, own) if sample is not None]
+        fitting = [sample for sample in given if self.collector.fits(sample)]
+        # a teacher may write the same twice; the lowest slot keeps it
+        said = [(sample.prompt.id, sample.index, tuple(sample.token_ids.tolist())) for sample in fitting]
+        first: dict[tuple[str, tuple[int, ...]], int] = {}
+        for name, index, ids in sorted(one for part in self.ranks.gather(said) for one in part):
+            first.setdefault((name, ids), index)
+        filling = [
+            sample for sample, (name, index, ids) in zip(fitting, said, strict=True) if first[name, ids] == index
+        ]
+        if not requests:
+            return [], {}
+        return filling, {
+            "responses_too_long": Metric(len(given) - len(fitting), len(given)),
+            "slots_empty": Metric(len(requests) - len(filling), len(requests)),
+        }
 
     def _with_verdicts(self, samples: Sequence[Sample], rule: Acceptance) -> list[Sample]:
         if not samples:

@@ -34,8 +34,9 @@ except ImportError:  # not on Windows
 
 Generate = Callable[[Sequence[Prompt]], list[str | None]]
 """Returns the teacher's response to each prompt as text, without special tokens; None for none, or an unfinished one."""
-Texts = Callable[[Sequence[Request]], list[Sequence[str]]]
-"""Returns every known response to each request's prompt."""
+Texts = Callable[[Sequence[Request], Sequence[str]], list[Sequence[str]]]
+"""Returns every known response to each request's prompt. The second argument names the draw that a teacher who writes on demand
+makes for each request; "" is the one that all requests for the prompt share."""
 CACHE_FORMAT = 1
 
 
@@ -113,7 +114,7 @@ def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseSt
     """Opens the store of a section. Raises RecipeError or DataError, also for type `teacher` if no teacher writes."""
     if not isinstance(section, TeacherResponses):
         find = section.find()
-        texts: Texts = lambda requests: [find(request.prompt) for request in requests]  # noqa: E731
+        texts: Texts = lambda requests, draws: [find(request.prompt) for request in requests]  # noqa: E731
         return ResponseStore(texts, setup, shown=section.shown)
     if setup.generate is None or setup.fingerprint is None:
         raise RecipeError("responses.type is 'teacher', but no teacher here writes responses; add a section teacher")
@@ -129,7 +130,7 @@ def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseSt
 
 
 class ResponseStore:
-    """A teacher's responses as tokens of the student. One of several to a prompt is drawn by (seed, step, request).
+    """A teacher's responses as tokens of the student. One of several to a prompt is drawn by (seed, step, request or slot).
 
     `cache`: where they are written on demand, so that every prompt can get one.
     """
@@ -144,23 +145,34 @@ class ResponseStore:
         self._lock = Lock()
         self.shown = shown
 
-    def find(self, requests: Sequence[Request], step: int) -> list[Tensor | None]:
+    def find(self, requests: Sequence[Request], step: int, slots: Sequence[int] | None = None) -> list[Tensor | None]:
         """Returns a response [F] int64 for each request, whole and with its end; None if there is none.
 
-        A text that the student cannot say (`Renderer.faithful`) counts as none (`take_counts`). Raises TemplateError.
+        `slots`: the number of each request among those for its prompt, from 0; each slot has a response of its own. Known
+        responses are dealt in an order drawn by (seed, step, prompt), each at most once; a teacher that writes on demand
+        writes one for each (step, slot). A text that the student cannot say (`Renderer.faithful`) counts as none
+        (`take_counts`). Raises TemplateError.
         """
         if not requests:
             return []
-        draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0]
+        shared = slots is None or self._cache is None
+        names = [""] * len(requests) if shared else [f"{step}/{slot}" for slot in slots or ()]
         encoded: dict[tuple[str, str], Tensor | None] = {}
-        found: list[Tensor | None] = []
-        for request, texts, draw in zip(requests, self._texts(requests), draws.tolist(), strict=True):
+        usable: list[list[Tensor]] = []
+        for request, texts in zip(requests, self._texts(requests, names), strict=True):
             prompt = request.prompt
             for text in texts:
                 if (prompt.id, text) not in encoded:
                     encoded[prompt.id, text] = self._say(prompt, text)[0]
-            usable = [ids for text in texts if (ids := encoded[prompt.id, text]) is not None]
-            found.append(usable[int(draw * len(usable))] if usable else None)
+            usable.append([ids for text in texts if (ids := encoded[prompt.id, text]) is not None])
+        found: list[Tensor | None] = []
+        if slots is None or not shared:
+            draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0].tolist()
+            found += [one[int(draw * len(one))] if one else None for one, draw in zip(usable, draws, strict=True)]
+        else:
+            for request, one, slot in zip(requests, usable, slots, strict=True):
+                order = keyed_uniform(self._seed, "response", step, [request.prompt.id], len(one))[0].argsort()
+                found.append(one[int(order[slot])] if slot < len(one) else None)
         with self._lock:
             self._counts["responses_missing"] += sum(ids is None for ids in found)
             self._counts["responses_unreadable"] += sum(ids is None for ids in encoded.values())
@@ -183,7 +195,7 @@ class ResponseStore:
         reason = ""
         # one at a time: most often the first has one
         for prompt in islice(prompts, limit):
-            texts = self._texts([Request(prompt, 0, torch.tensor([]))])[0]
+            texts = self._texts([Request(prompt, 0, torch.tensor([]))], [""])[0]
             for text in texts:
                 ids, reason = self._say(prompt, text)
                 if ids is not None:
@@ -220,13 +232,15 @@ class WrittenOnce:
         self._without: set[str] = set()
         self._claims: Claims[str, Prompt] = Claims()
 
-    def __call__(self, requests: Sequence[Request]) -> list[Sequence[str]]:
+    def __call__(self, requests: Sequence[Request], draws: Sequence[str]) -> list[Sequence[str]]:
         """Raises DataError if the generator returns another number of texts than it was given prompts."""
-        keys = []
-        for request in requests:
-            told = request.prompt.id.encode("utf-8", "surrogatepass") + b"\0" + request.token_ids.numpy().tobytes()
+        keys, prompts = [], dict[str, Prompt]()
+        for request, draw in zip(requests, draws, strict=True):
+            # the name keys the teacher's random numbers, so under another name it draws another response
+            name = f"{request.prompt.id}@{draw}" if draw else request.prompt.id
+            told = name.encode("utf-8", "surrogatepass") + b"\0" + request.token_ids.numpy().tobytes()
             keys.append(blake2b(told, digest_size=16).hexdigest())
-        prompts = {key: request.prompt for key, request in zip(keys, requests, strict=True)}
+            prompts[keys[-1]] = replace(request.prompt, id=name)
         written = self._cache.texts
 
         def lacking() -> dict[str, Prompt]:
