@@ -37,6 +37,7 @@ from understudy.recipe.load import (
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
 from understudy.teachers import Judge
+from understudy.teachers.base import hash_facts
 from understudy.trainer.checkpoint import (
     STUDENT,
     Progress,
@@ -172,6 +173,10 @@ def assemble(
     recipe, device = files.recipe, choose_device(files.recipe.device)
     progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, device)
     inputs = {name: intake.fingerprint for name, intake in read_intakes(recipe).items()}
+    tokenizer = files.tokenizers.student
+    if tokenizer.chat_template and any(part.is_chat for part in recipe.task.places().values()):
+        digest = hash_facts([tokenizer.chat_template])
+        inputs["chat template"] = {"source": str(tokenizer.name_or_path), "digest": digest}
     if checkpoint is not None:
         check_same_inputs(progress.inputs, inputs)
         if inputs and not progress.inputs:

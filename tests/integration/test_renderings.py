@@ -17,7 +17,7 @@ from tests.runs import BUILD, metric_rows, tiny_recipe, train
 from tests.serving import serve_beside
 from tests.tiny_models import plain_logp
 from understudy import config
-from understudy.errors import DataError, RecipeError, ScoreError, TemplateError, VocabularyError
+from understudy.errors import CheckpointError, DataError, RecipeError, ScoreError, TemplateError, VocabularyError
 from understudy.models import build_causal_lm, save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
@@ -362,6 +362,29 @@ def test_the_model_says_which_role_ends_a_turn(tmp_path: Path) -> None:
     (tmp_path / "student" / "generation_config.json").write_text(json.dumps(ends))
     assert "a response ends with '<bos>', as the chat template ends a turn" in check(recipe)
     assert "a response ends with '<bos>'" in examined(recipe)["end of a response"].found
+
+
+def test_ids_that_stand_for_no_end_are_none(tmp_path: Path) -> None:
+    changes = chats(tmp_path, template=CHATML)
+    for name in ("student", "teacher"):
+        ends = {"eos_token_id": [END, None, -1]}
+        (tmp_path / name / "generation_config.json").write_text(json.dumps(ends))
+    assert examined(recipe_of(tmp_path, **changes))["end of a response"].level == "ok"
+    with parts_of(recipe_of(tmp_path, **changes)) as parts:
+        assert parts.loaded.renderer.stop_ids == (END,)
+
+
+def test_a_resumed_run_refuses_another_chat_template(tmp_path: Path) -> None:
+    changes = chats(tmp_path, template=CHATML, method={"type": "sft"}, teacher=None) | {"teacher": None}
+    train(tmp_path, **changes)
+    file = tmp_path / "student" / "chat_template.jinja"
+    file.write_text(CHATML.replace("user", "human") + "{# another #}")
+    with pytest.raises(
+        CheckpointError, match=r"not what this run began with: chat template \(.*student\): another than before"
+    ):
+        train(tmp_path, resume=True, **changes)
+    file.write_text(CHATML)
+    train(tmp_path, resume=True, **changes)
 
 
 DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y %H:%M:%S') }}.<|im_end|>\n" + CHATML

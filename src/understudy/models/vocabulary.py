@@ -40,7 +40,7 @@ def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
     """
     base, found = unwrap(model), tokenizer_ends(tokenizer)
     for owner in (base.config, base.config.get_text_config(), getattr(base, "generation_config", None)):
-        found |= _as_ids(getattr(owner, "eos_token_id", None))
+        found |= named_ids(getattr(owner, "eos_token_id", None))
     if not found:
         raise VocabularyError(
             "no EOS: neither the tokenizer nor the model names a token that ends a response; set eos_token in the "
@@ -55,7 +55,7 @@ def saved_ends(model: str) -> set[int]:
     for name in ("config.json", "generation_config.json"):
         path = Path(model).expanduser() / name
         if path.is_file():
-            found |= _as_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+            found |= named_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
     return found
 
 
@@ -64,13 +64,13 @@ def tokenizer_ends(tokenizer: Any) -> set[int]:
     special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     template = str(tokenizer.chat_template or "")
     ends = {special[token] for token in TURN_ENDS if token in special and token in template}
-    return _as_ids(tokenizer.eos_token_id) | ends | {special[token] for token in TEXT_ENDS if token in special}
+    return named_ids(tokenizer.eos_token_id) | ends | {special[token] for token in TEXT_ENDS if token in special}
 
 
-def _as_ids(value: int | list[int] | None) -> set[int]:
-    if value is None:
-        return set()
-    return {value} if isinstance(value, int) else set(value)
+def named_ids(value: int | list[int | None] | None) -> set[int]:
+    """The tokens of an `eos_token_id`; -1 and null in a list stand for none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return {index for index in values if index is not None and index >= 0}
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -203,7 +203,7 @@ def check_same_inputs(saved: Mapping[str, Mapping[str, Any]], found: Mapping[str
         if before["digest"] != after["digest"]:
             keys = [key for key in before if key != "digest" and before[key] != after.get(key)]
             what = [f"{key} {before[key]}, now {after.get(key)}" for key in keys]
-            same = f"{after['rows']} rows as before, but others" if "rows" in after else "others than before"
+            same = f"{after['rows']} rows as before, but others" if "rows" in after else "another than before"
             changed.append(f"{name} ({after['source']}): {', '.join(what) or same}")
     if changed:
         raise CheckpointError(

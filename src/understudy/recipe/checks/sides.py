@@ -9,6 +9,7 @@ from understudy.errors import UnderstudyError
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import backbone_hidden, lm_head, name_tokens, num_positions, unwrap
 from understudy.models.backbone import evaluating
+from understudy.models.vocabulary import named_ids
 from understudy.recipe.checks.parts import AS_SAID, HEALTH_S, Check, Finding, Parts, Side, within
 from understudy.recipe.load import prompt_limit
 from understudy.tasks.renderer import Renderer
@@ -119,8 +120,7 @@ def _ends(parts: Parts) -> Iterator[Finding]:
         settings = getattr(base, "generation_config", None)
         # all that an engine which serves the model would stop at
         for owner in (base.config, base.config.get_text_config(), settings):
-            value = getattr(owner, "eos_token_id", None)
-            ends |= set() if value is None else {value} if isinstance(value, int) else set(value)
+            ends |= named_ids(getattr(owner, "eos_token_id", None))
         found = f"the {side.label}'s at {named(ends) if ends else 'no token that its configuration names'}"
         if ends and not ends & stops:
             # a configuration alone may hold its architecture's default, which nobody chose
