@@ -23,18 +23,22 @@ _JOINT = re.compile(
     r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\b[a-zA-Z](?:_\w)?\s*=)*"
 )
 """Text that may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
+_INVISIBLE = "\u200b\u200e\u200f\u2060\ufeff"
+"""Spaces without width and marks of direction; inside an answer they are not read."""
 _NAME_BEFORE = re.compile(r"(?<![\\\w])[a-zA-Z](?:_\w)?\s*=\s*$")
 _HASHES = re.compile(r"####[ \t]*(.*)")
 _JSON = re.compile(r'"(?:final_?)?answer"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",{}\[\]]+))\s*[,}]', re.IGNORECASE)
 _SENTENCE = re.compile(
-    r"(?:\banswers?(?: to (?:the|this) \w+)?|\b(?:correct|right|best) (?:option|choice))[*_]*"
-    r"(?:\s*(?:is|are|:|=)| (?:should|must) be)(?: (?:therefore|thus|simply)\b)?[\s:*]*"
+    r"(?:\banswers?(?: to (?:the|this) \w+| we \w+)?|\b(?:correct|right|best) (?:option|choice))[*_]*"
+    r"(?:\s*(?:is|are|equals|:|=)| (?:should|must|would|will|turns out to) be)"
+    r"(?: (?:therefore|thus|simply|exactly|indeed|equal to)\b)?[\s:*]*"
     r"|^[#*_ \t]*(?:final |my )?answer[*_ \t]*\n[\s*]*",
     re.IGNORECASE | re.MULTILINE,
 )
 _REASON = re.compile(r"(?:,? (?:because|since)|, which is)\b")
 _DENIAL = re.compile(
-    r"n't|\b(?:no|not|nor|or|but|wrong|false|incorrect|wait|actually|rather|instead|answer|so)\b", re.IGNORECASE
+    r"n't|\b(?:no|not|nor|or|but|wrong|false|incorrect|wait|actually|rather|instead|answer|so|however|though|unless|if|else)\b",
+    re.IGNORECASE,
 )
 """A word in a reason that may take the answer before it back."""
 _FIRST_SENTENCE = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re.DOTALL)
@@ -73,6 +77,12 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
     if left == right or ((letter := notation.choice(right)) and letter == notation.choice(left)):
         return ""
     right = right if " " in right else notation.digits(right)
+    wanted, found = notation.assigned(notation.items(right)), notation.assigned(notation.items(left))
+    if wanted and (wanted.keys() == found.keys() or "=" not in left):
+        left = f"({', '.join(map(found.__getitem__, wanted))})" if found else left
+        right = f"({', '.join(wanted.values())})"
+    if re.fullmatch(r"\d+,\d+", answer) and "," in right:
+        left = answer  # the reference is a list, so the comma separates
     value, unit = notation.split_unit(notation.items(right))
     if notation.is_text(reference, value):
         return "" if notation.words(left) == notation.words(right) else "differs from the reference"
@@ -185,7 +195,7 @@ def _name_before(text: str, box: int) -> str:
 
 def _unwrap(answer: str) -> str:
     """Without what stands around an answer in a sentence: white space, bold, punctuation, dollar signs or brackets."""
-    answer = answer.strip()
+    answer = answer.strip().strip(_INVISIBLE).strip()
     if answer.startswith("*"):
         answer = re.sub(r"^\*\*(.+?)\*\*", r"\1", answer)
     answer = answer.strip("* ")

@@ -56,6 +56,7 @@ _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:rm|bf|it|sf)(?![a-zA-Z])", ""),
     (r"\\(?:[dtcs]|nice)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac ?(\d) (?=\d)", r"\\frac{\1}"),
+    (r"\\sqrt ?(\[\w+\]) ?(\w)", r"\\sqrt\1{\2}"),
     (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
     (r"([\^_] ?)\{([^{}]+\\over(?![a-zA-Z])[^{}]+)\}", r"\1{{\2}}"),
     (r"(?:(?<!\\)\{|^)([^{}]+)\\over(?![a-zA-Z])([^{}]+)(?:\}|$)", r"\\frac{\1}{\2}"),
@@ -181,8 +182,8 @@ _DATE = re.compile(
 )
 _CLOCK = re.compile(r"\b(\d\d?)(?::(\d\d))? ?([ap])\.? ?m\b\.?|\b(\d):(?=\d\d\b)")
 _ISO = re.compile(r"\b(\d{4})([-/])(\d\d?)\2(\d\d?)\b")
-_NO_ARITHMETIC = re.compile(r"\d:\d|\d{4}-\d\d?-\d\d?\b|\d/\d+/\d")
-"""Times, ratios and dates in digits."""
+_NO_ARITHMETIC = re.compile(r"\d:\d|\d{4}-\d\d?-\d\d?\b|\d/\d+/\d|\b\d{3}0s\b")
+"""Times, ratios, dates and decades in digits."""
 
 
 def plain(answer: str) -> str:
@@ -191,6 +192,7 @@ def plain(answer: str) -> str:
         answer = re.sub(r"(?<!\\)\$", " ", answer)  # they delimit; a lone one is a currency
     answer = re.sub("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+", lambda match: f"^{{{_compatible(match[0])}}}", answer)
     answer = re.sub("[\u2080-\u2089]+", lambda match: f"_{{{_compatible(match[0])}}}", answer)
+    answer = re.sub("\u221a ?(\\d+)", r"\\sqrt{\1}", answer)
     answer = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: " " + _compatible(match[0]), answer)
     answer = "".join(map(_symbol, _compatible(answer.replace("\u211d", r"\R "))))
     for pattern, replacement in _REWRITTEN:
@@ -305,8 +307,11 @@ def choice(text: str) -> str:
     if match is None:
         return ""
     letter = match[1] or match[2]
-    others = re.search(rf"(?!\(?{letter})(?:\([A-J]\)|\b(?:[B-HJ]|or|and|nor|not|no|wrong|false)\b)", match[3])
-    return "" if others else letter
+    others = re.search(
+        rf"^ ?(?:(?:or|and|nor|but|is|wrong|false)\b|not \(?[A-J]\b|[,;/])|\((?!{letter})[A-J]\)|(?<!\w)(?!{letter})[A-J]$",
+        match[3],
+    )
+    return "" if others and not re.match(r"(?i) ?(?:both|neither|either)\b", match[3]) else letter
 
 
 def digits(text: str) -> str:
@@ -371,6 +376,15 @@ def without_names(answer: str, reference: str) -> str:
     ):
         return answer
     return _LEAD.sub(" ", answer).strip()
+
+
+def assigned(text: str) -> dict[str, str]:
+    """Name -> value in "x = 3, y = 4"; nothing for a text of another form, or where a name has two values."""
+    parts = [part.split("=") for part in split_list(text)[1]]
+    if len(parts) < 2 or any(len(part) != 2 or not re.fullmatch(_NAME, part[0].strip()) for part in parts):
+        return {}
+    values = {name.strip(): value.strip() for name, value in parts}
+    return values if len(values) == len(parts) else {}
 
 
 def objection(answer: str, reference: str) -> str:
