@@ -243,6 +243,25 @@ def test_several_answers_are_graded(tmp_path: Path) -> None:
     assert marked.prompts("train")[0].reference == ("1", "2")
 
 
+def test_answers_in_several_fields(tmp_path: Path) -> None:
+    """As MuSiQue has them; no field may be missing from every row without a word."""
+    rows: list[dict[str, Any]] = [
+        {"q": "Who?", "answer": "Pirates", "answer_aliases": ["Orioles", "Pirates"]},
+        {"q": "Where?", "answer": "Stanley", "answer_aliases": []},
+        {"q": "When?", "answer": None, "answer_aliases": []},
+    ]
+    task = task_of(tmp_path / "r.jsonl", rows, reference_field="answer, answer_aliases")
+    assert [prompt.reference for prompt in task.prompts("train")] == [("Pirates", "Orioles"), ("Stanley",)]
+    assert task.intake("train").num_skipped == 1
+    fewer = [row | {"answer_aliases": []} for row in rows]
+    changed = task_of(tmp_path / "c.jsonl", fewer, reference_field="answer, answer_aliases")
+    assert changed.intake("train").digest != task.intake("train").digest
+    with pytest.raises(DataError, match="no field 'other'"):
+        task_of(tmp_path / "r.jsonl", rows, reference_field="answer, other").prompts("train")
+    comma = task_of(tmp_path / "d.jsonl", [{"q": "x", "a, b": "1"}], reference_field="a, b")
+    assert comma.prompts("train")[0].reference == ("1",)
+
+
 def test_arrays_of_numpy(tmp_path: Path) -> None:
     """Rows of pandas have them where a file of Parquet has lists."""
     row = {"q": np.array([USER, ASSISTANT], dtype=object), "a": np.array(["1", "one"]), "n": np.int64(7)}

@@ -54,7 +54,8 @@ class Records(Task):
     prompt_field: str
     """A string, or the list of messages of a chat; a field may be nested: `a.b`."""
     reference_field: str | None = None
-    """The final answer that the verifier compares with, or a list of answers that are all accepted."""
+    """The final answer that the verifier compares with, or a list of answers that are all accepted. Several fields with
+    commas between them, `answer, answer_aliases`, are one list; every row has all of them."""
     solution_field: str | None = None
     """A whole response to imitate; the field of the prompt again where it is the end of the chat."""
     tools_field: str | None = TOOLS_FIELD
@@ -110,6 +111,11 @@ class Records(Task):
     @abstractmethod
     def rows(self, source: str) -> Iterator[Row]:
         """The rows of one source, in order. Raises RecipeError or DataError."""
+
+    def reference_fields(self, row: Mapping[str, Any]) -> list[str]:
+        """The names in `reference_field`; a name of the row may have a comma itself."""
+        field = self.reference_field
+        return [] if field is None else [field] if field in row else [name.strip() for name in field.split(",")]
 
     @property
     def computed(self) -> bool:
@@ -275,10 +281,16 @@ class Records(Task):
     def _references(self, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The accepted answers, each cut to what follows `reference_after`."""
         field = str(self.reference_field)
-        try:
-            found = accepted_answers(read_field(row, field, place))
-        except ValueError as error:
-            raise DataError(f"{place}: field {field!r} is {str(error).replace('FIELD', field)}") from error
+        names = self.reference_fields(row)
+        found: list[str] = []
+        for name in names:
+            try:
+                found += accepted_answers(read_field(row, name, place, required=len(names) > 1))
+            except MissingValueError:
+                if len(names) == 1:
+                    raise
+            except ValueError as error:
+                raise DataError(f"{place}: field {name!r} is {str(error).replace('FIELD', name)}") from error
         if self.reference_after is not None:
             for text in found:
                 if self.reference_after not in text:
@@ -378,9 +390,15 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
     """`stamp`: with another one the source is read anew."""
     found, seen, digest = list[Prompt](), Counter[str](), blake2b(digest_size=16)
     num_rows, skipped = 0, list[str]()
-    fields = (task.prompt_field, task.tools_field, task.reference_field, task.solution_field, task.teacher_field)
     for place, row in task.rows(source):
         num_rows += 1
+        fields = [
+            task.prompt_field,
+            task.tools_field,
+            *task.reference_fields(row),
+            task.solution_field,
+            task.teacher_field,
+        ]
         said = [row.get(field, row.get(field.partition(".")[0])) for field in fields if field is not None]
         digest.update(json.dumps(said, default=repr).encode() + b"\n")
         try:

@@ -47,7 +47,7 @@ _SYMBOLS = {
     "\u00a2": " cents",
 }
 _POWERS_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+_SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small|normalsize)(?![a-zA-Z.])", ""),
     (r",\s*\\!\s*|\{,\}", ","),
     (r"(?<!\\)\\!", ""),
@@ -102,6 +102,7 @@ _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\s+", " "),
 ]
 """Commands for spacing and fonts go, symbols with several names get one."""
+_REWRITTEN = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _BASE = re.compile(
     r"(?<![\w.}\\^])(?<!\d,)(?P<digits>\([\dA-F]*\d[\dA-F]*\)|[\dA-F]*\d[\dA-F]*) ?_ ?"
     r"(?:(?P<base>\d)|\{ ?\(?(?:base )?(?P<named>\d\d?|[a-z]+)\)? ?\})"
@@ -196,7 +197,7 @@ def plain(answer: str) -> str:
     answer = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda match: " " + _compatible(match[0]), answer)
     answer = "".join(map(_symbol, _compatible(answer.replace("\u211d", r"\R "))))
     for pattern, replacement in _REWRITTEN:
-        answer = re.sub(pattern, replacement, answer)
+        answer = pattern.sub(replacement, answer)
     return _REPEATING.sub(_fraction, _BASE.sub(_decimal, answer)).strip()
 
 
