@@ -25,7 +25,7 @@ from understudy.engines import ENGINES
 from understudy.engines.vllm.settings import Launch
 from understudy.errors import RecipeError
 from understudy.methods import METHODS
-from understudy.methods.base import PolicyMethod
+from understudy.methods.base import PolicyMethod, ScoreMethod
 from understudy.recipe import Recipe
 from understudy.tasks import TASKS
 from understudy.tasks.records import Records
@@ -64,7 +64,7 @@ SECTIONS = (
     "Evidence",
 )
 """Headings of a method's page, in this order, after its name and its formula."""
-SHARED = (PolicyMethod, Records)
+SHARED = (ScoreMethod, PolicyMethod, Records)
 """Kinds whose keys stand once for all kinds of them."""
 ELSEWHERE = "see below"
 """In place of a default that is too long for a table."""
@@ -257,7 +257,7 @@ def key_problems(text: str, columns: Mapping[str, type[Any]]) -> Iterator[str]:
     """Keys and defaults that differ from those of the dataclasses, each with a column of the table."""
     rows = [row for table in tables(text) if table.header[0] == "key" for row in table.rows]
     for column, kind in columns.items():
-        bases = [base for base in SHARED if issubclass(kind, base) and kind is not base]
+        bases = [base for base in SHARED if issubclass(kind, base) and kind not in SHARED]
         left_out = {item.name for base in bases for item in fields(base)}
         items = {item.name: item for item in fields(kind) if item.init and item.name not in left_out}
         keys = [row["key"].strip("`") for row in rows]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from understudy.linear.head import LMHead
-from understudy.linear.plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, weighted_loss
+from understudy.linear.plan import Evaluation, FullTeacher, Tally, TermsOf, choose_trained, floor_scores, weighted_loss
 from understudy.losses import divergences
-from understudy.losses.terms import Reads, Rows
+from understudy.losses.terms import Rows
 from understudy.types import TokenBatch, fill
 
 
@@ -36,17 +36,19 @@ def evaluate(
             None if model is None else model[1].logits(model[0][trained.index]).log_softmax(-1)
             for model in (teacher, reference)
         )
-    rows, judged = _read(method.reads, trained.batch, logp, teacher_logp, reference_logp)
+    rows, judged = _read(method, trained.batch, logp, teacher_logp, reference_logp)
     tally = Tally()
-    loss = weighted_loss(trained.weigh(method.terms(judged, step)), rows, judged, tally)
+    terms = method.terms(floor_scores(judged, method.min_log_ratio), step)
+    loss = weighted_loss(trained.weigh(terms), rows, judged, tally)
     # hidden.sum() * 0 would spread a NaN of a masked row; an empty product does not
     return Evaluation(loss + hidden[:0].sum(), tally.metrics())
 
 
 def _read(
-    reads: Reads, batch: TokenBatch, logp: Tensor, teacher_logp: Tensor | None, reference_logp: Tensor | None
+    method: TermsOf, batch: TokenBatch, logp: Tensor, teacher_logp: Tensor | None, reference_logp: Tensor | None
 ) -> tuple[Rows, TokenBatch]:
     """Fills the rows, and the batch with what only the pass can know."""
+    reads, least = method.reads, method.min_log_ratio
     logprob = logp.gather(-1, batch.target[:, None]).squeeze(-1)
     entropy = divergences.entropy(logp)
     batch = fill(batch, student_logprob=logprob.detach(), student_entropy=entropy.detach())
@@ -57,11 +59,12 @@ def _read(
         batch = fill(batch, reference_logprob=reference_logp.gather(-1, batch.target[:, None]).squeeze(-1))
     divergence = topk_logp = tail_logp = None
     if reads.divergence is not None and teacher_logp is not None:
+        assert least is not None
         toward = teacher_logp
         if reads.extrapolate is not None and reference_logp is not None:
-            toward = reads.extrapolate * teacher_logp + (1.0 - reads.extrapolate) * reference_logp
-            toward = toward.log_softmax(-1)
-        divergence = divergences.generalised_js(logp, toward, reads.divergence)
+            over, under = (divergences.floor_excluded(one, logp, least) for one in (teacher_logp, reference_logp))
+            toward = (reads.extrapolate * over + (1.0 - reads.extrapolate) * under).log_softmax(-1)
+        divergence = divergences.generalised_js(logp, toward, reads.divergence, least)
     if reads.topk is not None:
         if teacher_logp is not None:
             support = (teacher_logp if reads.topk == "teacher" else logp.detach()).topk(min(reads.k, logp.shape[-1]))

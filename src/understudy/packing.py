@@ -157,7 +157,7 @@ def attach_scores(
         for name, rows in missing.items():
             if bool(rows.any()):
                 first = scores[int(sequence[rows][0])]
-                why = " (absent, NaN or infinite): score it again or"
+                why = " (absent, NaN or infinite; -inf alone is a score of 0): score it again or"
                 why = f": {first.reason}; or" if isinstance(first, Unscored) else why
                 _refuse(samples, rows, f"{name} is missing{why} drop such samples (train.on_missing_score: drop)")
     dropped = {index for rows in missing.values() for index in sequence[rows].tolist()}
@@ -267,6 +267,15 @@ def _check_ids(sample: Sample, score: Scores) -> None:
     )
 
 
+def lacks_score(name: str, value: Tensor) -> Tensor:
+    """Entries of a field of `Scores` that are no scores: not finite, but for a log-probability of -inf, by which a teacher
+    excludes a token. It cannot exclude all of the likeliest."""
+    excluded = value.isneginf()
+    if name == "topk_logprob":
+        excluded = excluded & ~excluded.all(-1, keepdim=True)
+    return ~value.isfinite() & ~excluded if name in ("logprob", "topk_logprob") else ~value.isfinite()
+
+
 def _any(rows: Tensor) -> Tensor:
     """[T] or [T, K] -> [T]"""
     return rows if rows.dim() == 1 else rows.any(-1)
@@ -275,9 +284,9 @@ def _any(rows: Tensor) -> Tensor:
 def _missing(
     samples: Sequence[Sample], scores: Sequence[Scores], joined: dict[str, Tensor], trained: Tensor
 ) -> dict[str, Tensor]:
-    """Rows that are trained and lack a finite score, by field. [T] bool each."""
+    """Rows that are trained and lack a score, by field. [T] bool each."""
     missing = {
-        name: trained & _any(~value.isfinite() if value.is_floating_point() else value < 0)
+        name: trained & _any(lacks_score(name, value) if value.is_floating_point() else value < 0)
         for name, value in joined.items()
     }
     if "entropy" in missing:

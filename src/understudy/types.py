@@ -16,6 +16,10 @@ from typing import Any, Literal, TypeVar
 from understudy.errors import check_range
 from understudy.lazy import Tensor, torch
 
+EXCLUDED = -9999.0
+"""A log-probability at or below this is of a token with probability 0, which its model excludes: -inf, or what stands for it
+where a format lacks it (vLLM clamps to this number)."""
+
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
 Finish = Literal["stop", "length", "data", "environment"]
 
@@ -134,7 +138,7 @@ class Scores:
     """A teacher's scores of one sample. Row j concerns response token j, given everything before it.
 
     A teacher fills the fields that it was asked for and leaves the rest None. A value that it could not give is NaN, never
-    0.0.
+    0.0. A log-probability of -inf is a score: the teacher excludes the token.
     """
 
     token_ids: Tensor
@@ -226,7 +230,8 @@ class Sample:
 class TokenBatch:
     """T packed response tokens. Row t of every field concerns token `target[t]`, so nothing after packing shifts positions.
 
-    Optional fields are None when nobody asked for them. A NaN in a trained row of a score is an error.
+    Optional fields are None when nobody asked for them. A NaN in a trained row of a score is an error; a teacher's or a
+    reference's -inf (any number up to `EXCLUDED`) says that it excludes the token.
     """
 
     target: Tensor

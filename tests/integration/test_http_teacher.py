@@ -512,7 +512,7 @@ def test_wrong_rows_of_likeliest_tokens_are_refused(api: str, change: Callable[[
             same(one, like, top=True)
 
 
-ABSENT = {"null": None, "NaN": math.nan, "minus infinity": -math.inf, "vLLM's minus infinity": -9999.0}
+ABSENT = {"null": None, "NaN": math.nan}
 
 
 @pytest.mark.parametrize("value", ABSENT.values(), ids=ABSENT)
@@ -546,6 +546,19 @@ def test_a_missing_number_is_asked_for_again_and_then_has_a_reason(api: str, val
     assert [one is None for one in attach_scores(made, found, "drop")] == [i == 3 for i in range(7)]
     with pytest.raises(ScoreError, match="sample p3"):
         attach_scores(made, found, "error")
+
+
+@pytest.mark.parametrize("value", [-math.inf, -9999.0], ids=["minus infinity", "vLLM's minus infinity"])
+@pytest.mark.parametrize("api", APIS)
+def test_a_token_that_the_server_excludes_has_a_score(api: str, value: float) -> None:
+    """It is asked for once, and stays -inf until a method floors it."""
+    made = samples()
+    with Server(tiny(sharp=2.0), lambda reply, number: each_logprob(reply, lambda _: value, only=1)) as server:
+        found = scored(server, api, SAMPLED)
+        assert len(server.asked) == 1
+    gone = [i for i, one in enumerate(found) if one.logprob is not None and bool(one.logprob.isneginf().any())]
+    assert len(gone) == 1
+    assert None not in attach_scores(made, found, "error")
 
 
 # --- the check alone
@@ -616,10 +629,24 @@ def _corrupted(raw: RawScores, row: int, column: int) -> dict[str, RawScores]:
         found["an id twice"] = replace(raw, top=put(raw.top, row, put(entries, column, (other, entries[column][1]))))
         if entries[0][1] > entries[-1][1]:
             found["ascending"] = replace(raw, top=put(raw.top, row, entries[::-1]))
-    for value in (None, math.nan, -math.inf):
+    for value in (None, math.nan):
         found[f"missing {value}"] = replace(raw, logprob=put(raw.logprob, row, value))
         found[f"missing {value} in a row"] = replace(raw, top=put(raw.top, row, put(entries, column, (token, value))))
     return found
+
+
+def test_a_row_may_end_in_excluded_tokens_but_not_hold_nothing_else() -> None:
+    """A server that applies top-p has fewer than K tokens of any probability."""
+    one = sample("p", [1], [2])
+    rows = [[(3, -0.1), (4, -9999.0), (5, -9999.0)]]
+    found = check(one, RawScores([2], [-9999.0], rows), k=3, num_top=3, vocab_size=9).scores
+    assert found is not None
+    assert found.topk_logprob is not None
+    assert found.topk_logprob[0, 1:].tolist() == [-math.inf, -math.inf]
+    nothing = [[(token, -9999.0) for token, _ in rows[0]]]
+    assert check(one, RawScores([2], [-9999.0], nothing), k=3, num_top=3, vocab_size=9).scores is None
+    with pytest.raises(BadReply, match="contradicts"):
+        check(one, RawScores([2], [-1.0], rows), k=3, num_top=3, vocab_size=9)
 
 
 def test_a_rounded_zero_is_zero_and_a_contradiction_is_none() -> None:

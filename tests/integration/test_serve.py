@@ -925,6 +925,24 @@ def test_a_score_that_stays_no_number_leaves_its_sample_unscored(need: str, monk
     same(found[1:], expected[1:])
 
 
+def test_a_token_that_the_teacher_excludes_is_scored_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = tiny(sharp=4.0), Scorer.score
+
+    def masked(self: Scorer, asks: Sequence[ScoreRequest]) -> list[ScoreReply]:
+        answers = plain(self, asks)
+        for answer in answers:
+            answer.fields["logprob"][2] = -torch.inf
+            answer.fields["topk_logprob"][2, 1:] = -torch.inf
+        return answers
+
+    monkeypatch.setattr(Scorer, "score", masked)
+    with serving(model) as url, opened(url) as teacher:
+        found = teacher.score(samples(), NEEDS["topk"], k=3)
+    assert not any(isinstance(one, Unscored) for one in found)
+    assert sum(int(one.logprob.isneginf().sum()) for one in found if one.logprob is not None) == 1
+    assert sum(int(one.topk_logprob.isneginf().sum()) for one in found if one.topk_logprob is not None) == 2
+
+
 def test_a_teacher_that_changes_in_the_middle_is_an_error() -> None:
     model = tiny()
     with serving(model) as url:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,3 +96,24 @@ def test_a_sample_that_the_reference_cannot_score_is_dropped(tmp_path: Path, mon
         tmp_path, method={"type": "gopd"}, train={"steps": 2, "prompts_per_step": 4, "on_missing_score": "drop"}
     )
     assert [row["samples_dropped"] for row in metric_rows(train(tmp_path, **changes))] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("method", ["opd", "gopd", "reopold", "eopd", "aopd", "tropd", "topk"])
+def test_a_run_goes_on_where_the_teacher_excludes_a_token(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And counts it; nothing is dropped."""
+    plain = LocalTeacher.score
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        found = plain(self, samples, *args, **options)
+        logprob = found[1].logprob
+        assert logprob is not None
+        return [found[0], replace(found[1], logprob=logprob.index_fill(0, torch.tensor([0]), -torch.inf)), *found[2:]]
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    more = {"anneal_steps": 0} if method == "tropd" else {}
+    changes = distillation(tmp_path, method={"type": method} | more, train={"steps": 2, "prompts_per_step": 4})
+    rows = metric_rows(train(tmp_path, **changes))
+    assert all(row["teacher_excluded"] > 0 and math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert all(row["samples_dropped"] == 0 for row in rows)

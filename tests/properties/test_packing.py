@@ -206,7 +206,11 @@ def changed(**fields: Tensor | None) -> list[Scores]:
         (changed(logprob=torch.tensor([-1.0])), r"b#0: logprob has shape \(1,\)"),
         (changed(topk_ids=torch.zeros(2, 2), topk_logprob=torch.zeros(2, 2)), r"b#0: topk_logprob has shape \(2, 2\)"),
         (changed(logprob=torch.tensor([-1.0, math.nan])), r"b#0, response token 1 .*: logprob is missing"),
-        (changed(logprob=torch.tensor([-math.inf, -1.0])), r"b#0, response token 0 .*: logprob is missing"),
+        (changed(logprob=torch.tensor([math.inf, -1.0])), r"b#0, response token 0 .*: logprob is missing"),
+        (
+            changed(topk_logprob=torch.tensor([[-1.0, -2.0, -3.0], [-math.inf] * 3])),
+            r"b#0, response token 1 .*: topk_logprob is missing",
+        ),
         (changed(logprob=None), r"b#0, response token 0 \(and 1 more tokens\): logprob is missing"),
         (changed(topk_ids=None), r"b#0, response token 0 .*: topk_ids is missing"),
         (changed(entropy=torch.tensor([1.0, math.nan])), r"b#0, response token 1 .*: entropy is missing"),
@@ -260,6 +264,13 @@ def test_a_logprob_of_zero_is_a_certain_token() -> None:
     """Rounding may lift a log-probability of 0 a little above it."""
     batch = pack(scored(SAMPLES, changed(logprob=torch.tensor([0.0, LOGPROB_TOLERANCE / 2]))))
     assert batch.teacher_logprob is not None
+
+
+def test_a_logprob_of_minus_infinity_is_a_token_that_the_teacher_excludes() -> None:
+    top = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -math.inf, -math.inf]])
+    batch = pack(scored(SAMPLES, changed(logprob=torch.tensor([-math.inf, -1.0]), topk_logprob=top)))
+    assert batch.teacher_logprob is not None
+    assert batch.teacher_logprob[-2:].tolist() == [-math.inf, -1.0]
 
 
 def test_a_missing_score_of_an_untrained_token_is_none_of_our_business() -> None:

@@ -25,6 +25,7 @@ from understudy.linear.plan import (
     Trained,
     choose_trained,
     cut_term,
+    floor_scores,
     weighted_loss,
 )
 from understudy.losses.terms import Reduce, Term
@@ -114,14 +115,14 @@ class _Job:
         for part in parts(len(index), self.chunk):
             states = hidden[index[part]].to(dtype)
             logits = project(states, self.head, out=buffers.of("student", part))
-            teacher_logits, batch = self._others(part, dtype, buffers)
-            visit = row_math.Visit(self.method.reads, logits, teacher_logits, batch)
+            teacher_logits, batch = self._others(part, logits, buffers)
+            visit = row_math.Visit(self.method.reads, logits, teacher_logits, batch, self._floor_of(self.teacher))
             leaves, judged = visit.read(keep_logits=self.head.softcap is not None)
             with torch.enable_grad():
                 if whole is not None:
                     terms = [(cut_term(term, part), share[part]) for term, share in whole]
                 else:
-                    found = self.method.terms(judged, self.step)
+                    found = self.method.terms(floor_scores(judged, self.method.min_log_ratio), self.step)
                     terms = [(term, _token_share(term, token_shares)[part]) for term in found]
                 loss = weighted_loss(terms, leaves, judged, self.tally)
             total += loss.detach()
@@ -130,9 +131,13 @@ class _Job:
                 gradients.add(index[part], states, logits)
         return total
 
-    def _others(self, part: slice, dtype: torch.dtype, buffers: row_math.Buffers) -> tuple[Tensor | None, TokenBatch]:
-        """The logits that the student's are compared with, and the batch with what the reference says."""
-        index, batch = self.trained.index[part], self.trained.batch.rows(part)
+    def _floor_of(self, other: FullTeacher | None) -> float | None:
+        """Log-ratio of the tokens that the model excludes; None where its head excludes none."""
+        return self.method.min_log_ratio if other is not None and other[1].excludes else None
+
+    def _others(self, part: slice, student: Tensor, buffers: row_math.Buffers) -> tuple[Tensor | None, TokenBatch]:
+        """The logits that those of the student are compared with, and the batch with what the reference says."""
+        index, batch, dtype = self.trained.index[part], self.trained.batch.rows(part), student.dtype
         if self.reference is not None:
             hidden, head = self.reference
             reference = project(hidden[index].to(dtype), head, out=buffers.of("reference", part))
@@ -146,6 +151,10 @@ class _Job:
             # read before it becomes the target, so that what is shown of the teacher is the teacher's
             logprob, entropy = row_math.read_target(logits, batch.target)
             batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
+            for other, rows in ((self.teacher, logits), (self.reference, reference)):
+                floor = self._floor_of(other)
+                if floor is not None:
+                    row_math.floor_excluded_rows(rows, rows.logsumexp(-1), student, student.logsumexp(-1), floor)
             logits.mul_(scale).add_(reference, alpha=1.0 - scale)
         return logits, batch
 
@@ -160,7 +169,7 @@ class _Job:
             batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
         if self.reference is not None and batch.reference_logprob is None:
             batch = fill(batch, reference_logprob=self._score(*self.reference)[0])
-        return self.trained.weigh(self.method.terms(batch, self.step))
+        return self.trained.weigh(self.method.terms(floor_scores(batch, self.method.min_log_ratio), self.step))
 
     def _score(self, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         return score(hidden[self.trained.index], head, self.trained.batch.target, chunk_tokens=self.chunk)

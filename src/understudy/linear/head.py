@@ -19,7 +19,7 @@ class LMHead:
 
     `softcap(z) = cap * tanh(z / cap)`; None: the identity. Rows past `vocab_size` are padding of the embedding: they are
     cut off before the softmax and get a zero gradient. Ids in `absent` are no tokens either: their logits are `ABSENT`, which
-    leaves them no probability and no gradient.
+    leaves them no probability and no gradient. So does a logit of -inf, by which a bias masks a token.
 
     Raises ValueError for shapes that do not fit and for a temperature, scale or cap that is not positive.
     """
@@ -49,6 +49,11 @@ class LMHead:
         """Size of the vocabulary after the cut."""
         return self.vocab_size or self.weight.shape[0]
 
+    @property
+    def excludes(self) -> bool:
+        """Whether the head may give a token probability 0."""
+        return self.bias is not None or self.absent is not None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The definition, differentiable, in the precision of the inputs but never below float32. [T, H] -> [T, V]."""
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)
@@ -59,6 +64,8 @@ class LMHead:
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         z = z / self.temperature
+        if self.bias is not None:
+            z = z.clamp_min(ABSENT)
         return z if self.absent is None else z.index_fill(-1, self.absent, ABSENT)
 
 
@@ -96,6 +103,8 @@ def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
     if head.temperature != 1.0:
         z.div_(head.temperature)
+    if head.bias is not None:
+        z.clamp_(min=ABSENT)
     if head.absent is not None:
         z.index_fill_(-1, head.absent, ABSENT)
     return z

@@ -13,8 +13,9 @@ from typing import Protocol
 from understudy.errors import ScoreError
 from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead
+from understudy.losses.divergences import floor_excluded
 from understudy.losses.terms import Reads, Reduce, Rows, Term
-from understudy.types import Metric, TokenBatch, map_tensors
+from understudy.types import EXCLUDED, Metric, TokenBatch, map_tensors
 
 FullTeacher = tuple[Tensor, LMHead]
 
@@ -28,6 +29,8 @@ class TermsOf(Protocol):
     def scope(self) -> str: ...
     @property
     def reads(self) -> Reads: ...
+    @property
+    def min_log_ratio(self) -> float | None: ...
     def terms(self, batch: TokenBatch, step: int) -> list[Term]: ...
     def at(self, step: int) -> tuple[TermsOf, int]: ...
 
@@ -135,6 +138,19 @@ def choose_trained(
     return Trained(index, rows, counts or {})
 
 
+def floor_scores(batch: TokenBatch, min_log_ratio: float | None) -> TokenBatch:
+    """The batch with `log S_old(y_t) + min_log_ratio` in place of the scores of tokens that the teacher or the reference
+    excludes, so that every log-ratio is finite. None: a method that reads no scores."""
+    student = batch.student_logprob
+    if min_log_ratio is None or student is None:
+        return batch
+    scores = {"teacher_logprob": batch.teacher_logprob, "reference_logprob": batch.reference_logprob}
+    return replace(
+        batch,
+        **{name: floor_excluded(value, student, min_log_ratio) for name, value in scores.items() if value is not None},
+    )
+
+
 GIVEN_WITH_THE_BATCH = {
     "uniform": "set it, one draw a token, or pass rng=torch.Generator()",
     "outcome_advantage": "grade the samples and compare them with their group (`losses.advantages.group_advantage`)",
@@ -147,11 +163,11 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
     """`sum_terms coef * sum_t share_t loss_t` over C rows, a scalar; metrics go into `tally`."""
     total = rows.logprob.new_zeros(())
     for term, share in terms:
-        value = term.loss(rows)
         mask = torch.ones_like(batch.mask) if term.mask is None else term.mask
-        # where, not a product: a row that takes no part may hold an infinity
-        kept = torch.where(mask, value, torch.zeros_like(value))
-        total = total + term.coef * (kept * share.to(value.dtype)).sum()
+        # where, not a product, before the loss and behind it: a row that takes no part may hold an infinity, and 0 times
+        # that would be the gradient
+        kept = torch.where(mask, term.loss(_detach_rows(rows, ~mask)), 0.0)
+        total = total + term.coef * (kept * share.to(kept.dtype)).sum()
         tally.add(f"loss/{term.name}", kept.detach(), mask)
         for name, number in term.metrics.items():
             tally.add(name, number, ~number.isnan())
@@ -162,13 +178,25 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
         gap = torch.where(sampled, batch.rollout_logprob - rows.logprob.detach(), 0.0)
         tally.add("sampler_gap", gap.abs(), sampled)
     if batch.teacher_logprob is not None:
-        known = batch.on_policy & ~batch.teacher_logprob.isnan()
+        scored = batch.on_policy & ~batch.teacher_logprob.isnan()
+        excluded = batch.teacher_logprob <= EXCLUDED
+        tally.add("teacher_excluded", excluded.to(rows.logprob.dtype), scored)
+        known = scored & ~excluded
         ratio = torch.where(known, batch.teacher_logprob - rows.logprob.detach(), 0.0)
         tally.add("log_ratio", ratio, known)
-        tally.add("log_ratio_positive", (ratio > 0).to(ratio.dtype), known)
+        tally.add("log_ratio_positive", (ratio > 0).to(ratio.dtype), scored)
     if batch.teacher_entropy is not None:
         tally.add("teacher_entropy", batch.teacher_entropy)
     return total
+
+
+def _detach_rows(rows: Rows, which: Tensor) -> Rows:
+    """The rows of which those in `which` [C] take no gradient."""
+
+    def cut(value: Tensor) -> Tensor:
+        return torch.where(which.reshape(-1, *[1] * (value.dim() - 1)), value.detach(), value)
+
+    return map_tensors(rows, cut)
 
 
 class Tally:
@@ -199,6 +227,7 @@ class CutTerms:
     reads: Reads
     scope: str = "batch"
     requires: tuple[str, ...] = ()
+    min_log_ratio: float | None = None
 
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         """As `Method.terms`."""
@@ -232,10 +261,13 @@ def cut_terms(
     """
     trained = [batch.rows(batch.mask) for batch in batches]
     whole = join([*trained, *(batch.rows(batch.mask) for batch in elsewhere)])
-    terms = method.terms(whole, step)
+    terms = method.terms(floor_scores(whole, method.min_log_ratio), step)
     ends = torch.tensor([len(batch) for batch in trained]).cumsum(0).tolist()
     parts = [slice(end - len(batch), end) for end, batch in zip(ends, trained, strict=True)]
-    return [CutTerms([cut_term(term, part) for term in terms], method.reads) for part in parts]
+    return [
+        CutTerms([cut_term(term, part) for term in terms], method.reads, min_log_ratio=method.min_log_ratio)
+        for part in parts
+    ]
 
 
 def cut_term(term: Term, part: slice) -> Term:

@@ -14,7 +14,7 @@ from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead, parts
 from understudy.losses.divergences import log_mixture
 from understudy.losses.terms import Reads, Rows
-from understudy.types import TokenBatch, fill
+from understudy.types import EXCLUDED, TokenBatch, fill
 
 BLOCK_ELEMENTS = 8 * 152_064
 """Logits in one block on a CPU: 4.6 MiB in float32, so that three buffers of it stay in a shared cache."""
@@ -82,11 +82,26 @@ def read_target(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logprob, entropy
 
 
+def floor_excluded_rows(q: Tensor, q_lse: Tensor, p: Tensor, p_lse: Tensor, min_log_ratio: float) -> None:
+    """`divergences.floor_excluded` on logits, in place: `log P + min_log_ratio` where Q excludes a token. [B, V], [B]."""
+    floor = p - (p_lse - q_lse - min_log_ratio)[:, None]
+    q.copy_(torch.where(q <= q_lse[:, None] + EXCLUDED, floor, q))
+
+
 class Visit:
     """One chunk: `read` turns its logits into rows, `differentiate` turns the buffer into d loss / d raw logits."""
 
-    def __init__(self, reads: Reads, logits: Tensor, teacher_logits: Tensor | None, batch: TokenBatch) -> None:
+    def __init__(
+        self,
+        reads: Reads,
+        logits: Tensor,
+        teacher_logits: Tensor | None,
+        batch: TokenBatch,
+        min_log_ratio: float | None = None,
+    ) -> None:
+        """`min_log_ratio`: log-ratio of tokens that the teacher excludes; None: it excludes none."""
         self._reads, self._z, self._aux, self._batch = reads, logits, teacher_logits, batch
+        self._min_log_ratio = min_log_ratio
         self._capped: Tensor | None = None
         self._mean: Tensor | None = None
         self._leaves: Rows | None = None
@@ -123,6 +138,8 @@ class Visit:
         if self._reads.topk is not None:
             read |= self._read_topk(block, z, student, aux, teacher)
         if self._reads.divergence is not None and aux is not None and teacher is not None:
+            if self._reads.divergence == 1.0 and self._min_log_ratio is not None:
+                floor_excluded_rows(aux, teacher.lse, z, student.lse, self._min_log_ratio)
             read |= _read_divergence(self._reads.divergence, z, student, aux, teacher)
         student.write(z)
         return read

@@ -1,6 +1,7 @@
 """Divergences between next-token distributions, given as log-probabilities. Nats; the last dimension is summed over.
 
-S is the student and T the teacher. Everything here is differentiable with respect to S and finite where S > 0.
+S is the student and T the teacher. Everything here is differentiable with respect to S and finite where S > 0; a reverse
+divergence is also finite where T is 0, by `floor_excluded`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,20 @@ import math
 from typing import Literal
 
 from understudy.lazy import Tensor, torch
+from understudy.types import EXCLUDED
 
 Direction = Literal["forward", "reverse"]
 Tail = Literal["bucket", "none", "renormalise"]
+
+MIN_LOG_RATIO = -20.0
+"""log T - log S of a token that T excludes, unless a method says otherwise: a reward far below any that a token earns, and
+finite."""
+
+
+def floor_excluded(logq: Tensor, logp: Tensor, min_log_ratio: float) -> Tensor:
+    """Returns log Q with `log P + min_log_ratio` where Q excludes the token (`types.EXCLUDED`); no gradient reaches P. NaN
+    stays."""
+    return torch.where(logq <= EXCLUDED, logp.detach() + min_log_ratio, logq)
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -26,18 +38,21 @@ def log_mixture(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tens
     return torch.logaddexp(student_logp + math.log1p(-beta), teacher_logp + math.log(beta))
 
 
-def generalised_js(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
+def generalised_js(
+    student_logp: Tensor, teacher_logp: Tensor, beta: float, min_log_ratio: float = MIN_LOG_RATIO
+) -> Tensor:
     """GKD's divergence, `beta KL(T || M) + (1 - beta) KL(S || M)`. [..., V] -> [...].
 
     `beta=0` is `KL(T || S)` and `beta=1` is `KL(S || T)`: special cases, not limits (the interpolation tends to 0 at
-    both ends). Source: arXiv 2306.13649, eq. 1. Raises ValueError for a beta outside [0, 1].
+    both ends). `beta=1` alone is infinite where T excludes a token, so there T is floored (`floor_excluded`).
+    Source: arXiv 2306.13649, eq. 1. Raises ValueError for a beta outside [0, 1].
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta}; it must lie in [0, 1]")
     if beta == 0.0:
         return kl(teacher_logp, student_logp)
     if beta == 1.0:
-        return kl(student_logp, teacher_logp)
+        return kl(student_logp, floor_excluded(teacher_logp, student_logp, min_log_ratio))
     mixture = log_mixture(student_logp, teacher_logp, beta)
     return beta * kl(teacher_logp, mixture) + (1.0 - beta) * kl(student_logp, mixture)
 
@@ -65,14 +80,18 @@ def topk_divergence(
     tail: Tail,
     student_tail: Tensor | None = None,
     teacher_tail: Tensor | None = None,
+    min_log_ratio: float = MIN_LOG_RATIO,
 ) -> Tensor:
     """A divergence over K tokens of the vocabulary, both sides from their full softmax. [..., K] -> [...].
 
     `bucket` adds one category with the rest of both distributions (their log-masses `student_tail`, `teacher_tail`,
     [...]): a lower bound of the full divergence, never negative. `none` truncates the sum: it may be negative.
     `renormalise` divides both sides by their mass on the K tokens. With `student_tail=None` under `bucket` there is no
-    rest (K = V), and all three agree with the full divergence.
+    rest (K = V), and all three agree with the full divergence. Tokens that T excludes add nothing to the forward
+    direction (0 log 0 = 0); in the reverse one, and before T is renormalised, they are floored (`floor_excluded`).
     """
+    if direction == "reverse" or tail == "renormalise":
+        teacher_logp = floor_excluded(teacher_logp, student_logp, min_log_ratio)
     if tail == "renormalise":
         student_logp = student_logp.log_softmax(-1)
         teacher_logp = teacher_logp.log_softmax(-1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from understudy.lazy import Tensor, torch
-from understudy.losses.divergences import Direction, Tail, topk_divergence
+from understudy.losses.divergences import MIN_LOG_RATIO, Direction, Tail, floor_excluded, topk_divergence
 
 Reduce = Literal["token", "sequence", "constant"]
 
@@ -72,6 +72,8 @@ class PolicyGradient:
     """[C] without gradient: the importance weight of the engine's draw, `losses.advantages.importance`."""
     baseline_logp: Tensor | None = None
     """[C, K] log T: the baseline is summed over K tokens, `sg[sum_k S(k)(log S(k) - log T(k))]`, instead of all."""
+    min_log_ratio: float = MIN_LOG_RATIO
+    """log T - log S where T excludes one of the K tokens."""
 
     def __call__(self, rows: Rows) -> Tensor:
         old = rows.logprob.detach() if self.old_logprob is None else self.old_logprob
@@ -83,7 +85,8 @@ class PolicyGradient:
         if self.baseline_logp is not None:
             assert rows.topk_logp is not None
             logp = rows.topk_logp.detach()
-            advantage = advantage + (logp.exp() * (logp - self.baseline_logp)).sum(-1)
+            floored = floor_excluded(self.baseline_logp, logp, self.min_log_ratio)
+            advantage = advantage + (logp.exp() * (logp - floored)).sum(-1)
         gain = ratio * advantage
         if self.clip is not None:
             low, high = self.clip
@@ -116,10 +119,18 @@ class TopKDivergence:
     """[C, K]"""
     direction: Direction
     tail: Tail
+    min_log_ratio: float = MIN_LOG_RATIO
 
     def __call__(self, rows: Rows) -> Tensor:
         assert rows.topk_logp is not None
-        return topk_divergence(rows.topk_logp, self.teacher_logp, self.direction, self.tail, rows.tail_logp)
+        return topk_divergence(
+            rows.topk_logp,
+            self.teacher_logp,
+            self.direction,
+            self.tail,
+            rows.tail_logp,
+            min_log_ratio=self.min_log_ratio,
+        )
 
 
 @dataclass(frozen=True, eq=False)

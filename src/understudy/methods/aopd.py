@@ -49,7 +49,7 @@ class AOPD(ClippedMethod):
         gate = (teacher.exp() - student.exp() <= self.threshold + slack) & (self.threshold > -1.0)
         shown = {"gated": only(gate.to(teacher.dtype), batch.on_policy)}
         coef = 1.0 / topk.shape[-1] if self.mean_over_k else 1.0
-        forward = TopKDivergence(topk, "forward", self.tail)
+        forward = TopKDivergence(topk, "forward", self.tail, self.min_log_ratio)
         return [
             self.policy_term(
                 batch,

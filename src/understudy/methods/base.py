@@ -9,8 +9,9 @@ from typing import Annotated, Literal, get_type_hints
 from understudy.errors import check_range
 from understudy.lazy import Tensor, torch
 from understudy.losses import advantages
+from understudy.losses.divergences import MIN_LOG_RATIO
 from understudy.losses.terms import PolicyGradient, Reads, Reduce, Term
-from understudy.types import Need, TokenBatch
+from understudy.types import EXCLUDED, Need, TokenBatch
 
 Scope = Literal["token", "batch"]
 OnReject = Literal["teacher", "drop", "resample"]
@@ -124,6 +125,11 @@ class Method(ABC):
         """Numbers of the student's rows that the losses read."""
         return Reads()
 
+    @property
+    def min_log_ratio(self) -> float | None:
+        """Log-ratio of a token that the teacher or the reference excludes; None: the method reads no scores."""
+        return None
+
     @abstractmethod
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         """The terms for the trained tokens in `batch`; `batch.student_logprob` is always there."""
@@ -164,7 +170,20 @@ class Method(ABC):
 
 
 @dataclass(frozen=True)
-class PolicyMethod(Method):
+class ScoreMethod(Method):
+    """A method that may compare the student with a teacher or a reference.
+
+    Where either gives a token probability 0 (a score of -inf, a masked vocabulary, a served top-p), the log-ratio to the
+    student is `min_log_ratio` in place of -inf, in every advantage and reverse divergence; the metric `teacher_excluded`
+    counts such tokens among the student's.
+    """
+
+    min_log_ratio: Annotated[float, Range(EXCLUDED, 0.0)] = field(default=MIN_LOG_RATIO, kw_only=True)
+    """log T - log S of a token that the teacher excludes, and log R - log S of one that the reference excludes."""
+
+
+@dataclass(frozen=True)
+class PolicyMethod(ScoreMethod):
     """A method with a policy-gradient term, and a correction for an engine whose log-probabilities are not the trainer's.
 
     `advantages.importance` defines the kinds; the metric `importance` shows the weight.
@@ -218,10 +237,8 @@ class PolicyMethod(Method):
     ) -> Term:
         """The term "policy_gradient" of `advantage` [T], weighted for the engine's mismatch."""
         old, weight = present(batch.student_logprob), self.weight(batch)
-        # d_t is -inf where the teacher excludes a token, and a masked token's gradient is 0 times its advantage: NaN
-        advantage = advantage if mask is None else torch.where(mask, advantage, 0.0)
         shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
-        loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight, baseline_logp)
+        loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight, baseline_logp, self.min_log_ratio)
         return Term("policy_gradient", loss, mask=mask, per=per, reduce=reduce, metrics=shown | (metrics or {}))
 
 

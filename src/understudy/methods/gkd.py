@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from understudy.losses.terms import FullDivergence, Reads, Term
-from understudy.methods.base import Method, RolloutPlan, Share
+from understudy.methods.base import RolloutPlan, ScoreMethod, Share
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class GKD(Method):
+class GKD(ScoreMethod):
     """Generalised Jensen-Shannon divergence of `beta`, mean over trained tokens; see `divergences.generalised_js`."""
 
     beta: Share = 1.0

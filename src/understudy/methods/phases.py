@@ -89,6 +89,10 @@ class Phases(Method):
         return self.at(0)[0].requires
 
     @property
+    def min_log_ratio(self) -> float | None:
+        return self.at(0)[0].min_log_ratio
+
+    @property
     def reads(self) -> Reads:
         return self.at(0)[0].reads
 

@@ -7,12 +7,12 @@ from typing import Literal
 
 from understudy.losses.divergences import Direction, Tail
 from understudy.losses.terms import Reads, Term, TopKDivergence
-from understudy.methods.base import Method, PositiveInt, present
+from understudy.methods.base import PositiveInt, ScoreMethod, present
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
-class TopK(Method):
+class TopK(ScoreMethod):
     """Forward or reverse KL over the teacher's or the student's top K; see `divergences.topk_divergence`.
 
     With K = V every choice agrees with the full divergence.
@@ -36,4 +36,5 @@ class TopK(Method):
         return Reads(topk=self.support, k=self.k, tail=self.tail == "bucket")
 
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
-        return [Term("divergence", TopKDivergence(present(batch.topk_logprob), self.direction, self.tail))]
+        loss = TopKDivergence(present(batch.topk_logprob), self.direction, self.tail, self.min_log_ratio)
+        return [Term("divergence", loss)]

@@ -83,7 +83,7 @@ class TrOPD(ClippedMethod):
         if self.outlier == "forward_kl":
             divergent, outliers = divergent | outliers, own & ~own
         if self._reads_topk:
-            forward = TopKDivergence(present(batch.topk_logprob), "forward", self.tail)
+            forward = TopKDivergence(present(batch.topk_logprob), "forward", self.tail, self.min_log_ratio)
             terms.append(Term("forward_kl", forward, mask=divergent))
         if self.outlier == "clip":
             clipped = self.policy_term(batch, ratio.clamp_min(self.floor), outliers)

@@ -1,4 +1,4 @@
-"""Decides which numbers of a reply are scores: those of the ids that were sent, finite, at most 0, K distinct likeliest."""
+"""Decides which numbers of a reply are scores: those of the ids that were sent, finite or -inf, at most 0, K likeliest."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 from understudy.http.replies import BadReply
 from understudy.lazy import Tensor, torch
-from understudy.types import Sample, Scores
+from understudy.packing import lacks_score
+from understudy.types import EXCLUDED, Sample, Scores
 
 TOLERANCE = 1e-4
 """A log-probability this far above 0 is taken as 0: a float32 log-softmax rounds by less."""
 AGREEMENT = 1e-3
 """Largest distance of two numbers for one token in one reply; beyond it the rows belong to other tokens."""
-LEAST_LOGPROB = -9999.0
-"""vLLM's minus infinity, which JSON lacks (`clamp_prompt_logprobs`): not a score either."""
 MAX_FOREIGN_MASS = 0.01
 """Largest probability of ids that the student lacks, at any one token.
 
@@ -107,9 +106,8 @@ def check(
 
 
 def _not_finite(name: str, values: Tensor) -> Answer | None:
-    """Returns which of numbers [R] or [R, K] are not finite; None if all are."""
-    missing = ~values.isfinite() | (values <= LEAST_LOGPROB)
-    rows = missing.reshape(len(values), -1).any(-1).nonzero()
+    """Returns which of numbers [R] or [R, K] are not finite, -inf aside; None if all are."""
+    rows = lacks_score(name, values).reshape(len(values), -1).any(-1).nonzero()
     if not len(rows):
         return None
     return Answer(None, f"{name} of response token {int(rows[0])} (and {len(rows) - 1} more) is not finite")
@@ -135,7 +133,8 @@ def _numbers(values: Sequence[Any]) -> Tensor:
     found = torch.tensor([number(value) for value in values], dtype=torch.float64)
     if bool((found > TOLERANCE).any()):
         raise BadReply(f"{float(found[found > TOLERANCE][0])} is above 0, so no log-probability")
-    return found
+    # vLLM writes -9999 for -inf, which JSON lacks (`clamp_prompt_logprobs`)
+    return torch.where(found <= EXCLUDED, -math.inf, found)
 
 
 def number(value: Any) -> float:

@@ -13,7 +13,7 @@ from understudy.http.client import HttpClient, RetryPolicy
 from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
 from understudy.lazy import torch
 from understudy.linear.head import LMHead
-from understudy.packing import LOGPROB_TOLERANCE, Unscored
+from understudy.packing import LOGPROB_TOLERANCE, Unscored, lacks_score
 from understudy.teachers.base import ExtraIds, Setup, Teacher, gives_of
 from understudy.teachers.grouping import by_prompt
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
@@ -289,7 +289,7 @@ class ServedTeacher(RemoteTeacher):
 
 
 def _read_scores(reply: ScoreReply, samples: Sequence[Sample], shapes: Shapes, vocab_size: int) -> list[Scores]:
-    """Returns scores of a request's samples; `Unscored` if any number of a sample is not finite.
+    """Returns scores of a request's samples; `Unscored` if any number of a sample is missing (`packing.lacks_score`).
 
     Raises BadReply, naming the sample, for scores of other ids, other fields or shapes, probabilities above 1, and a
     token twice in a row of the likeliest.
@@ -319,7 +319,7 @@ def _read_scores(reply: ScoreReply, samples: Sequence[Sample], shapes: Shapes, v
                 raise BadReply(f"sample {sample.key}: topk_ids names a token twice")
             if ranked.numel() and not 0 <= int(ranked.min()) <= int(ranked.max()) < vocab_size:
                 raise BadReply(f"sample {sample.key}: topk_ids names a token that does not exist")
-        broken = sorted(name for name, value in found.items() if not bool(value.isfinite().all()))
+        broken = sorted(name for name, value in found.items() if bool(lacks_score(name, value).any()))
         if not broken:
             scores.append(Scores(sample.response_ids, **found))
             continue
