@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +27,7 @@ from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
 from understudy.tasks import File, Hub, Renderer, overlap
-from understudy.tasks.fields import accepted_answers
+from understudy.tasks.fields import MissingValueError, accepted_answers
 from understudy.tasks.overlap import problem_key
 from understudy.tasks.responses import FileResponses
 from understudy.trainer import checkpoint
@@ -113,6 +114,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
     ("name", "data", "message"),
     [
         ("r.json", b'[{"q": "a"}, ', r"r\.json: not an array of JSON: "),
+        ("r.jsonl", b'{"q": "a", "q": "b"}', r"r\.jsonl:1: not a line of JSON: the name 'q' stands twice"),
+        ("r.csv", b"q\n\"[{'role': 'user', 'content': 'x'}]\"\n", "begins like a list of messages and is not JSON"),
         ("r.json", b'[{"q": "a"}, 3]', r"r\.json row 1: 3 is not a JSON object"),
         ("r.csv", b'q,a\n"cut off', r"r\.csv: not \.csv, after line 1: unexpected end of data"),
         ("r.csv", b"q,a\n1,2,3\n", r"r\.csv:2: more cells than the 2 fields"),
@@ -146,6 +149,11 @@ def test_a_folder_and_a_pattern(tmp_path: Path) -> None:
         task_of(tmp_path).prompts("train")
     with pytest.raises(RecipeError, match="no file matches"):
         task_of(tmp_path / "dev-*.parquet").check_files()
+    (tmp_path / "splits").mkdir()
+    for name in ("training", "testing"):
+        (tmp_path / "splits" / f"{name}.jsonl").write_bytes(lines([{"q": "x"}]))
+    with pytest.raises(RecipeError, match=r"splits \(testing\*, training\*\)"):
+        task_of(tmp_path / "splits").check_files()
     (tmp_path / "none").mkdir()
     with pytest.raises(RecipeError, match="no file that can be read"):
         task_of(tmp_path / "none").check_files()
@@ -171,7 +179,7 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
 # Missing values
 
 
-@pytest.mark.parametrize("answer", ["null", "NaN", '""', "[]", "[null]", None])
+@pytest.mark.parametrize("answer", ["null", "NaN", '""', '" \\n"', "[]", "[null]", None])
 def test_a_row_without_an_answer_is_left_out_and_counted(tmp_path: Path, answer: str | None) -> None:
     """The others keep their ids and splits: "b" is the second row of its kind with and without the first."""
     given = "" if answer is None else f', "a": {answer}'
@@ -269,6 +277,23 @@ def test_arrays_of_numpy(tmp_path: Path) -> None:
     assert (prompt.messages, prompt.reference, prompt.teacher) == ((USER,), ("1", "one"), "7")
 
 
+def test_rows_of_pandas(tmp_path: Path) -> None:
+    """Arrays inside of arrays, and nulls of its own."""
+    parts = np.array([{"type": "text", "text": "user"}], dtype=object)
+    tool = {"name": "f", "parameters": {"required": np.array(["a"], dtype=object)}}
+    row = {
+        "q": np.array([{"role": "user", "content": parts}], dtype=object),
+        "tools": np.array([tool], dtype=object),
+        "a": pd.NA,
+    }
+    prompt = task_of(tmp_path / "r.jsonl").to_prompt("row 1", row)
+    assert prompt.messages == (USER,)
+    assert prompt.tools == ({"name": "f", "parameters": {"required": ["a"]}},)
+    for null in (pd.NA, pd.NaT):
+        with pytest.raises(MissingValueError, match="field 'a' is null"):
+            task_of(tmp_path / "r.jsonl", reference_field="a").to_prompt("row 1", row | {"a": null})
+
+
 # Chats
 
 USER, SYSTEM, ASSISTANT = ({"role": role, "content": role} for role in ("user", "system", "assistant"))
@@ -295,6 +320,13 @@ def test_the_last_turn_of_the_assistant_is_the_solution(tmp_path: Path) -> None:
     assert prompt.solution == "4"
     plain = task_of(tmp_path / "p.jsonl", [{"q": "2+2?"}]).prompts("train")[0]
     assert problem_key(prompt) == problem_key(plain) == blake2b(b"2+2?", digest_size=8).hexdigest()
+    for name in ("reasoning", "thinking"):
+        assert chat(tmp_path, USER, ASSISTANT | {name: "hm"}).solution == "<think>\nhm\n</think>\n\nassistant"
+    for role in ("gpt", "chatgpt", "bard", "Assistant"):
+        assert chat(tmp_path, {"from": "Human", "value": "user"}, {"from": role, "value": "4"}).messages == (USER,)
+    for nothing in (None, "", " \n"):
+        asked = task_of(tmp_path / "asked.jsonl", [{"q": [USER | {"content": nothing}]}, {"q": [USER]}])
+        assert (len(asked.prompts("train")), asked.intake("train").num_skipped) == (1, 1)
     for nothing in (None, ""):
         rows = [{"q": [USER, ASSISTANT | {"content": nothing}]}, {"q": [USER, ASSISTANT]}]
         task = task_of(tmp_path / "empty.jsonl", rows)
@@ -304,6 +336,20 @@ def test_the_last_turn_of_the_assistant_is_the_solution(tmp_path: Path) -> None:
     assert thought.solution == "<think>\nhm\n</think>\n\nassistant"
     called = chat(tmp_path, USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]})
     assert (called.messages, called.solution) == ((USER,), None)
+
+
+def test_a_solution_may_be_a_message(tmp_path: Path) -> None:
+    """TRL's prompt and completion are both lists of messages."""
+
+    def solution(*messages: Any) -> str | None:
+        rows = [{"prompt": [USER], "completion": list(messages)}]
+        settings = {"prompt_field": "prompt", "solution_field": "completion"}
+        return task_of(tmp_path / "r.jsonl", rows, **settings).prompts("train")[0].solution
+
+    assert solution(ASSISTANT) == "assistant"
+    for wrong in ([USER, ASSISTANT], [USER]):
+        with pytest.raises(DataError, match="'completion' must hold one message of the assistant"):
+            solution(*wrong)
 
 
 def test_wording_goes_around_the_last_message_of_the_user(tmp_path: Path) -> None:
@@ -319,6 +365,7 @@ def test_wording_goes_around_the_last_message_of_the_user(tmp_path: Path) -> Non
     ("messages", "settings", "message"),
     [
         ([USER, ASSISTANT, ASSISTANT], {}, "leaves nothing to answer: before its end comes 'assistant'"),
+        ([USER, {"role": "critic", "content": "x"}], {}, "before its end comes 'critic', not a user or a tool"),
         ([ASSISTANT], {}, "leaves nothing to answer"),
         ([USER, SYSTEM], {}, "leaves nothing to answer: before its end comes 'system'"),
         ([USER, ASSISTANT], {"solution_field": "s"}, "ends with the assistant, and task.solution_field"),
@@ -374,6 +421,7 @@ FORMS: dict[str, Any] = {
     "columns": {"role": ["system", "user"], "content": ["system", "a b"]},
     "nested": [[SYSTEM, {"role": "user", "content": "a b"}]],
     "json": json.dumps([SYSTEM, {"role": "user", "content": "a b"}]),
+    "indented": json.dumps([SYSTEM, {"role": "user", "content": "a b"}], indent=1),
 }
 
 

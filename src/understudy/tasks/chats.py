@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,26 @@ Said = dict[str, Any]
 
 _ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
     "model": "assistant",
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
     "function_call": "assistant",
 }
-"""Roles of ShareGPT and of older interfaces -> those that chat templates know. Others stay as they are."""
+"""Roles of ShareGPT and of older interfaces, in any letter case -> those that chat templates know. Others stay as they are."""
+_THOUGHTS = ("reasoning", "thinking")
+"""Other names of `reasoning_content`."""
+_CHAT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+"""Start of a list of messages as JSON, or as Python prints it."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 SYSTEM_ROLES = ("system", "developer")
 
@@ -86,6 +99,10 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     role, content = said.pop("role", None), said.pop("content", None)
     if not isinstance(role, str):
         raise ValueError(f"{where} is {brief(item)}; it must have role and content")
+    role = role.lower() if role.lower() in {*_ROLES, *_ROLES.values(), *SYSTEM_ROLES} else role
+    for name in _THOUGHTS:
+        if "reasoning_content" not in said and isinstance(said.get(name), str):
+            said["reasoning_content"] = said.pop(name)
     if role == "function_call":
         said["tool_calls"], content = content, None
     if "function_call" in said:
@@ -94,8 +111,10 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     if isinstance(content, list | tuple):
         content = "".join(_read_part(part, where) for part in content)
     role = _ROLES.get(role, role)
-    # an answer that is null is a missing one, not a chat of another kind
-    if content is None and (calls or (is_last and role == "assistant")):
+    # a question or an answer that is null is a missing one, not a chat of another kind
+    is_null_question = role == "user" and not item.keys().isdisjoint(("content", "value"))
+    is_null_answer = role == "assistant" and (is_last or "reasoning_content" in said)
+    if content is None and (calls or is_null_question or is_null_answer):
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"{where} ({role}) has the content {brief(content)}; it must be a string")
@@ -106,7 +125,7 @@ def _read_part(part: object, where: str) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
-        kind = part.get("type", "text")
+        kind = part.get("type") or "text"
         if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             return str(part["text"])
         if kind not in _TEXT_PARTS:
@@ -121,7 +140,7 @@ def _read_calls(value: object, where: str) -> list[Said]:
     for item in value if isinstance(value, list | tuple) else [value]:
         call = {key: part for key, part in item.items() if part is not None} if isinstance(item, Mapping) else {}
         function = call.pop("function", None) or {key: call.pop(key) for key in ("name", "arguments") if key in call}
-        arguments = _from_json(function.get("arguments") or {}, f"{where}, arguments of a tool call")
+        arguments = _from_json(function.get("arguments") or {}, f"{where}, arguments of a tool call") or {}
         if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
             raise ValueError(
                 f"{where} has the tool call {brief(item)}; it must have a name, and arguments as an object"
@@ -143,13 +162,18 @@ def _from_json(value: object, where: str) -> Any:
 
 
 def _chat_in(text: str) -> Any:
-    """The messages that a string holds as JSON, which a table of text has for chats; None where it is no chat."""
-    if not text.lstrip().startswith("[{"):
+    """The messages that a string holds as JSON, which a table of text has for chats; None where it is no chat.
+
+    Raises ValueError for a chat that is cut off or printed by Python.
+    """
+    if not _CHAT.match(text):
         return None
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f" is {brief(text)}, which begins like a list of messages and is not JSON ({error}); write chats as JSON"
+        ) from error
     is_chat = all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in value)
     return value if is_chat else None
 

@@ -35,8 +35,10 @@ def accepted_answers(value: object) -> list[str]:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN, an empty text or list."""
-    return value is None or value in ("", []) or (isinstance(value, float) and math.isnan(value))
+    """Whether a field holds nothing: null, NaN, a text of white space only, an empty list."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 def read_field(row: Mapping[str, Any], field: str, place: str, *, required: bool = False) -> Any:
@@ -54,11 +56,22 @@ def read_field(row: Mapping[str, Any], field: str, place: str, *, required: bool
             kind = DataError if required or hint.startswith("did you mean") else MissingValueError
             raise kind(f"{place}: no field {field!r}; fields: {', '.join(map(str, row))} ({hint})")
         value = value[part]
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
+    value = _plain(value)
     if is_missing(value):
         raise MissingValueError(f"{place}: field {field!r} is {'null' if value is None else brief(value)}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """The value without types of numpy and pandas, at any depth."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    # pandas is not imported for its two nulls
+    return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
 def read_text(row: Mapping[str, Any], field: str, place: str) -> str:

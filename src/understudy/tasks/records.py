@@ -57,7 +57,8 @@ class Records(Task):
     """The final answer that the verifier compares with, or a list of answers that are all accepted. Several fields with
     commas between them, `answer, answer_aliases`, are one list; every row has all of them."""
     solution_field: str | None = None
-    """A whole response to imitate; the field of the prompt again where it is the end of the chat."""
+    """A whole response to imitate, as text or as a list of one message of the assistant; the field of the prompt again where
+    it is the end of the chat."""
     tools_field: str | None = TOOLS_FIELD
     """Schemas of the tools of a chat; a row may have none."""
     reference_after: str | None = None
@@ -212,7 +213,7 @@ class Records(Task):
             if self.solution_field == self.prompt_field and solution is None:
                 raise MissingValueError(f"{place}: the chat does not end with words of the assistant")
             if self.solution_field not in (None, self.prompt_field):
-                solution = read_text(row, self.solution_field, place)
+                solution = self._solution(place, row, self.solution_field)
             teacher = None if self.teacher_field is None else read_text(row, self.teacher_field, place)
         except MissingValueError as error:
             error.key = key
@@ -256,12 +257,11 @@ class Records(Task):
             if "tool_calls" not in answer:
                 if is_missing(answer["content"]):
                     raise MissingValueError(f"{where} ends with an empty turn of the assistant")
-                thought = answer.get("reasoning_content")
-                solution = (
-                    answer["content"] if thought is None else f"<think>\n{thought}\n</think>\n\n{answer['content']}"
-                )
+                solution = _response(answer)
         last = messages[-1]["role"] if messages else "assistant"
-        if last in ("assistant", *SYSTEM_ROLES):
+        if last == "user" and is_missing(messages[-1]["content"]):
+            raise MissingValueError(f"{where} asks nothing: its last message is empty")
+        if last not in ("user", "tool"):
             raise DataError(f"{where} leaves nothing to answer: before its end comes {last!r}, not a user or a tool")
         tools = None
         try:
@@ -277,6 +277,24 @@ class Records(Task):
         if not self.chat and len(messages) > 1:
             raise DataError(f"{where} has {len(messages)} messages, of which chat: false takes one; leave chat out")
         return messages, tools, solution
+
+    def _solution(self, place: str, row: Mapping[str, Any], field: str) -> str:
+        """A text, or the one turn of the assistant in a list of messages."""
+        value = read_field(row, field, place)
+        if not isinstance(value, list):
+            return read_text(row, field, place)
+        try:
+            messages = read_messages(value)
+        except ValueError as error:
+            raise DataError(f"{place}: field {field!r}{error}") from error
+        if len(messages) != 1 or messages[0]["role"] != "assistant" or "tool_calls" in messages[0]:
+            raise DataError(
+                f"{place}: field {field!r} must hold one message of the assistant with text; where it holds the whole chat, "
+                "name it as the field of the prompt"
+            )
+        if is_missing(messages[0]["content"]):
+            raise MissingValueError(f"{place}: field {field!r} holds an empty turn of the assistant")
+        return _response(messages[0])
 
     def _references(self, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The accepted answers, each cut to what follows `reference_after`."""
@@ -300,6 +318,12 @@ class Records(Task):
         if not found:
             raise MissingValueError(f"{place}: field {field!r} is empty")
         return tuple(found)
+
+
+def _response(answer: Said) -> str:
+    """A turn of the assistant as a text to imitate, its reasoning in front."""
+    thought = answer.get("reasoning_content")
+    return str(answer["content"]) if thought is None else f"<think>\n{thought}\n</think>\n\n{answer['content']}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,9 @@ from understudy.errors import DataError, RecipeError, brief, nearest
 Row = tuple[str, Mapping[str, Any]]
 """The place of the row (file and line), and its fields."""
 
-_SPLIT_WORDS = re.compile(r"(?:^|[^a-z])(train|test|val|valid|validation|dev|eval)(?:[^a-z]|$)")
+_SPLIT_WORDS = re.compile(
+    r"(?:^|[^a-z])(train|training|test|testing|val|valid|validation|dev|eval|heldout|holdout|trainset|testset)(?:[^a-z]|$)"
+)
 _CSV_NULLS = ("", "nan", "null", "<na>")
 """Cells, in any letter case, by which programs write a missing value."""
 _SURPLUS = "\0"
@@ -168,9 +170,18 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[Row]:
 
 def _parse(text: bytes, complaint: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # the encoding, the syntax, ten thousand brackets
         raise DataError(f"{complaint}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields as an object. Raises ValueError for a name that stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
+        raise ValueError(f"the name {name!r} stands twice in one object; keep one")
+    return found
 
 
 def _object(row: Any, place: str) -> Mapping[str, Any]:
