@@ -27,6 +27,7 @@ from understudy.methods import (
     OVD,
     REOPOLD,
     SFT,
+    TOPD,
     DrGRPO,
     Phases,
     TopK,
@@ -344,6 +345,10 @@ def tropd(
     return loss
 
 
+def topd(ratio: float, mix: float) -> float:
+    return math.log(mix * math.exp(ratio) + 1 - mix)
+
+
 def reference_kl(row: Row) -> Tensor:
     x = math.log(row.r[row.y]) - row.logp[row.y]
     return x.exp() - x - 1
@@ -401,6 +406,11 @@ CASES: dict[str, tuple[Method, Formula]] = {
     "tropd bucket folded": (
         TrOPD(k=2, tail="bucket", outlier="scalar", guidance=0.0),
         each(tropd(2, "bernoulli", "scalar", tail="bucket")),
+    ),
+    "topd": (TOPD(), each(own(lambda row: row.gradient(topd(row.d, 0.2))))),
+    "topd sequence": (
+        TOPD(mix=0.9, reduce="sequence"),
+        each(own(lambda row: row.gradient(topd(row.d, 0.9))), "sequence"),
     ),
     "ovd": (OVD(clip=0.1, kl_coef=0.2), each(ovd(0.1, 0.2))),
     "ovd without reference": (OVD(kl_coef=0.0), each(ovd(0.2, 0.0))),

@@ -13,7 +13,7 @@ from torch import Tensor
 from understudy.engines.requests import cut_prefix
 from understudy.errors import ScoreError
 from understudy.linear import Evaluation, LMHead, evaluate
-from understudy.methods import AOPD, GOPD, KDRL, OPD, REOPOLD, Phases, TrOPD
+from understudy.methods import AOPD, GOPD, KDRL, OPD, REOPOLD, TOPD, Phases, TrOPD
 from understudy.methods.base import Method
 from understudy.types import TokenBatch
 
@@ -92,6 +92,28 @@ def test_gopd_pulls_to_the_power_mixture(scale: float, seed: int) -> None:
     torch.testing.assert_close(full[1], expected.expand(V, -1), rtol=1e-10, atol=1e-14)
     p, q = student.softmax(-1), target / target.sum()
     assert float(full[0].loss.detach()) == pytest.approx(V * float((p * (p / q).log()).sum()), rel=1e-11)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("mix", [0.05, 0.2, 0.7, 1.0])
+def test_topd_pulls_to_the_mixture_with_the_student(mix: float, seed: int) -> None:
+    """`E_{y~S}[A_t grad log S] = -grad KL(S || mix T + (1 - mix) sg[S])`, and no reward is below log(1 - mix)."""
+    student, teacher, _ = logits(seed)
+    target = mix * teacher.softmax(-1) + (1 - mix) * student.softmax(-1)
+    world = visits(student, teacher, torch.arange(V))
+    sampled = (student.softmax(-1)[:, None] * judge(TOPD(mix=mix), world)[1]).sum(0)
+    torch.testing.assert_close(sampled, toward(student, target.log()), rtol=1e-10, atol=1e-14)
+    if mix < 1:
+        excluded = visits(student, torch.tensor([0.0, -1e6, 0, 0, 0], dtype=torch.float64), torch.tensor([1]))
+        assert float(judge(TOPD(mix=mix), excluded)[0].loss.detach()) == pytest.approx(-math.log(1 - mix), rel=1e-6)
+
+
+def test_a_small_share_of_the_teacher_is_the_forward_kl() -> None:
+    """`A / mix -> T/S - 1`, whose expected gradient is `-grad KL(T || S)`; the rest is of the order of `mix`."""
+    student, teacher, _ = logits(3)
+    world = visits(student, teacher, torch.arange(V))
+    sampled = (student.softmax(-1)[:, None] * judge(TOPD(mix=1e-6), world)[1]).sum(0) / 1e-6
+    torch.testing.assert_close(sampled, student.softmax(-1) - teacher.softmax(-1), rtol=0, atol=1e-4)
 
 
 def test_at_the_power_mixture_gopd_rests() -> None:

@@ -14,6 +14,7 @@ from understudy.methods.ovd import OVD
 from understudy.methods.phases import Phases
 from understudy.methods.reopold import REOPOLD
 from understudy.methods.sft import SFT
+from understudy.methods.topd import TOPD
 from understudy.methods.topk import TopK
 from understudy.methods.tropd import TrOPD
 
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "eopd": EOPD,
     "aopd": AOPD,
     "tropd": TrOPD,
+    "topd": TOPD,
     "ovd": OVD,
     "grpo": GRPO,
     "dr_grpo": DrGRPO,
@@ -54,6 +56,7 @@ __all__ = [
     "REFUSED",
     "REOPOLD",
     "SFT",
+    "TOPD",
     "Acceptance",
     "DrGRPO",
     "Method",
