@@ -605,6 +605,15 @@ def test_init_says_what_it_lacks(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     assert "has the fields x, y" in run("init", str(path), "--data", str(data))[1]
     assert "there is no method" in run("init", str(path), "--method", "gdk")[1]
+    assert "needs what only you can say" in run("init", str(path), "--task", "mix")[1]
+    assert "--task arithmetic reads no --data" in run("init", str(path), "--task", "arithmetic", "--data", str(data))[1]
+    data.write_text('{"question": "1+1"}\n')
+    assert (
+        "grpo needs a reference for each prompt" in run("init", str(path), "--method", "grpo", "--data", str(data))[1]
+    )
+    assert "sft needs a solution for each prompt" in run("init", str(path), "--method", "sft", "--data", str(data))[1]
+    data.write_text("")
+    assert "has no rows" in run("init", str(path), "--data", str(data))[1]
     assert "needs what only you can say" in run("init", str(path), "--method", "phases")[1]
     assert "there is no file" in run("init", str(path), "--data", str(tmp_path / "nothing.jsonl"))[1]
     assert not path.exists()

@@ -20,9 +20,20 @@ from understudy.tasks import TASKS, Hub
 from understudy.tasks.rows import read_rows
 
 PROMPTS = ("messages", "prompt", "question", "problem", "instruction", "query", "conversations")
-ANSWERS = ("reference", "answer", "final_answer", "ground_truth", "label", "target", "solution")
+ANSWERS = (
+    "reference",
+    "answer",
+    "final_answer",
+    "ground_truth",
+    "label",
+    "target",
+    "solution",
+    "reward_model.ground_truth",
+)
 RESPONSES = ("solution", "response", "completion", "output", "answer")
 """Usual names of fields, the likeliest first."""
+ROW_TASKS = ("file", "jsonl", "hub")
+"""Tasks that read rows."""
 MARK = "####"
 """Stands before the final answer in GSM8K and data like it."""
 
@@ -63,7 +74,18 @@ def new_recipe(name: str, student: str, teacher: str, method: str, data: str | N
     elif uses.given_responses:
         text = text.replace("  reference_field: answer\n", "  reference_field: answer\n  solution_field: answer\n")
     text = _fitted(text, Path(student).expanduser())
-    config.parse(Recipe, yaml.safe_load(text))
+    recipe = config.parse(Recipe, yaml.safe_load(text))
+    if data is not None:
+        usual: dict[str, tuple[str, ...]] = {"reference": ANSWERS} if "outcome" in recipe.uses.rewards else {}
+        if recipe.uses.given_responses and recipe.responses is None:
+            usual["solution"] = RESPONSES
+        for what, names in usual.items():
+            if what not in recipe.task.carries:
+                raise RecipeError(
+                    f"the method {method} needs a {what} for each prompt, and {data} has no field of a usual name "
+                    f"({', '.join(names)}); write the recipe without --data, and name it as task.{what}_field, or take "
+                    "another --method"
+                )
     return text
 
 
@@ -92,11 +114,17 @@ def _task(data: str | None, task: str | None) -> dict[str, Any]:
     if data is None:
         if task is None or task not in TASKS:
             raise RecipeError(f"there is no task {task!r}; {nearest(str(task), TASKS)}")
-        try:
-            TASKS[task]()
-        except TypeError as error:
-            raise RecipeError(f"--task {task} needs --data: a file, or a data set of the hub") from error
-        return {"type": task}
+        if task not in ROW_TASKS:
+            try:
+                TASKS[task]()
+            except (TypeError, ValueError) as error:
+                raise RecipeError(
+                    f"--task {task} needs what only you can say; write the recipe without it, and edit its section task"
+                ) from error
+            return {"type": task}
+        raise RecipeError(f"--task {task} needs --data: a file, or a data set of the hub")
+    if task not in (None, *ROW_TASKS):
+        raise RecipeError(f"--task {task} reads no --data; give one of them")
     path = Path(data).expanduser()
     if task == "hub" or (task is None and not path.exists() and not path.suffix and data.count("/") == 1):
         section = {"type": "hub", "dataset": data}
@@ -105,11 +133,14 @@ def _task(data: str | None, task: str | None) -> dict[str, Any]:
         section = {"type": "file", "path": data}
         rows = read_rows(data)
     _, row = next(iter(rows), ("", {}))
+    if not row:
+        raise RecipeError(f"{data} has no rows")
+    row = {**row, **config.flatten(row)}
     fields = {"prompt_field": PROMPTS, "reference_field": ANSWERS, "solution_field": RESPONSES}
     found = {key: name for key, usual in fields.items() if (name := _first(usual, row)) is not None}
     if "prompt_field" not in found:
         raise RecipeError(
-            f"{data} has the fields {', '.join(map(str, row)) or 'of no row'}, none of which is usual for prompts "
+            f"{data} has the fields {', '.join(map(str, row))}, none of which is usual for prompts "
             f"({', '.join(PROMPTS)}); write the recipe without --data, and name them in its section task"
         )
     if MARK in str(row.get(found.get("reference_field", ""))):
