@@ -81,6 +81,13 @@ LAYERS = ["mamba", "hybrid", "mamba", "hybrid"]
 OWN: Mapping[str, Mapping[str, Any]] = {
     **{name: {"num_key_value_heads": 4} for name in LATENT_ATTENTION},
     **{name: {"rotary_dim": 8} for name in ("codegen", "gptj")},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 2},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
     "falcon_h1": {"mamba_d_ssm": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -200,7 +207,7 @@ def compare(name: str, model: Any) -> Result:
         return Result(name, "WRONG", ", ".join(wrong))
     notes = [] if style == "packed" else ["a row for each sample"]
     notes += {"padded": [], "equal": ["prompts of one length sampled together"], "none": ["sampled without a cache"]}[
-        engine._style or "padded"
+        "padded" if engine.style is None else engine.style[0]
     ]
     return Result(name, "works", ", ".join(notes))
 

@@ -13,20 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from understudy import config
+from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
 from understudy.files import write_json
 from understudy.format import count, interval
 from understudy.given import is_given
-from understudy.lazy import torch
-from understudy.models import save_hf
+from understudy.lazy import nn, torch
+from understudy.models import read_back, save_hf, unwrap
+from understudy.models.backbone import TOLERANCE
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Parts
+from understudy.recipe.checks.room import free_memory
 from understudy.trainer.checkpoint import Progress, RunDir, written_whole
 from understudy.trainer.observe import peak_memory_gib
 
 
 def export_student(parts: Parts, run_dir: RunDir) -> None:
-    """Writes the final student and its card. Raises CheckpointError."""
+    """Writes the final student and its card, and warns where what was written does not load as it was trained.
+
+    Raises CheckpointError.
+    """
     recipe, trainer, lora = parts.recipe, parts.trainer, parts.recipe.student.lora
     with written_whole(run_dir.student) as aside:
         merged = lora is None or lora.save == "merged"
@@ -34,6 +40,26 @@ def export_student(parts: Parts, run_dir: RunDir) -> None:
         save_hf(parts.loaded.model, renderer.tokenizer, aside, merged=merged, stop_ids=renderer.stop_ids)
         card = model_card(recipe, trainer.progress, trainer.observer.summaries)
         (aside / "README.md").write_text(card, encoding="utf-8")
+    if merged and (reason := _not_as_trained(parts.loaded.model, run_dir.student)):
+        trainer.observer.warn(trainer.progress.step, f"{run_dir.student} {reason}")
+
+
+def _not_as_trained(model: nn.Module, student: Path) -> str | None:
+    """How the saved student differs from the trained one once it is loaded; None where it does not."""
+    free, size = free_memory(torch.device("cpu")), sum(value.nbytes for value in model.parameters())
+    if free is not None and free < 2 * size:
+        return "was not loaded for a comparison with the trained student: too little memory is free"
+    try:
+        error = read_back(model, student)
+    except RecipeError as refused:
+        return f"cannot be loaded: {refused}"
+    # written so that NaN is a difference too
+    if not error <= TOLERANCE[str(unwrap(model).dtype)]:
+        return (
+            f"gives other logits than the trained student once transformers loads it (relative error {error:.1e}): this "
+            "architecture does not load as it is saved, so compare before you use it"
+        )
+    return None
 
 
 def data_facts(parts: Parts) -> dict[str, Any]:

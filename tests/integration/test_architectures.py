@@ -45,13 +45,17 @@ def script() -> ModuleType:
         ("gemma2", "works"),
         ("mamba", "works"),
         ("jamba", "works"),
+        ("zamba2", "works"),
+        ("deepseek_v4", "works"),
+        ("lfm2", "works"),
         ("llama4_text", "works"),
         ("bert", "refused"),
         ("cpmant", "refused"),
     ],
 )
 def test_an_architecture(script: ModuleType, name: str, state: str) -> None:
-    """Plain, mixture of experts, soft-capped, recurrent, hybrid; and two that are no causal language models."""
+    """Plain, mixture of experts, soft-capped, recurrent, hybrid; two whose cache computes something else, by itself or where it
+    is padded; and two that are no causal language models."""
     result = script.examine(name)
     assert result.state == state, result
 

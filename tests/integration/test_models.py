@@ -21,11 +21,13 @@ from understudy.models import (
     build_causal_lm,
     check_model_dir,
     compare_vocabularies,
+    disable_dropout,
     enable_gradient_checkpointing,
     lm_head,
     load_causal_lm,
     load_tokenizer,
     probe_head,
+    read_back,
     save_hf,
     stop_ids,
     vocabulary_size,
@@ -183,6 +185,88 @@ def test_load_refuses_missing_weights(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(RecipeError, match="lack 3 tensors of LlamaForCausalLM"):
         load_causal_lm(str(tmp_path))
+
+
+def _edit(**changes: Any) -> Any:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 1}, r"hold 9 tensors .* first 'model\.layers\.1\.input_layernorm"),
+        ({"vocab_size": 50}, r"'lm_head\.weight' is \[40, 32\] in the file and \[50, 32\]"),
+        ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, "KeyError: 'magic'"),
+        ({"model_type": "t5"}, "no causal language model of the kind T5"),
+        ({"model_type": "llava"}, "no causal language model of the kind Llava"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
+            "code from its directory, which is never run",
+        ),
+    ],
+    ids=str,
+)
+def test_load_refuses_weights_and_configurations_that_do_not_fit(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    tiny().save_pretrained(tmp_path)
+    _edit(**changes)(tmp_path)
+    with pytest.raises(RecipeError, match=says):
+        load_causal_lm(str(tmp_path))
+
+
+def test_load_refuses_to_leave_biases_out(tmp_path: Path) -> None:
+    """A model with biases whose configuration says none would compute something else."""
+    sizes = SIZES | {"architecture": "llama", "attention_bias": True}
+    build_causal_lm(sizes, vocab_size=40, eos_token_id=1).save_pretrained(tmp_path)
+    _edit(attention_bias=False)(tmp_path)
+    with pytest.raises(RecipeError, match=r"hold 8 tensors .*k_proj\.bias"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_a_head_beside_a_tied_flag_is_saved_as_it_acts(tmp_path: Path) -> None:
+    """transformers keeps a stored head that differs from the embedding, whatever the flag says; an engine may tie the two."""
+    tiny().save_pretrained(tmp_path / "start")
+    _edit(tie_word_embeddings=True)(tmp_path / "start")
+    model = load_causal_lm(str(tmp_path / "start"))
+    save_hf(model, words(TOKENS), tmp_path / "saved")
+    assert not json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(load_causal_lm(str(tmp_path / "saved")).lm_head.weight, tiny().lm_head.weight)
+
+
+def test_what_does_not_load_as_it_was_saved_is_found(tmp_path: Path) -> None:
+    """transformers empties the padding token's row of a Youtu embedding."""
+    latent = dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim"), 16
+    )
+    for name, extra in (("llama", {}), ("youtu", latent)):
+        sizes = SIZES | extra | {"architecture": name}
+        model = build_causal_lm(sizes, vocab_size=40, eos_token_id=1, pad_token_id=0)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.normal_()
+        save_hf(model, words(TOKENS), tmp_path / name)
+        assert (read_back(model, tmp_path / name) > 1e-3) == (name == "youtu")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "noise"),
+    [
+        ("opt", {"layerdrop": 0.5, "dropout": 0.5, "ffn_dim": 64}),
+        ("mixtral", {"router_jitter_noise": 0.5}),
+        ("persimmon", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    ],
+)
+def test_nothing_random_is_left_in_training(architecture: str, noise: dict[str, Any]) -> None:
+    model = build_causal_lm(SIZES | {"architecture": architecture} | noise, vocab_size=40, eos_token_id=1)
+    disable_dropout(model)
+    ids, positions = torch.arange(12)[None], torch.arange(12)[None]
+    with torch.no_grad():
+        quiet = backbone_hidden(model.eval(), ids, positions)
+        assert torch.equal(backbone_hidden(model.train(), ids, positions), quiet)
 
 
 def test_load_refuses_garbage(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from understudy.models.load import (
     config_on_disk,
     has_bfloat16,
     load_causal_lm,
+    read_back,
     save_hf,
 )
 from understudy.models.vocabulary import compare_vocabularies, load_tokenizer, name_tokens, stop_ids, vocabulary_size
@@ -45,6 +46,7 @@ __all__ = [
     "num_positions",
     "positions_of",
     "probe_head",
+    "read_back",
     "row_style",
     "save_hf",
     "stop_ids",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -137,16 +138,16 @@ def probe_head(model: nn.Module) -> None:
         raise RecipeError(
             f"{type(base).__name__}: its logits are not finite, so its weights are damaged or have diverged"
         )
+    if not float((hidden[:, :4] - before).abs().max() / hidden.abs().max().clamp_min(1e-30)) <= limit:
+        raise RecipeError(
+            f"{type(base).__name__} ({base.config.model_type}): a token's hidden state depends on the tokens behind it, so it "
+            "cannot predict them; choose a causal language model"
+        )
     if not error <= limit:
         raise RecipeError(
             f"{type(base).__name__} ({base.config.model_type}): its logits are not its head times its final hidden "
             f"states (relative error {error:.1e}, at most {limit:.0e} in {base.dtype}). Its output layer does more "
             "than scale, soft-cap and bias; choose another model, or teach `understudy.models.lm_head` about it"
-        )
-    if not float((hidden[:, :4] - before).abs().max() / hidden.abs().max().clamp_min(1e-30)) <= limit:
-        raise RecipeError(
-            f"{type(base).__name__} ({base.config.model_type}): a token's hidden state depends on the tokens behind it, so it "
-            "cannot predict them; choose a causal language model"
         )
 
 
@@ -172,15 +173,21 @@ def row_style(model: nn.Module) -> Literal["packed", "single", "alone"]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout off in all but LoRA's own layers: the student that learns is then the student that samples."""
+    """Dropout, skipped layers and router noise off in all but LoRA's own layers: the student that learns is then the one that
+    samples."""
     for name, module in model.named_modules():
         if "lora_" in name:
             continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for key, value in vars(module).items():
-            if "dropout" in key and isinstance(value, float):
+            if re.search("drop|jitter|noise", key) and isinstance(value, float):
                 setattr(module, key, 0.0)
+    config = unwrap(model).config.get_text_config()
+    # Falcon and Persimmon read these at every call
+    for key in ("attention_dropout", "hidden_dropout"):
+        if isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from understudy import given
 from understudy.errors import RecipeError, nearest
 from understudy.hub import unreachable
 from understudy.lazy import Tensor, nn, no_grad, torch
-from understudy.models.backbone import unwrap
+from understudy.models.backbone import evaluating, positions_of, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,10 +86,9 @@ def load_causal_lm(
     `dtype="auto"` keeps the checkpoint's own precision, but for bfloat16 on a device that lacks its instructions: float32.
     `copy`: of a model that was given from Python, not itself.
 
-    Raises RecipeError when the directory is incomplete, nothing can be loaded, or weights of the model are missing
-    (they would be random).
+    Raises RecipeError when the directory is incomplete, nothing can be loaded, or weights and configuration do not fit: some
+    would be random, or left out.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if (pair := given.find(path_or_name)) is not None:
@@ -119,19 +118,78 @@ def load_causal_lm(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            # they are refused below, by name
+            ignore_mismatched_sizes=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"cannot load the model {path_or_name!r}: {said_by(error, offline)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise RecipeError(
-            f"the weights of {path_or_name!r} lack {len(missing)} tensors of {type(model).__name__}, first "
-            f"{missing[0]!r}: they would be random. Is it a checkpoint of another kind of model?"
-        )
+    except Exception as error:
+        # a configuration or a file may make any part of transformers raise
+        raise RecipeError(f"cannot load the model {path_or_name!r}: {_why_not(error, offline)}") from error
+    _check_weights(model, path_or_name, info)
+    _untie_separate(model)
     if dtype == "auto" and model.dtype == torch.bfloat16 and not has_bfloat16(torch.device(device)):
         model = model.float()
     return cast("PreTrainedModel", model.to(device).eval())
+
+
+def _why_not(error: Exception, offline: str | None) -> str:
+    text = said_by(error, offline)
+    if text.startswith("Unrecognized configuration class"):
+        kind = text.partition("'>")[0].rpartition(".")[2].removesuffix("Config")
+        return (
+            f"transformers has no causal language model of the kind {kind} (an encoder, an encoder with a decoder, or a model "
+            "that reads more than text); choose a causal language model"
+        )
+    if "custom code" in text:
+        return (
+            "it needs code from its directory, which is never run here; choose a model that transformers has by itself"
+        )
+    return (
+        text
+        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+        else f"{type(error).__name__}: {text}"
+    )
+
+
+def _check_weights(model: Any, name: str, info: Mapping[str, Any]) -> None:
+    """Raises RecipeError for weights that the model needs and lacks, that have another shape, or that belong to a part of it
+    and would be left out. Parts that it does not have, such as a value head or a vision tower, may be left out."""
+    kind = type(model).__name__
+    if info["mismatched_keys"]:
+        first, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise RecipeError(
+            f"the weights of {name!r} do not fit its config.json: {first!r} is {list(stored)} in the file and {list(wanted)} "
+            f"by the configuration ({len(info['mismatched_keys'])} tensors differ)"
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise RecipeError(
+            f"the weights of {name!r} lack {len(missing)} tensors of {kind}, first {missing[0]!r}: they would be random. Is it "
+            "a checkpoint of another kind of model?"
+        )
+    own = {part for part, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    # "layers.4.mlp.up_proj" belongs to a model with "layers.0.mlp.up_proj", whose configuration says fewer layers
+    left_out = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if own & {key.rpartition(".")[0], re.sub(r"\.\d+\.", ".0.", key.rpartition(".")[0])}
+    )
+    if left_out:
+        raise RecipeError(
+            f"the weights of {name!r} hold {len(left_out)} tensors that its config.json has no place for, first "
+            f"{left_out[0]!r}: {kind} would run without them. Correct config.json (layers, biases, quantization), "
+            "or choose another model"
+        )
+
+
+def _untie_separate(model: Any) -> None:
+    """Says in the configuration that embedding and output layer are not tied where the file holds both and they differ:
+    transformers keeps them apart then, and an engine that goes by the configuration would not."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [getattr(layer, "weight", None) for layer in (embedding, head)]
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if is_tied and None not in weights and weights[0] is not weights[1]:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -379,6 +437,26 @@ def save_hf(
         values = json.loads(settings.read_text()) | {"eos_token_id": list(stop_ids), "_from_model_config": False}
         settings.write_text(json.dumps(values, indent=2))
     tokenizer.save_pretrained(target)
+
+
+@no_grad
+def read_back(model: nn.Module, directory: str | Path) -> float:
+    """The largest difference between the logits of the model and of what was saved in the directory, over the largest logit.
+
+    Some architectures do not load as they were saved: transformers empties the embedding's row of the padding token of one.
+    Raises RecipeError for what cannot be loaded.
+    """
+    base = unwrap(model)
+    dtype = str(base.dtype).removeprefix("torch.")
+    # on the CPU: a GPU may have no room for a second copy
+    again = load_causal_lm(str(directory), dtype=cast("DType", dtype))
+    rows, limit = base.get_output_embeddings().weight.shape[0], positions_of(base.config.get_text_config())
+    # the first ids are most often the special ones
+    ids = torch.arange(min(16, rows, limit or 16))[None]
+    with evaluating(model):
+        live = base(input_ids=ids.to(base.device), use_cache=False).logits.float().cpu()
+    saved = again(input_ids=ids, use_cache=False).logits.float()
+    return float((saved - live).abs().max() / live.abs().max().clamp_min(1e-30))
 
 
 @no_grad

@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead, project
-from understudy.models.backbone import TOLERANCE, backbone_hidden, decoder_of, rope_switch
+from understudy.models.backbone import TOLERANCE, backbone_hidden, decoder_of, num_positions, rope_switch
 from understudy.types import Sampling
 
 KEEP_SHARE = 0.75
 """Finished rows leave the cache when at most this share is still being written: the copy costs about one step."""
 CHECK_EVERY = 8
 """Steps between checks for finished rows on an accelerator, which the host then waits for; 1 on a CPU."""
+PROBED_TOKENS, PROBED_STEPS = 24, 8
+"""Tokens of the context and of the response on which `cache_style` tries a model."""
 LOGIT_ELEMENTS = 2**24
 """Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 320 MiB with what a draw needs."""
 
@@ -175,32 +177,46 @@ class Decoder:
 
 
 @no_grad
-def cache_style(model: nn.Module, head: LMHead) -> CacheStyle:
-    """Finds how contexts may share a batch of this model by running a few tokens, against each alone and without a cache."""
-    ids = torch.arange(1, 10).remainder(head.num_tokens)
+def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
+    """Finds how contexts may share a batch of this model, and why not otherwise, by writing a few tokens behind two contexts
+    and comparing them with each alone and without a cache."""
+    device, switch = head.weight.device, rope_switch(model)
+    limits = [one for one in (num_positions(model), switch, PROBED_TOKENS + PROBED_STEPS) if one is not None]
+    # much padding, and several steps behind each other: what goes wrong in a state adds up
+    num_steps = min(PROBED_STEPS, min(limits) // 2)
+    num_read = min(limits) - num_steps
+    ids = (7 * torch.arange(1, num_read + 2 * num_steps + 1)).remainder(head.num_tokens)
+    steps = ids[: 2 * num_steps].view(2, -1)
     tries: tuple[tuple[CacheStyle, list[Tensor]], ...] = (
-        ("padded", [ids[:6], ids[:2]]),
-        ("equal", [ids[:4], ids[2:6]]),
+        ("padded", [ids[-num_read:], ids[:2]]),
+        ("equal", [ids[:num_read], ids[-num_read:]]),
     )
+    reasons = []
     for style, contexts in tries:
-        if style == "padded" and rope_switch(model) is not None:
+        if style == "padded" and switch is not None:
+            reasons.append("padding would change the frequencies of its positions")
             continue
         decoder = Decoder(model, head, (), style=style)
         try:
-            decoder._prefill(contexts, 2, 8)
-            decoder._select(torch.tensor([1, 0], device=head.weight.device))
-            found = decoder._forward(ids[6:8, None].to(head.weight.device))
+            decoder._prefill(contexts, num_steps, num_read + num_steps - 1)
+            decoder._select(torch.tensor([1, 0], device=device))
+            found = torch.stack([decoder._forward(one[:, None]) for one in steps.to(device).T], 1)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # noqa: S112 (a model with a cache of its own kind raises whatever it likes)
+        except Exception as error:
+            # a model with a cache of its own kind raises whatever it likes
+            reasons.append(f"it does not run with a cache of the common kind ({type(error).__name__})")
             continue
-        whole = [torch.cat([context, token[None]]) for context, token in zip(contexts[::-1], ids[6:8], strict=True)]
-        each = [row[None].to(head.weight.device) for row in whole]
-        alone = [backbone_hidden(model, row, torch.arange(row.shape[1], device=row.device)[None]) for row in each]
-        expected = torch.cat([hidden[:, -1] for hidden in alone])
-        if float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)) <= TOLERANCE[str(found.dtype)]:
-            return style
-    return "none"
+        worst = 0.0
+        for row, context, written in zip(found, contexts[::-1], steps, strict=True):
+            whole = torch.cat([context, written])[None].to(device)
+            alone = backbone_hidden(model, whole, torch.arange(whole.shape[1], device=device)[None])[0, -num_steps:]
+            worst = max(worst, float((row - alone).norm() / alone.norm().clamp_min(1e-30)))
+        if worst <= TOLERANCE[str(found.dtype)]:
+            return style, "; ".join(reasons)
+        kind = "padding changes what it computes" if style == "padded" else "with a cache it computes something else"
+        reasons.append(f"{kind} (relative error {worst:.0e})")
+    return "none", reasons[-1]
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,8 @@ class HFEngine:
     absent: tuple[int, ...] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
     autocast: torch.dtype | None = None
-    _style: CacheStyle | None = field(default=None, init=False)
-    """How contexts share a batch; None until the first one is written."""
+    style: tuple[CacheStyle, str] | None = field(default=None, init=False)
+    """How contexts share a batch, and why not otherwise; None until the first one is written."""
     _version: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
@@ -88,9 +88,10 @@ class HFEngine:
         with self._lock, evaluating(self.model):
             if self._closed:
                 raise EngineError("the engine is closed")
-            self._style = self._style or cache_style(self.model, head)
-            decoder = Decoder(self.model, head, self.stop_ids, self.autocast, self._style)
-            for group in plan_batches(lengths, num_new, self.max_batch_tokens, equal=self._style != "padded"):
+            self.style = self.style or cache_style(self.model, head)
+            style, _ = self.style
+            decoder = Decoder(self.model, head, self.stop_ids, self.autocast, style)
+            for group in plan_batches(lengths, num_new, self.max_batch_tokens, equal=style != "padded"):
                 chosen = [responses[index] for index in group]
                 contexts = [torch.tensor(response.context) for response in chosen]
                 room = torch.tensor([response.room for response in chosen])

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+from understudy.engines import HFEngine
 from understudy.lazy import Tensor, torch
 from understudy.linear import score
-from understudy.models import has_bfloat16
+from understudy.models import has_bfloat16, unwrap
 from understudy.models.backbone import evaluating
 from understudy.recipe.checks.parts import Check, Finding, Level, Parts, precision
 from understudy.teachers import LocalTeacher, Teacher
@@ -160,6 +161,27 @@ def _speed(parts: Parts) -> Iterator[Finding]:
             )
 
 
+def _sampling(parts: Parts) -> Iterator[Finding]:
+    """Says where the student's architecture keeps its engine in this process from writing prompts of all lengths together."""
+    engine = parts.rollouts.collector.engine
+    if not isinstance(engine, HFEngine) or engine.style is None:
+        return
+    style, reason = engine.style
+    name = type(unwrap(engine.model)).__name__
+    if style == "none":
+        advice = (
+            "right, and slow: the time grows with the square of the length; lower sampling.max_new_tokens, or let a server "
+            "write (rollout: vllm)"
+        )
+        yield Finding(
+            f"{name} reads everything again for each token, without a cache, because {reason}", "warning", advice
+        )
+    elif style == "equal":
+        yield Finding(f"{name} writes prompts of one length together, because {reason}")
+    else:
+        yield Finding(f"{name} writes prompts of all lengths together")
+
+
 def _determinism(parts: Parts) -> Iterator[Finding]:
     """Asks the teacher again, in another order and for one sample alone, and compares its scores."""
     rehearsed, teacher = parts.rehearsed, parts.teachers.teacher
@@ -272,6 +294,7 @@ def _own_scores(parts: Parts) -> Iterator[Finding]:
 CHECKS = (
     Check("rehearsal", "rehearsed", "draw, write, reward, score, pack, loss and gradient on two prompts", _rehearse),
     Check("precision", "rehearsed", "bfloat16 against float32, on this device", _speed),
+    Check("sampling", "rehearsed", "how the student in this process writes a batch", _sampling),
     Check("teacher's scores", "rehearsed", "the same samples scored again, in another order, and alone", _determinism),
     Check(
         "log-probabilities",
