@@ -127,6 +127,17 @@ def test_no_method_of_a_healthy_run_has_an_error(
     assert not (tmp_path / "run").exists()
 
 
+def test_sampling_without_a_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise TypeError("no such cache")
+
+    assert "sampling" not in examined(recipe_of(tmp_path, **distillation(tmp_path)))
+    monkeypatch.setattr("understudy.engines.hf.kv_cache.new_cache", refuse)
+    found = examined(recipe_of(tmp_path, **distillation(tmp_path)))["sampling"]
+    assert found.level == "warning"
+    assert "without a cache, because it does not run with a cache of the common kind (TypeError)" in found.found
+
+
 def test_what_does_not_apply_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     imitation = examined(recipe_of(tmp_path))
     assert levels(imitation) == {}

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-from understudy.engines import HFEngine
 from understudy.lazy import Tensor, torch
 from understudy.linear import score
 from understudy.models import has_bfloat16, unwrap
@@ -162,12 +161,11 @@ def _speed(parts: Parts) -> Iterator[Finding]:
 
 
 def _sampling(parts: Parts) -> Iterator[Finding]:
-    """Says where the student's architecture keeps its engine in this process from writing prompts of all lengths together."""
-    engine = parts.rollouts.collector.engine
-    if not isinstance(engine, HFEngine) or engine.style is None:
+    """Says why the student's architecture keeps the engine of this process from writing prompts of all lengths together."""
+    tried = getattr(parts.rollouts.collector.engine, "style", None)
+    if tried is None:
         return
-    style, reason = engine.style
-    name = type(unwrap(engine.model)).__name__
+    (style, reason), name = tried, type(unwrap(parts.loaded.model)).__name__
     if style == "none":
         advice = (
             "right, and slow: the time grows with the square of the length; lower sampling.max_new_tokens, or let a server "
@@ -178,8 +176,6 @@ def _sampling(parts: Parts) -> Iterator[Finding]:
         )
     elif style == "equal":
         yield Finding(f"{name} writes prompts of one length together, because {reason}")
-    else:
-        yield Finding(f"{name} writes prompts of all lengths together")
 
 
 def _determinism(parts: Parts) -> Iterator[Finding]:
