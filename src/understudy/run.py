@@ -236,7 +236,7 @@ def assemble(
         method=method,
         rollouts=collected,
         publish=publish,
-        several_teachers=bool(recipe.teachers),
+        several_teachers=bool(recipe.teachers) and not recipe.weights,
         optimizer=optimizer,
         settings=recipe.train,
         evaluation=recipe.eval,

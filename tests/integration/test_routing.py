@@ -16,7 +16,7 @@ from understudy.errors import CheckpointError, RecipeError, ScoreError
 from understudy.linear.head import LMHead
 from understudy.packing import attach_scores, pack
 from understudy.teachers import LocalTeacher, Teacher
-from understudy.teachers.router import RoutedTeacher, check_names
+from understudy.teachers.router import RoutedTeacher, WeightedTeacher, check_names
 from understudy.types import Need, Prompt, Sample, Scores
 
 SAMPLED: frozenset[Need] = frozenset({"sampled"})
@@ -186,3 +186,36 @@ def test_all_are_closed_though_one_raises() -> None:
     with pytest.raises(OSError, match="no connection"):
         routed.close()
     assert all(teacher.closed for teacher in teachers.values())
+
+
+def said(teacher: Teacher, samples: Sequence[Sample]) -> list[Tensor]:
+    return [present for one in teacher.score(samples, SAMPLED) if (present := one.logprob) is not None]
+
+
+def test_weighted_teachers_are_the_mixture_of_their_probabilities() -> None:
+    samples = [named("x", None), named("y", "b", 5)]
+    one, other = Constant("a", -1.0), Constant("b", -3.0)
+    both = WeightedTeacher({"a": one, "b": other}, {"a": 3.0, "b": 1.0})  # type: ignore[dict-item]
+    expected = torch.tensor([0.75 * torch.tensor(-1.0).exp() + 0.25 * torch.tensor(-3.0).exp()]).log()
+    for numbers, given in zip(said(both, samples), samples, strict=True):
+        torch.testing.assert_close(numbers, expected.expand(given.num_response_tokens))
+    # a weight of 1 beside 0 is the one teacher, and the other is not asked
+    other.asked.clear()
+    alone = WeightedTeacher({"a": one, "b": other}, {"a": 1.0, "b": 0.0})  # type: ignore[dict-item]
+    for numbers in said(alone, samples):
+        assert torch.equal(numbers, torch.full_like(numbers, -1.0))
+    assert not other.asked
+    # equal teachers are one
+    same = WeightedTeacher({"a": one, "b": Constant("b", -1.0)}, {"a": 0.3, "b": 0.7})  # type: ignore[dict-item]
+    for numbers in said(same, samples):
+        torch.testing.assert_close(numbers, torch.full_like(numbers, -1.0))
+    assert len({both.fingerprint, alone.fingerprint, RoutedTeacher({"a": one, "b": other}).fingerprint}) == 3  # type: ignore[dict-item]
+
+
+def test_weighted_teachers_refuse_what_they_cannot_mix() -> None:
+    teachers: Any = {"a": Constant("a", -1.0), "b": Constant("b", -1.0)}
+    for weights in ({"a": 1.0}, {"a": 1.0, "b": -1.0}, {"a": 0.0, "b": 0.0}):
+        with pytest.raises(ValueError, match="weights are"):
+            WeightedTeacher(teachers, weights)
+    with pytest.raises(ScoreError, match="sampled tokens alone"):
+        WeightedTeacher(teachers, {"a": 1.0, "b": 1.0}).score([named("x", None)], frozenset({"full"}))

@@ -85,6 +85,23 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[list[MicroBatch]]:
     return seen
 
 
+@pytest.mark.parametrize("shares", [{"short": 1.0, "long": 0.0}, {"short": 0.4, "long": 0.6}], ids=["one", "equal"])
+def test_a_weight_of_one_and_equal_teachers_are_the_one_teacher(tmp_path: Path, shares: dict[str, float]) -> None:
+    """Every sample of every part is scored by all; the run is that with the first teacher alone."""
+    changes = mixed(tmp_path, "opd")
+    if all(shares.values()):
+        changes["teachers"]["long"] = changes["teachers"]["short"]
+    first = changes["teachers"]["short"]
+    mixture = train(tmp_path / "mixture", **changes, weights=shares)
+    alone = train(tmp_path / "alone", **(changes | {"teachers": {}, "teacher": first}))
+    for row, like in zip(metric_rows(mixture), metric_rows(alone), strict=True):
+        # a mixture knows no entropy; what it does not know is left out
+        assert row.keys() == like.keys() - {"teacher_entropy"}
+        assert row["loss"] == pytest.approx(like["loss"], rel=1e-4, abs=1e-6)
+    for name, value in weights(mixture).items():
+        torch.testing.assert_close(weights(alone)[name], value, rtol=0, atol=5e-5)
+
+
 def without_scores(scores: Scores) -> Scores:
     return replace(scores, logprob=torch.full_like(present(scores.logprob), float("nan")))
 

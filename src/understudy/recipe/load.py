@@ -33,7 +33,17 @@ from understudy.models import (
 from understudy.recipe.schema import Recipe
 from understudy.tasks import Intake, Split, Task
 from understudy.tasks.renderer import Renderer
-from understudy.teachers import Judge, Responder, RoutedTeacher, Setup, Source, Start, Teacher, TeacherSection
+from understudy.teachers import (
+    Judge,
+    Responder,
+    RoutedTeacher,
+    Setup,
+    Source,
+    Start,
+    Teacher,
+    TeacherSection,
+    WeightedTeacher,
+)
 from understudy.teachers.rendering import OwnRendering
 from understudy.teachers.stores.responses import ResponseSetup, ResponseStore, open_responses
 from understudy.trainer.collect import TOKEN_SCORES
@@ -344,8 +354,13 @@ def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
         stack.pop_all()
     reference = opened.pop("reference", None)
     scorers = {name: one for name, one in opened.items() if not recipe.all_teachers[name].says_digits}
+    teacher: Teacher | None = next(iter(scorers.values()), None)
+    if recipe.weights:
+        teacher = WeightedTeacher(scorers, recipe.weights)
+    elif recipe.teachers:
+        teacher = RoutedTeacher(scorers)
     return Teachers(
-        teacher=RoutedTeacher(scorers) if recipe.teachers else next(iter(scorers.values()), None),
+        teacher=teacher,
         judge=next((one for name, one in opened.items() if name not in scorers), None),
         reference=reference,
         responder=opened["teacher"]

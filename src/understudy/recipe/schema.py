@@ -125,6 +125,8 @@ class Recipe:
     teacher: TeacherSection | None = config.choice(TEACHERS, optional=True)
     teachers: Mapping[str, TeacherSection] = config.choices(TEACHERS)
     """In place of `teacher`: several, by the names that the task's prompts have for them."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each of `teachers`: every sample is scored by all of them, and prompts name none."""
     reference: TeacherSection | None = config.choice(REFERENCES, optional=True)
     """None: the student's start, where the method asks for a reference."""
     responses: ResponseSection | None = config.choice(RESPONSES, optional=True)
@@ -239,6 +241,18 @@ def _teachers_give_what_is_asked(recipe: Recipe) -> None:
     by_teacher = recipe.responses is not None and recipe.responses.by_teacher
     if not asked and teachers and not rejects and not by_teacher:
         raise ValueError(f"the method {name} asks no teacher; remove the section teachers")
+    if recipe.weights:
+        if recipe.weights.keys() != recipe.teachers.keys():
+            raise ValueError(
+                f"weights are for {sorted(recipe.weights)}, but the teachers are {sorted(recipe.teachers)}; give each a weight"
+            )
+        if min(recipe.weights.values()) < 0 or not any(recipe.weights.values()):
+            raise ValueError("weights must be at least 0, and one of them above 0")
+        if asked != {"sampled"}:
+            raise ValueError(
+                f"weights mix the scores of sampled tokens, but the method {name} asks for {', '.join(sorted(asked))}; "
+                "choose a method such as opd, or remove weights and have each prompt name its teacher"
+            )
     if recipe.teachers and any(section.alone for section in teachers.values()):
         raise ValueError("several teachers score tokens; a judge (verbal, chat) or a stored teacher stands alone")
     for label, section in teachers.items():

@@ -9,7 +9,7 @@ from understudy.teachers.local import REFERENCES, Local, LocalTeacher, Start
 from understudy.teachers.privileged import Privileged
 from understudy.teachers.remote.http import Http
 from understudy.teachers.remote.served import Served
-from understudy.teachers.router import RoutedTeacher, check_names
+from understudy.teachers.router import RoutedTeacher, WeightedTeacher, check_names
 from understudy.teachers.stores.recording import Stored
 
 TEACHERS: dict[str, type[TeacherSection]] = {
@@ -37,5 +37,6 @@ __all__ = [
     "Start",
     "Teacher",
     "TeacherSection",
+    "WeightedTeacher",
     "check_names",
 ]

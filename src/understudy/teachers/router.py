@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from difflib import get_close_matches
 
 from understudy.errors import CheckpointError, RecipeError, ScoreError
-from understudy.lazy import Tensor, nn
+from understudy.lazy import Tensor, nn, torch
 from understudy.linear.head import LMHead
 from understudy.teachers.base import Teacher, hash_facts
 from understudy.types import Need, Prompt, Sample, Scores
@@ -113,3 +115,51 @@ class RoutedTeacher(Teacher):
             parts[name][rest] = value
         for name, teacher in self._teachers.items():
             teacher.load_state(parts[name])
+
+
+class WeightedTeacher(RoutedTeacher):
+    """Every sample is scored by all teachers: `T(y) = sum_i w_i T_i(y)`, the weights divided by their sum.
+
+    A mixture of the tokens' probabilities given the sampled prefix. A teacher of weight 0 is not asked.
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher], weights: Mapping[str, float]) -> None:
+        """Raises ValueError unless every teacher has a weight of at least 0, and one has more."""
+        super().__init__(teachers)
+        if weights.keys() != teachers.keys() or min(weights.values()) < 0 or not any(weights.values()):
+            raise ValueError(
+                f"weights are {dict(weights)}; give each of {', '.join(teachers)} one of at least 0, and one of them more"
+            )
+        self._weights = dict(weights)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the teachers' and their weights."""
+        return hash_facts([super().fingerprint, *sorted(self._weights.items())])
+
+    def head_for(self, name: str | None) -> None:
+        """None: a mixture has no one head."""
+
+    def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
+        """Raises ScoreError for more than the sampled tokens' scores."""
+        if need != {"sampled"}:
+            raise ScoreError(
+                f"weighted teachers give the scores of sampled tokens alone, not {', '.join(sorted(need))}"
+            )
+        total = sum(self._weights.values())
+        parts: list[list[Tensor]] = [[] for _ in samples]
+        for name, weight in self._weights.items():
+            if weight == 0:
+                continue
+            named = [replace(sample, teacher=name) for sample in samples]
+            for part, sample, one in zip(parts, samples, super().score(named, need), strict=True):
+                if one.logprob is None or not torch.equal(one.token_ids, sample.response_ids):
+                    raise ScoreError(f"teacher {name!r} scored other tokens than those of sample {sample.key}")
+                part.append(one.logprob + math.log(weight / total))
+        return [
+            Scores(sample.response_ids, logprob=torch.stack(part).logsumexp(0))
+            for sample, part in zip(samples, parts, strict=True)
+        ]
+
+    def uncached(self) -> WeightedTeacher:
+        return WeightedTeacher({name: one.uncached() for name, one in self.members().items()}, self._weights)

@@ -180,7 +180,7 @@ def _teachers(files: Files) -> tuple[Finding, ...]:
     Raises RecipeError for a prompt that names no teacher; of data that may not be read, the recipe has to say one.
     """
     recipe, task = files.recipe, files.recipe.task
-    if not files.training:
+    if not files.training or recipe.weights:
         return ()
     if recipe.teachers and files.may_read(task):
         check_names(islice(task.prompts("train"), NUM_CHECKED_PROMPTS), recipe.teachers)
@@ -216,7 +216,7 @@ def _facts(files: Files, name: str, section: TeacherSection) -> RunFacts:
 
     def is_asked(place: str, part: Task) -> bool:
         """Whether samples of the part go to this teacher. False where only data that may not be read could say."""
-        if not recipe.teachers:
+        if not recipe.teachers or recipe.weights:
             return True
         if "teacher" not in part.carries:
             return place == f"task.parts.{name}"
