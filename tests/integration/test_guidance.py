@@ -95,9 +95,12 @@ def test_the_prefix_shrinks_with_the_cosine(tmp_path: Path, kind: str, updates: 
     assert [row["on_policy"] for row in rows] == [1.0] * 6
 
 
-def test_prefixes_are_imitated_and_the_rest_is_not(tmp_path: Path, updates: list[list[MicroBatch]]) -> None:
-    """Term "prefix": `-log S` on the teacher's tokens alone, guidance its weight, over all trained tokens."""
-    changes = guided(tmp_path, method={"guidance": 0.5}, train={"steps": 1, "lr": 0.0})
+@pytest.mark.parametrize("denominator", ["separate", "joint"])
+def test_prefixes_are_imitated_and_the_rest_is_not(
+    denominator: str, tmp_path: Path, updates: list[list[MicroBatch]]
+) -> None:
+    """Term "prefix": `-log S` on the teacher's tokens alone, guidance its weight, over these tokens or all trained ones."""
+    changes = guided(tmp_path, method={"guidance": 0.5, "denominator": denominator}, train={"steps": 1, "lr": 0.0})
     row = metric_rows(train(tmp_path, **changes))[0]
     count = own = 0
     for micro in updates[0]:
@@ -107,12 +110,13 @@ def test_prefixes_are_imitated_and_the_rest_is_not(tmp_path: Path, updates: list
         assert batch.uniform is not None
         assert batch.uniform.unique().numel() == len(batch)
         assert int((~batch.on_policy).sum()) == sum(map(given, micro.samples))
-    without = guided(tmp_path, method={"guidance": 0.0}, train={"steps": 1, "lr": 0.0})
+    without = guided(tmp_path, method={"guidance": 0.0, "denominator": denominator}, train={"steps": 1, "lr": 0.0})
     other = metric_rows(train(tmp_path / "without", **without))[0]
     # the metric is the mean over its own tokens
     assert row["loss/prefix"] == pytest.approx(other["loss/prefix"], rel=1e-6)
     assert row["loss/prefix"] == pytest.approx(math.log(17), rel=0.05)
-    assert row["loss"] - other["loss"] == pytest.approx(0.5 * row["loss/prefix"] * (count - own) / count, rel=1e-3)
+    share = (count - own) / count if denominator == "joint" else 1.0
+    assert row["loss"] - other["loss"] == pytest.approx(0.5 * row["loss/prefix"] * share, rel=1e-3)
 
 
 def test_saved_samples_say_who_wrote_each_token(tmp_path: Path) -> None:

@@ -225,6 +225,16 @@ def each(loss: Callable[[Row], Tensor], kind: str = "token", constant: int = 1) 
     return lambda rows: mean([loss(row) for row in rows], rows, kind, constant)
 
 
+def apart(loss: Callable[[Row], Tensor], kind: str = "token") -> Formula:
+    """A mean over the tokens that the student wrote plus one over the others."""
+
+    def total(rows: list[Row]) -> Tensor:
+        parts = [[row for row in rows if row.own], [row for row in rows if not row.own]]
+        return torch.stack([mean([loss(row) for row in part], part, kind, 1) for part in parts]).sum()
+
+    return total
+
+
 def own(loss: Callable[[Row], Tensor]) -> Callable[[Row], Tensor]:
     """What concerns the student's own choices: tokens of others give nothing, and count in the mean."""
     return lambda row: loss(row) if row.own else ZERO
@@ -279,7 +289,7 @@ def top_k(k: int, direction: str, support: str, tail: str) -> Callable[[Row], Te
     return loss
 
 
-def reopold(floor: float, phase: str, share: float = 0.2) -> Formula:
+def reopold(floor: float, phase: str, share: float = 0.2, kind: str = "token") -> Formula:
     def loss(rows: list[Row]) -> Tensor:
         num_trained, rows = len(rows), [row for row in rows if row.own]
         kept = rows
@@ -289,9 +299,8 @@ def reopold(floor: float, phase: str, share: float = 0.2) -> Formula:
             kept = sorted(rows, key=lambda row: -row.entropy)[: math.ceil(share * len(rows))]
         if not kept:
             return ZERO
-        return torch.stack([row.gradient(max(row.d, floor)) for row in kept]).sum() / (
-            num_trained if phase == "clip" else len(kept)
-        )
+        values = [row.gradient(max(row.d, floor)) for row in kept]
+        return torch.stack(values).sum() / num_trained if phase == "clip" else mean(values, kept, kind)
 
     return loss
 
@@ -371,6 +380,15 @@ def kdrl(beta: float, *, skip: bool) -> Callable[[Row], Tensor]:
     return own(loss)
 
 
+def aopd_in_a_region(row: Row) -> Tensor:
+    """TrOPD with AOPD: the forward KL where either gives it."""
+    if not row.own:
+        return ZERO
+    gated = row.q[row.y] - math.exp(row.old) <= -0.1
+    outlier = row.u >= min(row.ratio_to_teacher, 1.0)
+    return top_k(3, "forward", "teacher", "none")(row) if gated or outlier else row.gradient(row.d)
+
+
 MIXTURE, ODDS = math.log(0.3) / 0.7, math.log(0.3 / 0.7)
 CASES: dict[str, tuple[Method, Formula]] = {
     "opd": (OPD(), each(own(lambda row: row.gradient(row.d)))),
@@ -393,19 +411,53 @@ CASES: dict[str, tuple[Method, Formula]] = {
     "reopold nothing kept": (REOPOLD(switch_step=1, floor=50.0), reopold(50.0, "exploration")),
     "reopold refinement": (REOPOLD(switch_step=0), reopold(MIXTURE, "refinement")),
     "reopold refinement half": (REOPOLD(switch_step=0, floor=-0.2, top_share=0.5), reopold(-0.2, "refinement", 0.5)),
+    "reopold exploration sequence": (
+        REOPOLD(switch_step=1, reduce="sequence"),
+        reopold(MIXTURE, "exploration", kind="sequence"),
+    ),
+    "reopold refinement sequence": (
+        REOPOLD(switch_step=0, floor=-0.2, top_share=0.5, reduce="sequence"),
+        reopold(-0.2, "refinement", 0.5, "sequence"),
+    ),
     "reopold clip": (REOPOLD(phases=False, floor=-0.3), reopold(-0.3, "clip")),
     "tropd also positive": (
         TrOPD(k=3, also_positive=True, outlier="mask", guidance=0.0),
-        each(tropd(3, "bernoulli", "mask", also_positive=True)),
+        apart(tropd(3, "bernoulli", "mask", also_positive=True)),
     ),
     "tropd also positive ratio": (
         TrOPD(k=3, also_positive=True, outlier="clip", floor=-0.7, region="ratio", threshold=0.4, guidance=0.0),
-        each(tropd(3, "ratio", "clip", threshold=0.4, also_positive=True)),
+        apart(tropd(3, "ratio", "clip", threshold=0.4, also_positive=True)),
     ),
-    "tropd bucket": (TrOPD(k=2, tail="bucket", guidance=0.0), each(tropd(2, "bernoulli", "forward_kl", tail="bucket"))),
+    "tropd and aopd": (
+        TrOPD(k=3, also_positive=True, positive_threshold=-0.1, guidance=0.0),
+        apart(aopd_in_a_region),
+    ),
+    "tropd joint": (
+        TrOPD(k=3, guidance=0.3, denominator="joint"),
+        each(tropd(3, "bernoulli", "forward_kl", guidance=0.3)),
+    ),
+    "tropd joint sequence": (
+        TrOPD(k=3, guidance=0.3, denominator="joint", reduce="sequence"),
+        each(tropd(3, "bernoulli", "forward_kl", guidance=0.3), "sequence"),
+    ),
+    "tropd sequence": (
+        TrOPD(k=3, guidance=0.3, reduce="sequence"),
+        apart(tropd(3, "bernoulli", "forward_kl", guidance=0.3), "sequence"),
+    ),
+    "tropd clip sequence": (
+        TrOPD(outlier="clip", floor=-0.7, guidance=0.3, reduce="sequence"),
+        apart(tropd(3, "bernoulli", "clip", guidance=0.3), "sequence"),
+    ),
+    "eopd sequence": (EOPD(k=2, threshold=1.2, coef=0.5, reduce="sequence"), each(eopd(2, 1.2, 0.5, 0.2), "sequence")),
+    "gkd sequence": (GKD(beta=0.3, reduce="sequence"), each(generalised_js(0.3), "sequence")),
+    "topk sequence": (TopK(k=2, reduce="sequence"), each(top_k(2, "forward", "teacher", "bucket"), "sequence")),
+    "tropd bucket": (
+        TrOPD(k=2, tail="bucket", guidance=0.0),
+        apart(tropd(2, "bernoulli", "forward_kl", tail="bucket")),
+    ),
     "tropd bucket folded": (
         TrOPD(k=2, tail="bucket", outlier="scalar", guidance=0.0),
-        each(tropd(2, "bernoulli", "scalar", tail="bucket")),
+        apart(tropd(2, "bernoulli", "scalar", tail="bucket")),
     ),
     "topd": (TOPD(), each(own(lambda row: row.gradient(topd(row.d, 0.2))))),
     "topd sequence": (
@@ -457,7 +509,7 @@ for region, threshold in (("bernoulli", 1.0), ("ratio", 1.0), ("ratio", 0.4)):
         for k in (2, V):
             CASES[f"tropd {region} {threshold} {outlier} {k}"] = (
                 TrOPD(k=k, region=region, threshold=threshold, outlier=outlier, floor=-0.7, guidance=0.3),
-                each(tropd(k, region, outlier, threshold=threshold, guidance=0.3)),
+                apart(tropd(k, region, outlier, threshold=threshold, guidance=0.3)),
             )
 for direction in ("forward", "reverse"):
     for support in ("teacher", "student"):

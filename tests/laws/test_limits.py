@@ -56,15 +56,25 @@ EVERYWHERE: dict[str, tuple[Method, Method]] = {
     "aopd that gates nothing is opd, by samples": (AOPD(k=3, threshold=-1.0), OPD(reduce="sequence")),
     "topd with nothing but the teacher is opd": (TOPD(mix=1.0), OPD()),
     "reopold without floor or phases is opd": (REOPOLD(phases=False, floor=-float("inf")), OPD()),
-    "a region without a bound is opd": (TrOPD(k=3, region="ratio", threshold=0.0, guidance=0.0), OPD()),
-    "outliers clipped at no floor are opd": (TrOPD(outlier="clip", floor=-float("inf"), guidance=0.0), OPD()),
+    "a region without a bound is opd": (
+        TrOPD(k=3, region="ratio", threshold=0.0, guidance=0.0, denominator="joint"),
+        OPD(),
+    ),
+    "outliers clipped at no floor are opd": (
+        TrOPD(outlier="clip", floor=-float("inf"), guidance=0.0, denominator="joint"),
+        OPD(),
+    ),
     "tropd on positive tokens is aopd": (
-        TrOPD(k=3, also_positive=True, guidance=0.0),
+        TrOPD(k=3, also_positive=True, guidance=0.0, denominator="joint"),
         AOPD(k=3, threshold=0.0, reduce="token"),
     ),
     "a hard region at 1 is aopd": (
-        TrOPD(k=3, region="ratio", guidance=0.0),
+        TrOPD(k=3, region="ratio", guidance=0.0, denominator="joint"),
         AOPD(k=3, threshold=0.0, reduce="token"),
+    ),
+    "the hybrid without a gate is tropd": (
+        TrOPD(k=3, also_positive=True, positive_threshold=-1.0),
+        TrOPD(k=3),
     ),
     "the floor's number is its formula": (
         REOPOLD(phases=False, floor=-1.7199611490370513),
@@ -98,6 +108,7 @@ WHERE_ALL_IS_OWN: dict[str, tuple[Method, Method]] = {
         REOPOLD(switch_step=0, top_share=1.0, floor=-0.4),
         REOPOLD(phases=False, floor=-0.4),
     ),
+    "without prefixes there is one denominator": (TrOPD(k=3), TrOPD(k=3, denominator="joint")),
     "guidance without prefixes is nothing": (TrOPD(k=3, guidance=7.0), TrOPD(k=3, guidance=0.0)),
     "ovd without reference is grpo": (OVD(kl_coef=0.0), GRPO()),
     "ovd is grpo": (OVD(kl_coef=0.3), GRPO(kl_coef=0.3)),
@@ -158,7 +169,7 @@ def test_a_draw_of_0_trusts_everything(outlier: str) -> None:
     """Law 4: then the treatment of outliers is never asked."""
     for world in GUIDED:
         sure = changed(world, uniform=torch.zeros_like(world.batch.uniform))
-        same(sure.evaluate(TrOPD(k=3, outlier=outlier, guidance=0.0)), world.evaluate(OPD()))  # type: ignore[arg-type]
+        same(sure.evaluate(TrOPD(k=3, outlier=outlier, guidance=0.0, denominator="joint")), world.evaluate(OPD()))  # type: ignore[arg-type]
 
 
 def test_a_draw_of_almost_1_rejects_whatever_the_teacher_likes_less() -> None:
@@ -178,7 +189,11 @@ def test_tropd_that_masks_outliers_is_opd_on_what_it_trusts() -> None:
     kept = world.batch.mask & (~world.batch.on_policy | (world.batch.uniform < ratio))
     share = int(kept.sum()) / int(world.batch.mask.sum())
     assert share < 1
-    same(world.evaluate(TrOPD(outlier="mask", guidance=0.0)), changed(world, mask=kept).evaluate(OPD()), share)
+    same(
+        world.evaluate(TrOPD(outlier="mask", guidance=0.0, denominator="joint")),
+        changed(world, mask=kept).evaluate(OPD()),
+        share,
+    )
 
 
 def test_only_prefixes_leave_imitation() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from understudy.engines.requests import cut_prefix
 from understudy.errors import ScoreError
 from understudy.linear import Evaluation, LMHead, evaluate
+from understudy.losses import advantages
 from understudy.methods import AOPD, GOPD, KDRL, OPD, REOPOLD, TOPD, Phases, TrOPD
 from understudy.methods.base import Method
 from understudy.types import TokenBatch
@@ -159,7 +160,9 @@ def test_the_metrics_leave_out_what_the_student_did_not_write() -> None:
     batch, z, zt = visits(student, teacher, torch.arange(V))
     own = torch.tensor([True, True, False, False, True])
     for name in ("trusted", "total_variation"):
-        mixed = judge(TrOPD(outlier="mask"), (replace(batch, on_policy=own), z, zt))[0].metrics[name]
+        mixed = judge(TrOPD(outlier="mask", denominator="joint"), (replace(batch, on_policy=own), z, zt))[0].metrics[
+            name
+        ]
         alone = judge(TrOPD(outlier="mask"), (batch.rows(own), z[own], zt[own]))[0].metrics[name]
         assert (mixed.count, mixed.total) == (3, pytest.approx(alone.total))
 
@@ -308,6 +311,59 @@ def test_a_token_that_the_teacher_excludes_is_no_hole(method: Method) -> None:
     found, gradient = judge(method, (batch, z, zt))
     assert found.loss.isfinite()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("outlier", OUTLIERS)
+def test_prefixes_do_not_dilute_the_students_part(outlier: str) -> None:
+    """Own gradient beside 0, 3 and 12 prefix tokens: one and the same, where a joint mean has n / (n + m) of it."""
+    student, teacher, _ = logits(2)
+
+    def gradient(num_prefix: int, denominator: str) -> Tensor:
+        target = torch.arange(V).repeat(1 + num_prefix)[: V + num_prefix]
+        batch, z, zt = visits(student, teacher, target)
+        batch = replace(batch, on_policy=torch.arange(len(target)) < V)
+        method = TrOPD(k=3, outlier=outlier, denominator=denominator)  # type: ignore[arg-type]
+        top = zt.log_softmax(-1).topk(3)
+        batch = replace(batch, topk_ids=top.indices, topk_logprob=top.values)
+        z = z.clone().requires_grad_()
+        eye = LMHead(torch.eye(V, dtype=z.dtype))
+        evaluate(method, batch, z, eye).loss.backward()
+        assert z.grad is not None
+        return z.grad[:V]
+
+    alone = gradient(0, "separate")
+    assert alone.abs().max() > 1e-3
+    for num_prefix in (3, 12):
+        torch.testing.assert_close(gradient(num_prefix, "separate"), alone, rtol=1e-12, atol=1e-15)
+        diluted = alone * V / (V + num_prefix)
+        torch.testing.assert_close(gradient(num_prefix, "joint"), diluted, rtol=1e-12, atol=1e-15)
+
+
+def test_both_thresholds_of_the_hybrid_count() -> None:
+    """At tau = 0 the outliers lie inside of AOPD's gate, so the union is the gate; between -1 and 0 neither holds the other."""
+    for seed in range(20):
+        student, teacher, _ = logits(seed)
+        z, zt = (row.log_softmax(-1) for row in (student, teacher))
+        outlier = zt < z - 1.0
+        assert not (outlier & ~advantages.gate(zt, z, 0.0)).any()
+    below = torch.tensor([0.5, 0.001]).double().log(), torch.tensor([0.3, 0.0001]).double().log()
+    gated = advantages.gate(below[1], below[0], -0.1)
+    assert gated.tolist() == [True, False]
+    assert (advantages.acceptance(below[1], below[0]) > 0.5).tolist() == [True, False]
+
+
+def test_a_maximum_length_is_the_same_for_every_response() -> None:
+    """`prefix: length`: 1,000 tokens under a budget of 8,192, step 150 of 200: c = 0.146, so 146 tokens or 999."""
+    share = TrOPD(anneal_steps=200).plan(150).prefix_share
+    response = torch.arange(1000)
+    cuts = [cut_prefix(response, share, max_new_tokens=8192, of=of) for of in ("share", "length")]  # type: ignore[arg-type]
+    assert [0 if cut is None else len(cut) for cut in cuts] == [146, 999]
+    plan = TrOPD(prefix="length").plan(0)
+    assert (plan.prefix, plan.prefix_share) == ("length", 1.0)
+    late = TrOPD(anneal_steps=200).plan(190).prefix_share
+    lengths = [cut_prefix(torch.arange(n), late, max_new_tokens=8192, of="length") for n in (2, 30, 1000, 9000)]
+    assert [0 if cut is None else len(cut) for cut in lengths] == [1, 29, 50, 50]
+    assert cut_prefix(response, 0.0, max_new_tokens=8192, of="length") is None
 
 
 def test_prefixes_fade_out() -> None:

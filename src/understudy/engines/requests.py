@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from understudy.errors import DataError, RecipeError
 from understudy.lazy import Tensor, torch
 from understudy.types import Author, Finish, Request, Sample
 
 
-def cut_prefix(response_ids: Tensor, share: float, *, max_new_tokens: int) -> Tensor | None:
+def cut_prefix(
+    response_ids: Tensor, share: float, *, max_new_tokens: int, of: Literal["share", "length"] = "share"
+) -> Tensor | None:
     """The first l = min(floor(share * L), L - 1) tokens, L = min(len(response_ids), max_new_tokens); None where l = 0.
+
+    `of="length"`: l = min(floor(share * max_new_tokens), L - 1), a maximum length that is the same for every response.
 
     The response ends with its EOS, which is never part of the prefix: at least one token is left to the student. A cut falls
     between two tokens of the student's tokenizer, so a character of several byte-level tokens may be cut in two; the student
@@ -22,7 +26,7 @@ def cut_prefix(response_ids: Tensor, share: float, *, max_new_tokens: int) -> Te
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share is {share}; it must lie in [0, 1]")
     length = min(response_ids.numel(), max_new_tokens)
-    num_given = min(math.floor(share * length), length - 1)
+    num_given = min(math.floor(share * (length if of == "share" else max_new_tokens)), length - 1)
     return response_ids[:num_given] if num_given > 0 else None
 
 
@@ -32,9 +36,11 @@ def guided_requests(
     share: float,
     *,
     max_new_tokens: int,
+    of: Literal["share", "length"] = "share",
     offset: int = 0,
 ) -> list[Request]:
-    """The requests, in order, each with the start of its response as prefix; no prefix where there is no response or l = 0.
+    """The requests, in order, each with the start of its response as prefix (`cut_prefix`); without one where there is no
+    response or l = 0.
 
     `offset` is added to the index. Where guided samples stand beside on-policy ones it is larger than every index of the
     step, on all ranks, so that no two share a name and with it their draws; 0 where they replace them.
@@ -43,7 +49,7 @@ def guided_requests(
         replace(
             request,
             index=request.index + offset,
-            prefix_ids=None if response is None else cut_prefix(response, share, max_new_tokens=max_new_tokens),
+            prefix_ids=None if response is None else cut_prefix(response, share, max_new_tokens=max_new_tokens, of=of),
         )
         for request, response in zip(requests, responses, strict=True)
     ]

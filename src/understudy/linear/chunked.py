@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 from understudy.lazy import Tensor, no_grad, torch
 from understudy.linear import rows as row_math
@@ -28,7 +28,7 @@ from understudy.linear.plan import (
     floor_scores,
     weighted_loss,
 )
-from understudy.losses.terms import Reduce, Term
+from understudy.losses.terms import Over, Reduce, Term
 from understudy.types import TokenBatch, fill
 
 CHUNK_ELEMENTS = 256 * 152_064
@@ -103,13 +103,13 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.tally = Tally()
+        self._shares: dict[tuple[Reduce, Over], Tensor] = {}
 
     def run(self, hidden: Tensor, gradients: Gradients) -> Tensor:
         """The loss; fills `gradients`."""
         dtype = compute_dtype(hidden)
         index = self.trained.index
         whole = self._batch_terms(hidden) if self.method.scope == "batch" else None
-        token_shares = {kind: self.trained.share(kind, "") for kind in get_args(Reduce)} if whole is None else {}
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         buffers = row_math.Buffers(min(self.chunk, len(index)), self.head.num_tokens, dtype, hidden.device)
         for part in parts(len(index), self.chunk):
@@ -123,7 +123,7 @@ class _Job:
                     terms = [(cut_term(term, part), share[part]) for term, share in whole]
                 else:
                     found = self.method.terms(floor_scores(judged, self.method.min_log_ratio), self.step)
-                    terms = [(term, _token_share(term, token_shares)[part]) for term in found]
+                    terms = [(term, self._token_share(term)[part]) for term in found]
                 loss = weighted_loss(terms, leaves, judged, self.tally)
             total += loss.detach()
             if gradients.wanted and loss.requires_grad:
@@ -171,14 +171,16 @@ class _Job:
             batch = fill(batch, reference_logprob=self._score(*self.reference)[0])
         return self.trained.weigh(self.method.terms(floor_scores(batch, self.method.min_log_ratio), self.step))
 
+    def _token_share(self, term: Term) -> Tensor:
+        """Weight of every row in the term's mean, the same in each chunk. [N]."""
+        if term.per is not None:
+            raise ValueError(f"term {term.name!r} has a denominator of its own; its method needs scope 'batch'")
+        if (term.reduce, term.over) not in self._shares:
+            self._shares[term.reduce, term.over] = self.trained.share(term)
+        return self._shares[term.reduce, term.over]
+
     def _score(self, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         return score(hidden[self.trained.index], head, self.trained.batch.target, chunk_tokens=self.chunk)
-
-
-def _token_share(term: Term, token_shares: Mapping[str, Tensor]) -> Tensor:
-    if term.per is not None:
-        raise ValueError(f"term {term.name!r} has a denominator of its own; its method needs scope 'batch'")
-    return token_shares[term.reduce]
 
 
 @cache

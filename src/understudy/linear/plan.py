@@ -14,7 +14,7 @@ from understudy.errors import ScoreError
 from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead
 from understudy.losses.divergences import floor_excluded
-from understudy.losses.terms import Reads, Reduce, Rows, Term
+from understudy.losses.terms import Over, Reads, Rows, Term
 from understudy.types import EXCLUDED, Metric, TokenBatch, map_tensors
 
 FullTeacher = tuple[Tensor, LMHead]
@@ -44,11 +44,26 @@ class Evaluation:
 
 
 def count_denominators(batches: list[TokenBatch]) -> dict[str, float]:
-    """The denominators of a whole optimizer step: trained "tokens", and "sequences" that have any."""
-    return {
-        "tokens": float(sum(int(batch.mask.sum()) for batch in batches)),
-        "sequences": float(sum(num_distinct(batch.sequence[batch.mask]) for batch in batches)),
-    }
+    """The denominators of a whole optimizer step: trained "tokens", and "sequences" that have any; of those that the student
+    wrote "own_tokens" and "own_sequences", of the others "given_tokens" and "given_sequences"."""
+    counts = dict.fromkeys((f"{prefix}{unit}" for prefix in PREFIXES.values() for unit in UNITS), 0.0)
+    for batch in batches:
+        for over, prefix in PREFIXES.items():
+            names = batch.sequence[batch.mask & members_of(batch, over)]
+            counts[f"{prefix}tokens"] += len(names)
+            counts[f"{prefix}sequences"] += num_distinct(names)
+    return counts
+
+
+PREFIXES: Mapping[Over, str] = {"trained": "", "own": "own_", "given": "given_"}
+UNITS = ("tokens", "sequences")
+
+
+def members_of(batch: TokenBatch, over: Over) -> Tensor:
+    """Tokens of a batch that a mean is over, trained or not. [T] bool."""
+    if over == "trained":
+        return torch.ones_like(batch.mask)
+    return batch.on_policy if over == "own" else ~batch.on_policy
 
 
 def num_distinct(names: Tensor) -> int:
@@ -66,26 +81,35 @@ class Trained:
     """N rows."""
     counts: Mapping[str, float]
 
-    def share(self, reduce: Reduce, name: str, per: Tensor | None = None) -> Tensor:
-        """Weight of each row in the mean over `per` (None: all trained rows). [N] float64.
+    def share(self, term: Term) -> Tensor:
+        """Weight of each row in the term's mean. [N] float64. Where nothing is averaged over, every weight is 0.
 
-        `name` is the key of a term's own count. Where nothing is averaged over, every weight is 0.
+        `counts` of "tokens" and "sequences" alone do where the student wrote every token. Raises ValueError where it did not,
+        and the term's mean is over its own.
         """
-        members = torch.ones_like(self.batch.mask) if per is None else per
-        total = self.counts.get(name if per is not None else "tokens" if reduce == "token" else "sequences")
-        if reduce == "token":
+        members = members_of(self.batch, term.over) if term.per is None else term.per
+        unit = "tokens" if term.reduce == "token" else "sequences"
+        key = f"{PREFIXES[term.over]}{unit}" if term.per is None else term.name
+        total = self.counts.get(key)
+        if total is None and self.counts and term.per is None:
+            if not bool(self.batch.on_policy.all()):
+                raise ValueError(
+                    f"counts lacks {key!r}, over which term {term.name!r} is a mean: use count_denominators"
+                )
+            total = self.counts.get(unit)
+        if term.reduce == "token":
             total = float(members.sum()) if total is None else total
             return members.double() / total if total else members.double() * 0.0
         names, group = self.batch.sequence.unique(return_inverse=True)
         lengths = torch.zeros(names.numel(), dtype=torch.float64, device=group.device)
         lengths.index_add_(0, group, members.double())
         total = float((lengths > 0).sum()) if total is None else total
-        weight = torch.ones_like(lengths) if reduce == "constant" else 1.0 / lengths.clamp_min(1.0)
+        weight = torch.ones_like(lengths) if term.reduce == "constant" else 1.0 / lengths.clamp_min(1.0)
         return members.double() * weight[group] / total if total else members.double() * 0.0
 
     def weigh(self, terms: list[Term]) -> list[tuple[Term, Tensor]]:
         """Each term of a whole batch with the weight of its N rows."""
-        return [(term, self.share(term.reduce, term.name, term.per)) for term in terms]
+        return [(term, self.share(term)) for term in terms]
 
 
 def choose_trained(

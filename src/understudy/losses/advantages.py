@@ -50,6 +50,19 @@ def acceptance(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
     return torch.where(ratio >= -rounding(teacher_logprob, student_logprob), 0.0, ratio).exp()
 
 
+@no_grad
+def gate(teacher_logprob: Tensor, student_logprob: Tensor, threshold: float) -> Tensor:
+    """Tokens with `T(y_t) - S(y_t) <= threshold`; T and S that differ by no more than `rounding` are equal. [T] bool.
+
+    At `threshold=-1` there is none. Source: AOPD, arXiv 2605.06387.
+    """
+    # which side T = S falls on does not hang on the last bit
+    slack = rounding(teacher_logprob, student_logprob) * student_logprob.exp()
+    below = teacher_logprob.exp() - student_logprob.exp() <= threshold + slack
+    # no difference of two probabilities is below -1, but one of roundings may be
+    return below & (threshold > -1.0)
+
+
 def mixture_floor(mix: float, kind: Literal["mixture", "odds"]) -> float:
     """The least reward: `log(mix) / (1 - mix)`, or `log(mix / (1 - mix))`. Source: REOPOLD, arXiv 2603.11137."""
     return math.log(mix) / (1.0 - mix) if kind == "mixture" else math.log(mix / (1.0 - mix))

@@ -14,6 +14,7 @@ from understudy.lazy import Tensor, torch
 from understudy.losses.divergences import MIN_LOG_RATIO, Direction, Tail, floor_excluded, topk_divergence
 
 Reduce = Literal["token", "sequence", "constant"]
+Over = Literal["trained", "own", "given"]
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,9 @@ class ReferenceKL:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One summand of a method's loss: `coef * sum_t mask_t loss_t / (number of tokens in `per`)`.
+    """One summand of a method's loss: `coef * sum_t mask_t loss_t / (number of tokens that the mean is over)`.
 
-    With `reduce="sequence"` the mean is over the `per` tokens of each sample first, then over the samples that have any;
+    With `reduce="sequence"` the mean is over these tokens of each sample first, then over the samples that have any;
     with "constant" the sum over a sample's tokens is averaged over the samples.
     """
 
@@ -192,8 +193,10 @@ class Term:
     loss: Loss
     mask: Tensor | None = None
     """[T] bool, the tokens that take part; None: all trained ones."""
+    over: Over = "trained"
+    """The tokens that the mean is over: all trained ones, those that the student wrote, or the others."""
     per: Tensor | None = None
-    """[T] bool, the tokens that the mean is over; None: all trained ones."""
+    """[T] bool, in place of `over`, tokens that only the terms of a whole batch know."""
     coef: float = 1.0
     reduce: Reduce = "token"
     metrics: dict[str, Tensor] = field(default_factory=dict)

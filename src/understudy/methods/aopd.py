@@ -43,10 +43,7 @@ class AOPD(ClippedMethod):
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
         topk = present(batch.topk_logprob)
-        # which side T = S falls on does not hang on the last bit
-        slack = advantages.rounding(teacher, student) * student.exp()
-        # no difference of two probabilities is below -1, but one of roundings may be
-        gate = (teacher.exp() - student.exp() <= self.threshold + slack) & (self.threshold > -1.0)
+        gate = advantages.gate(teacher, student, self.threshold)
         shown = {"gated": only(gate.to(teacher.dtype), batch.on_policy)}
         coef = 1.0 / topk.shape[-1] if self.mean_over_k else 1.0
         forward = TopKDivergence(topk, "forward", self.tail, self.min_log_ratio)

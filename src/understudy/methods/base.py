@@ -10,12 +10,13 @@ from understudy.errors import check_range
 from understudy.lazy import Tensor, torch
 from understudy.losses import advantages
 from understudy.losses.divergences import MIN_LOG_RATIO
-from understudy.losses.terms import PolicyGradient, Reads, Reduce, Term
+from understudy.losses.terms import Over, PolicyGradient, Reads, Reduce, Term
 from understudy.types import EXCLUDED, Need, TokenBatch
 
 Scope = Literal["token", "batch"]
 OnReject = Literal["teacher", "drop", "resample"]
 RewardSource = Literal["outcome", "verbal"]
+Prefix = Literal["share", "length"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class RolloutPlan:
     on_policy_share: float = 1.0
     """Share of the samples that the student writes; the rest are the data's or the teacher's own responses."""
     prefix_share: float = 0.0
-    """Share of a teacher's response that guided samples begin with; 0: there are none."""
+    """Share of a teacher's response, or of the length budget, that guided samples begin with; 0: there are none."""
+    prefix: Prefix = "share"
+    """The quantity that `prefix_share` is a share of; "length": the budget, the same for every response."""
     guided: Literal["beside", "replace"] = "beside"
     """One guided sample per prompt beside the others, or in place of one of them."""
     rewards: Rewards | None = None
@@ -232,6 +235,7 @@ class PolicyMethod(ScoreMethod):
         baseline: bool = False,
         baseline_logp: Tensor | None = None,
         reduce: Reduce = "token",
+        over: Over = "trained",
         per: Tensor | None = None,
         metrics: dict[str, Tensor] | None = None,
     ) -> Term:
@@ -239,7 +243,8 @@ class PolicyMethod(ScoreMethod):
         old, weight = present(batch.student_logprob), self.weight(batch)
         shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
         loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight, baseline_logp, self.min_log_ratio)
-        return Term("policy_gradient", loss, mask=mask, per=per, reduce=reduce, metrics=shown | (metrics or {}))
+        shown |= metrics or {}
+        return Term("policy_gradient", loss, mask=mask, over=over, per=per, reduce=reduce, metrics=shown)
 
 
 @dataclass(frozen=True)

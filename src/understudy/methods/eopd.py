@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from understudy.lazy import torch
 from understudy.losses import advantages
-from understudy.losses.terms import Reads, Term, TopKDivergence
+from understudy.losses.terms import Reads, Reduce, Term, TopKDivergence
 from understudy.methods.base import ClippedMethod, NonNegative, PositiveInt, only, present
 from understudy.types import Need, TokenBatch
 
@@ -18,7 +18,7 @@ from understudy.types import Need, TokenBatch
 class EOPD(ClippedMethod):
     """OPD with a clip, plus `coef 1[H_T > threshold] sum_K T'(v)(log T'(v) - log S(v))`, T' renormalised on its top K.
 
-    Both parts are averaged over all trained tokens. A teacher that returns no entropy gives a lower bound of it from its
+    Both parts are means over all trained tokens. A teacher that returns no entropy gives a lower bound of it from its
     K probabilities; the metric `teacher_entropy_estimated` says so.
     """
 
@@ -28,6 +28,8 @@ class EOPD(ClippedMethod):
     """Nats."""
     coef: float = 1.0
     """Weight of the forward KL, the paper's alpha."""
+    reduce: Reduce = "token"
+    """Mean over all tokens, or over each sample's first and then over samples."""
     clip: NonNegative = field(default=0.2, kw_only=True)
 
     needs = frozenset[Need]({"sampled", "topk"})
@@ -47,6 +49,6 @@ class EOPD(ClippedMethod):
         }
         forward = TopKDivergence(topk.log_softmax(-1), "forward", "none")
         return [
-            self.policy_term(batch, ratio, batch.on_policy, metrics=shown),
-            Term("forward_kl", forward, mask=uncertain, coef=self.coef),
+            self.policy_term(batch, ratio, batch.on_policy, reduce=self.reduce, metrics=shown),
+            Term("forward_kl", forward, mask=uncertain, coef=self.coef, reduce=self.reduce),
         ]

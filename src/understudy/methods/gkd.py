@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from understudy.losses.terms import FullDivergence, Reads, Term
+from understudy.losses.terms import FullDivergence, Reads, Reduce, Term
 from understudy.methods.base import RolloutPlan, ScoreMethod, Share
 from understudy.types import Need, TokenBatch
 
 
 @dataclass(frozen=True)
 class GKD(ScoreMethod):
-    """Generalised Jensen-Shannon divergence of `beta`, mean over trained tokens; see `divergences.generalised_js`."""
+    """Generalised Jensen-Shannon divergence of `beta`; see `divergences.generalised_js`."""
 
     beta: Share = 1.0
     """0: forward `KL(T || S)`; 1: reverse `KL(S || T)`; between: interpolated."""
     on_policy_share: Share = 1.0
     """The paper's lambda: share of samples that the student writes; the rest are the data's responses."""
+    reduce: Reduce = "token"
+    """Mean over all tokens, or over each sample's first and then over samples."""
 
     needs = frozenset[Need]({"full"})
 
@@ -28,7 +30,7 @@ class GKD(ScoreMethod):
         return Reads(divergence=self.beta)
 
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
-        return [Term("divergence", FullDivergence())]
+        return [Term("divergence", FullDivergence(), reduce=self.reduce)]
 
     def plan(self, step: int) -> RolloutPlan:
         return RolloutPlan(on_policy_share=self.on_policy_share)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from understudy.losses import advantages
-from understudy.losses.terms import Term
+from understudy.losses.terms import Reduce, Term
 from understudy.methods.base import ClippedMethod, Method, Scope, Share, only, present
 from understudy.types import Need, TokenBatch
 
@@ -32,6 +32,8 @@ class REOPOLD(ClippedMethod):
     """First step of refinement; None: half of the run."""
     top_share: Share = 0.2
     """Share of a step's tokens that refinement keeps."""
+    reduce: Reduce = "token"
+    """Mean over all kept tokens, or over each sample's first and then over the samples that have any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +68,11 @@ class REOPOLD(ClippedMethod):
         floored = {"floored": only((ratio < floor).to(ratio.dtype), batch.on_policy)}
         reward = ratio.clamp_min(floor)
         if not self.phases:
-            return [self.policy_term(batch, reward, batch.on_policy, metrics=floored)]
+            return [self.policy_term(batch, reward, batch.on_policy, reduce=self.reduce, metrics=floored)]
         trained = batch.mask & batch.on_policy
         if self.explores(step):
             kept = trained & (ratio >= floor)
         else:
             kept = advantages.top_share(present(batch.student_entropy), trained, self.top_share)
         shown = floored | {"kept": only(kept.to(ratio.dtype), batch.on_policy)}
-        return [self.policy_term(batch, reward, kept, per=kept, metrics=shown)]
+        return [self.policy_term(batch, reward, kept, per=kept, reduce=self.reduce, metrics=shown)]

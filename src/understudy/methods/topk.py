@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from understudy.losses.divergences import Direction, Tail
-from understudy.losses.terms import Reads, Term, TopKDivergence
+from understudy.losses.terms import Reads, Reduce, Term, TopKDivergence
 from understudy.methods.base import PositiveInt, ScoreMethod, present
 from understudy.types import Need, TokenBatch
 
@@ -26,6 +26,8 @@ class TopK(ScoreMethod):
     """"student" needs a teacher that can score given tokens."""
     tail: Tail = "bucket"
     """Treatment of the other tokens: one bucket, none, or both sides renormalised on the K."""
+    reduce: Reduce = "token"
+    """Mean over all tokens, or over each sample's first and then over samples."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -37,4 +39,4 @@ class TopK(ScoreMethod):
 
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         loss = TopKDivergence(present(batch.topk_logprob), self.direction, self.tail, self.min_log_ratio)
-        return [Term("divergence", loss)]
+        return [Term("divergence", loss, reduce=self.reduce)]

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from understudy.losses import advantages
 from understudy.losses.divergences import Tail
 from understudy.losses.schedules import cosine_decay
-from understudy.losses.terms import NLL, FoldedTopK, Loss, Reads, Term, TopKDivergence
-from understudy.methods.base import ClippedMethod, NonNegative, PositiveInt, Range, RolloutPlan, only, present
+from understudy.losses.terms import NLL, FoldedTopK, Loss, Over, Reads, Reduce, Term, TopKDivergence
+from understudy.methods.base import ClippedMethod, NonNegative, PositiveInt, Prefix, Range, RolloutPlan, only, present
 from understudy.types import Need, TokenBatch
 
 
@@ -21,8 +21,9 @@ class TrOPD(ClippedMethod):
     """Trusted tokens take OPD's term; a token is trusted with probability `min(T(y_t)/S(y_t), 1)`. The others: `outlier`.
 
     Guided samples begin with the first `floor(c(step) L)` tokens of a teacher's response, c a cosine from 1 to 0 over
-    `anneal_steps`; these tokens are imitated, `guidance * -log S(y_t)`. Mean over all trained tokens. The expected share
-    of rejected tokens is the total variation distance of S and T (metric `total_variation`).
+    `anneal_steps`; these tokens are imitated, `guidance * -log S(y_t)`. The student's tokens and those of prefixes have a
+    mean each, unless `denominator` is "joint". The expected share of rejected tokens is the total variation distance of S
+    and T (metric `total_variation`).
     """
 
     k: PositiveInt = 64
@@ -41,11 +42,23 @@ class TrOPD(ClippedMethod):
     anneal_steps: Annotated[int, Range(0)] = 200
     """Steps over which prefixes fade out; 0: no guided samples."""
     also_positive: bool = False
-    """Open in the sources, TrOPD + AOPD: trusted tokens with `T(y_t) <= S(y_t)` take the forward KL too."""
+    """Open in the sources, TrOPD + AOPD: trusted tokens with `T(y_t) - S(y_t) <= positive_threshold` take the forward KL
+    too."""
     guided: Literal["beside", "replace"] = "beside"
     """Open in the sources: one guided sample a prompt beside the on-policy ones, or in place of one."""
     tail: Tail = "none"
     """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
+    positive_threshold: Annotated[float, Range(-1.0, 1.0)] = 0.0
+    """AOPD's tau under `also_positive`. At 0 every outlier is below it, which leaves AOPD with guidance; between -1 and 0
+    both choices count."""
+    denominator: Literal["separate", "joint"] = "separate"
+    """Open in the sources: a mean over the student's tokens plus a mean over those of prefixes, or one over all of them, in
+    which prefixes dilute the student's part."""
+    reduce: Reduce = "token"
+    """Mean over all tokens, or over each sample's first and then over samples."""
+    prefix: Prefix = "share"
+    """Open in the sources: prefixes are a share of each response, or end at an annealed maximum length, `c(step)` of the length
+    budget."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -64,7 +77,8 @@ class TrOPD(ClippedMethod):
         return Reads(topk="teacher", k=self.k, tail=self.tail == "bucket") if self._reads_topk else Reads()
 
     def plan(self, step: int) -> RolloutPlan:
-        return RolloutPlan(prefix_share=cosine_decay(step, self.anneal_steps), guided=self.guided)
+        share = cosine_decay(step, self.anneal_steps)
+        return RolloutPlan(prefix_share=share, prefix=self.prefix, guided=self.guided)
 
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
         teacher, student = present(batch.teacher_logprob), present(batch.student_logprob)
@@ -77,18 +91,23 @@ class TrOPD(ClippedMethod):
             "trusted": only(trusted.to(teacher.dtype), own),
             "total_variation": only(1.0 - accept, own),
         }
-        divergent = own & trusted & (ratio <= rounding) if self.also_positive else own & ~own
-        terms = [self.policy_term(batch, ratio, own & trusted & ~divergent, metrics=shown)]
+        gated = advantages.gate(teacher, student, self.positive_threshold if self.also_positive else -1.0)
+        divergent = own & trusted & gated
+        over: Over = "own" if self.denominator == "separate" else "trained"
+        terms = [
+            self.policy_term(batch, ratio, own & trusted & ~divergent, reduce=self.reduce, over=over, metrics=shown)
+        ]
         outliers = own & ~trusted
         if self.outlier == "forward_kl":
             divergent, outliers = divergent | outliers, own & ~own
         if self._reads_topk:
             forward = TopKDivergence(present(batch.topk_logprob), "forward", self.tail, self.min_log_ratio)
-            terms.append(Term("forward_kl", forward, mask=divergent))
+            terms.append(Term("forward_kl", forward, mask=divergent, reduce=self.reduce, over=over))
         if self.outlier == "clip":
             clipped = self.policy_term(batch, ratio.clamp_min(self.floor), outliers)
-            terms.append(Term("outliers", clipped.loss, mask=outliers))
+            terms.append(Term("outliers", clipped.loss, mask=outliers, reduce=self.reduce, over=over))
         if self.outlier == "scalar":
             folded: Loss = FoldedTopK(present(batch.topk_logprob), self.tail, batch.student_logprob, self.weight(batch))
-            terms.append(Term("outliers", folded, mask=outliers))
-        return [*terms, Term("prefix", NLL(), mask=~own, coef=self.guidance)]
+            terms.append(Term("outliers", folded, mask=outliers, reduce=self.reduce, over=over))
+        over = "given" if self.denominator == "separate" else "trained"
+        return [*terms, Term("prefix", NLL(), mask=~own, coef=self.guidance, reduce=self.reduce, over=over)]

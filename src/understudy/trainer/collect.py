@@ -138,7 +138,8 @@ class Collector:
             return list(requests)
         assert self.responses is not None
         found = self.responses.find(requests, step)
-        return guided_requests(requests, found, plan.prefix_share, max_new_tokens=self.sampling.max_new_tokens)
+        budget = self.sampling.max_new_tokens
+        return guided_requests(requests, found, plan.prefix_share, max_new_tokens=budget, of=plan.prefix)
 
     def given(self, requests: Sequence[Request], step: int, slots: Sequence[int] | None = None) -> list[Sample | None]:
         """Responses that the student did not write: from the section `responses`, else the prompts' own solutions.
