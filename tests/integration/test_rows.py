@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+import re
+import tarfile
 import zipfile
 from collections.abc import Callable
 from hashlib import blake2b
@@ -18,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 import understudy
 from tests.integration.test_verbal import CHATML, byte_tokenizer
@@ -30,6 +33,7 @@ from understudy.tasks import File, Hub, Renderer, overlap
 from understudy.tasks.fields import MissingValueError, accepted_answers
 from understudy.tasks.overlap import problem_key
 from understudy.tasks.responses import FileResponses
+from understudy.tasks.verifiers import accepted
 from understudy.trainer import checkpoint
 from understudy.trainer.console import Console
 from understudy.trainer.loop import Trainer
@@ -56,19 +60,28 @@ def zstd(data: bytes) -> bytes:
     return bytes(sink.getvalue())
 
 
-def parquet(rows: list[dict[str, Any]]) -> bytes:
+def tarred(data: bytes) -> bytes:
+    out, info = io.BytesIO(), tarfile.TarInfo("rows.jsonl")
+    info.size = len(data)
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def parquet(rows: list[dict[str, Any]] | pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(pa.Table.from_pylist(rows) if isinstance(rows, list) else rows, sink)
     return bytes(sink.getvalue())
 
 
-def arrow(rows: list[dict[str, Any]], opened: Callable[..., Any] = pa.ipc.new_file) -> bytes:
-    table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+def arrow(rows: list[dict[str, Any]] | pa.Table, opened: Callable[..., Any] = pa.ipc.new_file) -> bytes:
+    table, sink = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows, pa.BufferOutputStream()
     with opened(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 
 
+TWICE = pa.table([["a"], ["b"]], names=["q", "q"])
 CSV = 'q,a\n"a, ""quoted""\nline",007\nü,0.10\n'
 FILES: dict[str, bytes] = {
     "rows.jsonl": lines(ROWS),
@@ -126,6 +139,20 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         ("r.jsonl.bz2", bz2.compress(lines(ROWS))[:-8], r"not a whole bz2 file, after "),
         ("r.jsonl.xz", b"no", r"not a whole xz file, after its start"),
         ("r.jsonl.zip", b"no", r"not a whole zip file"),
+        (
+            "r.jsonl",
+            b'{\n "q": "a"\n}\n{\n "q": "b"\n}\n',
+            r"r\.jsonl:1: not a line of JSON \(.*in one array, or one a line",
+        ),
+        ("r.jsonl", '{"q": "a"}\n'.encode("utf-16"), r"r\.jsonl is text in UTF-16: save it as UTF-8"),
+        ("r.csv", "q\na\n".encode("utf-16-le"), r"r\.csv is text in UTF-16: save it as UTF-8"),
+        ("r.jsonl", gzip.compress(lines(ROWS)), r"r\.jsonl is compressed inside: give its name another \.gz"),
+        ("r.csv", zstd(CSV.encode()), r"r\.csv is compressed inside: give its name another \.zst"),
+        ("r.jsonl.gz", gzip.compress(tarred(lines(ROWS))), r"r\.jsonl\.gz is a tar archive: unpack it"),
+        ("r.tar", tarred(lines(ROWS)), r"r\.tar is a tar archive: unpack it"),
+        ("r.jsonl", b"version https://git-lfs.github.com/spec/v1\n", r"r\.jsonl is a pointer of Git LFS"),
+        ("r.parquet", parquet(TWICE), r"r\.parquet has two columns of one name: q, q"),
+        ("r.arrow", arrow(TWICE), r"r\.arrow has two columns of one name: q, q"),
         ("r.xlsx", b"PK\x03\x04\xff", r"r\.xlsx:1: not a line of JSON.*known: \.jsonl, "),
     ],
 )
@@ -154,14 +181,25 @@ def test_a_folder_and_a_pattern(tmp_path: Path) -> None:
         (tmp_path / "splits" / f"{name}.jsonl").write_bytes(lines([{"q": "x"}]))
     with pytest.raises(RecipeError, match=r"splits \(testing\*, training\*\)"):
         task_of(tmp_path / "splits").check_files()
+    for names, found in {
+        ("data.jsonl", "test.jsonl"): r"splits \(data\.jsonl, test\*\)",
+        ("extra.jsonl", "train.jsonl"): r"splits \(extra\.jsonl, train\*\)",
+        ("train.jsonl", "train.jsonl.gz"): r"train\.jsonl and train\.jsonl\.gz look like the same rows twice",
+    }.items():
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes((gzip.compress if name.endswith(".gz") else bytes)(lines([{"q": "x"}])))
+        with pytest.raises(RecipeError, match=found):
+            task_of(folder).check_files()
+    with pytest.raises(RecipeError, match="the same rows twice"):
+        task_of(folder / "train*").check_files()
     (tmp_path / "none").mkdir()
     with pytest.raises(RecipeError, match="no file that can be read"):
         task_of(tmp_path / "none").check_files()
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
-
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "several")
     for name in ("one", "several"):
@@ -233,6 +271,7 @@ def test_rows_that_are_all_without_a_value_are_refused(tmp_path: Path) -> None:
         (["Jon", "John", None], ["Jon", "John"]),
         ([["a", "b"], ["c"]], ["a", "b", "c"]),
         ([1, 1, 0.5], ["1", "1", "0.5"]),
+        ([-0.0, 0.1], ["0", "0.1"]),
     ],
 )
 def test_accepted_answers(value: object, answers: list[str]) -> None:
@@ -275,6 +314,26 @@ def test_arrays_of_numpy(tmp_path: Path) -> None:
     row = {"q": np.array([USER, ASSISTANT], dtype=object), "a": np.array(["1", "one"]), "n": np.int64(7)}
     prompt = task_of(tmp_path / "r.jsonl", reference_field="a", teacher_field="n").to_prompt("row 1", row)
     assert (prompt.messages, prompt.reference, prompt.teacher) == ((USER,), ("1", "one"), "7")
+
+
+def test_floats_of_fewer_bits_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """In a column, in lists and objects of a column, in a data set, and in arrays."""
+    floats = pa.array([0.1, -0.0], pa.float32())
+    objects = pa.array([{"x": [0.1]}, {"x": [None, 2.0]}], pa.struct([("x", pa.list_(pa.float32()))]))
+    table = pa.table({"q": ["a", "b"], "a": floats, "o": objects})
+    (tmp_path / "r.parquet").write_bytes(parquet(table))
+    (tmp_path / "r.arrow").write_bytes(arrow(table))
+    for name in ("r.parquet", "r.arrow"):
+        for field, second in (("a", "0"), ("o.x", "2")):
+            prompts = task_of(tmp_path / name, reference_field=field).prompts("train")
+            assert [prompt.reference for prompt in prompts] == [("0.1",), (second,)], (name, field)
+    Dataset(table).save_to_disk(tmp_path / "saved")
+    hub = Hub(dataset=str(tmp_path / "saved"), prompt_field="q", reference_field="o.x")
+    assert [prompt.reference for prompt in hub.prompts("train")] == [("0.1",), ("2",)]
+    row = {"q": "a", "a": np.array([0.1], dtype=np.float32), "n": np.float16(0.1)}
+    prompt = task_of(tmp_path / "r.jsonl", reference_field="a", teacher_field="n").to_prompt("row 1", row)
+    assert (prompt.reference, prompt.teacher) == (("0.1",), "0.1")
+    assert accepted([np.float32(0.1), np.float16(-0.0)]) == ["0.1", "0"]
 
 
 def test_rows_of_pandas(tmp_path: Path) -> None:
@@ -332,6 +391,13 @@ def test_the_last_turn_of_the_assistant_is_the_solution(tmp_path: Path) -> None:
         task = task_of(tmp_path / "empty.jsonl", rows)
         assert [prompt.solution for prompt in task.prompts("train")] == ["assistant"]
         assert "ends with an empty turn of the assistant" in task.intake("train").skipped[0]
+    for role in ("tool", "assistant", "system"):
+        rows = [{"q": [USER, {"role": role, "content": None}, USER]}, {"q": [USER, ASSISTANT]}]
+        task = task_of(tmp_path / "null.jsonl", rows)
+        assert len(task.prompts("train")) == 1
+        assert f"message 2 ({role}) has no content" in task.intake("train").skipped[0]
+        (tmp_path / "null.parquet").write_bytes(parquet(rows))
+        assert task_of(tmp_path / "null.parquet").intake("train").num_skipped == 1
     thought = chat(tmp_path, USER, ASSISTANT | {"reasoning_content": "hm"})
     assert thought.solution == "<think>\nhm\n</think>\n\nassistant"
     called = chat(tmp_path, USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]})
@@ -378,6 +444,7 @@ def test_wording_goes_around_the_last_message_of_the_user(tmp_path: Path) -> Non
         ([SYSTEM, USER], {"chat": False}, "has 2 messages, of which chat: false takes one"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], {}, "a part of type 'image_url'"),
         ([{"role": "user", "content": 3}], {}, r"message 1 \(user\) has the content 3"),
+        ([USER, {"role": "tool", "content": {"x": 1}}], {}, r"has the content .*\(write objects as JSON in a string\)"),
         ([{"content": "x"}], {}, "message 1 is .*must have role and content"),
         (["x"], {}, "message 1 is 'x'"),
         ([[USER], [USER]], {}, "message 1 is .*must have role and content"),
@@ -573,6 +640,12 @@ def test_a_resumed_run_refuses_other_responses(tmp_path: Path) -> None:
     (tmp_path / "said.jsonl").write_bytes(lines(SUMS[1:]))
     with pytest.raises(CheckpointError, match=rf"responses \(.*said\.jsonl\): rows {len(SUMS)}, now {len(SUMS) - 1}"):
         train(tmp_path, resume=True, responses=said, **changes)
+
+
+def test_tools_beside_plain_text_are_said(tmp_path: Path) -> None:
+    changes = of_files(tmp_path, [row | {"tools": [TOOL]} for row in SUMS])
+    (line,) = [line for line in dry_run(tmp_path, **changes) if "does not read" in line]
+    assert re.fullmatch(r"the student does not read tools .*: with chat: false it reads the text alone", line)
 
 
 def test_left_out_rows_are_counted_in_the_dry_run_and_in_the_run(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from understudy.errors import brief
+from understudy.tasks.fields import MissingValueError
 from understudy.tasks.rows import without_nulls
 
 Said = dict[str, Any]
@@ -42,8 +43,8 @@ def read_messages(value: object) -> list[Said]:
     """A field of a row as messages: role, content (a string), and what else a message has that is not null.
 
     A string is a user's message, unless it is a list of messages as JSON. Tool calls are brought into OpenAI's form with
-    their arguments as a mapping. Raises ValueError for what is no chat; its text goes
-    on behind the name of the field.
+    their arguments as a mapping. Raises ValueError for what is no chat, and MissingValueError for a message without
+    content; their texts go on behind the name of the field.
     """
     if isinstance(value, str):
         value = _chat_in(value) or [{"role": "user", "content": value}]
@@ -116,8 +117,11 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     is_null_answer = role == "assistant" and (is_last or "reasoning_content" in said)
     if content is None and (calls or is_null_question or is_null_answer):
         content = ""
+    if content is None and not item.keys().isdisjoint(("content", "value")):
+        raise MissingValueError(f"{where} ({role}) has no content")
     if not isinstance(content, str):
-        raise ValueError(f"{where} ({role}) has the content {brief(content)}; it must be a string")
+        hint = " (write objects as JSON in a string)" if isinstance(content, Mapping) else ""
+        raise ValueError(f"{where} ({role}) has the content {brief(content)}; it must be a string{hint}")
     return {"role": role, "content": content, **said} | ({"tool_calls": calls} if calls else {})
 
 

@@ -64,8 +64,10 @@ def read_field(row: Mapping[str, Any], field: str, place: str, *, required: bool
 
 def _plain(value: Any) -> Any:
     """The value without types of numpy and pandas, at any depth."""
+    if isinstance(value, np.float32 | np.float16):
+        return float(str(value))  # the shortest of its own precision
     if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
+        value = list(value) if isinstance(value, np.ndarray) and value.ndim else value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -38,5 +38,5 @@ class Rows(Records):
             # a datasets.Dataset is columnar
             yield (
                 f"{source.removeprefix(given.PREFIX)}, row {number}",
-                padded(row) if hasattr(found, "features") else row,
+                padded(row, found.features.arrow_schema) if hasattr(found, "features") else row,
             )

@@ -245,10 +245,7 @@ class Records(Task):
     ) -> tuple[list[Said], tuple[Said, ...] | None, str | None]:
         """The messages that the student answers, its tools, and the assistant's answer where the row ends with one."""
         raw, solution = read_field(row, self.prompt_field, place, required=True), None
-        try:
-            messages = read_messages(raw)
-        except ValueError as error:
-            raise DataError(f"{place}: field {self.prompt_field!r}{error}") from error
+        messages = _messages(place, self.prompt_field, raw)
         where = f"{place}: the chat in field {self.prompt_field!r}"
         if messages[-1]["role"] == "assistant":
             answer = messages.pop()
@@ -283,10 +280,7 @@ class Records(Task):
         value = read_field(row, field, place)
         if not isinstance(value, list):
             return read_text(row, field, place)
-        try:
-            messages = read_messages(value)
-        except ValueError as error:
-            raise DataError(f"{place}: field {field!r}{error}") from error
+        messages = _messages(place, field, value)
         if len(messages) != 1 or messages[0]["role"] != "assistant" or "tool_calls" in messages[0]:
             raise DataError(
                 f"{place}: field {field!r} must hold one message of the assistant with text; where it holds the whole chat, "
@@ -318,6 +312,15 @@ class Records(Task):
         if not found:
             raise MissingValueError(f"{place}: field {field!r} is empty")
         return tuple(found)
+
+
+def _messages(place: str, field: str, value: object) -> list[Said]:
+    """A field as messages. Raises MissingValueError for one without content, DataError for what is no chat."""
+    try:
+        return read_messages(value)
+    except (MissingValueError, ValueError) as error:
+        kind = MissingValueError if isinstance(error, MissingValueError) else DataError
+        raise kind(f"{place}: field {field!r}{error}") from error
 
 
 def _response(answer: Said) -> str:
@@ -387,7 +390,7 @@ class Hub(Records):
     def rows(self, source: str) -> Iterator[Row]:
         data = _open_split(self.dataset, self.config, source, self.revision, self._stamp(source))
         for number, row in enumerate(data):
-            yield f"{self.dataset}[{source}] row {number}", padded(row)
+            yield f"{self.dataset}[{source}] row {number}", padded(row, data.features.arrow_schema)
 
     def commit(self, source: str) -> str | None:
         data = _open_split(self.dataset, self.config, source, self.revision, self._stamp(source))

@@ -22,6 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from understudy.errors import DataError, RecipeError, brief, nearest
 
 Row = tuple[str, Mapping[str, Any]]
@@ -61,6 +63,8 @@ _OPENERS: Mapping[str, Callable[[Path], Any]] = {
     ".zip": _open_zip,
 }
 """Suffix of a compressed file -> how its bytes are read."""
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
+"""First bytes of a compressed file -> the suffix that says so."""
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 """Errors of the decompressors for a file that is damaged or cut off."""
 
@@ -68,7 +72,8 @@ _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZi
 def find_files(source: str) -> list[Path]:
     """The files that a path, a folder or a pattern (`data/train-*.parquet`) stands for, sorted.
 
-    Raises RecipeError where there are none, and for a folder with files of several kinds or splits.
+    Raises RecipeError where there are none, for a folder with files of several kinds or splits, and for one file in two
+    forms (`rows.jsonl` and `rows.jsonl.gz`).
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -78,22 +83,34 @@ def find_files(source: str) -> list[Path]:
         if not found:
             raise RecipeError(f"{path} has no file that can be read; known: {', '.join(_READERS)}")
         kinds = {str(_kind(item)) for item in found}
-        splits = {f"{match[1]}*" for item in found if (match := _SPLIT_WORDS.search(item.name.lower()))}
+        # where one file names its split, those that name none are of another
+        words = [_SPLIT_WORDS.search(item.name.lower()) for item in found]
+        splits = {f"{word[1]}*" if word else item.name for word, item in zip(words, found, strict=True) if any(words)}
         for several in (sorted(kinds), sorted(splits)):
             if len(several) > 1:
                 raise RecipeError(
                     f"{path} holds files of several kinds or splits ({', '.join(several)}); name those that are meant by a "
                     f"pattern, for example {path}/*{several[-1]}"
                 )
-        return found
+        return _each_once(found)
     found = sorted(Path(item) for item in glob.glob(str(path), recursive=True) if Path(item).is_file())
     if found:
-        return found
+        return _each_once(found)
     if glob.has_magic(source):
         raise RecipeError(f"no file matches {source}")
     siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = nearest(path.name, siblings) if siblings else f"there is no folder {path.parent}"
     raise RecipeError(f"there is no file {path}; {hint}")
+
+
+def _each_once(paths: list[Path]) -> list[Path]:
+    """The paths. Raises RecipeError where two of them are one file in two forms."""
+    known: dict[str, Path] = {}
+    for path in paths:
+        first = known.setdefault(f"{path.parent}/{bare_name(str(path))}", path)
+        if first != path:
+            raise RecipeError(f"{first} and {path.name} look like the same rows twice; name the one that is meant")
+    return paths
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -106,6 +123,8 @@ def read_rows(source: str) -> Iterator[Row]:
         read, place = _READERS.get(_kind(path) or "", _read_json), "its start"
         try:
             with _OPENERS.get(path.suffix.lower(), _open_plain)(path) as file:
+                if read is not _read_columns:
+                    _check_text(file, path)
                 for place, row in read(file, path):
                     yield place, row
         except DataError as error:
@@ -130,15 +149,40 @@ def bare_name(source: str) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without keys whose value is null, at any depth: a columnar format writes every key into every row."""
+    """The value without keys whose value is null, at any depth: a columnar format writes every key into every row.
+
+    The content of a message stays null: a row without it is left out.
+    """
     if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        kept = {"role": "content", "from": "value"}
+        keep = {kept[key] for key in kept.keys() & value.keys()}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None or key in keep}
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def padded(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row of a columnar format without the nulls inside its fields; a field that is null itself stays."""
-    return {key: without_nulls(value) for key, value in row.items()}
+def padded(row: Mapping[str, Any], schema: Any) -> Mapping[str, Any]:
+    """A row of a columnar format without the nulls inside its fields; a field that is null itself stays.
+
+    `schema`: that of Arrow. A float of 32 bits becomes the shortest one that rounds to it: 0.1, not 0.10000000149011612.
+    """
+    kinds = dict(zip(schema.names, schema.types, strict=True))
+    return {key: without_nulls(_shortest(value, kinds.get(key))) for key, value in row.items()}
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    """The value of a column of this type of Arrow, with the floats of fewer than 64 bits in it as they are written."""
+    name = str(kind)
+    # "float" stands in the names of all types that hold one
+    if value is None or "float" not in name:
+        return value
+    if name in ("float", "halffloat"):
+        return float(str((np.float32 if name == "float" else np.float16)(value)))
+    if isinstance(value, Mapping) and hasattr(kind, "get_field_index"):
+        kinds = {field.name: field.type for field in kind}
+        return {key: _shortest(item, kinds.get(key)) for key, item in value.items()}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_shortest(item, kind.value_type) for item in value]
+    return value
 
 
 def _kind(path: Path) -> str | None:
@@ -153,6 +197,20 @@ def _open_plain(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
+def _check_text(file: Any, path: Path) -> None:
+    """Raises DataError for bytes that are no text in UTF-8, and says what they are."""
+    head = file.peek(512)
+    for mark, suffix in _PACKED.items():
+        if head.startswith(mark):
+            raise DataError(f"{path} is compressed inside: give its name another {suffix} at the end, or unpack it")
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path} is a tar archive: unpack it, and name the file that is meant")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:2]:
+        raise DataError(f"{path} is text in UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path} is a pointer of Git LFS, not the data itself: fetch it with git lfs pull")
+
+
 def _read_json(file: IO[bytes], path: Path) -> Iterator[Row]:
     """One object a line, or one array of objects."""
     is_first = True
@@ -165,7 +223,9 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[Row]:
                 yield f"{path} row {index}", _object(row, f"{path} row {index}")
             return
         is_first, place = False, f"{path}:{number}"
-        yield place, _object(_parse(line, f"{place}: not a line of JSON"), place)
+        opens = line.strip().rstrip(b",").endswith((b"{", b"[", b'":')) or line.strip() == b"{"
+        hint = " (objects over several lines have to stand in one array, or one a line: jq -c .)" if opens else ""
+        yield place, _object(_parse(line, f"{place}: not a line of JSON{hint}"), place)
 
 
 def _parse(text: bytes, complaint: str) -> Any:
@@ -219,17 +279,21 @@ def _read_columns(file: IO[bytes], path: Path) -> Iterator[Row]:
     data = pa.BufferReader(file.read()) if path.suffix.lower() in _OPENERS else str(path)
     try:
         if _kind(path) == ".parquet":
-            batches = pq.ParquetFile(data).iter_batches()
+            opened = pq.ParquetFile(data)
+            schema, batches = opened.schema_arrow, opened.iter_batches()
         else:
             source = pa.memory_map(data) if isinstance(data, str) else data
             try:
-                batches = pa.ipc.open_stream(source)
+                batches = opened = pa.ipc.open_stream(source)
             except pa.ArrowInvalid:
                 opened = pa.ipc.open_file(source)
                 batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
+            schema = opened.schema
+        if len(set(schema.names)) < len(schema.names):
+            raise DataError(f"{path} has two columns of one name: {', '.join(schema.names)}")
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for index, row in enumerate(rows):
-            yield f"{path} row {index}", padded(row)
+            yield f"{path} row {index}", padded(row, schema)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a whole {_kind(path)} file: {error}") from error
 

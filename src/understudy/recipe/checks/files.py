@@ -293,10 +293,11 @@ def _unused(files: Files) -> Iterator[Finding]:
                 found.setdefault(what, prompt.id)
         if found:
             named = ", ".join(f"{what} (of prompt {first})" for what, first in found.items())
+            is_chat = any(prompt.messages for prompt in kinds.values())
+            why = "its chat template leaves that out" if is_chat else "with chat: false it reads the text alone"
+            other = "take another chat_template" if is_chat else "leave chat: false out"
             yield Finding(
-                f"the {reader} does not read {named}: its chat template leaves that out",
-                "warning",
-                "take another chat_template, or take it out of the data",
+                f"the {reader} does not read {named}: {why}", "warning", f"{other}, or take it out of the data"
             )
 
 

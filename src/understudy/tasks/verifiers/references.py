@@ -24,7 +24,9 @@ def accepted(reference: Reference) -> list[str]:
     if isinstance(reference, Integral):
         return [f"{Decimal(int(reference)):f}"]
     if isinstance(reference, Real) and math.isfinite(reference):
-        return [f"{Decimal(repr(float(reference))):f}".removesuffix(".0")]
+        # an array's float keeps the digits of its own precision, and adding zero takes the sign off -0.0
+        number = float(str(reference)) if hasattr(reference, "dtype") else float(reference)
+        return [f"{Decimal(repr(number + 0)):f}".removesuffix(".0")]
     if not isinstance(reference, Sequence):
         raise ValueError(f"the reference is {reference!r}; it must be a string, a number, a boolean or a list of these")
     answers = [answer for item in reference for answer in accepted(item)]
