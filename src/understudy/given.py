@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from decimal import Decimal
 from hashlib import blake2b
+from numbers import Real
 from typing import Any
 
 from understudy.errors import DataError, RecipeError
@@ -98,11 +101,12 @@ def name_of_model(model: Any, tokenizer: Any) -> str:
 
 def as_grade(value: Any, name: str) -> Grade:
     """The result of a verifier or reward function that somebody gave. Raises DataError for neither a number nor a Grade."""
-    if isinstance(value, Grade):
-        return value
-    number = value.item() if hasattr(value, "item") else value
-    if not isinstance(number, bool | int | float) or not math.isfinite(number):
-        raise DataError(
-            f"{name.removeprefix(PREFIX)} returned {value!r}; it must return a finite number, a bool or a Grade"
-        )
-    return Grade(float(number))
+    score = value.score if isinstance(value, Grade) else value
+    # an array of several numbers has no item; an integer may be too large for a float
+    with suppress(ValueError, RuntimeError, OverflowError):
+        score = score.item() if hasattr(score, "item") else score
+        if isinstance(score, Real | Decimal) and math.isfinite(float(score)):
+            return replace(value, score=float(score)) if isinstance(value, Grade) else Grade(float(score))
+    raise DataError(
+        f"{name.removeprefix(PREFIX)} returned {value!r}; it must return a finite number, a bool or a Grade"
+    )

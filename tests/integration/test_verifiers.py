@@ -11,13 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from understudy import given
+from understudy.errors import DataError
 from understudy.tasks import Jsonl
 from understudy.tasks.verifiers import Reference, find_verifier, grade_exact, grade_math, math_process
 from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
@@ -214,6 +218,10 @@ def test_which_box_is_the_answer(text: str, answer: str | None) -> None:
         "answer is" + " " * 100_000,
         "#### " * 20_000,
         "$" * 100_000,
+        "```a\n" * 20_000,
+        "answer is ```\n" * 10_000,
+        "\\boxed{" + "]1," * 300 + "}",
+        "\\boxed{" + "\\underline{" * 80 + "}" * 81,
     ],
     ids=lambda text: text[:8],
 )
@@ -372,6 +380,11 @@ def test_a_lone_reference_is_the_only_accepted_answer() -> None:
         ("0.25", 0.25, 1.0),
         ("yes", True, 1.0),
         ("True", False, 0.0),
+        ("cafe\u0301", "caf\u00e9", 1.0),
+        ("\u00a0caf\u00e9\u2003", "cafe\u0301", 1.0),
+        ("Clemens", "clemens", 0.0),
+        ("\uff17", "7", 0.0),
+        ("7.0", "7", 0.0),
     ],
 )
 def test_exact_with_several_answers_numbers_and_booleans(text: str, reference: Reference, score: float) -> None:
@@ -385,6 +398,40 @@ def test_exact_with_several_answers_numbers_and_booleans(text: str, reference: R
 def test_a_reference_that_is_none_is_an_error(verifier: Callable[..., Grade], reference: object) -> None:
     with pytest.raises(ValueError, match="the reference is"):
         verifier("\\boxed{7}", reference)
+
+
+@pytest.mark.parametrize(
+    ("result", "score"),
+    [
+        (True, 1.0),
+        (np.bool_(True), 1.0),
+        (np.float32(0.5), 0.5),
+        (np.array([0.5]), 0.5),
+        (Fraction(1, 2), 0.5),
+        (Grade(np.float32(0.5)), 0.5),  # type: ignore[arg-type]
+        (None, None),
+        ("1", None),
+        (1j, None),
+        (float("nan"), None),
+        (10**400, None),
+        (np.array([0.5, 1.0]), None),
+        ({"score": 1.0}, None),
+        ((1.0, "why"), None),
+        (Grade(float("nan")), None),
+        (Grade("1"), None),  # type: ignore[arg-type]
+    ],
+    ids=repr,
+)
+def test_what_a_function_of_ones_own_returns(result: Any, score: float | None) -> None:
+    name = f"{given.PREFIX}mine.verify"
+    with given.given({name: lambda text, reference: result}):
+        if score is not None:
+            assert find_verifier(name)("7", "7").score == score
+            return
+        with pytest.raises(
+            DataError, match=r"^mine\.verify returned .*; it must return a finite number, a bool or a Grade"
+        ):
+            find_verifier(name)("7", "7")
 
 
 def test_an_unknown_verifier_is_named_with_the_nearest() -> None:

@@ -6,6 +6,7 @@ A verifier of the table compares with one accepted answer; `several` makes one o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from unicodedata import normalize
 
 from understudy import given
 from understudy.errors import nearest
@@ -16,16 +17,17 @@ from understudy.types import Grade
 
 @several
 def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
-    """For answers that have one spelling: 1.0 if it equals the reference, white space at both ends aside; 0.0 otherwise.
+    """For answers that have one spelling: 1.0 if it equals the reference, 0.0 otherwise.
 
+    White space at both ends does not count, nor how unicode composes a letter with its accent; case does.
     The answer is what follows the last `after` in the text, or the whole text where `after` is None.
     """
     if after is not None and after not in text:
         return Grade(0.0, note=f"no {after!r} in the response")
-    answer = (text if after is None else text.rpartition(after)[2]).strip()
+    answer = normalize("NFC", text if after is None else text.rpartition(after)[2]).strip()
     if not answer:
         return Grade(0.0, note="the answer is empty")
-    if answer == reference.strip():
+    if answer == normalize("NFC", reference).strip():
         return Grade(1.0, answer)
     return Grade(0.0, answer, "differs from the reference")
 

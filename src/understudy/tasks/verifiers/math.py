@@ -23,8 +23,12 @@ _JOINT = re.compile(
     r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\b[a-zA-Z](?:_\w)?\s*=)*"
 )
 """Text that may stand between boxes that hold the parts of one answer; math-verify joins such boxes too."""
-_INVISIBLE = "\u200b\u200e\u200f\u2060\ufeff"
-"""Spaces without width and marks of direction; inside an answer they are not read."""
+_AROUND = (
+    "\u200b\u200e\u200f\u2060\ufeff\ufe0f "  # no width, or a mark of direction
+    "\u2705\u2714\u2611\u2728\u2b50\U0001f31f\U0001f389\U0001f38a\U0001f3af\U0001f3c6\U0001f44d\U0001f44f\U0001f4af"
+    "\U0001f600\U0001f601\U0001f603\U0001f604\U0001f60a\U0001f60e\U0001f642\U0001f680\U0001f973"  # cheerful emoji
+)
+"""Characters that mean nothing around an answer; inside one they are not read."""
 _NAME_BEFORE = re.compile(r"(?<![\\\w])[a-zA-Z](?:_\w)?\s*=\s*$")
 _HASHES = re.compile(r"####[ \t]*(.*)")
 _JSON = re.compile(r'"(?:final_?)?answer"\s*:\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",{}\[\]]+))\s*[,}]', re.IGNORECASE)
@@ -41,7 +45,8 @@ _DENIAL = re.compile(
     re.IGNORECASE,
 )
 """A word in a reason that may take the answer before it back."""
-_FIRST_SENTENCE = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re.DOTALL)
+_FENCED = re.compile(r"```\w*\n([^`]*)```")
+_FIRST_SENTENCE = re.compile(r"```\w*\n[^`]*```|\\\[.*?\\\]|\$\$.*?\$\$|[^\n]+?(?=\.\s|\n|$)", re.DOTALL)
 
 
 @several
@@ -56,9 +61,10 @@ def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
 
     An answer must be read to its last character: words, relations or commands that the reference lacks make it wrong,
     except a name ("x = 7"), a unit where the reference has none, and what follows the letter of a multiple choice
-    ("(C) Paris" is C). A percent sign is a unit: 7% is 7, not 0.07. Words, dates and times are compared as text. A bare
-    list is a set, unless the reference runs from greatest to least; `(3,1,2)` is ordered. `timeout_s` limits the processor
-    time of each comparison; see `math_process`.
+    ("(C) Paris" is C). A percent sign is a unit: 7% is 7, not 0.07. "0,5" is a decimal where the reference is no list and no
+    whole number. "The answer is 7!" is 7 or 5040, as the reference has it; in a box it is 5040. Words, dates and times are
+    compared as text. A bare list is a set, unless the reference runs from greatest to least; `(3,1,2)` is ordered.
+    `timeout_s` limits the processor time of each comparison; see `math_process`.
     """
     answer = find_answer(text)
     if answer is None:
@@ -66,6 +72,14 @@ def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
     if len(answer) > MAX_ANSWER_CHARS:
         return Grade(0.0, answer[:MAX_ANSWER_CHARS], f"the answer is longer than {MAX_ANSWER_CHARS} characters")
     note = _difference(answer, _unwrap(reference), timeout_s)
+    if (
+        note
+        and answer.endswith("!")
+        and text.rstrip().endswith("!")
+        and _SENTENCE.search(text)
+        and not _last_box(text)[0]
+    ):
+        note = _difference(answer.rstrip("!* "), _unwrap(reference), timeout_s)  # a mark of exclamation, no factorial
     return Grade(0.0, answer, note) if note else Grade(1.0, answer)
 
 
@@ -76,18 +90,25 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
     left, right = notation.plain(answer), notation.plain(reference)
     if left == right or ((letter := notation.choice(right)) and letter == notation.choice(left)):
         return ""
+    left, right = notation.set_interval(left), notation.set_condition(right)
+    if "\\pmod" not in left:
+        right = re.sub(r"^(?:\w ?\\equiv )?(.*?) ?\\pmod ?\{\w+\}$", r"\1", right)
     right = right if " " in right else notation.digits(right)
     wanted, found = notation.assigned(notation.items(right)), notation.assigned(notation.items(left))
     if wanted and (wanted.keys() == found.keys() or "=" not in left):
         left = f"({', '.join(map(found.__getitem__, wanted))})" if found else left
         right = f"({', '.join(wanted.values())})"
-    if re.fullmatch(r"\d+,\d+", answer) and "," in right:
+    if re.fullmatch(r"\d+(?:,\d+)+", answer) and "," in right:
         left = answer  # the reference is a list, so the comma separates
+    elif re.fullmatch(r"\d+(?:,\d+)+", reference) and "," in left:
+        right = reference
     value, unit = notation.split_unit(notation.items(right))
     if notation.is_text(reference, value):
         return "" if notation.words(left) == notation.words(right) else "differs from the reference"
     if len(right) > 1 and right.isalpha() and left.lower() == right.lower():
         return ""
+    if notation.is_short_word(right) and left.isalpha():
+        return "differs from the reference"
     left = notation.without_names(notation.items(notation.digits(left)), right)
     if notation.tight(left) == notation.tight(notation.items(right)):
         return ""
@@ -98,11 +119,13 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
     given, given_unit = notation.split_unit(left)
     if unit and given_unit and unit != given_unit:
         return f"the unit is {given_unit}, that of the reference is {unit}"
+    if "," not in value and not re.fullmatch(r"-?\d+", value):
+        given = notation.decimal_comma(given)
     if note := notation.objection(given, value):
         return note
     values = [value]
-    if unit == "percent" and not given_unit:
-        values.append(f"\\frac{{{value}}}{{100}}")
+    if unit in notation.SHARES and not given_unit:
+        values.append(f"\\frac{{{value}}}{{{notation.SHARES[unit]}}}")
     for value in values:
         numbers = notation.number(given), notation.number(value)
         if None not in numbers:
@@ -135,15 +158,24 @@ def find_answer(text: str) -> str | None:
         content, closed, _ = text.rpartition("<answer>")[2].partition("</answer>")
         text = content.strip() if closed else ""
     if objects := list(_JSON.finditer(text)):
-        return _unwrap((objects[-1][1] or objects[-1][2]).replace("\\\\", "\\")) or None
+        content = (objects[-1][1] or objects[-1][2]).replace("\\\\", "\\")
+        has_box, found = _last_box(content)
+        return _unwrap(found if has_box else content) or None
     if sentences := list(_SENTENCE.finditer(text)):
         match = _FIRST_SENTENCE.match(text, sentences[-1].end())
         sentence = match[0] if match else ""
         reason = _REASON.search(sentence)
         if reason and not _DENIAL.search(sentence, reason.end()):
             sentence = sentence[: reason.start()]
-        return _unwrap(sentence) or None
+        return _unwrap(_unfenced(sentence)) or None
+    text = _unfenced(text.strip())
     return _unwrap(text) or None if len(text) <= MAX_LONE_ANSWER_CHARS and "\n" not in text else None
+
+
+def _unfenced(text: str) -> str:
+    """The content of a text that is one block of code."""
+    match = _FENCED.fullmatch(text)
+    return match[1].strip() if match else text
 
 
 def _last_box(text: str) -> tuple[bool, str]:
@@ -195,7 +227,7 @@ def _name_before(text: str, box: int) -> str:
 
 def _unwrap(answer: str) -> str:
     """Without what stands around an answer in a sentence: white space, bold, punctuation, dollar signs or brackets."""
-    answer = answer.strip().strip(_INVISIBLE).strip()
+    answer = answer.strip().strip(_AROUND).strip()
     if answer.startswith("*"):
         answer = re.sub(r"^\*\*(.+?)\*\*", r"\1", answer)
     answer = answer.strip("* ")

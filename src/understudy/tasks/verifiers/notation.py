@@ -12,6 +12,11 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from itertools import pairwise
+from string import ascii_lowercase
+
+
+def _radians(match: re.Match[str]) -> str:
+    return f"{match[1]}(\\frac{{{match[2] or match[3]}\\pi}}{{180}})"
 
 
 def _table(text: str) -> dict[str, str]:
@@ -47,7 +52,11 @@ _SYMBOLS = {
     "\u00a2": " cents",
 }
 _POWERS_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_IN_BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    # around a whole answer only: in a part of one they may hide something
+    (rf"^ ?\\(?:underline|(?:text)?color(?:box)? ?(?:\[\w+\])?\{{[\w.,]+\}}) ?{_IN_BRACES} ?$", r"\1"),
+    (r"^ ?\{? ?\\color ?\{\w+\} ?([^{}\\ ][^{}\\]*?)\}? ?$", r"\1"),
     (r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small|normalsize)(?![a-zA-Z.])", ""),
     (r",\s*\\!\s*|\{,\}", ","),
     (r"(?<!\\)\\!", ""),
@@ -78,9 +87,22 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?i)^ ?all real numbers\.?$", r"\\mathbb{R}"),
     (r"(?i)^ ?(?:no solutions?|(?:the )?empty set)\.?$", r"\\emptyset"),
     (r"(?i)(?<![\\a-zA-Z])per cent(?![a-zA-Z])", "percent"),
+    (r"(?i)(?<![\\a-zA-Z])per mill?e?(?![a-zA-Z])", "permille"),
+    (r"(?i)^ ?(?:the )?(?:final |correct )?answer(?: is ?:?| ?:) *(?=\S)", ""),
     (r"^ *(?:negative|minus) +(?=[\d\\(])", "-"),
     (r"(?<=[\dA-F)]) *base *(\d\d?|[a-z]+)(?![a-zA-Z])", r"_{\1}"),
     (r"\^\s*(?:\\(?:circ|degree)(?![a-zA-Z])|\{\s*\\(?:circ|degree)\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
+    (
+        r"(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?\{?\d\}?)?) ?(?:\( ?([\d.]+)\u00b0 ?\)|\{? ?([\d.]+)\u00b0\}?)",
+        _radians,
+    ),
+    (r"\\log ?_ ?(?:e(?![a-zA-Z])|\{ ?e ?\})", r"\\ln "),
+    (r"((?:begin|end) ?\{[pbBvV]?)small(?=matrix\})", r"\1"),
+    (r"(?<![\w.\\])0(?:x[\da-fA-F]+|b[01]+|o[0-7]+)(?!\w)", lambda match: str(int(match[0], 0))),
+    # ]2,5] as the French write (2,5]
+    (r"(?:^|(?<=\\c[au]p )|(?<=\\in )) ?\]([^][(){}]*[,;][^][(){}]*)(?=[][])", r"(\1"),
+    (r"([(\[][^][(){}]*[,;][^][(){},; ]+ ?)\[(?= ?(?:$|\\c[au]p))", r"\1)"),
+    (r"(?<![\d.:])([01]?\d|2[0-3]) ?h ?([0-5]\d)(?![\d.:]| ?[ms])", r"\1:\2"),
     (r"\\([$%])", r"\1"),
     (r"(?<![\\a-zA-Z])inf(?:inity|ty)?(?![a-zA-Z])", r"\\infty "),
     (r"(?<![\\a-zA-Z])(sqrt|pi|theta|alpha|beta|gamma|sin|cos|tan|arcsin|arccos|arctan|log|ln)(?![a-zA-Z])", r"\\\1 "),
@@ -93,6 +115,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d) ?(?:st|nd|rd|th)(?![a-zA-Z])|(?<=\d) ?\^ ?\{? ?(?:st|nd|rd|th)(?![a-zA-Z])\}?", ""),
     # thousands; inside brackets a comma separates numbers: (100,200)
     (r"(?<![\d.,(\[{])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda match: match[1].replace(",", "")),
+    (r"(?<![\d.,(\[{])(\d{1,2}(?:,\d\d)+,\d{3})(?!\d|,\d)", lambda match: match[1].replace(",", "")),
     (r"(?<![\d.,])(\d{1,3}(?:([ '])\d{3})(?:\2\d{3})*)(?!\d|,\d)", lambda match: match[1].replace(match[2], "")),
     (
         r"(?<![\w.,^{])(\d+(?:\.\d+)?) *(hundred|thousand|million|billion|trillion)(?![a-zA-Z])",
@@ -104,7 +127,8 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 """Commands for spacing and fonts go, symbols with several names get one."""
 _REWRITTEN = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _BASE = re.compile(
-    r"(?<![\w.}\\^])(?<!\d,)(?P<digits>\([\dA-F]*\d[\dA-F]*\)|[\dA-F]*\d[\dA-F]*) ?_ ?"
+    r"(?<![\w.}\\^])(?<!\d,)(?P<digits>\([\dA-F]*\d[\dA-F]*\)|[\dA-F]*\d[\dA-F]*"
+    r"|(?:[\da-f]*\d[\da-f]*|[a-f]{2,}|[A-F]{2,})(?= ?_ ?\{ ?16 ?\})) ?_ ?"
     r"(?:(?P<base>\d)|\{ ?\(?(?:base )?(?P<named>\d\d?|[a-z]+)\)? ?\})"
 )
 _BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "sixteen": 16}
@@ -124,20 +148,25 @@ _NUMBER_WORDS |= {
     for tens, ten in enumerate(_TENS.split(), start=2)
     for word, one in list(_NUMBER_WORDS.items())[:10]
 }
+_TWICE = re.compile(r"(\d{1,2}) ?\(([a-zA-Z-]+)\)|([a-zA-Z-]+) ?\((\d{1,2})\)")
 
 _UNITS = _table(
     """meter metre m, kilometer kilometre km, centimeter centimetre cm, millimeter millimetre mm, inch in inches, foot ft feet,
     yard yd, mile mi, mile/hour mph, kilometer/hour kmh kph kmph, acre, hectare, gram g gm, kilogram kg, milligram mg, ton,
     pound lb, ounce oz, liter litre l, milliliter millilitre ml, gallon, quart, pint, hour h hr, minute min, second s sec,
     millisecond ms, day, week, month, year yr, degree deg \u00b0, celsius \u00b0c, fahrenheit \u00b0f, radian rad,
+    permille \u2030 permil promille,
     percent % percentage pct, dollar $ usd, cent, euro \u20ac eur, sterling \u00a3 gbp, rupee rs inr \u20b9,
-    yen \u00a5, yuan, kwh, kw, kj, kpa, ev, kb, mb, gb, tb, mole mol, calorie cal, kcal, joule, newton, watt, volt,
+    yen \u00a5, yuan, kwh, kw, kj, kpa, ev, kb, mb, gb, tb, mole mol, calorie cal, kcal, joule, newton, watt, volt, ampere,
     hertz hz, way, digit, point, person people, man men, woman women, child children, fish, sheep, unit"""
 )
 """Every spelling of a unit -> its name. A plural in "s" need not be listed."""
-_UNIT_START = re.compile("(?<![\\\\a-zA-Z])[a-zA-Z\u00b0%$\u20ac\u00a3\u00a5\u20b9]")
+_UNIT_START = re.compile("(?<![\\\\a-zA-Z])[a-zA-Z\u00b0%\u2030$\u20ac\u00a3\u00a5\u20b9]")
 MAX_UNIT_CHARS = 60
-_POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cu": "^3", "cubed": "^3"}
+SHARES = {"percent": 100, "permille": 1000}
+_CAPITALS = {"N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere"}
+_POWERS_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_POWERS_AFTER = {"squared": 2, "cubed": 3}
 _NOT_UNITS = _set(
     """times equals always sometimes perhaps does holds works seems appears becomes remains fails means says exceeds differs
     lies others powers squares cubes roots pairs dozens scores hundreds thousands millions billions trillions halves thirds
@@ -163,6 +192,10 @@ _ENVIRONMENT = re.compile(r"\\begin ?\{array\} ?\{[clr|]+\}|\\(?:begin|end) ?\{(
 _PLAIN_CHARACTERS = frozenset(" +-*/^_(){}[],;.|!=<>\\&\u00b0")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[<=>]")
 _OPPOSITE = {">": "<", "\\ge": "\\le"}
+_TURNED = _OPPOSITE | {"<": ">", "\\le": "\\ge"}
+_SET_BUILDER = re.compile(
+    r" ?\\\{ ?(?P<name>[a-zA-Z]) ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid(?![a-zA-Z])|[|:]) ?(?P<condition>[^|:]+?) ?\\\} ?"
+)
 _NAME = (
     rf"(?:\\angle ?)?(?:\\(?:{'|'.join(_GREEK - {'pi'})})|(?P<name>[a-zA-Z]+))"
     r"(?: ?_ ?(?:\w|\{[^{}=<>]*\}))?(?:'*|\^ ?\{-1\})(?: ?\([^()=<>]*\))?"
@@ -263,28 +296,34 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _unit(text: str) -> str | None:
-    """The name of a unit, None for any other text. What is counted is a unit too: a plural noun."""
-    text = re.sub(r" of [a-zA-Z]+$| (?:in total|each|old)$", "", text).lower()
-    text = re.sub(r" ?\^ ?\{? ?(-?\d) ?\}?", r" ^\1 ", text)
-    names: list[str] = []
-    powers = ""
-    for word in re.findall(
-        "\u00b0[cf](?![a-z])|\\^-?\\d|[a-z]+|[^a-z\\s.]|\\.(?!\\s|$)", text.replace("\u00b0 ", "\u00b0")
-    ):
+    """The unit in one spelling, None for any other text. What is counted is a unit too: a plural noun."""
+    text = re.sub(r" of [a-zA-Z]+$| (?:in total|each|old)$", "", text)
+    text = re.sub(r"(?<![a-zA-Z])[NJWVA](?![a-zA-Z])", lambda match: _CAPITALS[match[0]], text).lower()
+    text = re.sub(r" ?\^ ?\{? ?(-?\d) ?\}?", r" ^\1 ", text.replace("\\cdot", " ").replace("\u00b0 ", "\u00b0"))
+    powers: dict[str, int] = {}
+    last, sign, power = "", 1, 1
+    for word in re.findall("\u00b0[cf](?![a-z])|\\^-?\\d|[a-z]+|[^a-z\\s.]|\\.(?!\\s|$)", text):
         name = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or _UNITS.get(word.removesuffix("es"))
-        if word in _POWERS or re.fullmatch(r"\^-?\d", word):
-            powers += _POWERS.get(word, word)
-        elif word in ("per", "/", "a", "an"):
-            names.append("/")
-        elif name is not None:
-            names += [name] if names[-1:] != [name] else []  # "$5 dollars"
-        elif re.fullmatch(r"[a-z]{3,}(?<![sui])s", word) and word not in _NOT_UNITS:
-            names.append(word)
-        else:
+        if name is None and re.fullmatch(r"[a-z]{3,}(?<![sui])s", word) and word not in _NOT_UNITS:
+            name = word
+        if word in _POWERS_BEFORE:
+            power = _POWERS_BEFORE[word]
+        elif last and (word in _POWERS_AFTER or word[0] == "^"):
+            powers[last] *= _POWERS_AFTER.get(word) or int(word[1:])
+        elif last and word in ("per", "/", "a", "an"):
+            last, sign = "", -1
+        elif name is None:
             return None
-    if not names or names[0] == "/" or names[-1] == "/":
+        elif name != last:  # "$5 dollars"
+            upper, _, lower = name.partition("/")
+            powers[upper] = powers.get(upper, 0) + sign * power
+            if lower:
+                powers[lower] = powers.get(lower, 0) - sign
+            last, power = lower or upper, 1
+    if not last:
         return None
-    return "" if names == ["unit"] else " ".join(names).replace(" / ", "/") + powers
+    named = sorted((-exponent, name) for name, exponent in powers.items() if exponent and name != "unit")
+    return " ".join(name if exponent == -1 else f"{name}^{-exponent}" for exponent, name in named)
 
 
 def tight(text: str) -> str:
@@ -293,13 +332,42 @@ def tight(text: str) -> str:
 
 
 def latex(text: str) -> str:
-    """For math-verify, which knows the imaginary unit by the word boundaries around it."""
+    """For math-verify, which knows `i` by the word boundaries around it, and rounds powers with a decimal exponent."""
+    text = re.sub(r"\^ ?(?:\{ ?(-?\d*\.\d{1,4}) ?\}|(\d+\.\d{1,4})(?!\d))", _exponent, text)
+    text = re.sub(r"\\sqrt ?\{ ?- ?(\d+) ?\}", r"\\sqrt{\1} i ", text)
     return re.sub(r"(?<=\d)i(?![a-zA-Z])", " i", text).replace("\u00b0", r"^\circ ").replace(";", ",")
+
+
+def _exponent(match: re.Match[str]) -> str:
+    numerator, denominator = Decimal(match[1] or match[2]).as_integer_ratio()
+    return f"^{{\\frac{{{numerator}}}{{{denominator}}}}}"
 
 
 def items(text: str) -> str:
     """Alternatives and conjunctions as a list: "5 or 6" is `5, 6`."""
     return re.sub(r"(?:,| )? ?(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]) ?", ", ", text)
+
+
+def set_condition(text: str) -> str:
+    r"""The condition of a set, `x \le 3` of `\{x \mid x \le 3\}`; any other text as it is."""
+    match = _SET_BUILDER.fullmatch(text)
+    return match["condition"] if match else text
+
+
+def set_interval(text: str) -> str:
+    r"""The interval that a set is, `(-\infty,3]` for `\{x \mid x \le 3\}`; any other text as it is."""
+    if (match := _SET_BUILDER.fullmatch(text)) is None:
+        return text
+    parts = re.split(r" ?(<|>|\\[lg]e(?![a-zA-Z])) ?", match["condition"])
+    if parts[-1] == match["name"] or (len(parts) == 5 and parts[1] in (">", "\\ge")):
+        parts = [_TURNED.get(part, part) for part in reversed(parts)]
+    if len(parts) == 3 and parts[1] in (">", "\\ge"):
+        parts = [parts[2], _TURNED[parts[1]], parts[0], "<", "\\infty"]
+    elif len(parts) == 3:
+        parts = ["-\\infty", "<", *parts]
+    if len(parts) != 5 or parts[2] != match["name"] or not {parts[1], parts[3]} <= {"<", "\\le"}:
+        return text
+    return f"{'[' if parts[1] != '<' else '('}{parts[0]},{parts[4]}{']' if parts[3] != '<' else ')'}"
 
 
 def choice(text: str) -> str:
@@ -315,8 +383,16 @@ def choice(text: str) -> str:
     return "" if others and not re.match(r"(?i) ?(?:both|neither|either)\b", match[3]) else letter
 
 
+def decimal_comma(text: str) -> str:
+    """The text with a decimal point where it is one number with a decimal comma: "0,5", "1.234,5"."""
+    match = re.fullmatch(r"([-+]?(?:\d+|\d{1,3}(?:\.\d{3})+)),(\d+)", text)
+    return f"{match[1].replace('.', '')}.{match[2]}" if match else text
+
+
 def digits(text: str) -> str:
-    """The text with a number word at its start in digits: "twelve apples" is "12 apples"."""
+    """The text with a number word at its start in digits: "twelve apples" and "12 (twelve) apples" are "12 apples"."""
+    if (match := _TWICE.match(text)) and _NUMBER_WORDS.get((match[2] or match[3]).lower()) == int(match[1] or match[4]):
+        return f"{match[1] or match[4]}{text[match.end() :]}"
     match = re.match(r"[a-zA-Z]+(?:-[a-zA-Z]+)?(?![-a-zA-Z])", text)
     value = _NUMBER_WORDS.get(match[0].lower()) if match else None
     return text if match is None or value is None else f"{value}{text[match.end() :]}"
@@ -337,6 +413,16 @@ def is_text(reference: str, value: str) -> bool:
     )
 
 
+def is_short_word(text: str) -> bool:
+    """Whether the text is a word of three letters ("dog"), not a product ("abc", "mgh"): one with a vowel, no alphabet."""
+    return (
+        len(text) == 3
+        and text.isalpha()
+        and text.lower() not in ascii_lowercase
+        and not {*"aeiou"}.isdisjoint(text.lower())
+    )
+
+
 def words(text: str) -> str:
     """SQuAD's normalisation: lower case, no articles, no punctuation but between digits; dates and times in ISO form."""
 
@@ -353,11 +439,12 @@ def words(text: str) -> str:
         return f" {_UNITS[match[1].removesuffix('s')]} "
 
     text = _ISO.sub(lambda match: f"{match[1]}-{int(match[3]):02d}-{int(match[4]):02d}", text.lower())
+    text = re.sub(r"\b(\d\d:\d\d|\d:\d\d(?=:00 ?[ap])):00\b", r"\1", text)
     text = _CLOCK.sub(clock, _DATE.sub(date, text))
     text = re.sub(r"\b(?:on |(?:mon|tues|wednes|thurs|fri|satur|sun)day,? )+(?=\d{2,4}-\d)", "", text)
     text = re.sub(r"\bmidnight\b", "00:00", re.sub(r"\b(?:12(?::00)? )?noon\b", "12:00", text))
     text = re.sub(r"(?<=\d) to (?=\d)", ":", text).replace("&", " and ")
-    text = re.sub(r"(?<=\d) ?(hours?|hrs?|h|minutes?|mins?|seconds?|secs?)\b(?:,? and (?=\d))?", duration, text)
+    text = re.sub(r"(?<=\d) ?(hours?|hrs?|h|minutes?|mins?|seconds?|secs?)(?![a-z])(?:,? and (?=\d))?", duration, text)
     text = "".join(" " if not char.isascii() and unicodedata.category(char)[0] == "P" else char for char in text)
     text = re.sub(r"(?<!\d)[.,:;/]|[.,:;/](?!\d)|[?'\"()\[\]{}*_$\\]|!(?=\s|$)|(?<=[^\W\d])-(?=[^\W\d])", " ", text)
     # "U.S." and "US", "J.K." and "J. K."
