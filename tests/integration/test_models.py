@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -102,6 +103,15 @@ def test_probe_refuses_a_head_it_does_not_know(name: str, field: str) -> None:
         probe_head(model)
 
 
+def test_probe_refuses_a_precision_that_a_model_cannot_run_in() -> None:
+    """The experts of a mixture have kernels of their own, which know no float64."""
+    model = build_causal_lm(
+        SIZES | {"architecture": "mixtral", "num_local_experts": 4}, vocab_size=40, eos_token_id=1, dtype="float64"
+    )
+    with pytest.raises(RecipeError, match=r"MixtralForCausalLM \(mixtral\) cannot run in torch.float64: .*Double"):
+        probe_head(model)
+
+
 def test_head_is_live_and_cut_to_the_vocabulary() -> None:
     model = tiny("llama-tied", "float64")
     head = lm_head(model, vocab_size=37)
@@ -142,6 +152,12 @@ def test_build_is_seeded_and_leaves_the_generator_alone() -> None:
         ({"architecture": "llama", "hidden_size": 8}, "needs hidden_size, num_layers and num_heads"),
         ({"architecture": "llama", "hidden_size": 9, "num_layers": 1, "num_heads": 2}, "cannot be divided"),
         (SIZES, "needs `architecture`"),
+        ({"architecture": "llama", "rope_parameters": {"rope_type": "zzz"}, **SIZES}, "cannot build a model.*'zzz'"),
+        (
+            {"architecture": "phi3", "rope_parameters": {"rope_type": "yarn", "factor": 2.0}, **SIZES},
+            "cannot build a phi3",
+        ),
+        ({"architecture": "llama", "hidden_act": "nope", **SIZES}, "cannot build a model.*'nope'"),
     ],
 )
 def test_build_refuses(config: dict[str, Any], says: str) -> None:
@@ -457,6 +473,88 @@ def test_adapter_directory(tmp_path: Path) -> None:
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
 
 
+def _rename(old: str, new: str | None) -> Any:
+    """Renames the first tensor of an adapter whose name holds `old`, or removes it."""
+
+    def edit(folder: Path) -> None:
+        state = load_file(folder / "adapter_model.safetensors")
+        name = next(name for name in sorted(state) if old in name)
+        value = state.pop(name)
+        save_file(
+            state | ({} if new is None else {name.replace(old, new): value}), folder / "adapter_model.safetensors"
+        )
+
+    return edit
+
+
+def _edit_adapter(**changes: Any) -> Any:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (_rename("layers.1", "layers.9"), "1 tensors are missing and 1 have no place"),
+        (_rename("layers.1", None), "1 tensors are missing and 0 have no place"),
+        (_edit_adapter(target_modules=["k_proj"]), "4 tensors are missing and 4 have no place"),
+        (_edit_adapter(target_modules=["nope"]), "cannot load the adapter.*nope"),
+        (_edit_adapter(r=8), "cannot load the adapter"),
+        (_edit_adapter(peft_type="XYZ"), "cannot load the adapter"),
+        (_edit_adapter(peft_type="IA3"), "do not fit"),
+        (_edit_adapter(peft_type="PREFIX_TUNING", num_virtual_tokens=3), "cannot load the adapter"),
+        (_edit_adapter(base_model_name_or_path=None), "names None as its base"),
+        (_edit_adapter(base_model_name_or_path="."), "names '.' as its base"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "cannot be read"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "cannot load the adapter"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+            "without adapter_model.safetensors",
+        ),
+    ],
+)
+def test_load_refuses_adapters_that_do_not_fit(
+    edit: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft alone loads what fits, and leaves out the rest."""
+    adapter = tmp_path / "adapter"
+    save_hf(with_adapters(target_modules=["q_proj"]), words(TOKENS), adapter, merged=False)
+    _with_base(adapter, tmp_path / "base")
+    load_causal_lm(str(adapter))
+    edit(adapter)
+    monkeypatch.chdir(adapter)
+    with pytest.raises(RecipeError, match=says):
+        load_causal_lm(str(adapter))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
+def test_variants_of_lora_are_saved_as_they_act_or_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    model = peft_model(target_modules=["q_proj"], **options)
+    ids = torch.randint(0, 40, (2, 5))
+    live = model(input_ids=ids).logits
+    if "use_rslora" in options:
+        save_hf(model, words(TOKENS), tmp_path)
+        torch.testing.assert_close(load_causal_lm(str(tmp_path))(input_ids=ids).logits, live, rtol=0, atol=5e-6)
+        return
+    with pytest.raises(RecipeError, match=r"another variant of LoRA.*merge_and_unload"):
+        save_hf(model, words(TOKENS), tmp_path)
+    if "lora_bias" in options:
+        with pytest.raises(RecipeError, match="base layer has no bias"):
+            load_causal_lm(_with_base(tmp_path / "adapter", tmp_path / "base"))
+        return
+    # as a directory it is merged by peft
+    torch.testing.assert_close(
+        load_causal_lm(_with_base(tmp_path / "adapter", tmp_path / "base"))(input_ids=ids).logits,
+        live,
+        rtol=0,
+        atol=5e-6,
+    )
+
+
 def test_lora_goes_through_backbone_and_head() -> None:
     model = with_adapters()
     probe_head(model)
@@ -474,6 +572,8 @@ def test_lora_refusals() -> None:
         with_adapters("llama", target_modules=["q_proj", "lm_head"])
     with pytest.raises(RecipeError, match="cannot add LoRA"):
         with_adapters("llama", target_modules=["nothing"])
+    with pytest.raises(RecipeError, match=r"\['q_porj'\] match none of its layers; .*q_proj"):
+        with_adapters("llama", target_modules=["q_porj", "v_proj"])
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -122,16 +122,25 @@ def probe_head(model: nn.Module) -> None:
 
     Raises RecipeError, naming the architecture, where they differ by more than the precision explains: such a model has
     a head of a kind that `LMHead` does not know, and every loss would be wrong. Also for a model that reads what follows a
-    token, as BERT does.
+    token, as BERT does, and for one that cannot run in its precision or with its sizes.
     """
     base = unwrap(model)
     head = lm_head(model)
     ids = torch.arange(8, device=head.weight.device).remainder(head.num_tokens)[None]
-    with torch.no_grad(), evaluating(model):
-        expected = base(input_ids=ids, use_cache=False).logits[0]
-        hidden = backbone_hidden(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
-        found = head.logits(hidden[0])
-        before = backbone_hidden(model, ids[:, :4], torch.arange(4, device=ids.device)[None])
+    try:
+        with torch.no_grad(), evaluating(model):
+            expected = base(input_ids=ids, use_cache=False).logits[0]
+            hidden = backbone_hidden(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
+            found = head.logits(hidden[0])
+            before = backbone_hidden(model, ids[:, :4], torch.arange(4, device=ids.device)[None])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as raised:
+        reason = (str(raised).strip() or type(raised).__name__).partition("\n")[0]
+        raise RecipeError(
+            f"{type(base).__name__} ({base.config.model_type}) cannot run in {base.dtype}: {reason}; choose another dtype, or "
+            "correct its configuration"
+        ) from raised
     error = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp_min(1e-30))
     limit = TOLERANCE[str(base.dtype)]
     if not bool(expected.isfinite().all()):

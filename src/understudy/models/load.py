@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 DType = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 _PART_OF_ADAPTED = re.compile(r"\.base_layer\.|\.modules_to_save\.[^.]+\.")
 """Parts that peft inserts into the names of weights."""
-_WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALIASES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -51,7 +52,10 @@ def check_model_dir(path: str) -> str:
     if not directory.is_dir():
         raise RecipeError(f"{path!r} is a file; a model is a directory with config.json and {_WEIGHTS}")
     if (directory / _ADAPTER).is_file():
-        return f"{path}: a LoRA adapter on {check_model_dir(_adapter_base(directory))}"
+        base = _adapter_base(directory)
+        if not (directory / _ADAPTER_WEIGHTS).is_file():
+            raise RecipeError(f"{str(directory)!r} is an adapter without {_ADAPTER_WEIGHTS}; save it as safetensors")
+        return f"{path}: a LoRA adapter on {check_model_dir(base)}"
     if not (directory / "config.json").is_file():
         raise RecipeError(f"{path!r} has no config.json, so it is no model directory; write one with `save_pretrained`")
     index = directory / _INDEX
@@ -96,18 +100,8 @@ def load_causal_lm(
     check_model_dir(path_or_name)
     local = Path(path_or_name).expanduser()
     if (local / _ADAPTER).is_file():
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise RecipeError(f"{local} is a LoRA adapter; run: pip install 'understudy[lora]'") from error
         base = load_causal_lm(_adapter_base(local), dtype=dtype, device=device, attn_implementation=attn_implementation)
-        with _quiet_about_tying():
-            adapted: Any = PeftModel.from_pretrained(base, str(local))
-            _untie_adapted(adapted)
-            merged = adapted.merge_and_unload()
-        # an adapter that is trained on top names this one as its base, not the model beneath
-        merged.name_or_path = str(local)
-        return cast("PreTrainedModel", merged.eval())
+        return _merge_adapter(base, local)
     source, offline = locate(path_or_name)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -130,6 +124,36 @@ def load_causal_lm(
     if dtype == "auto" and model.dtype == torch.bfloat16 and not has_bfloat16(torch.device(device)):
         model = model.float()
     return cast("PreTrainedModel", model.to(device).eval())
+
+
+def _merge_adapter(base: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """Raises RecipeError for an adapter that cannot be loaded or merged, or whose file and configuration do not fit."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise RecipeError(f"{directory} is a LoRA adapter; run: pip install 'understudy[lora]'") from error
+    try:
+        with _quiet_about_tying():
+            adapted: Any = PeftModel.from_pretrained(base, str(directory))
+            # the first call loads what fits and tells nobody of the rest
+            result = adapted.load_adapter(str(directory), "default", torch_device=str(base.device))
+            _untie_adapted(adapted)
+            merged = None if result.missing_keys or result.unexpected_keys else adapted.merge_and_unload()
+    except Exception as error:
+        # as above: its files may make any part of peft raise
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise RecipeError(
+            f"cannot load the adapter {str(directory)!r} on its base {base.name_or_path!r}: {text}"
+        ) from error
+    if merged is None:
+        raise RecipeError(
+            f"the weights of the adapter {str(directory)!r} do not fit its {_ADAPTER} and its base {base.name_or_path!r}: "
+            f"{len(result.missing_keys)} tensors are missing and {len(result.unexpected_keys)} have no place, first "
+            f"{sorted([*result.missing_keys, *result.unexpected_keys])[0]!r}"
+        )
+    # an adapter that is trained on top names this one as its base, not the model beneath
+    merged.name_or_path = str(directory)
+    return cast("PreTrainedModel", merged.eval())
 
 
 def _why_not(error: Exception, offline: str | None) -> str:
@@ -241,12 +265,23 @@ def config_on_disk(path: str | None, build: Mapping[str, Any] | None = None) -> 
         return None
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # each configuration validates in its own way
         raise RecipeError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
 
 
 def _adapter_base(directory: Path) -> str:
-    return str(json.loads((directory / _ADAPTER).read_text())["base_model_name_or_path"])
+    """Raises RecipeError where the adapter's configuration names no model, or the adapter's own directory."""
+    try:
+        base = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{directory / _ADAPTER} cannot be read ({error!r}); save the adapter again") from error
+    if not isinstance(base, str) or not base.strip() or Path(base).expanduser().resolve() == directory.resolve():
+        raise RecipeError(
+            f"{directory / _ADAPTER} names {base!r} as its base model; base_model_name_or_path must be the hub name or the "
+            "directory of the model that the adapter was trained on, and an adapter lies in a directory of its own"
+        )
+    return base
 
 
 def said_by(error: BaseException, offline: str | None) -> str:
@@ -291,8 +326,12 @@ def build_causal_lm(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise RecipeError(f"cannot build a model from {dict(config)}: {error}") from error
+    except RecipeError:
+        raise
+    except Exception as error:
+        # sizes that do not fit make any part of a model raise
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise RecipeError(f"cannot build a model from {dict(config)}: {text}") from error
     return cast("PreTrainedModel", model.to(device).eval())
 
 
@@ -337,7 +376,13 @@ def _default_config(architecture: str, **settings: Any) -> Any:
         close = get_close_matches(architecture, KNOWN, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "llama, qwen3, gemma2, mistral and gpt2 are common ones"
         raise RecipeError(f"architecture {architecture!r} is no causal language model of transformers; {hint}")
-    return AutoConfig.for_model(architecture, **settings)
+    try:
+        return AutoConfig.for_model(architecture, **settings)
+    except Exception as error:
+        # each configuration validates in its own way
+        given_keys = ", ".join(f"{key}: {value!r}" for key, value in settings.items())
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise RecipeError(f"cannot build a {architecture} model with {given_keys}: {text[-1].strip()}") from error
 
 
 def apply_lora(
@@ -360,6 +405,16 @@ def apply_lora(
     except ImportError as error:
         raise RecipeError("LoRA needs the package peft: pip install 'understudy[lora]'") from error
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    names = [name for name, _ in model.named_modules()]
+    absent = [one for one in targets if not any(f".{name}".endswith(f".{one}") for name in names)]
+    if absent and not isinstance(targets, str):
+        known = sorted(
+            {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        )
+        raise RecipeError(
+            f"cannot add LoRA to {type(model).__name__}: target_modules {absent} match none of its layers; its linear layers "
+            f"are {', '.join(known)}"
+        )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
@@ -462,7 +517,7 @@ def read_back(model: nn.Module, directory: str | Path) -> float:
 @no_grad
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the plain model: trained copies in place of what they replace, and every adapter added to a copy of
-    the weight that it belongs to."""
+    the weight that it belongs to. Raises RecipeError for adapters that change more than a weight."""
     base = unwrap(model)
     module: Any
     state: dict[str, Tensor] = {
@@ -473,6 +528,11 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, module in base.named_modules():
         if not hasattr(module, "get_delta_weight"):
             continue
+        if any(getattr(module, "lora_variant", {})) or any(getattr(module, "lora_bias", {}).values()):
+            raise RecipeError(
+                f"{name} has DoRA, a bias or another variant of LoRA, which is no change of a weight alone; merge it with "
+                "merge_and_unload and save the result"
+            )
         weight = state[f"{name}.weight"]
         # at least float32, so that a small delta is rounded once, with the sum
         total = weight.to(torch.promote_types(weight.dtype, torch.float32))
