@@ -617,3 +617,36 @@ def test_init_says_what_it_lacks(tmp_path: Path) -> None:
     assert "needs what only you can say" in run("init", str(path), "--method", "phases")[1]
     assert "there is no file" in run("init", str(path), "--data", str(tmp_path / "nothing.jsonl"))[1]
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.correct_filter=true"], "has nothing to correct"),
+        (
+            ["method.correct_filter=true", "sampling.top_p=0.9", "rollout={type: vllm, url: http://localhost:1}"],
+            "needs the probability that the filter kept",
+        ),
+    ],
+)
+def test_a_filter_is_corrected_where_there_is_one_and_it_is_known(
+    tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write_recipe(tmp_path, **distillation(tmp_path, method={"type": "opd"})), overrides)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "warned"),
+    [
+        ("opd", ["sampling.top_p=0.9"], True),
+        ("opd", ["sampling.top_p=0.9", "method.correct_filter=true"], False),
+        ("opd", [], False),
+        ("gkd", ["sampling.min_p=0.1"], False),
+    ],
+)
+def test_a_filter_that_biases_the_gradient_is_named(
+    tmp_path: Path, method: str, overrides: list[str], warned: bool
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, **distillation(tmp_path, method={"type": method})), overrides)
+    assert any("is biased" in line for line in check(recipe)) == warned
