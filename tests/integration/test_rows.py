@@ -91,6 +91,7 @@ FILES: dict[str, bytes] = {
     "bom.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
     "rows.csv": CSV.encode(),
     "excel.csv": b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").replace('""\r\nline', '""\nline').encode(),
+    "indices.csv": b',,q,a\n0,1,"a, ""quoted""\nline",007\n1,2,\xc3\xbc,0.10\n',
     "rows.tsv": CSV.replace("q,a", "q\ta").replace('",007', '"\t007').replace("ü,", "ü\t").encode(),
     "rows.parquet": parquet(ROWS),
     "file.arrow": arrow(ROWS),
@@ -133,7 +134,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         ("r.csv", b'q,a\n"cut off', r"r\.csv: not \.csv, after line 1: unexpected end of data"),
         ("r.csv", b"q,a\n1,2,3\n", r"r\.csv:2: more cells than the 2 fields"),
         ("r.csv", b"q,q\n1,2\n", r"names a field twice: q, q"),
-        ("r.csv", b"q\n\xff\xfe\n", r"r\.csv: not \.csv, after line 0: 'utf-8'"),
+        ("r.csv", b"q\n\xff\xfe\n", r"r\.csv: not \.csv, after line 0: 'utf-8'.*; save the file as UTF-8"),
+        ("r.jsonl", '{"q": "é"}'.encode("latin-1"), r"r\.jsonl:1: .*; save the file as UTF-8"),
         ("r.parquet", b"PAR1", r"r\.parquet: not a whole \.parquet file"),
         ("r.arrow", b"", r"r\.arrow: not a whole \.arrow file"),
         ("r.jsonl.bz2", bz2.compress(lines(ROWS))[:-8], r"not a whole bz2 file, after "),
@@ -195,8 +197,16 @@ def test_a_folder_and_a_pattern(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the same rows twice"):
         task_of(folder / "train*").check_files()
     (tmp_path / "none").mkdir()
-    with pytest.raises(RecipeError, match="no file that can be read"):
+    with pytest.raises(RecipeError, match=r"no file that can be read; known: [., a-z]+$"):
         task_of(tmp_path / "none").check_files()
+    (tmp_path / "none/data").mkdir()
+    with pytest.raises(RecipeError, match=r"a pattern reads the folders in it: .*none/\*\*/\*\.jsonl"):
+        task_of(tmp_path / "none").check_files()
+    (tmp_path / "none/.hidden.csv").write_bytes(b"\0")
+    (tmp_path / "none/rows.jsonl").write_bytes(lines([{"q": "x"}]))
+    assert len(task_of(tmp_path / "none").prompts("train")) == 1
+    with pytest.raises(RecipeError, match="is an address; name a file of this machine, or a data set of the hub"):
+        File(path="hf://datasets/a/b/train.jsonl", prompt_field="q").check_files()
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path: Path) -> None:
@@ -398,6 +408,8 @@ def test_the_last_turn_of_the_assistant_is_the_solution(tmp_path: Path) -> None:
         assert f"message 2 ({role}) has no content" in task.intake("train").skipped[0]
         (tmp_path / "null.parquet").write_bytes(parquet(rows))
         assert task_of(tmp_path / "null.parquet").intake("train").num_skipped == 1
+    empty = chat(tmp_path, USER, ASSISTANT | {"reasoning_content": "", "thinking": "", "tool_calls": ""})
+    assert (empty.messages, empty.solution) == ((USER,), "assistant")
     thought = chat(tmp_path, USER, ASSISTANT | {"reasoning_content": "hm"})
     assert thought.solution == "<think>\nhm\n</think>\n\nassistant"
     called = chat(tmp_path, USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]})
@@ -444,7 +456,8 @@ def test_wording_goes_around_the_last_message_of_the_user(tmp_path: Path) -> Non
         ([SYSTEM, USER], {"chat": False}, "has 2 messages, of which chat: false takes one"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], {}, "a part of type 'image_url'"),
         ([{"role": "user", "content": 3}], {}, r"message 1 \(user\) has the content 3"),
-        ([USER, {"role": "tool", "content": {"x": 1}}], {}, r"has the content .*\(write objects as JSON in a string\)"),
+        ([USER, {"role": "tool", "content": {"x": 1}}], {}, r"has the content .*\(what a tool returns is JSON in a"),
+        ([USER, {"role": "tool", "content": ["x", "y"]}], {}, r"has the content \['x', 'y'\]; it must be a string"),
         ([{"content": "x"}], {}, "message 1 is .*must have role and content"),
         (["x"], {}, "message 1 is 'x'"),
         ([[USER], [USER]], {}, "message 1 is .*must have role and content"),

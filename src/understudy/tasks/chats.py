@@ -95,6 +95,10 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     if not isinstance(item, Mapping):
         raise ValueError(f"{where} is {brief(item)}; it must have role and content")
     said = {key: value for key, value in item.items() if value is not None}
+    # empty strings where other rows have reasoning or calls
+    for name in ("reasoning_content", *_THOUGHTS, "tool_calls"):
+        if isinstance(said.get(name), str) and not said[name].strip():
+            del said[name]
     if "from" in said and "role" not in said:
         said = {"role": said.pop("from"), "content": said.pop("value", None)} | said
     role, content = said.pop("role", None), said.pop("content", None)
@@ -109,9 +113,10 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     if "function_call" in said:
         said["tool_calls"] = [said.pop("function_call")]
     calls = _read_calls(said.pop("tool_calls", None), where)
-    if isinstance(content, list | tuple):
-        content = "".join(_read_part(part, where) for part in content)
     role = _ROLES.get(role, role)
+    # a tool may return a list of strings, which are no parts of one text
+    if isinstance(content, list | tuple) and not (role == "tool" and any(isinstance(part, str) for part in content)):
+        content = "".join(_read_part(part, where) for part in content)
     # a question or an answer that is null is a missing one, not a chat of another kind
     is_null_question = role == "user" and not item.keys().isdisjoint(("content", "value"))
     is_null_answer = role == "assistant" and (is_last or "reasoning_content" in said)
@@ -120,7 +125,7 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     if content is None and not item.keys().isdisjoint(("content", "value")):
         raise MissingValueError(f"{where} ({role}) has no content")
     if not isinstance(content, str):
-        hint = " (write objects as JSON in a string)" if isinstance(content, Mapping) else ""
+        hint = " (what a tool returns is JSON in a string)" if role == "tool" else ""
         raise ValueError(f"{where} ({role}) has the content {brief(content)}; it must be a string{hint}")
     return {"role": role, "content": content, **said} | ({"tool_calls": calls} if calls else {})
 

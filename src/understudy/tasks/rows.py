@@ -75,13 +75,24 @@ def find_files(source: str) -> list[Path]:
     Raises RecipeError where there are none, for a folder with files of several kinds or splits, and for one file in two
     forms (`rows.jsonl` and `rows.jsonl.gz`).
     """
+    if "://" in source:
+        raise RecipeError(
+            f"{source} is an address; name a file of this machine, or a data set of the hub with type: hub"
+        )
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(item for item in path.iterdir() if item.is_file() and _kind(item) is not None)
+        # as a pattern would, without hidden files: macOS writes one beside every file
+        files = [item for item in path.iterdir() if item.is_file() and not item.name.startswith(".")]
+        found = sorted(item for item in files if _kind(item) is not None)
         if not found:
-            raise RecipeError(f"{path} has no file that can be read; known: {', '.join(_READERS)}")
+            below = (
+                f"; a pattern reads the folders in it: {path}/**/*.jsonl"
+                if any(map(Path.is_dir, path.iterdir()))
+                else ""
+            )
+            raise RecipeError(f"{path} has no file that can be read; known: {', '.join(_READERS)}{below}")
         kinds = {str(_kind(item)) for item in found}
         # where one file names its split, those that name none are of another
         words = [_SPLIT_WORDS.search(item.name.lower()) for item in found]
@@ -232,7 +243,11 @@ def _parse(text: bytes, complaint: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # the encoding, the syntax, ten thousand brackets
-        raise DataError(f"{complaint}: {error}") from error
+        raise DataError(f"{complaint}: {error}{_to_utf8(error)}") from error
+
+
+def _to_utf8(error: Exception) -> str:
+    return "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -259,15 +274,17 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[Row]:
     )
     try:
         names = list(reader.fieldnames or ())
-        if len(set(names)) < len(names):
-            raise DataError(f"{path}: the first line names a field twice: {', '.join(names)}")
+        # no recipe names a column without a name, which tables of pandas and R have for their indices
+        named = [name for name in names if name]
+        if len(set(named)) < len(named):
+            raise DataError(f"{path}: the first line names a field twice: {', '.join(named)}")
         for row in reader:
             place = f"{path}:{reader.line_num}"
             if _SURPLUS in row:
                 raise DataError(f"{place}: more cells than the {len(names)} fields that the first line names")
             yield place, {key: None if (cell or "").casefold() in _CSV_NULLS else cell for key, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not {_kind(path)}, after line {reader.line_num}: {error}") from error
+        raise DataError(f"{path}: not {_kind(path)}, after line {reader.line_num}: {error}{_to_utf8(error)}") from error
 
 
 def _read_columns(file: IO[bytes], path: Path) -> Iterator[Row]:
