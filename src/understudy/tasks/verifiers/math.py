@@ -75,7 +75,7 @@ def grade_math(text: str, reference: str, timeout_s: float = 5.0) -> Grade:
     if (
         note
         and answer.endswith("!")
-        and text.rstrip().endswith("!")
+        and text.rstrip(f"{_AROUND}*\n").endswith("!")
         and _SENTENCE.search(text)
         and not _last_box(text)[0]
     ):
@@ -107,7 +107,7 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
         return "" if notation.words(left) == notation.words(right) else "differs from the reference"
     if len(right) > 1 and right.isalpha() and left.lower() == right.lower():
         return ""
-    if notation.is_short_word(right) and left.isalpha():
+    if left.lower() == "no" or (notation.is_short_word(right) and left.isalpha()):
         return "differs from the reference"
     left = notation.without_names(notation.items(notation.digits(left)), right)
     if notation.tight(left) == notation.tight(notation.items(right)):

@@ -11,12 +11,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
+from functools import lru_cache
 from itertools import pairwise
 from string import ascii_lowercase
 
 
 def _radians(match: re.Match[str]) -> str:
-    return f"{match[1]}(\\frac{{{match[2] or match[3]}\\pi}}{{180}})"
+    return f"{match[1]}(\\frac{{{match[2] or match[3] or match[4]}\\pi}}{{180}})"
 
 
 def _table(text: str) -> dict[str, str]:
@@ -61,7 +62,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r",\s*\\!\s*|\{,\}", ","),
     (r"(?<!\\)\\!", ""),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\s+", " "),
-    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|boldsymbol|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"),
+    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf)|boldsymbol|bm|pmb|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"),
     (r"\\(?:rm|bf|it|sf)(?![a-zA-Z])", ""),
     (r"\\(?:[dtcs]|nice)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac ?(\d) (?=\d)", r"\\frac{\1}"),
@@ -92,20 +93,20 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^ *(?:negative|minus) +(?=[\d\\(])", "-"),
     (r"(?<=[\dA-F)]) *base *(\d\d?|[a-z]+)(?![a-zA-Z])", r"_{\1}"),
     (r"\^\s*(?:\\(?:circ|degree)(?![a-zA-Z])|\{\s*\\(?:circ|degree)\s*\})|\\degree(?![a-zA-Z])", "\u00b0"),
-    (
-        r"(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?\{?\d\}?)?) ?(?:\( ?([\d.]+)\u00b0 ?\)|\{? ?([\d.]+)\u00b0\}?)",
-        _radians,
-    ),
     (r"\\log ?_ ?(?:e(?![a-zA-Z])|\{ ?e ?\})", r"\\ln "),
     (r"((?:begin|end) ?\{[pbBvV]?)small(?=matrix\})", r"\1"),
-    (r"(?<![\w.\\])0(?:x[\da-fA-F]+|b[01]+|o[0-7]+)(?!\w)", lambda match: str(int(match[0], 0))),
+    (r"(?<![\w.\\])0(?:[xX][\da-fA-F]+|[bB][01]+|[oO][0-7]+)(?!\w)", lambda match: str(int(match[0], 0))),
     # ]2,5] as the French write (2,5]
-    (r"(?:^|(?<=\\c[au]p )|(?<=\\in )) ?\]([^][(){}]*[,;][^][(){}]*)(?=[][])", r"(\1"),
-    (r"([(\[][^][(){}]*[,;][^][(){},; ]+ ?)\[(?= ?(?:$|\\c[au]p))", r"\1)"),
+    (r"(?:^|(?<=\\c[au]p )|(?<=\\in )) ?\]([^][()]*[,;][^][()]*)(?=[][])", r"(\1"),
+    (r"([(\[][^][()]*[,;][^][(),;]*[^][(),; ] ?)\[(?= ?(?:$|\\c[au]p))", r"\1)"),
     (r"(?<![\d.:])([01]?\d|2[0-3]) ?h ?([0-5]\d)(?![\d.:]| ?[ms])", r"\1:\2"),
     (r"\\([$%])", r"\1"),
     (r"(?<![\\a-zA-Z])inf(?:inity|ty)?(?![a-zA-Z])", r"\\infty "),
     (r"(?<![\\a-zA-Z])(sqrt|pi|theta|alpha|beta|gamma|sin|cos|tan|arcsin|arccos|arctan|log|ln)(?![a-zA-Z])", r"\\\1 "),
+    (
+        r"(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?\{?\d\}?)?) ?(?:\( ?([\d.]+)\u00b0 ?\)|\{ ?([\d.]+)\u00b0\}|([\d.]+)\u00b0)",
+        _radians,
+    ),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"<=", r"\\le "),
     (r"(?<!=)>=", r"\\ge "),
@@ -128,7 +129,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 _REWRITTEN = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 _BASE = re.compile(
     r"(?<![\w.}\\^])(?<!\d,)(?P<digits>\([\dA-F]*\d[\dA-F]*\)|[\dA-F]*\d[\dA-F]*"
-    r"|(?:[\da-f]*\d[\da-f]*|[a-f]{2,}|[A-F]{2,})(?= ?_ ?\{ ?16 ?\})) ?_ ?"
+    r"|(?:\([\da-f]*\d[\da-f]*\)|[\da-f]*\d[\da-f]*|[a-f]{2,}|[A-F]{2,})(?= ?_ ?\{ ?16 ?\})) ?_ ?"
     r"(?:(?P<base>\d)|\{ ?\(?(?:base )?(?P<named>\d\d?|[a-z]+)\)? ?\})"
 )
 _BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "sixteen": 16}
@@ -220,6 +221,7 @@ _NO_ARITHMETIC = re.compile(r"\d:\d|\d{4}-\d\d?-\d\d?\b|\d/\d+/\d|\b\d{3}0s\b")
 """Times, ratios, dates and decades in digits."""
 
 
+@lru_cache(4096)
 def plain(answer: str) -> str:
     r"""One spelling of what has several: `\dfrac`, unicode symbols and digits, `\text{...}`, thousands, bases, spacing."""
     if len(re.findall(r"(?<!\\)\$", answer)) % 2 == 0:
