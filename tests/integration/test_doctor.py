@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.engine_stub import EngineStub
@@ -473,6 +474,21 @@ def test_the_saved_student_keeps_its_generation_settings(tmp_path: Path) -> None
         assert settings.items() <= kept.items()
         assert set(kept["eos_token_id"]) == ends
         assert load_causal_lm(str(run_dir / "student")).generation_config.top_k == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["v_head.summary.weight", "vision_tower.patches.weight", "model.layers.0.attn.masked_bias"]
+)
+def test_weights_that_loading_leaves_out_are_named(tmp_path: Path, name: str) -> None:
+    changes = distillation(tmp_path)
+    for side in ("student", "teacher"):
+        path = tmp_path / side / "model.safetensors"
+        save_file(load_file(path) | {name: torch.zeros(1, 3)}, path, metadata={"format": "pt"})
+    with parts_of(recipe_of(tmp_path, **changes)) as parts:
+        found = ask("weights", parts, "advice")
+    assert found.level == "warning"
+    assert found.found.count(f"1 tensor that LlamaForCausalLM has no part for, first '{name}'") == 2
+    assert found.advice.startswith("the saved student lacks them")
 
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

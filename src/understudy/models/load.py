@@ -177,7 +177,8 @@ def _why_not(error: Exception, offline: str | None) -> str:
 
 def _check_weights(model: Any, name: str, info: Mapping[str, Any]) -> None:
     """Raises RecipeError for weights that the model needs and lacks, that have another shape, or that belong to a part of it
-    and would be left out. Parts that it does not have, such as a value head or a vision tower, may be left out."""
+    and would be left out. Parts that it does not have, such as a value head or a vision tower, may be left out: their tensors
+    are in `model.left_out`, which the doctor tells of."""
     kind = type(model).__name__
     if info["mismatched_keys"]:
         first, stored, wanted = sorted(info["mismatched_keys"])[0]
@@ -204,6 +205,7 @@ def _check_weights(model: Any, name: str, info: Mapping[str, Any]) -> None:
             f"{left_out[0]!r}: {kind} would run without them. Correct config.json (layers, biases, quantization), "
             "or choose another model"
         )
+    model.left_out = sorted(info["unexpected_keys"])
 
 
 def _untie_separate(model: Any) -> None:

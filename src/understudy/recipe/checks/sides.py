@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from understudy.errors import UnderstudyError
+from understudy.format import count
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import backbone_hidden, lm_head, name_tokens, num_positions, unwrap
 from understudy.models.backbone import evaluating
@@ -176,6 +177,21 @@ def _generation_settings(parts: Parts) -> Iterator[Finding]:
     )
 
 
+def _left_out(parts: Parts) -> Iterator[Finding]:
+    """Names tensors of files that belong to no part of the model, which transformers leaves out."""
+    for label, model in parts.models.items():
+        names = getattr(unwrap(model), "left_out", [])
+        if names:
+            found = (
+                f"the {label}'s file holds {count(len(names), 'tensor')} that {type(unwrap(model)).__name__} has no part for, "
+                f"first {names[0]!r}; they are left out"
+            )
+            advice = (
+                "the saved student lacks them: copy a vision tower or a value head from the old file where you need it"
+            )
+            yield Finding(found, "warning" if label == "student" else "ok", advice)
+
+
 def _templates(parts: Parts) -> Iterator[Finding]:
     if parts.prompts[0][0].messages is None:
         return
@@ -301,6 +317,7 @@ CHECKS = (
     Check(
         "generation settings", "advice", "the student's generation_config against eval.sampling", _generation_settings
     ),
+    Check("weights", "advice", "tensors of each model's file against the parts of the model", _left_out),
     Check("chat template", "advice", f"{NUM_COMPARED} prompts in the template of every side", _templates),
     Check("temperature", "loaded", "that of the scores against the student's", _temperature),
     Check("lengths", "loaded", "first prompts and max_new_tokens against all positions", _lengths),
