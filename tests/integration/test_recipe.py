@@ -136,6 +136,12 @@ def test_the_keys_for_other_names_are_there() -> None:
         ("sampling=null", "it must be a mapping of keys; leave it out for its defaults$"),
         ("eval=false", "eval is false; it must be a mapping of keys; null does without$"),
         ("student.lora=false", "student.lora is false; it must be a mapping of keys; null does without$"),
+        ("student.lora.alpha=0", "alpha is 0; it must be above 0"),
+        ("student.lora.alpha=nan", "alpha is nan; it must be above 0 and finite"),
+        ("student.lora.dropout=-0.1", r"dropout is -0.1; it must lie in \[0, 0.99\]"),
+        ("student.lora.dropout=1.0", r"it must lie in \[0, 0.99\]"),
+        ("student.lora.target_modules=q_proj", "it must be one of all-linear or a list of strings or null"),
+        ("student.lora.target_modules=[all-linear]", "write target_modules: all-linear, without a list"),
         ("student.lora.target_modules=[]", r"target_modules is \[\]; null takes every linear layer"),
         ("train.eps=0", "eps is 0; it must be above 0$"),
         ("null=1", "null: unknown key"),
@@ -148,6 +154,13 @@ def test_the_keys_for_other_names_are_there() -> None:
 def test_values_are_refused_in_the_words_of_a_recipe(tmp_path: Path, override: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load_recipe(write_recipe(tmp_path, **distillation(tmp_path, eval={"every": 1})), [override])
+
+
+def test_all_linear_is_a_value_of_target_modules(tmp_path: Path) -> None:
+    """As peft spells it."""
+    recipe = load_recipe(write_recipe(tmp_path), ["student.lora.target_modules=all-linear"])
+    assert recipe.student.lora is not None
+    assert recipe.student.lora.target_modules == "all-linear"
 
 
 def test_yaml_is_read_as_other_tools_read_it(tmp_path: Path) -> None:

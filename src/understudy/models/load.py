@@ -410,9 +410,9 @@ def apply_lora(
     names = [name for name, _ in model.named_modules()]
     absent = [one for one in targets if not any(f".{name}".endswith(f".{one}") for name in names)]
     if absent and not isinstance(targets, str):
-        known = sorted(
-            {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        )
+        head = unwrap(model).get_output_embeddings()
+        linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+        known = sorted({name.rpartition(".")[2] for name in linear})
         raise RecipeError(
             f"cannot add LoRA to {type(model).__name__}: target_modules {absent} match none of its layers; its linear layers "
             f"are {', '.join(known)}"

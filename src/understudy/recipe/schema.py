@@ -46,16 +46,23 @@ class Lora:
     """An update is scaled by alpha / rank."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is dropped in training."""
-    target_modules: tuple[str, ...] | None = None
-    """None: every linear layer but the output layer."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
+    """Ends of module names, such as [q_proj, v_proj]. None or all-linear: every linear layer but the output layer."""
     save: Literal["merged", "adapter"] = "merged"
     """Contents of the final `student/` directory: the merged model with the adapter in `student/adapter/`, or the adapter."""
 
     def __post_init__(self) -> None:
         check_range(self, 1, "rank", off="without a section lora all weights are trained")
+        check_range(self, 0, "alpha", above=True)
+        # at 1 adapters would have nothing to learn from
+        check_range(self, 0, "dropout", high=0.99)
         if self.target_modules == ():
             raise ValueError(
                 "target_modules is []; null takes every linear layer, and without a section lora all are trained"
+            )
+        if self.target_modules is not None and "all-linear" in tuple(self.target_modules):
+            raise ValueError(
+                "target_modules is a list with all-linear; write target_modules: all-linear, without a list"
             )
 
 
