@@ -193,6 +193,11 @@ def _task(section: Mapping[str, Any], sources: Mapping[str, Any], objects: dict[
                 raise RecipeError(
                     f"{split} is of type {type(given).__name__}; rows are a datasets.Dataset (one split) or a list of mappings"
                 )
+            if isinstance(given, tuple):
+                rows[split] = list(given)  # a tuple is a loaded model with its tokenizer
+            elif is_dataset and given.format["type"] not in (None, "custom"):
+                # arrays and tensors of a format have fewer digits than the rows
+                rows[split] = given.with_format(None, columns=given.format["columns"])
         found = {split: _added(in_memory.name_of_rows(given), given, objects) for split, given in rows.items()}
         return {"type": "rows"} | found | dict(task)
     first = named.pop("train")

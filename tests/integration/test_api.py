@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.runs import distillation, save_tiny_model, tiny_recipe, write_recipe
 from understudy import GKD, GRPO, SFT, Callback, Recipe, Run, config, distil, evaluate, sample, train
+from understudy import given as in_memory
 from understudy.errors import DataError, RecipeError
 from understudy.eval.summary import EvalSummary
 from understudy.models import load_causal_lm, load_tokenizer
@@ -84,6 +85,15 @@ def test_it_trains_as_the_command_line_does(names: dict[str, str], loaded: dict[
     assert [row["loss"] for row in rows.metrics] == [row["loss"] for row in held.metrics]
     for name, value in weights(rows).items():
         assert torch.equal(value, weights(held)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["tuple", "torch", "numpy", "pandas"])
+def test_rows_are_taken_as_they_are(names: dict[str, str], tmp_path: Path, kind: str) -> None:
+    """Whatever list or format they come in."""
+    rows = tuple(ROWS) if kind == "tuple" else Dataset.from_list(ROWS).with_format(kind)
+    run = distil(**names, train=rows, steps=1, run_dir=tmp_path / "run", **PLAIN)
+    (name,) = {config.read_yaml(run.path / "recipe.yaml")["task"]["train"]}
+    assert name == in_memory.name_of_rows(ROWS)
 
 
 def test_loaded_models_stay_as_they_are(loaded: dict[str, Any], tmp_path: Path) -> None:

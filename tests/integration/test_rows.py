@@ -425,6 +425,9 @@ def test_a_solution_may_be_a_message(tmp_path: Path) -> None:
         return task_of(tmp_path / "r.jsonl", rows, **settings).prompts("train")[0].solution
 
     assert solution(ASSISTANT) == "assistant"
+    rows = [{"q": "x", "s": value} for value in (json.dumps([ASSISTANT]), '[{"value": 1}]', 12.0, 1e-7)]
+    found = task_of(tmp_path / "s.jsonl", rows, solution_field="s").prompts("train")
+    assert [prompt.solution for prompt in found] == ["assistant", '[{"value": 1}]', "12", "0.0000001"]
     for wrong in ([USER, ASSISTANT], [USER]):
         with pytest.raises(DataError, match="'completion' must hold one message of the assistant"):
             solution(*wrong)

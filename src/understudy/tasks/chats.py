@@ -47,7 +47,7 @@ def read_messages(value: object) -> list[Said]:
     content; their texts go on behind the name of the field.
     """
     if isinstance(value, str):
-        value = _chat_in(value) or [{"role": "user", "content": value}]
+        value = chat_in(value) or [{"role": "user", "content": value}]
     if isinstance(value, Mapping):
         value = _transposed(value)
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
@@ -170,7 +170,7 @@ def _from_json(value: object, where: str) -> Any:
         raise ValueError(f"{where} is {brief(value)}, which is not JSON: {error}") from error
 
 
-def _chat_in(text: str) -> Any:
+def chat_in(text: str) -> Any:
     """The messages that a string holds as JSON, which a table of text has for chats; None where it is no chat.
 
     Raises ValueError for a chat that is cut off or printed by Python.

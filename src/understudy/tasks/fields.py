@@ -79,6 +79,8 @@ def _plain(value: Any) -> Any:
 def read_text(row: Mapping[str, Any], field: str, place: str) -> str:
     """A string or a number of a row as text. Raises as `read_field`, and DataError for anything else."""
     value = read_field(row, field, place)
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, str) or (
+        isinstance(value, int | float) and math.isfinite(value) and not isinstance(value, bool)
+    ):
+        return accepted(value)[0]
     raise DataError(f"{place}: field {field!r} is {brief(value)}; it must be a string or a number")

@@ -19,7 +19,7 @@ from understudy.errors import DataError, RecipeError, check_range
 from understudy.hub import unreachable
 from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Intake, Split, Task
-from understudy.tasks.chats import SYSTEM_ROLES, Said, conversation_facts, read_messages, read_tools
+from understudy.tasks.chats import SYSTEM_ROLES, Said, chat_in, conversation_facts, read_messages, read_tools
 from understudy.tasks.fields import (
     MissingValueError,
     accepted_answers,
@@ -278,6 +278,10 @@ class Records(Task):
     def _solution(self, place: str, row: Mapping[str, Any], field: str) -> str:
         """A text, or the one turn of the assistant in a list of messages."""
         value = read_field(row, field, place)
+        try:
+            value = chat_in(value) or value if isinstance(value, str) else value
+        except ValueError as error:
+            raise DataError(f"{place}: field {field!r}{error}") from error
         if not isinstance(value, list):
             return read_text(row, field, place)
         messages = _messages(place, field, value)
