@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from understudy import report
 from understudy.models import load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import load_recipe
+from understudy.report import svg
 from understudy.report.read import Series
-from understudy.report.svg import Chart, Line, draw
 
 
 def prune(teacher: str, drop: set[int], out: str) -> None:
@@ -44,10 +43,9 @@ def picture(run_dir: Path, path: Path) -> None:
     """The loss of every step as an SVG that stands alone."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = Series.of({row["step"]: row["loss"] for row in rows})
-    chart = draw(Chart("KL(S || T)", "KL(S || T), nats a token of the student's own samples", [Line("KL", losses)]))
-    style = (Path(report.__file__).parent / "page.css").read_text() + "svg { font-family: sans-serif }"
-    opening, _, rest = chart.partition(">")
-    path.write_text(f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n')
+    svg.save(
+        svg.Chart("KL(S || T)", "KL(S || T), nats a token of the student's own samples", [svg.Line("KL", losses)]), path
+    )
     first, last = losses.values[:5].mean(), losses.values[-5:].mean()
     print(f"{path}: {first:.3f} nats a token in the first 5 steps, {last:.3f} in the last 5")
 

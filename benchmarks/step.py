@@ -4,8 +4,8 @@ Both distil the same student (0.14 M parameters) from the same teacher (0.8 M) w
 reverse KL at temperature 1), batch 128, 32 new tokens, AdamW at 1e-3, and no logging or saving between. They take turns,
 each in a process of its own; the medians over all steps after the first ten are compared.
 
-    understudy train recipes/evidence/teacher.yaml
-    understudy train recipes/evidence/medium.yaml
+    understudy train recipes/evidence/addition/sure.yaml
+    understudy train recipes/evidence/addition/medium.yaml
     python benchmarks/step.py            # needs pip install understudy[bench]
     python benchmarks/step.py --turns 5 --json step.json
 """
@@ -132,8 +132,8 @@ def measure(which: str, student: str, teacher: str, steps: int) -> list[dict[str
 def main() -> None:
     """Takes turns, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="runs/evidence/medium/student")
-    parser.add_argument("--teacher", default="runs/evidence/teacher/student")
+    parser.add_argument("--student", default="runs/evidence/addition/medium/student")
+    parser.add_argument("--teacher", default="runs/evidence/addition/sure/student")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path)

@@ -1,46 +1,334 @@
-"""The evidence: a teacher, two students to start from, and the grid of every method. Goes on where it stopped."""
+"""The evidence: for each claim of the papers a small world, a grid of runs, and what the runs say. Goes on where it stopped.
+
+    python scripts/evidence.py                  every claim, about two hours on two cores
+    python scripts/evidence.py extrapolation    this claim and the models that it needs
+    python scripts/evidence.py --draw           the tables and curves of docs/evidence.md from the data beside it
+
+A claim is a folder of `recipes/evidence`: `claim.yaml` names the models that are trained first and the contrasts that decide,
+`run.yaml` is what all runs share, `grid.yaml` what they differ in. The data go to `docs/evidence/CLAIM.csv`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import json
+import math
+import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-RUNS, RECIPES = Path("runs/evidence"), Path("recipes/evidence")
-MODELS = ("teacher", "medium", "weak")
-GRID = ("compare", f"{RECIPES}/distil.yaml", "--grid", f"{RECIPES}/grid.yaml", "--jobs", "2")
+import numpy as np
 
+from understudy import config
+from understudy.eval.estimators import Estimate, crossed_mean, estimate_mean
+from understudy.report import svg
+from understudy.report.read import Series, read_run
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether there is a final student."""
-    facts = run_dir / "run.json"
-    return facts.is_file() and json.loads(facts.read_text())["status"] in ("finished", "good enough")
-
-
-def understudy(*arguments: str) -> int:
-    """Exit code of one command of the public command line."""
-    print(f"\n$ understudy {' '.join(arguments)}", flush=True)
-    command = [Path(sys.executable).with_name("understudy"), *arguments]
-    return subprocess.run(command, check=False).returncode  # noqa: S603 (fixed arguments)
+RUNS, RECIPES, DATA = Path("runs/evidence"), Path("recipes/evidence"), Path("docs/evidence")
+PAGE = Path("docs/evidence.md")
+CURVES = {"accuracy": "accuracy", "gradient norm": "grad_norm", "entropy": "student_entropy"}
+"""Drawn for each claim: what is on the axis, and its metric."""
 
 
-def main() -> int:
-    """Stops at the first command that fails."""
-    started = time.perf_counter()
-    for name in MODELS:
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """Two rows of a grid and the number that they are compared by. It is shown where `more` has more of it than `less`."""
+
+    says: str
+    more: str
+    less: str
+    by: str = "accuracy"
+    """"accuracy", "samples" (the ratio of samples until `less` is as good as `more` ends), or a metric of the evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A file claim.yaml."""
+
+    title: str
+    source: str
+    models: tuple[str, ...] = ()
+    """Recipes that are trained before the grid, in order, below `recipes/evidence`."""
+    merged: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Models made of weights: `{name: {start: DIR, experts: [DIR], scale: 1.0}}`, start + scale * mean(expert - start)."""
+    evaluated: Mapping[str, str] = field(default_factory=dict)
+    """Further rows: models that are evaluated as the runs are, by name."""
+    contrasts: tuple[Contrast, ...]
+
+
+def read_claim(name: str) -> Claim:
+    return config.parse(Claim, config.read_yaml(RECIPES / name / "claim.yaml"))
+
+
+def understudy(*arguments: str | Path) -> None:
+    """One command of the public command line; ends this one where it fails."""
+    print(f"\n$ understudy {' '.join(map(str, arguments))}", flush=True)
+    command = [str(Path(sys.executable).with_name("understudy")), *map(str, arguments)]
+    if code := subprocess.run(command, check=False).returncode:  # noqa: S603 (fixed arguments)
+        sys.exit(code)
+
+
+def make_models(claim: Claim) -> None:
+    """Trains what is not finished, and merges weights."""
+    for name in claim.models:
         run_dir = RUNS / name
-        if is_finished(run_dir):
+        facts = run_dir / "run.json"
+        if facts.is_file() and json.loads(facts.read_text())["status"] in ("finished", "good enough"):
             continue
         resume = ("--resume",) if (run_dir / "recipe.yaml").is_file() else ()
-        code = understudy("train", f"{RECIPES}/{name}.yaml", *resume)
-        if code:
-            return code
-    code = understudy(*GRID)
-    print(f"\nevidence: {(time.perf_counter() - started) / 60:.0f} min. The table is {RUNS}/distil-compare/table.md")
-    return code
+        understudy("train", RECIPES / f"{name}.yaml", *resume)
+    for name, recipe in claim.merged.items():
+        merge(Path(recipe["start"]), [Path(item) for item in recipe["experts"]], recipe["scale"], RUNS / name)
+
+
+def merge(start: Path, experts: Sequence[Path], scale: float, out: Path) -> None:
+    """Saves start + scale * mean over experts of (expert - start): 1 averages weights, above 1 extrapolates (ExPO)."""
+    from safetensors.torch import load_file, save_file
+
+    if (out / "model.safetensors").is_file():
+        return
+    shutil.copytree(start, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    first = load_file(start / "model.safetensors")
+    others = [load_file(expert / "model.safetensors") for expert in experts]
+    weights = {
+        name: weight + scale * sum(other[name] - weight for other in others) / len(others)
+        for name, weight in first.items()
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One run of a grid, or one model (seed 0): where its evaluations lie."""
+
+    row: str
+    seed: int
+    folder: Path
+    tuned: Mapping[str, Any]
+
+    def attempts(self) -> dict[str, list[dict[str, Any]]]:
+        """The samples of the last evaluation by problem."""
+        path = max((self.folder / "eval").glob("step_*.jsonl"))
+        found: dict[str, list[dict[str, Any]]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            found.setdefault(sample["prompt_id"], []).append(sample)
+        return found
+
+    def values(self, by: str) -> dict[str, float]:
+        """One number a problem of the last evaluation: `accuracy`, `accuracy/PART`, `pass@k`, `distinct`."""
+        kind, _, part = by.partition("/")
+        problems = {name: found for name, found in self.attempts().items() if name.startswith(part)}
+        if kind == "accuracy":
+            return {name: statistics.fmean(item["score"] for item in found) for name, found in problems.items()}
+        if kind.startswith("pass@"):
+            k = int(kind.removeprefix("pass@"))
+            right = {name: sum(item["score"] >= 1 for item in found) for name, found in problems.items()}
+            return {
+                name: 1 - math.comb(len(found) - right[name], k) / math.comb(len(found), k)
+                for name, found in problems.items()
+            }
+        if kind == "distinct":
+            return {
+                name: float(len({item["response"] for item in found if item["score"] >= 1}))
+                for name, found in problems.items()
+            }
+        raise SystemExit(f"claim.yaml: unknown number {by!r}")
+
+    def curve(self, metric: str) -> Series:
+        """`accuracy` or a metric of training over the samples used."""
+        run = read_run(self.folder)
+        counted = run.series["num_samples"]
+        used = {0: 0} | dict(zip(counted.steps.tolist(), map(int, counted.values.tolist()), strict=True))
+        if metric == "accuracy":
+            known = {item.step: item.metrics[f"avg@{item.samples_per_prompt}"].value for item in run.evals}
+            return Series.of({used[step]: value for step, value in known.items() if step in used})
+        series = run.series.get(metric, Series.of({}))
+        return Series(np.array([used[step] for step in series.steps.tolist()], dtype=np.int64), series.values)
+
+
+def finished(name: str, claim: Claim) -> dict[str, list[Finished]]:
+    """What there is of a claim, by row."""
+    out = RUNS / f"{name}/compare"
+    rows: dict[str, list[Finished]] = {}
+    cells = json.loads((out / "compare.json").read_text())["cells"]
+    for cell in (cell for cell in cells if cell["status"] == "finished"):
+        row = ", ".join(cell["labels"].values())
+        rows.setdefault(row, []).append(Finished(row, cell["seed"], Path(cell["run_dir"]), cell["tuned"]))
+    for row, model in claim.evaluated.items():
+        folder = RUNS / name / "models" / row
+        if not (folder / "eval").is_dir():
+            understudy("eval", RECIPES / name / "run.yaml", "--model", model, "--out", folder / "eval")
+        rows[row] = [Finished(row, 0, folder, {})]
+    return rows
+
+
+def decide(contrast: Contrast, rows: Mapping[str, Sequence[Finished]]) -> Estimate:
+    """The difference of the two rows, paired by seed and problem; a model stands beside every seed. For "samples" the ratio."""
+    more, less = rows[contrast.more], rows[contrast.less]
+    seeds = sorted({run.seed for run in more} | {run.seed for run in less})
+    pairs = [[next((run for run in side if run.seed == seed), side[0]) for side in (more, less)] for seed in seeds]
+    if contrast.by == "samples":
+        logs = [math.log(samples_until(slow, final(slow)) / samples_until(quick, final(slow))) for quick, slow in pairs]
+        found = estimate_mean(logs)
+        ends = [None if end is None else math.exp(end) for end in (found.low, found.high)]
+        return Estimate(math.exp(found.value), *ends, len(logs))
+    values = []
+    for one, other in pairs:
+        high, low = one.values(contrast.by), other.values(contrast.by)
+        values.append([high[problem] - low[problem] for problem in sorted(high.keys() & low.keys())])
+    return crossed_mean(values)
+
+
+def final(run: Finished) -> float:
+    """The accuracy of the last evaluation."""
+    return float(run.curve("accuracy").values[-1])
+
+
+def samples_until(run: Finished, accuracy: float) -> float:
+    """Training samples when an evaluation first was as good; all of them, as a lower bound, where none was."""
+    curve = run.curve("accuracy")
+    return float(next((at for at, value in curve.points() if value >= accuracy and at), curve.steps[-1]))
+
+
+def result(contrast: Contrast, found: Estimate) -> str:
+    """The word of the interval: above, around or below no difference."""
+    none = 1.0 if contrast.by == "samples" else 0.0
+    if found.low is not None and found.low > none:
+        return "shown"
+    return "contradicted" if found.high is not None and found.high < none else "not shown"
+
+
+def save(name: str, claim: Claim, rows: Mapping[str, Sequence[Finished]]) -> None:
+    """Writes what the page is drawn from: contrasts, rows and curves, in four digits."""
+    lines: list[list[object]] = [["kind", "row", "metric", "at", "value", "low", "high", "seeds"]]
+    for contrast in claim.contrasts:
+        found = decide(contrast, rows)
+        seeds = max(len(rows[contrast.more]), len(rows[contrast.less]))
+        lines.append(["contrast", contrast.says, contrast.by, result(contrast, found), *numbers(found), seeds])
+    for row, runs in rows.items():
+        for metric in ("accuracy", *sorted({contrast.by for contrast in claim.contrasts} - {"accuracy", "samples"})):
+            found = crossed_mean([list(dict(sorted(run.values(metric).items())).values()) for run in runs])
+            tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in runs[0].tuned.items())
+            lines.append(["row", row, metric, tuned, *numbers(found), len(runs)])
+        for metric in CURVES.values():
+            curves = [run.curve(metric) for run in runs if (run.folder / "metrics.jsonl").is_file()]
+            for at in sorted(set.intersection(*(set(curve.steps.tolist()) for curve in curves))) if curves else []:
+                values = [float(curve.values[curve.steps == at][0]) for curve in curves]
+                if metric == "accuracy" or at % max(1, round(curves[0].steps[-1] / 25)) < curves[0].steps[0]:
+                    drawn = [statistics.fmean(values), min(values), max(values)]
+                    lines.append(["curve", row, metric, at, *(f"{value:.4g}" for value in drawn), len(runs)])
+    DATA.mkdir(exist_ok=True)
+    with (DATA / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def numbers(found: Estimate) -> list[str]:
+    return ["" if value is None else f"{value:.4g}" for value in (found.value, found.low, found.high)]
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def between(low: str, high: str, digits: int, factor: float) -> str:
+    """The interval as it is printed."""
+    return "" if not low or not high else f" [{float(low) * factor:.{digits}f}, {float(high) * factor:.{digits}f}]"
+
+
+def verdict_table(claims: Mapping[str, Claim]) -> str:
+    """Every contrast of every claim with its result."""
+    lines = ["| claim | contrast | by | difference | result |", "|---|---|---|---|---|"]
+    for name, claim in claims.items():
+        for row in (row for row in read(name) if row["kind"] == "contrast"):
+            factor, digits = (1.0, 1) if row["metric"] in ("samples", "distinct") else (100.0, 1)
+            shown = f"{float(row['value']) * factor:.{digits}f}" + between(row["low"], row["high"], digits, factor)
+            unit = " x" if row["metric"] == "samples" else "" if row["metric"] == "distinct" else " points"
+            lines.append(
+                f"| [{claim.title}](#{name}) | {row['row']} | {row['metric']} | {shown}{unit} | **{row['at']}** |"
+            )
+    return "\n".join(lines)
+
+
+def row_table(name: str) -> str:
+    """The rows of one claim by their numbers at the end."""
+    rows = [row for row in read(name) if row["kind"] == "row"]
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    lines = ["| | tuned | " + " | ".join(metrics) + " | seeds |", "|---|---|" + "---|" * len(metrics) + "---|"]
+    for label in dict.fromkeys(row["row"] for row in rows):
+        mine = {row["metric"]: row for row in rows if row["row"] == label}
+        cells = []
+        for metric in metrics:
+            factor = 1.0 if metric == "distinct" else 100.0
+            row = mine[metric]
+            cells.append(f"{float(row['value']) * factor:.1f}" + between(row["low"], row["high"], 1, factor))
+        first = mine[metrics[0]]
+        lines.append(f"| {label} | {first['at']} | {' | '.join(cells)} | {first['seeds']} |")
+    return "\n".join(lines)
+
+
+def picture(name: str, title: str, metric: str) -> str | None:
+    """Draws one curve of a claim; the name of its file, None where nothing was recorded."""
+    rows = [row for row in read(name) if row["kind"] == "curve" and row["metric"] == metric]
+    lines = []
+    for label in dict.fromkeys(row["row"] for row in rows):
+        mine = [row for row in rows if row["row"] == label]
+        low, high = (np.array([float(row[end]) for row in mine]) for end in ("low", "high"))
+        series = Series.of({int(row["at"]): float(row["value"]) for row in mine})
+        lines.append(svg.Line(label, series, low, high))
+    if not lines:
+        return None
+    percent = metric == "accuracy"
+    path = DATA / f"{name}-{metric.replace('_', '-')}.svg"
+    svg.save(svg.Chart(title, title, lines[: svg.MAX_LINES], percent=percent, over="training sample"), path)
+    return path.name
+
+
+def draw(claims: Mapping[str, Claim]) -> None:
+    """Puts tables and curves into the page, each between its own pair of comments."""
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = {"claims": verdict_table(claims)}
+    for name in claims:
+        names = [picture(name, title, metric) for title, metric in CURVES.items()]
+        pictures = "\n".join(f"![{name}](evidence/{file})" for file in names if file)
+        blocks[name] = f"{row_table(name)}\n\n{pictures}"
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(begin)
+        if not found or end not in rest:
+            raise SystemExit(f"{PAGE} lacks {begin} and {end}, between which the data of {name} are drawn")
+        text = f"{before}{begin}\n\n{block}\n\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    known = sorted(path.parent.name for path in RECIPES.glob("*/claim.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"some of {', '.join(known)}; all of them")
+    parser.add_argument("--draw", action="store_true", help="only draw the page from the data")
+    parser.add_argument("--jobs", default="2", help="runs at once")
+    args = parser.parse_args()
+    if unknown := set(args.claims) - set(known):
+        parser.error(f"no claim {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if not args.draw:
+        for name in args.claims or known:
+            started = time.perf_counter()
+            claim = read_claim(name)
+            make_models(claim)
+            recipe, grid, out = RECIPES / name / "run.yaml", RECIPES / name / "grid.yaml", RUNS / name / "compare"
+            understudy("compare", recipe, "--grid", grid, "--out", out, "--jobs", args.jobs)
+            save(name, claim, finished(name, claim))
+            print(f"\n{name}: {(time.perf_counter() - started) / 60:.0f} min; {DATA / name}.csv", flush=True)
+    draw({name: read_claim(name) for name in known if (DATA / f"{name}.csv").is_file()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -43,8 +43,6 @@ CASES: dict[str, Method] = {
     "opd truncated importance": OPD(correction="tis", correction_high=1.1),
     "opd clipped": OPD(clip=0.2),
     "opd icepop": OPD(correction="icepop", correction_low=0.8, correction_high=1.3),
-    "opd of a filtered draw": OPD(correct_filter=True),
-    "opd of a filtered draw, truncated": OPD(correct_filter=True, correction="tis", correction_high=1.1),
     "gopd": GOPD(),
     "gopd per sequence": GOPD(scale=0.5, reduce="sequence"),
     "gopd full": GOPD(form="full"),
@@ -135,7 +133,6 @@ class World:
             sequence=sequence,
             # an engine whose numbers are a little off, and no number for what it did not sample
             rollout_logprob=torch.where(on_policy, logp + 0.3 * normal(num_tokens), torch.nan),
-            kept_mass=torch.where(on_policy, 0.9 - 0.01 * torch.arange(num_tokens, dtype=torch.float64), torch.nan),
             uniform=torch.rand(num_tokens, generator=draw, dtype=torch.float64),
             outcome_advantage=advantage,
             correct=advantage > 0.5,
@@ -152,12 +149,8 @@ class World:
 
     def with_teacher_equal_to_student(self) -> World:
         """Teacher, reference and the engine's copy are the student, and it wrote every token."""
-        at_target = self._at(self.student_logp)
         batch = replace(
-            self.batch,
-            on_policy=torch.ones_like(self.batch.on_policy),
-            rollout_logprob=at_target,
-            kept_mass=torch.ones_like(at_target),
+            self.batch, on_policy=torch.ones_like(self.batch.on_policy), rollout_logprob=self._at(self.student_logp)
         )
         return replace(self, batch=batch, teacher=(self.hidden, self.head), reference=(self.hidden, self.head))
 

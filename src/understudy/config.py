@@ -47,7 +47,9 @@ def choices(table: Mapping[str, type[Any]]) -> Any:
     return field(default_factory=dict, metadata={"choice": Choice(table, {}, optional=False, named=True)})
 
 
-_INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+_INT, _FLOAT, _DATE, _STRING, _MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", "str", "merge")
+)
 _NUMBERS = {
     _INT: (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     _FLOAT: (
@@ -60,14 +62,16 @@ a string, 010 is 8 and 1:30 is 90."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2, leaves dates strings, and refuses a key that stands twice in one mapping, of which YAML
-    would keep the last without a word."""
+    """Reads numbers as YAML 1.2, leaves dates and keys strings, and refuses a key that stands twice in one mapping, of which
+    YAML would keep the last without a word."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         keys: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
+                if key.tag != _MERGE:
+                    key.tag = _STRING
                 if (key.tag, key.value) in keys:
                     raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
                 keys.add((key.tag, key.value))
@@ -88,7 +92,7 @@ for _tag, (_pattern, _first) in _NUMBERS.items():
 _Loader.add_constructor(_INT, lambda _, node: int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10))
 
 
-def _load(text: str, place: str) -> Any:
+def load(text: str, place: str) -> Any:
     """The value of a YAML document. Raises RecipeError that begins with the place and names the line."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
@@ -117,7 +121,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not text in UTF-8: {error}") from error
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
-    values = _load(text, str(path))
+    values = load(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds {brief(values)}; a recipe is a mapping of sections")
     return values
@@ -136,7 +140,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise RecipeError(f"{text!r}: {'.'.join(parents[:depth])} is {brief(inner)}, not a section")
-        inner[last] = _load(value, f"{text!r}: the value")
+        inner[last] = load(value, f"{text!r}: the value")
     return result
 
 

@@ -187,13 +187,15 @@ def pack(samples: Sequence[Sample], *, uniform: Tensor | None = None) -> TokenBa
     graded = bool(samples) and len(right) == len(samples)
     advantages = [float("nan") if sample.advantage is None else sample.advantage for sample in samples]
     rewarded = any(sample.advantage is not None for sample in samples)
+    recorded = [
+        None if sample.rollout_logprob is None else sample.rollout_logprob[sample.prompt_length :] for sample in samples
+    ]
     return TokenBatch(
         target=torch.cat([torch.zeros(0, dtype=torch.int64), *(sample.response_ids for sample in samples)]),
         mask=_written_by(samples, TRAINED),
         on_policy=_written_by(samples, (Author.STUDENT,)),
         sequence=_per_token(samples, range(len(samples)), torch.int64),
-        rollout_logprob=_recorded(samples, "rollout_logprob"),
-        kept_mass=_recorded(samples, "kept_mass"),
+        rollout_logprob=_join(samples, recorded, "rollout_logprob"),
         uniform=uniform,
         outcome_advantage=_per_token(samples, advantages, torch.float32) if rewarded else None,
         correct=_per_token(samples, right, torch.bool) if graded else None,
@@ -216,15 +218,6 @@ def _written_by(samples: Sequence[Sample], authors: Collection[Author]) -> Tenso
     written = [sample.author[sample.prompt_length :] for sample in samples]
     # an empty tensor first, because torch.cat refuses an empty list
     return torch.isin(torch.cat([torch.zeros(0, dtype=torch.uint8), *written]), torch.tensor([*map(int, authors)]))
-
-
-def _recorded(samples: Sequence[Sample], name: str) -> Tensor | None:
-    """[T], a number that the engine recorded for each response token; None where it recorded none."""
-    values = [getattr(sample, name) for sample in samples]
-    rows = [
-        None if value is None else value[sample.prompt_length :] for sample, value in zip(samples, values, strict=True)
-    ]
-    return _join(samples, rows, name)
 
 
 def _join(samples: Sequence[Sample], values: Sequence[Tensor | None], name: str) -> Tensor | None:

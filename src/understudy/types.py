@@ -179,10 +179,6 @@ class Sample:
     """The response decoded, without special tokens; of several turns the student's last message, which is what is graded."""
     rollout_logprob: Tensor | None = None
     """[L] float32, log-probability under the unfiltered distribution that sampled the token; NaN where none did."""
-    kept_mass: Tensor | None = None
-    """[L] float32, probability under the unfiltered distribution of all tokens that `top_p`, `top_k` and `min_p` kept, so the
-    token was drawn with exp(rollout_logprob) / kept_mass; NaN where none was. None: nothing was filtered, or the engine does
-    not tell."""
     policy_version: Tensor | None = None
     """[L] int64, the number of optimizer updates in the weights that sampled the token; -1 where none did."""
     teacher: str | None = None
@@ -250,8 +246,6 @@ class TokenBatch:
     """[T] log S_old(y_t)."""
     rollout_logprob: Tensor | None = None
     """[T] log mu(y_t)."""
-    kept_mass: Tensor | None = None
-    """[T] mu's probability of the tokens that the filter kept (`Sample.kept_mass`)."""
     teacher_logprob: Tensor | None = None
     """[T] log T(y_t)."""
     reference_logprob: Tensor | None = None

@@ -27,7 +27,7 @@ from understudy.types import Sampling
 
 SCHEMA = recipe_schema()
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
-RECIPES = [path for path in test_recipe.FILES if path.stem != "grid"]
+RECIPES = [path for path in test_recipe.FILES if path.stem not in ("grid", "claim")]
 REFUSED: list[tuple[dict[str, Any], str]] = test_recipe.test_what_a_recipe_may_not_say.pytestmark[0].args[1]  # type: ignore[attr-defined]
 PARSERS_ALONE = (
     "student: give either",

@@ -288,14 +288,24 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem == "grid"], ids=lambda path: path.parent.name)
-def test_every_grid_of_the_project_parses(path: Path, tmp_path: Path) -> None:
-    """Each cell is a recipe of its own; every method that is compared is in one of them."""
-    base = config.read_yaml(path.parent / "distil.yaml")
+def test_every_claim_of_the_project_can_be_decided(path: Path, tmp_path: Path) -> None:
+    """Each cell is a recipe of its own, the contrasts name rows that there are, and the models that are read are made."""
+    base, claim = config.read_yaml(path.parent / "run.yaml"), config.read_yaml(path.parent / "claim.yaml")
     cells = Cells(read_grid(path, base), base, tmp_path)
-    assert len(cells.tuning) == 3 * len(cells.grid.combinations())
+    combinations = cells.grid.combinations()
+    assert len(cells.tuning) == len(cells.grid.tunings()) * len(combinations) * bool(cells.grid.tune)
+    rows = {combination.name for combination in combinations} | set(claim.get("evaluated", {}))
+    assert {contrast[side] for contrast in claim["contrasts"] for side in ("more", "less")} <= rows
+    made = {f"runs/evidence/{name}/student" for name in claim["models"]}
+    made |= {f"runs/evidence/{name}" for name in claim.get("merged", {})}
+    read = re.findall(r"runs/evidence/[\w/-]+/student", path.read_text() + (path.parent / "run.yaml").read_text())
+    assert {*read, *claim.get("evaluated", {}).values()} <= made
+    assert all((path.parents[1] / f"{name}.yaml").is_file() for name in claim["models"])
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "grid"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem not in ("grid", "claim")], ids=lambda path: path.stem
+)
 def test_every_recipe_of_the_project_parses(path: Path) -> None:
     recipe = load_recipe(path)
     if path.parent.name == "recipes":
@@ -630,36 +640,3 @@ def test_init_says_what_it_lacks(tmp_path: Path) -> None:
     assert "needs what only you can say" in run("init", str(path), "--method", "phases")[1]
     assert "there is no file" in run("init", str(path), "--data", str(tmp_path / "nothing.jsonl"))[1]
     assert not path.exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["method.correct_filter=true"], "has nothing to correct"),
-        (
-            ["method.correct_filter=true", "sampling.top_p=0.9", "rollout={type: vllm, url: http://localhost:1}"],
-            "needs the probability that the filter kept",
-        ),
-    ],
-)
-def test_a_filter_is_corrected_where_there_is_one_and_it_is_known(
-    tmp_path: Path, overrides: list[str], words: str
-) -> None:
-    with pytest.raises(RecipeError, match=words):
-        load_recipe(write_recipe(tmp_path, **distillation(tmp_path, method={"type": "opd"})), overrides)
-
-
-@pytest.mark.parametrize(
-    ("method", "overrides", "warned"),
-    [
-        ("opd", ["sampling.top_p=0.9"], True),
-        ("opd", ["sampling.top_p=0.9", "method.correct_filter=true"], False),
-        ("opd", [], False),
-        ("gkd", ["sampling.min_p=0.1"], False),
-    ],
-)
-def test_a_filter_that_biases_the_gradient_is_named(
-    tmp_path: Path, method: str, overrides: list[str], warned: bool
-) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, **distillation(tmp_path, method={"type": method})), overrides)
-    assert any("is biased" in line for line in check(recipe)) == warned

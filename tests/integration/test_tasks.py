@@ -187,7 +187,14 @@ def test_settings_that_have_no_meaning(settings: dict[str, Any], message: str) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{"family": "adition"}, {"digits": 0}, {"family": "chain", "digits": 2}, {"operations": 2}, {"num_solutions": 0}],
+    [
+        {"family": "adition"},
+        {"digits": 0},
+        {"family": "chain", "digits": 2},
+        {"family": "chain", "ways": True},
+        {"operations": 2},
+        {"num_solutions": 0},
+    ],
 )
 def test_arithmetic_settings_that_have_no_meaning(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):

@@ -25,11 +25,15 @@ from tests.tiny_models import ARCHITECTURES, SIZES
 from understudy import config
 from understudy.errors import RecipeError, TrainingError
 from understudy.models import build_causal_lm, load_tokenizer
+from understudy.recipe import Recipe
+from understudy.recipe.checks import check
+from understudy.tasks import Arithmetic
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Setup
 from understudy.teachers.base import Judge, Responder
 from understudy.teachers.judges.chat import REMINDER, Chat, ChatTeacher
 from understudy.teachers.judges.verbal import Asker, Verbal, VerbalTeacher
+from understudy.teachers.judges.verifier import Verifier
 from understudy.teachers.judges.wording import (
     STEP,
     WHOLE,
@@ -714,3 +718,34 @@ def test_a_chat_section_reads_back_and_says_where_it_asks() -> None:
     prints = [one.open(SETUP).fingerprint for one in (section, *others)]
     assert len(set(prints)) == 3
     assert replace(section, timeout_s=1.0).open(SETUP).fingerprint == prints[0]
+
+
+@pytest.mark.parametrize("accuracy", [1.0, 0.8, 0.0])
+def test_a_judge_that_is_the_verifier_is_mistaken_at_its_rate(accuracy: float) -> None:
+    task, ids = Arithmetic(digits=2), torch.zeros(1, dtype=torch.int64)
+    samples = [
+        Sample(prompt, 0, ids, ids, 1, "data", (prompt.solution or "") + "0" * (number % 2))
+        for number, prompt in enumerate(task.prompts("train")[:1000])
+    ]
+    setup = Setup(name="judge", vocab_size=18, grade=task.reward, seed=3)
+    verdicts = Verifier(accuracy=accuracy).open(setup).judge(samples)
+    assert verdicts == Verifier(accuracy=accuracy).open(setup).judge(samples)
+    right = sum(verdict.score == 9 * (number % 2 == 0) for number, verdict in enumerate(verdicts))
+    # 5 standard errors of a share of 1,000
+    assert abs(right / 1000 - accuracy) <= 5 * math.sqrt(accuracy * (1 - accuracy) / 1000)
+
+
+def test_a_judge_that_is_the_verifier_needs_answers_and_whole_responses(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="whole responses"):
+        Verifier().open(Setup(name="judge", vocab_size=18, grade=Arithmetic().reward)).judge([], steps=True)
+    (tmp_path / "rows.jsonl").write_text('{"q": "1+1"}\n')
+    recipe = {
+        "student": {"model": save_tiny_model(tmp_path / "model", seed=0)},
+        "task": {"type": "jsonl", "path": str(tmp_path / "rows.jsonl"), "prompt_field": "q", "chat": False},
+        "teacher": {"type": "verifier"},
+        "method": {"type": "ovd", "reward": "verbal", "on_reject": "drop"},
+        "run_dir": str(tmp_path / "run"),
+        "train": {"samples_per_prompt": 2, "steps": 1},
+    }
+    with pytest.raises(RecipeError, match="no reference answers"):
+        check(config.parse(Recipe, recipe))

@@ -83,7 +83,6 @@ def test_masked_tokens_have_no_influence(method: Method, poison: float) -> None:
         "teacher_entropy",
         "student_logprob",
         "rollout_logprob",
-        "kept_mass",
         "outcome_advantage",
         "uniform",
     ):

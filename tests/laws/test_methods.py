@@ -316,7 +316,7 @@ def test_uses_covers_every_plan(name: str) -> None:
         assert plan.rewards is None or plan.rewards.source in uses.rewards
 
 
-SCORES = ("teacher_logprob", "reference_logprob", "topk_logprob", "outcome_advantage", "rollout_logprob", "kept_mass")
+SCORES = ("teacher_logprob", "reference_logprob", "topk_logprob", "outcome_advantage", "rollout_logprob")
 GIVEN_BY: dict[str, str] = {"sampled": "teacher_logprob", "topk": "topk_logprob", "reference": "reference_logprob"}
 
 

@@ -14,9 +14,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from tests.tiny_models import letters, request, tiny
 from understudy.engines import HFEngine
 from understudy.engines.hf.decode import draw
-from understudy.linear import LMHead, evaluate
-from understudy.methods import OPD
-from understudy.types import Sampling, TokenBatch
+from understudy.types import Sampling
 
 GRID = 20_000
 LAST = 1.0 - 2.0**-53
@@ -26,7 +24,7 @@ LAST = 1.0 - 2.0**-53
 def measure(logits: Tensor, sampling: Sampling) -> Tensor:
     """The share of [0, 1) that each token takes, found by walking over a grid of uniform numbers. [V]."""
     uniform = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
-    ids, *_ = draw(logits.expand(GRID, -1), uniform, sampling)
+    ids, _ = draw(logits.expand(GRID, -1), uniform, sampling)
     return ids.bincount(minlength=logits.numel()).double() / GRID
 
 
@@ -76,52 +74,14 @@ def test_filters_are_those_of_transformers(sampling: Sampling) -> None:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.5), Sampling(min_p=0.3)], ids=str)
 def test_logprob_refers_to_the_unfiltered_distribution(sampling: Sampling) -> None:
     logits = torch.randn(64, 20, dtype=torch.float64) * 4
-    ids, logprob, _ = draw(logits, torch.rand(64, dtype=torch.float64), sampling)
+    ids, logprob = draw(logits, torch.rand(64, dtype=torch.float64), sampling)
     expected = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.5), Sampling(min_p=0.3, top_k=9, top_p=0.9)], ids=str
-)
-def test_weights_of_the_kept_mass_turn_the_filtered_expectation_into_the_students(sampling: Sampling) -> None:
-    """`sum_y q(y) (S(y)/q(y)) A_y grad log S(y)` is the gradient's part on the kept tokens; the rest has q = 0."""
-    draw_logits = torch.Generator().manual_seed(5)
-    logits, teacher = (2 * torch.randn(12, generator=draw_logits, dtype=torch.float64) for _ in range(2))
-    logp, q = logits.log_softmax(-1), filtered_probs(logits, sampling)
-    drawn = q.nonzero().squeeze(-1)
-    uniform = torch.tensor([(q.new_tensor(range(200)) + 0.5).tolist()], dtype=torch.float64)[0] / 200
-    ids, logprob, mass = draw(logits.expand(200, -1), uniform, sampling)
-    torch.testing.assert_close(logprob.exp() / mass, q[ids], rtol=1e-12, atol=0)
-    ones = torch.ones(len(drawn), dtype=torch.bool)
-    batch = TokenBatch(
-        drawn,
-        ones,
-        ones,
-        torch.arange(len(drawn)),
-        teacher_logprob=teacher.log_softmax(-1)[drawn],
-        kept_mass=mass[:1].expand(len(drawn)),
-    )
-    z = logits.expand(len(drawn), -1).clone().requires_grad_()
-    eye = LMHead(torch.eye(12, dtype=torch.float64))
-    counts = {"tokens": 1.0, "sequences": 1.0}
-    evaluate(OPD(correct_filter=True), batch, z, eye, counts=counts).loss.backward()
-    assert z.grad is not None
-    found = (q[drawn, None] * z.grad).sum(0)
-    expected = torch.zeros(12, dtype=torch.float64)
-    for y in drawn.tolist():
-        score = torch.nn.functional.one_hot(torch.tensor(y), 12).double() - logp.exp()
-        expected -= logp[y].exp() * (teacher.log_softmax(-1)[y] - logp[y]) * score
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
-    plain = torch.autograd.grad(evaluate(OPD(), batch, z, eye, counts=counts).loss, z)[0]
-    biased = (q[drawn, None] * plain).sum(0)
-    torch.testing.assert_close(found, biased * float(mass[0]), rtol=1e-10, atol=1e-13)
-    assert (float(mass[0]) < 0.95) == sampling.filtered
-
-
 def test_greedy_takes_the_peak_whatever_the_number() -> None:
     logits = torch.randn(64, 20, dtype=torch.float64)
-    ids, logprob, _ = draw(logits, torch.rand(64, dtype=torch.float64), Sampling(temperature=0.0))
+    ids, logprob = draw(logits, torch.rand(64, dtype=torch.float64), Sampling(temperature=0.0))
     assert torch.equal(ids, logits.argmax(-1))
     torch.testing.assert_close(logprob, logits.log_softmax(-1).amax(-1), rtol=0, atol=1e-14)
 
@@ -134,7 +94,7 @@ def test_the_ends_of_the_interval_draw_no_impossible_token(
 ) -> None:
     """A cumulative sum that ends at 0.9999999 and a first token of weight 0 are the two classic traps."""
     logits = torch.tensor([-math.inf, -1e4, 0.1, 0.3, 0.2, -1e4, -math.inf], dtype=dtype).repeat(4, 1)
-    ids, logprob, _ = draw(logits, torch.full((4,), uniform, dtype=torch.float64), sampling)
+    ids, logprob = draw(logits, torch.full((4,), uniform, dtype=torch.float64), sampling)
     assert bool(((ids >= 2) & (ids <= 4)).all())
     assert bool(logprob.isfinite().all())
 
@@ -146,7 +106,7 @@ def test_the_ends_of_the_interval_draw_no_impossible_token(
 )
 def test_the_number_lies_in_the_interval_of_its_token(values: list[float], uniform: float) -> None:
     logits = torch.tensor([values], dtype=torch.float64)
-    ids, *_ = draw(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
+    ids, _ = draw(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
     edges = logits.softmax(-1).cumsum(-1)[0]
     token = int(ids)
     below = float(edges[token - 1]) if token else 0.0

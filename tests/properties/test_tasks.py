@@ -20,6 +20,7 @@ FAMILIES = {
     "addition": Arithmetic("addition"),
     "one digit": Arithmetic("addition", digits=1),
     "nine digits": Arithmetic("addition", digits=9),
+    "two ways": Arithmetic("addition", digits=8, ways=True),
     "chain": Arithmetic("chain"),
     "chain of nine": Arithmetic("chain", operations=9),
     "words": Arithmetic("words"),
@@ -76,7 +77,7 @@ def test_every_problem_is_solved_by_its_solution(name: str, data: st.DataObject)
 def test_every_line_of_a_solution_is_true(name: str, data: st.DataObject) -> None:
     task = FAMILIES[name]
     prompt = task.problem(data.draw(st.integers(0, task.num_problems - 1)))
-    steps = (prompt.solution or "").partition("#")[0].split(";")
+    steps = re.split("[;:]" if task.ways else ";", (prompt.solution or "").partition("#")[0])
     for step in steps:
         left, right = step.replace(" ", "").split("=")
         if task.family == "addition":
@@ -85,6 +86,21 @@ def test_every_line_of_a_solution_is_true(name: str, data: st.DataObject) -> Non
             a, sign, b = re.fullmatch(r"(\d+)([-+*])(\d+)", left).groups()  # type: ignore[union-attr]
             value = OPERATIONS[sign](int(a), int(b))
             assert int(right) == (value % 10 if task.family == "chain" else value)
+
+
+def test_ways_are_taken_equally_often_and_change_no_answer() -> None:
+    one, two = Arithmetic("addition", digits=8), Arithmetic("addition", digits=8, ways=True)
+    taken = {"swapped": 0, "colon": 0}
+    for code in (mix64(number) % one.num_problems for number in range(400)):
+        plain, varied = one.problem(code), two.problem(code)
+        assert (plain.text, plain.reference) == (varied.text, varied.reference)
+        sides = [(solution or "").partition("#")[0] for solution in (plain.solution, varied.solution)]
+        taken["colon"] += sides[1].count(":")
+        steps = zip(sides[0].split(";"), re.split("[;:]", sides[1]), strict=True)
+        taken["swapped"] += sum(a != b and sorted(a[:2]) == sorted(b[:2]) for a, b in steps)
+    # 7 separators and 8 pairs of digits, of which one in ten is equal, in 400 problems: half of them, within 5 standard errors
+    assert abs(taken["colon"] - 1400) < 5 * (2800 / 4) ** 0.5
+    assert abs(taken["swapped"] - 1440) < 5 * (2880 / 4) ** 0.5 + 5 * (3200 * 0.09 / 4) ** 0.5
 
 
 def independent_answer(task: Arithmetic, text: str) -> int:

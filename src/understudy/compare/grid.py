@@ -168,7 +168,7 @@ def _assignment(text: str, option: str, given: Mapping[str, Any]) -> tuple[str, 
         raise RecipeError(f"{option} {key}: given twice; write all its values in one place")
     try:
         parts = split_values(values)
-        options = {part: yaml.safe_load(part) for part in parts}
+        options = {part: config.load(part, f"{option} {text!r}") for part in parts}
     except yaml.YAMLError as error:
         raise RecipeError(f"{option} {text!r}: not valid YAML: {' '.join(str(error).split())}") from error
     if len(options) != len(parts):

@@ -20,12 +20,10 @@ from understudy.files import write_atomically, write_json
 from understudy.format import MISSING, Interval, quantity
 from understudy.report.page import render
 from understudy.report.read import Series
-from understudy.report.svg import Chart, Line
+from understudy.report.svg import MAX_LINES, Chart, Line
 from understudy.text import without_secrets
 
 NUMBERS = ("steps", "samples", "greedy", "tokens_per_s", "peak_memory_gib", "grad_norm", "entropy_at_end")
-MAX_LINES = 8
-"""Lines in one chart: as many as there are colours. More combinations are drawn in further charts."""
 BAND = "Line: mean over seeds, as far as every seed went. Band: lowest to highest seed."
 _CHARTS = {
     "accuracy": Chart("Accuracy", "held-out avg@k", (), percent=True, over="training sample"),

@@ -66,8 +66,6 @@ class Response:
     """Tokens that the student may write in all."""
     ids: list[int] = field(default_factory=list)
     logprob: list[float] = field(default_factory=list)
-    kept_mass: list[float] = field(default_factory=list)
-    """As `Sample.kept_mass`; empty where the engine does not tell it, or nothing is filtered."""
     version: list[int] = field(default_factory=list)
     finish: Finish | None = None
     """None while it is being written."""
@@ -134,7 +132,6 @@ def to_samples(responses: Sequence[Response], tokenizer: Any, *, with_logprob: b
                 finish=one.finish,
                 text=text,
                 rollout_logprob=logprob if with_logprob else None,
-                kept_mass=torch.tensor([math.nan] * num_read + one.kept_mass) if one.kept_mass else None,
                 policy_version=torch.tensor([-1] * num_read + one.version),
                 teacher=one.request.prompt.teacher,
             )

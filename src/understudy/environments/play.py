@@ -165,13 +165,7 @@ def _join(episode: _Episode, written: Sample) -> _Episode:
     assert episode.next_ids is not None
     before, start = episode.sample, episode.next_ids.numel()
     joined, num_added = dict[str, Any](), start - before.token_ids.numel()
-    added_values = {
-        "author": Author.ENVIRONMENT,
-        "policy_version": -1,
-        "rollout_logprob": torch.nan,
-        "kept_mass": torch.nan,
-    }
-    for name, added in added_values.items():
+    for name, added in (("author", Author.ENVIRONMENT), ("rollout_logprob", torch.nan), ("policy_version", -1)):
         old, new = getattr(before, name), getattr(written, name)
         known = old is not None and new is not None
         joined[name] = torch.cat([old, old.new_full((num_added,), added), new[start:]]) if known else None

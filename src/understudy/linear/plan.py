@@ -151,7 +151,7 @@ def choose_trained(
         if name.endswith("_ids"):
             continue
         missing = value.isnan().reshape(len(rows), -1).any(-1) if len(rows) else rows.mask
-        if name in ("rollout_logprob", "kept_mass"):
+        if name == "rollout_logprob":
             missing = missing & rows.on_policy
         if bool(missing.any()):
             row = int(missing.nonzero()[0])
@@ -179,7 +179,6 @@ GIVEN_WITH_THE_BATCH = {
     "uniform": "set it, one draw a token, or pass rng=torch.Generator()",
     "outcome_advantage": "grade the samples and compare them with their group (`losses.advantages.group_advantage`)",
     "rollout_logprob": "the engine records it",
-    "kept_mass": "the engine hf records it where sampling.top_p, top_k or min_p filters",
 }
 """Fields that the batch must bring, because no model can compute them -> where they come from."""
 

@@ -198,9 +198,6 @@ class PolicyMethod(ScoreMethod):
     """Lower bound of "icepop"."""
     correction_high: float = field(default=5.0, kw_only=True)
     """"tis" cuts the weight there; "icepop" drops tokens outside [low, high]."""
-    correct_filter: bool = field(default=False, kw_only=True)
-    """Weigh each token by the probability S/q that `top_p`, `top_k` and `min_p` took from it. Tokens that they cut off are
-    never drawn, and no weight brings them back."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,7 +209,6 @@ class PolicyMethod(ScoreMethod):
         """The fields that follow from the correction, the scores that are asked for, and the plan."""
         fields = {
             "rollout_logprob": self.correction != "none",
-            "kept_mass": self.correct_filter,
             "teacher_logprob": not self.needs.isdisjoint({"sampled", "full"}),
             "reference_logprob": "reference" in self.needs,
             "outcome_advantage": self.plan(0).rewards is not None,
@@ -220,16 +216,10 @@ class PolicyMethod(ScoreMethod):
         return tuple(name for name, is_required in fields.items() if is_required)
 
     def weight(self, batch: TokenBatch) -> Tensor | None:
-        """Weight of each token that corrects for the gap between engine and trainer, and for the filter of the draw. [T]; None
-        without a correction."""
+        """Weight of each token that corrects for the gap between engine and trainer. [T]; None without a correction."""
         low, high = self.correction_low, self.correction_high
         old = present(batch.student_logprob)
-        weight = advantages.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
-        if not self.correct_filter:
-            return weight
-        # q(y) = S(y) / kept_mass on the tokens that the filter keeps
-        kept = torch.where(batch.on_policy, present(batch.kept_mass), 1.0)
-        return kept if weight is None else weight * kept
+        return advantages.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
 
     @property
     def ratio_clip(self) -> tuple[float, float] | None:

@@ -401,6 +401,7 @@ def teacher_setup(
         start_revision=student.revision,
         fresh_student=lambda: load_base(recipe, renderer.tokenizer, loaded.vocab_size, loaded.device, None),
         seed=recipe.seed,
+        grade=recipe.task.reward,
         generate=generate,
     )
 

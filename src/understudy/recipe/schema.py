@@ -15,7 +15,7 @@ from understudy.engines import ENGINES, HF, EngineSection
 from understudy.errors import RecipeError, check_range, nearest
 from understudy.given import is_given
 from understudy.methods import METHODS, REFUSED, Method
-from understudy.methods.base import PolicyMethod, Uses
+from understudy.methods.base import Uses
 from understudy.models import DType
 from understudy.recipe.names import NO_KEYS, OTHER_NAMES, OTHER_TYPES
 from understudy.tasks import TASKS, Task
@@ -308,16 +308,6 @@ def _samples_are_drawn_and_compared(recipe: Recipe) -> None:
     if recipe.uses.rewards and recipe.train.samples_per_prompt < 2:
         raise ValueError("the advantage compares samples of one prompt; set train.samples_per_prompt to 2 or more")
     recipe.engine.check_sampling(recipe.sampling)
-    if any(isinstance(part, PolicyMethod) and part.correct_filter for part in recipe.method.members):
-        if not recipe.sampling.filtered:
-            raise ValueError(
-                "method.correct_filter has nothing to correct: sampling has no top_p, top_k or min_p; remove it, or set one"
-            )
-        if not recipe.engine.runs_here:
-            raise ValueError(
-                "method.correct_filter needs the probability that the filter kept, which vLLM does not tell: use rollout.type: "
-                "hf, or draw without top_p, top_k and min_p"
-            )
 
 
 def _evaluation_is_there_and_draws(recipe: Recipe) -> None:

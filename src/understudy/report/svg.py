@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -30,6 +31,10 @@ SMOOTH_FROM = 100
 SMOOTH_SHARE = 40
 
 _Floats = NDArray[np.float64]
+
+
+MAX_LINES = 8
+"""Lines in one chart: as many as there are colours."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,14 @@ class Scale:
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         at = math.log10(value) if self.log else value
         return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+
+def save(chart: Chart, path: Path) -> None:
+    """Writes the chart as a file that stands alone, with the styles of a report in it."""
+    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8") + "svg { font-family: sans-serif }"
+    opening, _, rest = draw(chart).partition(">")
+    text = f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+    path.write_text(text, encoding="utf-8")
 
 
 def draw(chart: Chart) -> Markup:

@@ -4,6 +4,7 @@ Three families, each with its own alphabet:
 
     addition   946+089:          690=15;481=13;901=10#1035
                per digit, least significant first: digit, digit, carry, "=", their sum in two digits; after "#" the sum
+               with `ways`: the two digits in either order, and ";" or ":" between steps, as in 960=15:841=13;901=10#1035
     chain      7+5*3-8:          7+5=2;2*3=6;6-8=8#8
                from left to right, modulo 10
     words      tom has 24 pens . tom buys 7 more . tom loses 5 . how many pens does tom have ?
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from understudy.errors import check_range
+from understudy.randomness import mix64
 from understudy.tasks.base import Split, Task
 from understudy.tasks.lazy import LazyPrompts, Permutation
 from understudy.tasks.verifiers import grade_exact
@@ -53,6 +55,8 @@ class Arithmetic(Task):
     """The kind of problems."""
     digits: int = 3
     """Digits of each summand (addition)."""
+    ways: bool = False
+    """A solution takes one of two right ways at two places of every step, as often the one as the other (addition)."""
     operations: int = 4
     """Operations in a row (chain)."""
     num_solutions: int | None = None
@@ -69,6 +73,8 @@ class Arithmetic(Task):
             raise ValueError("digits and operations go from 1 to 9")
         if self.family != "addition" and self.digits != 3:
             raise ValueError(f"digits is a setting of the family addition, not of {self.family}")
+        if self.family != "addition" and self.ways:
+            raise ValueError(f"ways is a setting of the family addition, not of {self.family}")
         if self.family != "chain" and self.operations != 4:
             raise ValueError(f"operations is a setting of the family chain, not of {self.family}")
         if not set(_FAMILIES[self.family]) <= set(_FAMILIES[self.alphabet or self.family]):
@@ -111,7 +117,7 @@ class Arithmetic(Task):
     def problem(self, code: int) -> Prompt:
         """The problem of that number, from 0 to `num_problems` - 1."""
         if self.family == "addition":
-            text, solution = _addition(code, self.digits)
+            text, solution = _addition(code, self.digits, self.ways)
         elif self.family == "chain":
             text, solution = _chain(code, self.operations)
         else:
@@ -126,15 +132,19 @@ class Arithmetic(Task):
         return grade_exact(text, prompt.reference[0], after="#")
 
 
-def _addition(code: int, digits: int) -> tuple[str, str]:
+def _addition(code: int, digits: int, ways: bool) -> tuple[str, str]:
     a, b = divmod(code, 10**digits)
-    steps, carry = [], 0
+    solution, carry = "", 0
+    choices = mix64(code) if ways else 0
     for place in range(digits):
         x, y = a // 10**place % 10, b // 10**place % 10
         total = x + y + carry
-        steps.append(f"{x}{y}{carry}={total:02d}")
+        swapped, colon = choices >> 2 * place & 1, choices >> 2 * place & 2
+        first, second = (y, x) if swapped else (x, y)
+        end = "#" if place == digits - 1 else ":" if colon else ";"
+        solution += f"{first}{second}{carry}={total:02d}{end}"
         carry = total // 10
-    return f"{a:0{digits}d}+{b:0{digits}d}:", f"{';'.join(steps)}#{a + b}"
+    return f"{a:0{digits}d}+{b:0{digits}d}:", f"{solution}{a + b}"
 
 
 def _chain(code: int, operations: int) -> tuple[str, str]:

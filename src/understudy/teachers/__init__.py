@@ -5,6 +5,7 @@ from __future__ import annotations
 from understudy.teachers.base import Judge, Responder, RunFacts, Setup, Source, Teacher, TeacherSection
 from understudy.teachers.judges.chat import Chat
 from understudy.teachers.judges.verbal import Verbal
+from understudy.teachers.judges.verifier import Verifier
 from understudy.teachers.local import REFERENCES, Local, LocalTeacher, Start
 from understudy.teachers.privileged import Privileged
 from understudy.teachers.remote.http import Http
@@ -20,6 +21,7 @@ TEACHERS: dict[str, type[TeacherSection]] = {
     "stored": Stored,
     "verbal": Verbal,
     "chat": Chat,
+    "verifier": Verifier,
 }
 """`teacher.type` in a recipe -> its section."""
 

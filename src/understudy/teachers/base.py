@@ -15,7 +15,7 @@ from understudy.linear.head import LMHead
 from understudy.models import DType, check_model_dir, load_causal_lm, probe_head, vocabulary_size
 from understudy.tasks.base import Task
 from understudy.tasks.renderer import Renderer
-from understudy.types import Need, Prompt, Request, Sample, Sampling, Scores, Verdict
+from understudy.types import Grade, Need, Prompt, Request, Sample, Sampling, Scores, Verdict
 
 ExtraIds = Literal["mask", "tail"]
 """Fate of tokens that the teacher has and the student has not: cut out of the teacher's softmax, which is then that given one
@@ -79,6 +79,8 @@ class Setup:
     fresh_student: Callable[[], nn.Module] | None = None
     """Builds the start again where `start` is None: in a resumed run the live model is not the start any more."""
     seed: int = 0
+    grade: Callable[[Prompt, str], Grade | None] | None = None
+    """The task's verdict on a response to a prompt; None of it where nobody can judge it."""
     generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None
     """Writes a response to each prompt with a model of this process; None where one does not end."""
 

@@ -68,8 +68,8 @@ class Decoder:
     @no_grad
     def run(
         self, contexts: Sequence[Tensor], uniform: Tensor, room: Tensor, sampling: Sampling
-    ) -> list[tuple[list[int], list[float], list[float], bool]]:
-        """Ids, log-probabilities and kept masses of each row, and whether the last token ends the response; else it is full.
+    ) -> list[tuple[list[int], list[float], bool]]:
+        """Ids and log-probabilities of each row, and whether the last token ends the response; else the row is full.
 
         contexts: B of [c] int64; uniform [B, N] float64, one draw for each new token; room [B] int64, from 1 to N, the tokens
         that each row may have.
@@ -79,15 +79,14 @@ class Decoder:
         rows = torch.arange(num_rows, device=self._device)
         ids = torch.zeros(num_rows, num_new, dtype=torch.int64, device=self._device)
         logprobs = torch.full((num_rows, num_new), float("nan"), dtype=torch.float64, device=self._device)
-        masses = torch.ones_like(logprobs)
         # the last position that any row may use: a row that is full runs on for a while, and the model may have no more
         last = max(context.numel() + n for context, n in zip(contexts, room.tolist(), strict=True)) - 1
         hidden = self._prefill(contexts, num_new, last)
         done = torch.zeros_like(rows, dtype=torch.bool)
         draws = uniform.T.contiguous()
         for t in range(num_new):
-            token, logprob, mass = self._draw(hidden, draws[t], sampling)
-            ids[rows, t], logprobs[rows, t], masses[rows, t] = token, logprob.double(), mass.double()
+            token, logprob = self._draw(hidden, draws[t], sampling)
+            ids[rows, t], logprobs[rows, t] = token, logprob.double()
             done |= torch.isin(token, self._stop) | (room[rows] <= t + 1)
             if t + 1 == num_new:
                 break
@@ -104,18 +103,18 @@ class Decoder:
         ends = torch.isin(ids, self._stop) & (torch.arange(num_new, device=self._device) < room[:, None])
         stopped = ends.any(-1)
         lengths = torch.where(stopped, ends.to(torch.uint8).argmax(-1) + 1, room).tolist()
-        columns = zip(ids.tolist(), logprobs.tolist(), masses.tolist(), lengths, stopped.tolist(), strict=True)
-        return [(tokens[:n], values[:n], kept[:n], end) for tokens, values, kept, n, end in columns]
+        columns = zip(ids.tolist(), logprobs.tolist(), lengths, stopped.tolist(), strict=True)
+        return [(tokens[:n], values[:n], end) for tokens, values, n, end in columns]
 
-    def _draw(self, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, ...]:
-        """Logits in float32 (float64 for float64), whatever the model computes in. [b, H], [b] -> [b], [b], [b]."""
+    def _draw(self, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """Logits in float32 (float64 for float64), whatever the model computes in. [b, H], [b] -> [b], [b]."""
         states = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         rows = max(1, LOGIT_ELEMENTS // self._head.num_tokens)
         parts = [
             draw(project(part, self._head), numbers, sampling)
             for part, numbers in zip(states.split(rows), uniform.split(rows), strict=True)
         ]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 
     def _prefill(self, contexts: Sequence[Tensor], num_new: int, last: int) -> Tensor:
         """Reads every distinct context once. The hidden states at the last tokens of all B rows. [B, H]."""
@@ -220,32 +219,28 @@ def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
     return "none", reasons[-1]
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling. logits [B, V] at the sampling temperature (at 1 for a greedy draw), uniform [B] float64.
 
     The token is the first one whose cumulative probability exceeds the uniform number; greedy: the most likely one.
-    Its log-probability refers to the softmax of `logits`, unfiltered; the mass is the probability, under that softmax, of the
-    tokens that the filter keeps, 1 without a filter. -> ids [B]; logprob [B], mass [B] in the logits' type.
+    Its log-probability refers to the softmax of `logits`, unfiltered. -> ids [B], logprob [B] in the logits' type.
     A row with NaN or +inf gives some token, with log-probability NaN.
     """
     peak = logits.amax(-1, keepdim=True)
     shifted = logits - peak
     weight = shifted.exp()
-    mass = torch.ones_like(weight[:, 0])
     if sampling.temperature == 0:
         ids, total = logits.argmax(-1, keepdim=True), weight.sum(-1, keepdim=True)
     elif sampling.filtered:
         total = weight.sum(-1, keepdim=True)
         kept, order = _filter(weight, sampling)
-        cumulative = kept.cumsum(-1, dtype=torch.float64)
-        ids = order.gather(-1, _invert(cumulative, uniform))
-        mass = (cumulative[:, -1] / total.squeeze(-1)).clamp(max=1.0)
+        ids = order.gather(-1, _invert(kept.cumsum(-1, dtype=torch.float64), uniform))
     else:
         # float64: a float32 sum over 150,000 tokens rounds the tail away
         cumulative = weight.cumsum(-1, dtype=torch.float64)
         ids, total = _invert(cumulative, uniform), cumulative[:, -1:]
     logprob = shifted.gather(-1, ids) - total.log()
-    return ids.squeeze(-1), logprob.squeeze(-1).to(logits.dtype), mass.to(logits.dtype)
+    return ids.squeeze(-1), logprob.squeeze(-1).to(logits.dtype)
 
 
 def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:

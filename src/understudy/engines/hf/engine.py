@@ -101,8 +101,7 @@ class HFEngine:
                 position = (num_new - room[:, None] + torch.arange(int(room.max()))).clamp_max(num_new - 1)
                 uniform = keyed_uniform(self.seed, stream, step, names, num_new).gather(-1, position)
                 for response, row in zip(chosen, decoder.run(contexts, uniform, room, sampling), strict=True):
-                    response.ids, response.logprob, mass, stopped = row
-                    response.kept_mass = mass if sampling.filtered else []
+                    response.ids, response.logprob, stopped = row
                     response.version = [self._version] * len(response.ids)
                     response.finish = "stop" if stopped else "length"
                 broken = [name for name, one in zip(names, chosen, strict=True) if any(map(math.isnan, one.logprob))]

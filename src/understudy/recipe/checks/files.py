@@ -11,7 +11,6 @@ from pathlib import Path
 
 from understudy import config, given
 from understudy.errors import DataError, RecipeError, nearest
-from understudy.methods.base import PolicyMethod
 from understudy.models import (
     check_build,
     check_model_dir,
@@ -401,20 +400,6 @@ def _overlap(files: Files) -> Iterator[Finding]:
         yield Finding(f"{repeated} evaluation prompts repeat an earlier one", "warning", name="repeated")
 
 
-def _filter(files: Files) -> Iterator[Finding]:
-    recipe = files.recipe
-    methods = [part for part in recipe.method.members if isinstance(part, PolicyMethod) and not part.correct_filter]
-    if recipe.sampling.filtered and recipe.uses.own_samples and methods:
-        names = ", ".join(sorted({type(part).__name__ for part in methods}))
-        yield Finding(
-            f"top_p, top_k or min_p draws tokens from another distribution than the student's, so the gradient of {names}, an "
-            "average over drawn tokens, is biased: tokens that are kept count for more, and the others are never seen",
-            "warning",
-            "set sampling.top_p: 1, top_k: 0 and min_p: 0, or with rollout.type: hf method.correct_filter: true, which "
-            "corrects the tokens that are kept",
-        )
-
-
 def _last_step(files: Files) -> Iterator[Finding]:
     share = files.recipe.run_method.plan(files.recipe.train.steps - 1).prefix_share
     if share >= ENDS_ON_POLICY:
@@ -434,7 +419,6 @@ CHECKS = (
     Check("machine", "files", "device, packages and loggers", _machine),
     Check("tokenizer", "files", "tokens of the student against those of its teachers, one by one", _tokenizers),
     Check("teachers", "files", "each teacher against the run", _teachers),
-    Check("filter", "files", "the distribution that tokens are drawn from against the one that is trained", _filter),
     Check("prompts", "files", "the first prompts as tokens", _prompts),
     Check("unused", "files", "what the data holds and the chat template leaves out", _unused),
     Check("special tokens", "files", "texts of the data against the tokenizer's control tokens", _spelling),

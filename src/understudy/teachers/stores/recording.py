@@ -29,7 +29,7 @@ from understudy.types import Grade, Need, Request, Sample, Scores
 
 FORMAT = 1
 META = "meta.json"
-SAMPLE_TENSORS = ("token_ids", "author", "rollout_logprob", "kept_mass", "policy_version")
+SAMPLE_TENSORS = ("token_ids", "author", "rollout_logprob", "policy_version")
 FACTS = ("index", "prompt_length", "finish", "text")
 SCORE_TENSORS = ("logprob", "entropy", "topk_ids", "topk_logprob")
 NARROW = ("token_ids", "topk_ids")

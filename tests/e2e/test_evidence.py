@@ -1,0 +1,88 @@
+"""The script of the evidence on a claim of its own: models, runs, contrasts, and the page that is drawn from the data."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "evidence.py"
+STUDENT = {"architecture": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 64}
+RUN = {
+    "task": {"type": "arithmetic", "family": "addition", "digits": 1},
+    "device": "cpu",
+    "sampling": {"max_new_tokens": 12},
+    "method": {"type": "sft"},
+    "train": {"steps": 6, "prompts_per_step": 8, "lr": 1e-3, "save_samples_every": 0},
+    "eval": {"every": 2, "problems": 4, "samples_per_prompt": 2},
+}
+
+
+@pytest.fixture
+def evidence() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evidence", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evidence"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_claim_from_its_recipes_to_the_page(
+    tmp_path: Path, evidence: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    claims = tmp_path / "recipes/evidence"
+    start, student = "runs/evidence/world/start/student", {"student": {"model": "runs/evidence/world/start/student"}}
+    claim = {
+        "title": "A claim",
+        "source": "this test",
+        "models": ["world/start"],
+        "merged": {"world/same": {"start": start, "experts": [start, start], "scale": 2.0}},
+        "evaluated": {"start": start, "merged": "runs/evidence/world/same"},
+        "contrasts": [
+            {"says": "merged with itself it is the start", "more": "merged", "less": "start"},
+            {"says": "low ahead", "more": "low", "less": "high", "by": "pass@2"},
+            {"says": "sooner", "more": "low", "less": "high", "by": "samples"},
+        ],
+    }
+    grid = {
+        "vary": {"rate": {"low": {"train": {"lr": 1e-4}}, "high": {"train": {"lr": 1e-2}}}},
+        "seeds": 1,
+        "target": None,
+    }
+    for name, values in {
+        "world/start.yaml": RUN | {"student": {"build": STUDENT}, "run_dir": "runs/evidence/world/start"},
+        "claim/run.yaml": RUN | student | {"run_dir": "runs/evidence/claim/run"},
+        "claim/grid.yaml": grid,
+        "claim/claim.yaml": claim,
+    }.items():
+        (claims / name).parent.mkdir(parents=True, exist_ok=True)
+        (claims / name).write_text(yaml.safe_dump(values, sort_keys=False))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/evidence.md").write_text(
+        "top\n<!-- claims -->\n<!-- end of claims -->\nmiddle\n<!-- claim --><!-- end of claim -->end\n"
+    )
+    for _ in range(2):  # the second time nothing is made again, and the same is drawn
+        monkeypatch.setattr(sys, "argv", ["evidence.py", "--jobs", "1"])
+        evidence.main()
+        page = (tmp_path / "docs/evidence.md").read_text()
+        assert page.count("merged with itself it is the start") == page.count("| merged |") == 1
+        assert page.startswith("top\n")
+        assert page.endswith("end\n")
+        assert "![claim](evidence/claim-accuracy.svg)" in page
+    with (tmp_path / "docs/evidence/claim.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {row["row"]: row for row in rows if row["kind"] == "contrast"}
+    same = found["merged with itself it is the start"]
+    assert (float(same["value"]), same["at"]) == (0.0, "not shown")
+    assert found["sooner"]["metric"] == "samples"
+    assert (tmp_path / "docs/evidence/claim-accuracy.svg").read_text().startswith("<svg")
