@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OVD,
         REOPOLD,
         SFT,
+        TOPD,
         DrGRPO,
         Phases,
         TopK,
@@ -50,6 +51,7 @@ __all__ = [
     "OVD",
     "REOPOLD",
     "SFT",
+    "TOPD",
     "Callback",
     "DrGRPO",
     "Grade",
@@ -80,3 +82,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES.get(name, "understudy.methods")), name)
+
+
+def __dir__() -> list[str]:
+    """The names that are not imported yet too, for completion and for Python's suggestions."""
+    return sorted({*globals(), *__all__})

@@ -26,7 +26,7 @@ from understudy import config, run
 from understudy import given as in_memory
 from understudy.environments import single_turn
 from understudy.environments.play import play
-from understudy.errors import RecipeError
+from understudy.errors import RecipeError, brief
 from understudy.eval.summary import EvalSummary
 from understudy.files import check_writable
 from understudy.format import count, interval, metric_note
@@ -50,6 +50,26 @@ NEW_TOKENS = 512
 """New tokens for a model without a recipe; fewer if it has less than twice as many positions."""
 BLOCK_REQUESTS = 256
 """Requests between two updates of the progress bar."""
+_ARGUMENTS = {
+    "student": "model base_model student_model model_name_or_path",
+    "student=(model, tokenizer)": "tokenizer processing_class",
+    "student={'model': ..., 'lora': {'rank': 16}}": "lora peft_config",
+    "teacher": "teacher_model teacher_model_name_or_path",
+    "train": "data dataset rows train_dataset train_data train_rows",
+    "test": "eval_dataset test_dataset eval_data test_data evaluation",
+    "validation": "validation_dataset val_dataset validation_data",
+    "prompt": "prompt_field question input_field",
+    "reference": "reference_field answer label ground_truth",
+    "solution": "solution_field completion response",
+    "reward": "reward_funcs reward_func reward_fn reward_function",
+    "verifier": "verify grader",
+    "callbacks": "callback",
+    "run_dir": "output_dir out_dir",
+    "resume=True, with the same run_dir": "resume_from_checkpoint",
+    "quiet": "verbose disable_tqdm",
+}
+OTHER_ARGUMENTS = {name: argument for argument, names in _ARGUMENTS.items() for name in names.split()}
+"""A name elsewhere -> the argument of `distil`. What other toolkits call the keys of a recipe is in `recipe.names`."""
 
 
 def distil(
@@ -90,6 +110,9 @@ def distil(
     and raises KeyboardInterrupt; `resume=True` goes on. The doctor's rehearsal calls functions too.
     Raises RecipeError, and as `understudy.run.train`.
     """
+    for key in keys:
+        if key in OTHER_ARGUMENTS:
+            raise RecipeError(f"{key}: unknown argument; it is {OTHER_ARGUMENTS[key]} here")
     objects: dict[str, Any] = {}
     of_train = {item.name for item in fields(Train)}
     # async is a word that Python reserves
@@ -106,6 +129,12 @@ def distil(
         values["reference"], reference = _model(reference, "reference", objects), None
     given = {"prompt_field": prompt, "reference_field": reference, "solution_field": solution}
     functions = {"verifier": verifier, "reward_function": reward}
+    for name, function, called_with in (
+        ("verifier", verifier, ("response", "reference")),
+        ("reward", reward, ("prompt", "response")),
+    ):
+        if callable(function):
+            in_memory.check_callable(function, name, *called_with)
     given |= {key: _named(one, objects) if callable(one) else one for key, one in functions.items()}
     section = _task(values.get("task", {}), {"train": train, "validation": validation, "test": test}, objects)
     values["task"] = section | {key: value for key, value in given.items() if value is not None}
@@ -114,11 +143,17 @@ def distil(
     held_out = [name for name, rows in (("test", test), ("validation", validation)) if rows is not None]
     if held_out:
         values["eval"] = {"split": held_out[0]} | (values.get("eval") or {})
+    if not isinstance(callbacks, list | tuple):
+        raise RecipeError(f"callbacks is of type {type(callbacks).__name__}; it must be a list of objects")
     for one in callbacks:
-        if not all(callable(getattr(one, name, None)) for name in ("on_step", "on_evaluation", "on_end")):
-            raise RecipeError(
-                f"callbacks: {type(one).__name__} lacks one of on_step, on_evaluation, on_end; extend Callback"
-            )
+        if isinstance(one, type):
+            raise RecipeError(f"callbacks: {one.__name__} is a class; give an object of it, as in {one.__name__}()")
+        for name, told in {"on_step": ("step", "metrics"), "on_evaluation": ("summary",), "on_end": ("run",)}.items():
+            if not callable(method_of := getattr(one, name, None)):
+                raise RecipeError(
+                    f"callbacks: {type(one).__name__} lacks one of on_step, on_evaluation, on_end; extend Callback"
+                )
+            in_memory.check_callable(method_of, f"callbacks: {name} of {type(one).__name__}", *told)
     values["callbacks"] = [_named(one, objects) for one in callbacks]
     if run_dir is None and (resume or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise RecipeError("resume, and a run of several processes, need run_dir, the directory of the run")
@@ -130,8 +165,10 @@ def distil(
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A section that may be a dataclass, as a recipe has it."""
-    if not is_dataclass(value) or isinstance(value, type):
+    """A section that may be a dataclass, as a recipe has it. Raises RecipeError for a class in place of an object."""
+    if isinstance(value, type):
+        raise RecipeError(f"{key} is the class {value.__name__}; give an object of it, as in {value.__name__}()")
+    if not is_dataclass(value):
         return str(value) if isinstance(value, Path) else value
     known = {config.key_of(item): item for item in fields(Recipe)}
     table = known[key].metadata.get("choice") if key in known else None
@@ -150,7 +187,7 @@ def _model(value: Any, place: str, objects: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model, Path):
         section["model"] = str(model)
     elif isinstance(model, tuple) and len(model) == 2:
-        if not hasattr(model[0], "state_dict") or not hasattr(model[1], "get_vocab"):
+        if not hasattr(model[0], "state_dict") or not hasattr(model[0], "config") or not hasattr(model[1], "get_vocab"):
             kinds = ", ".join(type(one).__name__ for one in model)
             raise RecipeError(
                 f"{place} is a pair of {kinds}; it must be a loaded model and its tokenizer, in this order"
@@ -160,14 +197,20 @@ def _model(value: Any, place: str, objects: dict[str, Any]) -> dict[str, Any]:
                 f"{place} has adapters: merge them first (merge_and_unload), and train new ones with "
                 "student={'model': ..., 'lora': {'rank': 16}}"
             )
+        if any(value.is_meta for value in model[0].state_dict().values()):
+            raise RecipeError(
+                f"{place} has weights on no device (meta, or offloaded); load all of them, without device_map"
+            )
         section["model"] = _added(in_memory.name_of_model(*model), model, objects)
     elif hasattr(model, "state_dict"):
         raise RecipeError(
             f"{place} is a loaded model without its tokenizer; give both, as in {place}=(model, tokenizer)"
         )
     elif model is not None and not isinstance(model, str):
+        several = "; several teachers are teachers={'name': ...}" if place == "teacher" else ""
         raise RecipeError(
             f"{place} is of type {type(model).__name__}; it must be a directory, a hub name, or a pair (model, tokenizer)"
+            + several
         )
     return section if place == "student" or "type" in section else {"type": "local"} | section
 
@@ -241,6 +284,8 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, quiet: 
     Ctrl-C saves within seconds and raises KeyboardInterrupt. Signal handlers, random numbers and the settings of
     libraries are afterwards what they were. Raises as `understudy.run.train`.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"the recipe is of type {type(recipe).__name__}; load a file with Recipe.load(path)")
     return _train(recipe, resume=resume, examine=examine, quiet=quiet)
 
 
@@ -326,7 +371,7 @@ def model_recipe(path: str | Path, overrides: Sequence[str], **sections: Mapping
 def load_for_use(
     source: Run | Recipe | str | Path,
     overrides: Sequence[str],
-    model: str | None,
+    model: str | Path | None,
     **sections: Mapping[str, Any],
 ) -> Recipe:
     """The recipe with `model` as its student, or with the final student of a run, or of a model directory alone.
@@ -335,6 +380,12 @@ def load_for_use(
     without a final student.
     """
     path = source.path if isinstance(source, Run) else source
+    if not isinstance(path, Recipe | str | Path):
+        raise RecipeError(
+            f"the source is of type {type(path).__name__}; it must be a run, a recipe, or the path of one or of a model"
+        )
+    if not isinstance(model, str | Path | None):
+        raise RecipeError(f"model is of type {type(model).__name__}; it must be the path of a model directory")
     if isinstance(path, Recipe):
         recipe = config.parse(Recipe, config.override(config.dump(path), overrides))
     elif is_model(path):
@@ -346,6 +397,10 @@ def load_for_use(
         if model is None and not run_dir.student.is_dir():
             raise RecipeError(f"{path} has no final student yet; name a checkpoint's student with --model")
         model = model or str(run_dir.student)
+        try:
+            in_memory.check_given(config.flatten({"task": config.dump(recipe.task)}))
+        except RecipeError as error:
+            raise RecipeError(f"{error}; {run_dir.student}, a model directory, needs none of it") from error
     else:
         recipe = load_recipe(path, overrides)
     rejects = recipe.eval is not None and recipe.eval.reject_below is not None
@@ -354,7 +409,7 @@ def load_for_use(
     if model is None:
         return recipe
     student = replace(
-        recipe.student, model=model, starts={}, start=None, build=None, tokenizer=None, lora=None, revision=None
+        recipe.student, model=str(model), starts={}, start=None, build=None, tokenizer=None, lora=None, revision=None
     )
     return replace(recipe, student=student)
 
@@ -377,8 +432,8 @@ def evaluate(
     source: Run | Recipe | str | Path,
     *,
     overrides: Sequence[str] = (),
-    model: str | None = None,
-    out: Path | None = None,
+    model: str | Path | None = None,
+    out: str | Path | None = None,
     quiet: bool = False,
 ) -> EvalSummary:
     """Evaluates the final student of a run, the student of a recipe, or `model`; prints and returns the numbers.
@@ -386,6 +441,7 @@ def evaluate(
     `source` may also be a model directory, with a task among the overrides, which are keys of the recipe, as in
     "eval.problems=100". `out`: an empty directory for the summary and all samples.
     """
+    out = None if out is None else Path(out)
     if out is not None:
         check_writable(out, "--out")
         if out.is_dir() and any(out.iterdir()):
@@ -413,7 +469,7 @@ def sample(
     prompts: Sequence[str] = (),
     *,
     overrides: Sequence[str] = (),
-    model: str | None = None,
+    model: str | Path | None = None,
     num: int = 4,
     split: str = "train",
     num_samples: int = 1,
@@ -425,6 +481,12 @@ def sample(
     """
     if split not in get_args(Split):
         raise RecipeError(f"--split is {split!r}; it must be one of {', '.join(get_args(Split))}")
+    prompts = prompts if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
+        raise RecipeError(f"prompts is {brief(prompts)}; it must be a list of strings")
+    for name, number in (("num", num), ("num_samples", num_samples)):
+        if not isinstance(number, int) or number < 1:
+            raise RecipeError(f"{name} is {brief(number)}; it must be a whole number from 1 on")
     with _objects_of(source), ExitStack() as opened:
         # prompts of the user's own need no task, whose place the smallest takes
         alone = bool(prompts) and is_model(source)

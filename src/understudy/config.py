@@ -130,14 +130,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A copy with `path.to.key=VALUE` applied, VALUE read as YAML. Raises RecipeError for what is no assignment."""
     result = deepcopy(dict(values))
+    if isinstance(assignments, str | Mapping):
+        raise RecipeError(f"overrides are {brief(assignments)}; give a list, such as ['method.k=64']")
     for text in assignments:
-        path, equals, value = text.partition("=")
+        path, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
         if not equals or not path or any(not part for part in path.split(".")):
             raise RecipeError(f"{text!r} is not an override; write KEY=VALUE, such as method.k=64")
         *parents, last = path.split(".")
         inner = result
         for depth, part in enumerate(parents, 1):
-            inner = inner.setdefault(part, {})
+            # a saved recipe has null for a section that it leaves out
+            inner[part] = {} if inner.get(part) is None else inner[part]
+            inner = inner[part]
             if not isinstance(inner, dict):
                 raise RecipeError(f"{text!r}: {'.'.join(parents[:depth])} is {brief(inner)}, not a section")
         inner[last] = load(value, f"{text!r}: the value")

@@ -48,12 +48,12 @@ class WeightsLostError(EngineError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint for an unknown name: the known one from which it differs by a slip, or all of them."""
-    options = sorted(known)
+    """The hint for an unknown name: the known one from which it differs by a slip or by capitals, or all of them."""
+    options = {option.lower(): option for option in sorted(known)}
     if not options:
         return "there are none"
-    close = get_close_matches(name, options, n=1, cutoff=0.65)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+    close = get_close_matches(name.lower(), options, n=1, cutoff=0.65)
+    return f"did you mean {options[close[0]]!r}?" if close else f"known: {', '.join(options.values())}"
 
 
 def written(value: object) -> str:

@@ -24,6 +24,7 @@ from understudy.models.backbone import TOLERANCE
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Parts
 from understudy.recipe.checks.room import free_memory
+from understudy.text import without_secrets
 from understudy.trainer.checkpoint import Progress, RunDir, written_whole
 from understudy.trainer.observe import peak_memory_gib
 
@@ -100,7 +101,10 @@ def write_facts(parts: Parts, run_dir: RunDir, status: str, started: float, data
 
 
 def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSummary]) -> str:
-    """Markdown with the metadata block of the Hugging Face hub: method, data, teacher, commit, metrics, recipe."""
+    """Markdown with the metadata block of the Hugging Face hub: method, data, teacher, commit, metrics, recipe.
+
+    Paths of this machine are shortened to their last part, and secrets hidden.
+    """
     start, made = recipe.student.model, commit()
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= {"base_model": start} if start and not is_given(start) and not Path(start).expanduser().exists() else {}
@@ -128,7 +132,14 @@ def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSumma
             f"{count(last.samples_per_prompt, 'sample')} each, after step {last.step:,}; [95 % intervals] over problems.\n\n"
             f"| metric | value |\n|---|---|\n{measured}"
         )
-    return "\n".join([*parts, f"## Recipe\n\n```yaml\n{config.write_yaml(config.dump(recipe))}```\n"])
+    values = config.dump(recipe)
+    text = "\n".join([*parts, f"## Recipe\n\n```yaml\n{config.write_yaml(values)}```\n"])
+    leaves = [one for leaf in config.flatten(values).values() for one in (leaf if isinstance(leaf, list) else [leaf])]
+    paths = {one for one in leaves if isinstance(one, str) and Path(one).is_absolute() and Path(one).exists()}
+    # who reads a published card has another machine: of a path here, the last part says which model or file it was
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, Path(path).name)
+    return without_secrets(text)
 
 
 def installed() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,37 @@ def name_of_model(model: Any, tokenizer: Any) -> str:
         digest.update(f"{key}/{value.dtype}/{tuple(value.shape)}".encode())
         digest.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy())
     return f"{PREFIX}{type(model).__name__} {digest.hexdigest()}"
+
+
+def check_callable(function: Any, place: str, *arguments: str) -> None:
+    """Raises RecipeError for a class, an async function, and a function that cannot be called with these arguments."""
+    if isinstance(function, type):
+        raise RecipeError(
+            f"{place} is the class {function.__name__}; give an object of it, as in {function.__name__}()"
+        )
+    if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+        raise RecipeError(f"{place} is async; give a plain function, which may call asyncio.run")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # some functions that are written in C have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+        raise RecipeError(
+            f"{place} takes {inspect.Signature(bare)}; it is called with ({', '.join(arguments)})"
+        ) from None
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """The result of a function that was given. Raises DataError, which names the function, for what it raises."""
+    function = find(name)
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise DataError(f"{name.removeprefix(PREFIX)} raised {type(error).__name__}: {error}") from error
 
 
 def as_grade(value: Any, name: str) -> Grade:

@@ -9,21 +9,27 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 
+import understudy
 from tests.runs import distillation, save_tiny_model, tiny_recipe, write_recipe
 from understudy import GKD, GRPO, SFT, Callback, Recipe, Run, config, distil, evaluate, sample, train
 from understudy import given as in_memory
+from understudy.api import OTHER_ARGUMENTS
 from understudy.errors import DataError, RecipeError
 from understudy.eval.summary import EvalSummary
+from understudy.methods import METHODS
 from understudy.models import load_causal_lm, load_tokenizer
+from understudy.trainer.settings import Train
 from understudy.types import Grade, Prompt, Sampling
 
 pytestmark = pytest.mark.slow
@@ -128,7 +134,16 @@ def test_functions_grade_and_reward(names: dict[str, str], tmp_path: Path) -> No
     assert run.recipe.task.verifier.endswith("test_functions_grade_and_reward.<locals>.verify")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("result", "words"), [("0.5", "returned '0.5'"), (float("nan"), "returned nan")])
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ("0.5", "returned '0.5'"),
+        (float("nan"), "returned nan"),
+        (torch.ones(2), r"returned tensor\(\[1., 1.\]\)"),
+        (numpy.ones(3), r"returned array\(\[1., 1., 1.\]\)"),
+        (10**400, "returned 1000"),
+    ],
+)
 def test_a_reward_that_is_no_number_is_refused(names: dict[str, str], tmp_path: Path, result: Any, words: str) -> None:
     def reward(prompt: Prompt, text: str) -> Any:
         return result
@@ -136,6 +151,17 @@ def test_a_reward_that_is_no_number_is_refused(names: dict[str, str], tmp_path: 
     keys = PLAIN | {"samples_per_prompt": 4, "run_dir": tmp_path / "run", "examine": False}
     with pytest.raises(DataError, match=words):
         distil(student=names["student"], train=ROWS, reward=reward, method="grpo", steps=1, **keys)
+
+
+@pytest.mark.parametrize("examine", [True, False])
+def test_a_function_that_raises_is_named(names: dict[str, str], tmp_path: Path, examine: bool) -> None:
+    def reward(prompt: Prompt, text: str) -> float:
+        raise KeyError("answer")
+
+    keys = PLAIN | {"samples_per_prompt": 4, "run_dir": tmp_path / "run", "examine": examine}
+    with pytest.raises((RecipeError, DataError), match=r"<locals>.reward raised KeyError: 'answer'") as refused:
+        distil(student=names["student"], train=ROWS, reward=reward, method="grpo", steps=1, **keys)
+    assert "report it" not in str(refused.value)
 
 
 def test_a_reward_of_none_leaves_the_sample_out(names: dict[str, str], tmp_path: Path) -> None:
@@ -215,6 +241,27 @@ def test_evaluate_and_sample(names: dict[str, str], tmp_path: Path) -> None:
     # also a run of another process, as far as it needs nothing in memory
     with pytest.raises(RecipeError, match="rows .* stands for an object of a Python program"):
         evaluate(run.path, quiet=True)
+    with pytest.raises(RecipeError, match=r"student, a model directory, needs none of it"):
+        sample(run.path, ["01+02:"], quiet=True)
+    # a section that the saved recipe leaves out can be given
+    alone = distil(**names, train=ROWS, steps=1, run_dir=tmp_path / "alone", **PLAIN)
+    summary = evaluate(alone, overrides=["eval.problems=3", "eval.split=train"], out=str(tmp_path / "out"), quiet=True)
+    assert summary.num_problems == 3
+    assert (tmp_path / "out").is_dir()
+    for call, words in (
+        (lambda: sample(run, "01+02:"), r"prompts is '01\+02:'; it must be a list of strings"),
+        (lambda: sample(run, [{"role": "user", "content": "1"}]), "prompts is .*; it must be a list of strings"),  # type: ignore[list-item]
+        (lambda: sample(run, num=-1), "num is -1"),
+        (lambda: sample(run, ["1"], num_samples=0), "num_samples is 0"),
+        (lambda: sample(run, ["1"], overrides="seed=1"), "overrides are 'seed=1'; give a list"),
+        (lambda: sample(None, ["1"]), "the source is of type NoneType"),  # type: ignore[arg-type]
+        (lambda: evaluate((1, 2)), "the source is of type tuple"),  # type: ignore[arg-type]
+        (lambda: evaluate(run, model=run), "model is of type Run"),  # type: ignore[arg-type]
+        (lambda: train(run.path), r"the recipe is of type .*Path; load a file with Recipe.load"),  # type: ignore[arg-type]
+        (lambda: Recipe.load(run.path / "recipe.yaml", ["seed=1"]), "is not an override"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(RecipeError, match=words):
+            call()
 
 
 def test_nothing_is_left_behind(names: dict[str, str], tmp_path: Path) -> None:
@@ -255,6 +302,15 @@ def test_an_interrupt_saves_and_raises(names: dict[str, str], tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
 
 
+class Deaf(Callback):
+    def on_step(self, step: int) -> None:  # type: ignore[override]
+        pass
+
+
+async def waits(prompt: Prompt, text: str) -> float:
+    return 1.0
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -277,6 +333,22 @@ def test_an_interrupt_saves_and_raises(names: dict[str, str], tmp_path: Path) ->
         ({"method": "gdk"}, "method.type is 'gdk'"),
         ({"resume": True, "run_dir": None}, "resume, .* need run_dir"),
         ({"callbacks": [print]}, "callbacks: .* lacks one of on_step"),
+        ({"callbacks": [Told]}, r"Told is a class; give an object of it, as in Told\(\)"),
+        ({"callbacks": [Deaf()]}, r"on_step of Deaf takes \(step\); it is called with \(step, metrics\)"),
+        ({"callbacks": Told()}, "callbacks is of type Told; it must be a list"),
+        ({"callbacks": None}, "callbacks is of type NoneType"),
+        ({"verifier": lambda text: 1.0}, r"verifier takes \(text\); it is called with \(response, reference\)"),
+        ({"reward": lambda completions, **rest: [1.0]}, r"reward takes \(completions, \*\*rest\); it is called with"),
+        ({"reward": Told}, "reward is the class Told; give an object"),
+        ({"reward": waits}, "reward is async; give a plain function"),
+        ({"method": GKD}, r"method is the class GKD; give an object of it, as in GKD\(\)"),
+        ({"method": "GKD"}, "did you mean 'gkd'"),
+        ({"method": "TrOPD"}, "did you mean 'tropd'"),
+        ({"teacher": ["a", "b"]}, r"teacher is of type list; .*several teachers are teachers=\{'name'"),
+        ({"train_dataset": ROWS}, "train_dataset: unknown argument; it is train here"),
+        ({"eval_dataset": ROWS}, "it is test here"),
+        ({"reward_funcs": [len]}, "it is reward here"),
+        ({"processing_class": load_tokenizer}, r"it is student=\(model, tokenizer\) here"),
         ({"task": {"chat": False, "reward_function": "mine"}}, "reward_function is 'mine'"),
     ],
 )
@@ -287,6 +359,30 @@ def test_what_cannot_be_used_is_refused(
     with pytest.raises((RecipeError, DataError), match=words):
         distil(**given)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loaded_model_has_all_of_its_weights_and_its_configuration(loaded: dict[str, Any], tmp_path: Path) -> None:
+    model, tokenizer = loaded["student"]
+    given: dict[str, Any] = PLAIN | {"train": ROWS, "method": SFT(), "run_dir": tmp_path / "run"}
+    for one, words in ((torch.nn.DataParallel(model), "a pair of DataParallel"), (model.to("meta"), "on no device")):
+        with pytest.raises(RecipeError, match=words):
+            distil(student=(one, tokenizer), **given)
+
+
+def test_rows_in_a_tuple_are_rows(names: dict[str, str], tmp_path: Path) -> None:
+    rows = ({"q": "1+2:", "a": "3"}, {"q": "2+2:", "a": "4"})
+    keys = PLAIN | {"prompt": "q", "reference": "a", "run_dir": tmp_path / "run"}
+    assert distil(**names, train=rows, steps=1, **keys).ending == "finished"
+
+
+def test_the_package_lists_its_names_and_every_method() -> None:
+    assert set(understudy.__all__) <= set(dir(understudy))
+    assert {kind.__name__ for kind in METHODS.values()} <= set(understudy.__all__)
+
+
+def test_names_of_arguments_elsewhere_are_no_keys_here() -> None:
+    keys = {config.key_of(item) for kind in (Recipe, Train) for item in fields(kind)}
+    assert not keys & set(OTHER_ARGUMENTS)
 
 
 def test_run_directories_are_numbered(names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

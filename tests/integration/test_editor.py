@@ -130,3 +130,16 @@ def test_the_command_prints_or_writes_it_and_init_lays_it_beside(tmp_path: Path)
 def test_a_recipe_of_the_parser_is_one_of_the_schema(tmp_path: Path) -> None:
     recipe = config.parse(Recipe, tiny_recipe(tmp_path, **distillation(tmp_path, eval={"every": 2})))
     CHECK.validate(json.loads(json.dumps(config.dump(recipe))))
+
+
+def test_a_new_recipe_brings_the_schema_of_this_version(tmp_path: Path) -> None:
+    """A schema that an older version wrote beside it is replaced; a file of the user's own is not."""
+    beside = tmp_path / FILE
+    beside.write_text(json.dumps({"title": "understudy recipe", "properties": {}}, indent=2))
+    CliRunner().invoke(app, ["init", str(tmp_path / "one.yaml")])
+    assert json.loads(beside.read_text()) == json.loads(json.dumps(SCHEMA))
+    beside.write_text('{"title": "mine"}')
+    CliRunner().invoke(app, ["init", str(tmp_path / "two.yaml")])
+    assert beside.read_text() == '{"title": "mine"}'
+    refused = CliRunner().invoke(app, ["schema", str(tmp_path)])
+    assert "is a directory; name a file" in str(refused.exception)

@@ -464,6 +464,24 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("train r.yaml --learning-rate 1e-5", "no option --learning-rate; .*KEY=VALUE.*; the key is train.lr"),
+        ("train r.yaml --train.lr=1e-5", "the key is train.lr"),
+        ("sample r.yaml --temperature 1", "the key is sampling.temperature"),
+        ("eval r.yaml --steps 3", "train.steps"),
+        ("train r.yaml --dryrun", "--dry-run"),
+        ("train r.yaml --gibberish", "No such option: --gibberish"),
+        ("methods --learning-rate 1", "No such option: --learning-rate"),
+    ],
+)
+def test_an_option_that_is_a_key_gets_the_key(options: str, words: str) -> None:
+    code, text = run(*options.split())
+    assert code != 0
+    assert re.search(words, text), text
+
+
 def test_methods_and_init(tmp_path: Path) -> None:
     code, text = run("methods")
     assert code == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 import understudy
 from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest, written
@@ -24,8 +25,46 @@ QUIET_LIBRARIES = {
 }
 """Progress bars and notes of libraries would tear the display. Read when a library is imported, which takes seconds."""
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command. Raises RecipeError for an option that is a key of the recipe, here or in another toolkit."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # its class is in typer's own copy of click, or in click
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            wrong: Any = error
+            near = set(wrong.possibilities or ()) - {"--help"}
+            takes_keys = any(one.name == "overrides" for one in wrong.ctx.command.params)
+            if near or not takes_keys or not (meant := _key_for(wrong.option_name)):
+                raise
+            raise RecipeError(
+                f"there is no option {wrong.option_name}; keys of the recipe are given as KEY=VALUE, such as "
+                f"train.lr=1e-5; {meant}"
+            ) from error
+
+
+def _key_for(option: str) -> str | None:
+    """The hint to the key that an unknown option stands for; None where no key is near."""
+    from understudy import config
+    from understudy.recipe import Recipe
+
+    name = option.lstrip("-").replace("-", "_")
+    if name in dict(config.places(Recipe)):
+        return f"the key is {name}"
+    try:
+        config.parse(Recipe, config.override({}, [f"{name}=null"]))
+    except RecipeError as error:
+        hint = str(error).partition("unknown key; ")[2]
+        return None if hint.startswith("known: ") else hint or None
+    return None
+
+
 app = typer.Typer(
     name="understudy",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -314,8 +353,10 @@ def init(
     if path.exists():
         raise RecipeError(f"{path} exists; choose another file")
     write_atomically(path, new_recipe(path.stem, student, teacher, method, data, task))
-    if not (beside := path.with_name(FILE)).exists():
-        write_atomically(beside, json.dumps(recipe_schema(), indent=2))
+    schema, beside = recipe_schema(), path.with_name(FILE)
+    # that of another version is replaced, a file of another kind is left alone
+    if not beside.exists() or f'"title": "{schema["title"]}"' in beside.read_text(encoding="utf-8", errors="replace"):
+        write_atomically(beside, json.dumps(schema, indent=2))
     typer.echo(f"wrote {path}; check it with: understudy train {path} --dry-run")
 
 
@@ -328,8 +369,10 @@ def schema(
     The first line of a recipe names it: # yaml-language-server: $schema=FILE, relative to the recipe.
     """
     from understudy.files import write_atomically
-    from understudy.recipe.editor import recipe_schema
+    from understudy.recipe.editor import FILE, recipe_schema
 
+    if out is not None and out.is_dir():
+        raise RecipeError(f"{out} is a directory; name a file, such as {out / FILE}")
     text = json.dumps(recipe_schema(), indent=2)
     if out is None:
         typer.echo(text)

@@ -178,7 +178,7 @@ class Records(Task):
         """The result of the function that was given, or the grade. Raises DataError as `grade`, and for no number."""
         if self.reward_function is None:
             return self.grade(prompt, text)
-        reward = given.find(self.reward_function)(prompt, text)
+        reward = given.call(self.reward_function, prompt, text)
         return None if reward is None else given.as_grade(reward, self.reward_function)
 
     def check_files(self) -> None:

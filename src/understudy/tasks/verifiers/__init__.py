@@ -41,7 +41,7 @@ def find_verifier(name: str) -> Callable[[str, Reference], Grade]:
         raise ValueError(f"there is no verifier {name!r}; {nearest(name, VERIFIERS)}")
     if name in VERIFIERS:
         return several(VERIFIERS[name])
-    return several(lambda text, reference: given.as_grade(given.find(name)(text, reference), name))
+    return several(lambda text, reference: given.as_grade(given.call(name, text, reference), name))
 
 
 __all__ = ["VERIFIERS", "Reference", "accepted", "find_verifier", "grade_exact", "grade_math", "several"]
