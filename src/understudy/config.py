@@ -23,6 +23,8 @@ Section = TypeVar("Section")
 
 MAX_SAME = 3
 """Places of one key that a hint names."""
+MAX_DEPTH = 20
+"""Sections inside each other that an override may name."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         if not equals or not path or any(not part for part in path.split(".")):
             raise RecipeError(f"{text!r} is not an override; write KEY=VALUE, such as method.k=64")
         *parents, last = path.split(".")
+        if len(parents) > MAX_DEPTH:
+            raise RecipeError(f"{brief(text)} is nested too deeply for a recipe")
         inner = result
         for depth, part in enumerate(parents, 1):
             # a saved recipe has null for a section that it leaves out

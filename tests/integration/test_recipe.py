@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from understudy.compare.cells import Cells
 from understudy.compare.grid import read_grid
 from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError, VocabularyError
 from understudy.methods import GKD, TopK
+from understudy.models import load_tokenizer
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.names import OTHER_NAMES
+from understudy.trainer.signals import ENDING
 
 ROOT = Path(__file__).parents[2]
 
@@ -451,6 +454,54 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj", "mlp.up_proj"]])
+def test_a_dry_run_finds_the_layers_for_lora(tmp_path: Path, targets: Any) -> None:
+    assert check(parse(tmp_path, student={"lora": {"target_modules": targets}}))
+
+
+def test_a_warm_up_longer_than_the_run_is_told(tmp_path: Path) -> None:
+    recipe = parse(tmp_path, train={"steps": 10, "warmup_steps": 40, "lr": 1e-4})
+    assert any("only reaches 2.5e-05 of 0.0001" in line for line in check(recipe))
+
+
+def test_a_run_directory_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(tmp_path, run_dir="~/runs/x").run_dir == str(tmp_path / "runs" / "x")
+
+
+def test_an_override_of_thousands_of_dots(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        load_recipe(write_recipe(tmp_path), [f"{'a.' * 5000}b=1"])
+
+
+def test_half_a_tokenizer(tmp_path: Path) -> None:
+    for name, text in {"vocab.json": "{}", "merges.txt": ""}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match="no tokenizer_config.json that says which tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_loading_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    from understudy import run as runs
+    from understudy.cli.app import main
+
+    monkeypatch.setattr(runs, "assemble", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("sys.argv", ["understudy", "train", str(write_recipe(tmp_path))])
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, *ENDING)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip().startswith("stopped by a signal")
+    assert not (tmp_path / "run").exists()
+
+
 def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """2 for bad input, one line on stderr, no traceback."""
     from understudy.cli.app import main
@@ -505,6 +556,18 @@ def test_methods_and_init(tmp_path: Path) -> None:
         ),
         ({"student": {"build": {"architecture": "llama", "hidden_size": "x"}}}, "'hidden_size' is 'x'"),
         ({"device": "cpu:x"}, "device is 'cpu:x'"),
+        ({"run_dir": "$HOME/run"}, "variables are not replaced"),
+        ({"train": {"steps": 10**12}}, "train: steps is 1,000,000,000,000; a run has at most"),
+        (
+            {"student": {"attn_implementation": "flash_attention2"}},
+            "student.attn_implementation is .*did you mean 'flash_attention_2'",
+        ),
+        ({"student": {"attn_implementation": "flash_attention_3"}}, "the package flash-attn-3 is not installed"),
+        (
+            {"student": {"lora": {"target_modules": ["q_proj", "k_prj"]}}},
+            "lora.target_modules names 'k_prj', .* did you mean 'k_proj'",
+        ),
+        ({"rollout": {"type": "vllm", "launch": {"python": "python3"}}}, "python3 has no package vllm"),
         ({"student": {"tokenizer": "./nowhere"}}, "no model directory at './nowhere'"),
         (
             {

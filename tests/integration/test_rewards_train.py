@@ -203,7 +203,8 @@ def test_a_search_without_end_ends(tmp_path: Path, seen: Seen, monkeypatch: pyte
     rows = metric_rows(run_dir)
     assert [row["prompts_flat"] for row in rows] == [4.0 * rollouts.MAX_ROUNDS] * 2
     assert [row["rounds_refilled"] for row in rows] == [rollouts.MAX_ROUNDS - 1.0] * 2
-    assert "step 1 was skipped: no sample with a trained token is left" in events(run_dir)
+    assert "step 1 was skipped: the samples of every prompt are rewarded alike (mean 0)" in events(run_dir)
+    assert "no sample with a trained token" not in events(run_dir)
     assert "lr" not in rows[0]
 
 

@@ -297,7 +297,7 @@ def test_two_ranks_are_one_run(tmp_path: Path) -> None:
     assert (alone / "eval" / "step_000000.jsonl").read_text() == (both / "eval" / "step_000000.jsonl").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(tmp_path: Path, number: signal.Signals) -> None:
     changes = distillation(tmp_path, train={"steps": 100_000})
     process = Process(command_line, "train", write_recipe(tmp_path, **changes), log=tmp_path / "log")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from typer.core import TyperGroup
 
 import understudy
 from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest, written
+from understudy.trainer.signals import ENDING, terminable
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SIGNAL = 2, 1, 130
 QUIET_LIBRARIES = {
@@ -31,6 +34,12 @@ class _Commands(TyperGroup):
         """Runs a command. Raises RecipeError for an option that is a key of the recipe, here or in another toolkit."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            plain = "stopped by a signal; files that were written until here stay, and nothing more is saved"
+            # the terminal may be gone
+            with suppress(OSError):
+                print(f"\n{str(error) or plain}", file=sys.stderr)
+            raise typer.Exit(EXIT_SIGNAL) from None
         except Exception as error:
             # its class is in typer's own copy of click, or in click
             if type(error).__name__ != "NoSuchOption":
@@ -385,7 +394,15 @@ def main() -> None:
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     try:
-        app()
+        with terminable():
+            app()
+    except (KeyboardInterrupt, SystemExit) as ending:
+        if isinstance(ending, SystemExit) and ending.code != EXIT_SIGNAL:
+            raise
+        # the interpreter, as it ends, would let a further signal change the exit code
+        for number in (signal.SIGINT, *ENDING):
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(EXIT_SIGNAL)
     except UnderstudyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED if isinstance(error, TrainingError | CheckpointError) else EXIT_BAD_INPUT)

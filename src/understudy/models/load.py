@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import warnings
@@ -26,6 +27,11 @@ _PART_OF_ADAPTED = re.compile(r"\.base_layer\.|\.modules_to_save\.[^.]+\.")
 """Parts that peft inserts into the names of weights."""
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ATTENTION_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""Attention -> the module that it needs, and its package. The package kernels fetches them from the hub."""
 ALIASES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -270,6 +276,44 @@ def config_on_disk(path: str | None, build: Mapping[str, Any] | None = None) -> 
     except Exception as error:
         # each configuration validates in its own way
         raise RecipeError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
+
+
+def check_attention(name: str | None, place: str) -> None:
+    """Raises RecipeError for an attention that transformers does not know, or whose package is not installed."""
+    # a name with a slash is a kernel of the hub
+    if name is None or "/" in name or "|" in name:
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()} - {one for one in ALL_ATTENTION_FUNCTIONS if "|" in one}
+    if name not in known:
+        raise RecipeError(f"{place}.attn_implementation is {name!r}; {nearest(name, known)}")
+    package, install = _ATTENTION_PACKAGES.get(name, ("torch", ""))
+    if not any(map(importlib.util.find_spec, (package, "kernels"))):
+        raise RecipeError(
+            f"{place}.attn_implementation is {name!r}, but the package {install} is not installed; install it, or take sdpa"
+        )
+
+
+def check_lora_targets(path: str | None, build: Mapping[str, Any] | None, targets: Sequence[str]) -> None:
+    """Raises RecipeError for a target that names no layer of the model, by its configuration; a hub name is not checked."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_on_disk(path, build)
+    if config is None:
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:
+        # some cannot be made without their weights; loading will say
+        return
+    names = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            lasts = {name.rpartition(".")[2] for name in names}
+            hint = nearest(target, lasts)
+            raise RecipeError(f"student.lora.target_modules names {target!r}, but the model has no such layer; {hint}")
 
 
 def _adapter_base(directory: Path) -> str:

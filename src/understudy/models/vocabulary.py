@@ -30,6 +30,15 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        there = {
+            name: (Path(source) / name).is_file() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
+        }
+        if list(there.values()) == [True, True, False]:
+            raise RecipeError(
+                f"{path_or_name!r} has vocab.json and merges.txt, but no tokenizer_config.json that says which tokenizer they "
+                "are of; load them with their class and write the rest with `save_pretrained`, such as "
+                f"GPT2TokenizerFast.from_pretrained({path_or_name!r}).save_pretrained({path_or_name!r})"
+            ) from error
         raise RecipeError(f"cannot load a tokenizer from {path_or_name!r}: {said_by(error, offline)}") from error
 
 

@@ -153,6 +153,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
+        if "$" in self.run_dir:
+            raise ValueError(
+                f"run_dir is {self.run_dir!r}; variables are not replaced in a recipe: write the directory out, or begin with ~"
+            )
+        if self.run_dir.startswith("~"):
+            try:
+                object.__setattr__(self, "run_dir", str(Path(self.run_dir).expanduser()))
+            except RuntimeError as error:
+                raise ValueError(f"run_dir is {self.run_dir!r}, but there is no such home directory") from error
         for name in self.callbacks:
             if not is_given(name):
                 raise ValueError(

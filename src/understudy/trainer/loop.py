@@ -118,6 +118,7 @@ class Trainer:
     def _take_step(self) -> None:
         """Collects samples, trains on them, publishes the weights, and logs the numbers."""
         step, updates, clock = self.progress.step, self.progress.updates, Clock(self.student.device)
+        empty_before = self.progress.empty_in_row
         # dropout draws from torch's own generator; this makes it a function of the step, as all other draws are
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
@@ -147,7 +148,6 @@ class Trainer:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
-        self._check_progress()
         if numbers.get("slots_empty", 0.0) > 0 and not self._warned_of_slots:
             self._warned_of_slots = True
             self.observer.warn(
@@ -157,8 +157,16 @@ class Trainer:
                 "responses a prompt, raise responses.temperature where a teacher writes them, or lower "
                 "method.threshold",
             )
-        if "reward" in numbers and not replaces_flat(method.plan(own_step)):
-            self._check_rewards(numbers["reward"], numbers["prompts_flat"])
+        is_empty, is_flat = self.progress.empty_in_row > empty_before, False
+        if "reward" in numbers:
+            num_flat = numbers["prompts_flat"]
+            # flat prompts that are replaced leave an empty step where all are flat
+            replaced = replaces_flat(method.plan(own_step))
+            is_flat = is_empty and num_flat > 0 if replaced else num_flat >= self.settings.prompts_per_step
+            self._check_rewards(numbers["reward"], is_flat, skipped=is_empty)
+        if is_empty and not is_flat:
+            self.observer.warn(step + 1, f"step {step + 1} was skipped: no sample with a trained token is left")
+        self._check_progress()
 
     def _check_progress(self) -> None:
         """Raises TrainingError where nothing has been learnt for too long."""
@@ -174,10 +182,10 @@ class Trainer:
                 f"are in {folder / 'bad_batches'}. Lower train.lr, or look there for an unusual sample"
             )
 
-    def _check_rewards(self, reward: float, num_flat: float) -> None:
+    def _check_rewards(self, reward: float, is_flat: bool, skipped: bool) -> None:
         """Warns where the samples of every prompt are rewarded alike, so that no advantage says anything, and then says what
         may help."""
-        if num_flat < self.settings.prompts_per_step:
+        if not is_flat:
             self._flat_in_row = 0
             return
         self._flat_in_row += 1
@@ -185,7 +193,8 @@ class Trainer:
         if self._flat_in_row == 1:
             self.observer.warn(
                 step,
-                f"step {step}: the samples of every prompt are rewarded alike (mean {reward:.3g}): rewards teach nothing",
+                f"step {step}{' was skipped' if skipped else ''}: the samples of every prompt are rewarded alike (mean "
+                f"{reward:.3g}): rewards teach nothing",
             )
         elif self._flat_in_row == MAX_FLAT:
             cause = (
@@ -241,8 +250,6 @@ class Trainer:
         for part in parts * settings.passes:
             total = add_metrics(total, self._update_once(part, method, own_step, heads))
         if not total:
-            step = before.step + 1
-            self.observer.warn(step, f"step {step} was skipped: no sample with a trained token is left")
             self.progress = replace(self.progress, empty_in_row=before.empty_in_row + 1)
             return {}
         skipped = before.skipped_in_row + 1 if self.progress.updates == before.updates else 0

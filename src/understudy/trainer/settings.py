@@ -10,6 +10,9 @@ from understudy.losses.schedules import Shape
 from understudy.tasks import Split
 from understudy.types import Sampling
 
+MAX_STEPS = 1_000_000
+"""Of a run: what a method asks for is looked up step by step before it begins."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -58,7 +61,7 @@ class Train:
     stop_at: float | None = None
     """Stop when an evaluation's avg@k reaches this."""
     save_every: int | None = None
-    """Steps between checkpoints; one is always written at the end and on SIGINT or SIGTERM."""
+    """Steps between checkpoints; one is always written at the end and on SIGINT, SIGTERM or SIGHUP."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False
@@ -68,6 +71,10 @@ class Train:
 
     def __post_init__(self) -> None:
         check_range(self, 1, "steps", off="`understudy eval` evaluates without training")
+        if self.steps > MAX_STEPS:
+            raise ValueError(
+                f"steps is {self.steps:,}; a run has at most {MAX_STEPS:,}, and ends earlier with stop_at or Ctrl-C"
+            )
         check_range(self, 1, "prompts_per_step", "samples_per_prompt", "max_prompt_tokens")
         check_range(self, 1, "micro_batch_tokens", off="null takes what suits the device")
         check_range(self, 1, "minibatches", off="1 makes one update of a step")

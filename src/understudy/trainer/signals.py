@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: leave what can be done again, save, end. A second one ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP: leave what can be done again, save, end. A second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
+ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+"""Those that end a process, beside Ctrl-C; SIGHUP comes when a terminal or a connection closes."""
+
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that what was opened is closed; for the main thread only."""
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what was opened is closed; in the main thread."""
     with ExitStack() as restored:
-        _handle(restored, signal.SIGTERM, signal.default_int_handler)
+        for number in ENDING:
+            _handle(restored, number, signal.default_int_handler)
         yield
 
 
@@ -31,7 +35,7 @@ class StopSignal(ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self.received = self._breaks = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *ENDING):
             _handle(self, number, self._receive)
 
     @contextmanager
@@ -47,7 +51,7 @@ class StopSignal(ExitStack):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            raise Abandoned
+            raise Abandoned("stopped at once by a second signal; what came after the last checkpoint is not saved")
         self.received = True
         if self._breaks:
             raise Stopped
@@ -55,5 +59,7 @@ class StopSignal(ExitStack):
 
 def _handle(restored: ExitStack, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
     """Sets a handler until the context ends. Python delivers signals to the main thread only, which alone may set handlers."""
-    if threading.current_thread() is threading.main_thread():
+    # nohup starts a process that ignores SIGHUP, and means it
+    kept = number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) is signal.SIG_IGN
+    if threading.current_thread() is threading.main_thread() and not kept:
         restored.callback(signal.signal, number, signal.signal(number, handler))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,13 @@ class VLLM(EngineSection):
         if shutil.which(Path(program).expanduser()) is None:
             raise RecipeError(
                 f"rollout.launch: there is no program {program!r}; python is the interpreter of the environment that vLLM is in"
+            )
+        look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        words = [str(Path(program).expanduser()), "-c", look]
+        if self.launch.command is None and subprocess.run(words, check=False).returncode:  # noqa: S603 (as the recipe says)
+            raise RecipeError(
+                f"rollout.launch: {program} has no package vllm; let rollout.launch.python be the interpreter of an "
+                "environment that has it"
             )
         return f"rollout: {self.launch.num_servers} vLLM server(s) of its own"
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from understudy import config, given
 from understudy.errors import DataError, RecipeError, nearest
 from understudy.models import (
+    check_attention,
     check_build,
+    check_lora_targets,
     check_model_dir,
     config_on_disk,
     has_bfloat16,
@@ -141,6 +143,15 @@ def _sections(files: Files) -> Iterator[Finding]:
             bytes_of = "2 weight, 4 master weight, 4 gradient, 8 moments"
         held = f"{recipe.student.dtype} takes {18 if masters else 8} bytes a weight in training ({bytes_of})"
         yield Finding(held, name="student")
+    settings = recipe.train
+    if settings.warmup_steps > settings.steps:
+        yield Finding(
+            f"train.warmup_steps ({settings.warmup_steps:,}) is more than train.steps ({settings.steps:,}), so the learning "
+            f"rate only reaches {settings.lr * settings.steps / settings.warmup_steps:.2g} of {settings.lr:g}",
+            "warning",
+            "lower train.warmup_steps",
+            name="train",
+        )
     if recipe.rollout is not None:
         yield Finding(recipe.rollout.check(), name="rollout")
     sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
@@ -172,6 +183,23 @@ def _tokenizers(files: Files) -> Iterator[Finding]:
         yield Finding(shared + more)
     if all(map(files.has, files.tokenizers.sources)):
         files.tokenizers.compare_ends()
+
+
+def _layers(files: Files) -> tuple[Finding, ...]:
+    """Raises RecipeError for an attention or a layer for LoRA that the models do not have."""
+    recipe = files.recipe
+    sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
+    attentions = {"student": recipe.student.attn_implementation}
+    for place, section in (sections | {"reference": recipe.reference}).items():
+        if section is not None and section.weights is not None:
+            attentions[place] = section.weights.attn_implementation
+    for place, name in attentions.items():
+        check_attention(name, place)
+    lora = recipe.student.lora
+    # all-linear is no list
+    if lora is not None and isinstance(lora.target_modules, tuple):
+        check_lora_targets(recipe.student.model, recipe.student.build, lora.target_modules)
+    return ()
 
 
 def _teachers(files: Files) -> tuple[Finding, ...]:
@@ -418,6 +446,7 @@ CHECKS = (
     Check("section", "files", "each section by itself", _sections),
     Check("machine", "files", "device, packages and loggers", _machine),
     Check("tokenizer", "files", "tokens of the student against those of its teachers, one by one", _tokenizers),
+    Check("layers", "files", "attention, and layers for LoRA, by the models' configurations", _layers),
     Check("teachers", "files", "each teacher against the run", _teachers),
     Check("prompts", "files", "the first prompts as tokens", _prompts),
     Check("unused", "files", "what the data holds and the chat template leaves out", _unused),

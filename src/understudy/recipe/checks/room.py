@@ -215,7 +215,7 @@ def _disk(run: Needs) -> Finding:
     exact, need = count * checkpoint + student.weights, samples
     if recipe.responses is not None and recipe.responses.in_run_dir:
         need += settings.steps * settings.prompts_per_step * text
-    run_dir = Path(recipe.run_dir).expanduser().absolute()
+    run_dir = Path(recipe.run_dir).absolute()
     replaced = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
     folder = next(one for one in (run_dir, *run_dir.parents) if one.exists())
     free = shutil.disk_usage(folder).free + replaced
