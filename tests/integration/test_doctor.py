@@ -382,6 +382,9 @@ def test_gaps_are_judged_by_precision() -> None:
     }
     assert probes.Gap.of(base, torch.tensor([0.0, torch.nan, 0.0, 0.0])).level(torch.bfloat16) == "error"
     assert probes.Gap.of(base, base * torch.nan).level(torch.bfloat16) == "error"
+    excluded = torch.tensor([0.0, -torch.inf, 0.0, 0.0])
+    assert probes.Gap.of(excluded, excluded) == probes.Gap(0.0, 0.0, 0)
+    assert probes.Gap.of(base, excluded).level(torch.bfloat16) == "error"
     lacking = probes.Gap.of(base, torch.tensor([0.0, torch.nan, 0.0, 0.0]))
     assert (lacking.mean, lacking.level(torch.float32, may_lack=True)) == (0.0, "warning")
     assert probes.Gap.of(base, base + 1.0).level(torch.float32, may_lack=True) == "error"

@@ -40,15 +40,16 @@ class Gap:
     mean: float
     largest: float
     num_missing: int
-    """Tokens of which one of the two has no finite number."""
+    """Tokens of which one of the two has no finite number; -inf on both sides is a token that both exclude."""
 
     @staticmethod
     def of(one: Tensor, other: Tensor) -> Gap:
         """Over the tokens that both have."""
-        known = one.isfinite() & other.isfinite()
+        alike = one == other
+        known = alike | (one.isfinite() & other.isfinite())
         if not bool(known.any()):
             return Gap(math.nan, math.nan, len(one))
-        apart = (one.double() - other.double()).abs()[known]
+        apart = torch.where(alike, 0.0, (one.double() - other.double()).abs())[known]
         return Gap(float(apart.mean()), float(apart.max()), int((~known).sum()))
 
     def level(self, dtype: torch.dtype, *, explained: float = 0.0, may_lack: bool = False) -> Level:
