@@ -25,6 +25,7 @@ from understudy.methods import (
     DrGRPO,
     Phases,
     TopK,
+    TopKTail,
     TrOPD,
 )
 from understudy.methods.base import Method
@@ -71,6 +72,8 @@ CASES: dict[str, Method] = {
     "topk per sequence": TopK(k=3, reduce="sequence"),
     "topd": TOPD(),
     "topd per sequence": TOPD(mix=0.7, reduce="sequence"),
+    "topk tail": TopKTail(k=3),
+    "topk tail per sequence": TopKTail(k=2, reduce="sequence", clip=0.2),
     "ovd": OVD(),
     "ovd without reference": OVD(kl_coef=0.0, reward="verbal"),
     "grpo": GRPO(),
@@ -95,7 +98,10 @@ DISTILLATION = {name: method for name, method in CASES.items() if not isinstance
 TRUNCATED = {
     name
     for name, method in CASES.items()
-    if getattr(method.at(0)[0], "k", 7) < 7 and getattr(method.at(0)[0], "tail", "none") == "none" and method.reads.topk
+    if not isinstance(method, TopKTail)
+    and getattr(method.at(0)[0], "k", 7) < 7
+    and getattr(method.at(0)[0], "tail", "none") == "none"
+    and method.reads.topk
 }
 """Forms that sum over fewer than all tokens without a bucket for the rest: no divergence, so not 0 at teacher = student."""
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         DrGRPO,
         Phases,
         TopK,
+        TopKTail,
         TrOPD,
     )
     from understudy.recipe import Recipe
@@ -60,6 +61,7 @@ __all__ = [
     "Run",
     "Sampling",
     "TopK",
+    "TopKTail",
     "TrOPD",
     "distil",
     "evaluate",

@@ -31,6 +31,7 @@ from understudy.methods import (
     DrGRPO,
     Phases,
     TopK,
+    TopKTail,
     TrOPD,
 )
 from understudy.methods.base import Method
@@ -358,6 +359,15 @@ def topd(ratio: float, mix: float) -> float:
     return math.log(mix * math.exp(ratio) + 1 - mix)
 
 
+def topk_tail(k: int) -> Callable[[Row], Tensor]:
+    def loss(row: Row) -> Tensor:
+        chosen = row.logp.argsort(descending=True)[:k].tolist()
+        exact = sum((row.logp[v].exp() * (float(row.logp[v]) - math.log(row.q[v])) for v in chosen), ZERO)
+        return exact if row.y in chosen else exact + row.gradient(row.d)
+
+    return own(loss)
+
+
 def reference_kl(row: Row) -> Tensor:
     x = math.log(row.r[row.y]) - row.logp[row.y]
     return x.exp() - x - 1
@@ -464,6 +474,8 @@ CASES: dict[str, tuple[Method, Formula]] = {
         TOPD(mix=0.9, reduce="sequence"),
         each(own(lambda row: row.gradient(topd(row.d, 0.9))), "sequence"),
     ),
+    "topk tail": (TopKTail(k=2), each(topk_tail(2))),
+    "topk tail sequence": (TopKTail(k=1, reduce="sequence"), each(topk_tail(1), "sequence")),
     "ovd": (OVD(clip=0.1, kl_coef=0.2), each(ovd(0.1, 0.2))),
     "ovd without reference": (OVD(kl_coef=0.0), each(ovd(0.2, 0.0))),
     "grpo": (GRPO(), each(grpo())),

@@ -25,6 +25,7 @@ from understudy.methods import (
     DrGRPO,
     Phases,
     TopK,
+    TopKTail,
     TrOPD,
 )
 from understudy.methods.base import Method
@@ -271,6 +272,7 @@ AT_THE_TEACHER: dict[str, Method] = {
     "tropd both": TrOPD(k=V, guidance=0.0, also_positive=True),
     "gkd": GKD(beta=0.5),
     "topk": TopK(k=2),
+    "topk tail": TopKTail(k=2),
     "kdrl": KDRL(beta=0.3),
     "grpo": GRPO(distil_coef=0.5, kl_coef=0.3),
 }

@@ -14,7 +14,7 @@ from understudy.engines.requests import cut_prefix
 from understudy.errors import ScoreError
 from understudy.linear import Evaluation, LMHead, evaluate
 from understudy.losses import advantages
-from understudy.methods import AOPD, GOPD, KDRL, OPD, REOPOLD, TOPD, Phases, TrOPD
+from understudy.methods import AOPD, GOPD, KDRL, OPD, REOPOLD, TOPD, Phases, TopKTail, TrOPD
 from understudy.methods.base import Method
 from understudy.types import TokenBatch
 
@@ -107,6 +107,41 @@ def test_topd_pulls_to_the_mixture_with_the_student(mix: float, seed: int) -> No
     if mix < 1:
         excluded = visits(student, torch.tensor([0.0, -1e6, 0, 0, 0], dtype=torch.float64), torch.tensor([1]))
         assert float(judge(TOPD(mix=mix), excluded)[0].loss.detach()) == pytest.approx(-math.log(1 - mix), rel=1e-6)
+
+
+@pytest.mark.parametrize("excludes", [False, True], ids=["", "excluding"])
+@pytest.mark.parametrize("k", [*range(1, V + 1), 64])
+def test_exact_at_k_tokens_and_sampled_outside_is_the_reverse_kl(k: int, excludes: bool) -> None:
+    """`E_{y~S}` of its gradient is that of `KL(S || T)` for every K; with K = V every sampled token gives it, and the value."""
+    for seed in (0, 1, 2):
+        student, teacher, _ = logits(seed)
+        logp, least = student.log_softmax(-1), -20.0
+        if excludes:
+            teacher = teacher.index_fill(0, torch.tensor([seed, 4]), -torch.inf)
+        logq = teacher.log_softmax(-1)
+        logq = torch.where(logq.isneginf(), logp + least, logq)
+        mask = torch.where(teacher.isneginf(), -torch.inf, 0.0)
+        head = LMHead(torch.eye(V, dtype=torch.float64), bias=mask if excludes else None)
+        batch, z, states = visits(student, teacher.nan_to_num(neginf=0.0), torch.arange(V))
+        batch = replace(batch, teacher_logprob=None, topk_ids=None, topk_logprob=None)
+        gradients, values = [], []
+        for row in range(V):
+            hidden = z[[row]].clone().requires_grad_()
+            counts = {"tokens": 1.0, "sequences": 1.0}
+            one = batch.rows(torch.tensor([row]))
+            eye = LMHead(torch.eye(V, dtype=torch.float64))
+            loss = evaluate(TopKTail(k=k), one, hidden, eye, counts=counts, teacher=(states[[row]], head)).loss
+            loss.backward()
+            assert hidden.grad is not None
+            gradients.append(hidden.grad[0])
+            values.append(loss.detach())
+        kl = (logp.exp() * (logp - logq)).sum()
+        exact = logp.exp() * (logp - logq - kl)
+        found = torch.stack(gradients)
+        torch.testing.assert_close((logp.exp()[:, None] * found).sum(0), exact, rtol=1e-10, atol=1e-13)
+        if k >= V:
+            torch.testing.assert_close(found, exact.expand(V, -1), rtol=1e-10, atol=1e-13)
+            torch.testing.assert_close(torch.stack(values), kl.expand(V), rtol=1e-12, atol=1e-14)
 
 
 def test_a_small_share_of_the_teacher_is_the_forward_kl() -> None:

@@ -135,6 +135,25 @@ class TopKDivergence:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpectedLogRatio:
+    """`sum_k S(k) sg[log S(k) - log T(k)]` at K tokens: their part of the reverse KL in value and in gradient.
+
+    Differentiating the logarithm too adds `sum_k grad S(k)`, which is 0 over the whole vocabulary alone: over K tokens it
+    moves mass away from them even at S = T.
+    """
+
+    teacher_logp: Tensor
+    """[C, K]"""
+    min_log_ratio: float = MIN_LOG_RATIO
+
+    def __call__(self, rows: Rows) -> Tensor:
+        assert rows.topk_logp is not None
+        logp = rows.topk_logp.detach()
+        gap = logp - floor_excluded(self.teacher_logp, logp, self.min_log_ratio)
+        return (rows.topk_logp.exp() * gap).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
 class FoldedTopK:
     """`-r_t A_t` with `A_t = -sg[KL(T || S)]` over the K tokens: a divergence folded into one number.
 

@@ -16,12 +16,14 @@ from understudy.methods.reopold import REOPOLD
 from understudy.methods.sft import SFT
 from understudy.methods.topd import TOPD
 from understudy.methods.topk import TopK
+from understudy.methods.topk_tail import TopKTail
 from understudy.methods.tropd import TrOPD
 
 METHODS: dict[str, type[Method]] = {
     "opd": OPD,
     "gkd": GKD,
     "topk": TopK,
+    "topk_tail": TopKTail,
     "gopd": GOPD,
     "reopold": REOPOLD,
     "eopd": EOPD,
@@ -64,6 +66,7 @@ __all__ = [
     "Rewards",
     "RolloutPlan",
     "TopK",
+    "TopKTail",
     "TrOPD",
     "Uses",
 ]
