@@ -1,6 +1,6 @@
 """The evidence: for each claim of the papers a small world, a grid of runs, and what the runs say. Goes on where it stopped.
 
-    python scripts/evidence.py                  every claim, about two hours on two cores
+    python scripts/evidence.py                  every claim, in some hours on two cores
     python scripts/evidence.py extrapolation    this claim and the models that it needs
     python scripts/evidence.py --draw           the tables and curves of docs/evidence.md from the data beside it
 
