@@ -305,8 +305,8 @@ def check_lora_targets(path: str | None, build: Mapping[str, Any] | None, target
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception:
-        # some cannot be made without their weights; loading will say
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError):
+        # some architectures cannot be made without their weights; loading will say
         return
     names = [name for name, module in model.named_modules() if hasattr(module, "weight")]
     for target in targets:

@@ -477,7 +477,7 @@ class Renderer:
 
     @cached_property
     def frame(self) -> tuple[str, str]:
-        """What the template writes between the prompt and a response, and between the response and the token that ends it."""
+        """The template's text between the prompt and a response, and between the response and the token that ends it."""
         try:
             told, _ = self._respond(Prompt("probe", messages=({"role": "user", "content": _QUESTION},)), _ANSWER)
         except DataError:

@@ -148,7 +148,9 @@ class Trainer:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
-        if numbers.get("slots_empty", 0.0) > 0 and not self._warned_of_slots:
+        acceptance = method.plan(own_step).acceptance
+        fills = acceptance is not None and acceptance.on_reject == "teacher"
+        if fills and numbers.get("slots_empty", 0.0) > 0 and not self._warned_of_slots:
             self._warned_of_slots = True
             self.observer.warn(
                 self.progress.step,

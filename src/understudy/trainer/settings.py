@@ -11,7 +11,7 @@ from understudy.tasks import Split
 from understudy.types import Sampling
 
 MAX_STEPS = 1_000_000
-"""Of a run: what a method asks for is looked up step by step before it begins."""
+"""The most steps of a run: the method's plan of every step is read before the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
