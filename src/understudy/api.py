@@ -32,7 +32,7 @@ from understudy.files import check_writable
 from understudy.format import count, interval, metric_note
 from understudy.lazy import torch
 from understudy.methods import SFT, Method
-from understudy.models import config_on_disk, positions_of
+from understudy.models import positions_on_disk
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
@@ -353,11 +353,10 @@ def is_model(source: object) -> bool:
 
 def model_recipe(path: str | Path, overrides: Sequence[str], **sections: Mapping[str, Any]) -> Recipe:
     """A recipe for a model directory alone; `sections` and overrides say the rest."""
-    positions = positions_of(config_on_disk(str(path)))
     values: dict[str, Any] = {
         "run_dir": f"runs/{Path(path).absolute().name}",
         "student": {"model": str(path)},
-        "sampling": {"max_new_tokens": NEW_TOKENS if positions is None else min(NEW_TOKENS, max(1, positions // 2))},
+        "sampling": {},
         "train": {"steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2},
     }
     values = config.override(values | {key: dict(section) for key, section in sections.items()}, overrides)
@@ -365,7 +364,19 @@ def model_recipe(path: str | Path, overrides: Sequence[str], **sections: Mapping
         raise RecipeError(
             f"{path} is a model, which has no task; give one, such as task.type=file task.path=FILE task.prompt_field=NAME"
         )
-    return config.parse(Recipe, values)
+    chosen = "max_new_tokens" in values["sampling"]
+    recipe = config.parse(
+        Recipe, values if chosen else config.override(values, [f"sampling.max_new_tokens={NEW_TOKENS}"])
+    )
+    # before the model is looked at, which may take the import of torch
+    recipe.task.check_files()
+    if chosen:
+        return recipe
+    positions = positions_on_disk(str(path))
+    if positions is None:
+        return recipe
+    tokens = min(NEW_TOKENS, max(1, positions // 2))
+    return replace(recipe, sampling=replace(recipe.sampling, max_new_tokens=tokens))
 
 
 def load_for_use(

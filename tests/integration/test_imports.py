@@ -48,6 +48,18 @@ def test_imports_stay_light(statement: str, allowed: set[str]) -> None:
     assert loaded_by(statement) == allowed
 
 
+def test_a_tokenizer_needs_no_compiler(tmp_path: Path) -> None:
+    """The import of a model's class takes as long as that of torch, for a tokenizer that does not ask for it."""
+    from understudy.tasks import Arithmetic
+
+    Arithmetic().tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 8}))
+    statement = "import understudy.models as models; models.load_tokenizer(PATH); print(models.positions_on_disk(PATH))"
+    code = f"import sys; {statement.replace('PATH', repr(str(tmp_path)))}; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["8", "False"]
+
+
 PLAIN = "run_dir: {folder}/run\nstudent: {model: {model}}\ntask: {task}\nmethod: {method}\ntrain: {train}\n"
 GOOD = {"model": "{folder}", "task": "{type: arithmetic}", "method": "{type: sft}", "train": "{steps: 2}"}
 

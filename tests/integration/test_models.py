@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from understudy.errors import DataError, RecipeError, VocabularyError
@@ -337,6 +337,25 @@ def test_qwen_stops(shared: Path) -> None:
     assert stop_ids(tokenizer, model) == (151_643, 151_645)
     assert compare_vocabularies(tokenizer, tokenizer) == {}
     assert vocabulary_size(tokenizer) == 151_669
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "gpt2", "mistral", "deepseek_v3", "ernie4_5", "of_nobody"])
+@pytest.mark.parametrize(
+    "kind", ["TokenizersBackend", "Qwen2TokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer", None]
+)
+def test_tokenizers_need_no_class_of_a_model(tmp_path: Path, model_type: str, kind: str | None) -> None:
+    """The class of the model is imported for its name alone: without it the tokenizer is that of AutoTokenizer."""
+    bytewise = ByteLevelBPETokenizer()
+    bytewise.train_from_iterator(["def f(x): return x"] * 9, vocab_size=270, special_tokens=["<|im_end|>"])
+    PreTrainedTokenizerFast(tokenizer_object=bytewise._tokenizer, eos_token="<|im_end|>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    text = "Größe 12,345  <|im_end|>\n\tdef f(x): return x"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert str(ours.backend_tokenizer.to_str()) == str(theirs.backend_tokenizer.to_str())
 
 
 def test_vocabularies_of_equal_size_are_not_equal() -> None:

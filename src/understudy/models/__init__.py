@@ -24,6 +24,7 @@ from understudy.models.load import (
     config_on_disk,
     has_bfloat16,
     load_causal_lm,
+    positions_on_disk,
     read_back,
     save_hf,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "name_tokens",
     "num_positions",
     "positions_of",
+    "positions_on_disk",
     "probe_head",
     "read_back",
     "row_style",

@@ -278,6 +278,27 @@ def config_on_disk(path: str | None, build: Mapping[str, Any] | None = None) -> 
         raise RecipeError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
 
 
+def positions_on_disk(path: str | None, build: Mapping[str, Any] | None = None) -> int | None:
+    """The positions that a model in a directory has, or one of `build`; None for a hub name and where nothing limits them.
+
+    Raises as `config_on_disk`, which is asked only where config.json does not say it: its import takes seconds.
+    """
+    written = read_settings(Path(path or "").expanduser() / "config.json")
+    limit = written.get("max_position_embeddings")
+    if build is None and isinstance(limit, int) and "text_config" not in written and given.find(path or "") is None:
+        return limit
+    return positions_of(config_on_disk(path, build))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file of a model; empty where there is none, or none that can be read."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
 def check_attention(name: str | None, place: str) -> None:
     """Raises RecipeError for an attention that transformers does not know, or whose package is not installed."""
     # a name with a slash is a kernel of the hub

@@ -11,7 +11,7 @@ from understudy import given
 from understudy.errors import RecipeError, VocabularyError
 from understudy.lazy import nn
 from understudy.models.backbone import unwrap
-from understudy.models.load import locate, said_by
+from understudy.models.load import locate, read_settings, said_by
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """End a turn wherever the chat template writes them (Qwen and other ChatML, Llama 3, Gemma)."""
@@ -28,7 +28,9 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
         return pair[1]
     source, offline = locate(path_or_name)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            source, config=_plain_config(source), revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         there = {
             name: (Path(source) / name).is_file() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -40,6 +42,21 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
                 f"GPT2TokenizerFast.from_pretrained({path_or_name!r}).save_pretrained({path_or_name!r})"
             ) from error
         raise RecipeError(f"cannot load a tokenizer from {path_or_name!r}: {said_by(error, offline)}") from error
+
+
+def _plain_config(folder: str) -> Any:
+    """The settings in config.json without the class of their model, whose import takes a second and a half.
+
+    None where the tokenizer's own settings do not name its class: AutoTokenizer then takes that of the model's.
+    """
+    from transformers import PreTrainedConfig
+
+    named, settings = (read_settings(Path(folder) / name) for name in ("tokenizer_config.json", "config.json"))
+    if not named.get("tokenizer_class") or "auto_map" in named or not settings:
+        return None
+    config = PreTrainedConfig(name_or_path=folder)
+    config.model_type = settings.get("model_type", "")
+    return config
 
 
 def stop_ids(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
