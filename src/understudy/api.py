@@ -98,7 +98,8 @@ def distil(
     (`{"model": ..., "lora": {"rank": 8}}`). A loaded student is copied; a loaded teacher is used as it is, and left so.
     `train`, `validation`, `test`: rows, as a `datasets.Dataset` or a list of mappings; or files; or, for `train` a data set
     of the hub and for the others its splits. With one of the last two the student is evaluated before and after.
-    `prompt`, `reference`, `solution`: their fields. A mapping as `reference` is the section of the reference model.
+    `prompt`, `reference`, `solution`: their fields. A mapping as `reference` is the section of the reference model;
+    `references` has one for each of `teachers`.
     `verifier`: a name, or a function of response and one accepted answer; `reward`: a function of prompt and response, which
     replaces the verifier's grade in training. Both return a number (1 is right), a bool or a `Grade`; a reward of None leaves
     the sample out.
@@ -122,9 +123,10 @@ def distil(
     values["method"] = {"type": method} if isinstance(method, str) else _plain("method", method)
     if teacher is not None:
         values["teacher"] = _model(teacher, "teacher", objects)
-    if "teachers" in values:
-        named = values["teachers"].items()
-        values["teachers"] = {name: _model(one, f"teachers.{name}", objects) for name, one in named}
+    for several in ("teachers", "references"):
+        if several in values:
+            named = values[several].items()
+            values[several] = {name: _model(one, f"{several}.{name}", objects) for name, one in named}
     if isinstance(reference, Mapping):
         values["reference"], reference = _model(reference, "reference", objects), None
     given = {"prompt_field": prompt, "reference_field": reference, "solution_field": solution}
@@ -416,7 +418,8 @@ def load_for_use(
         recipe = load_recipe(path, overrides)
     rejects = recipe.eval is not None and recipe.eval.reject_below is not None
     teacher = recipe.teacher if rejects else None
-    recipe = replace(recipe, teacher=teacher, teachers={}, reference=None, responses=None, method=SFT(), callbacks=())
+    unused: dict[str, Any] = {"teachers": {}, "weights": {}, "reference": None, "references": {}, "responses": None}
+    recipe = replace(recipe, teacher=teacher, method=SFT(), callbacks=(), **unused)
     if model is None:
         return recipe
     student = replace(

@@ -401,6 +401,16 @@ def test_sections_and_loaded_teachers_by_name(loaded: dict[str, Any], names: dic
     assert run.recipe.teachers["one"].shown.startswith("in-memory: LlamaForCausalLM")
     card = (run.student / "README.md").read_text()
     assert "base_model: in-memory" not in card
+    shares = {"one": 0.5, "two": 0.5}
+    keys = PLAIN | {
+        "weights": shares,
+        "references": teachers,
+        "method": {"type": "gopd"},
+        "run_dir": tmp_path / "mixed",
+    }
+    mixture = distil(student=student, train=ROWS, teachers=teachers, steps=1, **keys)
+    assert mixture.metrics[0]["teacher_over_reference"] == 0.0
+    assert evaluate(mixture, overrides=["eval.problems=3", "eval.split=train"], quiet=True).num_problems == 3
 
 
 NOTEBOOK = """

@@ -163,6 +163,11 @@ def test_the_fewest_sections_are_left_out_and_only_those_that_the_method_never_r
     assert dropped({"type": "sft"}, responses=written) == ()
     assert dropped({"type": "grpo"}, responses=written) == ("teacher", "responses")
     assert dropped({"type": "sft"}, **several) == ("teachers",)
+    assert dropped({"type": "sft"}, **several, weights={"a": 1.0, "b": 0.5}) == ("teachers", "weights")
+    named = several | {"references": {"a": {"type": "start"}, "b": base["teacher"]}}
+    assert dropped({"type": "gopd"}, **named) == ()
+    assert dropped({"type": "gkd"}, **named) == ("references",)
+    assert dropped({"type": "grpo", "kl_coef": 0.1}, **named) == ("teachers", "references")
     # the responses that a method reads are never exchanged for others, nor is one teacher chosen of two
     for method in ({"type": "gkd", "on_policy_share": 0.5}, {"type": "sft"}):
         with pytest.raises(RecipeError, match="only one teacher of type local or chat writes responses"):

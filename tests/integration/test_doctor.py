@@ -586,6 +586,31 @@ def test_weights_gradients_and_optimizer_have_to_fit_in_memory(tmp_path: Path, m
     assert list(examined(recipe))[-2:] == ["disk", "memory"]
 
 
+def test_every_reference_has_to_fit_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the student's start, which is loaded beside the student."""
+    changes = distillation(tmp_path, method={"type": "gopd"})
+    section = changes.pop("teacher")
+    names = ("maths", "code", "law")
+    start, other = {"type": "start"}, {"type": "local", "model": save_tiny_model(tmp_path / "other", seed=5)}
+    student, teacher, base = (
+        room.size_on_disk(str(tmp_path / name), "float32", CPU) for name in ("student", "teacher", "other")
+    )
+    assert student is not None
+    assert teacher is not None
+    assert base is not None
+    certain = 4 * student.weights + 3 * teacher.weights
+    for references, held in (
+        ({"references": dict(zip(names, (other, start, other), strict=True))}, base.weights + student.weights),
+        ({"references": dict.fromkeys(names, other)}, base.weights),
+        ({"reference": other}, base.weights),
+        ({}, student.weights),
+    ):
+        recipe = recipe_of(tmp_path, **changes, teachers=dict.fromkeys(names, section), **references)
+        for free, level in ((certain + held - 1, "error"), (certain + held, "warning")):
+            monkeypatch.setattr(room, "free_memory", lambda device, free=free: free)
+            assert ask("memory", Files(recipe), "room").level == level
+
+
 @pytest.mark.parametrize(("masters", "bytes_a_weight"), [(True, 18), (False, 8)])
 def test_a_16_bit_student_needs_what_the_dry_run_says(
     tmp_path: Path, masters: bool, bytes_a_weight: int, monkeypatch: pytest.MonkeyPatch

@@ -138,6 +138,10 @@ def test_several_teachers_are_recorded_into_one_directory(tmp_path: Path) -> Non
     succeed("train", mixed, f"run_dir={live}")
     # the prompts of a recording are drawn in an order of their own, so all of them are drawn at once
     succeed("record", mixed, "--out", scores)
+    # scores of references are not recorded
+    start = "{one: {type: start}, two: {type: start}}"
+    succeed("record", mixed, "method={type: gopd}", f"references={start}", "--out", tmp_path / "other")
+    assert read_record(tmp_path / "other").meta == read_record(scores).meta
     one = {"type": "stored", "path": str(scores)}
     alone = write_recipe(
         tmp_path / "alone", student=student, task=task, teacher=one, method={"type": "opd"}, train=train

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.integration.test_methods_train import EXTRA
 from tests.runs import (
@@ -25,19 +28,22 @@ from tests.runs import (
     train_in_two,
     weights,
 )
-from tests.tiny_models import sample
+from tests.tiny_models import NUM_ROWS, sample, tiny
 from understudy import config
 from understudy.errors import RecipeError, ScoreError
-from understudy.methods import METHODS
+from understudy.methods import GKD, GOPD, METHODS, OPD, Method
 from understudy.methods.base import present
 from understudy.recipe import Recipe, load
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.tasks.renderer import Renderer
-from understudy.teachers import Local, LocalTeacher, Setup
+from understudy.teachers import Local, LocalTeacher, RoutedTeacher, Setup, Teacher
 from understudy.teachers.stores.recording import ScoredMeta, write_scored
 from understudy.trainer import loop
-from understudy.trainer.update import MicroBatch
-from understudy.types import Sample, Scores
+from understudy.trainer.collect import Collector
+from understudy.trainer.distributed import Ranks
+from understudy.trainer.settings import Train
+from understudy.trainer.update import MicroBatch, StudentModel, accumulate_gradients, prepare
+from understudy.types import Sample, Sampling, Scores
 
 pytestmark = pytest.mark.slow
 
@@ -269,6 +275,41 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"method": {"type": "gopd", "scale": 1.0}, "teacher": LOCAL, "reference": {"type": "start"}},
         "GOPD as it is set uses no reference model",
     ),
+    "references that nobody asks for": (
+        {"method": {"type": "opd"}, "teachers": {"a": LOCAL}, "references": {"a": {"type": "start"}}},
+        "OPD as it is set uses no reference model; remove the section references",
+    ),
+    "a reference and references": (
+        {"method": {"type": "gopd"}, "teachers": {"a": LOCAL}, "reference": LOCAL, "references": {"a": LOCAL}},
+        "reference and references are both given; keep one",
+    ),
+    "references of one teacher": (
+        {"method": {"type": "gopd"}, "teacher": LOCAL, "references": {"teacher": LOCAL}},
+        "references go by the names in teachers, which the recipe lacks; write one section reference",
+    ),
+    "a teacher without a reference": (
+        {"method": {"type": "gopd"}, "teachers": {"a": LOCAL, "b": LOCAL}, "references": {"a": LOCAL}},
+        r"references are for \['a'\], but the teachers are \['a', 'b'\]; give each a reference",
+    ),
+    "a reference of an unknown teacher": (
+        {"method": {"type": "gopd"}, "teachers": {"a": LOCAL}, "references": {"a": LOCAL, "c": LOCAL}},
+        r"references are for \['a', 'c'\], but the teachers are \['a'\]",
+    ),
+    "a reference on the student's weights beside the update": (
+        {
+            "method": {"type": "gopd"},
+            "teachers": {"a": LOCAL},
+            "references": {"a": {"type": "start"}},
+            "student": {"lora": {"rank": 2}},
+            "rollout": {"type": "hf", "copy": True},
+            "async": {"max_staleness": 1},
+        },
+        r"async has the references\.a score beside the update",
+    ),
+    "a reference that is no model": (
+        {"method": {"type": "gopd"}, "teachers": {"a": LOCAL}, "references": {"a": CHAT}},
+        r"references\.a\.type is 'chat'",
+    ),
     "responses that nobody reads": (
         {"method": {"type": "opd"}, "teacher": LOCAL, "responses": SOLUTIONS},
         "OPD uses no responses of a teacher; remove the section responses",
@@ -411,3 +452,136 @@ def test_a_reference_pulls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # two ways of summing the same logits
     assert first == pytest.approx(0.0, abs=1e-6)
     assert all(value > 1e-4 for value in others)
+
+
+# --- a reference for each teacher --------------------------------------------------------------------------------------
+
+
+def gopd(folder: Path, form: str, **keys: Any) -> dict[str, Any]:
+    """Changes for two teachers, and two models that may be their references."""
+    for name, seed in (("one", 11), ("other", 12)):
+        save_tiny_model(folder / name, seed=seed)
+    return mixed(folder, **keys) | {"method": {"type": "gopd", "scale": 1.5, "form": form}}
+
+
+def local(folder: Path, name: str) -> dict[str, Any]:
+    return {"type": "local", "model": str(folder / name)}
+
+
+@pytest.mark.parametrize(
+    ("form", "shares"), [("sampled", None), ("full", None), ("sampled", {"short": 0.3, "long": 0.7})]
+)
+def test_equal_references_are_one_reference(
+    tmp_path: Path, form: str, shares: dict[str, float] | None, asked: dict[str, list[Sample]]
+) -> None:
+    """Bit for bit, also where teachers are weighted; it is loaded and asked once."""
+    changes = gopd(tmp_path, form, train={"steps": 3}) | {"weights": shares}
+    one = local(tmp_path, "one")
+    single = train(tmp_path / "single", **changes, reference=one)
+    assert len(asked["reference"]) == 3 * 8
+    each = train(tmp_path / "each", **changes, references={"short": one, "long": dict(one)})
+    assert_same_run(single, each)
+    assert len(asked["references.short"]) == 3 * 8
+    assert "references.long" not in asked
+
+
+@pytest.mark.parametrize(("form", "lora"), [("sampled", None), ("full", None), ("full", {"rank": 4, "alpha": 8})])
+def test_each_sample_is_measured_against_the_reference_of_its_teacher(
+    tmp_path: Path, form: str, lora: dict[str, int] | None, asked: dict[str, list[Sample]]
+) -> None:
+    """The loss of each part is that of a run with its reference for all; a resumed run is the same run."""
+    changes = gopd(tmp_path, form, train={"steps": 4})
+    changes["student"] |= {"lora": lora}
+    references = {"short": local(tmp_path, "one"), "long": {"type": "start"}}
+    whole = train(tmp_path / "whole", **changes, references=references)
+    for name in references:
+        assert {sample.teacher for sample in asked[f"references.{name}"]} == {name}
+        assert [one.key for one in asked[f"references.{name}"]] == [one.key for one in asked[name]]
+    assert_same_run(whole, train_in_two(tmp_path / "cut", 2, **changes, references=references))
+    key = "loss/policy_gradient" if form == "sampled" else "loss/divergence"
+    first = metric_rows(whole)[0]
+    for name, other in (("short", "long"), ("long", "short")):
+        alike = metric_rows(train(tmp_path / name, **changes, reference=references[name]))[0]
+        assert first[f"teacher/{name}/{key}"] == pytest.approx(alike[f"teacher/{name}/{key}"], rel=1e-6)
+        assert first[f"teacher/{other}/{key}"] != pytest.approx(alike[f"teacher/{other}/{key}"], rel=1e-3)
+
+
+def test_with_a_weight_of_one_the_reference_is_that_of_the_one_teacher(tmp_path: Path) -> None:
+    """References are mixed by the weights of their teachers."""
+    changes = gopd(tmp_path, "sampled")
+    references = {"short": local(tmp_path, "one"), "long": local(tmp_path, "other")}
+    shares = {"short": 1.0, "long": 0.0}
+    mixture = train(tmp_path / "mixture", **changes, references=references, weights=shares)
+    first = {"teacher": changes["teachers"]["short"], "reference": references["short"]}
+    alone = train(tmp_path / "alone", **(changes | {"teachers": {}} | first))
+    for row, like in zip(metric_rows(mixture), metric_rows(alone), strict=True):
+        assert row["teacher_over_reference"] == pytest.approx(like["teacher_over_reference"], rel=1e-4)
+        assert row["loss"] == pytest.approx(like["loss"], rel=1e-4, abs=1e-6)
+    for name, value in weights(mixture).items():
+        torch.testing.assert_close(weights(alone)[name], value, rtol=0, atol=5e-5)
+
+
+def gradient(
+    student: StudentModel, method: Method, samples: Sequence[Sample], teacher: Teacher, reference: Teacher
+) -> Tensor:
+    """Of the samples' update, times their tokens: a sum over tokens in place of the mean. [all parameters]."""
+    settings, anything = Train(steps=1, prompts_per_step=4), cast(Any, None)
+    collector = Collector(
+        anything, Sampling(), anything, anything, teacher, reference, responses=None, settings=settings, seed=0
+    )
+    scored = [one for one in collector.score(samples, method) if one is not None]
+    several = isinstance(teacher, RoutedTeacher)
+    ranks = Ranks()
+    micros = prepare(student, method, scored, step=0, draw=(0, 0), ranks=ranks, by_teacher=several)[0]
+    trainer: Any = SimpleNamespace(
+        rollouts=SimpleNamespace(collector=collector), several_teachers=several, settings=settings
+    )
+    heads = loop.Trainer.heads_of(trainer, method, scored)
+    student.model.zero_grad()
+    accumulate_gradients(student, micros, heads=heads, step=0, ranks=ranks)
+    found = [value.grad.flatten() for value in student.model.parameters() if value.grad is not None]
+    return torch.cat(found) * sum(len(micro.batch) for micro in micros)
+
+
+@pytest.mark.parametrize(("form", "scale"), [*product(["sampled", "full"], [0.5, 1.0, 1.25])])
+def test_the_gradient_of_two_teachers_is_the_sum_of_their_own(form: Any, scale: float) -> None:
+    """In float64: each part's tokens count as in a batch of that part, its teacher and its reference alone."""
+    # its norms are in float64; those of llama are in float32 on the way
+    student = StudentModel(tiny("gpt2", sharp=2.0), torch.device("cpu"), NUM_ROWS, 0.7, None)
+    kinds = {"a": "gpt2", "b": "llama"}, {"a": "qwen3", "b": "gpt2"}
+    teachers, references = (
+        {
+            name: LocalTeacher(tiny(kind, sharp=sharp), name=name, vocab_size=NUM_ROWS, temperature=0.7)
+            for name, kind in kind_of.items()
+        }
+        for sharp, kind_of in zip((4.0, 3.0), kinds, strict=True)
+    )
+    samples = [
+        replace(sample(f"p{i}", [2, 3, 4 + i], list(range(5, 8 + i))), teacher="ab"[i % 3 > 0]) for i in range(6)
+    ]
+    method = GOPD(scale=scale, form=form)
+    both = gradient(student, method, samples, RoutedTeacher(teachers), RoutedTeacher(references))
+    swapped = RoutedTeacher({"a": references["b"], "b": references["a"]})
+    other = gradient(student, method, samples, RoutedTeacher(teachers), swapped)
+    own = {name: [one for one in samples if one.teacher == name] for name in teachers}
+    parts = [gradient(student, method, own[name], teachers[name], references[name]) for name in teachers]
+    limit = 1e-11 * float(both.abs().max())
+    torch.testing.assert_close(both, sum(parts), rtol=0, atol=limit)
+    if scale == 1.0:
+        plain = OPD() if form == "sampled" else GKD(beta=1.0)
+        assert torch.equal(both, other)
+        assert torch.equal(both, gradient(student, plain, samples, RoutedTeacher(teachers), swapped))
+    else:
+        assert float((both - other).abs().max()) > 1e6 * limit
+
+
+def test_the_doctor_looks_at_every_reference_once(tmp_path: Path) -> None:
+    changes = gopd(tmp_path, "full", train={"steps": 1})
+    references = {"short": local(tmp_path, "one"), "long": {"type": "start"}}
+    run_dir = train(tmp_path / "two", examine=True, **changes, references=references)
+    told = (run_dir / "doctor.json").read_text()
+    assert told.count("the reference for short scores at 1") == told.count("the reference for long scores at 1") == 1
+    alike = train(
+        tmp_path / "one-run", examine=True, **changes, references=dict.fromkeys(references, references["short"])
+    )
+    assert (alike / "doctor.json").read_text().count("the reference for short, long scores at 1") == 1

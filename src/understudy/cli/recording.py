@@ -56,7 +56,8 @@ def record(
     _check_out(out, origin)
     check(recipe)
     # no reference model and no responses: neither is recorded
-    scored = replace(recipe, method=OPD() if k is None else TopK(k=k), reference=None, responses=None)
+    method = OPD() if k is None else TopK(k=k)
+    scored = replace(recipe, method=method, reference=None, references={}, responses=None)
     shown = ", ".join(section.shown for section in recipe.all_teachers.values())
     with Console() as console:
         console.note(f"loading the student and {shown}")

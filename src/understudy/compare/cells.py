@@ -195,11 +195,12 @@ def parse_cell(values: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
         method = config.parse(_Learning, {key: item for key, item in values.items() if key == "method"}).method
         steps = values.get("train", {}).get("steps")
         known = steps if isinstance(steps, int) and steps > 0 else 1
-        unused = [] if method.needs - {"none", "reference"} else ["teacher", "teachers"]
-        unused += [] if "reference" in method.needs else ["reference"]
+        # weights and references go by the names of teachers
+        unused = [] if method.needs - {"none", "reference"} else ["teacher", "teachers", "weights", "references"]
+        unused += [] if "reference" in method.needs else ["reference", "references"]
         takes_responses = any(part.uses(known).takes_responses for part in method.for_run(known, 1).members)
         unused += [] if takes_responses else ["responses"]
-        unused = [name for name in unused if values.get(name)]
+        unused = [name for name in dict.fromkeys(unused) if values.get(name)]
         for names in (names for count in range(len(unused)) for names in combinations(unused, count + 1)):
             with suppress(RecipeError):
                 recipe = config.parse(Recipe, {key: item for key, item in values.items() if key not in names})

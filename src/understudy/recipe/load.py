@@ -39,7 +39,6 @@ from understudy.teachers import (
     RoutedTeacher,
     Setup,
     Source,
-    Start,
     Teacher,
     TeacherSection,
     WeightedTeacher,
@@ -110,8 +109,7 @@ class Tokenizers:
     @property
     def sources(self) -> list[Source]:
         """The tokenizers of models whose probabilities are compared with the student's."""
-        sections = (*self._recipe.all_teachers.values(), self._recipe.reference)
-        found = (section.vocabulary for section in sections if section is not None)
+        found = (section.vocabulary for section in self._recipe.scorers.values())
         return list(dict.fromkeys(source for source in found if source is not None))
 
     def other(self, source: Source) -> tuple[Any, dict[int, str]]:
@@ -134,8 +132,8 @@ class Tokenizers:
         """
         recipe = self._recipe
         chats = {part.is_chat for part in recipe.task.places().values()}
-        for section in (*recipe.all_teachers.values(), recipe.reference):
-            if section is None or section.vocabulary is None or section.rendering == "own":
+        for section in recipe.scorers.values():
+            if section.vocabulary is None or section.rendering == "own":
                 continue
             pair = [self.student, self.other(section.vocabulary)[0]]
             for is_chat in chats:
@@ -318,14 +316,16 @@ class Teachers:
     judge: Judge | None = None
     """Says a digit."""
     reference: Teacher | None = None
+    """Gives the reference's token scores; of several those of the one for the teacher that each sample names."""
     responder: Responder | None = None
     """Writes responses of its own."""
 
     @property
     def models(self) -> list[nn.Module]:
         """The models in this process that read what the student reads."""
-        members = () if self.teacher is None else self.teacher.members().values()
-        return [one.model for one in (*members, self.reference) if one is not None and one.model is not None]
+        scorers = [one for one in (self.teacher, self.reference) if one is not None]
+        members = [member for one in scorers for member in one.members().values()]
+        return [member.model for member in members if member.model is not None]
 
     def close(self) -> None:
         """Ends connections."""
@@ -335,30 +335,30 @@ class Teachers:
 
 
 def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
-    """Opens the teachers and the reference model, at the student's temperature and vocabulary."""
-    opened: dict[str, Any] = {}
-    sections = dict(recipe.all_teachers)
-    if "reference" in recipe.method.needs:
-        sections["reference"] = recipe.reference or Start()
+    """Opens the teachers and the reference models, at the student's temperature and vocabulary."""
     with ExitStack() as stack:
-        for name, section in sections.items():
+
+        def open_section(name: str, section: TeacherSection) -> Any:
             reader = None
             if section.rendering == "own" and section.vocabulary is not None:
                 reader = loaded.renderer.like(loaded.tokenizers.other(section.vocabulary)[0])
             setup = teacher_setup(recipe, loaded, name, section, reader)
-            opened[name] = section.open(setup)
-            stack.callback(opened[name].close)
-            if reader is not None:
-                opened[name] = OwnRendering(opened[name], setup, reader)
+            one: Any = section.open(setup)
+            stack.callback(one.close)
+            return one if reader is None else OwnRendering(one, setup, reader)
+
+        opened = {name: open_section(name, section) for name, section in recipe.all_teachers.items()}
+        references = {section: open_section(place, section) for place, section in recipe.all_references.items()}
         # from here on they are closed by the caller
         stack.pop_all()
-    reference = opened.pop("reference", None)
     scorers = {name: one for name, one in opened.items() if not recipe.all_teachers[name].says_digits}
     teacher: Teacher | None = next(iter(scorers.values()), None)
-    if recipe.weights:
-        teacher = WeightedTeacher(scorers, recipe.weights)
-    elif recipe.teachers:
-        teacher = RoutedTeacher(scorers)
+    reference: Teacher | None = next(iter(references.values()), None)
+    together = partial(WeightedTeacher, weights=recipe.weights) if recipe.weights else RoutedTeacher
+    if recipe.teachers:
+        teacher = together(scorers)
+    if len(references) > 1:
+        reference = together({name: references[section] for name, section in recipe.references.items()})
     return Teachers(
         teacher=teacher,
         judge=next((one for name, one in opened.items() if name not in scorers), None),

@@ -136,6 +136,8 @@ class Recipe:
     """Weight of each of `teachers`: every sample is scored by all of them, and prompts name none."""
     reference: TeacherSection | None = config.choice(REFERENCES, optional=True)
     """None: the student's start, where the method asks for a reference."""
+    references: Mapping[str, TeacherSection] = config.choices(REFERENCES)
+    """In place of `reference`: one for the samples of each of `teachers`, by the teacher's name."""
     responses: ResponseSection | None = config.choice(RESPONSES, optional=True)
     """Source of a teacher's own responses: for prefixes, slots of rejected samples, and imitation."""
     task: Task = config.choice(TASKS)
@@ -169,6 +171,8 @@ class Recipe:
                 )
         if self.teacher is not None and self.teachers:
             raise ValueError("teacher and teachers are both given; keep one")
+        if self.reference is not None and self.references:
+            raise ValueError("reference and references are both given; keep one")
         if self.eval_task is not None and self.eval is None:
             raise ValueError("eval_task is given without a section eval")
         if self.eval is not None and self.eval.path is not None:
@@ -206,6 +210,21 @@ class Recipe:
         if self.teacher is None or self.leaves_teacher:
             return dict(self.teachers)
         return {"teacher": self.teacher}
+
+    @property
+    def all_references(self) -> dict[str, TeacherSection]:
+        """Every reference that is asked, by its place in the recipe; equal ones are one, in the place of the first."""
+        if "reference" not in self.method.needs:
+            return {}
+        places: dict[TeacherSection, str] = {}
+        for name, section in self.references.items():
+            places.setdefault(section, f"references.{name}")
+        return {place: section for section, place in places.items()} or {"reference": self.reference or Start()}
+
+    @property
+    def scorers(self) -> dict[str, TeacherSection]:
+        """Every teacher and reference that is asked, by its place in the recipe."""
+        return {self.place_of(name): section for name, section in self.all_teachers.items()} | self.all_references
 
     @property
     def leaves_teacher(self) -> bool:
@@ -279,8 +298,16 @@ def _teachers_give_what_is_asked(recipe: Recipe) -> None:
                 f"{', '.join(sorted(section.gives - {'none'}))}. Choose another teacher, or a method that asks for less "
                 "(see: understudy methods)"
             )
-    if recipe.reference is not None and "reference" not in method.needs:
-        raise ValueError(f"the method {name} as it is set uses no reference model; remove the section reference")
+    given = [key for key in ("reference", "references") if getattr(recipe, key)]
+    if given and "reference" not in method.needs:
+        raise ValueError(f"the method {name} as it is set uses no reference model; remove the section {given[0]}")
+    if recipe.references and not recipe.teachers:
+        raise ValueError("references go by the names in teachers, which the recipe lacks; write one section reference")
+    if recipe.references and recipe.references.keys() != recipe.teachers.keys():
+        raise ValueError(
+            f"references are for {sorted(recipe.references)}, but the teachers are {sorted(recipe.teachers)}; give each a "
+            "reference (`type: start` is the student's start), or write one section reference for all"
+        )
 
 
 def _responses_are_given_and_used(recipe: Recipe) -> None:
@@ -343,13 +370,10 @@ def _nothing_beside_the_update_moves_with_it(recipe: Recipe) -> None:
         )
     if any(section.replays for section in recipe.all_teachers.values()):
         raise ValueError("async has nothing to overlap where samples are stored; remove the section async")
-    scorers = list(recipe.all_teachers.items())
-    if "reference" in recipe.method.needs:
-        scorers.append(("reference", recipe.reference or Start()))
-    for label, section in scorers:
+    for place, section in recipe.scorers.items():
         if section.follows_student or (section.is_start and recipe.student.lora is not None):
             raise ValueError(
-                f"async has the {label} score beside the update, but it runs on the student's own weights or follows "
+                f"async has the {place} score beside the update, but it runs on the student's own weights or follows "
                 "them; give it a model of its own, or remove the section async"
             )
 

@@ -259,7 +259,7 @@ class Trainer:
         return _means(total)
 
     def heads_of(self, method: Method, samples: Sequence[Sample]) -> Heads:
-        """Returns the heads of the samples' teachers and of the reference, where the method compares whole rows."""
+        """Returns the heads of the samples' teachers and of their references, where the method compares whole rows."""
         teacher, reference = self.rollouts.collector.teacher, self.rollouts.collector.reference
         if "full" not in method.needs:
             return Heads()
@@ -271,7 +271,12 @@ class Trainer:
             heads = {name: map_tensors(head, torch.clone) for name, head in heads.items()}
         if "reference" not in method.needs or reference is None:
             return Heads(heads)
-        return Heads(heads, reference.head_for(None))
+        # one head for all teachers with one reference: offloaded weights are copied to the device
+        members = reference.members()
+        named = {name: members.get(name or "", reference) for name in names}
+        made = {one: one.head_for(name) for name, one in named.items()}
+        references = {name: head for name, one in named.items() if (head := made[one]) is not None}
+        return Heads(heads, references)
 
     def _update_once(
         self, part: Sequence[MicroBatch], method: Method, own_step: int, heads: Heads

@@ -62,7 +62,8 @@ class Heads:
 
     teachers: Mapping[str | None, LMHead] = field(default_factory=dict)
     """By the name that samples have for the teacher; None: the only one."""
-    reference: LMHead | None = None
+    references: Mapping[str | None, LMHead] = field(default_factory=dict)
+    """By the same names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ def accumulate_gradients(
             student.head(),
             step=step,
             teacher=_whole_rows(micro, "scores", heads.teachers.get(micro.teacher)),
-            reference=_whole_rows(micro, "reference_scores", heads.reference),
+            reference=_whole_rows(micro, "reference_scores", heads.references.get(micro.teacher)),
             counts=counts,
         )
         evaluation.loss.backward()

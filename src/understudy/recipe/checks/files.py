@@ -154,12 +154,9 @@ def _sections(files: Files) -> Iterator[Finding]:
         )
     if recipe.rollout is not None:
         yield Finding(recipe.rollout.check(), name="rollout")
-    sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
-    for place, section in (sections | {"reference": recipe.reference, "responses": recipe.responses}).items():
+    for place, section in (recipe.scorers | {"responses": recipe.responses}).items():
         if section is not None:
             yield Finding(section.check(), name=place)
-    if recipe.reference is None and "reference" in recipe.method.needs:
-        yield Finding("reference: the student's start", name="reference")
     if recipe.student.build is not None:
         check_build(recipe.student.build)
 
@@ -172,9 +169,9 @@ def _tokenizers(files: Files) -> Iterator[Finding]:
         return
     yield Finding(f"tokenizer: {len(files.tokenizers.student):,} tokens")
     recipe = files.recipe
-    for section in (*recipe.all_teachers.values(), recipe.reference):
-        other = None if section is None else section.vocabulary
-        if section is None or other is None or not files.has(other):
+    for section in recipe.scorers.values():
+        other = section.vocabulary
+        if other is None or not files.has(other):
             continue
         extra = files.tokenizers.other(other)[1]
         shared = f"the student and {other.name} share {len(files.tokenizers.student):,} tokens"
@@ -188,10 +185,9 @@ def _tokenizers(files: Files) -> Iterator[Finding]:
 def _layers(files: Files) -> tuple[Finding, ...]:
     """Raises RecipeError for an attention or a layer for LoRA that the models do not have."""
     recipe = files.recipe
-    sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
     attentions = {"student": recipe.student.attn_implementation}
-    for place, section in (sections | {"reference": recipe.reference}).items():
-        if section is not None and section.weights is not None:
+    for place, section in recipe.scorers.items():
+        if section.weights is not None:
             attentions[place] = section.weights.attn_implementation
     for place, name in attentions.items():
         check_attention(name, place)
@@ -270,8 +266,7 @@ def _prompts(files: Files) -> Iterator[Finding]:
     recipe, limit = files.recipe, files.recipe.train.max_prompt_tokens
     student = positions_of(config_on_disk(recipe.student.model, recipe.student.build))
     if recipe.uses.own_samples or not files.training:
-        sections = [*recipe.all_teachers.values(), recipe.reference]
-        loaded = [section.weights for section in sections if section is not None and section.vocabulary is not None]
+        loaded = [section.weights for section in recipe.scorers.values() if section.vocabulary is not None]
         sources = [weights.source.name for weights in loaded if weights is not None and weights.source is not None]
         others = [positions_of(config_on_disk(name)) for name in sources if files.training]
         limit = prompt_limit(recipe, recipe.sampling, [student, *others])
@@ -332,11 +327,9 @@ def _unused(files: Files) -> Iterator[Finding]:
 def _readers(files: Files) -> Iterator[tuple[str, Renderer]]:
     """The student, and the teachers that read prompts in their own chat templates."""
     yield "student", files.renderer
-    recipe = files.recipe
-    sections = {recipe.place_of(name): section for name, section in recipe.all_teachers.items()}
-    for place, section in (sections | {"reference": recipe.reference}).items():
-        source = None if section is None else section.vocabulary
-        if section is not None and section.rendering == "own" and source is not None and files.has(source):
+    for place, section in files.recipe.scorers.items():
+        source = section.vocabulary
+        if section.rendering == "own" and source is not None and files.has(source):
             yield place, files.renderer.like(files.tokenizers.other(source)[0])
 
 

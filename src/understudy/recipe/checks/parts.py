@@ -29,7 +29,7 @@ from understudy.recipe.load import (
 from understudy.recipe.schema import Recipe
 from understudy.tasks import Intake, Task
 from understudy.tasks.renderer import Renderer
-from understudy.teachers import Source, Start, Teacher, TeacherSection
+from understudy.teachers import Source, Teacher, TeacherSection
 from understudy.teachers.stores.responses import open_responses
 from understudy.trainer.collect import Collected, Collector
 from understudy.trainer.loop import Trainer
@@ -181,12 +181,12 @@ class Files:
 
 @dataclass(frozen=True)
 class Side:
-    """A teacher or the reference, which reads the student's tokens."""
+    """A teacher or a reference, which reads the student's tokens."""
 
     label: str
-    """As people read it: "teacher", "teacher NAME" or "reference"."""
+    """As people read it: "teacher", "teacher NAME", "reference" or "reference for NAME, NAME"."""
     name: str | None
-    """As samples name it; None: the only one, or the reference."""
+    """As samples name it; None: the only one, or a reference."""
     teacher: Teacher
     """Without a cache of its scores, which a rehearsal neither reads nor fills."""
     section: TeacherSection
@@ -214,14 +214,18 @@ class Parts(Files):
 
     @cached_property
     def sides(self) -> list[Side]:
-        """Every teacher that gives token scores, and the reference."""
+        """Every teacher that gives token scores, and every reference."""
         recipe, reference, found = self.recipe, self.teachers.reference, []
         if self.teachers.teacher is not None:
             for name, teacher in self.teachers.teacher.members().items():
                 label, as_named = (f"teacher {name}", name) if recipe.teachers else ("teacher", None)
                 found.append(Side(label, as_named, teacher.uncached(), recipe.all_teachers[name]))
-        if reference is not None:
-            found.append(Side("reference", None, reference.uncached(), recipe.reference or Start()))
+        # they are opened by their places in the recipe, and several teachers may have one
+        references = {} if reference is None else {one.name: one for one in reference.members().values()}
+        for place, section in recipe.all_references.items():
+            names = ", ".join(name for name, one in recipe.references.items() if one == section)
+            label = f"reference for {names}" if names else "reference"
+            found.append(Side(label, None, references[place].uncached(), section))
         return found
 
     @cached_property

@@ -202,7 +202,7 @@ def _determinism(parts: Parts) -> Iterator[Finding]:
         "in another order": Gap.of(first, torch.cat(ask(samples[::-1]).split(sizes[::-1])[::-1])),
         "alone": Gap.of(first[: sizes[0]], ask(samples[:1])),
     }
-    dtypes = [precision(side.teacher.model) for side in parts.sides if side.label != "reference"]
+    dtypes = [precision(side.teacher.model) for side in parts.sides if not side.label.startswith("reference")]
     dtype = max(dtypes, key=lambda dtype: LIMITS[str(dtype)])
     may_lack = parts.trainer.settings.on_missing_score == "drop"
     advice = (

@@ -134,7 +134,7 @@ class Needs:
     device: torch.device
     student: Size
     others: Mapping[str, Size]
-    """Teachers, judge and reference by label, on the device."""
+    """Teachers, judge and references by label, on the device; a reference that several teachers have is one."""
     moving: int = 0
     """Bytes of a teacher that moves, in a checkpoint."""
     vocab_size: int | None = None
@@ -163,18 +163,22 @@ class Needs:
 def _before(files: Files) -> list[Needs]:
     """By the files of the models; empty where some are not on this machine, which are looked at once loaded."""
     recipe = files.recipe
-    sections = recipe.all_teachers | ({} if recipe.reference is None else {"reference": recipe.reference})
     others: dict[str, Size] = {}
     device = choose_device(recipe.device)
     try:
         student = size_on_disk(recipe.student.model, recipe.student.dtype, device)
-        for label, section in sections.items():
+        for place, section in recipe.scorers.items():
             weights = section.weights
-            if weights is None or weights.source is None or weights.offload:
+            if weights is None or weights.offload:
                 continue
-            size = size_on_disk(weights.source.name, weights.dtype, device)
+            model, dtype = recipe.student.model, weights.dtype
+            if weights.source is not None:
+                model = weights.source.name
+            elif dtype == "auto":
+                dtype = recipe.student.dtype
+            size = size_on_disk(model, dtype, device)
             if size is not None:
-                others[label] = size
+                others[place] = size
     except (OSError, ValueError, KeyError, SafetensorError):
         # loading will say what is wrong with the directory
         return []
