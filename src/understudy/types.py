@@ -126,6 +126,8 @@ class Verdict:
     """In [0, 9]; the lowest of `steps` where each step was judged. None: the reply had no digit, so there is no score."""
     steps: tuple[float, ...] = ()
     """One number for each step of the response; empty where the response was judged as a whole."""
+    step_starts: tuple[int, ...] = ()
+    """First character of each of `steps` in the student's message that it is part of; of a single turn, in `Sample.text`."""
     signal_bytes: int = 0
     """Bytes of teacher signal that were read: one for a digit, 40 for the ten float32 probabilities of an expectation."""
     attempts: int = 1

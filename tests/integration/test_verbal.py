@@ -489,8 +489,8 @@ def test_a_step_without_a_digit_leaves_the_sample_unscored() -> None:
     keys = {"step_template": "{steps}|{step}", "step_separator": ";", "max_parse_retries": 0}
     with asked(answer, **keys) as (judge, _, _):
         whole, part = judge.judge([case("a", "q", "one;three"), case("b", "q", "one;two;three")], steps=True)
-    assert whole == Verdict(6.0, (6.0, 6.0), signal_bytes=2, attempts=2)
-    assert (part.score, part.steps, part.attempts) == (None, (), 3)
+    assert whole == Verdict(6.0, (6.0, 6.0), (0, 4), signal_bytes=2, attempts=2)
+    assert (part.score, part.steps, part.step_starts, part.attempts) == (None, (), (), 3)
     assert "step 2 of 3" in part.note
 
 

@@ -14,7 +14,7 @@ from understudy.losses.terms import Over, PolicyGradient, Reads, Reduce, Term
 from understudy.types import EXCLUDED, Need, TokenBatch
 
 Scope = Literal["token", "batch"]
-OnReject = Literal["teacher", "drop", "resample"]
+OnReject = Literal["teacher", "continue", "drop", "resample"]
 RewardSource = Literal["outcome", "verbal"]
 Prefix = Literal["share", "length"]
 
@@ -54,6 +54,11 @@ class Acceptance:
     score: Literal["argmax", "expectation"]
     steps: bool
 
+    @property
+    def by_teacher(self) -> bool:
+        """Whether a teacher writes into the places of rejected samples."""
+        return self.on_reject in ("teacher", "continue")
+
 
 @dataclass(frozen=True)
 class RolloutPlan:
@@ -83,6 +88,8 @@ class Uses:
     """A teacher's responses as the beginning of samples."""
     fills_slots: bool = False
     """A teacher's responses in place of rejected samples."""
+    continues: bool = False
+    """What a teacher writes behind the beginning of a rejected sample."""
     judge: bool = False
     """A digit for each sample."""
     rewards: frozenset[RewardSource] = frozenset()
@@ -153,7 +160,8 @@ class Method(ABC):
             own_samples=any(plan.on_policy_share > 0 for plan in plans),
             given_responses=any(plan.on_policy_share < 1 for plan in plans),
             prefixes=any(plan.prefix_share > 0 for plan in plans),
-            fills_slots=any(rule.on_reject == "teacher" for rule in rules),
+            fills_slots=any(rule.by_teacher for rule in rules),
+            continues=any(rule.on_reject == "continue" for rule in rules),
             judge=bool(rules),
             rewards=frozenset(plan.rewards.source for plan in plans if plan.rewards is not None),
         )

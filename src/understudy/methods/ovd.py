@@ -33,7 +33,8 @@ class OVD(ClippedMethod):
     threshold: Annotated[float, Range(0.0, 9.0)] = 7
     """Least digit that is accepted."""
     on_reject: OnReject = "teacher"
-    """Filling of a rejected slot: a response of the teacher, nothing, or one more attempt of the student."""
+    """Filling of a rejected slot: a response of the teacher, nothing, or one more attempt of the student. Open in the sources:
+    "continue", the student's steps before the first rejected one, which the teacher continues; it needs `steps`."""
     reward: RewardSource = "outcome"
     """The verifier's score; or the digit over 9, which needs no ground truth."""
     score: Literal["argmax", "expectation"] = "argmax"
@@ -43,6 +44,14 @@ class OVD(ClippedMethod):
     kl_coef: NonNegative = 0.001
     """Weight of the KL to the reference; 0: no reference model."""
     clip: NonNegative = field(default=0.2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.on_reject == "continue" and not self.steps:
+            raise ValueError(
+                "on_reject is continue, which keeps the steps before the first rejected one, but steps is false, so that none "
+                "is judged by itself; set steps to true"
+            )
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -313,6 +313,11 @@ def _teachers_give_what_is_asked(recipe: Recipe) -> None:
 def _responses_are_given_and_used(recipe: Recipe) -> None:
     """Responses of a teacher are there where the method uses them, used where they are there, and written by somebody."""
     uses, responses, name = recipe.uses, recipe.responses, recipe.method_name
+    if uses.continues and (responses is None or not responses.by_teacher):
+        raise ValueError(
+            f"the method {name} has the teacher continue what the student began, which no response does that was written "
+            "before; set `responses: {type: teacher}`, or method.on_reject: teacher or drop"
+        )
     if responses is None and (uses.fills_slots or uses.prefixes):
         use, instead = "begins samples with the teacher's own", "method.anneal_steps: 0"
         if uses.fills_slots:
@@ -321,13 +326,18 @@ def _responses_are_given_and_used(recipe: Recipe) -> None:
             f"the method {name} {use}; add a section `responses: {{type: teacher}}` (or solutions, jsonl, hub), or set "
             f"{instead}"
         )
+    if uses.continues and any(type(part).environment is not Task.environment for part in recipe.task.places().values()):
+        raise ValueError(
+            f"the method {name} has the teacher continue what the student began, but in the task {recipe.task.name} an "
+            "environment answers the student, and would have to answer the teacher; set method.on_reject: resample or drop"
+        )
     if responses is not None and not uses.takes_responses:
         raise ValueError(f"the method {name} uses no responses of a teacher; remove the section responses")
     writes = recipe.teacher is not None and recipe.teacher.writes_responses
     if responses is not None and responses.by_teacher and not writes:
+        instead = "set method.on_reject: drop" if uses.continues else "take them from solutions, jsonl or hub"
         raise ValueError(
-            "responses.type is teacher, but only one teacher of type local or chat writes responses; take them from "
-            "solutions, jsonl or hub"
+            f"responses.type is teacher, but only one teacher of type local or chat writes responses; {instead}"
         )
     if uses.prefixes and recipe.teacher is not None and recipe.teacher.replays:
         raise ValueError(

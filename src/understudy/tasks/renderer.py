@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -29,6 +30,8 @@ _QUESTION, _ANSWER, _NEXT = "1029384756", "5647382910", "9182736450"
 _THINK, _END_THINK = "<think>", "</think>"
 _CLOCK, _PERCENT = "strftime_now", "\ue002"
 """The function by which templates read the clock, and what stands for a percent sign in its formats."""
+_MAX_CHARACTER_TOKENS = 4
+"""Bytes of the longest character, each of which may be a token."""
 _CALL_OPTIONS = frozenset(
     (
         "add_generation_prompt",
@@ -261,6 +264,43 @@ class Renderer:
                 f"the tokenizer cannot say {text[:SHOWN_CHARS]!r}: it reads it back as {back[:SHOWN_CHARS]!r}"
             )
         return torch.tensor(ids, dtype=torch.int64)
+
+    def cut(self, ids: Tensor, text: str) -> Tensor:
+        """The most of `ids` [R] whose text is a beginning of `text`: a token that reaches past its end is left out."""
+        behind = bisect_right(range(len(ids) + 1), len(text), key=lambda count: len(self.decode(ids[:count])))
+        # the bytes of an unfinished character may decode to more characters than it is
+        for count in range(min(behind + _MAX_CHARACTER_TOKENS, len(ids)), 0, -1):
+            if text.startswith(self.decode(ids[:count])):
+                return ids[:count]
+        return ids[:0]
+
+    def continuation(self, prompt: Prompt, ids: Tensor, so_far: str, text: str) -> Tensor:
+        """Ids behind `ids` [N] by which a response that began with them says `so_far + text`, with the token that ends it. [R]
+
+        `ids`, which stay as they are, say the first part of `so_far` (`cut`). Where the tokenizer reads the whole text as these
+        ids and others, it is the others; else what `ids` do not say is encoded by itself. Special tokens that the text spells
+        out stay text. Raises DataError for an empty text, for one that would not come back from its tokens (as `faithful`),
+        and for a response that ends inside its thoughts.
+        """
+        text, end, known = self._without_end(text), self.end_of(prompt), ids.tolist()
+        if not text.strip():
+            raise DataError(f"the rest of the response to prompt {prompt.id} is empty")
+        lead = end.text.removesuffix(self._text.marks.get(end.token_id, ""))
+
+        def encode(text: str) -> list[int]:
+            return self._encode_around(lambda text: text + lead, text)
+
+        whole, new = encode(so_far + text), (so_far + text)[len(self.decode(ids)) :]
+        # read with what stands before it, a word gets no space of the tokenizer's own
+        rest = whole[len(known) :] if whole[: len(known)] == known else encode(new)
+        kept = str(self.tokenizer.decode(known, clean_up_tokenization_spaces=False))
+        is_kept = self._text.comes_back(kept + new + lead, [*known, *rest])
+        if not rest or self.tokenizer.unk_token_id in rest or not is_kept:
+            raise DataError(f"the tokenizer cannot say {new[:SHOWN_CHARS]!r} behind {so_far[-SHOWN_CHARS:]!r}")
+        opened = prompt.messages is not None and (self.begins == _THINK or kept.lstrip().startswith(_THINK))
+        if opened and _END_THINK not in kept + new:
+            raise DataError(f"the response to prompt {prompt.id} ends inside its thoughts, without {_END_THINK}")
+        return torch.tensor([*rest, end.token_id], dtype=torch.int64)
 
     def _respond(self, prompt: Prompt, text: str) -> tuple[str, list[int]]:
         """The text that is said, without its end, and its ids with it."""

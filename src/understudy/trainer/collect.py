@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from understudy.engines import Engine
@@ -141,17 +141,23 @@ class Collector:
         budget = self.sampling.max_new_tokens
         return guided_requests(requests, found, plan.prefix_share, max_new_tokens=budget, of=plan.prefix)
 
-    def given(self, requests: Sequence[Request], step: int, slots: Sequence[int] | None = None) -> list[Sample | None]:
+    def given(
+        self,
+        requests: Sequence[Request],
+        step: int,
+        slots: Sequence[int] | None = None,
+        begun: Mapping[str, Sample] | None = None,
+    ) -> list[Sample | None]:
         """Responses that the student did not write: from the section `responses`, else the prompts' own solutions.
 
-        `slots`: as of `ResponseStore.find`.
+        `slots`, `begun`: as of `ResponseStore.find`.
         """
         if self.responses is None:
             return [given_sample(self.renderer, request) for request in requests]
-        found = self.responses.find(requests, step, slots)
+        found = self.responses.find(requests, step, slots, begun)
         return [
-            None if response_ids is None else given_sample(self.renderer, request, response_ids)
-            for request, response_ids in zip(requests, found, strict=True)
+            None if ids is None else given_sample(self.renderer, request, ids, (begun or {}).get(request.key))
+            for request, ids in zip(requests, found, strict=True)
         ]
 
     def score(self, samples: Sequence[Sample], method: Method) -> list[Sample | None]:
@@ -175,10 +181,13 @@ class Collector:
         return found
 
 
-def given_sample(renderer: Renderer, request: Request, response_ids: Tensor | None = None) -> Sample:
+def given_sample(
+    renderer: Renderer, request: Request, response_ids: Tensor | None = None, begun: Sample | None = None
+) -> Sample:
     """A response to imitate as a sample: finish "data", written by the teacher. None: the prompt's own solution.
 
-    Raises DataError if the prompt has none, and as `Renderer.response`.
+    `begun`: the beginning that `response_ids` are the rest of; its tokens keep their authors, log-probabilities and versions.
+    Raises DataError if the prompt has no solution, and as `Renderer.response`.
     """
     prompt, num_prompt = request.prompt, request.token_ids.numel()
     if response_ids is None:
@@ -187,17 +196,31 @@ def given_sample(renderer: Renderer, request: Request, response_ids: Tensor | No
                 f"prompt {prompt.id} has no solution to imitate; set task.solution_field, or another method"
             )
         response_ids = renderer.response(prompt, prompt.solution)
-    author = torch.full((num_prompt + response_ids.numel(),), Author.TEACHER, dtype=torch.uint8)
-    author[:num_prompt] = Author.PROMPT
-    return Sample(
-        prompt=prompt,
-        index=request.index,
-        token_ids=torch.cat([request.token_ids, response_ids]),
+    if begun is None:
+        begun = Sample(
+            prompt=prompt,
+            index=request.index,
+            token_ids=request.token_ids,
+            author=torch.full((num_prompt,), Author.PROMPT, dtype=torch.uint8),
+            prompt_length=num_prompt,
+            finish="data",
+            text="",
+            # nobody sampled them, which is another thing than not having been asked
+            rollout_logprob=torch.full((num_prompt,), float("nan")),
+            teacher=prompt.teacher,
+        )
+
+    def longer(old: Tensor | None, value: float) -> Tensor | None:
+        return None if old is None else torch.cat([old, old.new_full(response_ids.shape, value)])
+
+    token_ids, author = torch.cat([begun.token_ids, response_ids]), longer(begun.author, Author.TEACHER)
+    assert author is not None
+    return replace(
+        begun,
+        token_ids=token_ids,
         author=author,
-        prompt_length=num_prompt,
         finish="data",
-        text=renderer.decode(response_ids),
-        # nobody sampled them, which is another thing than not having been asked
-        rollout_logprob=torch.full(author.shape, float("nan")),
-        teacher=prompt.teacher,
+        text=renderer.decode(token_ids[num_prompt:]),
+        rollout_logprob=longer(begun.rollout_logprob, torch.nan),
+        policy_version=longer(begun.policy_version, -1),
     )

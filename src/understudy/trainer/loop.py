@@ -149,7 +149,7 @@ class Trainer:
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
         acceptance = method.plan(own_step).acceptance
-        fills = acceptance is not None and acceptance.on_reject == "teacher"
+        fills = acceptance is not None and acceptance.by_teacher
         if fills and numbers.get("slots_empty", 0.0) > 0 and not self._warned_of_slots:
             self._warned_of_slots = True
             self.observer.warn(

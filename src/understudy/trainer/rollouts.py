@@ -12,6 +12,7 @@ from understudy.losses import advantages
 from understudy.methods import Acceptance, Method, Rewards, RolloutPlan
 from understudy.tasks.lazy import Permutation
 from understudy.teachers import Judge
+from understudy.teachers.judges.wording import accepted_part
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected, Collector
 from understudy.trainer.distributed import Ranks
@@ -193,7 +194,8 @@ class Rollouts:
         left = [sample for sample in judged if not _accepted(sample, rule)]
         by_key = {request.key: request for request in requests}
         # an unscored sample is not known to be bad, so its place stays empty
-        again = [by_key[sample.key] for sample in left if _digit(sample) is not None]
+        rejected = [sample for sample in left if _digit(sample) is not None]
+        again = [by_key[sample.key] for sample in rejected]
         filling: list[Sample] = []
         second: list[Sample] = []
         metrics: dict[str, Metric] = {}
@@ -201,8 +203,8 @@ class Rollouts:
             second = self._with_verdicts(self.collector.play(again, step, "resample"), rule)
             filling = [sample for sample in second if _accepted(sample, rule)]
             metrics = {"slots_empty": Metric(len(again) - len(filling), len(again))}
-        elif rule.on_reject == "teacher":
-            filling, metrics = self._fill(again, step)
+        elif rule.by_teacher:
+            filling, metrics = self._fill(again, rejected if rule.on_reject == "continue" else [], rule, step)
         return Collected(
             samples=[*good, *filling],
             written=[*samples, *second],
@@ -210,11 +212,14 @@ class Rollouts:
             metrics=metrics | _signal([*judged, *second]) | self._verbal_metrics(judged, len(good), len(filling)),
         )
 
-    def _fill(self, requests: Sequence[Request], step: int) -> tuple[list[Sample], dict[str, Metric]]:
+    def _fill(
+        self, requests: Sequence[Request], continued: Sequence[Sample], rule: Acceptance, step: int
+    ) -> tuple[list[Sample], dict[str, Metric]]:
         """A different response of the teacher for each of a prompt's rejected requests, over all ranks.
 
-        A slot for which there is none, or only one that another slot of the prompt has, stays empty: of equal copies no
-        advantage would tell one from the other. A collective call.
+        `continued`: rejected samples of which the teacher writes only the rest, from the first rejected step on. A slot for
+        which there is no response, or only one that another slot of the prompt has, stays empty: of equal copies no advantage
+        would tell one from the other. A collective call.
         """
         by_rank = self.ranks.gather([(request.prompt.id, request.index) for request in requests])
         slots: dict[tuple[str, int], int] = {}
@@ -223,7 +228,9 @@ class Rollouts:
             slots[name, index] = num_before[name]
             num_before[name] += 1
         own = [slots[request.prompt.id, request.index] for request in requests]
-        given = [sample for sample in self.collector.given(requests, step, own) if sample is not None]
+        starts = [accepted_part(sample, rule.threshold, self.collector.renderer) for sample in continued]
+        begun = {start.key: start for start in starts if start is not None}
+        given = [sample for sample in self.collector.given(requests, step, own, begun) if sample is not None]
         fitting = [sample for sample in given if self.collector.fits(sample)]
         # a teacher may write the same twice; the lowest slot keeps it
         said = [(sample.prompt.id, sample.index, tuple(sample.token_ids.tolist())) for sample in fitting]
@@ -235,10 +242,15 @@ class Rollouts:
         ]
         if not requests:
             return [], {}
-        return filling, {
+        metrics = {
             "responses_too_long": Metric(len(given) - len(fitting), len(given)),
             "slots_empty": Metric(len(requests) - len(filling), len(requests)),
         }
+        if continued:
+            kept = [int((sample.author == Author.STUDENT).sum()) for sample in filling]
+            metrics["continued"] = Metric(sum(count > 0 for count in kept), len(filling))
+            metrics["kept_tokens"] = Metric(sum(kept), sum(sample.num_response_tokens for sample in filling))
+        return filling, metrics
 
     def _with_verdicts(self, samples: Sequence[Sample], rule: Acceptance) -> list[Sample]:
         if not samples:

@@ -138,7 +138,8 @@ class ChatTeacher(Judge):
         replies: list[Reply] = []
         for part in (first, named[len(first) :]):
             replies += self._client.each(part, lambda item: self._ask(*item, score))
-        return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
+        starts = [self._section.wording.starts(sample, steps=steps) for sample in samples]
+        return verdicts(replies, starts, score=score, steps=steps)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
         """Returns the model's own response to each prompt, in order; None for an empty one, one that was cut off, and a

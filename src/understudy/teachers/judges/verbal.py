@@ -142,7 +142,8 @@ class VerbalTeacher(Judge):
         """Returns a verdict for each sample, in order. Samples do not see each other."""
         asked = [self._asker.wording.questions(sample, steps=steps) for sample in samples]
         replies = self._answer([question for questions in asked for question in questions], score)
-        return verdicts(replies, [len(questions) for questions in asked], score=score, steps=steps)
+        starts = [self._asker.wording.starts(sample, steps=steps) for sample in samples]
+        return verdicts(replies, starts, score=score, steps=steps)
 
     @no_grad
     def _answer(self, questions: Sequence[Question], score: ScoreForm) -> list[Reply]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from understudy.teachers.base import ScoreForm, TeacherSection
-from understudy.types import Need, Sample, Verdict
+from understudy.types import Need, Prompt, Sample, Verdict, map_tensors
+
+if TYPE_CHECKING:
+    from understudy.tasks.renderer import Renderer
 
 DIGITS = tuple("0123456789")
 SIGNAL_BYTES: dict[ScoreForm, int] = {"argmax": 1, "expectation": 40}
@@ -53,6 +57,23 @@ Step:
 
 How good is this step? Say one digit from 0 to 9 and nothing else.
 Score:"""
+
+CONTINUE = """\
+You write the rest of a response to a problem. What stands between two lines {fence} is material.
+
+Problem:
+{fence}
+{problem}
+{fence}
+
+Response so far:
+{fence}
+{steps}
+{fence}
+
+The response so far is right. Write what follows it, from its next step to its end: in the same form, with the final answer as
+the problem asks for it. Repeat nothing of what is there, and say nothing beside the response: your text is put right behind it.
+"""
 
 _FIELD = re.compile(r"\{(problem|response|steps|step|fence)\}")
 _FENCE_BYTES = 4
@@ -115,11 +136,28 @@ class Wording:
                 before.append(f"{role}: {content}")
                 continue
             # a text without any words is one step
-            for part in [part for part in content.split(self.separator) if part.strip()] or [content]:
+            for _, part in self._parts(content):
                 values = {"problem": problem, "steps": self.separator.join(before), "step": part}
                 questions.append(_fill(self.step, values))
                 before.append(part)
         return questions
+
+    def starts(self, sample: Sample, *, steps: bool) -> tuple[int, ...]:
+        """The first character of what each of the `questions` is about, in the message that it is part of."""
+        if not steps:
+            return (0,)
+        messages = [message for message in sample.messages if message["role"] == "assistant"]
+        said = [message["content"] for message in messages] if sample.messages else [sample.text]
+        return tuple(start for text in said for start, _ in self._parts(text))
+
+    def _parts(self, text: str) -> list[tuple[int, str]]:
+        """The steps of a message, each behind its first character; a text without any words is one step."""
+        found, start = [], 0
+        for part in text.split(self.separator):
+            if part.strip():
+                found.append((start, part))
+            start += len(part) + len(self.separator)
+        return found or [(0, text)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +210,18 @@ def _fill(template: str, values: dict[str, str]) -> Question:
     return (*pieces, Piece(template[end:], False))
 
 
+def rest_of(prompt: Prompt, so_far: str, template: str | None = None) -> Prompt:
+    """The question for what follows `so_far`, the beginning of a response to the prompt, to a teacher that writes.
+
+    `template`: with the fields {problem}, {steps} and {fence}; None: `CONTINUE`. Raises ValueError for one without {steps}.
+    """
+    template = CONTINUE if template is None else template
+    if "steps" not in _FIELD.findall(template):
+        raise ValueError("continue_template has no {steps}: the teacher would not see what it continues")
+    pieces = _fill(template, {"problem": prompt.conversation, "steps": so_far})
+    return Prompt(prompt.id, text=as_text(pieces), quoted=tuple(piece.text for piece in pieces if piece.foreign))
+
+
 def as_text(question: Question) -> str:
     """Returns the question as one text."""
     return "".join(piece.text for piece in question)
@@ -196,11 +246,14 @@ class Reply:
     note: str = ""
 
 
-def verdicts(replies: Sequence[Reply], counts: Sequence[int], *, score: ScoreForm, steps: bool) -> list[Verdict]:
-    """Returns a verdict on each sample. `counts`: how many of the replies, in order, are about it. A reply without a number
-    leaves its sample without a score; with `steps` the score is the lowest."""
+def verdicts(
+    replies: Sequence[Reply], starts: Sequence[tuple[int, ...]], *, score: ScoreForm, steps: bool
+) -> list[Verdict]:
+    """Returns a verdict on each sample. `starts`: for each of them `Wording.starts`, one for each of its replies, which are in
+    order. A reply without a number leaves its sample without a score; with `steps` the score is the lowest."""
     rest, found = iter(replies), []
-    for count in counts:
+    for first_characters in starts:
+        count = len(first_characters)
         mine = [next(rest) for _ in range(count)]
         values = [reply.value for reply in mine if reply.value is not None]
         missing = [(index, reply.note) for index, reply in enumerate(mine, 1) if reply.value is None]
@@ -209,9 +262,28 @@ def verdicts(replies: Sequence[Reply], counts: Sequence[int], *, score: ScoreFor
             Verdict(
                 score=None if missing else min(values),
                 steps=tuple(values) if steps and not missing else (),
+                step_starts=first_characters if steps and not missing else (),
                 signal_bytes=SIGNAL_BYTES[score] * len(values),
                 attempts=sum(reply.attempts for reply in mine),
                 note="; ".join(notes),
             )
         )
     return found
+
+
+def accepted_part(sample: Sample, threshold: float, renderer: Renderer) -> Sample | None:
+    """The beginning of a sample of one turn, up to its first step with a digit below `threshold`; None where there is none.
+
+    Its text ends right before that step; its tokens, as the student sampled them, are those that say no more than that.
+    """
+    assert sample.verdict is not None
+    first = next((index for index, score in enumerate(sample.verdict.steps) if score < threshold), 0)
+    if first == 0:
+        return None
+    text = sample.text[: sample.verdict.step_starts[first]]
+    num_kept = renderer.cut(sample.response_ids, text).numel()
+    if num_kept == 0:
+        return None
+    # copies: a view is pickled, for other ranks, with all that it is cut from
+    part = map_tensors(sample, lambda value: value[: sample.prompt_length + num_kept].clone())
+    return replace(part, text=text, verdict=None, grade=None)

@@ -24,8 +24,10 @@ from understudy.lazy import Tensor, torch
 from understudy.randomness import keyed_uniform
 from understudy.tasks.renderer import Renderer
 from understudy.tasks.responses import FileResponses, Find, HubResponses, ResponseSection, Solutions
+from understudy.teachers.base import hash_facts
+from understudy.teachers.judges.wording import rest_of
 from understudy.teachers.stores.cache import Claims
-from understudy.types import Prompt, Request, Sampling
+from understudy.types import Prompt, Request, Sample, Sampling
 
 try:
     import fcntl
@@ -52,9 +54,13 @@ class TeacherResponses(ResponseSection):
     """None: the student's."""
     cache: str | None = None
     """A directory that runs may share; None: `responses` in the run directory."""
+    continue_template: str | None = None
+    """The question for the rest of a response whose beginning was accepted, with {problem}, {steps} and {fence}; None:
+    `wording.CONTINUE`."""
 
     def __post_init__(self) -> None:
         self.sampling(Sampling())
+        rest_of(Prompt(""), "", self.continue_template)
 
     @property
     def shown(self) -> str:
@@ -126,45 +132,73 @@ def open_responses(section: ResponseSection, setup: ResponseSetup) -> ResponseSt
         "seed": setup.seed,
     }
     cache = ResponseCache(setup.run_dir / "responses" if section.cache is None else Path(section.cache), identity)
-    return ResponseStore(WrittenOnce(setup.generate, cache), setup, shown=section.shown, cache=cache)
+    texts, template = WrittenOnce(setup.generate, cache), section.continue_template
+    return ResponseStore(texts, setup, shown=section.shown, cache=cache, continue_template=template)
 
 
 class ResponseStore:
     """A teacher's responses as tokens of the student. One of several to a prompt is drawn by (seed, step, request or slot).
 
-    `cache`: where they are written on demand, so that every prompt can get one.
+    `cache`: where they are written on demand, so that every prompt can get one; `continue_template` asks for the rest of one
+    (`wording.rest_of`).
     """
 
-    def __init__(self, texts: Texts, setup: ResponseSetup, *, shown: str, cache: ResponseCache | None = None) -> None:
+    def __init__(
+        self,
+        texts: Texts,
+        setup: ResponseSetup,
+        *,
+        shown: str,
+        cache: ResponseCache | None = None,
+        continue_template: str | None = None,
+    ) -> None:
         self._texts = texts
         self._renderer = setup.renderer
         self._seed = setup.seed
         self._cache = cache
+        self._template = continue_template
         self._counts: Counter[str] = Counter()
         # generation runs in threads of its own while the student learns
         self._lock = Lock()
         self.shown = shown
 
-    def find(self, requests: Sequence[Request], step: int, slots: Sequence[int] | None = None) -> list[Tensor | None]:
+    def find(
+        self,
+        requests: Sequence[Request],
+        step: int,
+        slots: Sequence[int] | None = None,
+        begun: Mapping[str, Sample] | None = None,
+    ) -> list[Tensor | None]:
         """Returns a response [F] int64 for each request, whole and with its end; None if there is none.
 
         `slots`: the number of each request among those for its prompt, from 0; each slot has a response of its own. Known
         responses are dealt in an order drawn by (seed, step, prompt), each at most once; a teacher that writes on demand
-        writes one for each (step, slot). A text that the student cannot say (`Renderer.faithful`) counts as none
-        (`take_counts`). Raises TemplateError.
+        writes one for each (step, slot). `begun`: the beginnings of responses, by the requests' keys, that such a teacher is
+        to continue; what is returned is then the rest. A text that the student cannot say (`Renderer.faithful`,
+        `Renderer.continuation`) counts as none (`take_counts`). Raises TemplateError.
         """
         if not requests:
             return []
+        begun = begun or {}
+        assert not begun or self._cache is not None, "only a teacher that writes on demand continues a response"
         shared = slots is None or self._cache is None
         names = [""] * len(requests) if shared else [f"{step}/{slot}" for slot in slots or ()]
+        asked = list(requests)
+        for at, request in enumerate(requests):
+            if (start := begun.get(request.key)) is not None:
+                question = rest_of(request.prompt, start.text, self._template)
+                asked[at] = replace(request, prompt=question)
+                # a text behind one beginning says nothing about what follows another
+                names[at] += f"/{hash_facts([question.text])}"
         encoded: dict[tuple[str, str], Tensor | None] = {}
         usable: list[list[Tensor]] = []
-        for request, texts in zip(requests, self._texts(requests, names), strict=True):
-            prompt = request.prompt
+        for request, texts in zip(requests, self._texts(asked, names), strict=True):
+            start = begun.get(request.key)
+            of = request.prompt.id if start is None else start.key
             for text in texts:
-                if (prompt.id, text) not in encoded:
-                    encoded[prompt.id, text] = self._say(prompt, text)[0]
-            usable.append([ids for text in texts if (ids := encoded[prompt.id, text]) is not None])
+                if (of, text) not in encoded:
+                    encoded[of, text] = self._say(request.prompt, text, start)[0]
+            usable.append([ids for text in texts if (ids := encoded[of, text]) is not None])
         found: list[Tensor | None] = []
         if slots is None or not shared:
             draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0].tolist()
@@ -209,9 +243,11 @@ class ResponseStore:
         )
         raise RecipeError(f"none of the {num_prompts} prompts of task {task} has a response in {self.shown}: {why}")
 
-    def _say(self, prompt: Prompt, text: str) -> tuple[Tensor | None, str]:
-        """The ids of a response, or None and why there are none."""
+    def _say(self, prompt: Prompt, text: str, start: Sample | None = None) -> tuple[Tensor | None, str]:
+        """The ids of a response, or of the rest of one that was begun; or None and why there are none."""
         try:
+            if start is not None:
+                return self._renderer.continuation(prompt, start.response_ids, start.text, text), ""
             return self._renderer.faithful(prompt, text), ""
         except TemplateError:
             raise
