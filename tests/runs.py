@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from understudy.tasks import build_tokenizer
+from understudy.teachers.judges.wording import Wording
 from understudy.types import Grade, Prompt, Sample, Verdict
 
 SHORT = {"type": "verbal", "template": "{problem}{response}#", "step_template": "{problem}{steps};{step}#"}
@@ -150,8 +151,15 @@ def grade_by_length(task: object, prompt: Prompt, text: str) -> Grade:
 def judge_by_length(
     judge: object, samples: Sequence[Sample], *, score: str = "argmax", steps: bool = False
 ) -> list[Verdict]:
-    """A judge that uses all ten digits."""
-    return [Verdict(float(len(sample.text) * 7 % 10), signal_bytes=1) for sample in samples]
+    """A judge that uses all ten digits, of steps that end with ";" too; first steps are good."""
+    if not steps:
+        return [Verdict(float(len(sample.text) * 7 % 10), signal_bytes=1) for sample in samples]
+    found = []
+    for sample in samples:
+        starts = Wording(separator=";").starts(sample, steps=True)
+        digits = tuple(float((start + len(sample.text)) * 7 % 10) if start else 9.0 for start in starts)
+        found.append(Verdict(min(digits), digits, starts, signal_bytes=len(digits)))
+    return found
 
 
 def train_all(*folders: Path) -> None:

@@ -389,8 +389,8 @@ def load_for_use(
 ) -> Recipe:
     """The recipe with `model` as its student, or with the final student of a run, or of a model directory alone.
 
-    It keeps no teacher but the judge that evaluations ask. `sections`: as for `model_recipe`. Raises RecipeError for a run
-    without a final student.
+    It keeps no teacher but the judge that evaluations ask, and how it writes responses. `sections`: as for `model_recipe`.
+    Raises RecipeError for a run without a final student.
     """
     path = source.path if isinstance(source, Run) else source
     if not isinstance(path, Recipe | str | Path):
@@ -417,9 +417,11 @@ def load_for_use(
     else:
         recipe = load_recipe(path, overrides)
     rejects = recipe.eval is not None and recipe.eval.reject_below is not None
-    teacher = recipe.teacher if rejects else None
-    unused: dict[str, Any] = {"teachers": {}, "weights": {}, "reference": None, "references": {}, "responses": None}
-    recipe = replace(recipe, teacher=teacher, method=SFT(), callbacks=(), **unused)
+    teacher, responses = (recipe.teacher, recipe.responses) if rejects else (None, None)
+    if responses is not None and not responses.by_teacher:
+        responses = None
+    unused: dict[str, Any] = {"teachers": {}, "weights": {}, "reference": None, "references": {}}
+    recipe = replace(recipe, teacher=teacher, responses=responses, method=SFT(), callbacks=(), **unused)
     if model is None:
         return recipe
     student = replace(
@@ -472,7 +474,7 @@ def evaluate(
         loaded = load_student(recipe)
         started = time.perf_counter()
         with closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:
-            summary = run.evaluator(recipe, loaded, engine, teachers.judge, Ranks(), out, console)(0)
+            summary = run.evaluator(recipe, loaded, engine, teachers, Ranks(), out, console)(0)
         show(console, recipe.student.model or "random weights", [summary])
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary

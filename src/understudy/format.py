@@ -9,13 +9,16 @@ from typing import Protocol
 
 MISSING = "not recorded"
 _RATE = re.compile(
-    r"^(avg|pass|maj|rejection)@\d+$|^(accuracy|greedy|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
+    r"^(avg|pass|maj|rejection|revision)@\d+$|^(accuracy|greedy|assisted|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
 )
 _LABELS = {
     "avg": "mean of {} attempts",
     "pass": "at least one of {} right",
     "maj": "majority of {}",
     "rejection": "drawn again while the judge rejects, at most {} times",
+    "revision": "drawn again from the first rejected step on, at most {} times",
+    "assisted": "continued by the teacher from the first rejected step on",
+    "assisted_share": "answers that the teacher continued",
     "attempts": "draws of an answer until the judge accepts",
     "greedy": "the most likely token at every step",
     "accuracy": "",

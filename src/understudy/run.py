@@ -36,7 +36,6 @@ from understudy.recipe.load import (
 )
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
-from understudy.teachers import Judge
 from understudy.teachers.base import hash_facts
 from understudy.trainer.checkpoint import (
     STUDENT,
@@ -240,7 +239,7 @@ def assemble(
         optimizer=optimizer,
         settings=recipe.train,
         evaluation=recipe.eval,
-        evaluate=evaluator(recipe, loaded, engine, teachers.judge, ranks, eval_dir, console),
+        evaluate=evaluator(recipe, loaded, engine, teachers, ranks, eval_dir, console),
         save_student=lambda path: save_hf(
             loaded.model, loaded.renderer.tokenizer, path, merged=False, stop_ids=loaded.renderer.stop_ids
         ),
@@ -297,7 +296,7 @@ def evaluator(
     recipe: Recipe,
     loaded: Loaded,
     engine: Engine,
-    judge: Judge | None,
+    teachers: Teachers,
     ranks: Ranks,
     out_dir: Path | None,
     console: Console,
@@ -311,9 +310,22 @@ def evaluator(
         assert recipe.eval is not None
         settings, rejection = recipe.eval, None
         sampling = settings.sampling or recipe.sampling
-        if settings.reject_below is not None and judge is not None:
+        if settings.reject_below is not None and teachers.judge is not None:
+            judge = partial(teachers.judge.judge, steps=settings.on_reject != "resample")
+            respond = None
+            if teachers.responder is not None:
+                respond = partial(
+                    teachers.responder.respond,
+                    max_new_tokens=sampling.max_new_tokens,
+                    temperature=sampling.temperature,
+                )
             rejection = Rejection(
-                lambda samples: ranks.share(samples, judge.judge), settings.reject_below, settings.max_attempts
+                lambda samples: ranks.share(samples, judge),
+                settings.reject_below,
+                settings.max_attempts,
+                settings.on_reject,
+                None if respond is None else lambda prompts: ranks.share(prompts, respond),
+                None if recipe.responses is None else recipe.responses.continue_template,
             )
         with console.progress("evaluate", len(prompts) * settings.samples_per_prompt) as advance:
             return run_eval(

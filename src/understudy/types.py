@@ -22,6 +22,9 @@ where a format lacks it (vLLM clamps to this number)."""
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
 Finish = Literal["stop", "length", "data", "environment"]
+Rejected = Literal["resample", "revise", "continue"]
+"""Fate of an answer that a judge rejects at test time: drawn again, or its accepted steps kept and the rest written anew, by
+the student or by the teacher."""
 
 
 class Author(IntEnum):

@@ -248,6 +248,37 @@ def test_a_greedy_evaluation_cannot_redraw(tmp_path: Path, models: dict[str, str
     assert check(parse(tmp_path, eval={"greedy": True, "sampling": {"temperature": 0, "max_new_tokens": 8}}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"on_reject": "revise"}, "nothing is rejected; set reject_below"),
+        ({"reject_below": 5, "on_reject": "revise", "sampling": {"temperature": 0}}, "every redraw would be the same"),
+    ],
+)
+def test_steps_that_stand_at_test_time_need_a_rejection(
+    tmp_path: Path, models: dict[str, str], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse(tmp_path, teacher={"type": "verbal", "model": models["big"]}, eval=changes)
+
+
+@pytest.mark.parametrize("how", ["revise", "continue"])
+def test_steps_that_stand_at_test_time_need_a_judge_of_steps(
+    tmp_path: Path, models: dict[str, str], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejection = {"reject_below": 5, "on_reject": how}
+    judge = {"type": "verbal", "model": models["big"]}
+    assert check(parse(tmp_path, teacher=judge, eval=rejection))
+    if how == "continue":
+        greedy = {"sampling": {"temperature": 0, "max_new_tokens": 8}}
+        assert check(parse(tmp_path, teacher=judge, eval=rejection | greedy))
+    with pytest.raises(RecipeError, match="reads whole responses; set eval.on_reject: resample"):
+        parse(tmp_path, teacher={"type": "verifier"}, eval=rejection)
+    monkeypatch.setattr(Arithmetic, "environment", lambda task, prompt: None)
+    with pytest.raises(RecipeError, match="an environment answers the student; set eval.on_reject: resample"):
+        parse(tmp_path, teacher=judge, eval=rejection)
+
+
 def test_what_training_needs_an_evaluation_does_not(tmp_path: Path, models: dict[str, str]) -> None:
     assert check(responding(tmp_path, models, task=records(tmp_path, solution_field=None)), training=False)
 

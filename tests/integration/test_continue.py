@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,15 +19,26 @@ from tests.chat_server import ChatServer, Request, Response, says
 from tests.integration.test_responses import PROMPTS, Writer, ask, teacher_store
 from tests.integration.test_rewards_train import Seen, events, graded, outcome
 from tests.integration.test_verbal import CASES, SHORT, byte_tokenizer, case
-from tests.runs import assert_same_run, grade_by_length, metric_rows, train, train_in_two, weights
-from understudy import config
+from tests.runs import (
+    BUILD,
+    assert_same_run,
+    grade_by_length,
+    judge_by_length,
+    metric_rows,
+    train,
+    train_in_two,
+    weights,
+)
+from understudy import config, evaluate
 from understudy.errors import DataError, RecipeError
 from understudy.methods import OVD
-from understudy.models import load_tokenizer
+from understudy.models import build_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import Recipe
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.tasks.renderer import Renderer
+from understudy.teachers import LocalTeacher
 from understudy.teachers.judges.chat import ChatTeacher
+from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.teachers.judges.wording import Wording, accepted_part, rest_of
 from understudy.teachers.stores.responses import TeacherResponses
 from understudy.types import Author, Prompt, Sample, Verdict
@@ -428,6 +440,53 @@ def test_the_digit_of_a_continued_sample_is_its_own(
     assert any(len(set(one.author[one.prompt_length :].tolist())) == 2 for one in seen.updates[0])
 
 
+@pytest.mark.slow
+def test_a_judge_that_is_loaded_here_continues_in_words_of_its_own(
+    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a token for each byte and a chat template, the student the alphabet of the task: what its random weights write is
+    read as text, which the student can say or not. An evaluation has it write too."""
+    monkeypatch.setattr(VerbalTeacher, "judge", judge_by_length)
+    graded(monkeypatch, grade_by_length)
+    tokenizer = byte_tokenizer(chat=True)
+    asked: list[str] = []
+
+    def generate(self: LocalTeacher, prompts: Sequence[Prompt], **options: Any) -> list[str | None]:
+        texts = respond(self, prompts, **options)
+        assert len(texts) == len(prompts)
+        asked.extend(str((prompt.messages or ({},))[0]["content"]) for prompt in prompts)
+        return [None if text is None else f"{len(text)};#{len(text)}" for text in texts]
+
+    respond = LocalTeacher.respond
+    monkeypatch.setattr(LocalTeacher, "respond", generate)
+    sizes = BUILD | {"max_position_embeddings": 256}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    save_hf(build_causal_lm(sizes, vocab_size=len(tokenizer), **ends), tokenizer, tmp_path / "judge")
+    keys = {"steps": True, "on_reject": "continue", "threshold": 6, "kl_coef": 0.0}
+    changes = outcome(tmp_path, "ovd", **keys, train={"prompts_per_step": 8, "samples_per_prompt": 4, "steps": 2})
+    changes |= {"teacher": {"type": "verbal", "model": str(tmp_path / "judge"), "step_separator": ";"}}
+    section = {"type": "teacher", "max_new_tokens": 100, "continue_template": "go on|{problem}{steps}"}
+    changes |= {"responses": section, "task": {"num_solutions": 50}}
+    for how in ("continue", "revise"):
+        rejection = {"problems": 10, "reject_below": 6, "on_reject": how, "max_attempts": 2}
+        run_dir = train(tmp_path / how, **changes | {"eval": rejection})
+        found = json.loads((run_dir / "eval" / "step_000002.json").read_text())["metrics"]
+        assert {"assisted", "assisted_share"} <= found.keys() or {"revision@2", "attempts"} <= found.keys()
+        assert sum(row["continued"] for row in metric_rows(run_dir)) > 0
+        # the run's judge and its words
+        again = evaluate(run_dir, quiet=True)
+        assert {name: one.value for name, one in again.metrics.items()} == {
+            name: found[name]["value"] for name in found
+        }
+    continued = [
+        one for part in seen.updates for one in part if len(set(one.author[one.prompt_length :].tolist())) == 2
+    ]
+    assert continued
+    assert all(
+        f"go on|{one.prompt.text}{one.text.rpartition(';#')[0].rpartition(';')[0]};" in asked for one in continued
+    )
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -442,7 +501,7 @@ CHAT_TEACHER = {"type": "chat", "url": "http://h/v1", "model": "m"}
 REFUSED = {
     "no responses": ({"responses": None}, "no response does that was written before"),
     "solutions": ({"responses": {"type": "solutions"}}, "no response does that was written before"),
-    "a judge that writes nothing": ({"teacher": {"type": "verifier"}}, "writes responses; set method.on_reject: drop"),
+    "a judge that reads and writes no steps": ({"teacher": {"type": "verifier"}}, "reads whole responses"),
     "whole responses": ({"method": {"type": "ovd", "on_reject": "continue"}}, "steps is false"),
 }
 

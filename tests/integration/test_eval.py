@@ -6,7 +6,7 @@ import errno
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from understudy.eval.summary import EvalSummary, summarise
 from understudy.report.read import read_attempts, read_eval
 from understudy.tasks import Arithmetic, Jsonl, build_tokenizer
 from understudy.tasks.renderer import Renderer
+from understudy.teachers.judges.wording import Wording
 from understudy.types import Author, Finish, Prompt, Request, Sample, Sampling, Verdict
 
 TASK = Arithmetic()
@@ -372,6 +373,88 @@ class Digit:
     def judge(self, samples: Sequence[Sample], *, score: str = "argmax", steps: bool = False) -> list[Verdict]:
         self.num_asked += len(samples)
         return [Verdict(self.digit) for _ in samples]
+
+
+SOLUTION_STEPS = Wording(separator=";")
+
+
+@dataclass
+class Strict:
+    """A judge of steps: 9 for one that the solution has at its place, 0 for any other."""
+
+    read: list[list[str]] = field(default_factory=list)
+
+    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
+        self.read.append([sample.text for sample in samples])
+        found = []
+        for sample in samples:
+            starts, known = SOLUTION_STEPS.starts(sample, steps=True), (sample.prompt.solution or "").split(";")
+            said = sample.text.split(";")
+            digits = tuple(9.0 if said[at] == known[at] else 0.0 for at in range(len(said)))
+            found.append(Verdict(min(digits), digits, starts))
+        return found
+
+
+def begins_wrong_after(num_steps: int) -> Answer:
+    """The first steps of the solution, then one that is none; behind a prefix the solution goes on for one step more."""
+
+    def answer(request: Request) -> str:
+        steps = (request.prompt.solution or "").split(";")
+        given = "" if request.prefix_ids is None else TOKENIZER.decode(request.prefix_ids)
+        right = given.count(";") + num_steps
+        return ";".join([*steps[:right], "1"] if right < len(steps) else steps)
+
+    return answer
+
+
+def test_a_revision_keeps_the_accepted_steps_and_draws_the_rest_again() -> None:
+    """Three steps a solution: each draw gets one more of them right, behind the tokens of those that stand."""
+    judge, oracle = Strict(), Oracle(begins_wrong_after(1))
+    found = values(evaluated(engine=oracle, samples_per_prompt=1, rejection=Rejection(judge.judge, 7.0, 4, "revise")))
+    assert (found["avg@1"], found["revision@4"], found["attempts"]) == (0.0, 1.0, 3)
+    assert len(judge.read) == 3
+    for earlier, later in zip(judge.read, judge.read[1:], strict=False):
+        for before, after in zip(earlier, later, strict=True):
+            assert after.startswith(before.rpartition(";")[0] + ";")
+    cut = values(evaluated(engine=oracle, samples_per_prompt=1, rejection=Rejection(judge.judge, 7.0, 2, "revise")))
+    assert (cut["revision@2"], cut["attempts"]) == (0.0, 2)
+
+
+def test_a_first_step_that_is_rejected_is_drawn_again_whole() -> None:
+    oracle = Oracle(begins_wrong_after(0))
+    found = values(evaluated(engine=oracle, rejection=Rejection(Strict().judge, 7.0, 3, "revise")))
+    whole = values(evaluated(engine=oracle, rejection=Rejection(Digit(0.0).judge, 7.0, 3)))
+    assert found["revision@3"] == whole["rejection@3"] == 0.0
+    assert found["attempts"] == whole["attempts"] == 3
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 2, 3])
+def test_a_teacher_writes_the_rest_of_a_rejected_answer(num_right: int) -> None:
+    """Behind the steps that stand; a whole response where none does, and nothing where all do. Where it has none, the student's
+    answer stands."""
+    asked: list[Prompt] = []
+    mute = PROMPTS[-1].id
+
+    def respond(prompts: Sequence[Prompt]) -> list[str | None]:
+        asked.extend(prompts)
+        found: list[str | None] = []
+        for prompt in prompts:
+            known = next(one for one in PROMPTS if one.id == prompt.id)
+            so_far = (prompt.text or "").removeprefix("go on:") if num_right else ""
+            found.append(None if prompt.id == mute else (known.solution or "").removeprefix(so_far))
+        return found
+
+    oracle = Oracle(begins_wrong_after(num_right))
+    rejection = Rejection(Strict().judge, 7.0, 4, "continue", respond, "go on:{steps}")
+    found = values(evaluated(engine=oracle, rejection=rejection))
+    num = len(PROMPTS)
+    assert len(asked) == (0 if num_right == 3 else num)
+    assert found["assisted"] == pytest.approx(1.0 if num_right == 3 else (num - 1) / num)
+    assert found["assisted_share"] == pytest.approx(0.0 if num_right == 3 else (num - 1) / num)
+    assert "attempts" not in found
+    for prompt, question in zip(PROMPTS, asked, strict=False):
+        begun = ";".join([*(prompt.solution or "").split(";")[:num_right], ""])
+        assert question.text == (f"go on:{begun}" if num_right else prompt.text)
 
 
 @pytest.mark.parametrize(("digit", "attempts"), [(9.0, 1), (7.0, 1), (6.0, 3), (None, 1)])

@@ -64,6 +64,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "ovd",
         {"method": {"reward": "verbal", "on_reject": "resample", "score": "expectation"}, "responses": None},
     ),
+    "ovd_continue": (
+        "ovd",
+        {
+            "method": {"on_reject": "continue", "steps": True},
+            "responses": {"type": "teacher", "continue_template": "{problem}{steps}"},
+        },
+    ),
     "kdrl_anneal": ("kdrl", {"method": {"anneal_to": 0.0}}),
     "gkd_off_policy": ("gkd", {"method": {"on_policy_share": 0.5}, "responses": SOLUTIONS}),
     "grpo_updates": ("grpo", {"train": {"minibatches": 2, "passes": 2}}),
@@ -148,6 +155,7 @@ RANKED = {
     "reopold_updates": {"method": {"switch_step": 0, "top_share": 0.5}},
     "dapo": {"train": {"prompts_per_step": 3, "samples_per_prompt": 3}},
     "ovd": {},
+    "ovd_continue": {},
 }
 """What is drawn for each token, cut over the step, compared in groups that lie on both ranks, divided over several updates
 (of which one has no sample on the second rank), or drawn anew."""

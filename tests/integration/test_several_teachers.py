@@ -255,6 +255,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"method": {"type": "ovd"}, "teacher": JUDGE, "train": TWO},
         "OVD fills rejected slots with the teacher's own responses; add a section",
     ),
+    "steps for a judge of whole responses": (
+        {"method": {"type": "ovd", "steps": True, "on_reject": "drop"}, "teacher": {"type": "verifier"}, "train": TWO},
+        "OVD has each step judged, but teacher .*reads whole responses; set method.steps: false",
+    ),
     "groups of one": (
         {"method": {"type": "grpo"}, "train": {"samples_per_prompt": 1}},
         "set train.samples_per_prompt to 2 or more",

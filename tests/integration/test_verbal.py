@@ -41,7 +41,7 @@ from understudy.teachers.judges.wording import (
     as_text,
     read_digit,
 )
-from understudy.types import Author, Prompt, Sample, Verdict
+from understudy.types import Author, Prompt, Sample, Sampling, Verdict
 
 ROUNDING = 1e-12
 """float64: another order of sums."""
@@ -283,6 +283,34 @@ def test_what_does_not_fit_is_unscored_and_says_so() -> None:
     steps = judge.judge([replace(CASES[0], text="1\n\n" + "2" * length)], steps=True)[0]
     assert (steps.score, steps.steps) == (None, ())
     assert "step 2 of 2" in steps.note
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_judge_that_is_loaded_here_writes_responses(chat: bool) -> None:
+    """A text is a user's message where it has a chat template, a chat is a text where it has none; what does not fit has
+    none."""
+    asked: list[Prompt] = []
+
+    def generate(model: Any, prompts: list[Prompt], sampling: Sampling) -> list[str | None]:
+        asked.extend(prompts)
+        assert (sampling.temperature, sampling.max_new_tokens) == (0.5, 200)
+        return ["", None, "7"]
+
+    turns = ({"role": "system", "content": "s"}, {"role": "user", "content": "1"})
+    prompts = [
+        Prompt("a", text="2"),
+        Prompt("long", text="x" * 1001),
+        Prompt("b", messages=turns),
+        Prompt("c", text="3"),
+    ]
+    judge: Responder = tiny_judge(chat=chat, generate=generate)[0]
+    assert judge.respond(prompts, max_new_tokens=200, temperature=0.5) == [None, None, None, "7"]
+    assert [prompt.id for prompt in asked] == ["a", "b", "c"]
+    if chat:
+        assert asked[0].messages == ({"role": "user", "content": "2"},)
+        assert asked[1].messages == turns
+    else:
+        assert [prompt.text for prompt in asked] == ["2", "system: s\n\nuser: 1", "3"]
 
 
 def test_a_response_cannot_end_its_turn() -> None:

@@ -58,7 +58,7 @@ def new_recipe(name: str, student: str, teacher: str, method: str, data: str | N
     said = f"method:                     # see: understudy methods\n  type: {method}\n"
     if "verbal" in asked:
         text = text.replace("  type: local\n", "  type: verbal\n", 1)
-        said += "  on_reject: drop           # a judge writes no responses\n"
+        said += "  on_reject: drop           # or teacher, with `responses: {type: teacher}`\n"
     elif uses.prefixes or uses.fills_slots:
         said += "\nresponses: {type: teacher}  # which begin or replace samples of the student\n"
     text = _replaced(text, "method", said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from understudy.eval.estimators import SHARE, Estimate, estimate_mean
 from understudy.eval.summary import EvalSummary, sample_row, summarise
 from understudy.files import write_json, write_json_lines
 from understudy.tasks.renderer import Renderer
-from understudy.types import Prompt, Request, Sample, Sampling, Verdict
+from understudy.teachers.judges.wording import accepted_part, rest_of
+from understudy.types import Prompt, Rejected, Request, Sample, Sampling, Verdict
 
 if TYPE_CHECKING:
     from understudy.engines import Generates
@@ -52,9 +53,10 @@ def run_eval(
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
     evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
-    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it. `progress` gets the number
-    of samples in each block; `share` has several ranks write a part of the requests each. Raises DataError for prompts with
-    equal ids and if no prompt fits the budget, CheckpointError if the files cannot be written.
+    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it, or written on by the teacher.
+    `progress` gets the number of samples in each block; `share` has several ranks write a part of the requests each.
+    Raises DataError for prompts with equal ids and if no prompt fits the budget, CheckpointError if the files cannot be
+    written.
     """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
@@ -91,7 +93,8 @@ def run_eval(
         found = summarise(best, step=step, split=split, eos_ids=renderer.stop_ids).metrics.get("avg@1")
         summary = summary if found is None else replace(summary, metrics={**summary.metrics, "greedy": found})
     if rejection is not None:
-        rejected = rejection.metrics(first, task, play_episodes, sampling, f"eval/{split}/rejection")
+        stream = f"eval/{split}/rejection"
+        rejected = rejection.metrics(first, task, renderer, play_episodes, sampling, stream)
         summary = replace(summary, metrics={**summary.metrics, **rejected})
     if out_dir is not None:
         path = out_dir / f"step_{step:06d}.json"
@@ -107,39 +110,80 @@ def run_eval(
 
 @dataclass(frozen=True)
 class Rejection:
-    """Test-time rejection: an answer below `threshold` is drawn again. Source: OVD, arXiv 2601.21968."""
+    """Test-time rejection: an answer below `threshold` does not stand. Source: OVD, arXiv 2601.21968.
+
+    "resample": it is drawn again. Open in the sources, the judge's digits being all the feedback that there is: "revise", the
+    steps before the first one below the threshold stand and the student writes on from there; "continue", the teacher does.
+    """
 
     judge: Callable[[Sequence[Sample]], Sequence[Verdict]]
-    """One verdict for each sample, in order."""
+    """One verdict for each sample, in order; but for "resample" on its steps."""
     threshold: float
     max_attempts: int
+    on_reject: Rejected = "resample"
+    respond: Callable[[Sequence[Prompt]], Sequence[str | None]] | None = None
+    """The teacher's response to each prompt, for "continue"."""
+    continue_template: str | None = None
+    """As of `wording.rest_of`."""
 
     def metrics(
-        self, requests: Sequence[Request], task: Task, play_episodes: Play, sampling: Sampling, stream: str
+        self,
+        requests: Sequence[Request],
+        task: Task,
+        renderer: Renderer,
+        play_episodes: Play,
+        sampling: Sampling,
+        stream: str,
     ) -> dict[str, Estimate]:
-        """`rejection@N`, the score of the answers that stand in the end, and `attempts`, draws of each.
+        """The score of the answers that stand in the end: `rejection@N`, `revision@N` or `assisted`; with `attempts`, draws of
+        each, or `assisted_share`, the share of answers that the teacher wrote on.
 
-        An answer that the judge could not score stands: it is not known to be bad.
+        An answer that the judge could not score stands: it is not known to be bad. So does one that the teacher does not
+        continue.
         """
         final: dict[str, Sample] = {}
         attempts = dict.fromkeys((request.prompt.id for request in requests), 0)
-        left = list(requests)
-        for number in range(self.max_attempts):
+        left, parts = list(requests), dict[str, Sample | None]()
+        for number in range(1 if self.on_reject == "continue" else self.max_attempts):
             written = play_episodes(left, sampling, f"{stream}/{number}")
             verdicts = self.judge(written)
             again = []
             for request, sample, verdict in zip(left, written, verdicts, strict=True):
-                final[request.prompt.id] = sample
-                attempts[request.prompt.id] += 1
+                name = request.prompt.id
+                final[name] = sample
+                attempts[name] += 1
                 if verdict.score is not None and verdict.score < self.threshold:
+                    if self.on_reject != "resample":
+                        part = accepted_part(replace(sample, verdict=verdict), self.threshold, renderer)
+                        parts[name] = part
+                        request = replace(request, prefix_ids=None if part is None else part.response_ids)
                     again.append(request)
             left = again
             if not left:
                 break
         found = {"attempts": estimate_mean(list(attempts.values()), (1, self.max_attempts))}
+        label = {"resample": f"rejection@{self.max_attempts}", "revise": f"revision@{self.max_attempts}"}
+        if self.on_reject == "continue":
+            continued = self._continued(final, parts)
+            final |= continued
+            found = {"assisted_share": estimate_mean([name in continued for name in final], SHARE)}
         grades = [_grade(task, sample).grade for sample in final.values()]
         scores = [grade.score for grade in grades if grade is not None]
-        return found | ({f"rejection@{self.max_attempts}": estimate_mean(scores, SHARE)} if scores else {})
+        return found | ({label.get(self.on_reject, "assisted"): estimate_mean(scores, SHARE)} if scores else {})
+
+    def _continued(self, written: Mapping[str, Sample], parts: Mapping[str, Sample | None]) -> dict[str, Sample]:
+        """The answers of which the teacher wrote the rest behind the accepted `parts`, by their prompts."""
+        assert self.respond is not None
+        prompts = [
+            written[name].prompt if part is None else rest_of(part.prompt, part.text, self.continue_template)
+            for name, part in parts.items()
+        ]
+        texts = self.respond(prompts) if prompts else []
+        return {
+            name: replace(written[name], text=("" if part is None else part.text) + text, grade=None)
+            for (name, part), text in zip(parts.items(), texts, strict=True)
+            if text is not None
+        }
 
 
 def _sample_and_grade(

@@ -92,6 +92,8 @@ class Uses:
     """What a teacher writes behind the beginning of a rejected sample."""
     judge: bool = False
     """A digit for each sample."""
+    judges_steps: bool = False
+    """A digit for each step of a sample."""
     rewards: frozenset[RewardSource] = frozenset()
     """Sources of rewards; samples of a prompt are compared where there is any."""
 
@@ -163,6 +165,7 @@ class Method(ABC):
             fills_slots=any(rule.by_teacher for rule in rules),
             continues=any(rule.on_reject == "continue" for rule in rules),
             judge=bool(rules),
+            judges_steps=any(rule.steps for rule in rules),
             rewards=frozenset(plan.rewards.source for plan in plans if plan.rewards is not None),
         )
 

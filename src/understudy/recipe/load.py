@@ -23,6 +23,7 @@ from understudy.models import (
     disable_dropout,
     enable_gradient_checkpointing,
     has_bfloat16,
+    lm_head,
     load_causal_lm,
     load_tokenizer,
     probe_head,
@@ -377,15 +378,21 @@ def teacher_setup(
     `reader`: its own chat template, if it writes with that.
     """
     student, renderer = recipe.student, loaded.renderer
-    reader = reader or renderer
+    as_student = reader or renderer
     source = None if section is None else section.vocabulary
 
-    def generate(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[str | None]:
+    def generate(
+        model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling, *, reader: Renderer | None = None
+    ) -> list[str | None]:
+        asked = as_student if reader is None else reader
         # the teacher may end its turns with another token than the student
-        ends = tuple({*reader.stop_ids, *stop_ids(reader.tokenizer, model)})
-        engine = replace(engine_setup(recipe, loaded), stop_ids=ends, autocast=None).hf(model)
-        requests = [Request(prompt, 0, reader.start(prompt)) for prompt in prompts]
-        written = play(engine, reader, single_turn, requests, sampling, step=0, stream="teacher")
+        ends = tuple({*asked.stop_ids, *stop_ids(asked.tokenizer, model)})
+        setup = replace(engine_setup(recipe, loaded), stop_ids=ends, autocast=None)
+        if reader is not None:
+            size = min(vocabulary_size(reader.tokenizer), lm_head(model).num_tokens)
+            setup = replace(setup, tokenizer=reader.tokenizer, vocab_size=size, absent=())
+        requests = [Request(prompt, 0, asked.start(prompt)) for prompt in prompts]
+        written = play(setup.hf(model), asked, single_turn, requests, sampling, step=0, stream="teacher")
         return [None if sample.truncated else sample.text for sample in written]
 
     return Setup(

@@ -298,6 +298,11 @@ def _teachers_give_what_is_asked(recipe: Recipe) -> None:
                 f"{', '.join(sorted(section.gives - {'none'}))}. Choose another teacher, or a method that asks for less "
                 "(see: understudy methods)"
             )
+        if recipe.uses.judges_steps and not section.reads_steps:
+            raise ValueError(
+                f"the method {name} has each step judged, but {recipe.place_of(label)} ({section.shown}) reads whole "
+                "responses; set method.steps: false, or take a judge of type verbal or chat"
+            )
     given = [key for key in ("reference", "references") if getattr(recipe, key)]
     if given and "reference" not in method.needs:
         raise ValueError(f"the method {name} as it is set uses no reference model; remove the section {given[0]}")
@@ -326,7 +331,7 @@ def _responses_are_given_and_used(recipe: Recipe) -> None:
             f"the method {name} {use}; add a section `responses: {{type: teacher}}` (or solutions, jsonl, hub), or set "
             f"{instead}"
         )
-    if uses.continues and any(type(part).environment is not Task.environment for part in recipe.task.places().values()):
+    if uses.continues and _answers_the_student(recipe.task):
         raise ValueError(
             f"the method {name} has the teacher continue what the student began, but in the task {recipe.task.name} an "
             "environment answers the student, and would have to answer the teacher; set method.on_reject: resample or drop"
@@ -335,15 +340,20 @@ def _responses_are_given_and_used(recipe: Recipe) -> None:
         raise ValueError(f"the method {name} uses no responses of a teacher; remove the section responses")
     writes = recipe.teacher is not None and recipe.teacher.writes_responses
     if responses is not None and responses.by_teacher and not writes:
-        instead = "set method.on_reject: drop" if uses.continues else "take them from solutions, jsonl or hub"
         raise ValueError(
-            f"responses.type is teacher, but only one teacher of type local or chat writes responses; {instead}"
+            "responses.type is teacher, but only one teacher of type local, verbal or chat writes responses; take them from "
+            "solutions, jsonl or hub"
         )
     if uses.prefixes and recipe.teacher is not None and recipe.teacher.replays:
         raise ValueError(
             f"the method {name} begins samples with the teacher's own, but a stored teacher knows recorded samples only; set "
             "method.anneal_steps: 0"
         )
+
+
+def _answers_the_student(task: Task) -> bool:
+    """Whether some part of the task has an environment of its own."""
+    return any(type(part).environment is not Task.environment for part in task.places().values())
 
 
 def _samples_are_drawn_and_compared(recipe: Recipe) -> None:
@@ -360,6 +370,20 @@ def _evaluation_is_there_and_draws(recipe: Recipe) -> None:
     if recipe.train.stop_at is not None and (recipe.eval is None or recipe.eval.every is None):
         raise ValueError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
     if recipe.eval is None or recipe.eval.reject_below is None:
+        return
+    how, teacher = recipe.eval.on_reject, recipe.teacher
+    if how != "resample" and teacher is not None:
+        if not teacher.reads_steps:
+            raise ValueError(
+                f"eval.on_reject is {how}, which keeps the steps before the first rejected one, but teacher ({teacher.shown}) "
+                "reads whole responses; set eval.on_reject: resample, or take a judge of type verbal or chat"
+            )
+        if _answers_the_student(recipe.held_out):
+            raise ValueError(
+                f"eval.on_reject is {how}, which keeps the steps of a single message, but in the task {recipe.held_out.name} "
+                "an environment answers the student; set eval.on_reject: resample"
+            )
+    if how == "continue":
         return
     if (recipe.eval.sampling or recipe.sampling).temperature == 0:
         place = "sampling" if recipe.eval.sampling is None else "eval.sampling"

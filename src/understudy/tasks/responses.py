@@ -31,6 +31,8 @@ class ResponseSection(ABC):
     """Whether responses are the task's own solutions."""
     by_teacher: bool = False
     """Whether the run's teacher writes them on demand; `find` then knows none."""
+    continue_template: str | None = None
+    """Its question to the teacher for the rest of a response; None: the built-in one."""
 
     @property
     @abstractmethod

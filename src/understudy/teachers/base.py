@@ -46,6 +46,16 @@ def check_need(need: frozenset[Need], k: int | None, gives: frozenset[Need], wha
         raise ValueError(f"need 'topk' asks for k of at least 1; k is {k}")
 
 
+class Generate(Protocol):
+    """Writes a response to each prompt with a model of this process; None where one does not end."""
+
+    def __call__(
+        self, model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling, *, reader: Renderer | None = None
+    ) -> list[str | None]:
+        """`reader`: the model's tokenizer with its template; None: the student's or, under `rendering: own`, the teacher's."""
+        ...
+
+
 class Source(NamedTuple):
     """A model or tokenizer: a directory or hub name, with its revision."""
 
@@ -81,8 +91,7 @@ class Setup:
     seed: int = 0
     grade: Callable[[Prompt, str], Grade | None] | None = None
     """The task's verdict on a response to a prompt; None of it where nobody can judge it."""
-    generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None
-    """Writes a response to each prompt with a model of this process; None where one does not end."""
+    generate: Generate | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -132,6 +141,8 @@ class TeacherSection(ABC):
 
     says_digits: bool = False
     """Whether `open` returns a `Judge`."""
+    reads_steps: bool = False
+    """Whether it is a judge that can say a digit for each step."""
     writes_responses: bool = False
     """Whether `open` returns a `Responder`."""
     alone: bool = False

@@ -21,6 +21,7 @@ from understudy.packing import lay_out, micro_batches
 from understudy.teachers.base import (
     CAN,
     ExtraIds,
+    Generate,
     LoadedSection,
     Rendering,
     RunFacts,
@@ -181,7 +182,7 @@ class LocalTeacher(Teacher):
         device: str | torch.device | None = None,
         offload: bool = False,
         around: Callable[[], AbstractContextManager[object]] | None = None,
-        generate: Callable[[nn.Module, Sequence[Prompt], Sampling], list[str | None]] | None = None,
+        generate: Generate | None = None,
     ) -> None:
         self.model = model if around else model.requires_grad_(False)
         self._around = around or nullcontext

@@ -8,7 +8,7 @@ from typing import Literal
 from understudy.errors import check_range
 from understudy.losses.schedules import Shape
 from understudy.tasks import Split
-from understudy.types import Sampling
+from understudy.types import Rejected, Sampling
 
 MAX_STEPS = 1_000_000
 """The most steps of a run: the method's plan of every step is read before the first one."""
@@ -127,6 +127,9 @@ class Eval:
     """Also one answer to each problem at temperature 0, the metric `greedy`."""
     reject_below: float | None = None
     """Also test-time rejection: an answer to which the judge gives a lower digit is drawn again (`rejection@N`)."""
+    on_reject: Rejected = "resample"
+    """Fate of such an answer: "resample" draws the whole again. Open in the sources: "revise" keeps the steps before the first
+    rejected one and draws the rest again (`revision@N`); "continue" has the teacher write the rest (`assisted`)."""
     max_attempts: int = 4
     """N, the most draws of one answer under rejection; the last counts where none was accepted."""
 
@@ -136,3 +139,5 @@ class Eval:
         check_range(self, 1, "samples_per_prompt")
         check_range(self, 2, "max_attempts", off="without reject_below every answer is drawn once")
         check_range(self, 0, "reject_below", high=9)
+        if self.on_reject != "resample" and self.reject_below is None:
+            raise ValueError(f"on_reject is {self.on_reject}, but nothing is rejected; set reject_below, such as 7")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from understudy.errors import DataError, RecipeError, check_range
@@ -21,6 +21,8 @@ from understudy.types import Author, Prompt, Sample, Verdict
 @dataclass(frozen=True, kw_only=True)
 class Verbal(JudgeSection, LoadedSection):
     """The section of a recipe for a judge whose weights are in this process."""
+
+    writes_responses = True
 
     model: str
     """A directory or a hub name."""
@@ -43,7 +45,8 @@ class Verbal(JudgeSection, LoadedSection):
         """Loads model and tokenizer. Raises RecipeError where either cannot be, or digits are not single tokens."""
         tokenizer = load_tokenizer(self.model, revision=self.revision)
         date = None if setup.renderer is None else setup.renderer.date
-        asker = Asker(Renderer(tokenizer, self.template_kwargs, date=date), self.wording)
+        renderer = Renderer(tokenizer, self.template_kwargs, date=date)
+        asker = Asker(renderer, self.wording)
         return VerbalTeacher(
             self.load(setup.device),
             asker,
@@ -51,6 +54,7 @@ class Verbal(JudgeSection, LoadedSection):
             max_batch_tokens=self.max_batch_tokens,
             device=setup.device,
             offload=self.offload,
+            generate=None if setup.generate is None else partial(setup.generate, reader=renderer),
         )
 
 
@@ -109,7 +113,7 @@ class Asker:
 
 
 class VerbalTeacher(Judge):
-    """Any causal language model as a judge that says one digit.
+    """Any causal language model as a judge that says one digit, and as a writer of responses.
 
     The logits behind the question are those of the ten digit tokens alone, in float32 (float64 for float64): "argmax" is
     the most likely digit, "expectation" `sum_d d p(d)` under their softmax. A question that is longer than the judge's
@@ -144,6 +148,30 @@ class VerbalTeacher(Judge):
         replies = self._answer([question for questions in asked for question in questions], score)
         starts = [self._asker.wording.starts(sample, steps=steps) for sample in samples]
         return verdicts(replies, starts, score=score, steps=steps)
+
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
+        """The model's own response to each prompt, in order; None for an empty one, one that was cut off, and a prompt that is
+        too long or that its tokenizer cannot encode. A text is a user's message where it has a chat template."""
+        renderer, limit = self._asker.renderer, num_positions(self.model)
+        asked: dict[int, Prompt] = {}
+        for index, prompt in enumerate(prompts):
+            if renderer.has_template and prompt.messages is None:
+                said = {"role": "user", "content": prompt.text or ""}
+                prompt = replace(prompt, text=None, quoted=(), messages=(said,))
+            elif not renderer.has_template and prompt.messages is not None:
+                prompt = replace(prompt, text=prompt.conversation, messages=None, tools=None)
+            try:
+                size = len(renderer.start(prompt)) + max_new_tokens
+            except DataError:
+                continue
+            if limit is None or size <= limit:
+                asked[index] = prompt
+        texts: list[str | None] = []
+        if asked:
+            chosen = list(asked.values())
+            texts = self._reader.respond(chosen, max_new_tokens=max_new_tokens, temperature=temperature)
+        found = dict(zip(asked, texts, strict=True))
+        return [found.get(index) or None for index in range(len(prompts))]
 
     @no_grad
     def _answer(self, questions: Sequence[Question], score: ScoreForm) -> list[Reply]:

@@ -165,6 +165,7 @@ class JudgeSection(TeacherSection):
     """The keys of every judge. Raises ValueError for templates that do not show what is graded."""
 
     says_digits = True
+    reads_steps = True
     alone = True
 
     template: str | None = None
