@@ -190,15 +190,15 @@ class ResponseStore:
                 asked[at] = replace(request, prompt=question)
                 # a text behind one beginning says nothing about what follows another
                 names[at] += f"/{hash_facts([question.text])}"
-        encoded: dict[tuple[str, str], Tensor | None] = {}
+        encoded: dict[tuple[str, int | None, str], Tensor | None] = {}
         usable: list[list[Tensor]] = []
         for request, texts in zip(requests, self._texts(asked, names), strict=True):
-            start = begun.get(request.key)
-            of = request.prompt.id if start is None else start.key
-            for text in texts:
-                if (of, text) not in encoded:
-                    encoded[of, text] = self._say(request.prompt, text, start)[0]
-            usable.append([ids for text in texts if (ids := encoded[of, text]) is not None])
+            prompt, start = request.prompt, begun.get(request.key)
+            keys = [(prompt.id, None if start is None else request.index, text) for text in texts]
+            for key, text in zip(keys, texts, strict=True):
+                if key not in encoded:
+                    encoded[key] = self._say(prompt, text, start)[0]
+            usable.append([ids for key in keys if (ids := encoded[key]) is not None])
         found: list[Tensor | None] = []
         if slots is None or not shared:
             draws = keyed_uniform(self._seed, "response", step, [request.key for request in requests], 1)[:, 0].tolist()
