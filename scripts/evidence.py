@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from understudy import config
+from understudy import config, evaluate
 from understudy.eval.estimators import Estimate, crossed_mean, estimate_mean
 from understudy.report import svg
 from understudy.report.read import Series, read_run
@@ -45,7 +45,8 @@ class Contrast:
     more: str
     less: str
     by: str = "accuracy"
-    """"accuracy", "samples" (the ratio of samples until `less` is as good as `more` ends), or a metric of the evaluation."""
+    """"accuracy", "greedy" (accuracy at temperature 0), "samples" (the ratio of samples until `less` is as good as `more`
+    ends), or a metric of the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,9 @@ class Claim:
     """Models made of weights: `{name: {start: DIR, experts: [DIR], scale: 1.0}}`, start + scale * mean(expert - start)."""
     evaluated: Mapping[str, str] = field(default_factory=dict)
     """Further rows: models that are evaluated as the runs are, by name."""
+    problems: int | None = None
+    """Test problems of one more evaluation of every finished student, which then decides about accuracy; None: the run's last
+    evaluation does. It costs seconds a student, and the interval of a few hundred problems is wider than that of five seeds."""
     contrasts: tuple[Contrast, ...]
 
 
@@ -113,9 +117,11 @@ class Finished:
     folder: Path
     tuned: Mapping[str, Any]
 
-    def attempts(self) -> dict[str, list[dict[str, Any]]]:
-        """The samples of the last evaluation by problem."""
-        path = max((self.folder / "eval").glob("step_*.jsonl"))
+    def attempts(self, kind: str) -> dict[str, list[dict[str, Any]]]:
+        """The samples of an evaluation by problem: of "final" or "greedy", or the last one of the run, "eval"."""
+        # a run may have no evaluation of its student at the end but its own, and a model has none but that
+        folder = next(found for name in (kind, "eval", "final") if (found := self.folder / name).is_dir())
+        path = max(folder.glob("step_*.jsonl"))
         found: dict[str, list[dict[str, Any]]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             sample = json.loads(line)
@@ -123,10 +129,11 @@ class Finished:
         return found
 
     def values(self, by: str) -> dict[str, float]:
-        """One number a problem of the last evaluation: `accuracy`, `accuracy/PART`, `pass@k`, `distinct`."""
+        """One number a problem of the last evaluation: `accuracy`, `accuracy/PART`, `greedy`, `pass@k`, `distinct`."""
         kind, _, part = by.partition("/")
-        problems = {name: found for name, found in self.attempts().items() if name.startswith(part)}
-        if kind == "accuracy":
+        attempts = self.attempts({"accuracy": "final", "greedy": "greedy"}.get(kind, "eval"))
+        problems = {name: found for name, found in attempts.items() if name.startswith(part)}
+        if kind in ("accuracy", "greedy"):
             return {name: statistics.fmean(item["score"] for item in found) for name, found in problems.items()}
         if kind.startswith("pass@"):
             k = int(kind.removeprefix("pass@"))
@@ -162,11 +169,22 @@ def finished(name: str, claim: Claim) -> dict[str, list[Finished]]:
     for cell in (cell for cell in cells if cell["status"] == "finished"):
         row = ", ".join(cell["labels"].values())
         rows.setdefault(row, []).append(Finished(row, cell["seed"], Path(cell["run_dir"]), cell["tuned"]))
-    for row, model in claim.evaluated.items():
-        folder = RUNS / name / "models" / row
-        if not (folder / "eval").is_dir():
-            understudy("eval", RECIPES / name / "run.yaml", "--model", model, "--out", folder / "eval")
-        rows[row] = [Finished(row, 0, folder, {})]
+    for row in claim.evaluated:
+        rows[row] = [Finished(row, 0, RUNS / name / "models" / row, {})]
+    recipe = RECIPES / name / "run.yaml"
+    likeliest = json.dumps(config.read_yaml(recipe)["sampling"] | {"temperature": 0})
+    more = () if claim.problems is None else (f"eval.problems={claim.problems}",)
+    for run in (run for runs in rows.values() for run in runs):
+        kinds: dict[str, tuple[str, ...]] = {}
+        if claim.problems is not None or run.row in claim.evaluated:
+            kinds["final"] = ()
+        if any(contrast.by == "greedy" for contrast in claim.contrasts):
+            kinds["greedy"] = (f"eval.sampling={likeliest}", "eval.samples_per_prompt=1")
+        for kind, changes in kinds.items():
+            if not (run.folder / kind).is_dir():
+                model = claim.evaluated.get(run.row, str(run.folder / "student"))
+                evaluate(recipe, model=model, overrides=[*more, *changes], out=run.folder / kind, quiet=True)
+                print(f"evaluated ({kind}): {run.row}, seed {run.seed}", flush=True)
     return rows
 
 
@@ -252,9 +270,8 @@ def verdict_table(claims: Mapping[str, Claim]) -> str:
             factor, digits = (1.0, 1) if row["metric"] in ("samples", "distinct") else (100.0, 1)
             shown = f"{float(row['value']) * factor:.{digits}f}" + between(row["low"], row["high"], digits, factor)
             unit = " x" if row["metric"] == "samples" else "" if row["metric"] == "distinct" else " points"
-            lines.append(
-                f"| [{claim.title}](#{name}) | {row['row']} | {row['metric']} | {shown}{unit} | **{row['at']}** |"
-            )
+            where = f"[{claim.title}](#{claim.title.lower().replace(' ', '-')})"
+            lines.append(f"| {where} | {row['row']} | {row['metric']} | {shown}{unit} | **{row['at']}** |")
     return "\n".join(lines)
 
 

@@ -48,7 +48,9 @@ def test_a_claim_from_its_recipes_to_the_page(
         "models": ["world/start"],
         "merged": {"world/same": {"start": start, "experts": [start, start], "scale": 2.0}},
         "evaluated": {"start": start, "merged": "runs/evidence/world/same"},
+        "problems": 5,
         "contrasts": [
+            {"says": "likeliest tokens alone", "more": "low", "less": "start", "by": "greedy"},
             {"says": "merged with itself it is the start", "more": "merged", "less": "start"},
             {"says": "low ahead", "more": "low", "less": "high", "by": "pass@2"},
             {"says": "sooner", "more": "low", "less": "high", "by": "samples"},
@@ -84,5 +86,9 @@ def test_a_claim_from_its_recipes_to_the_page(
     found = {row["row"]: row for row in rows if row["kind"] == "contrast"}
     same = found["merged with itself it is the start"]
     assert (float(same["value"]), same["at"]) == (0.0, "not shown")
+    assert found["likeliest tokens alone"]["metric"] == "greedy"
+    evaluated = tmp_path / "runs/evidence/claim/models/start"
+    assert len((evaluated / "final/step_000000.jsonl").read_text().splitlines()) == 10
+    assert len((evaluated / "greedy/step_000000.jsonl").read_text().splitlines()) == 5
     assert found["sooner"]["metric"] == "samples"
     assert (tmp_path / "docs/evidence/claim-accuracy.svg").read_text().startswith("<svg")
