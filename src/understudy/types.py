@@ -97,7 +97,7 @@ class Message:
     """One message of the student, read from its tokens."""
 
     text: str
-    """All of it, without special tokens."""
+    """All of it, without special tokens except those that mark a tool call."""
     content: str
     """`text` without reasoning and tool calls."""
     reasoning: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from tests.runs import assert_same_run, distillation, grade_by_length, metric_ro
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.engines import Generates, HFEngine
 from understudy.environments import SINGLE_TURN, Step
-from understudy.environments.play import play
+from understudy.environments.play import MAX_STEPS_AT_ONCE, play
 from understudy.errors import DataError, TemplateError
 from understudy.models import load_tokenizer
 from understudy.packing import pack
@@ -33,7 +34,7 @@ from understudy.teachers import Setup
 from understudy.teachers.judges.wording import Wording, as_text
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.stores.recording import ScoredMeta, Stored, write_scored
-from understudy.types import Author, Message, Prompt, Request, Sample, Sampling
+from understudy.types import Author, Grade, Message, Prompt, Request, Sample, Sampling
 
 pytestmark = pytest.mark.slow
 
@@ -511,3 +512,50 @@ def test_only_environments_ask_an_engine() -> None:
         if re.search(r"\bengine\.generate\(", path.read_text())
     }
     assert callers - {"engines"} == {"environments"}
+
+
+class Hanging(Scripted):
+    """Never answers a message of odd length, and hangs again when it is closed."""
+
+    deadline_s = 0.2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone = threading.Event()
+
+    def step(self, message: Message) -> Step:
+        if len(message.text) % 2:
+            self.gone.wait()
+        return super().step(message)
+
+    def close(self) -> None:
+        super().close()
+        self.gone.wait(None if any(len(text) % 2 for text in self.heard) else 0)
+
+
+def test_an_environment_that_hangs_ends_its_own_episode() -> None:
+    """More of them than threads answer at a time, so none of them holds its place."""
+    many = requests(num_prompts=4, per_prompt=2 * MAX_STEPS_AT_ONCE // 4)
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, environments = played(engine, Hanging, given=many)
+    finishes = [sample.finish for sample in samples]
+    assert {"stop", "environment"} <= set(finishes)
+    for sample, environment in zip(samples, environments, strict=True):
+        assert environment.num_closed == 1
+        if sample.finish == "environment":
+            assert sample.messages[-1] == {"role": "error", "content": "TimeoutError: no answer within 0.2 s"}
+        environment.gone.set()
+
+
+def test_a_reward_may_be_a_grade() -> None:
+    class Graded(Scripted):
+        def step(self, message: Message) -> Step:
+            return Step(done=True, reward=Grade(0.5, "half", "the other half is missing"))
+
+    with engine_of("hf", model_of(), Path()) as engine:
+        samples, _ = played(engine, Graded)
+    grades = [sample.grade for sample in samples if sample.finish == "stop"]
+    assert grades
+    assert all(grade == Grade(0.5, "half", "the other half is missing") for grade in grades)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        Step(reward=Grade(1.5))

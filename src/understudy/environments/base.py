@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from understudy.types import Message, Prompt
+from understudy.types import Grade, Message, Prompt
+
+DEADLINE_S = 300.0
+"""Seconds for one step of an environment that sets no deadline of its own."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,14 @@ class Step:
     for `content`; after a prompt of plain text only `content` is read."""
     done: bool = False
     """Whether the episode is over; its messages are then not read any more."""
-    reward: float | None = None
-    """The score of the whole episode in [0, 1], in place of the task's verifier; the last one that is given counts."""
+    reward: float | Grade | None = None
+    """The score of the whole episode in [0, 1], in place of the task's verifier; the last one that is given counts. A `Grade`
+    also says which answer was read, and what is wrong with it."""
 
     def __post_init__(self) -> None:
-        if self.reward is not None and not 0.0 <= self.reward <= 1.0:
-            raise ValueError(f"the reward is {self.reward}; it must lie in [0, 1]")
+        score = self.reward.score if isinstance(self.reward, Grade) else self.reward
+        if score is not None and not 0.0 <= score <= 1.0:
+            raise ValueError(f"the reward is {score}; it must lie in [0, 1]")
         for message in self.messages:
             role, content = message.get("role"), message.get("content")
             if not isinstance(role, str) or role == "assistant" or not isinstance(content, str):
@@ -37,6 +42,8 @@ class Environment(Protocol):
 
     The prompt itself, with its system message and tools, is the task's: so its length is known, and privileged teachers are
     shown it, before anything is written. Everything here is called by one thread at a time; other episodes may run in others.
+    An attribute `deadline_s` bounds a step in seconds, `DEADLINE_S` where there is none: a step that takes longer fails, and
+    `close` is then called while it may still run.
     """
 
     @property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from understudy.engines import Generates
-from understudy.environments.base import SINGLE_TURN, Environment, Step
+from understudy.environments.base import DEADLINE_S, SINGLE_TURN, Environment, Step
 from understudy.errors import DataError, TemplateError
 from understudy.lazy import Tensor, torch
 from understudy.tasks.renderer import Renderer, Said
@@ -19,6 +20,7 @@ from understudy.types import Author, Grade, Prompt, Request, Sample, Sampling
 MAX_STEPS_AT_ONCE = 32
 """Environments that answer at the same time, each in a thread: most wait for a search, a tool or a process."""
 
+Result = TypeVar("Result")
 EnvironmentOf = Callable[[Prompt], Environment]
 
 
@@ -51,7 +53,8 @@ def play(
 
     Episodes go on in lockstep: each turn asks the engine once, for all that are not over. `sampling.max_new_tokens` bounds
     the whole response, the environment's tokens included. An episode is cut ("length") where that is used up or its
-    environment's `max_turns` are; an environment that raises ends its own episode ("environment").
+    environment's `max_turns` are; an environment that raises, or gives no answer by its deadline, ends its own episode
+    ("environment").
     Raises TemplateError for a chat template that cannot continue a conversation, and as the engine.
     """
     samples = _write(engine, requests, sampling, step, stream) if requests else []
@@ -114,13 +117,13 @@ def _write(engine: Generates, requests: Sequence[Request], sampling: Sampling, s
 def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Episode:
     """Returns the episode after its environment has answered the last message of the student."""
     sample, environment = episode.sample, episode.environment
-    message = renderer.read(sample.token_ids[episode.turn_start :])
+    message = renderer.read(sample.token_ids[episode.turn_start :], sample.prompt.tools)
     said = (*episode.said, {"role": "assistant", "content": message.text})
     over = replace(episode, sample=replace(sample, text=message.text, messages=said), said=said, next_ids=None)
     if sample.finish != "stop":
         return over
     try:
-        reply = environment.step(message)
+        reply = _within(getattr(environment, "deadline_s", DEADLINE_S), lambda: environment.step(message))
         if not isinstance(reply, Step):
             raise TypeError(f"step returned {reply!r}, which is no Step")
     # other people's code: a bad episode is data. Ctrl-C reaches only the main thread; an exit() in a tool that runs the
@@ -129,9 +132,11 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
         return _failed(over, error)
     if reply.reward is not None:
         # the answer is what majority votes count
-        grade = Grade(reply.reward, message.content.strip() or None)
+        grade = (
+            reply.reward if isinstance(reply.reward, Grade) else Grade(reply.reward, message.content.strip() or None)
+        )
         # as of every verifier, the note of a right answer is empty: teachers are shown it as feedback
-        grade = grade if grade.right else replace(grade, note="graded by the environment")
+        grade = grade if grade.right or grade.note else replace(grade, note="graded by the environment")
         over = replace(over, sample=replace(over.sample, grade=grade))
     if reply.done:
         return over
@@ -173,7 +178,26 @@ def _join(episode: _Episode, written: Sample) -> _Episode:
     return replace(episode, sample=sample, turn_start=start, next_ids=None)
 
 
+def _within(deadline_s: float, call: Callable[[], Result]) -> Result:
+    """The result of a call, in a thread that is left behind where it takes too long. Raises TimeoutError, and as the call.
+
+    A thread of a pool would be waited for when the pool ends, and at the end of the program.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True, name="understudy-step").start()
+    if not wait([future], timeout=deadline_s).done:
+        raise TimeoutError(f"no answer within {deadline_s:g} s")
+    return future.result()
+
+
 def _close(environment: Environment) -> None:
     # the sample is there: what its environment leaves behind is no reason to lose it
     with suppress(Exception):
-        environment.close()
+        _within(getattr(environment, "deadline_s", DEADLINE_S), environment.close)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,8 @@ from understudy.errors import DataError, RecipeError, TemplateError, VocabularyE
 from understudy.lazy import Tensor, torch
 from understudy.models.vocabulary import tokenizer_ends
 from understudy.tasks.encoding import SHOWN_CHARS, SLOT, Encoder, Untrusted, fill
-from understudy.types import Message, Prompt, ToolCall
+from understudy.tasks.tool_calls import CallFormat, Tools, call_format
+from understudy.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,8 +52,6 @@ _CALL_OPTIONS = frozenset(
 """Arguments of `apply_chat_template` itself, which no template reads."""
 _EMPTY_BLOCK = re.compile(r"[<[]\|?(?:START_)?([\w:]+?)\|?[>\]]\w*\s*[<[]\|?/?(?:END_)?\1\|?[>\]]\s*\Z")
 """A block of reasoning without any, at the end of a text: `<|channel>thought\\n<channel|>` of Gemma 4, `[THINK][/THINK]`."""
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
-"""As Hermes and Qwen models write calls; a call that is cut off ends with the text."""
 
 
 def now() -> str:
@@ -216,13 +214,25 @@ class Renderer:
                 added = added[1:]
         return torch.cat([ids, torch.tensor(added, dtype=torch.int64)])
 
-    def read(self, ids: Tensor) -> Message:
-        """The student's message in the tokens of one turn [R]. A tool call that cannot be parsed is kept with its error."""
+    def read(self, ids: Tensor, tools: Tools | None = None) -> Message:
+        """The student's message in the tokens of one turn [R], with its tool calls as the template writes calls.
+
+        A call that cannot be parsed is kept with its error. `tools`: schemas, which say where a value without quotes is text.
+        """
         ended = ids.numel() > 0 and int(ids[-1]) in self.stop_ids
-        text = self.decode(ids[:-1] if ended else ids)
+        text = self._decode_around(ids[:-1] if ended else ids)
         reasoning, content = self._split_reasoning(text)
-        calls = tuple(_parse_call(match) for match in _TOOL_CALL.finditer(content))
-        return Message(text, _TOOL_CALL.sub("", content).strip() if calls else content, reasoning, calls, ended)
+        content, calls = self._call_format.read(content, tools or ())
+        return Message(text, content, reasoning, calls, ended)
+
+    def _decode_around(self, ids: Tensor) -> str:
+        """The text without special tokens, except those that mark a tool call."""
+        special = {index: text for index, text in self._text.special.items() if text in self._call_format.marks}
+        text, start = "", 0
+        for at in [at for at, index in enumerate(ids.tolist()) if index in special] if special else []:
+            text += self.decode(ids[start:at]) + special[int(ids[at])]
+            start = at + 1
+        return text + self.decode(ids[start:])
 
     def decode(self, ids: Tensor) -> str:
         """The text without special tokens."""
@@ -516,6 +526,10 @@ class Renderer:
         return _END_THINK in str(self.tokenizer.chat_template)
 
     @cached_property
+    def _call_format(self) -> CallFormat:
+        return call_format(str(self.tokenizer.chat_template))
+
+    @cached_property
     def frame(self) -> tuple[str, str]:
         """The template's text between the prompt and a response, and between the response and the token that ends it."""
         try:
@@ -562,19 +576,3 @@ def _stand_in(message: Said) -> Said:
     before, found, _ = str(message.get("content", "")).partition(_END_THINK)
     thought = f"1\n{_END_THINK}\n\n" if found else ""
     return {"role": "assistant", "content": (f"{_THINK}\n" if _THINK in before else "") + thought + "2"}
-
-
-def _parse_call(match: re.Match[str]) -> ToolCall:
-    text = match[1].strip()
-    if not match[2]:
-        return ToolCall(text, error="the call is not closed by </tool_call>")
-    try:
-        call = json.loads(text)
-    except ValueError as error:
-        return ToolCall(text, error=f"the call is no JSON: {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return ToolCall(text, error="the call has no name")
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, dict):
-        return ToolCall(text, call["name"], error="the arguments are no JSON object")
-    return ToolCall(text, call["name"], arguments)

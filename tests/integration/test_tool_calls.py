@@ -1,0 +1,201 @@
+"""Tool calls in the tokens of a turn: the formats of chat templates, and what hostile models write in their place."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.test_verbal import byte_tokenizer
+from understudy.models import load_tokenizer
+from understudy.tasks import Renderer
+from understudy.tasks.tool_calls import LLAMA, MISTRAL, TAGGED, call_format
+from understudy.types import Message, Prompt
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "note": {"type": "string"}, "all": {"type": "array"}},
+        },
+    },
+}
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if tools and m == asked[-1] %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "[INST]{{ m.content }}[/INST]"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content | string }}[/TOOL_RESULTS]"
+    "{% elif m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls | tojson }}{{ eos_token }}"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.tool_calls %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
+    "{{ m.tool_calls[0].function.arguments | tojson }}}"
+    "{% elif m.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n{{ {'output': m.content} | tojson }}"
+    "{% else %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+FAMILIES = {
+    # template, special tokens, the end of a turn (None: EOS)
+    "mistral": (MISTRAL_TEMPLATE, "[INST] [/INST] [TOOL_CALLS] [ARGS] [TOOL_RESULTS] [/TOOL_RESULTS]", None),
+    "llama": (LLAMA_TEMPLATE, "<|start_header_id|> <|end_header_id|> <|eot_id|> <|python_tag|>", "<|eot_id|>"),
+}
+
+
+def renderer_of(family: str, shared: Path) -> tuple[Renderer, str]:
+    if family == "qwen":
+        return Renderer(load_tokenizer(str(shared / "tokenizers" / "qwen"))), "<|im_end|>"
+    template, special, end = FAMILIES[family]
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": special.split()})
+    tokenizer.chat_template = template
+    return Renderer(tokenizer), end or tokenizer.eos_token
+
+
+def read(renderer: Renderer, text: str) -> Message:
+    ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return renderer.read(torch.tensor(ids, dtype=torch.int64), [ADD])
+
+
+CALL = {
+    "qwen": '<tool_call>\n{"name": "add", "arguments": {"a": 2, "note": "é </x>"}}\n</tool_call>',
+    "mistral": '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2, "note": "é </x>"}}]',
+    "llama": '{"name": "add", "parameters": {"a": 2, "note": "é </x>"}}',
+}
+
+
+@pytest.mark.parametrize("family", list(CALL))
+def test_a_call_is_read_and_its_result_goes_back(shared: Path, family: str) -> None:
+    """The tokens of the call stay, the template writes the result, and the student goes on behind it."""
+    renderer, end = renderer_of(family, shared)
+    prompt = Prompt("p", messages=({"role": "user", "content": "2+2?"},), tools=(ADD,))
+    start = renderer.start(prompt)
+    written = torch.tensor(renderer.tokenizer(CALL[family] + end, add_special_tokens=False)["input_ids"])
+    message = renderer.read(written, prompt.tools)
+    assert [(call.name, dict(call.arguments), call.error) for call in message.tool_calls] == [
+        ("add", {"a": 2, "note": "é </x>"}, "")
+    ]
+    assert (message.content, message.ended) == ("", True)
+    assert message.text == CALL[family]
+    said = [{"role": "assistant", "content": message.text}, {"role": "tool", "content": "four!"}]
+    ids = torch.cat([start, written])
+    longer = renderer.append(ids, prompt, said)
+    assert torch.equal(longer[: len(ids)], ids)
+    added = renderer.tokenizer.decode(longer[len(ids) :])
+    assert added.count("four!") == 1
+    assert ("tool_response" in added, "ipython" in added, "[TOOL_RESULTS]" in added) == tuple(
+        family == name for name in ("qwen", "llama", "mistral")
+    )
+
+
+@pytest.mark.parametrize("family", list(CALL))
+def test_a_message_without_a_call_has_none(shared: Path, family: str) -> None:
+    renderer, end = renderer_of(family, shared)
+    for text in ("four", '{"answer": 4}', "add(2, 2)", "I would call add with {}"):
+        message = read(renderer, text + end)
+        assert (message.content, message.tool_calls) == (text, ())
+
+
+def test_the_template_decides_on_the_format() -> None:
+    assert call_format(MISTRAL_TEMPLATE) is MISTRAL
+    assert call_format(LLAMA_TEMPLATE) is LLAMA
+    assert call_format("") is TAGGED
+
+
+GOOD = [
+    # format, text, what is said beside the calls, the calls
+    (TAGGED, 'So <tool_call>{"name": "now"}</tool_call> then', "So  then", [("now", {})]),
+    (
+        TAGGED,
+        "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=note>\n2\n</parameter>\n"
+        "<parameter=all>\n[1, 2]\n</parameter>\n<parameter=odd>\nTrue\n</parameter>\n</function>\n</tool_call>",
+        "",
+        [("add", {"a": 2, "note": "2", "all": [1, 2], "odd": True})],
+    ),
+    (TAGGED, "<tool_call><function=add></function></tool_call>", "", [("add", {})]),
+    (
+        MISTRAL,
+        'I add.[TOOL_CALLS] [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]',
+        "I add.",
+        [("a", {"x": 1}), ("b", {})],
+    ),
+    (
+        MISTRAL,
+        '[TOOL_CALLS]a[ARGS]{"x": 1}[TOOL_CALLS]b.c{"y": "[ARGS]"}',
+        "",
+        [("a", {"x": 1}), ("b.c", {"y": "[ARGS]"})],
+    ),
+    (
+        LLAMA,
+        '<|python_tag|>{"name": "a", "parameters": {}}; {"name": "b", "arguments": {"x": 1}}',
+        "",
+        [("a", {}), ("b", {"x": 1})],
+    ),
+    (LLAMA, '{"type": "function", "name": "a", "parameters": {"x": null}}', "", [("a", {"x": None})]),
+    (LLAMA, 'The call is {"name": "a", "parameters": {}}', 'The call is {"name": "a", "parameters": {}}', []),
+]
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), GOOD)
+def test_formats(form: Any, text: str, content: str, calls: list[Any]) -> None:
+    said, found = form.read(text, [ADD])
+    assert said == content
+    assert [(call.name, dict(call.arguments)) for call in found] == calls
+    assert all(call.error == "" for call in found)
+
+
+BAD = [
+    (TAGGED, "<tool_call>{oops}</tool_call>", "no JSON"),
+    (TAGGED, "<tool_call>", "not closed"),
+    (TAGGED, "<tool_call></tool_call>", "no JSON"),
+    (TAGGED, '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call>', "NaN"),
+    (TAGGED, '<tool_call>{"name": "a", "arguments": [1]}</tool_call>', "no JSON object"),
+    (TAGGED, '<tool_call>["a"]</tool_call>', "no name"),
+    (TAGGED, f"<tool_call>{'[' * 100_000}</tool_call>", "too deep"),
+    (TAGGED, '<tool_call>{"name": "a", "arguments": {"x": ' + "9" * 10_000 + "}}</tool_call>", "no JSON"),
+    (TAGGED, "<tool_call><function=add><parameter=a>2</tool_call>", "not closed"),
+    (MISTRAL, "[TOOL_CALLS]", "no JSON"),
+    (MISTRAL, "[TOOL_CALLS] [1]", "no name"),
+    (MISTRAL, '[TOOL_CALLS]add[ARGS]{"a": ', "no JSON"),
+    (LLAMA, '{"name": "a", "parameters": {}', "no JSON"),
+    (LLAMA, '{"name": 3, "parameters": {}}', "no name"),
+    (LLAMA, '<|python_tag|>print("hello")', "no JSON"),
+    (LLAMA, '{"name": ' + '{"name": ' * 100_000, "too deep"),
+]
+
+
+@pytest.mark.parametrize(("form", "text", "error"), BAD, ids=range(len(BAD)))
+def test_what_is_no_call_is_kept_with_its_error(form: Any, text: str, error: str) -> None:
+    _, calls = form.read(text, [ADD])
+    assert len(calls) == 1
+    assert error in calls[0].error
+
+
+@pytest.mark.parametrize("form", [TAGGED, MISTRAL, LLAMA], ids=["tagged", "mistral", "llama"])
+def test_a_megabyte_is_read_in_time(form: Any) -> None:
+    parts = [
+        "<tool_call>", "</tool_call>", "<function=a>", "<parameter=a>", "[TOOL_CALLS]", '{"name": "a"};', '{"name": ', "[", "x",
+        "<tool_call><function=a>", "[TOOL_CALLS]a",
+    ]  # fmt: skip
+    start = time.perf_counter()
+    for part in parts:
+        form.read(part * (1_000_000 // len(part)), [ADD])
+    # generous: a search that begins anew at every tag takes hours
+    assert time.perf_counter() - start < 60
+
+
+def test_schemas_that_are_none_break_nothing() -> None:
+    text = "<tool_call><function=add><parameter=a>2</parameter></function></tool_call>"
+    for tool in (
+        {"name": "add"},
+        {"name": "add", "parameters": []},
+        {"name": "add", "parameters": {"properties": {"a": 3}}},
+    ):
+        assert dict(TAGGED.read(text, [tool])[1][0].arguments) == {"a": 2}
