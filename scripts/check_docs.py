@@ -2,8 +2,8 @@
 
 Checked are paths, commands, links and their anchors on every page; on the pages of the methods that every method has one,
 that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse; on those
-of teachers, tasks and engines the keys and defaults of their sections, and that recipes parse; on the page for users of other
-toolkits that the keys it names exist.
+of teachers, tasks and engines the keys and defaults of their sections, the named data sets, and that recipes parse; on the
+page for users of other toolkits that the keys it names exist.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from understudy.errors import RecipeError
 from understudy.methods import METHODS
 from understudy.methods.base import PolicyMethod, ScoreMethod
 from understudy.recipe import Recipe
-from understudy.tasks import TASKS
+from understudy.tasks import DATASETS, TASKS
 from understudy.tasks.records import Records
 from understudy.teachers import TEACHERS
 from understudy.trainer.settings import Async
@@ -36,11 +36,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 OVERVIEW = ROOT / "docs" / "methods.md"
 COMING_FROM = ROOT / "docs" / "coming-from.md"
+TASKS_PAGE = ROOT / "docs" / "tasks.md"
 SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     ROOT / "README.md": {},
     COMING_FROM: {},
     ROOT / "docs" / "teachers.md": TEACHERS,
-    ROOT / "docs" / "tasks.md": {**TASKS, "records": Records},
+    TASKS_PAGE: {**TASKS, "records": Records},
     ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
 }
 """What a heading with such a name describes in the tables below it."""
@@ -133,6 +134,8 @@ def problems(page: Path) -> Iterator[str]:
         yield from method_problems(page, text)
     if page in SECTION_PAGES:
         yield from section_problems(text, SECTION_PAGES[page])
+    if page == TASKS_PAGE:
+        yield from dataset_problems(text)
     if page == COMING_FROM:
         yield from named_key_problems(text)
     if page == OVERVIEW:
@@ -251,6 +254,17 @@ def recipes(text: str, rest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "", f"recipe: {error}"
         else:
             yield values["method"]["type"], ""
+
+
+def dataset_problems(text: str) -> Iterator[str]:
+    """Named data sets that the table lacks, has too many or describes otherwise than the code."""
+    said = {row["data set"].strip("`"): row for table in tables(text) for row in table.rows if "data set" in row}
+    yield from (f"the data set {name} stands in one of table and code only" for name in said.keys() ^ DATASETS.keys())
+    for name in said.keys() & DATASETS.keys():
+        row, data = said[name], DATASETS[name]
+        splits = ", ".join(f"{split} {data.sizes[split]:,}" if split in data.sizes else split for split in data.splits)
+        found = {"type": f"`{data.task}`", "hub": f"`{data.hub}`", "splits and rows": splits, "licence": data.licence}
+        yield from (f"{name}: {key} is {row[key]}, not {value}" for key, value in found.items() if row[key] != value)
 
 
 def key_problems(text: str, columns: Mapping[str, type[Any]]) -> Iterator[str]:

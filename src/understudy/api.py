@@ -515,7 +515,7 @@ def sample(
         loaded = load_student(recipe)
         if prompts:
             # in the form that the task's prompts have, or that the model was trained on
-            is_chat = next(iter(recipe.task.prompts("train"))).messages is not None
+            is_chat = next(iter(recipe.task.prompts(recipe.task.first_split))).messages is not None
             is_chat, environment_of = bool(loaded.renderer.tokenizer.chat_template) if alone else is_chat, single_turn
             chosen = [
                 Prompt(f"cli/{text}", messages=({"role": "user", "content": text},))

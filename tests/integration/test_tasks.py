@@ -228,6 +228,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "jsonl": {"path": "x", "prompt_field": "q"},
         "hub": {"dataset": "x", "prompt_field": "q"},
         "rows": {"train": "in-memory: 2 rows", "prompt_field": "q"},
+        "math": {"dataset": "gsm8k"},
         "mix": {"parts": {"sums": Arithmetic()}},
     }
     for name, task in TASKS.items():

@@ -350,7 +350,12 @@ def init(
     teacher: Annotated[str, typer.Option(help="Directory or hub name of the teacher.")] = "Qwen/Qwen3-4B",
     method: Annotated[str, typer.Option(help="See: understudy methods.")] = "gkd",
     data: Annotated[
-        str | None, _option(metavar="FILE|NAME", help="Rows to train on: files, or a hub data set.", default="gsm8k")
+        str | None,
+        _option(
+            metavar="FILE|NAME",
+            help="Rows to train on: files, a hub data set, or a name of `understudy tasks`.",
+            default="gsm8k",
+        ),
     ] = None,
     task: Annotated[str | None, _option(help="Type of the task, such as arithmetic.", default="by --data")] = None,
 ) -> None:

@@ -16,7 +16,7 @@ from understudy.errors import RecipeError, nearest
 from understudy.methods import METHODS
 from understudy.models import config_on_disk, positions_of
 from understudy.recipe import Recipe
-from understudy.tasks import TASKS, Hub
+from understudy.tasks import DATASETS, TASKS, Hub
 from understudy.tasks.rows import read_rows
 
 PROMPTS = ("messages", "prompt", "question", "problem", "instruction", "query", "conversations")
@@ -123,9 +123,13 @@ def _task(data: str | None, task: str | None) -> dict[str, Any]:
                 ) from error
             return {"type": task}
         raise RecipeError(f"--task {task} needs --data: a file, or a data set of the hub")
+    path = Path(data).expanduser()
+    if data in DATASETS and not path.exists() and task in (None, DATASETS[data].task):
+        named = DATASETS[data]
+        share = {} if "test" in named.splits else {"validation_share": 0.1}
+        return {"type": named.task, "dataset": data} | share
     if task not in (None, *ROW_TASKS):
         raise RecipeError(f"--task {task} reads no --data; give one of them")
-    path = Path(data).expanduser()
     if task == "hub" or (task is None and not path.exists() and not path.suffix and data.count("/") == 1):
         section = {"type": "hub", "dataset": data}
         rows = Hub(dataset=data, prompt_field="").rows("train")

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.base import Intake, Split, Task
+from understudy.tasks.datasets import DATASETS, DataSet, Named
 from understudy.tasks.in_memory import Rows
+from understudy.tasks.math import Mathematics
 from understudy.tasks.mix import PARTS, Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.records import File, Hub, Jsonl
@@ -16,13 +18,17 @@ TASKS: Mapping[str, type[Task]] = PARTS | {"mix": Mix}
 """`task.type` in a recipe -> its section."""
 
 __all__ = [
+    "DATASETS",
     "TASKS",
     "Arithmetic",
+    "DataSet",
     "File",
     "Hub",
     "Intake",
     "Jsonl",
+    "Mathematics",
     "Mix",
+    "Named",
     "Renderer",
     "Rows",
     "Split",

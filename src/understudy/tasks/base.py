@@ -83,6 +83,11 @@ class Task(ABC):
     def check_split(self, split: Split) -> None:
         """Raises RecipeError where the task has no such split."""
 
+    @property
+    def first_split(self) -> Split:
+        """The split to train on, or the first of data that is for measuring only."""
+        return "train"
+
     def intake(self, split: Split) -> Intake | None:
         """Intake of a split that has prompts; None for a task that reads nothing. Raises as `prompts`."""
         return None

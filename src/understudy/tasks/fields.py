@@ -1,9 +1,11 @@
-"""Values of a row's fields: the one that a name stands for, whether there is one, and the answers in it."""
+"""Values of a row's fields: the one that a name stands for, whether there is one, the answers in it, conditions on it."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
 from typing import Any, cast
@@ -84,3 +86,49 @@ def read_text(row: Mapping[str, Any], field: str, place: str) -> str:
     ):
         return accepted(value)[0]
     raise DataError(f"{place}: field {field!r} is {brief(value)}; it must be a string or a number")
+
+
+_CONDITION = re.compile(r"\s*(\S.*?)\s*(>=|<=|!=|=|\sin\s)\s*(\S.*?)\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on a field of a row, such as `difficulty >= 6`."""
+
+    field: str
+    sign: str
+    values: tuple[str, ...]
+
+    @classmethod
+    def read(cls, text: str) -> Condition:
+        """Raises ValueError for a text that is no condition."""
+        match = _CONDITION.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"where has {text!r}; a condition is FIELD = VALUE, FIELD != VALUE, FIELD >= NUMBER, FIELD <= NUMBER or "
+                "FIELD in VALUE, VALUE"
+            )
+        field, sign, value = match[1], match[2].strip(), match[3]
+        if sign in (">=", "<="):
+            try:
+                float(value)
+            except ValueError:
+                raise ValueError(f"where has {text!r}, but {value!r} is no number") from None
+        return cls(field, sign, tuple(map(str.strip, value.split(","))) if sign == "in" else (value,))
+
+    def holds(self, row: Mapping[str, Any], place: str) -> bool:
+        """Whether the row meets it; one without a value does not. Raises DataError for a missing field and for no number."""
+        try:
+            value = read_field(row, self.field, place, required=True)
+        except MissingValueError:
+            return False
+        if self.sign in (">=", "<="):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{place}: field {self.field!r} is {brief(value)}; where needs a number in it"
+                ) from None
+            return number >= float(self.values[0]) if self.sign == ">=" else number <= float(self.values[0])
+        found = set(accepted_answers(value)) & set(self.values)
+        return not found if self.sign == "!=" else bool(found)

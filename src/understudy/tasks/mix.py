@@ -12,10 +12,18 @@ from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.lazy import LazyPrompts
+from understudy.tasks.math import Mathematics
 from understudy.tasks.records import File, Hub
 from understudy.types import Grade, Prompt
 
-PARTS: dict[str, type[Task]] = {"arithmetic": Arithmetic, "file": File, "jsonl": File, "hub": Hub, "rows": Rows}
+PARTS: dict[str, type[Task]] = {
+    "arithmetic": Arithmetic,
+    "math": Mathematics,
+    "file": File,
+    "jsonl": File,
+    "hub": Hub,
+    "rows": Rows,
+}
 """`type` of a task, or of a part of a mix -> its section."""
 SEPARATOR = "/"
 """Between the name of a part and the part's own id of a prompt."""
@@ -81,6 +89,10 @@ class Mix(Task):
 
     def places(self, section: str = "task") -> Mapping[str, Task]:
         return {f"{section}.parts.{name}": part for name, part in self.parts.items()}
+
+    @property
+    def first_split(self) -> Split:
+        return next(iter(self.parts.values())).first_split
 
     @property
     def is_local(self) -> bool:

@@ -8,11 +8,11 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from understudy import given
 from understudy.errors import DataError, RecipeError, check_range
@@ -21,6 +21,7 @@ from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Intake, Split, Task
 from understudy.tasks.chats import SYSTEM_ROLES, Said, chat_in, conversation_facts, read_messages, read_tools
 from understudy.tasks.fields import (
+    Condition,
     MissingValueError,
     accepted_answers,
     is_missing,
@@ -73,6 +74,9 @@ class Records(Task):
     """Through the tokenizer's chat template; false: as plain text."""
     validation_share: float = 0.0
     """Share of the training rows that goes to validation."""
+    where: tuple[str, ...] = ()
+    """Conditions of which a row meets all, or it is no part of the data: `difficulty >= 6`, `domain = math`,
+    `subject in algebra, geometry`; also `!=` and `<=`."""
     limit: int | None = None
     """At most so many prompts of each split, the first ones."""
     verifier: str = "math"
@@ -94,13 +98,14 @@ class Records(Task):
         check_range(self, 1, "limit", off="null takes every row")
         if self.reference_after is not None and self.reference_field is None:
             raise ValueError("reference_after is given without reference_field")
+        _ = self.conditions
         find_verifier(self.verifier)
         if self.reward_function is not None and not given.is_given(self.reward_function):
             raise ValueError(
                 f"reward_function is {self.reward_function!r}; a function is given from Python: understudy.distil(reward=...)"
             )
 
-    def on_file(self, path: str) -> File:
+    def on_file(self, path: str) -> Records:
         read_alike = {item.name: getattr(self, item.name) for item in fields(Records)}
         own = {"path": path, "validation_path": path, "test_path": path, "validation_share": 0.0, "limit": None}
         return File(**read_alike | own)
@@ -112,6 +117,22 @@ class Records(Task):
     @abstractmethod
     def rows(self, source: str) -> Iterator[Row]:
         """The rows of one source, in order. Raises RecipeError or DataError."""
+
+    @cached_property
+    def conditions(self) -> tuple[Condition, ...]:
+        """The conditions of `where`. Raises ValueError for one that cannot be read."""
+        return tuple(map(Condition.read, self.where))
+
+    def chosen_rows(self, source: str) -> Iterator[Row]:
+        """The rows of one source that meet all conditions. Raises as `rows`, and DataError for a value with no order."""
+        for place, row in self.rows(source):
+            if all(condition.holds(row, place) for condition in self.conditions):
+                yield place, row
+
+    def fields_read(self, row: Mapping[str, Any]) -> list[str | None]:
+        """The fields that decide what a row says; None where the recipe names none."""
+        named = [self.prompt_field, self.tools_field, *self.reference_fields(row)]
+        return [*named, self.solution_field, self.teacher_field]
 
     def reference_fields(self, row: Mapping[str, Any]) -> list[str]:
         """The names in `reference_field`; a name of the row may have a comma itself."""
@@ -128,9 +149,13 @@ class Records(Task):
         fields = {"solution": self.solution_field, "reference": self.reference_field, "teacher": self.teacher_field}
         found = frozenset(name for name, field in fields.items() if field)
         # what a chat ends with is seen in the rows alone; of those far away the recipe has to say it
-        if self.is_local and self.prompts("train")[0].solution is not None:
+        if self.is_local and self.prompts(self.first_split)[0].solution is not None:
             found |= {"solution"}
         return found
+
+    @property
+    def first_split(self) -> Split:
+        return cast(Split, next(iter(self.sources())))
 
     @property
     def is_chat(self) -> bool:
@@ -161,7 +186,7 @@ class Records(Task):
 
     def _loaded(self, split: Split) -> tuple[tuple[Prompt, ...], Intake]:
         self.check_split(split)
-        source = self.sources().get(split, self.sources()["train"])
+        source = self.sources().get(split) or self.sources()["train"]
         return _load(self, split, source, self._stamp(source))
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
@@ -184,9 +209,10 @@ class Records(Task):
     def check_files(self) -> None:
         """Read the first rows of every source, as the run would. Raises RecipeError or DataError."""
         for source in dict.fromkeys(self.sources().values()):
-            rows = list(islice(self.rows(source), NUM_CHECKED_ROWS + 1))
+            rows = list(islice(self.chosen_rows(source), NUM_CHECKED_ROWS + 1))
             if not rows:
-                raise DataError(f"{source} is empty; it must hold at least one row")
+                met = f" that meets {' and '.join(self.where)}" if self.where else ""
+                raise DataError(f"{source} is empty; it must hold at least one row{met}")
             missing = []
             for place, row in rows:
                 try:
@@ -421,15 +447,9 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
     """`stamp`: with another one the source is read anew."""
     found, seen, digest = list[Prompt](), Counter[str](), blake2b(digest_size=16)
     num_rows, skipped = 0, list[str]()
-    for place, row in task.rows(source):
+    for place, row in task.chosen_rows(source):
         num_rows += 1
-        fields = [
-            task.prompt_field,
-            task.tools_field,
-            *task.reference_fields(row),
-            task.solution_field,
-            task.teacher_field,
-        ]
+        fields = task.fields_read(row)
         said = [row.get(field, row.get(field.partition(".")[0])) for field in fields if field is not None]
         digest.update(json.dumps(said, default=repr).encode() + b"\n")
         try:
@@ -452,7 +472,8 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
     if skipped and len(skipped) == num_rows:
         raise DataError(f"{skipped[0]}; none of the {num_rows} rows of {source} can be used")
     if not found:
-        raise DataError(f"{source}: the {split} split is empty; it must hold at least one row")
+        met = f" that meets {' and '.join(task.where)}" if task.where else ""
+        raise DataError(f"{source}: the {split} split is empty; it must hold at least one row{met}")
     examples = tuple(skipped[:NUM_SHOWN])
     return tuple(found), Intake(source, num_rows, len(skipped), examples, digest.hexdigest(), task.commit(source))
 

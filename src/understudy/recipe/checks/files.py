@@ -67,13 +67,16 @@ def _objects(files: Files) -> tuple[Finding, ...]:
     return ()
 
 
-def _data(task: Task, split: Split, section: str) -> Mapping[str, Task]:
-    """The parts of a task by their place in the recipe. Raises RecipeError for a missing file or split, with the place."""
+def _data(task: Task, split: Split | None, section: str) -> Mapping[str, Task]:
+    """The parts of a task by their place in the recipe. Raises RecipeError for a missing file or split, with the place.
+
+    `split` None: any will do.
+    """
     task.check_files()
     parts = task.places(section)
     for place, part in parts.items():
         try:
-            part.check_split(split)
+            part.check_split(split or part.first_split)
         except RecipeError as error:
             raise RecipeError(f"{place}: {error}") from error
     return parts
@@ -84,7 +87,7 @@ def _task(files: Files) -> Iterator[Finding]:
     for a reward function that the method does not ask for."""
     recipe, name = files.recipe, files.recipe.method_name
     imitates = files.training and recipe.uses.given_responses and recipe.responses is None
-    for place, part in _data(recipe.task, "train", "task").items():
+    for place, part in _data(recipe.task, "train" if files.training else None, "task").items():
         if imitates and "solution" not in part.carries:
             raise RecipeError(
                 f"the method {name} imitates solutions, but {place}.solution_field does not say where they are"
@@ -271,7 +274,8 @@ def _prompts(files: Files) -> Iterator[Finding]:
         others = [positions_of(config_on_disk(name)) for name in sources if files.training]
         limit = prompt_limit(recipe, recipe.sampling, [student, *others])
     if files.knows_tokenizer and files.may_read(recipe.task):
-        lengths = [len(files.renderer.start(prompt)) for prompt in islice(recipe.task.prompts("train"), NUM_RENDERED)]
+        split: Split = "train" if files.training else recipe.task.first_split
+        lengths = [len(files.renderer.start(prompt)) for prompt in islice(recipe.task.prompts(split), NUM_RENDERED)]
         if files.training and min(lengths) > limit:
             _check_any_fits(files, recipe.task, recipe.task.prompts("train"), limit, "training")
         yield Finding(f"first prompts: {min(lengths)} to {max(lengths)} tokens")

@@ -1,0 +1,298 @@
+"""Data sets that the field trains and measures on, by name: where they lie on the hub, and what their fields mean.
+
+A task of one of their types takes a name, `task: {type: math, dataset: gsm8k}`, and every key that it does not set from the
+table. `path` reads a local copy with the same fields; the keys of `Records` say where a copy calls them something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self, cast
+
+from understudy.errors import DataError, nearest
+from understudy.tasks.base import Split
+from understudy.tasks.records import File, Hub, Records
+from understudy.tasks.rows import Row, bare_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A data set of the Hugging Face hub. Looked up in its card; a size is what the card says, before `where`."""
+
+    task: str
+    """Type of the tasks that read it."""
+    hub: str
+    """`owner/name`."""
+    splits: Mapping[Split, str]
+    """The data set's own name of each split, the one to train on first."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the task that read its rows: which field means what, which rows are taken."""
+    configs: tuple[str | None, ...] = (None,)
+    """Its configurations, read one after the other."""
+    sizes: Mapping[Split, int] = field(default_factory=dict)
+    """Rows of each split, as far as they are known."""
+    licence: str
+    """As its card says; "unknown" where it says nothing."""
+    source: str
+    """The paper, or the contest."""
+    listed: bool = False
+    """Whether its references are lists of JSON in a string."""
+    gated: bool = False
+    """Whether the hub asks to accept terms first."""
+    mistakes: Mapping[str, str] = field(default_factory=dict)
+    """Known upstream mistakes: the key of a problem (the last part of its prompt's id) -> what is wrong."""
+
+
+_ANSWERED = {"prompt_field": "problem", "reference_field": "answer"}
+_SOLVED = {**_ANSWERED, "solution_field": "solution"}
+_MAA = "unknown; problems (c) MAA"
+
+DATASETS: dict[str, DataSet] = {
+    "gsm8k": DataSet(
+        task="math",
+        hub="openai/gsm8k",
+        configs=("main",),
+        splits={"train": "train", "test": "test"},
+        keys={
+            "prompt_field": "question",
+            "reference_field": "answer",
+            "reference_after": "####",
+            "solution_field": "answer",
+        },
+        sizes={"train": 7473, "test": 1319},
+        licence="MIT",
+        source="arXiv 2110.14168",
+    ),
+    "math500": DataSet(
+        task="math",
+        hub="HuggingFaceH4/MATH-500",
+        splits={"test": "test"},
+        keys=_SOLVED,
+        sizes={"test": 500},
+        licence="MIT",
+        source="arXiv 2305.20050",
+    ),
+    "aime24": DataSet(
+        task="math",
+        hub="HuggingFaceH4/aime_2024",
+        splits={"test": "train"},
+        keys=_SOLVED,
+        sizes={"test": 30},
+        licence=_MAA,
+        source="AIME I and II, 2024",
+    ),
+    "aime25": DataSet(
+        task="math",
+        hub="math-ai/aime25",
+        splits={"test": "test"},
+        keys=_ANSWERED,
+        sizes={"test": 30},
+        licence="Apache-2.0; problems (c) MAA",
+        source="AIME I and II, 2025",
+    ),
+    "amc23": DataSet(
+        task="math",
+        hub="math-ai/amc23",
+        splits={"test": "test"},
+        keys={"prompt_field": "question", "reference_field": "answer"},
+        sizes={"test": 40},
+        licence=_MAA,
+        source="AMC 12, 2023",
+    ),
+    "hmmt25": DataSet(
+        task="math",
+        hub="MathArena/hmmt_feb_2025",
+        splits={"test": "train"},
+        keys=_ANSWERED,
+        sizes={"test": 30},
+        licence="CC BY-NC-SA 4.0",
+        source="HMMT, February 2025",
+    ),
+    "minerva": DataSet(
+        task="math",
+        hub="math-ai/minervamath",
+        splits={"test": "test"},
+        keys={"prompt_field": "question", "reference_field": "answer"},
+        licence="unknown",
+        source="arXiv 2206.14858",
+    ),
+    "dapo-17k": DataSet(
+        task="math",
+        hub="open-r1/DAPO-Math-17k-Processed",
+        configs=("all",),
+        splits={"train": "train"},
+        keys={"prompt_field": "prompt", "reference_field": "solution"},
+        licence="Apache-2.0",
+        source="arXiv 2503.14476",
+    ),
+    "deepmath-103k": DataSet(
+        task="math",
+        hub="zwhe99/DeepMath-103K",
+        splits={"train": "train"},
+        keys={
+            "prompt_field": "question",
+            "reference_field": "final_answer",
+            "solution_field": "r1_solution_1",
+            "where": ("difficulty >= 6",),
+        },
+        sizes={"train": 103110},
+        licence="MIT",
+        source="arXiv 2504.11456",
+    ),
+    "deepscaler": DataSet(
+        task="math",
+        hub="agentica-org/DeepScaleR-Preview-Dataset",
+        splits={"train": "train"},
+        keys=_ANSWERED,
+        sizes={"train": 40315},
+        licence="MIT",
+        source="DeepScaleR, 2025",
+    ),
+    "openthoughts3-math": DataSet(
+        task="math",
+        hub="open-thoughts/OpenThoughts3-1.2M",
+        splits={"train": "train"},
+        keys={"prompt_field": "conversations", "where": ("domain = math",)},
+        sizes={"train": 1200000},
+        licence="Apache-2.0",
+        source="arXiv 2506.04178",
+    ),
+    "skywork-or1": DataSet(
+        task="math",
+        hub="Skywork/Skywork-OR1-RL-Data",
+        splits={"train": "math"},
+        keys={"prompt_field": "prompt", "reference_field": "reward_model.ground_truth"},
+        sizes={"train": 105055},
+        licence="unknown",
+        source="arXiv 2505.22312",
+        listed=True,
+    ),
+}
+"""Name -> data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Records):
+    """A task that reads a data set by its name, or local files of the same kind.
+
+    A key of `Records` that is left at its default is the data set's (`understudy tasks NAME`). Raises ValueError for a name
+    that is not in `DATASETS`, or of another type.
+    """
+
+    kind: ClassVar[str]
+    """`task.type`."""
+
+    dataset: str | None = None
+    """A name that `understudy tasks` lists; None: `path` says where the rows are."""
+    path: str | None = None
+    """A local file, folder or pattern in place of the hub: the training rows, or those of the only split."""
+    validation_path: str | None = None
+    """Rows of the split `validation`."""
+    test_path: str | None = None
+    """Rows of the split `test`."""
+    revision: str | None = None
+    """A commit or tag of the hub; give it where results are to be repeated."""
+    prompt_field: str = ""
+    """Empty: that of the data set."""
+
+    def __post_init__(self) -> None:
+        data = self.data
+        if data is None and not self.local:
+            raise ValueError("give dataset, a name that `understudy tasks` lists, or path")
+        if data is not None and data.task != self.kind:
+            raise ValueError(
+                f"{self.dataset!r} is of another type; write {{type: {data.task}, dataset: {self.dataset}}}"
+            )
+        if self.local and self.revision is not None:
+            raise ValueError("revision is a commit of the hub; local files have none")
+        given = {key: getattr(self, key) for key in data.keys} if data is not None else {}
+        defaults = {key: value for key, value in (data.keys if data is not None else {}).items() if not given[key]}
+        if given.get("reference_field"):
+            # what follows the mark is said of the data set's own field
+            defaults.pop("reference_after", None)
+        for key, value in defaults.items():
+            object.__setattr__(self, key, value)
+        if not self.prompt_field:
+            raise ValueError("prompt_field is missing; it names the field of the prompt")
+        if self.validation_share > 0 and "train" not in self.sources():
+            raise ValueError(f"validation_share is a share of the training rows, of which {self.name} has none")
+        super().__post_init__()
+
+    @property
+    def data(self) -> DataSet | None:
+        """The data set of that name. Raises ValueError for a name that is not in the table."""
+        if self.dataset is None:
+            return None
+        if self.dataset not in DATASETS:
+            known = [name for name, data in DATASETS.items() if data.task == self.kind]
+            raise ValueError(
+                f"there is no data set {self.dataset!r} of type {self.kind}; {nearest(self.dataset, known)} (for another one "
+                "write {type: hub, dataset: OWNER/NAME, prompt_field: ...}, or path)"
+            )
+        return DATASETS[self.dataset]
+
+    @property
+    def local(self) -> Mapping[Split, str]:
+        """The local files, by their split."""
+        paths: dict[Split, str | None]
+        paths = {"train": self.path, "validation": self.validation_path, "test": self.test_path}
+        found = {split: path for split, path in paths.items() if path is not None}
+        if list(found) == ["train"] and self.data is not None and "train" not in self.data.splits:
+            return {next(iter(self.data.splits)): found["train"]}
+        return found
+
+    @property
+    def name(self) -> str:
+        return self.dataset or bare_name(next(iter(self.local.values())))
+
+    def sources(self) -> Mapping[str, str]:
+        return cast("Mapping[str, str]", self.local or ({} if self.data is None else self.data.splits))
+
+    @cached_property
+    def _readers(self) -> tuple[File | Hub, ...]:
+        """One for each configuration of the data set."""
+        if self.local:
+            return (File(path=self.name, prompt_field=self.prompt_field),)
+        data = cast(DataSet, self.data)
+        return tuple(
+            Hub(dataset=data.hub, config=config, revision=self.revision, prompt_field=self.prompt_field)
+            for config in data.configs
+        )
+
+    def rows(self, source: str) -> Iterator[Row]:
+        for reader in self._readers:
+            yield from reader.rows(source)
+
+    def commit(self, source: str) -> str | None:
+        return self._readers[0].commit(source)
+
+    def _stamp(self, source: str) -> object:
+        return self._readers[0]._stamp(source)
+
+    @property
+    def is_local(self) -> bool:
+        return bool(self.local)
+
+    def check_files(self) -> None:
+        """Reads nothing from the network."""
+        if self.is_local:
+            super().check_files()
+
+    def on_file(self, path: str) -> Self:
+        own: dict[str, Any] = {"dataset": None, "revision": None, "validation_share": 0.0, "limit": None, "where": ()}
+        return replace(self, path=path, validation_path=path, test_path=path, **own)
+
+    def _references(self, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+        found = super()._references(place, row)
+        if self.data is None or not self.data.listed:
+            return found
+        try:
+            answers = [answer for text in found for answer in json.loads(text)]
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{place}: field {self.reference_field!r} is {found[0]!r}; it must be a list of JSON"
+            ) from error
+        return tuple(map(str, answers))
