@@ -1,4 +1,4 @@
-# make quickstart, make evidence, make vllm, make test, make test-kernels, make docs. Each creates .venv where it is missing.
+# make quickstart, make evidence, make real, make vllm, make test, make test-kernels, make docs. Each creates .venv where it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence vllm environment test test-fast test-kernels check docs clean-quickstart
+.PHONY: quickstart evidence real vllm environment test test-fast test-kernels check docs clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a teacher, warm-start a student, distil it on its own attempts, write a report"
 	@echo "make evidence     the claims of the papers, a grid of runs for each (hours; goes on where it stopped)"
+	@echo "make real         real weights: a pruned model recovers, a prompt goes into weights (90 minutes on two cores; goes on)"
 	@echo "make vllm         vLLM for CPUs in an environment of its own, for the tests that need a real engine (two minutes)"
 	@echo "make test         all tests"
 	@echo "make test-fast    laws, properties and what is quick of the rest (a minute)"
@@ -35,6 +36,11 @@ clean-quickstart:
 
 evidence: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
+
+# data sets come from the Hugging Face hub; DATA=DIR: files
+real: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[real]'
+	@OMP_NUM_THREADS=2 $(BIN)/python scripts/real.py $(if $(DATA),--data $(DATA))
 
 vllm:
 	@$(PYTHON) scripts/install_vllm.py

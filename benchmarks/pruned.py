@@ -14,9 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from understudy.models import load_causal_lm, load_tokenizer, save_hf
+from understudy.models import drop_layers, load_causal_lm, load_tokenizer, save_hf
 from understudy.recipe import load_recipe
 from understudy.report import svg
 from understudy.report.read import Series
@@ -25,18 +23,10 @@ from understudy.report.read import Series
 def prune(teacher: str, drop: set[int], out: str) -> None:
     """Saves a copy of the teacher without these layers, counted from 0."""
     model = load_causal_lm(teacher, dtype="float32")
-    decoder, config = model.get_decoder(), model.config
-    if not drop < set(range(len(decoder.layers))):
-        raise SystemExit(f"--drop must name some of the layers 0 to {len(decoder.layers) - 1}")
-    kept = [layer for index, layer in enumerate(decoder.layers) if index not in drop]
-    for index, layer in enumerate(kept):
-        layer.self_attn.layer_idx = index
-    decoder.layers = torch.nn.ModuleList(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [kind for index, kind in enumerate(config.layer_types) if index not in drop]
-    config.num_hidden_layers = len(kept)
+    drop_layers(model, drop)
     save_hf(model, load_tokenizer(teacher), Path(out))
-    print(f"{out}: {len(kept)} layers, {sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
+    size = sum(weight.numel() for weight in model.parameters())
+    print(f"{out}: {model.config.num_hidden_layers} layers, {size:,} parameters", flush=True)
 
 
 def picture(run_dir: Path, path: Path) -> None:

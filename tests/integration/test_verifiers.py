@@ -23,7 +23,15 @@ import yaml
 from understudy import given
 from understudy.errors import DataError
 from understudy.tasks import Jsonl
-from understudy.tasks.verifiers import Reference, find_verifier, grade_exact, grade_math, math_process
+from understudy.tasks.verifiers import (
+    Reference,
+    find_verifier,
+    grade_exact,
+    grade_instructions,
+    grade_math,
+    math_process,
+)
+from understudy.tasks.verifiers.instructions import INSTRUCTIONS
 from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
 from understudy.tasks.verifiers.math_process import compare
 from understudy.types import Grade, Prompt
@@ -437,3 +445,65 @@ def test_what_a_function_of_ones_own_returns(result: Any, score: float | None) -
 def test_an_unknown_verifier_is_named_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="'maths'; did you mean 'math'"):
         Jsonl(path="data.jsonl", prompt_field="question", verifier="maths")
+
+
+FOLLOWED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2}, "NO and NO", "NO"),
+    ("change_case:english_capital", {}, "YES, 2.", "Yes."),
+    ("change_case:english_lowercase", {}, "yes, 2.", "Yes."),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi."}, "say hi.\nHi.", "Hi. Say hi."),
+    ("combination:two_responses", {}, "one\n******\ntwo", "one ****** one"),
+    ("combination:two_responses", {}, "one ****** two ******", "one ****** ****** two"),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a]"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye. P. S. more", "Bye. PS more"),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "P.P.S more", "P.S. more"),
+    ("detectable_format:constrained_response", {}, "My answer is maybe.", "Maybe."),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "a: 1"),
+    ("detectable_format:multiple_sections", {"section_spliter": "Day", "num_sections": 2}, "Day 1 x Day 2 y", "Day 1"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a* and **"),
+    ("detectable_format:title", {}, "<<joy>> text", "<< >> text"),
+    ("keywords:existence", {"keywords": ["Sun", "sea"]}, "sun and sea", "sun"),
+    ("keywords:forbidden_words", {"forbidden_words": ["rock"]}, "rocket", "a Rock."),
+    ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "less than"}, "a", "a A"),
+    ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "at least"}, "##", "#"),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+        'First.\n\n"Then, more.',
+        "Then.\n\nFirst.",
+    ),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\n***\n***\nb"),
+    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "One. Two!", "One, two."),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "one two", "one two three"),
+    ("punctuation:no_comma", {}, "one two", "one, two"),
+    ("startend:end_checker", {"end_phrase": "The end."}, 'So "the end."', "The end. So"),
+    ("startend:quotation", {}, ' "all of it" ', '"a part" of it'),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "followed", "missed"), FOLLOWED)
+def test_an_instruction_is_followed_or_not(name: str, arguments: dict[str, Any], followed: str, missed: str) -> None:
+    reference = json.dumps({"instruction_id_list": [name], "kwargs": [arguments | {"num_bananas": None}]})
+    assert grade_instructions(followed, reference) == Grade(1.0)
+    assert grade_instructions(missed, reference) == Grade(0.0, note=f"not followed: {name}")
+    assert not grade_instructions(" ", reference).right
+
+
+def test_every_instruction_of_a_prompt_counts() -> None:
+    assert {name for name, *_ in FOLLOWED} == INSTRUCTIONS.keys()
+    asked = {"instruction_id_list": ["punctuation:no_comma", "detectable_format:title"], "kwargs": [{}, {}]}
+    verify = find_verifier("instructions")
+    assert verify("<<a>> b", json.dumps(asked)).right
+    assert verify("a, b", json.dumps(asked)).note == "not followed: punctuation:no_comma, detectable_format:title"
+    with pytest.raises(ValueError, match="the instruction 'language:response_language' cannot be checked"):
+        verify("a", json.dumps({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "kn"}]}))
+    with pytest.raises(ValueError, match="does not take \\['num_words'\\]"):
+        verify("a", json.dumps({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]}))
+
+
+def test_real_instructions_can_all_be_read(shared: Path) -> None:
+    for row in read(shared / "data/ifeval/input_data.jsonl"):
+        known = [name in INSTRUCTIONS for name in row["instruction_id_list"]]
+        if all(known):
+            assert grade_instructions("text", json.dumps(row)).score in (0.0, 1.0)

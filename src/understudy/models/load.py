@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
@@ -130,6 +130,27 @@ def load_causal_lm(
     if dtype == "auto" and model.dtype == torch.bfloat16 and not has_bfloat16(torch.device(device)):
         model = model.float()
     return cast("PreTrainedModel", model.to(device).eval())
+
+
+def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
+    """Takes these layers, counted from 0, out of a decoder whose layers are a plain list, such as Llama's and Qwen's.
+
+    Raises RecipeError for layers that it does not have, and where none would be left.
+    """
+    decoder: Any = model.get_decoder()
+    config: Any = model.config
+    if not set(dropped) < set(range(len(decoder.layers))):
+        raise RecipeError(
+            f"layers {sorted(dropped)} cannot be dropped; name some, not all, of 0 to {len(decoder.layers) - 1}"
+        )
+    kept = [layer for index, layer in enumerate(decoder.layers) if index not in dropped]
+    for index, layer in enumerate(kept):
+        # the cache of keys and values is kept by this number
+        layer.self_attn.layer_idx = index
+    decoder.layers = nn.ModuleList(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [kind for index, kind in enumerate(config.layer_types) if index not in dropped]
+    config.num_hidden_layers = len(kept)
 
 
 def _merge_adapter(base: PreTrainedModel, directory: Path) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from unicodedata import normalize
 
 from understudy import given
 from understudy.errors import nearest
+from understudy.tasks.verifiers.instructions import grade_instructions
 from understudy.tasks.verifiers.math import grade_math
 from understudy.tasks.verifiers.references import Reference, accepted, several
 from understudy.types import Grade
@@ -32,7 +33,11 @@ def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
     return Grade(0.0, answer, "differs from the reference")
 
 
-VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {"exact": grade_exact, "math": grade_math}
+VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {
+    "exact": grade_exact,
+    "instructions": grade_instructions,
+    "math": grade_math,
+}
 
 
 def find_verifier(name: str) -> Callable[[str, Reference], Grade]:
@@ -44,4 +49,13 @@ def find_verifier(name: str) -> Callable[[str, Reference], Grade]:
     return several(lambda text, reference: given.as_grade(given.call(name, text, reference), name))
 
 
-__all__ = ["VERIFIERS", "Reference", "accepted", "find_verifier", "grade_exact", "grade_math", "several"]
+__all__ = [
+    "VERIFIERS",
+    "Reference",
+    "accepted",
+    "find_verifier",
+    "grade_exact",
+    "grade_instructions",
+    "grade_math",
+    "several",
+]
