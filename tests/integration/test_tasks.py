@@ -229,6 +229,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "hub": {"dataset": "x", "prompt_field": "q"},
         "rows": {"train": "in-memory: 2 rows", "prompt_field": "q"},
         "math": {"dataset": "gsm8k"},
+        "choice": {"dataset": "mmlu"},
         "mix": {"parts": {"sums": Arithmetic()}},
     }
     for name, task in TASKS.items():

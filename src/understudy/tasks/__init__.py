@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.base import Intake, Split, Task
+from understudy.tasks.choice import Choice
 from understudy.tasks.datasets import DATASETS, DataSet, Named
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.math import Mathematics
@@ -21,6 +22,7 @@ __all__ = [
     "DATASETS",
     "TASKS",
     "Arithmetic",
+    "Choice",
     "DataSet",
     "File",
     "Hub",

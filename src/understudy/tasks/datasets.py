@@ -49,6 +49,21 @@ class DataSet:
 _ANSWERED = {"prompt_field": "problem", "reference_field": "answer"}
 _SOLVED = {**_ANSWERED, "solution_field": "solution"}
 _MAA = "unknown; problems (c) MAA"
+_OPTIONS = {"prompt_field": "question", "choices_field": "choices", "reference_field": "answer"}
+_ARC = {**_OPTIONS, "reference_field": "answerKey"}
+_SUBJECTS = (
+    "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
+    "college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics "
+    "econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology "
+    "high_school_chemistry high_school_computer_science high_school_european_history high_school_geography "
+    "high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics "
+    "high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history "
+    "human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing "
+    "medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory professional_accounting "
+    "professional_law professional_medicine professional_psychology public_relations security_studies sociology "
+    "us_foreign_policy virology world_religions"
+)
+"""The subjects of MMLU."""
 
 DATASETS: dict[str, DataSet] = {
     "gsm8k": DataSet(
@@ -169,6 +184,77 @@ DATASETS: dict[str, DataSet] = {
         licence="unknown",
         source="arXiv 2505.22312",
         listed=True,
+    ),
+    "mmlu": DataSet(
+        task="choice",
+        hub="cais/mmlu",
+        configs=("all",),
+        splits={"validation": "validation", "test": "test"},
+        keys=_OPTIONS,
+        sizes={"test": 14042},
+        licence="MIT",
+        source="arXiv 2009.03300",
+    ),
+    "mmlu-stem": DataSet(
+        task="choice",
+        hub="TIGER-Lab/MMLU-STEM",
+        splits={"test": "test"},
+        keys=_OPTIONS,
+        licence="MIT",
+        source="arXiv 2009.03300",
+    ),
+    "mmlu-redux": DataSet(
+        task="choice",
+        hub="edinburgh-dawg/mmlu-redux-2.0",
+        configs=tuple(_SUBJECTS.split()),
+        splits={"test": "test"},
+        keys={**_OPTIONS, "where": ("error_type = ok",)},
+        sizes={"test": 5700},
+        licence="CC BY 4.0",
+        source="arXiv 2406.04127",
+    ),
+    "mmlu-pro": DataSet(
+        task="choice",
+        hub="TIGER-Lab/MMLU-Pro",
+        splits={"validation": "validation", "test": "test"},
+        keys={**_OPTIONS, "choices_field": "options"},
+        licence="MIT",
+        source="arXiv 2406.01574",
+    ),
+    "arc-challenge": DataSet(
+        task="choice",
+        hub="allenai/ai2_arc",
+        configs=("ARC-Challenge",),
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        keys=_ARC,
+        sizes={"train": 1119, "validation": 299, "test": 1172},
+        licence="CC BY-SA 4.0",
+        source="arXiv 1803.05457",
+    ),
+    "arc-easy": DataSet(
+        task="choice",
+        hub="allenai/ai2_arc",
+        configs=("ARC-Easy",),
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        keys=_ARC,
+        sizes={"train": 2251, "validation": 570, "test": 2376},
+        licence="CC BY-SA 4.0",
+        source="arXiv 1803.05457",
+    ),
+    "gpqa-diamond": DataSet(
+        task="choice",
+        hub="Idavidrein/gpqa",
+        configs=("gpqa_diamond",),
+        splits={"test": "train"},
+        keys={
+            "prompt_field": "Question",
+            "choices_field": "Correct Answer, Incorrect Answer 1, Incorrect Answer 2, Incorrect Answer 3",
+            "reference_field": "Correct Answer",
+        },
+        sizes={"test": 198},
+        licence="CC BY 4.0; gated",
+        source="arXiv 2311.12022",
+        gated=True,
     ),
 }
 """Name -> data set."""

@@ -10,6 +10,7 @@ from understudy.environments import Environment
 from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
+from understudy.tasks.choice import Choice
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.lazy import LazyPrompts
 from understudy.tasks.math import Mathematics
@@ -19,6 +20,7 @@ from understudy.types import Grade, Prompt
 PARTS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
     "math": Mathematics,
+    "choice": Choice,
     "file": File,
     "jsonl": File,
     "hub": Hub,

@@ -80,7 +80,7 @@ class Records(Task):
     limit: int | None = None
     """At most so many prompts of each split, the first ones."""
     verifier: str = "math"
-    """`math`, `exact`, or the name of a function that a Python program gives."""
+    """`math`, `exact`, `choice`, or the name of a function that a Python program gives."""
     reward_function: str | None = None
     """Name of a function that a Python program gives (`understudy.distil`): its reward replaces the grade in training."""
     seed: int = 0

@@ -10,6 +10,7 @@ from unicodedata import normalize
 
 from understudy import given
 from understudy.errors import nearest
+from understudy.tasks.verifiers.choice import grade_choice
 from understudy.tasks.verifiers.instructions import grade_instructions
 from understudy.tasks.verifiers.math import grade_math
 from understudy.tasks.verifiers.references import Reference, accepted, several
@@ -34,6 +35,7 @@ def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
 
 
 VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {
+    "choice": grade_choice,
     "exact": grade_exact,
     "instructions": grade_instructions,
     "math": grade_math,
@@ -54,6 +56,7 @@ __all__ = [
     "Reference",
     "accepted",
     "find_verifier",
+    "grade_choice",
     "grade_exact",
     "grade_instructions",
     "grade_math",
