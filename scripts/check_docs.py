@@ -2,8 +2,8 @@
 
 Checked are paths, commands, links and their anchors on every page; on the pages of the methods that every method has one,
 that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse; on those
-of teachers, tasks and engines the keys and defaults of their sections, the named data sets, and that recipes parse; on the
-page for users of other toolkits that the keys it names exist.
+of teachers, tasks, sandboxes and engines the keys and defaults of their sections, the named data sets, and that recipes parse; on
+the page for users of other toolkits that the keys it names exist.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from understudy.errors import RecipeError
 from understudy.methods import METHODS
 from understudy.methods.base import PolicyMethod, ScoreMethod
 from understudy.recipe import Recipe
+from understudy.sandbox import SANDBOXES, Sandbox
 from understudy.tasks import DATASETS, TASKS
 from understudy.tasks.records import Records
 from understudy.teachers import TEACHERS
@@ -42,6 +43,7 @@ SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     COMING_FROM: {},
     ROOT / "docs" / "teachers.md": TEACHERS,
     TASKS_PAGE: {**TASKS, "records": Records},
+    ROOT / "docs" / "sandboxes.md": {**SANDBOXES, "sandbox": Sandbox},
     ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
 }
 """What a heading with such a name describes in the tables below it."""
@@ -65,7 +67,7 @@ SECTIONS = (
     "Evidence",
 )
 """Headings of a method's page, in this order, after its name and its formula."""
-SHARED = (ScoreMethod, PolicyMethod, Records)
+SHARED = (ScoreMethod, PolicyMethod, Records, Sandbox)
 """Kinds whose keys stand once for all kinds of them."""
 ELSEWHERE = "see below"
 """In place of a default that is too long for a table."""

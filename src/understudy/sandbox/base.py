@@ -1,0 +1,131 @@
+"""What a sandbox runs and says, and the limits that all kinds of sandboxes share."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from understudy.errors import RecipeError, check_range
+
+Outcome = Literal["passed", "failed", "timed out", "out of memory", "refused"]
+
+MAX_CODE_BYTES = 2**20
+"""Longer programs are refused."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Python code, and what to do with it.
+
+    Without `tests` it runs from its first line to its last with `stdin`. With them its functions are called by the tests,
+    which run in a process of their own: see `understudy.sandbox.inside`.
+    """
+
+    code: str
+    stdin: str = ""
+    tests: str | None = None
+    """Python code that passes if it runs to its end."""
+    names: tuple[str, ...] = ()
+    """What the tests take from the program; all else in them is their own."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a program ended."""
+
+    outcome: Outcome
+    """passed: every test did, or without tests, the exit status is 0. Refused: it was not run."""
+    stdout: str = ""
+    """Of a program without tests; of one with tests nothing is kept."""
+    stderr: str = ""
+    note: str = ""
+    """Why it did not pass."""
+    seconds: float = 0.0
+    """Wall-clock time from its start to its end."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it passed."""
+        return self.outcome == "passed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandbox(ABC):
+    """Runs programs that a model wrote, and its own section of a recipe. Any thread may ask; nothing is held between runs."""
+
+    cpu_s: int = 10
+    """Processor time of a program in seconds; its tests have as much for themselves."""
+    wall_s: float = 30.0
+    """Seconds from start to end. More than `cpu_s`, so that the verdict does not depend on the load."""
+    memory_mb: int = 1024
+    """Address space of a process, in MiB."""
+    output_kb: int = 1024
+    """Output in KiB, after which a program is ended."""
+    workers: int | None = None
+    """Programs at a time; null: one for each processor."""
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "cpu_s", "output_kb", "workers")
+        check_range(self, 64, "memory_mb")
+        check_range(self, 0, "wall_s", above=True)
+
+    @abstractmethod
+    def check(self) -> str:
+        """A line for the dry run. Raises RecipeError where programs cannot be run, with what to do about it."""
+
+    @abstractmethod
+    def _run(self, program: Program) -> Result:
+        """Runs one program now."""
+
+    def run(self, program: Program) -> Result:
+        """Runs one program, as soon as one of `workers` is free. Raises RecipeError or EngineError if the sandbox fails."""
+        for text in (program.code, program.stdin, program.tests or ""):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                return Result("refused", note="the program is no text: it has half a character (a lone surrogate)")
+        if len(program.code.encode()) > MAX_CODE_BYTES:
+            return Result("refused", note=f"the program is longer than {MAX_CODE_BYTES:,} bytes")
+        if "\0" in program.code:
+            return Result("refused", note="the program is no text: it has a null character")
+        with _turns(self.num_workers):
+            return self._run(program)
+
+    def run_many(self, programs: Sequence[Program]) -> list[Result]:
+        """The results in the order of the programs, `workers` at a time. Raises as `run`."""
+        if not programs:
+            return []
+        with ThreadPoolExecutor(min(self.num_workers, len(programs)), "understudy-sandbox") as pool:
+            futures = [pool.submit(self.run, program) for program in programs]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    @property
+    def num_workers(self) -> int:
+        """Programs at a time."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+@cache
+def _turns(num: int) -> threading.BoundedSemaphore:
+    """Turns of all sandboxes that run so many programs at a time."""
+    return threading.BoundedSemaphore(num)
+
+
+# a forked child must not wait for its parent's threads
+os.register_at_fork(after_in_child=_turns.cache_clear)
+
+
+def need_linux(kind: str) -> None:
+    """Raises RecipeError on other systems."""
+    if not hasattr(os, "memfd_create"):
+        raise RecipeError(f"a sandbox of type {kind} needs Linux; elsewhere take a remote one: type: remote, url: ...")
