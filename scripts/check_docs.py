@@ -2,8 +2,8 @@
 
 Checked are paths, commands, links and their anchors on every page; on the pages of the methods that every method has one,
 that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse; on those
-of teachers, tasks, sandboxes and engines the keys and defaults of their sections, the named data sets, and that recipes parse; on
-the page for users of other toolkits that the keys it names exist.
+of teachers, tasks, sandboxes and engines the keys and defaults of their sections, the named data sets, and that recipes
+parse; on the page for users of other toolkits that the keys it names exist.
 """
 
 from __future__ import annotations
