@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from os import _exit as end_now
 from typing import Any
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -256,7 +257,7 @@ def serve(code: str, channel: Channel) -> None:
         try:
             verb, *given = decode(channel.receive(), objects.__getitem__)
         except Ended:
-            os._exit(0)
+            end_now(0)
         try:
             reply = encode(("ok", answer(verb, given, names)), handle)
         except BaseException as error:
@@ -445,7 +446,7 @@ def main() -> None:
         serve(told["code"], channel)
     elif role == "judge":
         judge(told["tests"], told["names"], channel, report)
-        os._exit(0)
+        end_now(0)
     else:
         report.send(STARTED)
         os.close(report.number)
