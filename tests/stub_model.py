@@ -86,7 +86,7 @@ class Response:
         self.rows: list[Tensor] = []
         """Of each token the log-probabilities [V] that are reported."""
         self.finish: str | None = None
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -105,6 +105,10 @@ class Response:
             self.finish = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.finish = "length"
+        if self.finish is None and self._body.get("stop"):
+            text = model.tokenizer.decode(self.ids)
+            self.stop_reason = next((one for one in self._body["stop"] if one in text), None)
+            self.finish = None if self.stop_reason is None else "stop"
 
 
 def draw(logits: Tensor, body: dict[str, Any], uniform: float) -> tuple[int, Tensor]:

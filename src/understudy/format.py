@@ -9,7 +9,7 @@ from typing import Protocol
 
 MISSING = "not recorded"
 _RATE = re.compile(
-    r"^(avg|pass|maj|rejection|revision)@\d+$|^(accuracy|greedy|assisted|truncated|no_eos|accept_rate|reject_rate|on_policy)$|_(share|rate)$"
+    r"^(avg|pass|maj|rejection|revision)@\d+$|^(accuracy|greedy|assisted|truncated|no_eos|accept_rate|reject_rate|on_policy)$|^score/|_(share|rate)$"
 )
 _LABELS = {
     "avg": "mean of {} attempts",

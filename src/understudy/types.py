@@ -103,6 +103,9 @@ class Message:
     reasoning: str | None = None
     """The thoughts before the content; None if the template has no thinking mode, or nothing was thought."""
     tool_calls: tuple[ToolCall, ...] = ()
+    tagged: ToolCall | None = None
+    """The first `<search>...</search>` or `<answer>...</answer>` of `text`, as search agents write them: the name of the tag
+    and what stands in it."""
     ended: bool = True
     """Whether a token that ends a response is its last."""
 
@@ -114,6 +117,8 @@ class Grade:
     score: float
     answer: str | None = None
     note: str = ""
+    also: Mapping[str, float] = field(default_factory=dict)
+    """Other scores of the same response in [0, 1], by name; an evaluation reports their means beside the score."""
 
     @property
     def right(self) -> bool:
@@ -178,8 +183,8 @@ class Sample:
     """[L] uint8, values of `Author`."""
     prompt_length: int
     finish: Finish
-    """"stop": ended by itself (the terminating EOS is among the tokens); "length": truncated, or out of turns; "data": from
-    a file; "environment": the environment failed."""
+    """"stop": ended by itself (the terminating EOS is among the tokens), or at a string of `Request.stop`; "length":
+    truncated, or out of turns; "data": from a file; "environment": the environment failed."""
     text: str
     """The response decoded, without special tokens; of several turns the student's last message, which is what is graded."""
     rollout_logprob: Tensor | None = None
@@ -336,6 +341,9 @@ class Request:
     """[P] int64, the rendered prompt, at least one token."""
     prefix_ids: Tensor | None = None
     """[F] int64, response tokens that are there before the student writes: a teacher's, or earlier turns."""
+    stop: tuple[str, ...] = ()
+    """The response also ends with the token that completes one of these strings in what the student writes. Its last token may
+    hold more than the string does: tokens stay as they were sampled."""
 
     @property
     def key(self) -> str:

@@ -34,7 +34,7 @@ from understudy.teachers import Setup
 from understudy.teachers.judges.wording import Wording, as_text
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.stores.recording import ScoredMeta, Stored, write_scored
-from understudy.types import Author, Grade, Message, Prompt, Request, Sample, Sampling
+from understudy.types import Author, Grade, Message, Prompt, Request, Sample, Sampling, Scores, ToolCall
 
 pytestmark = pytest.mark.slow
 
@@ -423,6 +423,145 @@ def test_a_judge_reads_the_whole_conversation() -> None:
     assert "HI" not in steps[0]
 
 
+# Strings that end a turn, and what stands in the student's own turn
+
+
+class Searching(Scripted):
+    """Answers in the student's own turn."""
+
+    stop = ("C", "DE")
+
+    def step(self, message: Message) -> Step:
+        self.heard.append(message.text)
+        return Step(({"role": "tool", "content": self.says},), done=len(self.heard) == 2, inline=True)
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_a_string_ends_a_turn(tmp_path: Path, kind: str) -> None:
+    """At the token that completes it; until then the draws are those of an engine that knows no such string."""
+    model, given = model_of(), requests(num_prompts=8)
+    with engine_of(kind, model, tmp_path) as engine:
+        plain = engine.generate(given, SHORT, step=0)
+        stopped = engine.generate([replace(one, stop=Searching.stop) for one in given], SHORT, step=0)
+        samples, environments = played(engine, Searching, given=given)
+    shorter = [one.token_ids.numel() < whole.token_ids.numel() for one, whole in zip(stopped, plain, strict=True)]
+    assert sum(shorter) >= 6
+    for sample, whole in zip(stopped, plain, strict=True):
+        response = whole.response_ids.tolist()
+        texts = [TOKENIZER.decode(response[:num]) for num in range(1, len(response) + 1)]
+        ends = [num for num, text in enumerate(texts, 1) if any(one in text for one in Searching.stop)]
+        length = min(ends, default=len(response))
+        assert sample.response_ids.tolist() == response[:length]
+        assert sample.finish == ("stop" if ends else whole.finish)
+        assert sample.text == TOKENIZER.decode(response[:length], skip_special_tokens=True)
+        check_logprob(model, sample)
+    for sample, environment in zip(samples, environments, strict=True):
+        check_logprob(model, sample)
+        student = sample.token_ids[sample.author == STUDENT]
+        said = "".join(environment.heard)
+        assert TOKENIZER.decode(student, skip_special_tokens=True).startswith(said)
+        for heard in environment.heard:
+            assert not any(one in heard[:-1] for one in Searching.stop)
+
+
+class Speaks:
+    """An engine that writes the tokens of the same texts in every episode, one a turn, and nothing behind them."""
+
+    def __init__(self, tokenizer: Any, *texts: str) -> None:
+        self.turns = iter([torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
+        self.asked: list[Request] = []
+
+    def generate(self, requests: Sequence[Request], *_: object, **__: object) -> list[Sample]:
+        ids = next(self.turns)
+        self.asked += requests
+        samples = []
+        for one in requests:
+            prefix = torch.zeros(0, dtype=torch.int64) if one.prefix_ids is None else one.prefix_ids
+            context = torch.cat([one.token_ids, prefix])
+            author = torch.tensor([0] * len(context) + [STUDENT] * len(ids), dtype=torch.uint8)
+            tokens = torch.cat([context, ids])
+            samples.append(Sample(one.prompt, one.index, tokens, author, len(one.token_ids), "stop", ""))
+        return samples
+
+
+TRANSCRIPT = [
+    (STUDENT, "<think>who?</think><search>moon landing</search>"),
+    (ENVIRONMENT, "\n\n<information>Doc 1(Title: Apollo 11) July 1969<|im_end|></information>\n\n"),
+    (STUDENT, "more <search>Apollo 17</search>"),
+    (ENVIRONMENT, "\n\n<information>Doc 1(Title: Apollo 17) December 1972</information>\n\n"),
+    (STUDENT, "<answer>1972</answer>"),
+]
+"""A search agent's response: who wrote what."""
+
+
+class Reading:
+    """Says what the transcript says."""
+
+    stop = ("</search>", "</answer>")
+    max_turns = 4
+
+    def __init__(self) -> None:
+        self.replies = [text for author, text in TRANSCRIPT if author == ENVIRONMENT]
+
+    def step(self, message: Message) -> Step:
+        assert message.tagged is not None
+        if message.tagged.name == "answer":
+            return Step(done=True)
+        return Step(({"role": "tool", "content": self.replies.pop(0)},), inline=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize("name", ["qwen", "bytes", "plain"])
+def test_every_token_of_a_transcript_has_its_author(shared: Path, name: str) -> None:
+    """In the student's own turn no word of the template stands between; only what the student wrote is trained."""
+    tokenizer = (
+        load_tokenizer(str(shared / "tokenizers" / name)) if name == "qwen" else byte_tokenizer(chat=name == "bytes")
+    )
+    renderer = Renderer(tokenizer)
+    chat = renderer.has_template
+    prompt = Prompt("p", messages=({"role": "user", "content": "when?"},)) if chat else Prompt("p", text="when?")
+    engine = Speaks(tokenizer, *(text for author, text in TRANSCRIPT if author == STUDENT))
+    asked = [Request(prompt, 0, renderer.start(prompt))]
+    (sample,) = play(engine, renderer, lambda prompt: Reading(), asked, Sampling(max_new_tokens=400), step=0)
+    expected_ids, expected_authors = renderer.start(prompt).tolist(), [0] * len(renderer.start(prompt))
+    for author, text in TRANSCRIPT:
+        # a special token that the environment spells is plain text
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=author == ENVIRONMENT)["input_ids"]
+        expected_ids += ids
+        expected_authors += [author] * len(ids)
+    assert sample.token_ids.tolist() == expected_ids
+    assert sample.author.tolist() == expected_authors
+    assert (sample.finish, sample.text) == ("stop", "<answer>1972</answer>")
+    assert {one.stop for one in engine.asked} == {Reading.stop}
+    scores = Scores(sample.response_ids, logprob=torch.zeros(sample.num_response_tokens))
+    batch = pack([replace(sample, scores=scores)])
+    assert batch.mask.tolist() == [author == STUDENT for author in expected_authors[sample.prompt_length :]]
+    assert batch.target[batch.mask].tolist() == [
+        token for token, author in zip(expected_ids, expected_authors, strict=True) if author == STUDENT
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "inside", "error"),
+    [
+        ("hm <search> moon </search>", "search", "moon", ""),
+        ("I write <search>: <search>moon</search>\n", "search", "moon", ""),
+        ("<search>a</search><answer>b</answer>", "search", "a", ""),
+        ("<answer>b</answer><search>a</search>", "answer", "b", ""),
+        ("moon</search>", "search", "moon", "there is no <search> before </search>"),
+        ("<search></search>", "search", "", ""),
+        ("<search>moon", None, "", ""),
+        ("<SEARCH>moon</SEARCH>", None, "", ""),
+    ],
+)
+def test_the_tags_of_a_search_agent_are_read(text: str, name: str | None, inside: str, error: str) -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    found = Renderer(tokenizer).read(torch.tensor(tokenizer(text)["input_ids"])).tagged
+    assert found == (None if name is None else ToolCall(inside, name, error=error))
+
+
 # Whole runs
 
 
@@ -441,6 +580,10 @@ def test_a_run_trains_on_episodes(tmp_path: Path, talking: None) -> None:
         assert 0 < row["environment_tokens"] <= 3
         assert 1 < row["turns"] <= 2
         assert row["environment_failed"] == 0
+        assert (row["tool_calls"], row["tool_errors"]) == (0, 0)
+        assert row["tokens/student"] == pytest.approx(row["response_tokens"])
+        assert row["tokens/teacher"] == 0
+        assert row["turn_tokens"] == pytest.approx(row["response_tokens"] / row["turns"])
         # what the student wrote, not what it read
         assert row["student_tokens"] == pytest.approx(8 * row["response_tokens"])
     saved = [json.loads(line) for line in (run_dir / "samples" / "step_000001.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -69,8 +70,32 @@ class Response:
     version: list[int] = field(default_factory=list)
     finish: Finish | None = None
     """None while it is being written."""
+    stopped_by_text: bool = False
+    """Whether a string of `request.stop` ends it, and no token that only ends responses."""
     num_redrawn: int = 0
     """Draws thrown away because the tokenizer does not have their token."""
+
+    def cut(self, tokenizer: Any) -> bool:
+        """Ends the response with the token that completes one of `request.stop`, and drops what was sampled behind it.
+        Returns whether there is one."""
+        num = find_stop(self.ids, self.request.stop, tokenizer)
+        if num is not None:
+            del self.ids[num:], self.logprob[num:], self.version[num:]
+            self.finish, self.stopped_by_text = "stop", True
+        return num is not None
+
+
+def find_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> int | None:
+    """The number of tokens up to the one that completes the first of the strings in their text; None where there is none."""
+
+    def holds(num: int) -> bool:
+        text: str = tokenizer.decode(ids[:num], clean_up_tokenization_spaces=False)
+        return any(one in text for one in stop)
+
+    if not stop or not ids or not holds(len(ids)):
+        return None
+    # a string that is there stays there with more tokens
+    return 1 + bisect_left(range(1, len(ids)), True, key=holds)
 
 
 def open_responses(requests: Sequence[Request], max_new_tokens: int, limit: int | None, owner: str) -> list[Response]:
@@ -110,7 +135,8 @@ def to_samples(responses: Sequence[Response], tokenizer: Any, *, with_logprob: b
     shown = []
     for one in responses:
         prefix = one.context[one.request.token_ids.numel() :]
-        shown.append(prefix + (one.ids[:-1] if one.finish == "stop" else one.ids))
+        ended = one.finish == "stop" and not one.stopped_by_text
+        shown.append(prefix + (one.ids[:-1] if ended else one.ids))
     # all at once: a fast tokenizer decodes a batch in parallel
     texts: list[str] = tokenizer.batch_decode(shown, skip_special_tokens=True)
     samples = []

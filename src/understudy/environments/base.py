@@ -18,7 +18,11 @@ class Step:
 
     messages: tuple[Mapping[str, Any], ...] = ()
     """The messages that the student reads next, each with a string for `role` (not "assistant", which is the student) and
-    for `content`; after a prompt of plain text only `content` is read."""
+    for `content`; after a prompt of plain text only `content` is read. A tool's reply has the role "tool", and `error: True`
+    where the call failed."""
+    inline: bool = False
+    """Whether the contents stand in the student's own turn, as they are, instead of between two turns of the chat template. So
+    search agents read what they found."""
     done: bool = False
     """Whether the episode is over; its messages are then not read any more."""
     reward: float | Grade | None = None
@@ -43,7 +47,8 @@ class Environment(Protocol):
     The prompt itself, with its system message and tools, is the task's: so its length is known, and privileged teachers are
     shown it, before anything is written. Everything here is called by one thread at a time; other episodes may run in others.
     An attribute `deadline_s` bounds a step in seconds, `DEADLINE_S` where there is none: a step that takes longer fails, and
-    `close` is then called while it may still run.
+    `close` is then called while it may still run. An attribute `stop` is a tuple of strings each of which ends a message of the
+    student.
     """
 
     @property

@@ -57,13 +57,20 @@ def play(
     ("environment").
     Raises TemplateError for a chat template that cannot continue a conversation, and as the engine.
     """
-    samples = _write(engine, requests, sampling, step, stream) if requests else []
     episodes: dict[int, _Episode] = {}
     with ExitStack() as open_environments:
-        for index, (request, sample) in enumerate(zip(requests, samples, strict=True)):
-            environment = environment_of(request.prompt)
+        environments = []
+        for request in requests:
+            environments.append(environment_of(request.prompt))
+            if environments[-1] is not SINGLE_TURN:
+                open_environments.callback(_close, environments[-1])
+        requests = [
+            replace(request, stop=(*request.stop, *getattr(environment, "stop", ())))
+            for request, environment in zip(requests, environments, strict=True)
+        ]
+        samples = _write(engine, requests, sampling, step, stream) if requests else []
+        for index, (request, sample, environment) in enumerate(zip(requests, samples, environments, strict=True)):
             if environment is not SINGLE_TURN:
-                open_environments.callback(_close, environment)
                 episodes[index] = _Episode(request, environment, sample, turn_start=sample.prompt_length)
         if not episodes:
             return [_graded_if_unfinished(sample, renderer) for sample in samples]
@@ -145,7 +152,7 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
     # copies: an environment may use one dictionary for all of its answers
     said = (*said, *map(dict, reply.messages))
     try:
-        ids = renderer.append(sample.token_ids, sample.prompt, said)
+        ids = renderer.append(sample.token_ids, sample.prompt, said, inline=reply.inline)
     except TemplateError:
         raise
     except DataError as error:

@@ -42,10 +42,11 @@ def summarise(
     too_long: int = 0,
     sampling: Mapping[str, float] | None = None,
 ) -> EvalSummary:
-    """avg@n, pass@k, maj@n, mean_tokens, truncated and no_eos, each a mean over problems with its interval.
+    """avg@n, pass@k, maj@n, score/NAME, mean_tokens, truncated and no_eos, each a mean over problems with its interval.
 
     n is the number of samples of each prompt, k the powers of two below it and n itself. The first three are over problems
-    whose samples all have scores. Raises ValueError for no samples, or more of one prompt than of another.
+    whose samples all have scores, `score/NAME` over those of them whose samples all have that score in `Grade.also`. Raises
+    ValueError for no samples, or more of one prompt than of another.
     """
     problems: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -65,10 +66,17 @@ def summarise(
             values[f"pass@{k}"] = pass_at_k(num_right, num, k)
         majority = [majority_score(given, list(row)) for given, row in zip(answers, scores, strict=True)]
         values[f"maj@{num}"] = np.array(majority)
+        for name in dict.fromkeys(name for row in scored for item in row if item.grade for name in item.grade.also):
+            found = [[item.grade.also.get(name) for item in row if item.grade] for row in scored]
+            known = [row for row in found if None not in row]
+            values[f"score/{name}"] = np.array(known, dtype=np.float64).mean(axis=1)
     per_sample: dict[str, Callable[[Sample], float]] = {
         "mean_tokens": lambda item: item.num_written_tokens,
         "truncated": lambda item: item.truncated,
-        "no_eos": lambda item: item.num_response_tokens == 0 or int(item.token_ids[-1]) not in eos_ids,
+        # a response that a string ends has no EOS, and has ended
+        "no_eos": lambda item: (
+            item.num_response_tokens == 0 or (item.finish != "stop" and int(item.token_ids[-1]) not in eos_ids)
+        ),
     }
     for name, value in per_sample.items():
         rows = [[value(item) for item in attempts] for attempts in problems.values()]

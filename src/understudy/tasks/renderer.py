@@ -17,7 +17,7 @@ from understudy.errors import DataError, RecipeError, TemplateError, VocabularyE
 from understudy.lazy import Tensor, torch
 from understudy.models.vocabulary import tokenizer_ends
 from understudy.tasks.encoding import SHOWN_CHARS, SLOT, Encoder, Untrusted, fill
-from understudy.tasks.tool_calls import CallFormat, Tools, call_format
+from understudy.tasks.tool_calls import CallFormat, Tools, call_format, parse_tag
 from understudy.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -183,20 +183,21 @@ class Renderer:
             found += [f"messages of role {role!r}"] if is_unused(prompt, other) else []
         return found
 
-    def append(self, ids: Tensor, prompt: Prompt, said: Sequence[Said]) -> Tensor:
+    def append(self, ids: Tensor, prompt: Prompt, said: Sequence[Said], *, inline: bool = False) -> Tensor:
         """`ids` [L], kept as they are, then what stands between the student's last message and its next turn. [L + A]
 
         `said`: all messages since the prompt; those after the student's last one are new. Through a template that is the
         end of the student's turn, unless the student wrote it, the new messages, and the beginning of a turn; after a
-        prompt of plain text it is the contents of the new messages. A special token that a new message spells out is
-        encoded as plain characters. Raises TemplateError for a template that leaves a new message out, and for one that
-        changes what was said before: the student would be trained on a context that no later turn has; DataError for
+        prompt of plain text, and `inline`, it is the contents of the new messages. A special token that a new message spells
+        out is encoded as plain characters. Raises TemplateError for a template that leaves a new message out, and for one
+        that changes what was said before: the student would be trained on a context that no later turn has; DataError for
         messages that cannot be encoded.
         """
         last = max(index for index, message in enumerate(said) if message["role"] == "assistant")
-        new = said[last + 1 :]
+        # `error` is for those who count, and no key of a message that a template knows
+        new = [{key: value for key, value in message.items() if key != "error"} for message in said[last + 1 :]]
         contents = [str(message["content"]) for message in new]
-        if prompt.messages is None:
+        if inline or prompt.messages is None:
             added = [index for content in contents for index in self._text.untrusted(content)]
         else:
             self._check_shown(prompt, said[: last + 1], new)
@@ -223,7 +224,7 @@ class Renderer:
         text = self._decode_around(ids[:-1] if ended else ids)
         reasoning, content = self._split_reasoning(text)
         content, calls = self._call_format.read(content, tools or ())
-        return Message(text, content, reasoning, calls, ended)
+        return Message(text, content, reasoning, calls, parse_tag(text), ended)
 
     def _decode_around(self, ids: Tensor) -> str:
         """The text without special tokens, except those that mark a tool call."""

@@ -10,6 +10,9 @@ from typing import Any
 
 from understudy.types import ToolCall
 
+_TAG_END = re.compile(r"</(search|answer)>")
+"""Ends what a search agent writes: Search-R1, R1-Searcher, ZeroSearch."""
+
 Tools = Sequence[Mapping[str, Any]]
 """Schemas of tools, each with its function under "function" or bare."""
 
@@ -156,3 +159,14 @@ def _read_llama(text: str, tools: Tools) -> tuple[str, tuple[ToolCall, ...]]:
 TAGGED = CallFormat(("<tool_call>", "</tool_call>"), _read_tagged)
 MISTRAL = CallFormat(("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), _read_mistral)
 LLAMA = CallFormat(("<|python_tag|>",), _read_llama)
+
+
+def parse_tag(text: str) -> ToolCall | None:
+    """The first `<search>...</search>` or `<answer>...</answer>` that is closed. What opens it is the last such tag before its
+    end: thoughts may name it."""
+    end = _TAG_END.search(text)
+    if end is None:
+        return None
+    name = end[1]
+    _, opening, inside = text[: end.start()].rpartition(f"<{name}>")
+    return ToolCall(inside.strip(), name, error="" if opening else f"there is no <{name}> before </{name}>")

@@ -5,7 +5,7 @@ B rows (b of them still being written), C context tokens, left-padded, N new tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any, Literal
@@ -19,6 +19,8 @@ KEEP_SHARE = 0.75
 """Finished rows leave the cache when at most this share is still being written: the copy costs about one step."""
 CHECK_EVERY = 8
 """Steps between checks for finished rows on an accelerator, which the host then waits for; 1 on a CPU."""
+STOP_WINDOW = 64
+"""Last tokens of a row in which a string that ends it is looked for while it is written."""
 PROBED_TOKENS, PROBED_STEPS = 24, 8
 """Tokens of the context and of the response on which `cache_style` tries a model."""
 LOGIT_ELEMENTS = 2**24
@@ -67,9 +69,17 @@ class Decoder:
 
     @no_grad
     def run(
-        self, contexts: Sequence[Tensor], uniform: Tensor, room: Tensor, sampling: Sampling
+        self,
+        contexts: Sequence[Tensor],
+        uniform: Tensor,
+        room: Tensor,
+        sampling: Sampling,
+        ended: Callable[[int, list[int]], bool] | None = None,
     ) -> list[tuple[list[int], list[float], bool]]:
         """Ids and log-probabilities of each row, and whether the last token ends the response; else the row is full.
+
+        `ended`: whether the text of a row, given by its number, has ended with these tokens of it. Such a row stops early, and
+        has tokens of no meaning behind its end: the caller cuts them.
 
         contexts: B of [c] int64; uniform [B, N] float64, one draw for each new token; room [B] int64, from 1 to N, the tokens
         that each row may have.
@@ -91,6 +101,14 @@ class Decoder:
             if t + 1 == num_new:
                 break
             if (t + 1) % self._check_every == 0:
+                if ended is not None:
+                    recent = ids[rows, max(0, t + 1 - STOP_WINDOW) : t + 1].tolist()
+                    over = [
+                        # what is cut in the end is found in the whole of the text
+                        ended(row, part) and ended(row, ids[row, : t + 1].tolist())
+                        for row, part in zip(rows.tolist(), recent, strict=True)
+                    ]
+                    done |= torch.tensor(over, device=self._device)
                 num_left = rows.numel() - int(done.sum())
                 if num_left == 0:
                     break

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from understudy.engines.base import Probe, Weights
 from understudy.engines.hf.decode import CacheStyle, Decoder, cache_style
-from understudy.engines.requests import open_responses, to_samples
+from understudy.engines.requests import find_stop, open_responses, to_samples
 from understudy.errors import EngineError, TrainingError
 from understudy.lazy import nn, no_grad, torch
 from understudy.models import lm_head
@@ -100,10 +100,17 @@ class HFEngine:
                 # use what stands past their end
                 position = (num_new - room[:, None] + torch.arange(int(room.max()))).clamp_max(num_new - 1)
                 uniform = keyed_uniform(self.seed, stream, step, names, num_new).gather(-1, position)
-                for response, row in zip(chosen, decoder.run(contexts, uniform, room, sampling), strict=True):
+                stops = [response.request.stop for response in chosen]
+
+                def ended(row: int, ids: list[int], stops: list[tuple[str, ...]] = stops) -> bool:
+                    return find_stop(ids, stops[row], self.tokenizer) is not None
+
+                written = decoder.run(contexts, uniform, room, sampling, ended if any(stops) else None)
+                for response, row in zip(chosen, written, strict=True):
                     response.ids, response.logprob, stopped = row
                     response.version = [self._version] * len(response.ids)
-                    response.finish = "stop" if stopped else "length"
+                    if not response.cut(self.tokenizer):
+                        response.finish = "stop" if stopped else "length"
                 broken = [name for name, one in zip(names, chosen, strict=True) if any(map(math.isnan, one.logprob))]
                 if broken:
                     raise TrainingError(

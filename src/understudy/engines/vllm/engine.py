@@ -252,9 +252,9 @@ class VLLMEngine:
         self._wrote_since_check = True
         groups = [[response] for response in responses]
         if self._section.grouped:
-            same: dict[tuple[int, ...], list[Response]] = {}
+            same: dict[tuple[Any, ...], list[Response]] = {}
             for response in responses:
-                same.setdefault((response.room, *response.context), []).append(response)
+                same.setdefault((response.request.stop, response.room, *response.context), []).append(response)
             groups = list(same.values())
         write = partial(self._write, sampling=sampling, stream=f"{self._setup.seed}/{stream}/{step}")
         try:
@@ -317,11 +317,15 @@ class VLLMEngine:
                 response.ids += ids[:keep]
                 response.logprob += logprob[:keep]
                 response.version += [version] * keep
+                # here too: an interruption may split a string, of which each reply then has a part
+                if response.cut(self._setup.tokenizer):
+                    continue
                 if keep < len(ids):
                     response.num_redrawn += 1
                     response.finish = "length" if response.ids else None
                 elif finish == "stop":
                     response.finish = "stop"
+                    response.stopped_by_text = ids[-1] not in self._setup.stop_ids
                 elif finish == "length" or len(response.ids) >= response.room:
                     response.finish = "length"
             if len(group) > 1 or first.finish is not None:
@@ -339,6 +343,8 @@ class VLLMEngine:
         # a continuation draws other numbers than what it continues
         name = f"{stream}/{first.request.key}/{len(first.ids)}/{first.num_redrawn}"
         body: dict[str, Any] = {"logit_bias": self._bias} if self._bias else {}
+        if first.request.stop:
+            body |= {"stop": list(first.request.stop), "include_stop_str_in_output": True}
         return body | {
             "model": self._servers.facts.model,
             "prompt": [*first.context, *first.ids],

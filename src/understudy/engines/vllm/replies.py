@@ -33,7 +33,8 @@ def read_choices(reply: Reply, body: dict[str, Any]) -> list[tuple[list[int], li
         if any(token in stop for token in ids[:-1]):
             raise BadReply("it went on after a token that ends a response")
         ended = bool(ids) and ids[-1] in stop
-        if finish == "stop" and not ended:
+        by_text = finish == "stop" and choice.get("stop_reason") in body.get("stop", ())
+        if finish == "stop" and not ended and not by_text:
             raise BadReply(
                 f"it stopped at a token that ends no response ({ids[-1:]}); the server has stop tokens of its own"
             )

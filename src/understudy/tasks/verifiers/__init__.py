@@ -13,6 +13,7 @@ from understudy.errors import nearest
 from understudy.tasks.verifiers.choice import grade_choice
 from understudy.tasks.verifiers.instructions import grade_instructions
 from understudy.tasks.verifiers.math import grade_math
+from understudy.tasks.verifiers.qa import grade_answer, grade_f1
 from understudy.tasks.verifiers.references import Reference, accepted, several
 from understudy.types import Grade
 
@@ -36,7 +37,9 @@ def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
 
 VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {
     "choice": grade_choice,
+    "em": grade_answer,
     "exact": grade_exact,
+    "f1": grade_f1,
     "instructions": grade_instructions,
     "math": grade_math,
 }
@@ -56,6 +59,7 @@ __all__ = [
     "Reference",
     "accepted",
     "find_verifier",
+    "grade_answer",
     "grade_choice",
     "grade_exact",
     "grade_instructions",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from functools import wraps
 from numbers import Integral, Real
@@ -36,17 +37,19 @@ def accepted(reference: Reference) -> list[str]:
 
 
 def several(verify: Callable[..., Grade]) -> Callable[..., Grade]:
-    """The verifier for any number of accepted answers: the best of their grades, the first of equal ones."""
+    """The verifier for any number of accepted answers: the best of their grades, the first of equal ones, and the best of each
+    other score."""
 
     @wraps(verify)
     def grade(text: str, reference: Reference, *options: Any, **named: Any) -> Grade:
         first, *others = accepted(reference)
         best = verify(text, first, *options, **named)
         for answer in others:
-            if best.right:
+            if best.right and not best.also:
                 break
             found = verify(text, answer, *options, **named)
-            best = found if found.score > best.score else best
+            also = {name: max(value, best.also.get(name, value)) for name, value in found.also.items()}
+            best = replace(found if found.score > best.score else best, also=also)
         return best
 
     return grade
