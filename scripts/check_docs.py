@@ -3,7 +3,8 @@
 Checked are paths, commands, links and their anchors on every page; on the pages of the methods that every method has one,
 that its keys and defaults are those of the code, that its metrics are logged somewhere and that its recipes parse; on those
 of teachers, tasks, sandboxes and engines the keys and defaults of their sections, the named data sets, and that recipes
-parse; on the page for users of other toolkits that the keys it names exist.
+parse; on the page for users of other toolkits that the keys it names exist; on that of the papers' settings what their
+recipes say.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import papers
 import typer.main
 import yaml
 
@@ -140,6 +142,8 @@ def problems(page: Path) -> Iterator[str]:
         yield from dataset_problems(text)
     if page == COMING_FROM:
         yield from named_key_problems(text)
+    if page == papers.PAGE and papers.drawn(text) != text:
+        yield "differs from recipes/papers: run python scripts/papers.py"
     if page == OVERVIEW:
         yield from key_problems(text, {"default": PolicyMethod})
         yield from metric_problems(text)

@@ -126,6 +126,14 @@ DATASETS: dict[str, DataSet] = {
         licence="CC BY-NC-SA 4.0",
         source="HMMT, February 2025",
     ),
+    "hmmt25-nov": DataSet(
+        task="math",
+        hub="MathArena/hmmt_nov_2025",
+        splits={"test": "train"},
+        keys=_ANSWERED,
+        licence="CC BY-NC-SA 4.0",
+        source="HMMT, November 2025",
+    ),
     "minerva": DataSet(
         task="math",
         hub="math-ai/minervamath",

@@ -1,0 +1,334 @@
+"""The settings of the papers: the page about recipes/papers, and a short run of every line of each of them.
+
+    python scripts/papers.py                     draws the tables of docs/papers.md from the recipes
+    python scripts/papers.py --try               trains every miniature on this machine, some seconds each
+    python scripts/papers.py --try tropd-math    this one only
+
+A miniature, NAME.mini.yaml, has the keys of NAME.yaml. Its models are random and tiny, and its rows are sums in the fields of
+the data sets that the paper's recipe names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from understudy import config
+from understudy.methods import TrOPD
+from understudy.models import build_causal_lm, save_hf
+from understudy.recipe import Recipe, load_recipe
+from understudy.tasks import DATASETS
+from understudy.tasks.fields import Condition
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES, PAGE = ROOT / "recipes" / "papers", ROOT / "docs" / "papers.md"
+PARTS = Path("runs/papers/parts")
+"""Models and rows of the miniatures, relative to the working directory."""
+
+
+# --- cost ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model's arithmetic is counted from."""
+
+    parameters: float
+    """Those that one token goes through: of a mixture of experts the active ones."""
+    layers: int
+    width: int
+    """Heads times the size of a head."""
+
+    def forward(self, tokens: float, length: float) -> float:
+        """Operations of a forward pass over samples of this length: 2 a parameter and token, and 4 a layer, width and token
+        before it, which attention adds."""
+        return tokens * (2 * self.parameters + 4 * self.layers * self.width * length / 2)
+
+
+MODELS: Mapping[str, Size] = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": Size(1.78e9, 28, 1536),
+    "Qwen/Qwen2.5-Math-1.5B": Size(1.54e9, 28, 1536),
+    "Qwen/Qwen3-1.7B": Size(1.72e9, 28, 2048),
+    "Qwen/Qwen3-4B": Size(4.02e9, 36, 4096),
+    "Keven16/Qwen3-4B-Non-Thinking-RL-Math-Step500": Size(4.02e9, 36, 4096),
+    "Skywork/Skywork-OR1-Math-7B": Size(7.62e9, 28, 3584),
+    "Skywork/Skywork-OR1-7B": Size(7.62e9, 28, 3584),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": Size(3.3e9, 48, 4096),
+    "Qwen/QwQ-32B": Size(32.8e9, 64, 5120),
+}
+PEAK = 989e12
+"""Operations a second of an H100 in bfloat16, without sparsity."""
+WRITING, READING = 0.1, 0.4
+"""Share of the peak that writing tokens one after the other reaches, and that passes over whole samples reach."""
+
+
+def hours(recipe: Recipe) -> float:
+    """H100 hours of a run whose every response is as long as it may be: writing, scoring, updates and evaluations.
+
+    Prompts, the servers' idle time, loading, and what a judge writes are left out.
+    """
+    student, length, train = MODELS[str(recipe.student.model)], recipe.sampling.max_new_tokens, recipe.train
+    guided = isinstance(recipe.method, TrOPD) and recipe.uses.prefixes and recipe.method.guided == "beside"
+    tokens = train.steps * train.prompts_per_step * (train.samples_per_prompt + guided) * length
+    written = student.forward(tokens, length)
+    teachers = [MODELS[section.model] for section in recipe.all_teachers.values()]
+    # each sample is read by the one teacher that its prompt names
+    read = sum(teacher.forward(tokens, length) for teacher in teachers) / len(teachers)
+    if recipe.uses.prefixes:
+        written += sum(teacher.forward(train.steps * train.prompts_per_step * length, length) for teacher in teachers)
+    for section in recipe.all_references.values():
+        read += MODELS[getattr(section, "model", None) or str(recipe.student.model)].forward(tokens, length)
+    # the student's own log-probabilities; an update is a forward and twice as much backward
+    passes = 1 + 3 * train.passes + train.passes * train.gradient_checkpointing
+    read += passes * student.forward(tokens, length)
+    if recipe.eval is not None:
+        times = 2 + (train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
+        limit = (recipe.eval.sampling or recipe.sampling).max_new_tokens
+        answers = times * (recipe.eval.problems or 0) * recipe.eval.samples_per_prompt
+        written += student.forward(answers * limit, limit)
+    return (written / WRITING + read / READING) / PEAK / 3600
+
+
+def rounded(value: float) -> str:
+    """To two digits: "190"."""
+    digits = 1 - math.floor(math.log10(value))
+    return f"{round(value, digits):,.{max(0, digits)}f}"
+
+
+# --- the page ------------------------------------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, Path]:
+    """The papers' recipes by their names."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.endswith(".mini")}
+
+
+def said(path: Path) -> dict[str, str]:
+    """What the comment at a recipe's head says: its source, what is open in it, its cost."""
+    lines = [line[1:].strip() for line in path.read_text().splitlines()[1:] if line.startswith("#")]
+    found = re.findall(r"(Source|Open|Cost): (.*?)(?= (?:Source|Open|Cost): |$)", " ".join(lines))
+    return dict(found)
+
+
+def row(name: str, recipe: Recipe) -> str:
+    """A row of the table."""
+    train, sampling = recipe.train, recipe.sampling
+    teachers = ", ".join(f"`{section.model}`" for section in recipe.all_teachers.values())
+    tasks = recipe.task.places().values()
+    cells = [
+        f"`recipes/papers/{name}.yaml`",
+        f"`{config.dump(recipe)['method']['type']}`",
+        f"`{recipe.student.model}`",
+        teachers,
+        ", ".join(part.name for part in tasks),
+        f"{train.prompts_per_step:,} x {train.samples_per_prompt}",
+        f"{sampling.max_new_tokens:,}",
+        f"{train.lr:g}",
+        f"{train.steps}",
+        rounded(hours(recipe)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def blocks() -> dict[str, str]:
+    """What the page says of the recipes, by the names of the places."""
+    names = [
+        "recipe",
+        "method",
+        "student",
+        "teacher",
+        "data",
+        "prompts x samples",
+        "response",
+        "lr",
+        "steps",
+        "H100 hours",
+    ]
+    table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    texts = []
+    for name, path in recipes().items():
+        table.append(row(name, load_recipe(path)))
+        about = said(path)
+        texts.append(f"**`{name}`.** {about['Source']}.\n*Open:* {about['Open']}.")
+    return {"recipes": "\n".join(table), "sources": "\n\n".join(texts)}
+
+
+def drawn(page: str) -> str:
+    """The page with what the recipes say today. Raises ValueError for a page without the places."""
+    for name, block in blocks().items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, found, rest = page.partition(begin)
+        if not found or end not in rest:
+            raise ValueError(f"{PAGE} lacks {begin} and {end}")
+        page = f"{before}{begin}\n\n{block}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+# --- miniatures ----------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+SIZES: Mapping[str, int] = {"student": 32, "teacher": 48, "base": 48}
+NUM_ROWS = 24
+END_LOGIT = 3.0
+"""Of the token that ends a response; those of the others are near 0. A teacher that hardly ever ended would give no prefix."""
+
+
+def build_tokenizer() -> Any:
+    """One token a byte, with the chat template of Qwen3 as far as it concerns single questions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(special)
+    end, pad = "<|im_end|>", "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end, pad_token=pad, chat_template=TEMPLATE)
+
+
+def sums(name: str) -> Iterator[dict[str, Any]]:
+    """Rows with sums in the fields of a data set, each of which meets its conditions."""
+    data = DATASETS[name]
+    for index in range(NUM_ROWS):
+        first, second = 10 + index, 7 * index % 90
+        # two data sets have no problem in common
+        asked = f"{first} + {second} ({name})"
+        found: dict[str, Any] = {}
+        if data.keys["prompt_field"] == "conversations":
+            answer = {"from": "gpt", "value": f"{first + second}"}
+            found["conversations"] = [{"from": "human", "value": asked}, answer]
+        else:
+            put(found, data.keys["prompt_field"], asked)
+        if field := data.keys.get("solution_field"):
+            put(found, field, f"\\boxed{{{first + second}}}")
+        if field := data.keys.get("reference_field"):
+            put(found, field, json.dumps([str(first + second)]) if data.listed else str(first + second))
+        for condition in map(Condition.read, data.keys.get("where", ())):
+            put(found, condition.field, condition.values[0])
+        yield found
+
+
+def put(found: dict[str, Any], field: str, value: object) -> None:
+    """Sets a field that may be nested, `a.b`."""
+    *folders, last = field.split(".")
+    for folder in folders:
+        found = found.setdefault(folder, {})
+    found[last] = value
+
+
+def make_parts() -> None:
+    """Writes the models and rows that the miniatures name, anew."""
+    shutil.rmtree(PARTS, ignore_errors=True)
+    tokenizer = build_tokenizer()
+    for seed, (name, hidden) in enumerate(SIZES.items()):
+        model = build_causal_lm(
+            {
+                "architecture": "qwen3",
+                "hidden_size": hidden,
+                "num_layers": 2,
+                "num_heads": 2,
+                "max_position_embeddings": 1024,
+            },
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=seed,
+        )
+        with torch.no_grad():
+            # a part that all embeddings share, which the token that ends a response is read from
+            model.get_input_embeddings().weight.add_(0.1)
+            model.get_output_embeddings().weight[tokenizer.eos_token_id] = END_LOGIT / hidden
+        save_hf(model, tokenizer, PARTS / name)
+    for name in DATASETS:
+        if "prompt_field" in DATASETS[name].keys:
+            text = "".join(json.dumps(row) + "\n" for row in sums(name))
+            (PARTS / f"{name}.jsonl").write_text(text)
+
+
+@contextmanager
+def judge() -> Iterator[str]:
+    """The address of a chat model: asked for a digit it says one by the length of the question, else it solves the sum, each
+    time in other words."""
+    ways = itertools.count(1)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            question = body["messages"][0]["content"]
+            numbers = re.search(r"(\d+) \+ (\d+)", question)
+            solved = f"Way {next(ways)}: \\boxed{{{sum(map(int, numbers.groups()))}}}" if numbers else "?"
+            text = str(len(question) % 10) if body["max_tokens"] <= 8 else solved
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            reply = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def overrides(path: Path, address: str) -> list[str]:
+    """What a miniature needs beside its file: the address of its judge, if it has one."""
+    return [f"teacher.url={address}"] if config.read_yaml(path).get("teacher", {}).get("type") == "chat" else []
+
+
+def try_out(names: list[str]) -> None:
+    """Trains the miniatures through the command line; ends at the first that fails."""
+    make_parts()
+    with judge() as address:
+        for name in names:
+            path, started = RECIPES / f"{name}.mini.yaml", time.monotonic()
+            command = [sys.executable, "-m", "understudy", "train", str(path), *overrides(path, address)]
+            shutil.rmtree(load_recipe(path).run_dir, ignore_errors=True)
+            if code := subprocess.run(command, check=False).returncode:  # noqa: S603
+                sys.exit(code)
+            print(f"{name}: {time.monotonic() - started:.0f} s\n", flush=True)
+
+
+def main() -> None:
+    """Draws the page, or tries the miniatures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--try", dest="tried", nargs="*", choices=list(recipes()), help="train these miniatures, or all"
+    )
+    tried = parser.parse_args().tried
+    if tried is None:
+        PAGE.write_text(drawn(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        try_out(tried or list(recipes()))
+
+
+if __name__ == "__main__":
+    main()
