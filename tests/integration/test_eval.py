@@ -93,7 +93,9 @@ def test_all_right() -> None:
     assert values(summary) == {
         "avg@4": 1.0,
         "pass@2": 1.0,
+        "pass^2": 1.0,
         "pass@4": 1.0,
+        "pass^4": 1.0,
         "maj@4": 1.0,
         "mean_tokens": pytest.approx(length),
         "truncated": 0.0,
@@ -107,7 +109,9 @@ def test_known_numbers() -> None:
     assert values(evaluated(right_for(1))) == {
         "avg@4": 0.25,
         "pass@2": pytest.approx(1 - (3 * 2) / (4 * 3)),
+        "pass^2": 0.0,
         "pass@4": 1.0,
+        "pass^4": 0.0,
         "maj@4": 0.0,
         "mean_tokens": pytest.approx(np.mean([len(p.solution or "") + 1 + 3 + 3 + 9 for p in PROMPTS]) / 4),
         "truncated": 0.25,
@@ -129,7 +133,9 @@ def test_intervals_are_over_problems() -> None:
 )
 def test_sizes_of_pass_at_k(num_samples: int, names: set[str]) -> None:
     found = evaluated(samples_per_prompt=num_samples).metrics
-    assert {name for name in found if name.startswith("pass")} == names
+    assert {name for name in found if name.startswith("pass@")} == names
+    powers = {name.replace("@", "^") for name in names} - {"pass^1"}
+    assert {name for name in found if name.startswith("pass^")} == powers
     assert {f"avg@{num_samples}", f"maj@{num_samples}"} < found.keys()
 
 

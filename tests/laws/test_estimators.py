@@ -18,6 +18,7 @@ from understudy.eval.estimators import (
     majority_score,
     paired_difference,
     pass_at_k,
+    pass_power_k,
 )
 
 
@@ -50,10 +51,31 @@ def test_pass_at_k_limits() -> None:
     assert (np.diff(curve, axis=0) >= 0).all()
 
 
+@pytest.mark.parametrize("num_samples", range(1, 8))
+def test_pass_power_k_is_the_share_of_subsets_that_are_right(num_samples: int) -> None:
+    right = np.arange(num_samples + 1)
+    for k in range(1, num_samples + 1):
+        expected = [
+            np.mean([all(index < c for index in subset) for subset in combinations(range(num_samples), k)])
+            for c in right
+        ]
+        np.testing.assert_allclose(pass_power_k(right, num_samples, k), expected, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(expected, [math.comb(c, k) / math.comb(num_samples, k) for c in right], atol=1e-15)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.37, 1.0])
+@pytest.mark.parametrize(("num_samples", "k"), [(1, 1), (5, 3), (64, 16), (256, 100)])
+def test_pass_power_k_is_unbiased(num_samples: int, k: int, p: float) -> None:
+    right = np.arange(num_samples + 1)
+    chance = np.array([math.comb(num_samples, int(c)) * p**c * (1 - p) ** (num_samples - c) for c in right])
+    assert chance @ pass_power_k(right, num_samples, k) == pytest.approx(p**k, abs=1e-12)
+
+
 @pytest.mark.parametrize(("right", "num_samples", "k"), [([1], 4, 5), ([1], 4, 0), ([5], 4, 1), ([-1], 4, 1)])
 def test_pass_at_k_refuses_what_has_no_meaning(right: list[int], num_samples: int, k: int) -> None:
-    with pytest.raises(ValueError, match="from"):
-        pass_at_k(right, num_samples, k)
+    for estimator in (pass_at_k, pass_power_k):
+        with pytest.raises(ValueError, match="from"):
+            estimator(right, num_samples, k)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ TAILS = (0.025, 0.975)
 RESAMPLES = 10_000
 """The Monte Carlo error of a bound is then about 1 % of the interval's width."""
 RIGHT = 1.0
-"""The lowest score that counts as right, for pass@k."""
+"""The lowest score that counts as right, for pass@k and pass^k."""
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
 Ends = tuple[float, float]
@@ -56,6 +56,15 @@ def pass_at_k(num_right: ArrayLike, num_samples: int, k: int) -> NDArray[np.floa
     draws = np.arange(k)
     all_wrong = np.maximum(num_samples - right[..., None] - draws, 0) / (num_samples - draws)
     return np.asarray(1.0 - all_wrong.prod(axis=-1), dtype=np.float64)
+
+
+def pass_power_k(num_right: ArrayLike, num_samples: int, k: int) -> NDArray[np.float64]:
+    """C(c, k) / C(n, k): the chance that k of n samples, drawn without repetition, are all right. Shape [P].
+
+    Written pass^k; unbiased for the chance that k fresh samples all are (Yao et al. 2024, tau-bench). Raises as `pass_at_k`.
+    """
+    # a right sample counts as a wrong one
+    return 1.0 - pass_at_k(num_samples - np.asarray(num_right, dtype=np.int64), num_samples, k)
 
 
 def majority_score(answers: Sequence[str | None], scores: Sequence[float]) -> float:

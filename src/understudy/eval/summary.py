@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from understudy.errors import DataError
-from understudy.eval.estimators import LENGTH, RIGHT, SHARE, Estimate, estimate_mean, majority_score, pass_at_k
+from understudy.eval.estimators import (
+    LENGTH,
+    RIGHT,
+    SHARE,
+    Estimate,
+    estimate_mean,
+    majority_score,
+    pass_at_k,
+    pass_power_k,
+)
 from understudy.format import is_rate
 from understudy.types import Author, Sample
 
@@ -42,9 +51,9 @@ def summarise(
     too_long: int = 0,
     sampling: Mapping[str, float] | None = None,
 ) -> EvalSummary:
-    """avg@n, pass@k, maj@n, score/NAME, mean_tokens, truncated and no_eos, each a mean over problems with its interval.
+    """avg@n, pass@k, pass^k, maj@n, score/NAME, mean_tokens, truncated and no_eos, each a mean over problems with its interval.
 
-    n is the number of samples of each prompt, k the powers of two below it and n itself. The first three are over problems
+    n is the number of samples of each prompt, k the powers of two below it and n itself. The first four are over problems
     whose samples all have scores, `score/NAME` over those of them whose samples all have that score in `Grade.also`. Raises
     ValueError for no samples, or more of one prompt than of another.
     """
@@ -64,6 +73,8 @@ def summarise(
         values[f"avg@{num}"] = scores.mean(axis=1)
         for k in [*(2**power for power in range(1, num.bit_length()) if 2**power < num), num]:
             values[f"pass@{k}"] = pass_at_k(num_right, num, k)
+            if k > 1:
+                values[f"pass^{k}"] = pass_power_k(num_right, num, k)
         majority = [majority_score(given, list(row)) for given, row in zip(answers, scores, strict=True)]
         values[f"maj@{num}"] = np.array(majority)
         for name in dict.fromkeys(name for row in scored for item in row if item.grade for name in item.grade.also):
