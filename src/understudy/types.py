@@ -117,8 +117,9 @@ class Grade:
     score: float
     answer: str | None = None
     note: str = ""
-    also: Mapping[str, float] = field(default_factory=dict)
-    """Other scores of the same response in [0, 1], by name; an evaluation reports their means beside the score."""
+    also: Mapping[str, float | tuple[int, int]] = field(default_factory=dict)
+    """Other scores of the same response in [0, 1], by name; an evaluation reports their means beside the score. A pair, so many
+    of so many, counts over all problems together."""
 
     @property
     def right(self) -> bool:

@@ -230,6 +230,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "rows": {"train": "in-memory: 2 rows", "prompt_field": "q"},
         "math": {"dataset": "gsm8k"},
         "choice": {"dataset": "mmlu"},
+        "instructions": {"dataset": "ifeval"},
         "mix": {"parts": {"sums": Arithmetic()}},
     }
     for name, task in TASKS.items():

@@ -16,6 +16,7 @@ from understudy.eval.estimators import (
     LENGTH,
     RIGHT,
     SHARE,
+    Ends,
     Estimate,
     estimate_mean,
     majority_score,
@@ -65,6 +66,7 @@ def summarise(
         raise ValueError(f"every prompt must have the same number of samples, at least one; found {sorted(counts)}")
     num = counts.pop()
     values: dict[str, NDArray[np.float64]] = {}  # one value per problem [P]
+    ends: dict[str, Ends] = {}
     scored = [attempts for attempts in problems.values() if all(item.grade is not None for item in attempts)]
     if scored:
         scores = np.array([[item.grade.score for item in attempts if item.grade] for attempts in scored])
@@ -79,8 +81,15 @@ def summarise(
         values[f"maj@{num}"] = np.array(majority)
         for name in dict.fromkeys(name for row in scored for item in row if item.grade for name in item.grade.also):
             found = [[item.grade.also.get(name) for item in row if item.grade] for row in scored]
-            known = [row for row in found if None not in row]
-            values[f"score/{name}"] = np.array(known, dtype=np.float64).mean(axis=1)
+            known = np.array([row for row in found if None not in row], dtype=np.float64)
+            if not known.size:
+                continue
+            if known.ndim == 3:
+                # so many of so many: problems count by the latter, so that their mean is that of all counts together
+                known, weights = known[..., 0], known[..., 1].mean(axis=1)
+                known /= weights.mean()
+                ends[f"score/{name}"] = (0.0, weights.max() / weights.mean())
+            values[f"score/{name}"] = known.mean(axis=1)
     per_sample: dict[str, Callable[[Sample], float]] = {
         "mean_tokens": lambda item: item.num_written_tokens,
         "truncated": lambda item: item.truncated,
@@ -97,7 +106,10 @@ def summarise(
         split=split,
         samples_per_prompt=num,
         num_problems=len(problems),
-        metrics={name: estimate_mean(value, SHARE if is_rate(name) else LENGTH) for name, value in values.items()},
+        metrics={
+            name: estimate_mean(value, ends.get(name, SHARE if is_rate(name) else LENGTH))
+            for name, value in values.items()
+        },
         unscored=sum(sample.grade is None for sample in samples),
         too_long=too_long,
         sampling=sampling or {},

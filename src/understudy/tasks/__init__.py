@@ -9,6 +9,7 @@ from understudy.tasks.base import Intake, Split, Task
 from understudy.tasks.choice import Choice
 from understudy.tasks.datasets import DATASETS, DataSet, Named
 from understudy.tasks.in_memory import Rows
+from understudy.tasks.instructions import Instructions
 from understudy.tasks.math import Mathematics
 from understudy.tasks.mix import PARTS, Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
@@ -26,6 +27,7 @@ __all__ = [
     "DataSet",
     "File",
     "Hub",
+    "Instructions",
     "Intake",
     "Jsonl",
     "Mathematics",

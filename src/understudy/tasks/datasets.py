@@ -51,6 +51,7 @@ _SOLVED = {**_ANSWERED, "solution_field": "solution"}
 _MAA = "unknown; problems (c) MAA"
 _OPTIONS = {"prompt_field": "question", "choices_field": "choices", "reference_field": "answer"}
 _ARC = {**_OPTIONS, "reference_field": "answerKey"}
+_INSTRUCTED = {"prompt_field": "prompt", "reference_field": "instruction_id_list", "kwargs_field": "kwargs"}
 _SUBJECTS = (
     "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
     "college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics "
@@ -263,6 +264,24 @@ DATASETS: dict[str, DataSet] = {
         licence="CC BY 4.0; gated",
         source="arXiv 2311.12022",
         gated=True,
+    ),
+    "ifeval": DataSet(
+        task="instructions",
+        hub="google/IFEval",
+        splits={"test": "train"},
+        keys=_INSTRUCTED,
+        sizes={"test": 541},
+        licence="Apache-2.0",
+        source="arXiv 2311.07911",
+    ),
+    "ifbench": DataSet(
+        task="instructions",
+        hub="allenai/IFBench_test",
+        splits={"test": "train"},
+        keys=_INSTRUCTED,
+        sizes={"test": 300},
+        licence="unknown",
+        source="arXiv 2507.02833",
     ),
 }
 """Name -> data set."""

@@ -12,6 +12,7 @@ from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
 from understudy.tasks.choice import Choice
 from understudy.tasks.in_memory import Rows
+from understudy.tasks.instructions import Instructions
 from understudy.tasks.lazy import LazyPrompts
 from understudy.tasks.math import Mathematics
 from understudy.tasks.records import File, Hub
@@ -21,6 +22,7 @@ PARTS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
     "math": Mathematics,
     "choice": Choice,
+    "instructions": Instructions,
     "file": File,
     "jsonl": File,
     "hub": Hub,

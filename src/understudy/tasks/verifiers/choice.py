@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from understudy.tasks.verifiers import notation
-from understudy.tasks.verifiers.math import find_answer
+from understudy.tasks.verifiers.math import find_answer, without_thoughts
 from understudy.tasks.verifiers.references import several
 from understudy.types import Grade
 
@@ -24,7 +24,7 @@ def grade_choice(text: str, reference: str) -> Grade:
     """
     answer = find_answer(text)
     if answer is None and "\\boxed" not in text and "<answer>" not in text:
-        answer = _last_line(text.rpartition("</think>")[2])
+        answer = _last_line(without_thoughts(text))
     if answer is None:
         return Grade(0.0, note="no final answer: no \\boxed{...}, <answer>, 'answer is' or letter in the last line")
     if len(answer) > MAX_CHOICE_CHARS:
@@ -36,9 +36,9 @@ def grade_choice(text: str, reference: str) -> Grade:
 
 
 def _last_line(text: str) -> str | None:
-    """The last line that is not empty; None for a thought that goes on, a long line, and the end of a list of options."""
+    """The last line that is not empty; None for a long line and for the end of a list of options."""
     lines = [line.strip("*_ \t") for line in text[-4 * MAX_LINE_CHARS :].splitlines() if line.strip()]
-    if not lines or len(lines[-1]) > MAX_LINE_CHARS or "<think" in text:
+    if not lines or len(lines[-1]) > MAX_LINE_CHARS:
         return None
     return None if len(lines) > 1 and len(lines[-2]) <= MAX_LINE_CHARS and read_letter(lines[-2]) else lines[-1]
 

@@ -1,18 +1,22 @@
 """Instructions that a program can check, of IFEval: "no commas", "at least three bullet points", "answer in JSON".
 
 Source: Zhou et al., "Instruction-Following Evaluation for Large Language Models", arXiv 2311.07911. Its names of instructions
-and their arguments are read as they stand in the data set `google/IFEval`. Where its checkers call libraries, these do not:
-sentences and words are told apart by punctuation, so that a count may differ by one at an abbreviation, and the language of a
-response (`language:response_language`) is not checked.
+and their arguments are read as they stand in the data set `google/IFEval`. Sentences and words are told apart by punctuation,
+where its checkers call NLTK, so that a count may differ by one at an unusual abbreviation. The language of a response is
+told by langdetect, as there, with a fixed seed; text in capital or small letters may be of any language.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
+from understudy.errors import RecipeError
+from understudy.tasks.verifiers.math import without_thoughts
 from understudy.tasks.verifiers.references import several
 from understudy.types import Grade
 
@@ -27,8 +31,53 @@ def _compared(number: int, relation: str, bound: int) -> bool:
     return number >= bound if relation == "at least" else number < bound
 
 
+_ABBREVIATION = re.compile(
+    r"(?:^|[^\w.])(?:(?i:mr|mrs|ms|dr|prof|sr|jr|st|vs|fig|approx|e\.g|i\.e)|[A-HJ-Z])\.[\"')\]]*$"
+)
+"""An end that is none of a sentence: "Dr.", "e.g.", the initial of a name."""
+
+
 def _sentences(text: str) -> int:
-    return len([part for part in re.split(r"(?<=[.!?])[\"')\]]*\s+", text.strip()) if re.search(r"\w", part)])
+    parts = [part for part in re.split(r"(?<=[.!?])[\"')\]]*\s+", text.strip()) if re.search(r"\w", part)]
+    return len(parts) - sum(_ABBREVIATION.search(part[-12:]) is not None for part in parts[:-1])
+
+
+def _bracketed(text: str, opening: str, closing: str) -> Iterator[str]:
+    """The contents of brackets that close on their own line, each from its first opening on."""
+    for line in text.splitlines():
+        start = line.find(opening)
+        while start >= 0 and (end := line.find(closing, start + len(opening))) >= 0:
+            yield line[start + len(opening) : end]
+            start = line.find(opening, end + len(closing))
+
+
+_detecting = Lock()
+
+
+def is_of_language(text: str, language: str) -> bool:
+    """Whether langdetect finds the text to be of that language (ISO 639-1, "zh-cn"); text without letters is of none.
+
+    Raises RecipeError where the package is missing.
+    """
+    check_detector()
+    from langdetect import DetectorFactory, LangDetectException, detect
+
+    with _detecting:
+        # it draws at random, and loads its tables at the first call
+        DetectorFactory.seed = 0
+        try:
+            return bool(detect(text) == language)
+        except LangDetectException:
+            return False
+
+
+def check_detector() -> None:
+    """Raises RecipeError where langdetect is not installed."""
+    if find_spec("langdetect") is None:
+        raise RecipeError(
+            "the instruction 'language:response_language' needs the package langdetect; run: "
+            "pip install 'understudy[instructions]'"
+        )
 
 
 def _found(word: str, text: str) -> int:
@@ -63,7 +112,7 @@ def _postscript(text: str, postscript_marker: str) -> bool:
 
 
 def _is_json(text: str) -> bool:
-    bare = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip(), flags=re.IGNORECASE)
+    bare = re.sub(r"^```(?:json)?", "", text.strip(), flags=re.IGNORECASE).removesuffix("```")
     try:
         json.loads(bare)
     except (ValueError, RecursionError):
@@ -88,7 +137,7 @@ INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
     ),
     "combination:two_responses": _two_responses,
     "detectable_content:number_placeholders": lambda text, num_placeholders: (
-        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+        sum(1 for _ in _bracketed(text, "[", "]")) >= num_placeholders
     ),
     "detectable_content:postscript": _postscript,
     "detectable_format:constrained_response": lambda text: any(choice in text for choice in _CHOICES),
@@ -97,10 +146,10 @@ INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
         len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", text)) >= num_sections
     ),
     "detectable_format:number_bullet_lists": lambda text, num_bullets: (
-        len(re.findall(r"^\s*(?:\*[^*]|-).*$", text, re.MULTILINE)) == num_bullets
+        len(re.findall(r"^[^\S\n]*(?:\*[^*]|-).*$", text, re.MULTILINE)) == num_bullets
     ),
     "detectable_format:number_highlighted_sections": lambda text, num_highlights: _highlights(text) >= num_highlights,
-    "detectable_format:title": lambda text: any(title.strip() for title in re.findall(r"<<([^\n]+)>>", text)),
+    "detectable_format:title": lambda text: any(map(str.strip, _bracketed(text, "<<", ">>"))),
     "keywords:existence": lambda text, keywords: all(_found(word, text) for word in keywords),
     "keywords:forbidden_words": lambda text, forbidden_words: (
         not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in forbidden_words)
@@ -111,6 +160,7 @@ INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation: _compared(
         text.lower().count(letter.lower()), let_relation, let_frequency
     ),
+    "language:response_language": is_of_language,
     "length_constraints:nth_paragraph_first_word": _first_word,
     "length_constraints:number_paragraphs": _starred_paragraphs,
     "length_constraints:number_sentences": lambda text, num_sentences, relation: _compared(
@@ -128,25 +178,47 @@ INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
 """The name of an instruction -> whether a text follows it, given the arguments."""
 
 
+def _loosened(text: str) -> list[str]:
+    """The text, and without its first line, its last line and both; each with and without asterisks."""
+    lines = text.split("\n")
+    parts = [lines, lines[1:], lines[:-1], lines[1:-1]]
+    cut = ["\n".join(part).strip() for part in parts]
+    return list(dict.fromkeys([text, *cut, *(part.replace("*", "") for part in [text, *cut])]))
+
+
+def follows(text: str, name: str, given: Mapping[str, Any]) -> bool:
+    """Whether a text follows an instruction; an empty one follows none. Arguments that are null are left out.
+
+    Raises ValueError for an instruction that is not in `INSTRUCTIONS`, and for arguments that it does not take.
+    """
+    if name not in INSTRUCTIONS:
+        raise ValueError(f"the instruction {name!r} cannot be checked; known: {', '.join(INSTRUCTIONS)}")
+    arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    try:
+        return bool(text.strip()) and INSTRUCTIONS[name](text, **arguments)
+    except TypeError as error:
+        raise ValueError(f"the instruction {name!r} does not take {sorted(arguments)}: {error}") from error
+
+
 @several
 def grade_instructions(text: str, reference: str) -> Grade:
     """1.0 where every instruction is followed. The reference is JSON: `{"instruction_id_list": [...], "kwargs": [...]}`.
 
-    Arguments that are null, as columnar files have them, are left out. Raises ValueError for an instruction that is not in
-    `INSTRUCTIONS`, and for arguments that it does not take.
+    `also` has `loose`, whether each is followed by some loosened form of the text, and by instruction, so many of so many,
+    `instructions` and `instructions_loose`. Thoughts, `<think>` to `</think>`, are not read. Raises as `follows`.
     """
     asked = json.loads(reference)
-    missed = []
-    for name, given in zip(asked["instruction_id_list"], asked["kwargs"], strict=True):
-        if name not in INSTRUCTIONS:
-            raise ValueError(f"the instruction {name!r} cannot be checked; known: {', '.join(INSTRUCTIONS)}")
-        arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        try:
-            followed = bool(text.strip()) and INSTRUCTIONS[name](text, **arguments)
-        except TypeError as error:
-            raise ValueError(f"the instruction {name!r} does not take {sorted(arguments)}: {error}") from error
-        if not followed:
-            missed.append(name)
-    if not missed:
-        return Grade(1.0)
-    return Grade(0.0, note=f"not followed: {', '.join(missed)}")
+    text = without_thoughts(text)
+    pairs = list(zip(asked["instruction_id_list"], asked["kwargs"], strict=True))
+    strict = [follows(text, name, given) for name, given in pairs]
+    loose = [
+        found or any(follows(form, name, given) for form in _loosened(text))
+        for found, (name, given) in zip(strict, pairs, strict=True)
+    ]
+    also: dict[str, float | tuple[int, int]] = {
+        "loose": float(all(loose)),
+        "instructions": (sum(strict), len(pairs)),
+        "instructions_loose": (sum(loose), len(pairs)),
+    }
+    missed = [name for found, (name, _) in zip(strict, pairs, strict=True) if not found]
+    return Grade(float(not missed), note=f"not followed: {', '.join(missed)}" if missed else "", also=also)

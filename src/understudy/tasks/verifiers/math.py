@@ -139,10 +139,7 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
 
 def find_answer(text: str) -> str | None:
     """The final answer as it is written, without dollar signs and a full stop around it; None where there is none."""
-    if "think" in text.lower():
-        # an end that is left was begun by the prompt
-        text = _END_OF_THOUGHT.split(_THOUGHT.sub("", text))[-1]
-    text = text.strip()
+    text = without_thoughts(text).strip()
     text = text[:-100] + _END_TOKENS.sub("", text[-100:])
     has_box, found = _last_box(text)
     if has_box:
@@ -170,6 +167,14 @@ def find_answer(text: str) -> str | None:
         return _unwrap(_unfenced(sentence)) or None
     text = _unfenced(text.strip())
     return _unwrap(text) or None if len(text) <= MAX_LONE_ANSWER_CHARS and "\n" not in text else None
+
+
+def without_thoughts(text: str) -> str:
+    """The text behind its thoughts; those that go on to its end leave nothing."""
+    if "think" not in text.lower():
+        return text
+    # an end that is left was begun by the prompt
+    return _END_OF_THOUGHT.split(_THOUGHT.sub("", text))[-1]
 
 
 def _unfenced(text: str) -> str:
