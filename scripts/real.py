@@ -58,8 +58,6 @@ ARMS = {"sft": "more imitation", "gkd": "reverse KL", "tropd": "TrOPD"}
 PASSES = {"sft": 4, "gkd": 5, "tropd": 5}
 """Forward passes that a sample costs: one is written (by teacher or student), the update takes three, a teacher's scores one.
 30 steps of the first are 24 of the others."""
-BLOCKS = ("prompt", "recover", "answers")
-"""What is drawn into the page."""
 SUBJECTS = {
     "college_biology": "biology",
     "high_school_biology": "biology",
@@ -518,7 +516,7 @@ def side_by_side() -> str:
 
 
 def draw() -> None:
-    """Puts tables and curves into the page, each between its own pair of comments; a page that is not there is begun."""
+    """Puts tables and curves into the page, each between its own pair of comments, which are added where they are missing."""
     blocks: dict[str, str] = {}
     if (DATA / "prompt.csv").is_file():
         curve = picture("prompt", "accuracy", "prompt-accuracy", "training sample", percent=True)
@@ -532,13 +530,14 @@ def draw() -> None:
         ]
         blocks["recover"] = "\n\n".join([table("recover", "row"), table("recover", "contrast"), *curves])
         blocks["answers"] = side_by_side()
-    begun = "# Real weights\n" + "".join(f"\n<!-- {name} -->\n<!-- end of {name} -->\n" for name in BLOCKS)
-    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else begun
+    if not blocks:
+        return
+    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else "# Real weights\n"
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        if not found or end not in rest:
-            raise SystemExit(f"{PAGE} lacks {begin} and {end}, between which the data of {name} are drawn")
+        if begin not in text or end not in text:
+            text += f"\n{begin}\n{end}\n"
+        before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{block}\n\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text, encoding="utf-8")
 
