@@ -8,11 +8,12 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Literal
 
 from understudy.errors import DataError, ScoreError
 from understudy.lazy import Tensor, torch
-from understudy.types import Author, Sample, Scores, TokenBatch
+from understudy.types import Author, ImageSpan, Sample, Scores, TokenBatch
 
 LOGPROB_TOLERANCE = 1e-3
 """How far above 0 a log-probability may lie: a float32 log-softmax over 1e5 logits of size 100 errs by less."""
@@ -41,6 +42,8 @@ class Layout:
     """[T] int64, index into B * L of the slot that predicts each response token, samples in their order."""
     sizes: tuple[int, ...]
     """Response tokens of each sample; they add up to T."""
+    images: tuple[ImageSpan, ...] = ()
+    """The samples with images, in the order of their slots."""
 
 
 RowStyle = Literal["packed", "single", "alone"]
@@ -128,7 +131,9 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
         position_ids[start : start + length] = positions[:length]
         predicts.append(positions[start + sample.prompt_length - 1 : start + length])
     sizes = tuple(sample.num_response_tokens for sample in samples)
-    return Layout(input_ids.view(-1, width), position_ids.view(-1, width), torch.cat(predicts), sizes)
+    placed = sorted(zip(starts, lengths, (sample.prompt.images for sample in samples), strict=True), key=itemgetter(0))
+    images = tuple(ImageSpan(*span) for span in placed if span[2])
+    return Layout(input_ids.view(-1, width), position_ids.view(-1, width), torch.cat(predicts), sizes, images)
 
 
 def attach_scores(

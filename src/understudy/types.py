@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from hashlib import blake2b
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,9 @@ from understudy.lazy import Tensor, torch
 EXCLUDED = -9999.0
 """A log-probability at or below this is of a token with probability 0, which its model excludes: -inf, or what stands for it
 where a format lacks it (vLLM clamps to this number)."""
+
+IMAGE = "\ufffc"
+"""Stands in a message for an image of the prompt: Unicode's object replacement character."""
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
 Finish = Literal["stop", "length", "data", "environment"]
@@ -37,6 +41,29 @@ class Author(IntEnum):
 
 
 @dataclass(frozen=True)
+class Image:
+    """An image of a prompt as it is stored: a file, or its bytes. Whoever reads it decodes it."""
+
+    path: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The file, or a hash of the bytes."""
+        return self.path or blake2b(self.data or b"", digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """A sequence with images among others in rows of slots."""
+
+    start: int
+    """Its first slot, as an index into B * L."""
+    length: int
+    images: tuple[Image, ...]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One problem as a task states it, before any tokenizer.
 
@@ -51,6 +78,8 @@ class Prompt:
     `tool_call_id`, `name`, `reasoning_content`; nothing in it is null."""
     tools: tuple[Mapping[str, Any], ...] | None = None
     """Schemas of the tools that the student may call, for the chat template."""
+    images: tuple[Image, ...] = ()
+    """In the order in which `IMAGE` stands for them in the messages, once for each; none in a prompt of plain text."""
     quoted: tuple[str, ...] = ()
     """The parts of `text` that come from data: special tokens that they spell are text. Empty: all of it does."""
     reference: tuple[str, ...] | None = None

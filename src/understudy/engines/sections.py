@@ -55,6 +55,8 @@ class EngineSection(ABC):
     """Whether the samples of a prompt are to be asked for together."""
     runs_here: bool = False
     """Whether it writes in this process, and takes memory for keys and values."""
+    reads_images: bool = False
+    """Whether it is given the images of prompts."""
     dtype: str = "auto"
     """The precision that it computes in; auto: that of the student's weights."""
 
@@ -89,6 +91,7 @@ class HF(EngineSection):
     """The model of the trainer writes the samples itself, by transformers."""
 
     runs_here = True
+    reads_images = True
 
     copy: bool = False
     """Whether it keeps weights of its own, so that it can write beside an update."""

@@ -6,12 +6,15 @@ from understudy.models.backbone import (
     backbone_hidden,
     disable_dropout,
     enable_gradient_checkpointing,
+    freeze_vision,
     lm_head,
     num_positions,
     positions_of,
     probe_head,
+    probe_images,
     row_style,
     unwrap,
+    vision_of,
 )
 from understudy.models.load import (
     DType,
@@ -25,14 +28,17 @@ from understudy.models.load import (
     drop_layers,
     has_bfloat16,
     load_causal_lm,
+    load_vision,
     positions_on_disk,
     read_back,
     save_hf,
 )
+from understudy.models.vision import Vision, open_image
 from understudy.models.vocabulary import compare_vocabularies, load_tokenizer, name_tokens, stop_ids, vocabulary_size
 
 __all__ = [
     "DType",
+    "Vision",
     "apply_lora",
     "backbone_hidden",
     "build_causal_lm",
@@ -45,19 +51,24 @@ __all__ = [
     "disable_dropout",
     "drop_layers",
     "enable_gradient_checkpointing",
+    "freeze_vision",
     "has_bfloat16",
     "lm_head",
     "load_causal_lm",
     "load_tokenizer",
+    "load_vision",
     "name_tokens",
     "num_positions",
+    "open_image",
     "positions_of",
     "positions_on_disk",
     "probe_head",
+    "probe_images",
     "read_back",
     "row_style",
     "save_hf",
     "stop_ids",
     "unwrap",
+    "vision_of",
     "vocabulary_size",
 ]

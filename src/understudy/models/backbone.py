@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
 from typing import Any, Literal, cast
 
 from understudy.errors import RecipeError, VocabularyError
-from understudy.lazy import Tensor, nn, torch
+from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead
+from understudy.models.vision import TOKEN_TYPES, Vision, in_dimensions
+from understudy.types import ImageSpan
 
 _SCALES = {
     "logit_scale": 1,
@@ -65,11 +69,18 @@ def positions_of(config: Any) -> int | None:
     return None if limit is None else int(limit)
 
 
-def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def vision_of(model: nn.Module) -> Vision | None:
+    """The processor by which the model reads images; None for a model of text, or one that was loaded for text alone."""
+    return getattr(unwrap(model), "vision", None)
+
+
+def backbone_hidden(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, images: Sequence[ImageSpan] = ()
+) -> Tensor:
     """Hidden states after the final norm, without logits. [B, L], [B, L] -> [B, L, H].
 
     Sequences in one row are kept apart where positions restart, which transformers does only without a cache. Rows on both
-    sides of `rope_switch` are read apart.
+    sides of `rope_switch` are read apart. `images`: the sequences that have some, in the order of their slots.
     """
     switch = rope_switch(model)
     if switch is not None:
@@ -78,9 +89,24 @@ def backbone_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -
             parts = [backbone_hidden(model, input_ids[rows], position_ids[rows]) for rows in (long, ~long)]
             order = torch.cat([long.nonzero(), (~long).nonzero()]).squeeze(-1).argsort()
             return torch.cat(parts)[order]
-    decoder = decoder_of(model)
-    output = decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    output = run_backbone(model, input_ids, position_ids, images, attention_mask=None, use_cache=False)
     return cast("Tensor", output.last_hidden_state)
+
+
+def run_backbone(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, images: Sequence[ImageSpan] = (), **options: Any
+) -> Any:
+    """The output of the backbone. Without images only its decoder runs. `options` as of its `forward`.
+
+    Raises RecipeError for images where the model has no processor for them, and as `Vision.inputs`.
+    """
+    base, vision = unwrap(model), vision_of(model)
+    if not images:
+        positions = position_ids if vision is None else in_dimensions(base.base_model, position_ids)
+        return decoder_of(model)(input_ids=input_ids, position_ids=positions, **options)
+    if vision is None:
+        raise RecipeError(f"{type(base).__name__} reads no images; choose a model that does, or leave the images out")
+    return base.base_model(**vision.inputs(base.base_model, input_ids, position_ids, images), **options)
 
 
 def lm_head(
@@ -177,8 +203,95 @@ def row_style(model: nn.Module) -> Literal["packed", "single", "alone"]:
     with torch.no_grad(), evaluating(model):
         side_by_side = backbone_hidden(model, ids[None], positions[None])[0, 4:]
         alone = backbone_hidden(model, ids[None, 4:], positions[None, 4:])[0]
-    error = float((side_by_side - alone).abs().max() / alone.abs().max().clamp_min(1e-30))
+    pairs = [(side_by_side, alone)]
+    if vision_of(model) is not None:
+        pairs += _side_by_side_with_images(model)
+    error = max(float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in pairs)
     return "packed" if error <= TOLERANCE[str(base.dtype)] * _PACKING_MARGIN else "alone"
+
+
+@no_grad
+def _side_by_side_with_images(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states of sequences in one row, and of each alone: with two images, with none, and with one."""
+    vision = vision_of(model)
+    assert vision is not None
+    device = unwrap(model).get_output_embeddings().weight.device
+    sequences = [_image_sequence(vision, sizes, device) for sizes in ([(64, 96), (96, 64)], [], [(96, 64)])]
+    ids = torch.cat([one for one, _ in sequences], 1)
+    positions = torch.cat([torch.arange(one.shape[1], device=device) for one, _ in sequences])[None]
+    spans, start = [], 0
+    for _, span in sequences:
+        spans += [replace(span, start=start)] if span.images else []
+        start += span.length
+    with evaluating(model):
+        together = backbone_hidden(model, ids, positions, spans)[0].split([span.length for _, span in sequences])
+        apart = [
+            backbone_hidden(model, one, torch.arange(span.length, device=device)[None], [span] if span.images else [])[
+                0
+            ]
+            for one, span in sequences
+        ]
+    return list(zip(together, apart, strict=True))
+
+
+def _image_sequence(vision: Vision, sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, ImageSpan]:
+    """Ids [1, L] of images of these sizes, a few tokens before and behind each."""
+    images = tuple(vision.example(*size) for size in sizes)
+    words = torch.tensor([index for index in range(16) if index not in vision.image_ids])[:12]
+    parts = [words, *(part for image in images for part in (vision.read(image).ids, words))]
+    # without images it is as long as one with some: a mask that counts places in the row instead of the sequence shows then
+    parts += [] if images else [words] * 8
+    ids = torch.cat(parts)[None].to(device)
+    return ids, ImageSpan(0, ids.shape[1], images)
+
+
+@no_grad
+def probe_images(model: nn.Module) -> None:
+    """Shows the model an image, by its own forward and by `backbone_hidden` with its head.
+
+    Raises RecipeError, naming the architecture, where the two differ, or one of them does not run: its images enter in a way
+    that `Vision.inputs` does not know.
+    """
+    base, vision = unwrap(model), vision_of(model)
+    assert vision is not None
+    device = base.get_output_embeddings().weight.device
+    what = f"{type(base).__name__} ({base.config.model_type})"
+    try:
+        with evaluating(model):
+            ids, span = _image_sequence(vision, [(96, 64)], device)
+            features = vision.read(span.images[0]).features
+            features = {
+                name: value.to(device, base.dtype if value.is_floating_point() else value.dtype)
+                for name, value in features.items()
+            }
+            types = torch.isin(ids, torch.tensor(vision.image_ids, device=device)).long()
+            named = signature(base.forward).parameters
+            masks = {name: types for name in TOKEN_TYPES if name in named}
+            whole = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **features, **masks)
+            expected = whole.logits[0]
+            places = torch.arange(ids.shape[1], device=device)[None]
+            found = lm_head(model).logits(backbone_hidden(model, ids, places, [span])[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # other people's code, of dozens of families
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise RecipeError(f"{what} cannot be shown an image here: {reason}; choose another model") from error
+    gap = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not gap <= TOLERANCE[str(base.dtype)]:
+        raise RecipeError(
+            f"{what}: images enter it in another way than through its backbone's inputs (relative error {gap:.1e}); choose "
+            "another model, or teach `understudy.models.vision` about it"
+        )
+
+
+def freeze_vision(model: nn.Module) -> None:
+    """Only the decoder, the embedding and the output layer of a model that reads images stay trainable."""
+    base = unwrap(model)
+    parts = (decoder_of(model), base.get_input_embeddings(), base.get_output_embeddings())
+    language = {id(parameter) for part in parts for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in language)
 
 
 def disable_dropout(model: nn.Module) -> None:

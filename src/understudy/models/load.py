@@ -17,7 +17,8 @@ from understudy import given
 from understudy.errors import RecipeError, nearest
 from understudy.hub import unreachable
 from understudy.lazy import Tensor, nn, no_grad, torch
-from understudy.models.backbone import evaluating, positions_of, unwrap
+from understudy.models.backbone import decoder_of, evaluating, positions_of, unwrap, vision_of
+from understudy.models.vision import Vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,8 @@ _PART_OF_ADAPTED = re.compile(r"\.base_layer\.|\.modules_to_save\.[^.]+\.")
 """Parts that peft inserts into the names of weights."""
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Settings of a processor of images."""
 _ATTENTION_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
@@ -90,28 +93,33 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     revision: str | None = None,
     copy: bool = False,
+    vision: Vision | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, an adapter merged into the base that it names.
 
     `dtype="auto"` keeps the checkpoint's own precision, but for bfloat16 on a device that lacks its instructions: float32.
-    `copy`: of a model that was given from Python, not itself.
+    `copy`: of a model that was given from Python, not itself. `vision`: the model's own (`load_vision`), to read images with;
+    without it a model of images and text is loaded for text alone, where transformers can.
 
     Raises RecipeError when the directory is incomplete, nothing can be loaded, or weights and configuration do not fit: some
     would be random, or left out.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if (pair := given.find(path_or_name)) is not None:
         return _loaded_before(deepcopy(pair[0]) if copy else pair[0], path_or_name, dtype, device, attn_implementation)
     check_model_dir(path_or_name)
     local = Path(path_or_name).expanduser()
     if (local / _ADAPTER).is_file():
-        base = load_causal_lm(_adapter_base(local), dtype=dtype, device=device, attn_implementation=attn_implementation)
+        base = load_causal_lm(
+            _adapter_base(local), dtype=dtype, device=device, attn_implementation=attn_implementation, vision=vision
+        )
         return _merge_adapter(base, local)
     source, offline = locate(path_or_name)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    kind = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             revision=revision or "main",
@@ -127,6 +135,8 @@ def load_causal_lm(
         raise RecipeError(f"cannot load the model {path_or_name!r}: {_why_not(error, offline)}") from error
     _check_weights(model, path_or_name, info)
     _untie_separate(model)
+    if vision is not None:
+        model.vision = vision
     if dtype == "auto" and model.dtype == torch.bfloat16 and not has_bfloat16(torch.device(device)):
         model = model.float()
     return cast("PreTrainedModel", model.to(device).eval())
@@ -138,7 +148,7 @@ def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
     Raises RecipeError for layers that it does not have, and where none would be left.
     """
     decoder: Any = model.get_decoder()
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
     if not set(dropped) < set(range(len(decoder.layers))):
         raise RecipeError(
             f"layers {sorted(dropped)} cannot be dropped; name some, not all, of 0 to {len(decoder.layers) - 1}"
@@ -151,6 +161,79 @@ def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
     if getattr(config, "layer_types", None):
         config.layer_types = [kind for index, kind in enumerate(config.layer_types) if index not in dropped]
     config.num_hidden_layers = len(kept)
+
+
+def load_vision(path_or_name: str, tokenizer: Any, *, revision: str | None = None) -> Vision:
+    """The processor by which a model reads images, with a tokenizer that was loaded. It processes with Pillow, so that it gives
+    the same on every machine.
+
+    Raises RecipeError for a model of text, a processor that cannot be loaded, and one without a token for images.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.utils import cached_file
+
+    if importlib.util.find_spec("PIL") is None:
+        raise RecipeError("images need the package Pillow; run: pip install 'understudy[vision]'")
+    if (pair := given.find(path_or_name)) is not None:
+        vision = getattr(pair[0], "vision", None)
+        if vision is None:
+            raise RecipeError(
+                f"{path_or_name} was given without a processor of images; name its directory in its place"
+            )
+        return cast("Vision", vision)
+    local = Path(path_or_name).expanduser()
+    if (local / _ADAPTER).is_file():
+        return load_vision(_adapter_base(local), tokenizer)
+    source, offline = locate(path_or_name)
+    options = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        if config.model_type not in KNOWN or not PROCESSOR_MAPPING_NAMES.get(config.model_type):
+            raise RecipeError(
+                f"{path_or_name!r} is a model of text ({config.model_type}), and the prompts have images; choose a model that "
+                "reads both (qwen2_5_vl, qwen3_vl, gemma3, llava, ...), or take task.image_field out"
+            )
+        own: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
+
+        class ForImages(own):  # type: ignore[misc]
+            """The processor without its part for videos, which needs more packages."""
+
+            def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+                """Takes None for what is left out."""
+
+        ForImages.__name__ = own.__name__
+        parts = {
+            "image_processor": transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **options),
+            # a copy: some processors add tokens to theirs
+            "tokenizer": deepcopy(tokenizer),
+        }
+        settings, _ = own.get_processor_dict(source, revision=options["revision"])
+        processor = ForImages.from_args_and_dict([parts.get(name) for name in own.get_attributes()], settings)
+        found = {
+            name: cached_file(source, name, revision=options["revision"], _raise_exceptions_for_missing_entries=False)
+            for name in _PROCESSOR_FILES
+        }
+        files = {name: Path(path).read_text(encoding="utf-8") for name, path in found.items() if path}
+    except RecipeError:
+        raise
+    except Exception as error:
+        # settings and packages of dozens of processors
+        raise RecipeError(
+            f"cannot load the processor of images of {path_or_name!r}: {said_by(error, offline)}"
+        ) from error
+    if not tokenizer.chat_template:
+        # some keep it with the processor
+        tokenizer.chat_template = processor.chat_template
+    token = getattr(processor, "image_token", None)
+    special = {str(one) for one in tokenizer.added_tokens_decoder.values() if one.special}
+    if token not in special:
+        raise RecipeError(
+            f"{own.__name__} of {path_or_name!r} marks an image with {token!r}, which is no special token of its tokenizer, so "
+            "a prompt could spell it; choose another model"
+        )
+    return Vision(processor, files)
 
 
 def _merge_adapter(base: PreTrainedModel, directory: Path) -> PreTrainedModel:
@@ -482,7 +565,8 @@ def apply_lora(
     target_modules: str | Sequence[str] = "all-linear",
     seed: int = 0,
 ) -> nn.Module:
-    """The model with adapters `W + alpha / rank * B A` on `target_modules`; all else frozen, the output layer too.
+    """The model with adapters `W + alpha / rank * B A` on `target_modules`; all else frozen, the output layer too. Of a model
+    that reads images only the language model gets some.
 
     Adapters on an embedding that is tied to the output layer untie the two: the output layer stays as it was.
 
@@ -494,6 +578,12 @@ def apply_lora(
         raise RecipeError("LoRA needs the package peft: pip install 'understudy[lora]'") from error
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     names = [name for name, _ in model.named_modules()]
+    if vision_of(model) is not None:
+        inside = set(decoder_of(model).modules())
+        own = [name for name, layer in model.named_modules() if layer in inside and isinstance(layer, nn.Linear)]
+        wanted = [""] if targets == "all-linear" else [f".{target}" for target in targets]
+        named = [name for name in own if any(f".{name}".endswith(end) for end in wanted)]
+        targets = named or targets
     absent = [one for one in targets if not any(f".{name}".endswith(f".{one}") for name in names)]
     if absent and not isinstance(targets, str):
         head = unwrap(model).get_output_embeddings()
@@ -580,6 +670,9 @@ def save_hf(
         values = json.loads(settings.read_text()) | {"eos_token_id": list(stop_ids), "_from_model_config": False}
         settings.write_text(json.dumps(values, indent=2))
     tokenizer.save_pretrained(target)
+    if (vision := vision_of(model)) is not None:
+        for name, text in vision.files.items():
+            (target / name).write_text(text, encoding="utf-8")
 
 
 @no_grad
@@ -592,7 +685,7 @@ def read_back(model: nn.Module, directory: str | Path) -> float:
     base = unwrap(model)
     dtype = str(base.dtype).removeprefix("torch.")
     # on the CPU: a GPU may have no room for a second copy
-    again = load_causal_lm(str(directory), dtype=cast("DType", dtype))
+    again = load_causal_lm(str(directory), dtype=cast("DType", dtype), vision=vision_of(model))
     rows, limit = base.get_output_embeddings().weight.shape[0], positions_of(base.config.get_text_config())
     # the first ids are most often the special ones
     ids = torch.arange(min(16, rows, limit or 16))[None]

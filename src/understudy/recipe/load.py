@@ -17,16 +17,20 @@ from understudy.environments.play import play
 from understudy.errors import RecipeError, VocabularyError
 from understudy.lazy import nn, torch
 from understudy.models import (
+    Vision,
     apply_lora,
     build_causal_lm,
     compare_vocabularies,
     disable_dropout,
     enable_gradient_checkpointing,
+    freeze_vision,
     has_bfloat16,
     lm_head,
     load_causal_lm,
     load_tokenizer,
+    load_vision,
     probe_head,
+    probe_images,
     row_style,
     stop_ids,
     vocabulary_size,
@@ -52,6 +56,8 @@ from understudy.trainer.publish import NUM_PROBED, Publisher
 from understudy.trainer.update import StudentModel
 from understudy.types import Prompt, Request, Sample, Sampling
 
+_IMAGE_SIZES = (96, 64), (64, 96), (1280, 720), (3000, 4000)
+"""Of images by which two processors are compared: small and large ones, which are scaled."""
 NUM_CHECKED_PROMPTS = 10_000
 """Training prompts whose teacher and responses are looked up."""
 
@@ -91,6 +97,7 @@ class Tokenizers:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._others: dict[Source, tuple[Any, dict[int, str]]] = {}
+        self._visions: dict[Source, Vision] = {}
 
     @cached_property
     def student(self) -> Any:
@@ -122,9 +129,41 @@ class Tokenizers:
 
     @property
     def absent(self) -> tuple[int, ...]:
-        """Ids between those of the student that only teachers have a token for. Raises VocabularyError."""
+        """Ids between those of the student that only teachers have a token for, and those in whose place an image stands, which
+        nobody writes. Raises VocabularyError."""
         size = vocabulary_size(self.student)
-        return tuple(sorted({index for source in self.sources for index in self.other(source)[1] if index < size}))
+        foreign = {index for source in self.sources for index in self.other(source)[1] if index < size}
+        return tuple(sorted(foreign.union(() if self.vision is None else self.vision.image_ids)))
+
+    @cached_property
+    def vision(self) -> Vision | None:
+        """The student's processor of images; None where no prompt has some. Raises RecipeError for a model of text."""
+        student = self._recipe.student
+        if not self._recipe.has_images or student.model is None:
+            return None
+        return load_vision(student.model, self.student, revision=student.revision)
+
+    def other_vision(self, source: Source) -> Vision | None:
+        """Returns a teacher's processor of images; None where no prompt has some.
+
+        Raises RecipeError for a model of text, VocabularyError for a processor that makes other tokens of an image than the
+        student's.
+        """
+        if self.vision is None:
+            return None
+        if source not in self._visions:
+            other = load_vision(source.name, self.other(source)[0], revision=source.revision)
+            for size in _IMAGE_SIZES:
+                image = self.vision.example(*size)
+                own, found = (vision.read(image).ids.tolist() for vision in (self.vision, other))
+                if own != found or self.vision.image_ids != other.image_ids:
+                    raise VocabularyError(
+                        f"an image of {size[0]} x {size[1]} pixels is {len(own)} tokens for the student and {len(found)} for "
+                        f"{source.name}: token scores only mean something where both read the same tokens. Choose models of "
+                        "one family, and give their processors the same sizes (preprocessor_config.json)"
+                    )
+            self._visions[source] = other
+        return self._visions[source]
 
     def compare_ends(self) -> None:
         """Raises VocabularyError for a teacher that reads the student's ids and ends a response with another token.
@@ -141,7 +180,8 @@ class Tokenizers:
                 kind, ends = "EOS differs", [tokenizer.eos_token_id for tokenizer in pair]
                 if is_chat and all(tokenizer.chat_template for tokenizer in pair):
                     kind = "the chat templates end a turn with different tokens"
-                    ends = [Renderer(one, recipe.student.template_kwargs).turn_end.token_id for one in pair]
+                    renderers = [Renderer(one, recipe.student.template_kwargs, vision=self.vision) for one in pair]
+                    ends = [one.turn_end.token_id for one in renderers]
                 if ends[0] != ends[1]:
                     names = [repr(one.convert_ids_to_tokens(end)) for one, end in zip(pair, ends, strict=True)]
                     raise VocabularyError(
@@ -172,8 +212,10 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
     # raises where a teacher has other tokens
     absent = tokenizers.absent
     tokenizers.compare_ends()
-    student, lora = recipe.student, recipe.student.lora
-    model = load_base(recipe, tokenizer, vocab_size, device, None if lora else resume_from)
+    student, lora, vision = recipe.student, recipe.student.lora, tokenizers.vision
+    model = load_base(recipe, tokenizer, vocab_size, device, None if lora else resume_from, vision)
+    if vision is not None and student.vision == "frozen":
+        freeze_vision(model)
     if lora is not None:
         targets = lora.target_modules or "all-linear"
         model = apply_lora(
@@ -186,6 +228,8 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
             set_peft_model_state_dict(model, load_file(resume_from / "adapter_model.safetensors"))
     disable_dropout(model)
     probe_head(model)
+    if vision is not None:
+        probe_images(model)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return Loaded(
@@ -198,7 +242,9 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         compute_dtype=compute_dtype(recipe, model.dtype, device),
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         style=row_style(model),
-        renderer=Renderer(tokenizer, student.template_kwargs, stop_ids(tokenizer, model), student.template_date),
+        renderer=Renderer(
+            tokenizer, student.template_kwargs, stop_ids(tokenizer, model), student.template_date, vision
+        ),
         tokenizers=tokenizers,
     )
 
@@ -222,7 +268,14 @@ def compute_dtype(recipe: Recipe, weights: torch.dtype, device: torch.device) ->
     return dtype
 
 
-def load_base(recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.device, resume_from: Path | None) -> Any:
+def load_base(
+    recipe: Recipe,
+    tokenizer: Any,
+    vocab_size: int,
+    device: torch.device,
+    resume_from: Path | None,
+    vision: Vision | None = None,
+) -> Any:
     """Loads or builds the student without adapters."""
     student = recipe.student
     source = student.model if resume_from is None else str(resume_from)
@@ -235,6 +288,7 @@ def load_base(recipe: Recipe, tokenizer: Any, vocab_size: int, device: torch.dev
             revision=student.revision if source == student.model else None,
             # teachers and references may be the same one
             copy=True,
+            vision=vision,
         )
     assert student.build is not None
     return build_causal_lm(
@@ -380,6 +434,7 @@ def teacher_setup(
     student, renderer = recipe.student, loaded.renderer
     as_student = reader or renderer
     source = None if section is None else section.vocabulary
+    vision = loaded.tokenizers.vision if source is None else loaded.tokenizers.other_vision(source)
 
     def generate(
         model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling, *, reader: Renderer | None = None
@@ -407,6 +462,7 @@ def teacher_setup(
         start=student.model,
         start_revision=student.revision,
         fresh_student=lambda: load_base(recipe, renderer.tokenizer, loaded.vocab_size, loaded.device, None),
+        vision=vision,
         seed=recipe.seed,
         grade=recipe.task.reward,
         generate=generate,

@@ -90,6 +90,8 @@ class Student:
     """Precision of the weights; `train.compute_dtype` is that of the computation."""
     attn_implementation: str | None = None
     """Name of the attention in transformers, such as sdpa or flash_attention_2; None: its choice."""
+    vision: Literal["frozen", "trained"] = "frozen"
+    """Of a student that reads images: whether its image encoder, and all else outside the language model, is trained too."""
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +109,10 @@ class Student:
             if self.model not in (None, self.starts[self.start]):
                 raise ValueError("model and start are both given; keep one")
             object.__setattr__(self, "model", self.starts[self.start])
+        if self.vision == "trained" and self.lora is not None:
+            raise ValueError(
+                "vision is trained, but with lora the adapters alone are, in the language model; remove one of them"
+            )
         if (self.model is None) == (self.build is None):
             raise ValueError("give either model (a directory or a hub name) or build (sizes of a model from scratch)")
 
@@ -203,6 +209,11 @@ class Recipe:
         if self.eval is None or self.eval.path is None:
             return self.eval_task or self.task
         return self.task.on_file(self.eval.path)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a prompt of training or evaluation may have images."""
+        return self.task.has_images or self.held_out.has_images
 
     @property
     def all_teachers(self) -> dict[str, TeacherSection]:
@@ -366,6 +377,24 @@ def _samples_are_drawn_and_compared(recipe: Recipe) -> None:
     recipe.engine.check_sampling(recipe.sampling)
 
 
+def _images_are_read(recipe: Recipe) -> None:
+    """Everybody who is shown a prompt with images reads them."""
+    if not recipe.has_images:
+        return
+    if recipe.student.model is None:
+        raise ValueError("the prompts have images, and student.build makes models of text; set student.model")
+    if not recipe.engine.reads_images:
+        raise ValueError(
+            "the prompts have images, which the rollout engine is not sent: its requests are token ids; use rollout: {type: hf}"
+        )
+    for place, section in recipe.scorers.items():
+        if not section.reads_images:
+            raise ValueError(
+                f"the prompts have images, which {place} ({section.shown}) is not shown; take a teacher that is loaded here "
+                "(type local, privileged or verifier)"
+            )
+
+
 def _evaluation_is_there_and_draws(recipe: Recipe) -> None:
     if recipe.train.stop_at is not None and (recipe.eval is None or recipe.eval.every is None):
         raise ValueError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
@@ -416,6 +445,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     _teachers_give_what_is_asked,
     _responses_are_given_and_used,
     _samples_are_drawn_and_compared,
+    _images_are_read,
     _evaluation_is_there_and_draws,
     _nothing_beside_the_update_moves_with_it,
 )

@@ -117,6 +117,11 @@ class Task(ABC):
         return False
 
     @property
+    def has_images(self) -> bool:
+        """Whether prompts have images, which student and teachers then have to read."""
+        return False
+
+    @property
     def num_tokens(self) -> int | None:
         """Size of the task's own tokenizer; None: it has none."""
         return None

@@ -10,6 +10,7 @@ from typing import Any
 from understudy.errors import brief
 from understudy.tasks.fields import MissingValueError
 from understudy.tasks.rows import without_nulls
+from understudy.types import IMAGE
 
 Said = dict[str, Any]
 
@@ -36,15 +37,16 @@ _THOUGHTS = ("reasoning", "thinking")
 _CHAT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
 """Start of a list of messages as JSON, or as Python prints it."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
 SYSTEM_ROLES = ("system", "developer")
 
 
-def read_messages(value: object) -> list[Said]:
+def read_messages(value: object, *, images: bool = False) -> list[Said]:
     """A field of a row as messages: role, content (a string), and what else a message has that is not null.
 
     A string is a user's message, unless it is a list of messages as JSON. Tool calls are brought into OpenAI's form with
-    their arguments as a mapping. Raises ValueError for what is no chat, and MissingValueError for a message without
-    content; their texts go on behind the name of the field.
+    their arguments as a mapping. `images`: a part of a message may be one, for which `IMAGE` stands. Raises ValueError for what
+    is no chat, and MissingValueError for a message without content; their texts go on behind the name of the field.
     """
     if isinstance(value, str):
         value = chat_in(value) or [{"role": "user", "content": value}]
@@ -55,7 +57,7 @@ def read_messages(value: object) -> list[Said]:
     if not isinstance(value, list | tuple):
         raise ValueError(f" is {brief(value)}; it must be a string, or a list of messages with role and content")
     return [
-        _read_message(item, f", message {number}", is_last=number == len(value))
+        _read_message(item, f", message {number}", is_last=number == len(value), images=images)
         for number, item in enumerate(value, start=1)
     ]
 
@@ -91,7 +93,7 @@ def conversation_facts(
     return [said, list(tools or ())]
 
 
-def _read_message(item: object, where: str, *, is_last: bool) -> Said:
+def _read_message(item: object, where: str, *, is_last: bool, images: bool) -> Said:
     if not isinstance(item, Mapping):
         raise ValueError(f"{where} is {brief(item)}; it must have role and content")
     said = {key: value for key, value in item.items() if value is not None}
@@ -116,7 +118,7 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     role = _ROLES.get(role, role)
     # a tool may return a list of strings, which are no parts of one text
     if isinstance(content, list | tuple) and not (role == "tool" and any(isinstance(part, str) for part in content)):
-        content = "".join(_read_part(part, where) for part in content)
+        content = "".join(_read_part(part, where, images) for part in content)
     # a question or an answer that is null is a missing one, not a chat of another kind
     is_null_question = role == "user" and not item.keys().isdisjoint(("content", "value"))
     is_null_answer = role == "assistant" and (is_last or "reasoning_content" in said)
@@ -130,15 +132,18 @@ def _read_message(item: object, where: str, *, is_last: bool) -> Said:
     return {"role": role, "content": content, **said} | ({"tool_calls": calls} if calls else {})
 
 
-def _read_part(part: object, where: str) -> str:
+def _read_part(part: object, where: str, images: bool) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
         kind = part.get("type") or "text"
         if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             return str(part["text"])
+        if kind in _IMAGE_PARTS and images:
+            return IMAGE
         if kind not in _TEXT_PARTS:
-            raise ValueError(f"{where} has a part of type {kind!r}; only text is read")
+            hint = "; task.image_field says where the images are" if kind in _IMAGE_PARTS else ""
+            raise ValueError(f"{where} has a part of type {kind!r}; only text is read{hint}")
     raise ValueError(f"{where} has the part {brief(part)}; it must be a text, or an object with type and text")
 
 

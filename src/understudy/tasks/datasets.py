@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from understudy.errors import DataError, nearest
@@ -378,6 +379,9 @@ class Named(Records):
     def rows(self, source: str) -> Iterator[Row]:
         for reader in self._readers:
             yield from reader.rows(source)
+
+    def folder(self, source: str) -> Path:
+        return self._readers[0].folder(source)
 
     def commit(self, source: str) -> str | None:
         return self._readers[0].commit(source)

@@ -103,5 +103,9 @@ class Mix(Task):
         return all(part.is_local for part in self.parts.values())
 
     @property
+    def has_images(self) -> bool:
+        return any(part.has_images for part in self.parts.values())
+
+    @property
     def computed(self) -> bool:
         return all(part.computed for part in self.parts.values())

@@ -59,7 +59,9 @@ def num_repeated(prompts: Sequence[Prompt]) -> int:
 
 
 def _keys(prompt: Prompt) -> tuple[str, str]:
-    """The problem as its id names it (without a template) and the wording as the model sees it."""
+    """The problem as its id names it (without a template) and the wording as the model sees it; of images its id alone."""
+    if prompt.images:
+        return problem_key(prompt), problem_key(prompt)
     text = wording(prompt)
     if text is None:
         said = [message for message in prompt.messages or () if message["role"] not in SYSTEM_ROLES]

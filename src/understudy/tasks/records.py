@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from understudy import given
-from understudy.errors import DataError, RecipeError, check_range
+from understudy.errors import DataError, RecipeError, brief, check_range
 from understudy.hub import unreachable
+from understudy.models.vision import open_image
 from understudy.randomness import hash_name
 from understudy.tasks.base import Carried, Intake, Split, Task
 from understudy.tasks.chats import SYSTEM_ROLES, Said, chat_in, conversation_facts, read_messages, read_tools
@@ -31,13 +32,15 @@ from understudy.tasks.fields import (
 from understudy.tasks.overlap import normalise, problem_key
 from understudy.tasks.rows import Row, bare_name, find_files, padded, read_rows
 from understudy.tasks.verifiers import find_verifier
-from understudy.types import Grade, Prompt
+from understudy.types import IMAGE, Grade, Image, Prompt
 
 NUM_CHECKED_ROWS = 8
 """Rows of each file that a dry run reads."""
 NUM_SHOWN = 3
 """Rows without a value that are named."""
 TOOLS_FIELD = "tools"
+IMAGE_WORD = "<image>"
+"""Stands for an image in the text of most data sets."""
 _COMMIT = re.compile(r"@([0-9a-f]{40})\b")
 
 
@@ -60,6 +63,9 @@ class Records(Task):
     solution_field: str | None = None
     """A whole response to imitate, as text or as a list of one message of the assistant; the field of the prompt again where
     it is the end of the chat."""
+    image_field: str | None = None
+    """An image, or a list of images: paths in the folder of the rows' file, or bytes. `<image>` in a message of the user is
+    where one stands, or a part of type image; without these they come before the last message's text."""
     tools_field: str | None = TOOLS_FIELD
     """Schemas of the tools of a chat; a row may have none."""
     reference_after: str | None = None
@@ -91,6 +97,8 @@ class Records(Task):
             raise ValueError(f"template is {self.template!r}; it must contain {{prompt}}")
         if self.system is not None and not self.chat:
             raise ValueError("system is a message of a chat; with chat: false put its text into template")
+        if self.image_field is not None and not self.chat:
+            raise ValueError("image_field is given with chat: false; only a chat template says where an image stands")
         if not 0.0 <= self.validation_share < 1.0:
             raise ValueError(f"validation_share is {self.validation_share}; it must be at least 0 and less than 1")
         if self.validation_share > 0 and "validation" in self.sources():
@@ -124,9 +132,15 @@ class Records(Task):
         return tuple(map(Condition.read, self.where))
 
     def chosen_rows(self, source: str) -> Iterator[Row]:
-        """The rows of one source that meet all conditions. Raises as `rows`, and DataError for a value with no order."""
+        """The rows of one source that meet all conditions, their images found. Raises as `rows`, and DataError for a value with
+        no order."""
+        folder = None
         for place, row in self.rows(source):
             if all(condition.holds(row, place) for condition in self.conditions):
+                field = self.image_field
+                if field is not None and isinstance(row.get(field), str | list):
+                    folder = self.folder(source) if folder is None else folder
+                    row = {**row, field: _located(row[field], folder)}
                 yield place, row
 
     def fields_read(self, row: Mapping[str, Any]) -> list[str | None]:
@@ -161,6 +175,10 @@ class Records(Task):
     def is_chat(self) -> bool:
         return self.chat
 
+    @property
+    def has_images(self) -> bool:
+        return self.image_field is not None
+
     def check_split(self, split: Split) -> None:
         if split not in self.sources() and not (split == "validation" and self.validation_share > 0):
             hint = " or set task.validation_share" if split == "validation" else ""
@@ -175,6 +193,10 @@ class Records(Task):
 
     def intake(self, split: Split) -> Intake:
         return self._loaded(split)[1]
+
+    def folder(self, source: str) -> Path:
+        """The folder that paths in the rows of a source are in."""
+        return Path()
 
     def _stamp(self, source: str) -> object:
         """Changes with the files behind a source, which are then read again."""
@@ -223,9 +245,11 @@ class Records(Task):
                 raise missing[0]
 
     def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
-        """One row as a prompt. Its id is a hash of the bare conversation: it survives another order and another template.
+        """One row as a prompt. Its id is a hash of the bare conversation with the names of its images: it survives another
+        order and another template.
 
-        Raises MissingValueError for a row without a value in one of the fields, DataError for a value of the wrong kind.
+        Raises MissingValueError for a row without a value in one of the fields, and for an image that is not there or cannot be
+        read; DataError for a value of the wrong kind.
         """
         messages, tools, solution = self._conversation(place, row)
         if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
@@ -235,6 +259,9 @@ class Records(Task):
             said = json.dumps(conversation_facts(told, tools), sort_keys=True, ensure_ascii=False)
         key = blake2b(normalise(said).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         try:
+            images, names = self._images(place, row)
+            if images:
+                key = blake2b("\n".join([key, *names]).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
             references = None if self.reference_field is None else self._references(place, row)
             if self.solution_field == self.prompt_field and solution is None:
                 raise MissingValueError(f"{place}: the chat does not end with words of the assistant")
@@ -251,6 +278,8 @@ class Records(Task):
             messages[asked] = {**messages[asked], "content": self.template.replace("{prompt}", quoted)}
         elif self.template != "{prompt}":
             raise DataError(f"{place}: the chat has no message of the user to put into task.template")
+        if images:
+            self._place_images(place, messages, len(images))
         if self.system is not None:
             if any(message["role"] in SYSTEM_ROLES for message in messages):
                 raise DataError(f"{place}: the chat has a system message, and so has task.system; keep one")
@@ -260,6 +289,7 @@ class Records(Task):
             text=None if self.chat else messages[0]["content"],
             messages=tuple(messages) if self.chat else None,
             tools=tools,
+            images=images,
             quoted=() if self.chat else (quoted,),
             reference=references,
             solution=solution,
@@ -271,7 +301,7 @@ class Records(Task):
     ) -> tuple[list[Said], tuple[Said, ...] | None, str | None]:
         """The messages that the student answers, its tools, and the assistant's answer where the row ends with one."""
         raw, solution = read_field(row, self.prompt_field, place, required=True), None
-        messages = _messages(place, self.prompt_field, raw)
+        messages = _messages(place, self.prompt_field, raw, images=self.has_images)
         where = f"{place}: the chat in field {self.prompt_field!r}"
         if messages[-1]["role"] == "assistant":
             answer = messages.pop()
@@ -300,6 +330,47 @@ class Records(Task):
         if not self.chat and len(messages) > 1:
             raise DataError(f"{where} has {len(messages)} messages, of which chat: false takes one; leave chat out")
         return messages, tools, solution
+
+    def _images(self, place: str, row: Mapping[str, Any]) -> tuple[tuple[Image, ...], list[str]]:
+        """The images of a row, and their names as the row has them."""
+        if self.image_field is None:
+            return (), []
+        value = read_field(row, self.image_field, place, required=True)
+        images, names = list[Image](), list[str]()
+        for item in value if isinstance(value, list) else [value]:
+            # data sets of the hub have both, of which either may be null
+            found = item if isinstance(item, Mapping) else {"bytes" if isinstance(item, bytes) else "path": item}
+            data, path = found.get("bytes"), found.get("path")
+            if isinstance(data, bytes):
+                image = Image(data=data)
+                names.append(image.name)
+            elif isinstance(path, str) and "://" not in path and not path.startswith("data:"):
+                image = Image(path=str(Path(path).expanduser()))
+                # what the row says, the same on every machine
+                names.append(str(found.get("name", path)))
+            else:
+                raise DataError(
+                    f"{place}: field {self.image_field!r} holds {brief(item)}; an image is the path of a file, or its bytes"
+                )
+            try:
+                open_image(image, whole=False)
+            except DataError as error:
+                raise MissingValueError(f"{place}: {error}") from error
+            images.append(image)
+        return tuple(images), names
+
+    def _place_images(self, place: str, messages: list[Said], count: int) -> None:
+        """Puts `IMAGE` where an image stands: in place of each `<image>` of the user, or before the last message."""
+        users = [n for n, message in enumerate(messages) if message["role"] == "user"]
+        for n in users:
+            messages[n] = {**messages[n], "content": messages[n]["content"].replace(IMAGE_WORD, IMAGE)}
+        found = sum(message["content"].count(IMAGE) for message in messages)
+        if not found and users:
+            messages[users[-1]] = {**messages[users[-1]], "content": IMAGE * count + messages[users[-1]]["content"]}
+        elif found != count:
+            raise DataError(
+                f"{place}: the chat has {found} places for images ({IMAGE_WORD}), but field {self.image_field!r} holds {count}"
+            )
 
     def _solution(self, place: str, row: Mapping[str, Any], field: str) -> str:
         """A text, or the one turn of the assistant in a list of messages."""
@@ -344,10 +415,19 @@ class Records(Task):
         return tuple(found)
 
 
-def _messages(place: str, field: str, value: object) -> list[Said]:
+def _located(value: Any, folder: Path) -> Any:
+    """The images of a field with the folder before relative paths, and the names that they have in the data."""
+    if isinstance(value, list):
+        return [_located(item, folder) for item in value]
+    if not isinstance(value, str) or "://" in value:
+        return value
+    return {"path": str(folder / Path(value).expanduser()), "name": value}
+
+
+def _messages(place: str, field: str, value: object, *, images: bool = False) -> list[Said]:
     """A field as messages. Raises MissingValueError for one without content, DataError for what is no chat."""
     try:
-        return read_messages(value)
+        return read_messages(value, images=images)
     except (MissingValueError, ValueError) as error:
         kind = MissingValueError if isinstance(error, MissingValueError) else DataError
         raise kind(f"{place}: field {field!r}{error}") from error
@@ -381,6 +461,9 @@ class File(Records):
 
     def rows(self, source: str) -> Iterator[Row]:
         return read_rows(source)
+
+    def folder(self, source: str) -> Path:
+        return find_files(source)[0].parent
 
     def _stamp(self, source: str) -> object:
         return _stamp(find_files(source))
@@ -422,6 +505,9 @@ class Hub(Records):
         for number, row in enumerate(data):
             yield f"{self.dataset}[{source}] row {number}", padded(row, data.features.arrow_schema)
 
+    def folder(self, source: str) -> Path:
+        return Path(self.dataset) if self.is_local else Path()
+
     def commit(self, source: str) -> str | None:
         data = _open_split(self.dataset, self.config, source, self.revision, self._stamp(source))
         return next(iter(_COMMIT.findall(" ".join(data.info.download_checksums or ()))), None)
@@ -454,6 +540,7 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
         digest.update(json.dumps(said, default=repr).encode() + b"\n")
         try:
             prompt = task.to_prompt(place, row)
+            digest.update("".join(f"{image.name}\n" for image in prompt.images).encode())
         except MissingValueError as error:
             skipped.append(str(error))
             # counted, so that a repetition keeps its id
@@ -489,11 +576,24 @@ def _open_split(dataset: str, config: str | None, split: str, revision: str | No
     try:
         if any((Path(dataset) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             data = load_from_disk(dataset)
-            return data[split] if isinstance(data, dict) else data
-        return load_dataset(dataset, config, split=split, revision=revision)
+            return _undecoded(data[split] if isinstance(data, dict) else data)
+        return _undecoded(load_dataset(dataset, config, split=split, revision=revision))
     except Exception as error:  # the library raises a dozen unrelated types for what is wrong with a name
         told = f"it is not in the cache of `datasets`, and {offline}" if offline else error
         raise DataError(f"cannot load split {split!r} of data set {dataset!r}: {told}") from error
+
+
+def _undecoded(data: Any) -> Any:
+    """The data set with its images as bytes: they are decoded where a model reads them."""
+    from datasets import Image as Stored
+
+    for name, feature in data.features.items():
+        inner = getattr(feature, "feature", None)
+        if isinstance(feature, Stored):
+            data = data.cast_column(name, Stored(decode=False))
+        elif isinstance(inner, Stored):
+            data = data.cast_column(name, type(feature)(Stored(decode=False)))
+    return data
 
 
 def _stamp(paths: Iterable[Path]) -> object:

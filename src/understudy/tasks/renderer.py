@@ -18,10 +18,12 @@ from understudy.lazy import Tensor, torch
 from understudy.models.vocabulary import tokenizer_ends
 from understudy.tasks.encoding import SHOWN_CHARS, SLOT, Encoder, Untrusted, fill
 from understudy.tasks.tool_calls import CallFormat, Tools, call_format, parse_tag
-from understudy.types import Message, Prompt
+from understudy.types import IMAGE, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from understudy.models import Vision
 
 Said = Mapping[str, Any]
 """A message as chat templates take it: role and content."""
@@ -52,6 +54,7 @@ _CALL_OPTIONS = frozenset(
 """Arguments of `apply_chat_template` itself, which no template reads."""
 _EMPTY_BLOCK = re.compile(r"[<[]\|?(?:START_)?([\w:]+?)\|?[>\]]\w*\s*[<[]\|?/?(?:END_)?\1\|?[>\]]\s*\Z")
 """A block of reasoning without any, at the end of a text: `<|channel>thought\\n<channel|>` of Gemma 4, `[THINK][/THINK]`."""
+_IMAGES = re.compile(f"({IMAGE})")
 
 
 def now() -> str:
@@ -74,7 +77,8 @@ class Renderer:
     """A tokenizer with its chat template and the settings of the template (`enable_thinking` of Qwen3).
 
     `stop_ids`: tokens that end a response; None: those that the tokenizer names. The token by which the template ends a
-    turn is added to them. `date`: the date and time (ISO 8601) that a template reads from its clock; None: now.
+    turn is added to them. `date`: the date and time (ISO 8601) that a template reads from its clock; None: now. `vision`: the
+    model's processor of images, for prompts that have some.
     Raises RecipeError for settings that are no template's: its arguments of messages and of tokens.
     """
 
@@ -84,8 +88,10 @@ class Renderer:
         template_kwargs: Mapping[str, Any] | None = None,
         stop_ids: Iterable[int] | None = None,
         date: str | None = None,
+        vision: Vision | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.vision = vision
         self.template_kwargs = dict(template_kwargs or {})
         if foreign := sorted(self.template_kwargs.keys() & _CALL_OPTIONS):
             raise RecipeError(
@@ -114,7 +120,8 @@ class Renderer:
 
     def like(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         """A renderer for another tokenizer of the same tokens: the same settings, clock, and tokens that may end a turn."""
-        return Renderer(tokenizer, self.template_kwargs, {*tokenizer_ends(tokenizer), *self.stop_ids}, date=self.date)
+        ends = {*tokenizer_ends(tokenizer), *self.stop_ids}
+        return Renderer(tokenizer, self.template_kwargs, ends, date=self.date, vision=self.vision)
 
     @property
     def settings(self) -> list[Any]:
@@ -129,10 +136,11 @@ class Renderer:
     def start(self, prompt: Prompt) -> Tensor:
         """Messages through the chat template, up to where the student's turn begins; text as the tokenizer encodes it. [P]
 
-        Special tokens that the prompt spells out stay text; what the template writes itself are tokens. An EOS that a
-        tokenizer adds by itself is taken off: the response follows. Raises RecipeError for a chat without a template,
-        DataError for messages that the template refuses, text that the tokenizer cannot encode or keep as text, and a
-        prompt of no tokens.
+        Special tokens that the prompt spells out stay text; what the template writes itself are tokens. An image is as many
+        tokens as the model's processor makes of it. An EOS that a tokenizer adds by itself is taken off: the response follows.
+        Raises RecipeError for a chat without a template, and for images without a processor; DataError for messages that the
+        template refuses, text that the tokenizer cannot encode or keep as text, an image that cannot be read, and a prompt of
+        no tokens.
         """
         if prompt.messages is None:
             ids = self._text.plain(prompt.text or "", prompt.quoted)
@@ -143,7 +151,9 @@ class Renderer:
             )
         else:
             ids = self._encode_around(
-                lambda parts: self._template(replace(prompt, tools=parts[1]), parts[0]), (prompt.messages, prompt.tools)
+                lambda parts: self._template(replace(prompt, tools=parts[1]), parts[0]),
+                (prompt.messages, prompt.tools),
+                prompt,
             )
         if not ids:
             raise DataError(f"prompt {prompt.id} has no tokens; a response needs at least one to follow")
@@ -342,7 +352,7 @@ class Renderer:
         ids = self._text.around(told, spelled)
         if not spelled:
             # a tokenizer may begin a text by itself with a space
-            before, joined = self.start(prompt).tolist(), self._text.encode(known + told)
+            before, joined = self.start(prompt).tolist(), self._text.encode(self._expanded(known, prompt) + told)
             ids = joined[len(before) :] if joined[: len(before)] == before else ids
         return fill(told, spelled), [*ids, end.token_id]
 
@@ -430,9 +440,48 @@ class Renderer:
         try:
             if self.reads_clock:
                 options["chat_template"] = self._stopped_clock + self.tokenizer.get_chat_template(tools=prompt.tools)
-            return str(self.tokenizer.apply_chat_template([dict(message) for message in messages], **options))
+            said = messages if self.vision is None else [self._in_parts(message) for message in messages]
+            return str(self.tokenizer.apply_chat_template([dict(message) for message in said], **options))
         except Exception as error:  # a template raises whatever it likes
             raise TemplateError(f"the chat template refuses prompt {prompt.id}: {error}") from error
+
+    def _in_parts(self, message: Said) -> Said:
+        """The message as templates take one with images: a list of parts; any message where the template knows nothing else."""
+        content = message.get("content")
+        if not isinstance(content, str) or not (IMAGE in content or self._takes_parts_alone):
+            return message
+        parts = [
+            {"type": "image"} if part == IMAGE else {"type": "text", "text": part} for part in _IMAGES.split(content)
+        ]
+        return {**message, "content": [part for part in parts if part.get("text") != ""]}
+
+    @cached_property
+    def _takes_parts_alone(self) -> bool:
+        """Whether the chat template loses a content that is a string."""
+        try:
+            asked = [{"role": "user", "content": _QUESTION}]
+            return _QUESTION not in str(
+                self.tokenizer.apply_chat_template(asked, **self.template_kwargs, tokenize=False)
+            )
+        except Exception:  # as above
+            return True
+
+    def _expanded(self, text: str, prompt: Prompt) -> str:
+        """What the template wrote for a prompt, with all tokens of every image in place of the one that the template has."""
+        if not prompt.images:
+            return text
+        if self.vision is None:
+            raise RecipeError(
+                f"prompt {prompt.id} has images, and {self.tokenizer.name_or_path or 'the model'} was loaded for text alone"
+            )
+        parts = text.split(self.vision.image_token)
+        if len(parts) != len(prompt.images) + 1:
+            raise TemplateError(
+                f"the chat template writes {len(parts) - 1} times {self.vision.image_token!r} for the {len(prompt.images)} "
+                f"images of prompt {prompt.id}; take a template that writes each image of a message, and only these"
+            )
+        read = [self.vision.read(image).text for image in prompt.images]
+        return parts[0] + "".join(image + part for image, part in zip(read, parts[1:], strict=True))
 
     @cached_property
     def _stopped_clock(self) -> str:
@@ -555,9 +604,12 @@ class Renderer:
         thought, _, rest = text.partition(_END_THINK)
         return thought.lstrip().removeprefix(_THINK).strip("\n"), rest.lstrip("\n")
 
-    def _encode_around(self, render: Callable[[Untrusted], str], untrusted: Untrusted) -> list[int]:
-        """Ids of `render(untrusted)`, a control token being one only in what `render` itself writes."""
-        return self._text.around(*self._text.hidden(render, untrusted))
+    def _encode_around(
+        self, render: Callable[[Untrusted], str], untrusted: Untrusted, prompt: Prompt | None = None
+    ) -> list[int]:
+        """Ids of `render(untrusted)`, a control token being one only in what `render` itself writes, with its images."""
+        text, spelled = self._text.hidden(render, untrusted)
+        return self._text.around(text if prompt is None else self._expanded(text, prompt), spelled)
 
 
 def _last_tag(text: str) -> str:

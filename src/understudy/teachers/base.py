@@ -12,7 +12,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 from understudy.errors import RecipeError, ScoreError
 from understudy.lazy import Tensor, nn, torch
 from understudy.linear.head import LMHead
-from understudy.models import DType, check_model_dir, load_causal_lm, probe_head, vocabulary_size
+from understudy.models import (
+    DType,
+    Vision,
+    check_model_dir,
+    load_causal_lm,
+    probe_head,
+    probe_images,
+    vocabulary_size,
+)
 from understudy.tasks.base import Task
 from understudy.tasks.renderer import Renderer
 from understudy.types import Grade, Need, Prompt, Request, Sample, Sampling, Scores, Verdict
@@ -88,6 +96,8 @@ class Setup:
     """Revision of `start`, where that is a hub name."""
     fresh_student: Callable[[], nn.Module] | None = None
     """Builds the start again where `start` is None: in a resumed run the live model is not the start any more."""
+    vision: Vision | None = None
+    """The teacher's own processor of images; None where prompts have none."""
     seed: int = 0
     grade: Callable[[Prompt, str], Grade | None] | None = None
     """The task's verdict on a response to a prompt; None of it where nobody can judge it."""
@@ -147,6 +157,8 @@ class TeacherSection(ABC):
     """Whether `open` returns a `Responder`."""
     alone: bool = False
     """Whether it cannot be one of several."""
+    reads_images: bool = False
+    """Whether it is shown the images of prompts, or needs none of a prompt."""
     rendering: Rendering = "student"
     """The rendering of the messages that the teacher reads before a response."""
     extra_ids: ExtraIds = "mask"
@@ -250,8 +262,9 @@ class LoadedSection(TeacherSection):
         """Raises RecipeError for a directory that is no model."""
         return f"teacher: {self.shown if self.source is None else check_model_dir(self.source.name)}"
 
-    def load(self, device: str | torch.device) -> nn.Module:
-        """The model of `source`. Raises RecipeError where it cannot be loaded."""
+    def load(self, device: str | torch.device, vision: Vision | None = None) -> nn.Module:
+        """The model of `source`, with its processor of images if it is to read some. Raises RecipeError where it cannot be
+        loaded."""
         assert self.source is not None
         model: nn.Module = load_causal_lm(
             self.source.name,
@@ -259,8 +272,11 @@ class LoadedSection(TeacherSection):
             device="cpu" if self.offload else device,
             attn_implementation=self.attn_implementation,
             revision=self.source.revision,
+            vision=vision,
         )
         probe_head(model)
+        if vision is not None:
+            probe_images(model)
         return model
 
 

@@ -54,6 +54,7 @@ class Local(LoadedSection):
     """The section of a recipe for a teacher that is loaded here."""
 
     writes_responses = True
+    reads_images = True
 
     model: str
     """A directory or a hub name."""
@@ -73,7 +74,8 @@ class Local(LoadedSection):
 
     def open(self, setup: Setup) -> LocalTeacher:
         """Loads the model. Raises RecipeError where it cannot be, VocabularyError where its head is too small."""
-        return LocalTeacher.beside(setup, self.load(setup.device), self.extra_ids, offload=self.offload)
+        model = self.load(setup.device, setup.vision)
+        return LocalTeacher.beside(setup, model, self.extra_ids, offload=self.offload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ class Start(LoadedSection):
 
     With LoRA these are the student's own weights, adapters switched off, and take no memory; else they are loaded again.
     """
+
+    reads_images = True
 
     @property
     def source(self) -> None:
@@ -121,7 +125,7 @@ class Start(LoadedSection):
         options = ({} if setup.student is None else _run_as(setup.student)) | given
         if setup.start is not None:
             section = Local(setup.start, setup.start_revision, offload=self.offload, **options)
-            return section.load(setup.device)
+            return section.load(setup.device, setup.vision)
         if setup.fresh_student is None:
             raise RecipeError(
                 f"{setup.name}: the student's start cannot be had again: it is built from scratch (student.build), and "
@@ -293,7 +297,8 @@ class LocalTeacher(Teacher):
     ) -> list[Scores]:
         """One forward over samples side by side."""
         layout = lay_out(samples, style=self._style)
-        states = backbone_hidden(self.model, layout.input_ids.to(self._device), layout.position_ids.to(self._device))
+        ids, positions = layout.input_ids.to(self._device), layout.position_ids.to(self._device)
+        states = backbone_hidden(self.model, ids, positions, layout.images)
         hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if need & {"sampled", "topk"}:

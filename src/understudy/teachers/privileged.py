@@ -34,6 +34,8 @@ _STATE = "ema."
 class Privileged(LoadedSection):
     """The section of a recipe for a teacher with privileged context. Raises ValueError for keys that contradict each other."""
 
+    reads_images = True
+
     model: str | None = None
     """A directory or a hub name; None: the student's own start."""
     ema: float | None = None
@@ -126,7 +128,9 @@ class Privileged(LoadedSection):
         self._check_student(setup.name, setup.start, student is not None and unwrap(student) is not student)
         if self.model is not None:
             return PrivilegedTeacher(
-                LocalTeacher.beside(setup, self.load(setup.device), self.extra_ids, offload=self.offload), self, setup
+                LocalTeacher.beside(setup, self.load(setup.device, setup.vision), self.extra_ids, offload=self.offload),
+                self,
+                setup,
             )
         start = Start(dtype=self.dtype, offload=self.offload, attn_implementation=self.attn_implementation)
         if self.ema is None:

@@ -52,7 +52,7 @@ class StudentModel:
         """Returns the hidden states that predict the response tokens, in the order of `pack`. [T, H]."""
         # weights may be float32 while the arithmetic is mixed precision
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            states = backbone_hidden(self.model, layout.input_ids, layout.position_ids)
+            states = backbone_hidden(self.model, layout.input_ids, layout.position_ids, layout.images)
         return states.flatten(0, 1)[layout.predicts]
 
 

@@ -12,8 +12,18 @@ from typing import Any, Literal
 
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead, project
-from understudy.models.backbone import TOLERANCE, backbone_hidden, decoder_of, num_positions, rope_switch
-from understudy.types import Sampling
+from understudy.models.backbone import (
+    TOLERANCE,
+    backbone_hidden,
+    decoder_of,
+    num_positions,
+    rope_switch,
+    run_backbone,
+    unwrap,
+    vision_of,
+)
+from understudy.models.vision import in_dimensions
+from understudy.types import Image, ImageSpan, Sampling
 
 KEEP_SHARE = 0.75
 """Finished rows leave the cache when at most this share is still being written: the copy costs about one step."""
@@ -62,8 +72,13 @@ class Decoder:
         """[b, C + N] bool, False on padding; None if no row is padded."""
         self._positions = torch.empty(0)
         """[b, C + N] int64, 0 on padding; [1, C + N] if no row is padded."""
+        """With images of a model with positions in three dimensions: [4, b, C + N]."""
         self._ids = torch.empty(0)
         """[b, n] int64, all tokens that the model has read, where they may be read again; else empty."""
+        self._images: list[tuple[Image, ...]] = []
+        """Of each row; empty where no row has some."""
+        self._padding: list[int] = []
+        """Slots before each row's context."""
         self._length = 0
         """Tokens of a row that the model has read."""
 
@@ -75,6 +90,7 @@ class Decoder:
         room: Tensor,
         sampling: Sampling,
         ended: Callable[[int, list[int]], bool] | None = None,
+        images: Sequence[tuple[Image, ...]] = (),
     ) -> list[tuple[list[int], list[float], bool]]:
         """Ids and log-probabilities of each row, and whether the last token ends the response; else the row is full.
 
@@ -82,7 +98,7 @@ class Decoder:
         has tokens of no meaning behind its end: the caller cuts them.
 
         contexts: B of [c] int64; uniform [B, N] float64, one draw for each new token; room [B] int64, from 1 to N, the tokens
-        that each row may have.
+        that each row may have; images: those in each context, or none at all.
         """
         num_rows, num_new = uniform.shape
         uniform, room = uniform.to(self._device), room.to(self._device)
@@ -91,7 +107,7 @@ class Decoder:
         logprobs = torch.full((num_rows, num_new), float("nan"), dtype=torch.float64, device=self._device)
         # the last position that any row may use: a row that is full runs on for a while, and the model may have no more
         last = max(context.numel() + n for context, n in zip(contexts, room.tolist(), strict=True)) - 1
-        hidden = self._prefill(contexts, num_new, last)
+        hidden = self._prefill(contexts, num_new, last, images)
         done = torch.zeros_like(rows, dtype=torch.bool)
         draws = uniform.T.contiguous()
         for t in range(num_new):
@@ -134,9 +150,12 @@ class Decoder:
         ]
         return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
 
-    def _prefill(self, contexts: Sequence[Tensor], num_new: int, last: int) -> Tensor:
+    def _prefill(
+        self, contexts: Sequence[Tensor], num_new: int, last: int, images: Sequence[tuple[Image, ...]] = ()
+    ) -> Tensor:
         """Reads every distinct context once. The hidden states at the last tokens of all B rows. [B, H]."""
-        names = [context.numpy().tobytes() for context in contexts]
+        images = images or [()] * len(contexts)
+        names = [(context.numpy().tobytes(), shown) for context, shown in zip(contexts, images, strict=True)]
         distinct = dict(zip(names, contexts, strict=True))
         where = {name: index for index, name in enumerate(distinct)}
         lengths = torch.tensor([context.numel() for context in distinct.values()])
@@ -152,6 +171,10 @@ class Decoder:
         self._positions = (positions if padded else positions[:1]).to(self._device)
         self._length = 0
         self._ids = ids[:, :0].to(self._device)
+        self._images, self._padding = [], []
+        if any(images):
+            self._images, self._padding = [shown for _, shown in distinct], (width - lengths).tolist()
+            self._positions = self._positions_with_images(ids.to(self._device), positions.to(self._device))
         hidden = self._forward(ids.to(self._device))
         select = torch.tensor([where[name] for name in names], device=self._device)
         if len(distinct) < len(contexts):
@@ -164,7 +187,35 @@ class Decoder:
             self._cache.reorder_cache(rows)
         self._ids = self._ids[rows]
         if self._mask is not None:
-            self._mask, self._positions = self._mask[rows], self._positions[rows]
+            self._mask = self._mask[rows]
+        # of one row they are those of all
+        if self._positions.shape[-2] > 1:
+            self._positions = self._positions[..., rows, :]
+        if self._images:
+            kept = rows.tolist()
+            self._images, self._padding = [self._images[row] for row in kept], [self._padding[row] for row in kept]
+
+    def _spans(self, width: int) -> list[ImageSpan]:
+        """The rows with images, in rows of `width` slots that all end with a token."""
+        return [
+            ImageSpan(row * width + padding, width - padding, shown)
+            for row, (shown, padding) in enumerate(zip(self._images, self._padding, strict=True))
+            if shown
+        ]
+
+    def _positions_with_images(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """`positions` [D, C + N] of text, or [4, D, C + N] where the model counts images otherwise. ids: [D, C]."""
+        base, width = unwrap(self._model), ids.shape[1]
+        whole = in_dimensions(base.base_model, positions)
+        if whole.dim() == 2:
+            return whole
+        vision = vision_of(self._model)
+        assert vision is not None
+        read = vision.inputs(base.base_model, ids, positions[:, :width], self._spans(width))["position_ids"]
+        # new tokens are text: they go on after the highest position of their context
+        behind = read[1:].amax((0, 2))[:, None] + 1 + torch.arange(positions.shape[1] - width, device=ids.device)
+        whole[1:, :, :width], whole[1:, :, width:] = read[1:], behind
+        return whole
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Hidden states at the last of `ids` [b, n], which the cache then holds. [b, H]."""
@@ -178,17 +229,23 @@ class Decoder:
         with precision:
             if self._style == "none":
                 self._length = end
-                return backbone_hidden(self._model, ids, self._positions[:, :end].expand_as(ids))[:, -1]
+                places = torch.arange(end, device=self._device).expand_as(ids)
+                return backbone_hidden(self._model, ids, places, self._spans(end))[:, -1]
             if self._length == 0 or (self._switch is not None and self._length <= self._switch < end):
                 # also past the switch, where what the cache holds was read with other frequencies
                 self._cache, self._length = new_cache(self._backbone.config, self._room), 0
-            output = self._backbone(
-                input_ids=ids[:, -(end - self._length) :],
-                position_ids=self._positions[:, self._length : end],
-                attention_mask=None if self._mask is None else self._mask[:, :end],
-                use_cache=True,
-                **{self._cache_key: self._cache},
+            new, options = ids[:, -(end - self._length) :], {"use_cache": True, self._cache_key: self._cache}
+            mask, positions = (
+                None if self._mask is None else self._mask[:, :end],
+                self._positions[..., self._length : end],
             )
+            if self._length == 0 and self._images:
+                # with its own positions, of which those of text are the first row
+                text = positions[0] if positions.dim() == 3 else positions
+                text = text.expand_as(new)
+                output = run_backbone(self._model, new, text, self._spans(end), attention_mask=mask, **options)
+            else:
+                output = self._backbone(input_ids=new, position_ids=positions, attention_mask=mask, **options)
         self._length = end
         hidden: Tensor = output.last_hidden_state
         return hidden[:, -1]
@@ -197,13 +254,23 @@ class Decoder:
 @no_grad
 def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
     """Finds how contexts may share a batch of this model, and why not otherwise, by writing a few tokens behind two contexts
-    and comparing them with each alone and without a cache."""
-    device, switch = head.weight.device, rope_switch(model)
-    limits = [one for one in (num_positions(model), switch, PROBED_TOKENS + PROBED_STEPS) if one is not None]
+    and comparing them with each alone and without a cache. The contexts of a model that reads images begin with one."""
+    device, switch, vision = head.weight.device, rope_switch(model), vision_of(model)
+    shown: tuple[Image, ...] = ()
+    before = torch.zeros(0, dtype=torch.int64)
+    if vision is not None:
+        shown = (vision.example(),)
+        before = vision.read(shown[0]).ids
+    limits = [one for one in (num_positions(model), switch) if one is not None]
+    limits = [*(limit - len(before) for limit in limits), PROBED_TOKENS + PROBED_STEPS]
     # much padding, and several steps behind each other: what goes wrong in a state adds up
     num_steps = min(PROBED_STEPS, min(limits) // 2)
     num_read = min(limits) - num_steps
     ids = (7 * torch.arange(1, num_read + 2 * num_steps + 1)).remainder(head.num_tokens)
+    if vision is not None:
+        # no other token stands for an image
+        taken = torch.tensor(vision.image_ids)
+        ids = ids.where(~torch.isin(ids, taken), next(n for n in range(len(taken) + 1) if n not in vision.image_ids))
     steps = ids[: 2 * num_steps].view(2, -1)
     tries: tuple[tuple[CacheStyle, list[Tensor]], ...] = (
         ("padded", [ids[-num_read:], ids[:2]]),
@@ -215,8 +282,9 @@ def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
             reasons.append("padding would change the frequencies of its positions")
             continue
         decoder = Decoder(model, head, (), style=style)
+        contexts = [torch.cat([before, context]) for context in contexts]
         try:
-            decoder._prefill(contexts, num_steps, num_read + num_steps - 1)
+            decoder._prefill(contexts, num_steps, len(before) + num_read + num_steps - 1, [shown] * len(contexts))
             decoder._select(torch.tensor([1, 0], device=device))
             found = torch.stack([decoder._forward(one[:, None]) for one in steps.to(device).T], 1)
         except torch.OutOfMemoryError:
@@ -228,7 +296,9 @@ def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
         worst = 0.0
         for row, context, written in zip(found, contexts[::-1], steps, strict=True):
             whole = torch.cat([context, written])[None].to(device)
-            alone = backbone_hidden(model, whole, torch.arange(whole.shape[1], device=device)[None])[0, -num_steps:]
+            spans = [ImageSpan(0, whole.shape[1], shown)] * bool(shown)
+            places = torch.arange(whole.shape[1], device=device)[None]
+            alone = backbone_hidden(model, whole, places, spans)[0, -num_steps:]
             worst = max(worst, float((row - alone).norm() / alone.norm().clamp_min(1e-30)))
         if worst <= TOLERANCE[str(found.dtype)]:
             return style, "; ".join(reasons)

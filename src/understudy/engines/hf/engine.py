@@ -105,7 +105,8 @@ class HFEngine:
                 def ended(row: int, ids: list[int], stops: list[tuple[str, ...]] = stops) -> bool:
                     return find_stop(ids, stops[row], self.tokenizer) is not None
 
-                written = decoder.run(contexts, uniform, room, sampling, ended if any(stops) else None)
+                images = [response.request.prompt.images for response in chosen]
+                written = decoder.run(contexts, uniform, room, sampling, ended if any(stops) else None, images)
                 for response, row in zip(chosen, written, strict=True):
                     response.ids, response.logprob, stopped = row
                     response.version = [self._version] * len(response.ids)

@@ -181,6 +181,8 @@ def _tokenizers(files: Files) -> Iterator[Finding]:
         kept = "left in the tail of" if section.extra_ids == "tail" else "masked out of"
         more = f"; {len(extra)} that the student lacks are {kept} its softmax: {name_tokens(extra)}" if extra else ""
         yield Finding(shared + more)
+        if files.tokenizers.other_vision(other) is not None:
+            yield Finding(f"the student and {other.name} make the same tokens of an image")
     if all(map(files.has, files.tokenizers.sources)):
         files.tokenizers.compare_ends()
 

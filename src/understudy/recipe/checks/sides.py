@@ -15,7 +15,7 @@ from understudy.recipe.checks.parts import AS_SAID, HEALTH_S, Check, Finding, Pa
 from understudy.recipe.load import prompt_limit
 from understudy.tasks.renderer import Renderer
 from understudy.trainer.collect import TOKEN_SCORES
-from understudy.types import Author, Prompt, Sample
+from understudy.types import Author, ImageSpan, Prompt, Sample
 
 NUM_COMPARED = 4
 """First prompts that are rendered with every side's chat template."""
@@ -90,9 +90,10 @@ def _mass_past(model: nn.Module, size: int, parts: Parts) -> float | None:
         return None
     found = []
     with evaluating(model):
-        for _, ids in parts.prompts[:NUM_COMPARED]:
+        for prompt, ids in parts.prompts[:NUM_COMPARED]:
             row = ids[None].to(head.weight.device)
-            hidden = backbone_hidden(model, row, torch.arange(row.shape[1], device=row.device)[None])
+            images = [ImageSpan(0, len(ids), prompt.images)] if prompt.images else []
+            hidden = backbone_hidden(model, row, torch.arange(row.shape[1], device=row.device)[None], images)
             found.append(head.logits(hidden[0, -1:]).softmax(-1)[:, size:].sum())
     return float(torch.stack(found).mean())
 

@@ -18,6 +18,7 @@ class Verifier(TeacherSection):
 
     says_digits = True
     alone = True
+    reads_images = True
 
     accuracy: float = 1.0
     """Share of the responses whose digit is the verifier's score; the others get that of the opposite."""
