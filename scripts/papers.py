@@ -126,17 +126,16 @@ def said(path: Path) -> dict[str, str]:
     return dict(found)
 
 
-def row(name: str, recipe: Recipe) -> str:
+def table_row(name: str, recipe: Recipe) -> str:
     """A row of the table."""
     train, sampling = recipe.train, recipe.sampling
     teachers = ", ".join(f"`{section.model}`" for section in recipe.all_teachers.values())
-    tasks = recipe.task.places().values()
     cells = [
         f"`recipes/papers/{name}.yaml`",
         f"`{config.dump(recipe)['method']['type']}`",
         f"`{recipe.student.model}`",
         teachers,
-        ", ".join(part.name for part in tasks),
+        ", ".join(dict.fromkeys(part.name for part in recipe.task.places().values())),
         f"{train.prompts_per_step:,} x {train.samples_per_prompt}",
         f"{sampling.max_new_tokens:,}",
         f"{train.lr:g}",
@@ -163,7 +162,7 @@ def blocks() -> dict[str, str]:
     table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     texts = []
     for name, path in recipes().items():
-        table.append(row(name, load_recipe(path)))
+        table.append(table_row(name, load_recipe(path)))
         about = said(path)
         texts.append(f"**`{name}`.** {about['Source']}.\n*Open:* {about['Open']}.")
     return {"recipes": "\n".join(table), "sources": "\n\n".join(texts)}
@@ -208,26 +207,51 @@ def build_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end, pad_token=pad, chat_template=TEMPLATE)
 
 
-def sums(name: str) -> Iterator[dict[str, Any]]:
+def used(values: Any) -> set[tuple[str, str]]:
+    """The names of the data sets, or of the files, that a section of a miniature reads, each with its file."""
+    if not isinstance(values, Mapping):
+        return set()
+    found = set().union(*map(used, values.values()))
+    path = str(values.get("path", ""))
+    return found | ({(values.get("dataset") or Path(path).stem, path)} if path.startswith(str(PARTS)) else set())
+
+
+def rows(name: str) -> Iterator[dict[str, Any]]:
     """Rows with sums in the fields of a data set, each of which meets its conditions."""
-    data = DATASETS[name]
+    data = DATASETS.get(name)
+    keys = (
+        {"prompt_field": "conversations", "where": [f"domain = {name.rpartition('-')[2]}"]}
+        if data is None
+        else data.keys
+    )
     for index in range(NUM_ROWS):
         first, second = 10 + index, 7 * index % 90
         # two data sets have no problem in common
-        asked = f"{first} + {second} ({name})"
+        asked, answer = f"{first} + {second} ({name})", str(first + second)
         found: dict[str, Any] = {}
-        if data.keys["prompt_field"] == "conversations":
-            answer = {"from": "gpt", "value": f"{first + second}"}
-            found["conversations"] = [{"from": "human", "value": asked}, answer]
+        if keys["prompt_field"] == "conversations":
+            found["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
         else:
-            put(found, data.keys["prompt_field"], asked)
-        if field := data.keys.get("solution_field"):
-            put(found, field, f"\\boxed{{{first + second}}}")
-        if field := data.keys.get("reference_field"):
-            put(found, field, json.dumps([str(first + second)]) if data.listed else str(first + second))
-        for condition in map(Condition.read, data.keys.get("where", ())):
+            put(found, keys["prompt_field"], asked)
+        if field := keys.get("solution_field"):
+            put(found, field, f"\\boxed{{{answer}}}")
+        if data is not None and data.task == "choice":
+            put_options(found, keys, first + second)
+        elif field := keys.get("reference_field"):
+            put(found, field, json.dumps([answer]) if data is not None and data.listed else answer)
+        for condition in map(Condition.read, keys.get("where", ())):
             put(found, condition.field, condition.values[0])
         yield found
+
+
+def put_options(found: dict[str, Any], keys: Mapping[str, str], answer: int) -> None:
+    """Sets four options, in one field or in several, of which the first is right."""
+    options = [str(answer + shift) for shift in (0, 1, 2, 3)]
+    fields = [field.strip() for field in keys["choices_field"].split(",")]
+    if len(fields) > 1:
+        found |= dict(zip(fields, options, strict=True))
+    else:
+        found |= {fields[0]: options, keys["reference_field"]: 0}
 
 
 def put(found: dict[str, Any], field: str, value: object) -> None:
@@ -261,10 +285,9 @@ def make_parts() -> None:
             model.get_input_embeddings().weight.add_(0.1)
             model.get_output_embeddings().weight[tokenizer.eos_token_id] = END_LOGIT / hidden
         save_hf(model, tokenizer, PARTS / name)
-    for name in DATASETS:
-        if "prompt_field" in DATASETS[name].keys:
-            text = "".join(json.dumps(row) + "\n" for row in sums(name))
-            (PARTS / f"{name}.jsonl").write_text(text)
+    for mini in RECIPES.glob("*.mini.yaml"):
+        for name, path in used(config.read_yaml(mini)):
+            Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows(name)))
 
 
 @contextmanager
