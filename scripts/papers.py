@@ -219,11 +219,9 @@ def used(values: Any) -> set[tuple[str, str]]:
 def rows(name: str) -> Iterator[dict[str, Any]]:
     """Rows with sums in the fields of a data set, each of which meets its conditions."""
     data = DATASETS.get(name)
-    keys = (
-        {"prompt_field": "conversations", "where": [f"domain = {name.rpartition('-')[2]}"]}
-        if data is None
-        else data.keys
-    )
+    keys: Mapping[str, Any] = {"prompt_field": "prompt"} if data is None else data.keys
+    if name.startswith("openthoughts3"):
+        keys = {"prompt_field": "conversations", "where": [f"domain = {name.rpartition('-')[2]}"]}
     for index in range(NUM_ROWS):
         first, second = 10 + index, 7 * index % 90
         # two data sets have no problem in common
@@ -235,8 +233,11 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
             put(found, keys["prompt_field"], asked)
         if field := keys.get("solution_field"):
             put(found, field, f"\\boxed{{{answer}}}")
-        if data is not None and data.task == "choice":
+        task = None if data is None else data.task
+        if task == "choice":
             put_options(found, keys, first + second)
+        elif task == "instructions":
+            found |= {keys["reference_field"]: ["punctuation:no_comma"], keys["kwargs_field"]: [{}]}
         elif field := keys.get("reference_field"):
             put(found, field, json.dumps([answer]) if data is not None and data.listed else answer)
         for condition in map(Condition.read, keys.get("where", ())):
