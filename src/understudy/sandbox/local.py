@@ -71,8 +71,11 @@ class Local(Sandbox):
         check_range(self, 1, "file_mb")
 
     @abstractmethod
-    def _command(self, extra: list[int]) -> list[str]:
-        """What to put before the interpreter. Descriptors that it needs are added to `extra`, to be closed here."""
+    def _command(self, extra: list[int], packages: Sequence[str]) -> list[str]:
+        """What to put before the interpreter. Descriptors that it needs are added to `extra`, to be closed here.
+
+        `packages`: folders that it may see.
+        """
 
     @property
     def _processes(self) -> int:
@@ -84,14 +87,15 @@ class Local(Sandbox):
         """A process that is ended with the block."""
         mb = 2**20
         limits = {"cpu_s": self.cpu_s, "memory": self.memory_mb * mb, "file": self.file_mb * mb}
-        packages = list(dict.fromkeys(_package_folders())) if self.packages else []
+        # tests are no model's, and those of some data sets need numpy
+        packages = _package_folders() if self.packages or process.role == "judge" else []
         told = {**process.told, "limits": {**limits, "processes": self._processes}, "packages": packages}
         with ExitStack() as stack:
             descriptors = list[int]()
             stack.callback(_close, descriptors)
             descriptors.append(_file(inside.framed(_bytecode()) + inside.framed(inside.encode(told))))
             job = descriptors[0]
-            command = self._command(descriptors)
+            command = self._command(descriptors, packages)
             folder = None
             if not command:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="understudy-sandbox-"))
@@ -103,7 +107,7 @@ class Local(Sandbox):
                 stdout=process.stdout,
                 stderr=process.stderr,
                 cwd=folder or "/",
-                env={},
+                env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                 pass_fds=[number for number in (*descriptors, process.channel, process.report) if number >= 0],
                 start_new_session=True,
             )
@@ -236,9 +240,8 @@ class Bubblewrap(Local):
     def _processes(self) -> int:
         return self.threads
 
-    def _command(self, extra: list[int]) -> list[str]:
-        setup = _setup()
-        return _bubblewrap(setup, extra, self.file_mb, _package_folders() if self.packages else [])
+    def _command(self, extra: list[int], packages: Sequence[str]) -> list[str]:
+        return _bubblewrap(_setup(), extra, self.file_mb, packages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +263,7 @@ class Process(Local):
         need_linux("process")
         return f"sandbox: NONE, programs run with the rights of this user, {self.num_workers} at a time"
 
-    def _command(self, extra: list[int]) -> list[str]:
+    def _command(self, extra: list[int], packages: Sequence[str]) -> list[str]:
         return []
 
 
@@ -329,6 +332,8 @@ def _bubblewrap(setup: _Setup, extra: list[int], tmp_mb: int, packages: Sequence
         setup.bwrap,
         *("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
         *("--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"),
+        # numpy would start a thread for each processor
+        *("--setenv", "OPENBLAS_NUM_THREADS", "1", "--setenv", "OMP_NUM_THREADS", "1"),
         *("--die-with-parent", "--new-session", "--seccomp", str(extra[-1])),
         # no /proc: there is nothing in it that a program for a task needs
         *shown,

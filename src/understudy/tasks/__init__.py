@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.base import Intake, Split, Task
 from understudy.tasks.choice import Choice
+from understudy.tasks.code import Code
 from understudy.tasks.datasets import DATASETS, DataSet, Named
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
@@ -24,6 +25,7 @@ __all__ = [
     "TASKS",
     "Arithmetic",
     "Choice",
+    "Code",
     "DataSet",
     "File",
     "Hub",

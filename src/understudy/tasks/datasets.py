@@ -53,6 +53,7 @@ _MAA = "unknown; problems (c) MAA"
 _OPTIONS = {"prompt_field": "question", "choices_field": "choices", "reference_field": "answer"}
 _ARC = {**_OPTIONS, "reference_field": "answerKey"}
 _INSTRUCTED = {"prompt_field": "prompt", "reference_field": "instruction_id_list", "kwargs_field": "kwargs"}
+_PLUS = {"prompt_field": "prompt", "reference_field": "test"}
 _SUBJECTS = (
     "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
     "college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics "
@@ -283,6 +284,65 @@ DATASETS: dict[str, DataSet] = {
         sizes={"test": 300},
         licence="unknown",
         source="arXiv 2507.02833",
+    ),
+    "humaneval": DataSet(
+        task="code",
+        hub="openai/openai_humaneval",
+        splits={"test": "test"},
+        keys={**_PLUS, "solution_field": "canonical_solution"},
+        sizes={"test": 164},
+        licence="MIT",
+        source="arXiv 2107.03374",
+    ),
+    "humaneval-plus": DataSet(
+        task="code",
+        hub="evalplus/humanevalplus",
+        splits={"test": "test"},
+        keys={**_PLUS, "solution_field": "canonical_solution"},
+        sizes={"test": 164},
+        licence="Apache-2.0",
+        source="arXiv 2305.01210",
+    ),
+    "mbpp": DataSet(
+        task="code",
+        hub="google-research-datasets/mbpp",
+        configs=("full",),
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        keys={"prompt_field": "text", "reference_field": "test_list", "solution_field": "code"},
+        sizes={"train": 374, "validation": 90, "test": 500},
+        licence="CC BY 4.0",
+        source="arXiv 2108.07732",
+    ),
+    "mbpp-sanitized": DataSet(
+        task="code",
+        hub="google-research-datasets/mbpp",
+        configs=("sanitized",),
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        keys={"prompt_field": "prompt", "reference_field": "test_list", "solution_field": "code"},
+        sizes={"train": 120, "validation": 43, "test": 257},
+        licence="CC BY 4.0",
+        source="arXiv 2108.07732",
+    ),
+    "mbpp-plus": DataSet(
+        task="code",
+        hub="evalplus/mbppplus",
+        splits={"test": "test"},
+        keys={**_PLUS, "solution_field": "code"},
+        sizes={"test": 378},
+        licence="Apache-2.0",
+        source="arXiv 2305.01210",
+    ),
+    "eurus-code": DataSet(
+        task="code",
+        hub="PRIME-RL/Eurus-2-RL-Data",
+        splits={"train": "train", "validation": "validation"},
+        keys={
+            "prompt_field": "prompt",
+            "reference_field": "reward_model.ground_truth",
+            "where": ("ability = code",),
+        },
+        licence="MIT",
+        source="arXiv 2502.01456",
     ),
 }
 """Name -> data set."""

@@ -11,6 +11,7 @@ from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
 from understudy.tasks.choice import Choice
+from understudy.tasks.code import Code
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.lazy import LazyPrompts
@@ -23,6 +24,7 @@ PARTS: dict[str, type[Task]] = {
     "math": Mathematics,
     "choice": Choice,
     "instructions": Instructions,
+    "code": Code,
     "file": File,
     "jsonl": File,
     "hub": Hub,

@@ -11,6 +11,7 @@ from unicodedata import normalize
 from understudy import given
 from understudy.errors import nearest
 from understudy.tasks.verifiers.choice import grade_choice
+from understudy.tasks.verifiers.code import grade_code
 from understudy.tasks.verifiers.instructions import grade_instructions
 from understudy.tasks.verifiers.math import grade_math
 from understudy.tasks.verifiers.qa import grade_answer, grade_f1
@@ -37,6 +38,7 @@ def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
 
 VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {
     "choice": grade_choice,
+    "code": grade_code,
     "em": grade_answer,
     "exact": grade_exact,
     "f1": grade_f1,
@@ -61,6 +63,7 @@ __all__ = [
     "find_verifier",
     "grade_answer",
     "grade_choice",
+    "grade_code",
     "grade_exact",
     "grade_instructions",
     "grade_math",

@@ -21,7 +21,7 @@ _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | 
 _END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`\n]*")
 _PYTHON = ("", "python", "python3", "py", "python2", "pycon")
-_STOPS = re.compile(r"\n(?=(?:class|def|if|print|assert|import|from) |[#@]|<\|)")
+_STOPS = re.compile(r"\n(?=(?:class|def|if|print|assert|import|from)\b|[#@]|<\|)")
 """Where a completion goes on with another thing, as the authors of HumanEval cut it."""
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
@@ -100,7 +100,7 @@ def grade_code(text: str, reference: str, sandbox: Runs | None = None) -> Grade:
         return Grade(0.0, note="no program: no finished block of Python code")
     answer = code[:MAX_ANSWER_CHARS]
     program = f"{tests.header}\n{code}"
-    if tests.names and tests.prompt and not _defines(code, tests.names[0]):
+    if tests.names and tests.prompt and not defines(code, tests.names[0]):
         program = tests.prompt + ("" if tests.prompt.endswith("\n") else "\n") + code
     box = Bubblewrap() if sandbox is None else sandbox
     if tests.tests:
@@ -126,12 +126,12 @@ def find_code(text: str, names: Sequence[str] = ()) -> str | None:
     blocks, fenced = _blocks(text)
     found = [code for language, code in blocks if language in _PYTHON and code.strip()]
     if found:
-        wanted = [code for code in found if all(_defines(code, name) for name in names)]
+        wanted = [code for code in found if all(defines(code, name) for name in names)]
         # a later block without the function is an example of its use
         return (wanted or found)[-1]
     if fenced or not text.strip():
         return None
-    defined = any(_defines(text, name) for name in names)
+    defined = any(defines(text, name) for name in names)
     # no strip in front: a body begins with its indentation
     return text.rstrip() if defined or not names else _STOPS.split(f"\n{text}", maxsplit=1)[0][1:] or None
 
@@ -156,7 +156,8 @@ def _blocks(text: str) -> tuple[list[tuple[str, str]], bool]:
     return blocks, fenced
 
 
-def _defines(code: str, name: str) -> bool:
+def defines(code: str, name: str) -> bool:
+    """Whether code has a function, class or variable of that name at its top level."""
     defined = rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*(?::[^=\n]+)?=(?!=)"
     return re.search(defined, code, re.MULTILINE) is not None
 

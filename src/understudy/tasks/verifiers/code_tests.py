@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def mbpp_tests(row: Mapping[str, Any]) -> CodeTests:
     """A row of MBPP: `test_list`, `test_setup_code` or `test_imports`, and the solution in `code`, whose names they test."""
     setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code") or ""])
     # what it sets up may need the classes of the program
-    return _of_asserts("\n".join([setup, *row["test_list"]]), row["code"])
+    return assert_tests("\n".join([setup, *row["test_list"]]), row["code"])
 
 
 def evalplus_tests(row: Mapping[str, Any]) -> CodeTests:
@@ -98,14 +99,14 @@ for inputs in INPUTS:
     return CodeTests(f"{helpers}{names}{SAME}{test}", (name,), header, prompt)
 
 
-def io_tests(row: str | Mapping[str, Any]) -> CodeTests:
+def io_tests(row: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> CodeTests:
     """Tests of APPS, LiveCodeBench and their like: `inputs` and `outputs`, and `fn_name` where a function is called.
 
     LiveCodeBench's list of `{input, output, testtype}` too, for which a called function's name stands in `fn_name`.
     Raises ValueError for other values.
     """
     values = json.loads(row) if isinstance(row, str) else row
-    if isinstance(values, list):
+    if not isinstance(values, Mapping):
         values = {"inputs": [case["input"] for case in values], "outputs": [case["output"] for case in values]}
     inputs, outputs, name = values["inputs"], values["outputs"], values.get("fn_name")
     if not name:
@@ -139,21 +140,33 @@ def _prompt_parts(prompt: str, name: str) -> tuple[str, str]:
 
     The tests run helpers of their own, so that a program cannot replace them.
     """
-    tree = ast.parse(prompt + "    pass\n")
+    tree = _parse(prompt + "    pass\n")
     rest = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == name)]
     has_helpers = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in rest)
     header = "\n".join(map(ast.unparse, rest))
     return header, f"{header}\n" if has_helpers else ""
 
 
+def _parse(code: str) -> ast.Module:
+    """Without a word about escapes that Python will not read some day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(code)
+
+
 def _imports(code: str) -> list[str]:
-    return [ast.unparse(node) for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [ast.unparse(node) for node in _parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
-def _of_asserts(tests: str, solution: str) -> CodeTests:
-    """Tests that use names of a solution: functions and classes are the program's, modules are imported."""
-    tree = ast.parse(solution)
-    used = [node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)]
+def assert_tests(tests: str, solution: str) -> CodeTests:
+    """Tests that are Python code, which calls what a solution defines; modules that it imports for them are theirs.
+
+    Without a solution they call the first name that neither they nor Python define. Raises SyntaxError, and ValueError where
+    they call nothing.
+    """
+    tree = _parse(solution)
+    nodes = list(ast.walk(_parse(tests)))
+    used = [node.id for node in nodes if isinstance(node, ast.Name)]
     defined, imported = list[str](), list[str]()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -167,16 +180,26 @@ def _of_asserts(tests: str, solution: str) -> CodeTests:
                 imported.append(ast.unparse(node))
     names = [name for name in dict.fromkeys(used) if name in defined]
     if not names:
-        known = set(dir(builtins))
-        names = [name for name in dict.fromkeys(used) if name not in known][:1]
-    # what is called outermost is often `set` or `sorted`
+        known = {
+            *dir(builtins),
+            *(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)),
+        }
+        known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        known |= {
+            alias.asname or alias.name.partition(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        names = [name for name in called if name not in known][:1]
     return CodeTests("\n".join([*imported, tests]), tuple(names))
 
 
 def _calls(assertion: str, name: str) -> list[list[Any]]:
     """The arguments of each call of a function whose arguments are literals."""
     found = []
-    for node in ast.walk(ast.parse(assertion)):
+    for node in ast.walk(_parse(assertion)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
             try:
                 found.append((node.lineno, [ast.literal_eval(argument) for argument in node.args]))

@@ -1,0 +1,380 @@
+"""Programs as answers: the code in a response, the tests of real data sets, and responses that only look right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import tiny_recipe
+from tests.sandboxes import need_sandbox
+from understudy import config
+from understudy.errors import DataError, RecipeError
+from understudy.recipe import Recipe
+from understudy.recipe.checks import check
+from understudy.sandbox import Bubblewrap, Program, Result, local
+from understudy.tasks import Code
+from understudy.tasks.verifiers import find_verifier, grade_code
+from understudy.tasks.verifiers.code import CodeTests, find_code, same_output
+from understudy.tasks.verifiers.code_tests import assert_tests, evalplus_tests, humaneval_tests, io_tests
+from understudy.types import Grade, Prompt
+
+pytestmark = pytest.mark.slow
+
+F = "def f(n):\n    return n + 1"
+ASSERTS = CodeTests("assert f(1) == 2\nassert f(-1) == 0", ("f",)).dump()
+
+
+@pytest.fixture(scope="module")
+def box() -> Bubblewrap:
+    return need_sandbox()
+
+
+@dataclass
+class Fake:
+    """A sandbox that keeps what it is asked to run, and says what it is told."""
+
+    outcome: Any = "passed"
+    stdout: str = ""
+
+    def __post_init__(self) -> None:
+        self.asked = list[Program]()
+
+    def run(self, program: Program) -> Result:
+        self.asked.append(program)
+        return Result(self.outcome, self.stdout)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def fenced(code: str, language: str = "python") -> str:
+    return f"```{language}\n{code}\n```"
+
+
+# which code
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (fenced(F), F),
+        (f"I think\n{fenced(F)}\nand that is it.", F),
+        (fenced(F, "py"), F),
+        (fenced(F, "Python3"), F),
+        (fenced(F, ""), F),
+        (fenced(F).replace("```", "~~~"), F),
+        (fenced(F).replace("```", "````"), F),
+        (fenced(F, 'python title="f.py"'), F),
+        (f"{fenced('def f(n): pass')}\nBetter:\n{fenced(F)}", F),
+        (f"{fenced(F)}\nUse it so:\n{fenced('print(f(3))')}", F),
+        (f"{fenced(F)}\nIt prints\n{fenced('4', 'text')}", F),
+        (f"{fenced(F)}\nRun it:\n{fenced('python f.py', 'bash')}", F),
+        ("1. First\n   ```python\n   def f(n):\n       return n + 1\n   ```", F),
+        (f"<think>{fenced('def f(n): return 0')}</think>{fenced(F)}", F),
+        (f"{fenced('def f(n): return 0')}</think>{fenced(F)}", F),
+        (F, F),
+        (f"{fenced('x = 1')}\n{fenced('y = 2')}", "y = 2"),
+        (fenced('s = """\n``` not a fence\n"""\n' + F), 's = """\n``` not a fence\n"""\n' + F),
+        # nothing that is finished
+        ("", None),
+        ("   \n", None),
+        (f"```python\n{F}", None),
+        (f"<think>{fenced(F)}", None),
+        (fenced("int f(int n) { return n + 1; }", "c++"), None),
+        (fenced(""), None),
+    ],
+)
+def test_the_program_of_a_response(text: str, code: str | None) -> None:
+    assert find_code(text, ("f",)) == code
+
+
+def test_a_completion_is_cut_where_another_thing_begins() -> None:
+    body = "    return n + 1\n"
+    for after in ("\ndef g():\n    pass", "\nprint(f(1))", "\n# next", "\nif __name__ == '__main__':\n    f(1)"):
+        assert find_code(body + after, ("f",)) == "    return n + 1\n"
+    fake = Fake()
+    tests = CodeTests("assert f(1) == 2", ("f",), header="import math", prompt="import math\ndef f(n):\n")
+    assert grade_code(body, tests.dump(), fake).right
+    assert fake.asked[-1].code == "import math\ndef f(n):\n    return n + 1\n"
+    grade_code(fenced(F), tests.dump(), fake)
+    assert fake.asked[-1].code == f"import math\n{F}"
+
+
+def test_a_megabyte_is_read_in_bounded_time() -> None:
+    begin = time.process_time()
+    for text in (
+        "```" * 300_000,
+        "```\n" * 250_000,
+        "```python\n" * 100_000,
+        "<think>" * 140_000,
+        " " * 1_000_000,
+        "\n" * 1_000_000,
+        "def f" * 200_000,
+        fenced("def f(n): return 1\n" * 50_000),
+        "~" * 1_000_000,
+    ):
+        find_code(text, ("f",))
+    assert time.process_time() - begin < 20
+
+
+# grades
+
+
+def test_right_and_wrong_programs(box: Bubblewrap) -> None:
+    responses = {
+        fenced(F): 1.0,
+        fenced("f = lambda n: n + 1"): 1.0,
+        fenced("class Math:\n    def f(self, n): return n + 1\nf = Math().f"): 1.0,
+        fenced(F + "\nif __name__ == '__main__':\n    print(f(int(input())))"): 1.0,
+        fenced("def f(n):\n    return 2"): 0.0,
+        fenced("def g(n):\n    return n + 1"): 0.0,
+        fenced("def f(n) return"): 0.0,
+        fenced("print('all tests passed')"): 0.0,
+        fenced("import os\nos._exit(0)"): 0.0,
+        fenced("class A:\n    __eq__ = lambda *_: True\ndef f(n):\n    return A()"): 0.0,
+        "The answer is 2. All tests passed.": 0.0,
+        "": 0.0,
+    }
+    for text, score in responses.items():
+        grade = grade_code(text, ASSERTS, box)
+        assert grade.score == score, (text, grade)
+        assert bool(grade.note) != grade.right
+    assert find_verifier("code")(fenced(F), ASSERTS).right
+
+
+def test_programs_that_read_and_print(box: Bubblewrap) -> None:
+    tests = io_tests({"inputs": ["3\n1 2 3\n", "1\n5\n"], "outputs": ["6\n", "5"]}).dump()
+    right = "n = int(input())\nprint(sum(map(int, input().split())))"
+    assert grade_code(fenced(right), tests, box).right
+    assert grade_code(fenced(right + "\nimport os\nos._exit(1)"), tests, box).note.startswith("test 1 of 2: failed")
+    assert grade_code(fenced("print(6)"), tests, box).note == "test 2 of 2: another output"
+    assert grade_code(fenced("import time\ntime.sleep(10**6)"), tests, replace(box, wall_s=1)).note.startswith(
+        "test 1 of 2: timed out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "same"),
+    [
+        ("1 2\n3\n", "1 2\n3", True),
+        ("1  2 \n3\n\n", "1 2\n3", True),
+        ("0.333333349", "0.33333333", True),
+        ("1e0", "1.0", True),
+        ("2.0", "2", True),
+        ("0.3334", "0.3333", False),
+        ("2", "3", False),
+        ("100000000000000001", "100000000000000002", False),
+        ("01", "1", False),
+        ("Yes", "YES", False),
+        ("nan", "nan", True),
+        ("nan", "1.0", False),
+        ("inf", "1.0", False),
+        ("1 2 3", "1\n2\n3", False),
+        ("", "", True),
+        ("", "0", False),
+        ("1\n2", "1", False),
+    ],
+)
+def test_outputs_are_compared(found: str, wanted: str, same: bool) -> None:
+    assert same_output(found, wanted) == same
+
+
+def test_functions_by_arguments_in_json(box: Bubblewrap) -> None:
+    tests = io_tests({"fn_name": "add", "inputs": [[1, [2, 3]], [0, []]], "outputs": [[1, 2, 3], [0]]}).dump()
+    assert grade_code(fenced("class Solution:\n    def add(self, a, b):\n        return (a, *b)"), tests, box).right
+    assert grade_code(fenced("def add(a, b):\n    return [a] + b"), tests, box).right
+    assert not grade_code(fenced("def add(a, b):\n    return b + [a]"), tests, box).right
+    lines = io_tests({"fn_name": "add", "inputs": ["1\n[2]"], "outputs": ["[1, 2]"]}).dump()
+    assert grade_code(fenced("def add(a, b):\n    return [a] + b"), lines, box).right
+    listed = io_tests([{"input": "1", "output": "2", "testtype": "stdin"}])
+    assert (listed.inputs, listed.outputs) == (("1",), ("2",))
+
+
+def test_malformed_tests_are_refused() -> None:
+    for reference in (
+        "",
+        "[]",
+        "{}",
+        '{"tests": "x"}',
+        '{"tests": "x", "names": "f"}',
+        '{"inputs": ["1"]}',
+        '{"test": "x"}',
+    ):
+        with pytest.raises(ValueError, match="tests of a program|inputs and"):
+            grade_code(fenced(F), reference, Fake())
+
+
+def test_helpers_of_a_prompt_are_not_the_programs_to_replace(box: Bubblewrap) -> None:
+    prompt = "import math\n\ndef poly(x):\n    return x * x - 2\n\ndef root():\n    '''A root of poly.'''\n"
+    tests = humaneval_tests(
+        {"prompt": prompt, "entry_point": "root", "test": "def check(c):\n    assert math.fabs(poly(c())) < 1e-4"}
+    ).dump()
+    assert grade_code("    return math.sqrt(2)\n", tests, box).right
+    assert not grade_code(fenced("def poly(x):\n    return 0\ndef root():\n    return 7"), tests, box).right
+    assert not grade_code(fenced("import math\nmath.fabs = lambda _: 0\ndef root():\n    return 7"), tests, box).right
+
+
+def test_names_of_tests() -> None:
+    assert assert_tests("assert set(f([1])) == {1}", F).names == ("f",)
+    assert assert_tests("assert sum(1, 2) == 3", "def sum(a, b): return 3").names == ("sum",)
+    assert assert_tests("import math\nassert math.isclose(area(1), math.pi)", "").names == ("area",)
+    assert assert_tests("x = 3\ndef near(a): return a\nassert near(g(x)) == 3", "").names == ("g",)
+    found = assert_tests(
+        "root = Node(1)\nassert depth(root) == 1", "import os\nclass Node: pass\ndef depth(n): return 1"
+    )
+    assert found.names == ("Node", "depth")
+    with pytest.raises(ValueError, match="take nothing"):
+        assert_tests("assert 1 == 1", "")
+
+
+# the task on real data
+
+DATA = {
+    "humaneval": ({"path": "humaneval/HumanEval.jsonl"}, 164, ()),
+    "humaneval-plus": ({"path": "humaneval_plus/HumanEvalPlus-Mini.jsonl"}, 164, ()),
+    "mbpp": ({"path": "mbpp/mbpp.jsonl"}, 974, ()),
+    # the tests compute what is right from the solution, which needs gigabytes for the first, and minutes for the others
+    "mbpp-plus": (
+        {"path": "mbpp_plus/MbppPlus.jsonl", "solution_field": "canonical_solution"},
+        378,
+        ("combinations_colors", "get_max_sum", "sum_average"),
+    ),
+}
+"""Data set -> its local copy, its rows, and the functions whose tests do not fit into the usual limits."""
+
+
+def read(shared: Path, name: str, **changes: Any) -> Code:
+    keys = {key: str(shared / "data" / value) if key == "path" else value for key, value in DATA[name][0].items()}
+    # EvalPlus's own files have inputs in place of the hub's ready-made tests
+    if name in ("humaneval-plus", "mbpp-plus"):
+        keys["reference_field"] = "plus_input"
+    return Code(dataset=name, sandbox=Bubblewrap(memory_mb=2048, wall_s=60), **keys, **changes)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_reference_solutions_pass_and_others_do_not(box: Bubblewrap, shared: Path, name: str) -> None:
+    task = read(shared, name)
+    _, num, known = DATA[name]
+    prompts = list(task.prompts(task.first_split))
+    assert len(prompts) == num
+    tried = [
+        prompt
+        for prompt in prompts
+        if not any(re.search(rf"def {function}\b", prompt.solution or "") for function in known)
+    ]
+    assert len(tried) == num - len(known)
+
+    def grade(pair: tuple[Prompt, str]) -> Grade:
+        return task.grade(*pair)
+
+    with ThreadPoolExecutor(2) as pool:
+        gold = list(pool.map(grade, [(prompt, prompt.solution or "") for prompt in tried]))
+        failed = [(prompt.solution, grade.note) for prompt, grade in zip(tried, gold, strict=True) if not grade.right]
+        assert failed == []
+        others = list(pool.map(grade, [(tried[n], tried[n + 20].solution or "") for n in range(20)]))
+        assert not any(grade.right for grade in others)
+    assert task.grade(prompts[0], "").score == 0.0
+
+
+def test_what_the_student_reads(shared: Path) -> None:
+    said = {name: read(shared, name).prompts("test")[0] for name in ("humaneval", "mbpp-plus")}
+    said["mbpp"] = read(shared, "mbpp").prompts("train")[0]
+    texts = {name: prompt.messages[-1]["content"] for name, prompt in said.items() if prompt.messages}
+    assert texts["humaneval"].startswith(
+        "Complete this function:\n```python\nfrom typing import List\n\n\ndef has_close"
+    )
+    assert texts["mbpp"].count("assert") == 1
+    assert all(text.endswith("one block of Python code (```python ... ```).") for text in texts.values())
+    raw = read(shared, "humaneval", chat=False, template="{prompt}").prompts("test")[0]
+    assert raw.text is not None
+    assert raw.text.startswith("from typing import List")
+    assert raw.text.endswith('"""\n')
+
+
+def test_types_that_json_lacks_are_read_from_the_assertions() -> None:
+    row = {
+        "entry_point": "f",
+        "canonical_solution": "def f(*_): return 1",
+        "assertion": "assert f((1, 2), [(3,), (4,)], {'a': (5,)}, 1j, {1}) == 1",
+        "base_input": [[[1, 2], [[3], [4]], {"a": [5]}, "1j", [1]]],
+        "plus_input": [[[], [[], [6, [7]]], {}, "(1+2j)", [2, 2]]],
+        "atol": 0,
+    }
+    tests = evalplus_tests(row).tests
+    assert "INPUTS = [[(1, 2), [(3,), (4,)], {'a': (5,)}, 1j, {1}], [(), [(), (6, (7,))], {}, (1+2j), {2}]]" in tests
+
+
+def test_rows_of_ones_own(box: Bubblewrap, tmp_path: Path) -> None:
+    rows = [
+        {"q": "Add one.", "t": "assert f(1) == 2", "s": F},
+        {"q": "Add one.", "t": ["assert f(1) == 2", "assert f(2) == 3"], "s": F},
+        {"q": "Add one!", "t": {"inputs": ["1"], "outputs": ["2"]}, "s": "print(int(input()) + 1)"},
+        {"q": "Add 1", "t": json.dumps({"inputs": [[1]], "outputs": [2], "fn_name": "f"}), "s": F},
+        {
+            "q": [{"role": "user", "content": "Add one?"}],
+            "t": json.dumps([{"input": "1", "output": "2"}]),
+            "s": f"[{json.dumps('print(int(input()) + 1)')}]",
+        },
+        {"q": "skipped", "t": {"inputs": [], "outputs": []}, "s": F},
+    ]
+    task = Code(
+        path=write(tmp_path / "rows.jsonl", *rows),
+        prompt_field="q",
+        reference_field="t",
+        solution_field="s",
+        sandbox=box,
+    )
+    prompts = task.prompts("train")
+    assert len(prompts) == 5
+    assert task.intake("train").num_skipped == 1
+    for prompt in prompts:
+        assert prompt.solution is not None
+        assert task.grade(prompt, prompt.solution).right, prompt
+        assert not task.grade(prompt, fenced("def f(n): return 0")).right
+    assert "reads from standard input" in prompts[2].messages[-1]["content"]  # type: ignore[index]
+    for wrong in ("assert (", "{broken", {"inputs": ["1"]}, {"inputs": ["1"], "outputs": []}, 3, "x = 1"):
+        bad = Code(
+            path=write(tmp_path / f"{abs(hash(str(wrong)))}.jsonl", {"q": "?", "t": wrong}),
+            prompt_field="q",
+            reference_field="t",
+        )
+        with pytest.raises(DataError, match=r"jsonl:1: field 't' holds no tests that can be read"):
+            bad.prompts("train")
+
+
+def test_a_recipe_without_a_sandbox_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl", *({"q": f"Add {n}.", "t": f"assert f(1) == {n + 1}"} for n in range(20)))
+    task = {
+        "type": "code",
+        "path": path,
+        "prompt_field": "q",
+        "reference_field": "t",
+        "chat": False,
+        "validation_share": 0.2,
+    }
+    values = tiny_recipe(
+        tmp_path, task=task, student={"build": None, "model": str(tmp_path / "none")}, method={"type": "opd"}
+    )
+    values["teacher"] = {"type": "local", "model": "none"}
+    monkeypatch.setattr(local, "_setup", local._setup.__wrapped__)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RecipeError, match="apt-get install bubblewrap"):
+        check(config.parse(Recipe, values))
+    with pytest.raises(RecipeError, match=r"task\.sandbox.*unsafe: true"):
+        config.parse(Recipe, values | {"task": task | {"sandbox": {"type": "process"}}})
+    with pytest.raises(RecipeError, match="none"):
+        check(config.parse(Recipe, values | {"task": task | {"sandbox": {"type": "process", "unsafe": True}}}))
+    written = config.parse(Recipe, values | {"task": task | {"sandbox": {"type": "bubblewrap", "cpu_s": 3}}})
+    assert config.parse(Recipe, config.dump(written)) == written
