@@ -161,7 +161,9 @@ def command_problems(line: str) -> Iterator[str]:
             if words[1] not in known:
                 yield f"no command {words[1]}"
                 return
-            options = {name for item in known[words[1]].params for name in item.opts} | {"--help", "-h"}
+            command = known[words[1]]
+            command = getattr(command, "commands", {}).get(words[2] if len(words) > 2 else "", command)
+            options = {name for item in command.params for name in item.opts} | {"--help", "-h"}
             yield from (f"no option {word}" for word in words[2:] if word.startswith("-") and word not in options)
     for word in words:
         if word.startswith(FOLDERS) and not (ROOT / word).exists():

@@ -343,6 +343,51 @@ def methods(name: Annotated[str | None, _argument("[NAME]", "One method, with it
             console.table(f"method: {{type: {name}, ...}}", ["key", "values", "default"], rows)
 
 
+tasks = typer.Typer(no_args_is_help=False, help="List the data sets that have a name, and check a task's answers.")
+app.add_typer(tasks, name="tasks")
+
+
+@tasks.callback(invoke_without_command=True)
+def list_tasks(context: typer.Context) -> None:
+    """List the data sets that have a name and the types of tasks; `show` and `check` say more of one."""
+    if context.invoked_subcommand is None:
+        from understudy.cli import tasks
+
+        tasks.show_all()
+
+
+@tasks.command()
+def show(name: Annotated[str, _argument("NAME", "A data set.")]) -> None:
+    """Print where a data set lies, which of its fields mean what, its licence and known mistakes."""
+    from understudy.cli import tasks
+
+    tasks.show_one(name)
+
+
+@tasks.command()
+def check(
+    source: Annotated[str, _argument("NAME|RECIPE|RUN", "A data set, or a recipe or run with a task.")],
+    overrides: Annotated[
+        list[str] | None, _argument("[KEY=VALUE]...", "Keys of the task (path=FILE), or of the recipe.")
+    ] = None,
+    split: Annotated[str | None, _option(help="Split to check.", default="test, or the first")] = None,
+    evaluation: Annotated[bool, typer.Option("--eval", help="The task of the evaluation, of a recipe.")] = False,
+    model: Annotated[
+        str | None,
+        _option(metavar="DIR", help="Whose chat template prompts are shown in.", default="the recipe's student"),
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="Prompts to check, the first ones.")] = 100_000,
+) -> None:
+    """Grade every gold answer, an empty one and that of another problem, and show three prompts as the model sees them.
+
+    Exit code 1 where a gold answer is wrong without a known mistake, or an empty one right.
+    """
+    from understudy.cli import tasks
+
+    if not tasks.check(source, overrides or [], split=split, evaluation=evaluation, model=model, num=num):
+        raise typer.Exit(EXIT_FAILED)
+
+
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the recipe.")] = Path("recipe.yaml"),

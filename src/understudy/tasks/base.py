@@ -61,6 +61,15 @@ class Task(ABC):
         """The reward of one response in training: its grade. None: nobody can judge it, so it is left out."""
         return self.grade(prompt, text)
 
+    def gold(self, prompt: Prompt) -> Sequence[str]:
+        """Responses that are right, one for each accepted answer; none where nobody knows one."""
+        return (prompt.solution,) if prompt.solution is not None else prompt.reference or ()
+
+    @property
+    def mistakes(self) -> Mapping[str, str]:
+        """Known mistakes of the data: the key of a problem, the last part of its prompt's id -> what is wrong."""
+        return {}
+
     @property
     def rewards(self) -> bool:
         """Whether `reward` needs no reference."""

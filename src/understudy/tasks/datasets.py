@@ -352,8 +352,8 @@ DATASETS: dict[str, DataSet] = {
 class Named(Records):
     """A task that reads a data set by its name, or local files of the same kind.
 
-    A key of `Records` that is left at its default is the data set's (`understudy tasks NAME`). Raises ValueError for a name
-    that is not in `DATASETS`, or of another type.
+    A key of `Records` that is left at its default is the data set's (`understudy tasks show NAME`). Raises ValueError for a
+    name that is not in `DATASETS`, or of another type.
     """
 
     kind: ClassVar[str]
@@ -407,6 +407,10 @@ class Named(Records):
                 "write {type: hub, dataset: OWNER/NAME, prompt_field: ...}, or path)"
             )
         return DATASETS[self.dataset]
+
+    @property
+    def mistakes(self) -> Mapping[str, str]:
+        return {} if self.data is None else self.data.mistakes
 
     @property
     def local(self) -> Mapping[Split, str]:

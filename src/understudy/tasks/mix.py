@@ -79,6 +79,14 @@ class Mix(Task):
         """The reward of the part that the prompt comes from."""
         return self._part(prompt).reward(prompt, text)
 
+    def gold(self, prompt: Prompt) -> Sequence[str]:
+        """The right responses that the prompt's part knows."""
+        return self._part(prompt).gold(prompt)
+
+    @property
+    def mistakes(self) -> Mapping[str, str]:
+        return {key: why for part in self.parts.values() for key, why in part.mistakes.items()}
+
     def environment(self, prompt: Prompt) -> Environment:
         """The environment of the prompt's part."""
         return self._part(prompt).environment(prompt)

@@ -217,6 +217,12 @@ class Records(Task):
             raise DataError(f"prompt {prompt.id} has no reference to grade with; set task.reference_field")
         return find_verifier(self.verifier)(text, prompt.reference)
 
+    def gold(self, prompt: Prompt) -> Sequence[str]:
+        if self.verifier == "instructions":
+            return ()
+        answers = prompt.reference or ()
+        return [f"\\boxed{{{answer}}}" for answer in answers] if self.verifier in ("math", "choice") else answers
+
     @property
     def rewards(self) -> bool:
         return self.reward_function is not None
