@@ -271,7 +271,8 @@ def dataset_problems(text: str) -> Iterator[str]:
     for name in said.keys() & DATASETS.keys():
         row, data = said[name], DATASETS[name]
         splits = ", ".join(f"{split} {data.sizes[split]:,}" if split in data.sizes else split for split in data.splits)
-        found = {"type": f"`{data.task}`", "hub": f"`{data.hub}`", "splits and rows": splits, "licence": data.licence}
+        hub = f"`{data.hub}`" if data.hub else "local files"
+        found = {"type": f"`{data.task}`", "hub": hub, "splits and rows": splits, "licence": data.licence}
         yield from (f"{name}: {key} is {row[key]}, not {value}" for key, value in found.items() if row[key] != value)
 
 

@@ -231,6 +231,8 @@ def test_every_task_has_a_name_and_splits() -> None:
         "math": {"dataset": "gsm8k"},
         "choice": {"dataset": "mmlu"},
         "instructions": {"dataset": "ifeval"},
+        "calls": {"dataset": "bfcl", "path": "x"},
+        "customers": {"dataset": "tau-airline", "path": "x"},
         "mix": {"parts": {"sums": Arithmetic()}},
     }
     for name, task in TASKS.items():

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from understudy.environments.base import Step
 from understudy.errors import nearest
-from understudy.types import Message, ToolCall
+from understudy.types import Grade, Message, ToolCall
 
 _TYPES: Mapping[object, str] = {
     str: "string",
@@ -114,6 +114,22 @@ def misfit(value: object, schema: Mapping[str, Any], place: str) -> str:
         wrongs = (misfit(item, schema["items"], f"item {number} of {place}") for number, item in enumerate(value, 1))
         return next(filter(None, wrongs), "")
     return ""
+
+
+class Graded:
+    """The environment of tasks that grade the student's only message as the chat template reads it, tool calls included."""
+
+    max_turns = 1
+
+    def __init__(self, grade: Callable[[Message], Grade]) -> None:
+        self._grade = grade
+
+    def step(self, message: Message) -> Step:
+        """The grade; the episode is over."""
+        return Step(done=True, reward=self._grade(message))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class ToolUse:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from understudy.tasks.arithmetic import Arithmetic, build_tokenizer
 from understudy.tasks.base import Intake, Split, Task
+from understudy.tasks.calls import Calls
 from understudy.tasks.choice import Choice
 from understudy.tasks.code import Code
+from understudy.tasks.customers import Customers
 from understudy.tasks.datasets import DATASETS, DataSet, Named
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
@@ -24,8 +26,10 @@ __all__ = [
     "DATASETS",
     "TASKS",
     "Arithmetic",
+    "Calls",
     "Choice",
     "Code",
+    "Customers",
     "DataSet",
     "File",
     "Hub",

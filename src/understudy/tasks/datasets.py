@@ -26,7 +26,7 @@ class DataSet:
     task: str
     """Type of the tasks that read it."""
     hub: str
-    """`owner/name`."""
+    """`owner/name`; empty: it is not there in one piece, and local files are read."""
     splits: Mapping[Split, str]
     """The data set's own name of each split, the one to train on first."""
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -51,6 +51,7 @@ _ANSWERED = {"prompt_field": "problem", "reference_field": "answer"}
 _SOLVED = {**_ANSWERED, "solution_field": "solution"}
 _MAA = "unknown; problems (c) MAA"
 _OPTIONS = {"prompt_field": "question", "choices_field": "choices", "reference_field": "answer"}
+_SERVED = {"prompt_field": "instruction", "reference_field": "actions"}
 _ARC = {**_OPTIONS, "reference_field": "answerKey"}
 _INSTRUCTED = {"prompt_field": "prompt", "reference_field": "instruction_id_list", "kwargs_field": "kwargs"}
 _PLUS = {"prompt_field": "prompt", "reference_field": "test"}
@@ -344,6 +345,36 @@ DATASETS: dict[str, DataSet] = {
         licence="MIT",
         source="arXiv 2502.01456",
     ),
+    "bfcl": DataSet(
+        task="calls",
+        hub="",
+        splits={"test": "test"},
+        keys={"prompt_field": "question", "reference_field": "ground_truth"},
+        licence="Apache-2.0",
+        source="Berkeley Function-Calling Leaderboard",
+        mistakes={
+            "82d770660f45945c": "live_simple_106-63-0 accepts no value of the required auto_loan_payment_start",
+            "130db1e9c14f301a": "live_simple_112-68-0 accepts no value of five required arguments",
+        },
+    ),
+    "tau-retail": DataSet(
+        task="customers",
+        hub="",
+        splits={"train": "train", "validation": "dev", "test": "test"},
+        keys=_SERVED,
+        sizes={"train": 500, "validation": 20, "test": 115},
+        licence="MIT",
+        source="arXiv 2406.12045",
+    ),
+    "tau-airline": DataSet(
+        task="customers",
+        hub="",
+        splits={"test": "test"},
+        keys=_SERVED,
+        sizes={"test": 50},
+        licence="MIT",
+        source="arXiv 2406.12045",
+    ),
 }
 """Name -> data set."""
 
@@ -379,6 +410,10 @@ class Named(Records):
         if data is not None and data.task != self.kind:
             raise ValueError(
                 f"{self.dataset!r} is of another type; write {{type: {data.task}, dataset: {self.dataset}}}"
+            )
+        if data is not None and not data.hub and not self.local:
+            raise ValueError(
+                f"the data set {self.dataset} ({data.source}) is not on the hub; set path to a copy of its rows"
             )
         if self.local and self.revision is not None:
             raise ValueError("revision is a commit of the hub; local files have none")

@@ -10,8 +10,10 @@ from understudy.environments import Environment
 from understudy.errors import DataError
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
+from understudy.tasks.calls import Calls
 from understudy.tasks.choice import Choice
 from understudy.tasks.code import Code
+from understudy.tasks.customers import Customers
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.lazy import LazyPrompts
@@ -25,6 +27,8 @@ PARTS: dict[str, type[Task]] = {
     "choice": Choice,
     "instructions": Instructions,
     "code": Code,
+    "calls": Calls,
+    "customers": Customers,
     "file": File,
     "jsonl": File,
     "hub": Hub,

@@ -41,7 +41,7 @@ class UserModel(RetryOptions):
     """Of the customer's words; 0 to hear the same again."""
     max_tokens: int = 512
     """Limit of one message."""
-    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    extra_body: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Added to every request, such as `chat_template_kwargs: {enable_thinking: false}`."""
 
     def __post_init__(self) -> None:

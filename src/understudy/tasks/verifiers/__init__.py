@@ -10,6 +10,7 @@ from unicodedata import normalize
 
 from understudy import given
 from understudy.errors import nearest
+from understudy.tasks.verifiers.calls import grade_calls
 from understudy.tasks.verifiers.choice import grade_choice
 from understudy.tasks.verifiers.code import grade_code
 from understudy.tasks.verifiers.instructions import grade_instructions
@@ -37,6 +38,7 @@ def grade_exact(text: str, reference: str, after: str | None = None) -> Grade:
 
 
 VERIFIERS: Mapping[str, Callable[[str, str], Grade]] = {
+    "calls": grade_calls,
     "choice": grade_choice,
     "code": grade_code,
     "em": grade_answer,
@@ -62,6 +64,7 @@ __all__ = [
     "accepted",
     "find_verifier",
     "grade_answer",
+    "grade_calls",
     "grade_choice",
     "grade_code",
     "grade_exact",
