@@ -11,6 +11,7 @@ the data sets that the paper's recipe names.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -70,6 +71,10 @@ MODELS: Mapping[str, Size] = {
     "Skywork/Skywork-OR1-Math-7B": Size(7.62e9, 28, 3584),
     "Skywork/Skywork-OR1-7B": Size(7.62e9, 28, 3584),
     "Qwen/Qwen3-30B-A3B-Instruct-2507": Size(3.3e9, 48, 4096),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Size(7.62e9, 28, 3584),
+    "Qwen/Qwen2.5-VL-32B-Instruct": Size(32.8e9, 64, 5120),
+    "Qwen/Qwen2.5-3B-Instruct": Size(3.09e9, 36, 2048),
+    "Keven16/Qwen3-4B-Non-Thinking-RL-Code-Step300": Size(4.02e9, 36, 4096),
     "Qwen/QwQ-32B": Size(32.8e9, 64, 5120),
 }
 PEAK = 989e12
@@ -211,9 +216,9 @@ def used(values: Any) -> set[tuple[str, str]]:
     """The names of the data sets, or of the files, that a section of a miniature reads, each with its file."""
     if not isinstance(values, Mapping):
         return set()
-    found = set().union(*map(used, values.values()))
-    path = str(values.get("path", ""))
-    return found | ({(values.get("dataset") or Path(path).stem, path)} if path.startswith(str(PARTS)) else set())
+    found = set[tuple[str, str]]().union(*map(used, values.values()))
+    paths = [str(values[key]) for key in ("path", "test_path") if key in values]
+    return found | {(values.get("dataset") or Path(path).stem, path) for path in paths}
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
@@ -222,6 +227,8 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     keys: Mapping[str, Any] = {"prompt_field": "prompt"} if data is None else data.keys
     if name.startswith("openthoughts3"):
         keys = {"prompt_field": "conversations", "where": [f"domain = {name.rpartition('-')[2]}"]}
+    if name.startswith("geometry3k"):
+        keys = {"prompt_field": "problem", "reference_field": "answer", "image_field": "images"}
     for index in range(NUM_ROWS):
         first, second = 10 + index, 7 * index % 90
         # two data sets have no problem in common
@@ -240,9 +247,20 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
             found |= {keys["reference_field"]: ["punctuation:no_comma"], keys["kwargs_field"]: [{}]}
         elif field := keys.get("reference_field"):
             put(found, field, json.dumps([answer]) if data is not None and data.listed else answer)
+        if field := keys.get("image_field"):
+            put(found, field, [f"{draw_image(index).name}"])
         for condition in map(Condition.read, keys.get("where", ())):
             put(found, condition.field, condition.values[0])
         yield found
+
+
+def draw_image(index: int) -> Path:
+    """Draws a picture that differs from others beside the rows."""
+    from PIL import Image
+
+    path = PARTS / f"{index}.png"
+    Image.new("RGB", (56 + 28 * (index % 3), 56), (10 * index, 90, 200)).save(path)
+    return path
 
 
 def put_options(found: dict[str, Any], keys: Mapping[str, str], answer: int) -> None:
@@ -286,6 +304,13 @@ def make_parts() -> None:
             model.get_input_embeddings().weight.add_(0.1)
             model.get_output_embeddings().weight[tokenizer.eos_token_id] = END_LOGIT / hidden
         save_hf(model, tokenizer, PARTS / name)
+    if importlib.util.find_spec("PIL"):
+        # tests build tiny models of every family that reads images
+        sys.path.insert(0, str(ROOT))
+        from tests.vision_models import save_vision_model
+
+        for seed, name in enumerate(("student", "teacher")):
+            save_vision_model(PARTS / f"vision-{name}", "qwen2_5_vl", seed=seed)
     for mini in RECIPES.glob("*.mini.yaml"):
         for name, path in used(config.read_yaml(mini)):
             Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows(name)))
