@@ -243,6 +243,8 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
         task = None if data is None else data.task
         if task == "choice":
             put_options(found, keys, first + second)
+        elif task == "code":
+            put_program(found, keys, f"add_{index}", index)
         elif task == "instructions":
             found |= {keys["reference_field"]: ["punctuation:no_comma"], keys["kwargs_field"]: [{}]}
         elif field := keys.get("reference_field"):
@@ -252,6 +254,20 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
         for condition in map(Condition.read, keys.get("where", ())):
             put(found, condition.field, condition.values[0])
         yield found
+
+
+def put_program(found: dict[str, Any], keys: Mapping[str, str], name: str, number: int) -> None:
+    """Sets a function to write and its tests, as HumanEval and MBPP have them, or inputs and outputs, as Eurus has."""
+    head, body = f"def {name}(a):\n", f"    return a + {number}\n"
+    if keys["reference_field"] == "reward_model.ground_truth":
+        tests = {"inputs": ["1\n"], "outputs": [f"{1 + number}\n"]}
+        found["prompt"] = [{"role": "user", "content": f"Add {number} to a number."}]
+        put(found, keys["reference_field"], json.dumps(tests))
+    elif keys.get("solution_field") == "canonical_solution":
+        check = f"def check(candidate):\n    assert candidate(1) == {1 + number}\n"
+        found |= {"prompt": head, "canonical_solution": body, "entry_point": name, "test": check}
+    else:
+        found |= {"code": head + body, "test": f"assert {name}(1) == {1 + number}"}
 
 
 def draw_image(index: int) -> Path:
