@@ -25,6 +25,7 @@ from understudy import config
 from understudy.cli.app import app
 from understudy.engines import ENGINES
 from understudy.engines.vllm.settings import Launch
+from understudy.environments.search import SEARCHES
 from understudy.errors import RecipeError
 from understudy.methods import METHODS
 from understudy.methods.base import PolicyMethod, ScoreMethod
@@ -46,6 +47,7 @@ SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     ROOT / "docs" / "teachers.md": TEACHERS,
     TASKS_PAGE: {**TASKS, "records": Records},
     ROOT / "docs" / "sandboxes.md": {**SANDBOXES, "sandbox": Sandbox},
+    ROOT / "docs" / "environments.md": SEARCHES,
     ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
 }
 """What a heading with such a name describes in the tables below it."""

@@ -126,9 +126,9 @@ def hostile_run(run_dir: Path, text: str) -> Path:
     for step in (0, 10):
         write_eval(run, step, {text: [0.0], "b": [1.0]}, prompt=text, response=text, split=text)
     tokens = {"text": [text, "b"], "author": [text, "teacher"], text: [text, 1.0]}
-    write_lines(
-        run / "samples" / "step_000010.jsonl", [{"prompt_id": text, "response": text, "prompt": text, "tokens": tokens}]
-    )
+    sample = {"prompt_id": text, "response": text, "prompt": text, "tokens": tokens}
+    said = [{"role": text, "content": text}, {"role": "assistant", "content": text, "error": text}]
+    write_lines(run / "samples" / "step_000010.jsonl", [sample, sample | {"messages": said}])
     (run / "recipe.yaml").write_text(text)
     (run / "run.json").write_text(json.dumps({"method": text, "student": text, "teacher": text, text: text}))
     write_lines(run / "events.jsonl", [{"step": 1, "kind": text, "text": text}])
@@ -160,6 +160,36 @@ def test_a_token_of_the_teacher_looks_different(tmp_path: Path) -> None:
     opened.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html))
     root = open_page(opened, tmp_path / "profile").root
     assert (root["data-text"], root["data-same"], root["data-other"]) == ("9+1", "true", "false")
+
+
+def test_an_episode_is_shown_as_a_conversation(tmp_path: Path) -> None:
+    """What a tool said looks different from what the student said, and a call that failed different from both."""
+    run = write_run(tmp_path / "run", num_steps=10)
+    said = [
+        {"role": "assistant", "content": "<search></search>"},
+        {"role": "tool", "content": "the query is empty", "error": True},
+        {"role": "assistant", "content": "<search>moon</search>"},
+        {"role": "tool", "content": "Doc 1: 1969"},
+        {"role": "assistant", "content": "<answer>1969</answer>"},
+    ]
+    tokens = {"text": ["a", "b"], "author": ["student", "environment"]}
+    row = {"prompt_id": "p", "response": "all of it", "messages": said, "tokens": tokens}
+    write_lines(run / "samples" / "step_000010.jsonl", [row])
+    html = write_report(run).read_text()
+    probe = """<script>addEventListener("load", () => {
+      const items = [...document.querySelectorAll("ol.turns li")], colour = (item) => getComputedStyle(item).borderLeftColor;
+      Object.assign(document.documentElement.dataset, {
+        roles: items.map((item) => item.querySelector(".role").textContent).join("|"),
+        texts: items.map((item) => item.querySelector("pre").textContent).join("|"),
+        colours: new Set(items.map(colour)).size, shown: items.every((item) => item.offsetHeight > 0)});
+    });</script>"""
+    opened = tmp_path / "probe.html"
+    opened.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html))
+    page = open_page(opened, tmp_path / "profile")
+    assert page.root["data-roles"] == "student|tool, failed|student|tool|student"
+    assert page.root["data-texts"] == "|".join(message["content"] for message in said)  # type: ignore[misc]
+    assert (page.root["data-colours"], page.root["data-shown"]) == ("3", "true")
+    assert page.console == ()
 
 
 def test_hostile_text_is_inert(tmp_path: Path, visits: tuple[str, list[str]]) -> None:

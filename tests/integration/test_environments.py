@@ -588,6 +588,9 @@ def test_a_run_trains_on_episodes(tmp_path: Path, talking: None) -> None:
         assert row["student_tokens"] == pytest.approx(8 * row["response_tokens"])
     saved = [json.loads(line) for line in (run_dir / "samples" / "step_000001.jsonl").read_text().splitlines()]
     assert any(f"user: {SAYS}" in row["response"] for row in saved)
+    talks = [row["messages"] for row in saved if "messages" in row]
+    assert talks
+    assert all([message["role"] for message in said][:2] == ["assistant", "user"] for said in talks)
     graded = [json.loads(line) for line in (run_dir / "eval" / "step_000006.jsonl").read_text().splitlines()]
     assert any(row["note"] == "graded by the environment" and row["score"] > 0 for row in graded)
 

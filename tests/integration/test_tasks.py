@@ -233,6 +233,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "instructions": {"dataset": "ifeval"},
         "calls": {"dataset": "bfcl", "path": "x"},
         "customers": {"dataset": "tau-airline", "path": "x"},
+        "qa": {"dataset": "nq"},
         "mix": {"parts": {"sums": Arithmetic()}},
     }
     for name, task in TASKS.items():

@@ -93,10 +93,7 @@ def summarise(
     per_sample: dict[str, Callable[[Sample], float]] = {
         "mean_tokens": lambda item: item.num_written_tokens,
         "truncated": lambda item: item.truncated,
-        # a response that a string ends has no EOS, and has ended
-        "no_eos": lambda item: (
-            item.num_response_tokens == 0 or (item.finish != "stop" and int(item.token_ids[-1]) not in eos_ids)
-        ),
+        "no_eos": lambda item: item.num_response_tokens == 0 or int(item.token_ids[-1]) not in eos_ids,
     }
     for name, value in per_sample.items():
         rows = [[value(item) for item in attempts] for attempts in problems.values()]
@@ -142,7 +139,7 @@ def sample_row(sample: Sample) -> dict[str, object]:
         "verdict": None if sample.verdict is None else sample.verdict.score,
         "teacher": sample.teacher,
     }
-    return {
+    row: dict[str, object] = {
         "prompt_id": sample.prompt.id,
         "prompt": sample.prompt.conversation,
         "response": sample.conversation,
@@ -152,7 +149,10 @@ def sample_row(sample: Sample) -> dict[str, object]:
         "reference": references[0] if references is not None and len(references) == 1 else references,
         "score": None if grade is None else grade.score,
         "note": why if grade is None else grade.note,
-    } | {name: value for name, value in trained.items() if value is not None}
+    }
+    if len(sample.messages) > 1:
+        row["messages"] = [dict(message) for message in sample.messages]
+    return row | {name: value for name, value in trained.items() if value is not None}
 
 
 def token_table(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, list[object]]:

@@ -32,6 +32,8 @@ MAX_RECIPE_CHARS = 40_000
 MAX_FACT_CHARS = 2_000
 MAX_TEXT_CHARS = 3_000
 """Characters of one shown response, so that long reasoning does not make the page heavy."""
+MAX_MESSAGES = 40
+"""Messages of an episode that are shown."""
 MAX_TOKENS = 800
 """Tokens of a response that is shown token by token."""
 PER_GROUP = 4
@@ -104,6 +106,7 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         right=RIGHT,
         endings=_ENDS,
         max_chars=MAX_TEXT_CHARS,
+        max_messages=MAX_MESSAGES,
         max_tokens=MAX_TOKENS,
         recipe=None if run.recipe is None else shorten(without_secrets(run.recipe), MAX_RECIPE_CHARS),
         facts={name: shorten(text, MAX_FACT_CHARS) for name, text in facts.items()},

@@ -33,6 +33,8 @@ class Attempt:
     reference: str | None = None
     score: float | None = None
     note: str = ""
+    messages: Sequence[Mapping[str, str]] = ()
+    """Role and content of each message of an episode of several turns, and "error" for the reply of a tool that failed."""
     tokens: Mapping[str, Sequence[object]] = field(default_factory=dict)
     """Values of each response token by name, as `eval.summary.token_table` makes them; empty where none were saved."""
 
@@ -208,6 +210,9 @@ def read_attempts(path: Path) -> list[Attempt]:
         )
         if len(sizes) != 1 or -1 in sizes or "text" not in tokens:
             raise DataError(f"{path}:{number}: 'tokens' needs a list 'text', and lists of the same length beside it")
+        said = row.get("messages") or []
+        if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
+            raise DataError(f"{path}:{number}: 'messages' needs a list of objects")
         answer, references = row.get("answer"), row.get("reference")
         if references is not None and not isinstance(references, list):
             references = [references]
@@ -222,6 +227,14 @@ def read_attempts(path: Path) -> list[Attempt]:
                 reference=None if references is None else " or ".join(map(str, references)),
                 score=_number(row.get("score")),
                 note=str(row.get("note") or ""),
+                messages=[
+                    {
+                        "role": str(message.get("role") or ""),
+                        "content": str(message.get("content") or ""),
+                        "error": "failed" if message.get("error") else "",
+                    }
+                    for message in said
+                ],
                 tokens=tokens,
             )
         )

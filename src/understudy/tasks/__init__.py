@@ -16,6 +16,7 @@ from understudy.tasks.instructions import Instructions
 from understudy.tasks.math import Mathematics
 from understudy.tasks.mix import PARTS, Mix
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
+from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub, Jsonl
 from understudy.tasks.renderer import Renderer
 
@@ -39,6 +40,7 @@ __all__ = [
     "Mathematics",
     "Mix",
     "Named",
+    "QuestionAnswering",
     "Renderer",
     "Rows",
     "Split",

@@ -69,6 +69,9 @@ _SUBJECTS = (
 )
 """The subjects of MMLU."""
 
+_ASKED = {"prompt_field": "question", "reference_field": "golden_answers"}
+"""FlashRAG's form of question answering, which Search-R1 and those after it train and measure with."""
+
 DATASETS: dict[str, DataSet] = {
     "gsm8k": DataSet(
         task="math",
@@ -374,6 +377,76 @@ DATASETS: dict[str, DataSet] = {
         sizes={"test": 50},
         licence="MIT",
         source="arXiv 2406.12045",
+    ),
+    "nq": DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=("nq",),
+        splits={"train": "train", "validation": "dev", "test": "test"},
+        keys=_ASKED,
+        sizes={"train": 79168, "validation": 8757, "test": 3610},
+        licence="CC BY-SA 4.0",
+        source="arXiv 1906.00300",
+    ),
+    "triviaqa": DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=("triviaqa",),
+        splits={"train": "train", "validation": "dev", "test": "test"},
+        keys=_ASKED,
+        sizes={"train": 78785, "validation": 8837, "test": 11313},
+        licence="CC BY-SA 4.0",
+        source="arXiv 1705.03551",
+    ),
+    "popqa": DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=("popqa",),
+        splits={"test": "test"},
+        keys=_ASKED,
+        sizes={"test": 14267},
+        licence="CC BY-SA 4.0",
+        source="arXiv 2212.10511",
+    ),
+    "hotpotqa": DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=("hotpotqa",),
+        splits={"train": "train", "test": "dev"},
+        keys=_ASKED,
+        sizes={"train": 90447, "test": 7405},
+        licence="CC BY-SA 4.0",
+        source="arXiv 1809.09600",
+    ),
+    "2wiki": DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=("2wikimultihopqa",),
+        splits={"train": "train", "test": "dev"},
+        keys=_ASKED,
+        sizes={"train": 15000, "test": 12576},
+        licence="CC BY-SA 4.0",
+        source="arXiv 2011.01060",
+    ),
+    "musique": DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=("musique",),
+        splits={"train": "train", "test": "dev"},
+        keys=_ASKED,
+        sizes={"train": 19938, "test": 2417},
+        licence="CC BY-SA 4.0",
+        source="arXiv 2108.00573",
+    ),
+    "bamboogle": DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=("bamboogle",),
+        splits={"test": "test"},
+        keys=_ASKED,
+        sizes={"test": 125},
+        licence="CC BY-SA 4.0",
+        source="arXiv 2210.03350",
     ),
 }
 """Name -> data set."""

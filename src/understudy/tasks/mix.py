@@ -18,6 +18,7 @@ from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.lazy import LazyPrompts
 from understudy.tasks.math import Mathematics
+from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub
 from understudy.types import Grade, Prompt
 
@@ -29,6 +30,7 @@ PARTS: dict[str, type[Task]] = {
     "code": Code,
     "calls": Calls,
     "customers": Customers,
+    "qa": QuestionAnswering,
     "file": File,
     "jsonl": File,
     "hub": Hub,

@@ -385,7 +385,9 @@ class Trainer:
             shown = [(sample_row(one), token_table(one, decode)) for one in samples[:SAVED_SAMPLES]]
             rows = [row | {"tokens": tokens} for row, tokens in shown]
             write_json_lines(self.run_dir.samples / f"step_{step:06d}.jsonl", rows)
-            self.observer.samples(step, [row for row, _ in shown])
+            # a cell of a dashboard's table is a text or a number
+            plain = [{name: value for name, value in row.items() if name != "messages"} for row, _ in shown]
+            self.observer.samples(step, plain)
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
