@@ -231,6 +231,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "math": {"dataset": "gsm8k"},
         "choice": {"dataset": "mmlu"},
         "instructions": {"dataset": "ifeval"},
+        "code": {"dataset": "humaneval"},
         "calls": {"dataset": "bfcl", "path": "x"},
         "customers": {"dataset": "tau-airline", "path": "x"},
         "qa": {"dataset": "nq"},

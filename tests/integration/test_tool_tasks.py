@@ -15,7 +15,8 @@ from understudy.environments.play import play
 from understudy.environments.tau import UserModel
 from understudy.errors import DataError, RecipeError
 from understudy.models import load_tokenizer
-from understudy.tasks import DATASETS, Calls, Customers, Renderer
+from understudy.sandbox import Process
+from understudy.tasks import DATASETS, Calls, Customers, Mathematics, Renderer
 from understudy.tasks.overlap import num_repeated, overlap
 from understudy.types import Author, Prompt, Request, Sample, Sampling
 
@@ -263,3 +264,29 @@ def test_a_missing_data_base_is_named(tmp_path: Path, shared: Path) -> None:
     task = customers(shared, "retail", database=str(tmp_path))
     with pytest.raises(RecipeError, match=r"policy\.md"):
         task.check_files()
+
+
+def test_programs_run_before_the_answer(shared: Path) -> None:
+    """What a program prints and why one fails goes back to the student; the last message is graded."""
+    sandbox = Process(unsafe=True, wall_s=20.0)
+    task = Mathematics(
+        dataset="gsm8k", test_path=str(shared / "data" / "gsm8k" / "test.jsonl"), python=sandbox, limit=2
+    )
+    right, wrong = task.prompts("test")
+    assert right.tools is not None
+    assert right.tools[0]["function"]["name"] == "python"
+    turns = {
+        right.id: [as_call("python", {"code": "print(2 * (16 - 3 - 4))"}), "So it is \\boxed{18}."],
+        wrong.id: [as_call("python", {"code": "print('a')\n1/0"}), as_call("python", {"code": "pass"}), "\\boxed{1}"],
+    }
+    samples = played(shared, task, [right, wrong], turns)
+    replies = [[message for message in sample.messages if message["role"] == "tool"] for sample in samples]
+    assert [reply["content"] for reply in replies[0]] == ["18\n"]
+    assert replies[1][0]["error"]
+    assert replies[1][0]["content"].startswith("Error: a\nthe program failed")
+    assert "ZeroDivisionError" in replies[1][0]["content"]
+    assert replies[1][1]["content"] == "The program printed nothing."
+    assert [task.grade(sample.prompt, sample.text).score for sample in samples] == [1.0, 0.0]
+    assert Mathematics(dataset="gsm8k").environment(right).max_turns == 1
+    with pytest.raises(ValueError, match="needs a chat"):
+        Mathematics(dataset="gsm8k", python=sandbox, chat=False)
