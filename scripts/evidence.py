@@ -35,6 +35,8 @@ RUNS, RECIPES, DATA = Path("runs/evidence"), Path("recipes/evidence"), Path("doc
 PAGE = Path("docs/evidence.md")
 CURVES = {"accuracy": "accuracy", "gradient norm": "grad_norm", "entropy": "student_entropy"}
 """Drawn for each claim: what is on the axis, and its metric."""
+MAX_POINTS = 40
+"""Points of one curve in the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,15 +152,14 @@ class Finished:
         raise SystemExit(f"claim.yaml: unknown number {by!r}")
 
     def curve(self, metric: str) -> Series:
-        """`accuracy` or a metric of training over the samples used."""
+        """`accuracy`, a metric of training or `num_samples`, the training samples so far, by step."""
         run = read_run(self.folder)
-        counted = run.series["num_samples"]
-        used = {0: 0} | dict(zip(counted.steps.tolist(), map(int, counted.values.tolist()), strict=True))
         if metric == "accuracy":
-            known = {item.step: item.metrics[f"avg@{item.samples_per_prompt}"].value for item in run.evals}
-            return Series.of({used[step]: value for step, value in known.items() if step in used})
-        series = run.series.get(metric, Series.of({}))
-        return Series(np.array([used[step] for step in series.steps.tolist()], dtype=np.int64), series.values)
+            return Series.of({i.step: i.metrics[f"avg@{i.samples_per_prompt}"].value for i in run.evals})
+        found = run.series.get(metric, Series.of({}))
+        if metric != "num_samples":
+            return found
+        return Series.of({0: 0.0} | dict(zip(found.steps.tolist(), found.values.tolist(), strict=True)))
 
 
 def finished(name: str, claim: Claim) -> dict[str, list[Finished]]:
@@ -212,8 +213,9 @@ def final(run: Finished) -> float:
 
 def samples_until(run: Finished, accuracy: float) -> float:
     """Training samples when an evaluation first was as good; all of them, as a lower bound, where none was."""
-    curve = run.curve("accuracy")
-    return float(next((at for at, value in curve.points() if value >= accuracy and at), curve.steps[-1]))
+    used = dict(run.curve("num_samples").points())
+    reached = (used[step] for step, value in run.curve("accuracy").points() if value >= accuracy and step)
+    return float(next(reached, max(used.values())))
 
 
 def result(contrast: Contrast, found: Estimate) -> str:
@@ -236,13 +238,17 @@ def save(name: str, claim: Claim, rows: Mapping[str, Sequence[Finished]]) -> Non
             found = crossed_mean([list(dict(sorted(run.values(metric).items())).values()) for run in runs])
             tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in runs[0].tuned.items())
             lines.append(["row", row, metric, tuned, *numbers(found), len(runs)])
-        for metric in CURVES.values():
-            curves = [run.curve(metric) for run in runs if (run.folder / "metrics.jsonl").is_file()]
-            for at in sorted(set.intersection(*(set(curve.steps.tolist()) for curve in curves))) if curves else []:
-                values = [float(curve.values[curve.steps == at][0]) for curve in curves]
-                if metric == "accuracy" or at % max(1, round(curves[0].steps[-1] / 25)) < curves[0].steps[0]:
-                    drawn = [statistics.fmean(values), min(values), max(values)]
-                    lines.append(["curve", row, metric, at, *(f"{value:.4g}" for value in drawn), len(runs)])
+        trained = [run for run in runs if (run.folder / "metrics.jsonl").is_file()]
+        used = [dict(run.curve("num_samples").points()) for run in trained]
+        for metric in CURVES.values() if trained else ():
+            curves = [dict(run.curve(metric).points()) for run in trained]
+            steps = sorted(set.intersection(*map(set, [*used, *curves])))
+            # enough for a picture
+            for step in steps[:: math.ceil(len(steps) / MAX_POINTS) or 1]:
+                at = round(statistics.fmean(samples[step] for samples in used))
+                values = [curve[step] for curve in curves]
+                drawn = [statistics.fmean(values), min(values), max(values)]
+                lines.append(["curve", row, metric, at, *(f"{value:.4g}" for value in drawn), len(runs)])
     DATA.mkdir(exist_ok=True)
     with (DATA / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
@@ -292,8 +298,8 @@ def row_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def picture(name: str, title: str, metric: str) -> str | None:
-    """Draws one curve of a claim; the name of its file, None where nothing was recorded."""
+def pictures(name: str, title: str, metric: str) -> list[str]:
+    """Draws the curves of a claim, as many in a picture as there are colours; the names of the files."""
     rows = [row for row in read(name) if row["kind"] == "curve" and row["metric"] == metric]
     lines = []
     for label in dict.fromkeys(row["row"] for row in rows):
@@ -301,12 +307,13 @@ def picture(name: str, title: str, metric: str) -> str | None:
         low, high = (np.array([float(row[end]) for row in mine]) for end in ("low", "high"))
         series = Series.of({int(row["at"]): float(row["value"]) for row in mine})
         lines.append(svg.Line(label, series, low, high))
-    if not lines:
-        return None
-    percent = metric == "accuracy"
-    path = DATA / f"{name}-{metric.replace('_', '-')}.svg"
-    svg.save(svg.Chart(title, title, lines[: svg.MAX_LINES], percent=percent, over="training sample"), path)
-    return path.name
+    files, percent = [], metric == "accuracy"
+    for start in range(0, len(lines), svg.MAX_LINES):
+        part = lines[start : start + svg.MAX_LINES]
+        path = DATA / f"{name}-{metric.replace('_', '-')}{f'-{len(files) + 1}' if start else ''}.svg"
+        svg.save(svg.Chart(title, title, part, percent=percent, over="training sample"), path)
+        files.append(path.name)
+    return files
 
 
 def draw(claims: Mapping[str, Claim]) -> None:
@@ -314,9 +321,9 @@ def draw(claims: Mapping[str, Claim]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     blocks = {"claims": verdict_table(claims)}
     for name in claims:
-        names = [picture(name, title, metric) for title, metric in CURVES.items()]
-        pictures = "\n".join(f"![{name}](evidence/{file})" for file in names if file)
-        blocks[name] = f"{row_table(name)}\n\n{pictures}"
+        files = [(title, file) for title, metric in CURVES.items() for file in pictures(name, title, metric)]
+        shown = "\n".join(f"![{name}: {title}](evidence/{file})" for title, file in files)
+        blocks[name] = f"{row_table(name)}\n\n{shown}"
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(begin)

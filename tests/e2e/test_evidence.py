@@ -80,7 +80,7 @@ def test_a_claim_from_its_recipes_to_the_page(
         assert page.count("merged with itself it is the start") == page.count("| merged |") == 1
         assert page.startswith("top\n")
         assert page.endswith("end\n")
-        assert "![claim](evidence/claim-accuracy.svg)" in page
+        assert "![claim: accuracy](evidence/claim-accuracy.svg)" in page
     with (tmp_path / "docs/evidence/claim.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = {row["row"]: row for row in rows if row["kind"] == "contrast"}
@@ -91,4 +91,9 @@ def test_a_claim_from_its_recipes_to_the_page(
     assert len((evaluated / "final/step_000000.jsonl").read_text().splitlines()) == 10
     assert len((evaluated / "greedy/step_000000.jsonl").read_text().splitlines()) == 5
     assert found["sooner"]["metric"] == "samples"
-    assert (tmp_path / "docs/evidence/claim-accuracy.svg").read_text().startswith("<svg")
+    picture = (tmp_path / "docs/evidence/claim-accuracy.svg").read_text()
+    assert picture.startswith("<svg")
+    assert [">low</text>" in picture, ">high</text>" in picture] == [True, True]
+    # over samples, whatever the steps: 8 a step, evaluated every other one
+    accuracy = [int(row["at"]) for row in rows if row["kind"] == "curve" and row["metric"] == "accuracy"]
+    assert accuracy == [0, 16, 32, 48] * 2

@@ -35,6 +35,7 @@ _Floats = NDArray[np.float64]
 
 MAX_LINES = 8
 """Lines in one chart: as many as there are colours."""
+LEGEND_COLUMNS, LEGEND_ROW = 3, 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +102,21 @@ class Scale:
 
 
 def save(chart: Chart, path: Path) -> None:
-    """Writes the chart as a file that stands alone, with the styles of a report in it."""
+    """Writes the chart as a file that stands alone, with the styles of a report and a legend of its lines in it."""
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8") + "svg { font-family: sans-serif }"
-    opening, _, rest = draw(chart).partition(">")
-    text = f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+    legend, height = [], HEIGHT
+    if len(chart.lines) > 1:
+        for index, line in enumerate(chart.lines):
+            row, column = divmod(index, LEGEND_COLUMNS)
+            left, height = LEFT + column * (RIGHT - LEFT) / LEGEND_COLUMNS, HEIGHT + LEGEND_ROW * (row + 1)
+            legend.append(
+                f'<path class="curve s{index + 1}" d="M{left:.1f} {height - 10}h16"/>'
+                f'<text class="tick" x="{left + 21:.1f}" y="{height - 6}">{escape(line.name)}</text>'
+            )
+    # without what only a report's script reads
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" class="chart">'
+    inside = draw(chart).partition(">")[2].removesuffix("</svg>")
+    text = f"{opening}<style>{style}</style>{inside}{''.join(legend)}</svg>\n"
     path.write_text(text, encoding="utf-8")
 
 
