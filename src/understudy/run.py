@@ -224,7 +224,8 @@ def assemble(
             raise DataError(
                 f"all {len(held_out)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
             )
-    rollouts = Rollouts(prompts, collector, teachers.judge, recipe.task.reward, ranks, loaded.vocab_size)
+    task, vocab_size = recipe.task, loaded.vocab_size
+    rollouts = Rollouts(prompts, collector, teachers.judge, task.reward, ranks, vocab_size, task.graders)
     collected: Rollouts | Overlapped = rollouts
     if recipe.async_ is not None:
         collected = Overlapped(rollouts, method, recipe.async_, grouped=recipe.engine.grouped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.leaks import nothing_left
 from tests.runs import (
     SHORT,
     assert_same_run,
@@ -23,7 +25,7 @@ from tests.runs import (
     train_in_two,
     weights,
 )
-from understudy.errors import TrainingError
+from understudy.errors import DataError, TrainingError
 from understudy.tasks import Arithmetic
 from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer import loop, rollouts
@@ -86,6 +88,33 @@ def test_equal_rewards_train_to_exactly_nothing(tmp_path: Path, monkeypatch: pyt
     assert [row["grad_norm"] for row in metric_rows(run_dir)] == [0.0, 0.0]
     start = weights_of(changes["student"]["model"])
     assert all(torch.equal(value, start[name]) for name, value in weights(run_dir).items())
+
+
+def test_grades_of_several_threads_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a task whose programs run in a sandbox."""
+    callers = set()
+
+    def grade(task: object, prompt: Prompt, text: str) -> Grade | None:
+        callers.add(threading.current_thread().name)
+        if text.startswith(("1", "2")):
+            return None
+        return grade_by_length(task, prompt, text)
+
+    graded(monkeypatch, grade)
+    one = train(tmp_path / "one", **outcome(tmp_path))
+    assert callers == {"MainThread"}
+    monkeypatch.setattr(Arithmetic, "graders", 3)
+    with nothing_left():
+        several = train(tmp_path / "several", **outcome(tmp_path))
+    assert len(callers) > 1
+    assert_same_run(one, several)
+
+    def fails(task: object, prompt: Prompt, text: str) -> Grade:
+        raise DataError("no grade")
+
+    graded(monkeypatch, fails)
+    with nothing_left(), pytest.raises(DataError, match="no grade"):
+        train(tmp_path / "fails", **outcome(tmp_path))
 
 
 def weights_of(model: str) -> dict[str, torch.Tensor]:

@@ -196,7 +196,8 @@ def _sample_and_grade(
 ) -> list[Sample]:
     """Samples with their grades, in the order of the requests. One block is graded while the next is generated."""
     graded: list[Future[Sample]] = []
-    pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grade")
+    threads = max(min(MAX_GRADERS, os.cpu_count() or 1), task.graders)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="grade")
     try:
         for start in range(0, len(requests), BLOCK_REQUESTS):
             samples = play_episodes(requests[start : start + BLOCK_REQUESTS], sampling, stream)

@@ -61,7 +61,7 @@ class Sandbox(ABC):
 
     cpu_s: int = 10
     """Processor time of a program in seconds; its tests have as much for themselves."""
-    wall_s: float = 30.0
+    wall_s: float = 60.0
     """Seconds from start to end. More than `cpu_s`, so that the verdict does not depend on the load."""
     memory_mb: int = 1024
     """Address space of a process, in MiB."""

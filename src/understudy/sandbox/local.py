@@ -142,7 +142,8 @@ class Local(Sandbox):
                 running = stack.enter_context(self._started(process))
             finally:
                 os.close(writes)
-            end = time.monotonic() + self.wall_s
+            begin = time.monotonic()
+            end = begin + self.wall_s
             assert running.stdout is not None
             assert running.stderr is not None
             most = self.output_kb * 1024
@@ -161,7 +162,7 @@ class Local(Sandbox):
             status = _status(running)
             if status == 0:
                 return Result("passed", stdout, stderr)
-            if (found := self._of_limit(status)) is not None:
+            if (found := self._of_limit(status, time.monotonic() - begin)) is not None:
                 return replace(found, stdout=stdout, stderr=stderr)
             last = stderr.rstrip().rpartition("\n")[2][:300]
             spent = last.startswith("MemoryError")
@@ -187,36 +188,42 @@ class Local(Sandbox):
                 os.close(writes)
                 ours.close()
                 theirs.close()
+            begin = time.monotonic()
             report = open(reads, "rb", buffering=0, closefd=False)  # noqa: SIM115 (the stack closes it)
-            (data,), over = _read([report], time.monotonic() + self.wall_s, _MAX_REPORT_BYTES)
+            (data,), over = _read([report], begin + self.wall_s, _MAX_REPORT_BYTES)
             if over:
                 return Result("timed out", note=f"it took more than {self.wall_s:g} s")
             started = inside.framed(inside.STARTED)
             if not data.startswith(started):
                 return " ".join(os.pread(complaints, 500, 0).decode("utf-8", "replace").split())
             if len(data) == len(started):
-                judge.wait(_LINGER_S)
-                found = self._of_limit(_status(judge))
-                return found or Result("failed", note="its tests ended before they were over")
+                return self._ended(judge, begin, "its tests ended before they were over")
             outcome, note = map(str, inside.decode(data[len(started) + 4 :]))
             if outcome == "not started":
                 return note
             if outcome == "ended":
-                try:
-                    served.wait(_LINGER_S)
-                except subprocess.TimeoutExpired:
-                    return Result("failed", note=note)
-                return self._of_limit(_status(served)) or Result(
-                    "failed", note=f"{note}, with status {_status(served)}"
-                )
+                return self._ended(served, begin, note)
             known: dict[str, Outcome] = {"passed": "passed", "memory": "out of memory"}
             return Result(known.get(outcome, "failed"), note=note)
 
-    def _of_limit(self, status: int) -> Result | None:
+    def _ended(self, running: subprocess.Popen[bytes], begin: float, note: str) -> Result:
+        """The result of a process that has left in the middle of its tests."""
+        try:
+            running.wait(_LINGER_S)
+        except subprocess.TimeoutExpired:
+            return Result("failed", note=note)
+        status = _status(running)
+        return self._of_limit(status, time.monotonic() - begin) or Result(
+            "failed", note=f"{note}, with status {status}"
+        )
+
+    def _of_limit(self, status: int, seconds: float) -> Result | None:
         """What a status means that the kernel gives. A program may give it too: either is no pass."""
-        if status in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
-            # the second after a handler for the first
+        # it is killed a second after a signal that it handles
+        if status == 128 + signal.SIGXCPU or (status == 128 + signal.SIGKILL and seconds >= self.cpu_s):
             return Result("timed out", note=f"it took more than {self.cpu_s} s of processor time")
+        if status == 128 + signal.SIGKILL:
+            return Result("out of memory", note="it was killed, as the kernel does where memory is short")
         return None
 
 
@@ -296,7 +303,8 @@ def _setup() -> _Setup:
     for setup in tried:
         extra = list[int]()
         try:
-            command = _bubblewrap(setup, extra, 1, [])
+            # all that is ever shown: nobody may not see what lies in a home
+            command = _bubblewrap(setup, extra, 1, _package_folders())
             run = subprocess.run(  # noqa: S603
                 [*command, _interpreter(), "-I", "-S", "-c", "print('ready')"],
                 pass_fds=extra,

@@ -71,6 +71,11 @@ class Task(ABC):
         return {}
 
     @property
+    def graders(self) -> int:
+        """Threads in which responses are graded: more than one where a grade waits for another process or machine."""
+        return 1
+
+    @property
     def rewards(self) -> bool:
         """Whether `reward` needs no reference."""
         return False

@@ -71,6 +71,10 @@ class Code(Named):
             return super().grade(prompt, text)
         return grade_code(text, prompt.reference, self._box)
 
+    @property
+    def graders(self) -> int:
+        return 1 if self.verifier != "code" or self.rewards else self._box.num_workers
+
     def fields_read(self, row: Mapping[str, Any]) -> list[str | None]:
         return [*super().fields_read(row), *_BESIDE]
 

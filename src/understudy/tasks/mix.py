@@ -97,6 +97,11 @@ class Mix(Task):
         """The environment of the prompt's part."""
         return self._part(prompt).environment(prompt)
 
+    @property
+    def graders(self) -> int:
+        # a function of the user's is called by one thread
+        return 1 if any(part.rewards for part in self.parts.values()) else max(p.graders for p in self.parts.values())
+
     def _part(self, prompt: Prompt) -> Task:
         part = self.parts.get(prompt.id.partition(SEPARATOR)[0])
         if part is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from understudy.errors import DataError
@@ -105,6 +106,8 @@ class Rollouts:
     grade: Callable[[Prompt, str], Grade | None]
     ranks: Ranks
     vocab_size: int
+    graders: int = 1
+    """Threads that call `grade`."""
 
     def collect(self, progress: Progress, method: Method, own_step: int, clock: Clock) -> Collected:
         """Returns the scored samples of a step: all are written, then all are scored."""
@@ -290,11 +293,11 @@ class Rollouts:
                     rewarded.append(replace(sample, reward=score / HIGHEST_DIGIT))
         else:
             limit = self.collector.sampling.max_new_tokens
+            # an environment that failed is not the student's mistake
+            lacking = [sample for sample in samples if sample.grade is None and sample.finish != "environment"]
+            graded = {sample.key: grade for sample, grade in zip(lacking, self._grades(lacking), strict=True)}
             for sample in samples:
-                grade = sample.grade
-                # an environment that failed is not the student's mistake
-                if grade is None and sample.finish != "environment":
-                    grade = self.grade(sample.prompt, sample.text)
+                grade = sample.grade or graded.get(sample.key)
                 if grade is not None:
                     cost = advantages.overlong_penalty(sample.num_response_tokens, limit, rewards.overlong_buffer)
                     rewarded.append(replace(sample, grade=grade, reward=grade.score + cost))
@@ -302,6 +305,16 @@ class Rollouts:
             "reward": Metric(sum(sample.reward for sample in rewarded if sample.reward is not None), len(rewarded)),
             "unrewarded": Metric(len(samples) - len(rewarded), len(samples)),
         }
+
+    def _grades(self, samples: Sequence[Sample]) -> list[Grade | None]:
+        if self.graders == 1:
+            return [self.grade(sample.prompt, sample.text) for sample in samples]
+        with ThreadPoolExecutor(self.graders, "grade") as pool:
+            graded = [pool.submit(self.grade, sample.prompt, sample.text) for sample in samples]
+            try:
+                return [future.result() for future in graded]
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _compare(self, rewarded: Sequence[Sample], rewards: Rewards) -> tuple[list[Sample], frozenset[str]]:
         """The samples with their advantages over those of the same prompt on every rank, and the prompts, of all ranks, whose
