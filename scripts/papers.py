@@ -243,6 +243,8 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
         task = None if data is None else data.task
         if task == "choice":
             put_options(found, keys, first + second)
+        elif task == "qa":
+            found[keys["reference_field"]] = [answer]
         elif task == "code":
             put_program(found, keys, f"add_{index}", index)
         elif task == "instructions":
@@ -333,24 +335,32 @@ def make_parts() -> None:
 
 
 @contextmanager
-def judge() -> Iterator[str]:
-    """The address of a chat model: asked for a digit it says one by the length of the question, else it solves the sum, each
-    time in other words."""
+def servers() -> Iterator[str]:
+    """The address of a chat model and of a search service. Asked for a digit the model says one by the length of the question,
+    else it solves the sum, each time in other words; the service finds one passage for every query."""
     ways = itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if "queries" in body:
+                passage = {"document": {"title": "Sums", "text": "Sums are what they are."}}
+                self.reply({"result": [[passage] for _ in body["queries"]]})
+                return
             question = body["messages"][0]["content"]
             numbers = re.search(r"(\d+) \+ (\d+)", question)
-            solved = f"Way {next(ways)}: \\boxed{{{sum(map(int, numbers.groups()))}}}" if numbers else "?"
+            total = sum(map(int, numbers.groups())) if numbers else 0
+            solved = f"Way {next(ways)}: \\boxed{{{total}}} <answer> {total} </answer>"
             text = str(len(question) % 10) if body["max_tokens"] <= 8 else solved
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            reply = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+            self.reply({"object": "chat.completion", "choices": [choice]})
+
+        def reply(self, body: Mapping[str, Any]) -> None:
+            text = json.dumps(body).encode()
             self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(reply)
+            self.wfile.write(text)
 
         def log_message(self, *_: object) -> None:
             """Silent."""
@@ -358,21 +368,22 @@ def judge() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
 
 
 def overrides(path: Path, address: str) -> list[str]:
-    """What a miniature needs beside its file: the address of its judge, if it has one."""
-    return [f"teacher.url={address}"] if config.read_yaml(path).get("teacher", {}).get("type") == "chat" else []
+    """What a miniature needs beside its file: the address of its judge and of its search service, if it asks any."""
+    asked = [key for key in config.flatten(config.read_yaml(path)) if key.endswith(".url")]
+    return [f"{key}={address}" for key in asked]
 
 
 def try_out(names: list[str]) -> None:
     """Trains the miniatures through the command line; ends at the first that fails."""
     make_parts()
-    with judge() as address:
+    with servers() as address:
         for name in names:
             path, started = RECIPES / f"{name}.mini.yaml", time.monotonic()
             command = [sys.executable, "-m", "understudy", "train", str(path), *overrides(path, address)]

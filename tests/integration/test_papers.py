@@ -118,7 +118,7 @@ def test_a_miniature_has_the_keys_of_its_setting(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_miniature_trains(name: str, papers: ModuleType, folder: Path) -> None:
     path = FOLDER / f"{name}.mini.yaml"
-    with papers.judge() as address, Console(quiet=True) as console:
+    with papers.servers() as address, Console(quiet=True) as console:
         recipe = load_recipe(path, [*papers.overrides(path, address), f"train.steps={STEPS}", f"eval.every={STEPS}"])
         result = train(recipe, console=console)
     rows: list[Mapping[str, Any]] = [
