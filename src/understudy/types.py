@@ -97,16 +97,20 @@ class Prompt:
 
     @property
     def conversation(self) -> str:
-        """The prompt to read: its text, its only message, or all messages with their roles and tool calls."""
+        """The prompt to read: its text, its only message, or all messages with their roles and tool calls; images by name."""
         if self.messages is None:
             return self.text or ""
         if len(self.messages) == 1:
-            return str(self.messages[0]["content"])
-        said = []
-        for message in self.messages:
-            calls = [json.dumps(call.get("function", call)) for call in message.get("tool_calls", ())]
-            said.append(f"{message['role']}: " + "\n".join([str(message["content"]), *calls]).strip())
-        return "\n\n".join(said)
+            shown = str(self.messages[0]["content"])
+        else:
+            said = []
+            for message in self.messages:
+                calls = [json.dumps(call.get("function", call)) for call in message.get("tool_calls", ())]
+                said.append(f"{message['role']}: " + "\n".join([str(message["content"]), *calls]).strip())
+            shown = "\n\n".join(said)
+        for image in self.images:
+            shown = shown.replace(IMAGE, f"[image {image.name}]", 1)
+        return shown
 
 
 @dataclass(frozen=True)

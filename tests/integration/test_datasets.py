@@ -58,10 +58,12 @@ def test_the_answer_of_gsm8k_follows_its_mark(shared: Path) -> None:
     assert prompt.solution.endswith("#### 18")
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", [name for name, data in DATASETS.items() if data.hub])
 def test_every_data_set_is_a_section_that_is_written_and_read_again(tmp_path: Path, name: str) -> None:
     data = DATASETS[name]
-    recipe = config.parse(Recipe, tiny_recipe(tmp_path, task={"type": data.task, "dataset": name}))
+    # what is built from scratch reads no images
+    student = {"model": "org/name", "build": None} if data.task == "vision" else {}
+    recipe = config.parse(Recipe, tiny_recipe(tmp_path, task={"type": data.task, "dataset": name}, student=student))
     assert config.parse(Recipe, config.dump(recipe)) == recipe
     task = recipe.task
     assert task.name == name

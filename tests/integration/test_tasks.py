@@ -235,6 +235,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "calls": {"dataset": "bfcl", "path": "x"},
         "customers": {"dataset": "tau-airline", "path": "x"},
         "qa": {"dataset": "nq"},
+        "vision": {"dataset": "geometry3k"},
         "mix": {"parts": {"sums": Arithmetic()}},
     }
     for name, task in TASKS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from understudy.recipe import Recipe
 from understudy.recipe.checks import Files
 from understudy.recipe.load import Tokenizers
 from understudy.tasks import File, Renderer, num_repeated, overlap
+from understudy.tasks.audit import audit
 from understudy.trainer import update
 from understudy.types import IMAGE
 
@@ -306,20 +308,45 @@ def test_data_cannot_spell_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "<|image_pad|> is text" in tokenizer.decode([index for index in ids if index > 5])
 
 
+def nlvr(shared: Path, **changes: Any) -> dict[str, Any]:
+    return {"type": "vision", "dataset": "nlvr", "path": str(shared / "data" / "nlvr" / "dev_500.jsonl"), **changes}
+
+
 def test_nlvr_is_read_whole(shared: Path) -> None:
-    task = File(
-        path=str(shared / "data" / "nlvr" / "dev_500.jsonl"),
-        prompt_field="sentence",
-        reference_field="label",
-        image_field="image",
-        verifier="exact",
-        template="Is this true of the image? {prompt} Answer with true or false.",
-    )
+    task = parsed_task(**nlvr(shared))
     prompts, intake = task.prompts("train"), task.intake("train")
-    assert (len(prompts), intake.num_skipped) == (500, 0)
+    assert (len(prompts), intake.num_skipped) == (500, 0)  # type: ignore[union-attr]
     assert len({prompt.id for prompt in prompts}) == 500
-    assert all(task.grade(prompt, prompt.reference[0]).score == 1.0 for prompt in prompts if prompt.reference)
+    found = audit(task, prompts)
+    assert (found.num_cases["gold"], found.surprises) == (2000, ())
+    assert prompts[0].conversation.startswith(f"[image {shared / 'data/nlvr/images/dev-17-0-0.png'}]One box has")
     rows = [json.loads(line) for line in (shared / "data" / "nlvr" / "dev_500.jsonl").read_text().splitlines()]
-    assert [prompt.reference[0] for prompt in prompts if prompt.reference] == [
-        str(row["label"]).lower() for row in rows
-    ]
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert prompt.reference is not None
+        assert prompt.reference[0] == str(row["label"]).lower()
+        assert prompt.messages is not None
+        assert prompt.messages[0]["content"].startswith(f"{IMAGE}{row['sentence']}\nIs this sentence true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_vl", "idefics3"])
+def test_a_student_learns_from_nlvr(kind: str, shared: Path, tmp_path: Path) -> None:
+    changes = {"method": {"type": "reopold"}, "rollout": {"type": "hf", "copy": True}, "async": {"max_staleness": 1}}
+    ended = train(tmp_path / "run", **recipe(tmp_path / "models", kind, task=nlvr(shared, limit=20), **changes))
+    losses = [row["loss"] for row in metric_rows(ended)]
+    assert len(losses) == 5
+    assert all(map(math.isfinite, losses))
+
+
+def parsed_task(**section: Any) -> Any:
+    return config.parse(Recipe, tiny_recipe(Path(), task=section, student={"model": "org/name", "build": None})).task
+
+
+def test_a_task_of_images_says_where_they_are() -> None:
+    with pytest.raises(RecipeError, match="nlvr .*is not on the hub; set path to a copy"):
+        parsed_task(type="vision", dataset="nlvr")
+    with pytest.raises(RecipeError, match="image_field is missing"):
+        parsed_task(type="vision", path="x.jsonl", prompt_field="q")
+    assert parsed_task(type="vision", dataset="geometry3k").template.startswith("{prompt}\nPlease reason")
+    asked = parsed_task(type="vision", dataset="geometry3k", template="{prompt}!")
+    assert (asked.template, asked.image_field) == ("{prompt}!", "images")

@@ -49,7 +49,7 @@ def show_one(name: str) -> None:
     data = DATASETS[name]
     facts: dict[str, object] = {
         "task": f"{{type: {data.task}, dataset: {name}}}",
-        "hub": f"https://huggingface.co/datasets/{data.hub}",
+        "hub": f"https://huggingface.co/datasets/{data.hub}" if data.hub else "not there: path names a copy",
         "configurations": ", ".join(config or "the only one" for config in data.configs),
         "splits": ", ".join(
             f"{split}: {own}" + (f" ({data.sizes[split]:,} rows)" if split in data.sizes else "")
@@ -96,9 +96,10 @@ def _task(source: str, overrides: Sequence[str], evaluation: bool, model: str | 
         task: Task = config.parse(TASKS[DATASETS[source].task], values, "task")
         if model is None:
             return task, None
-        from understudy.models import load_tokenizer
+        from understudy.models import load_tokenizer, load_vision
 
-        return task, Renderer(load_tokenizer(model))
+        tokenizer = load_tokenizer(model)
+        return task, Renderer(tokenizer, vision=load_vision(model, tokenizer) if task.has_images else None)
     path = Path(source)
     if not path.exists():
         raise RecipeError(f"there is no data set and no recipe {source!r}; {nearest(source, DATASETS)}")

@@ -19,6 +19,7 @@ from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub, Jsonl
 from understudy.tasks.renderer import Renderer
+from understudy.tasks.vision import Visual
 
 TASKS: Mapping[str, type[Task]] = PARTS | {"mix": Mix}
 """`task.type` in a recipe -> its section."""
@@ -45,6 +46,7 @@ __all__ = [
     "Rows",
     "Split",
     "Task",
+    "Visual",
     "build_tokenizer",
     "num_repeated",
     "overlap",

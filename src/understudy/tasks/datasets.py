@@ -72,6 +72,10 @@ _SUBJECTS = (
 _ASKED = {"prompt_field": "question", "reference_field": "golden_answers"}
 """FlashRAG's form of question answering, which Search-R1 and those after it train and measure with."""
 
+_TRUE_OF_IMAGE = (
+    "{prompt}\nIs this sentence true of the image? Please reason step by step, and put true or false within \\boxed{}."
+)
+
 DATASETS: dict[str, DataSet] = {
     "gsm8k": DataSet(
         task="math",
@@ -447,6 +451,28 @@ DATASETS: dict[str, DataSet] = {
         sizes={"test": 125},
         licence="CC BY-SA 4.0",
         source="arXiv 2210.03350",
+    ),
+    "geometry3k": DataSet(
+        task="vision",
+        hub="hiyouga/geometry3k",
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        keys={**_ANSWERED, "image_field": "images"},
+        sizes={"train": 2101, "validation": 300, "test": 601},
+        licence="MIT",
+        source="arXiv 2105.04165",
+    ),
+    "nlvr": DataSet(
+        task="vision",
+        hub="",
+        splits={"train": "train", "validation": "dev", "test": "test"},
+        keys={
+            "prompt_field": "sentence",
+            "image_field": "image",
+            "reference_field": "label",
+            "template": _TRUE_OF_IMAGE,
+        },
+        licence="CC BY 4.0",
+        source="ACL 2017, github.com/lil-lab/nlvr",
     ),
 }
 """Name -> data set."""

@@ -20,6 +20,7 @@ from understudy.tasks.lazy import LazyPrompts
 from understudy.tasks.math import Mathematics
 from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub
+from understudy.tasks.vision import Visual
 from understudy.types import Grade, Prompt
 
 PARTS: dict[str, type[Task]] = {
@@ -31,6 +32,7 @@ PARTS: dict[str, type[Task]] = {
     "calls": Calls,
     "customers": Customers,
     "qa": QuestionAnswering,
+    "vision": Visual,
     "file": File,
     "jsonl": File,
     "hub": Hub,
