@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from understudy.api import distil, evaluate, sample, train
+    from understudy.api import distil, evaluate, evaluate_suite, sample, train
     from understudy.methods import (
         AOPD,
         DAPO,
@@ -65,11 +65,12 @@ __all__ = [
     "TrOPD",
     "distil",
     "evaluate",
+    "evaluate_suite",
     "sample",
     "train",
 ]
 _MODULES = {
-    **dict.fromkeys(("distil", "evaluate", "sample", "train"), "understudy.api"),
+    **dict.fromkeys(("distil", "evaluate", "evaluate_suite", "sample", "train"), "understudy.api"),
     "Recipe": "understudy.recipe",
     "Run": "understudy.run",
     "Callback": "understudy.trainer.observe",

@@ -27,6 +27,7 @@ from understudy import given as in_memory
 from understudy.environments import single_turn
 from understudy.environments.play import play
 from understudy.errors import RecipeError, brief
+from understudy.eval.suite import read_suite
 from understudy.eval.summary import EvalSummary
 from understudy.files import check_writable
 from understudy.format import count, interval, metric_note
@@ -457,11 +458,7 @@ def evaluate(
     `source` may also be a model directory, with a task among the overrides, which are keys of the recipe, as in
     "eval.problems=100". `out`: an empty directory for the summary and all samples.
     """
-    out = None if out is None else Path(out)
-    if out is not None:
-        check_writable(out, "--out")
-        if out.is_dir() and any(out.iterdir()):
-            raise RecipeError(f"--out {out} exists and is not empty; choose another directory")
+    out = None if out is None else _new_folder(Path(out))
     with _objects_of(source), ExitStack() as opened:
         recipe = load_for_use(source, overrides, model)
         if recipe.eval is None:
@@ -478,6 +475,99 @@ def evaluate(
         show(console, recipe.student.model or "random weights", [summary])
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary
+
+
+def evaluate_suite(
+    source: Run | Recipe | str | Path,
+    suite: str,
+    *,
+    overrides: Sequence[str] = (),
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    quiet: bool = False,
+) -> dict[str, EvalSummary]:
+    """Evaluates on every task of a suite (`eval.suite.read_suite`), loading the model once; prints one table.
+
+    `source`, `model`, `out`: as in `evaluate`. `overrides` are keys of the recipe, or of the suite behind `suite.`, as in
+    "suite.tasks.gsm8k.samples_per_prompt=4". Returns the numbers by the names of the tasks.
+    """
+    out = None if out is None else _new_folder(Path(out))
+    prefix = "suite."
+    of_suite = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
+    parts = read_suite(suite, of_suite)
+    with _objects_of(source), ExitStack() as opened:
+        # the recipe's own task is not evaluated; the smallest takes its place where there is none
+        sections = {"task": {"type": "arithmetic"}} if is_model(source) else {}
+        others = [text for text in overrides if not text.startswith(prefix)]
+        base = load_for_use(source, others, model, **sections)
+        recipes = {
+            name: replace(
+                base,
+                task=part.task,
+                eval_task=None,
+                eval=Eval(
+                    split=part.split,
+                    problems=part.problems,
+                    samples_per_prompt=part.samples_per_prompt,
+                    sampling=part.sampling,
+                ),
+                train=replace(base.train, stop_at=None),
+            )
+            for name, part in parts.items()
+        }
+        found = {name: check(recipe, training=False) for name, recipe in recipes.items()}
+        longest = max(recipes.values(), key=lambda recipe: cast(Eval, recipe.eval).sampling.max_new_tokens)  # type: ignore[union-attr]
+        console = opened.enter_context(_using(base, quiet))
+        for name, lines in found.items():
+            for line in lines:
+                if "rows_skipped" in line:
+                    console.warn(f"{name}: {line}")
+        loaded = load_student(longest)
+        started = time.perf_counter()
+        summaries = {}
+        with closing(load_teachers(longest, loaded)) as teachers, sampling_with(longest, loaded) as engine:
+            for name, recipe in recipes.items():
+                console.note(f"{name}: {recipe.task.name}")
+                folder = None if out is None else out / name
+                summaries[name] = run.evaluator(recipe, loaded, engine, teachers, Ranks(), folder, console)(0)
+        show_suite(console, f"{base.student.model or 'random weights'}, suite {suite}", summaries)
+        console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
+    return summaries
+
+
+def show_suite(console: Console, title: str, summaries: Mapping[str, EvalSummary]) -> None:
+    """Prints a table of several evaluations, each with the sampling that it was made with."""
+    rows = []
+    for name, one in summaries.items():
+        num = one.samples_per_prompt
+        drawn = one.sampling
+        said = [f"T {drawn['temperature']:g}" if drawn["temperature"] else "greedy"]
+        said += [
+            f"{key} {drawn[key]:g}" for key, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)) if drawn[key] != off
+        ]
+        said.append(f"at most {drawn['max_new_tokens']:,} tokens")
+        main = [
+            f"{key} {interval(key, one.metrics.get(key))}"
+            for key in dict.fromkeys((f"avg@{num}", f"pass@{num}", f"maj@{num}"))
+        ]
+        also = [
+            f"{key.partition('/')[2]} {interval(key, item)}"
+            for key, item in one.metrics.items()
+            if key.startswith("score/")
+        ]
+        lengths = [interval(key, one.metrics.get(key)) for key in ("mean_tokens", "truncated")]
+        shown = main if num > 1 else main[:1]
+        rows.append([name, f"{one.num_problems:,}", "\n".join([*shown, *also]), *lengths, ", ".join(said)])
+    columns = ["task", "problems", "score, with 95 % intervals over problems", "tokens", "cut off", "sampling"]
+    console.table(title, columns, rows)
+
+
+def _new_folder(path: Path) -> Path:
+    """The directory of `--out`. Raises RecipeError where it cannot be written or has something in it."""
+    check_writable(path, "--out")
+    if path.is_dir() and any(path.iterdir()):
+        raise RecipeError(f"--out {path} exists and is not empty; choose another directory")
+    return path
 
 
 def sample(

@@ -9,7 +9,7 @@ from typing import Protocol
 
 MISSING = "not recorded"
 _RATE = re.compile(
-    r"^(avg|pass|maj|rejection|revision)@\d+$|^pass\^\d+$|^score/|_(share|rate)$"
+    r"^(?:[^/]+/)?(avg|pass|maj|rejection|revision)@\d+$|^pass\^\d+$|^score/|_(share|rate)$"
     r"|^(accuracy|greedy|assisted|truncated|no_eos|accept_rate|reject_rate|on_policy)$"
 )
 _LABELS = {
@@ -57,7 +57,7 @@ def is_rate(name: str) -> bool:
 
 def metric_note(name: str) -> str:
     """Explains a metric of an evaluation in a few words; empty for an unknown one."""
-    kind, _, count = name.replace("^", "^@").partition("@")
+    kind, _, count = name.rpartition("/")[2].replace("^", "^@").partition("@")
     if count == "1":
         return "one attempt"
     return _LABELS.get(kind, "").format(count)

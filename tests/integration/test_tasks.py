@@ -251,6 +251,52 @@ def test_a_prompt_of_a_mix_is_graded_by_the_part_that_it_is_of() -> None:
         Mix(parts={"a/b": Arithmetic()})
 
 
+def parts_of(task: Mix, split: str) -> str:
+    return "".join(str(task.part_of(prompt)) for prompt in task.prompts(split))  # type: ignore[arg-type]
+
+
+def numbered(folder: Path, **sizes: int) -> dict[str, Jsonl]:
+    """A part of so many prompts for each name, the same for training and test."""
+    rows = {
+        name: write(folder / f"{name}.jsonl", [{"q": f"{name}{i}"} for i in range(num)]) for name, num in sizes.items()
+    }
+    return {name: Jsonl(path=path, test_path=path, prompt_field="q") for name, path in rows.items()}
+
+
+def test_parts_alternate_by_their_weights(tmp_path: Path) -> None:
+    parts = numbered(tmp_path, a=9, b=5)
+    assert parts_of(Mix(parts=parts), "train") == "ab" * 5
+    assert parts_of(Mix(parts=parts, weights={"a": 3, "b": 1}), "train") == "aaba" * 3
+    assert parts_of(Mix(parts=parts, weights={"a": 0.75, "b": 0.25}), "train") == "aaba" * 3
+    assert parts_of(Mix(parts=parts, weights={"a": 2, "b": 3}), "train") == "babab"
+    task = Mix(parts=parts, weights={"a": 3, "b": 1})
+    said = [prompt.messages[0]["content"] for prompt in task.prompts("train")]  # type: ignore[index]
+    assert said == ["a0", "a1", "b0", "a2", "a3", "a4", "b1", "a5", "a6", "a7", "b2", "a8"]
+
+
+def test_what_is_left_of_a_part_is_measured_on_and_not_trained_on(tmp_path: Path) -> None:
+    task = Mix(parts=numbered(tmp_path, a=2, b=4, c=3))
+    assert parts_of(task, "train") == "abcabc"
+    assert parts_of(task, "test") == "abcabcbbc"
+    prompts = task.prompts("test")
+    assert len({prompt.id for prompt in prompts}) == 9
+    assert [prompt.id for prompt in prompts[:6]] == [prompt.id for prompt in task.prompts("train")]
+
+
+def test_weights_that_have_no_meaning(tmp_path: Path) -> None:
+    parts = numbered(tmp_path, a=2, b=4)
+    for weights, message in (
+        ({"a": 1}, "give each a weight"),
+        ({"a": 1, "b": 0}, "must be above 0"),
+        ({"a": 1, "b": float("inf")}, "must be above 0"),
+        ({"a": 0.123456, "b": 1}, "make a round of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mix(parts=parts, weights=weights)
+    with pytest.raises(DataError, match="the part a has 2 prompts, of which one round of the mix takes 3"):
+        Mix(parts=parts, weights={"a": 3, "b": 1}).prompts("train")
+
+
 def test_a_prompt_without_reference_cannot_be_graded(tmp_path: Path) -> None:
     task = jsonl(tmp_path / "rows.jsonl", [{"q": "a"}])
     with pytest.raises(DataError, match=r"no reference to grade with; set task\.reference_field"):

@@ -152,10 +152,17 @@ def evaluate(
     overrides: Overrides = None,
     model: ModelDir = None,
     out: Annotated[Path | None, _option(metavar="DIR", help="Write summary and samples there.")] = None,
+    suite: Annotated[
+        str | None,
+        _option(metavar="NAME|FILE", help="Several tasks: reasoning, science, instructions, or a file (YAML)."),
+    ] = None,
 ) -> None:
     """Evaluate a student on held-out problems: avg@k, pass@k, maj@k, lengths, each with a 95 % interval."""
     from understudy import api
 
+    if suite is not None:
+        api.evaluate_suite(recipe, suite, overrides=overrides or [], model=model, out=out)
+        return
     api.evaluate(recipe, overrides=overrides or [], model=model, out=out)
 
 

@@ -52,9 +52,10 @@ def run_eval(
     """Evaluates and, with `out_dir`, writes step_XXXXXX.jsonl and then step_XXXXXX.json there.
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
-    evaluated later gives the same numbers. With `greedy` one more answer a prompt is drawn at temperature 0 and reported
-    as the metric `greedy`; with `rejection` one more is drawn until the judge accepts it, or written on by the teacher.
-    `progress` gets the number of samples in each block; `share` has several ranks write a part of the requests each.
+    evaluated later gives the same numbers. Of a task with parts, `PART/avg@n` is that of each. With `greedy` one more answer a
+    prompt is drawn at temperature 0 and reported as the metric `greedy`; with `rejection` one more is drawn until the judge
+    accepts it, or written on by the teacher. `progress` gets the number of samples in each block; `share` has several ranks
+    write a part of the requests each.
     Raises DataError for prompts with equal ids and if no prompt fits the budget, CheckpointError if the files cannot be
     written.
     """
@@ -87,6 +88,17 @@ def run_eval(
         too_long=len(prompts) - len(fitting),
         sampling=asdict(sampling),
     )
+    parts: dict[str, list[Sample]] = {}
+    for sample in samples:
+        parts.setdefault(task.part_of(sample.prompt) or "", []).append(sample)
+    if len(parts) > 1:
+        name = f"avg@{samples_per_prompt}"
+        by_part = {
+            part: summarise(own, step=step, split=split, eos_ids=renderer.stop_ids).metrics.get(name)
+            for part, own in parts.items()
+        }
+        found_parts = {f"{part}/{name}": found for part, found in by_part.items() if found is not None}
+        summary = replace(summary, metrics={**summary.metrics, **found_parts})
     first = [Request(prompt, 0, ids) for prompt, ids in fitting]
     if greedy:
         best = _sample_and_grade(first, task, play_episodes, replace(sampling, temperature=0.0), f"eval/{split}/greedy")

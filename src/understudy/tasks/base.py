@@ -106,6 +106,10 @@ class Task(ABC):
         """Intake of a split that has prompts; None for a task that reads nothing. Raises as `prompts`."""
         return None
 
+    def part_of(self, prompt: Prompt) -> str | None:
+        """The name of the part that a prompt is of; None for a task without parts."""
+        return None
+
     def places(self, section: str = "task") -> Mapping[str, Task]:
         """The tasks that this one is made of, by their place in the recipe; most stand for themselves."""
         return {section: self}

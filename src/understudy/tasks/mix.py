@@ -1,9 +1,12 @@
-"""Problems of several tasks in turn, each part with a teacher of its own."""
+"""Problems of several tasks in turn, each part with a share, a verifier and a teacher of its own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
 
 from understudy import config
 from understudy.environments import Environment
@@ -39,6 +42,8 @@ PARTS: dict[str, type[Task]] = {
     "rows": Rows,
 }
 """`type` of a task, or of a part of a mix -> its section."""
+MAX_ROUND = 1000
+"""Prompts after which the order of the parts repeats."""
 SEPARATOR = "/"
 """Between the name of a part and the part's own id of a prompt."""
 
@@ -47,16 +52,31 @@ SEPARATOR = "/"
 class Mix(Task):
     """The task `mix`: `parts: {addition: {type: arithmetic, ...}, chain: {...}}`.
 
-    Prompts of the parts alternate, as many of each as the shortest part has. The name of a part names the teacher that
-    judges its samples, unless the part's own data do.
+    Prompts of the parts alternate, as often as `weights` say, until one of them has no more for a whole round. In the splits
+    that are measured on, the rest of the others follows. The name of a part names the teacher that judges its samples, unless
+    the part's own data do.
     """
 
     parts: Mapping[str, Task] = config.choices(PARTS)
     """Tasks by a name of yours."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Shares of the parts, such as {math: 3, code: 1}; empty: each as often as any other."""
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("parts is empty; name at least one task")
+        if self.weights:
+            if self.weights.keys() != self.parts.keys():
+                raise ValueError(
+                    f"weights are for {sorted(self.weights)}, but the parts are {sorted(self.parts)}; give each a weight"
+                )
+            if not all(0 < weight < math.inf for weight in self.weights.values()):
+                raise ValueError("weights must be above 0; leave a part out that is not to be used")
+            if sum(self._counts) > MAX_ROUND:
+                raise ValueError(
+                    f"weights {dict(self.weights)} make a round of {sum(self._counts):,} prompts, at most {MAX_ROUND:,}; give "
+                    "simpler ones, such as 3 and 1"
+                )
         for name in self.parts:
             if SEPARATOR in name:
                 raise ValueError(
@@ -67,17 +87,60 @@ class Mix(Task):
     def name(self) -> str:
         return "mix/" + "+".join(self.parts)
 
+    @cached_property
+    def _counts(self) -> tuple[int, ...]:
+        """Prompts of each part in one round: the smallest whole numbers in the proportion of the weights."""
+        shares = [Fraction(str(self.weights[name])) if self.weights else Fraction(1) for name in self.parts]
+        common = math.lcm(*(share.denominator for share in shares))
+        counts = [int(share * common) for share in shares]
+        return tuple(count // math.gcd(*counts) for count in counts)
+
+    @cached_property
+    def _round(self) -> tuple[tuple[int, int], ...]:
+        """Part of each place of a round, always the one that is furthest behind, and how many of it came before."""
+        used = [0] * len(self._counts)
+        order = []
+        for _ in range(sum(self._counts)):
+            which = min(range(len(used)), key=lambda part: ((2 * used[part] + 1) / self._counts[part], part))
+            order.append((which, used[which]))
+            used[which] += 1
+        return tuple(order)
+
     def prompts(self, split: Split) -> Sequence[Prompt]:
-        """Lazy; the i-th prompt is of part i modulo the number of parts. Raises as the parts do."""
+        """Lazy: rounds of prompts, then what is left of each part where it is measured on.
+
+        Raises as the parts do, and DataError for a part that has too few for one round of training.
+        """
         found = [(name, part.prompts(split)) for name, part in self.parts.items()]
+        sizes = [len(prompts) for _, prompts in found]
+        rounds = min(size // count for size, count in zip(sizes, self._counts, strict=True))
+        in_rounds = rounds * len(self._round)
+        if not rounds and split == "train":
+            short = next(i for i, size in enumerate(sizes) if size < self._counts[i])
+            raise DataError(
+                f"the part {found[short][0]} has {sizes[short]} prompts, of which one round of the mix takes "
+                f"{self._counts[short]}; give simpler weights, or more prompts"
+            )
+        left = [size - rounds * count for size, count in zip(sizes, self._counts, strict=True)]
 
         def prompt(index: int) -> Prompt:
-            place, which = divmod(index, len(found))
+            if index < in_rounds:
+                number, place = divmod(index, len(self._round))
+                which, before = self._round[place]
+                place = number * self._counts[which] + before
+            else:
+                place, which = index - in_rounds, 0
+                while place >= left[which]:
+                    place, which = place - left[which], which + 1
+                place += rounds * self._counts[which]
             name, prompts = found[which]
             chosen = prompts[place]
             return replace(chosen, id=f"{name}{SEPARATOR}{chosen.id}", teacher=chosen.teacher or name)
 
-        return LazyPrompts(prompt, range(len(found) * min(len(prompts) for _, prompts in found)))
+        return LazyPrompts(prompt, range(in_rounds + (0 if split == "train" else sum(left))))
+
+    def part_of(self, prompt: Prompt) -> str | None:
+        return prompt.id.partition(SEPARATOR)[0]
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """The verdict of the part that the prompt comes from."""

@@ -1,0 +1,110 @@
+"""Evaluations on several tasks at once: read from a file or by name, sampled as each says, shown in one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.runs import save_tiny_model, write_recipe
+from understudy import api
+from understudy.errors import RecipeError
+from understudy.eval.suite import SUITES, read_suite
+from understudy.types import Sampling
+
+SUMS = {"type": "arithmetic", "digits": 1}
+LONG = {"type": "arithmetic", "digits": 2}
+VALUES: dict[str, Any] = {
+    "sampling": {"max_new_tokens": 8, "temperature": 0.7},
+    "tasks": {
+        "sums": {"task": SUMS, "problems": 5, "samples_per_prompt": 4},
+        "long": {"task": LONG, "problems": 3, "sampling": {"temperature": 0.0}},
+    },
+}
+
+
+def write(folder: Path, **changes: Any) -> str:
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump(VALUES | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_can_be_read(name: str) -> None:
+    parts = read_suite(name)
+    assert parts.keys() == SUITES[name]["tasks"].keys()
+    for label, part in parts.items():
+        assert part.task.name == label
+        part.task.check_split(part.split)
+        assert part.sampling == Sampling(**SUITES[name]["sampling"])
+
+
+def test_a_task_has_its_own_sampling_over_that_of_the_suite(tmp_path: Path) -> None:
+    parts = read_suite(write(tmp_path), ["tasks.long.samples_per_prompt=2", "sampling.top_p=0.9"])
+    assert parts["sums"].sampling == Sampling(temperature=0.7, top_p=0.9, max_new_tokens=8)
+    assert parts["long"].sampling == Sampling(temperature=0.0, top_p=0.9, max_new_tokens=8)
+    assert (parts["sums"].samples_per_prompt, parts["long"].samples_per_prompt) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": {}}, "it must name at least one task"),
+        ({"tasks": {"a": "math"}}, r"suite\.tasks\.a is .*math.*; it must be a mapping with a section task"),
+        ({"tasks": {"a": {"task": {"type": "maths"}}}}, r"suite\.tasks\.a\.task\.type is .*maths"),
+        ({"tasks": {"a": {"task": SUMS, "samples": 3}}}, r"suite\.tasks\.a\.samples: unknown key"),
+        ({"task": SUMS}, "unknown key 'task'; a suite has sampling and tasks"),
+    ],
+)
+def test_what_is_no_suite_is_said(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_suite(write(tmp_path, **changes))
+    with pytest.raises(RecipeError, match="no suite and no file 'reasonin'; did you mean 'reasoning'"):
+        read_suite("reasonin")
+
+
+def test_a_model_is_evaluated_on_each_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model", seed=0)
+    out = tmp_path / "out"
+    found = api.evaluate_suite(model, write(tmp_path), overrides=["device=cpu", "suite.tasks.sums.problems=4"], out=out)
+    assert {name: (one.num_problems, one.samples_per_prompt) for name, one in found.items()} == {
+        "sums": (4, 4),
+        "long": (3, 1),
+    }
+    assert found["sums"].metrics.keys() >= {"avg@4", "pass@4", "maj@4"}
+    for name, num in (("sums", 16), ("long", 3)):
+        assert len((out / name / "step_000000.jsonl").read_text().splitlines()) == num
+        assert json.loads((out / name / "step_000000.json").read_text())["sampling"]["max_new_tokens"] == 8
+    shown = capsys.readouterr().out
+    assert "T 0.7, at most 8 tokens" in shown
+    assert "greedy, at most 8 tokens" in shown
+    assert "avg@4" in shown
+    # the same as each task by itself
+    keys = (
+        "task.type=arithmetic task.digits=2 eval.problems=3 sampling.max_new_tokens=8 sampling.temperature=0 device=cpu"
+    )
+    alone = api.evaluate(model, overrides=keys.split(), quiet=True)
+    assert alone.metrics == found["long"].metrics
+
+
+def test_a_recipe_is_evaluated_on_a_suite_and_its_own_task_is_left_alone(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", seed=0)
+    recipe = write_recipe(
+        tmp_path,
+        student={"build": None, "model": model},
+        task={"type": "file", "path": str(tmp_path / "moved.jsonl"), "prompt_field": "q"},
+    )
+    assert api.evaluate_suite(recipe, write(tmp_path), quiet=True).keys() == {"sums", "long"}
+
+
+def test_each_part_of_a_mix_has_a_score(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", seed=0)
+    mix = {"type": "mix", "parts": {"sums": SUMS, "long": LONG}}
+    suite = write(tmp_path, tasks={"both": {"task": mix, "problems": 6, "samples_per_prompt": 2}})
+    metrics = api.evaluate_suite(model, suite, overrides=["device=cpu"], quiet=True)["both"].metrics
+    assert metrics["sums/avg@2"].num_problems == metrics["long/avg@2"].num_problems == 3
+    mean = (metrics["sums/avg@2"].value + metrics["long/avg@2"].value) / 2
+    assert metrics["avg@2"].value == pytest.approx(mean)
