@@ -15,6 +15,7 @@ from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.math import Mathematics
 from understudy.tasks.mix import PARTS, Mix
+from understudy.tasks.openenv import OpenEnv
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub, Jsonl
@@ -41,6 +42,7 @@ __all__ = [
     "Mathematics",
     "Mix",
     "Named",
+    "OpenEnv",
     "QuestionAnswering",
     "Renderer",
     "Rows",

@@ -21,6 +21,7 @@ from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.lazy import LazyPrompts
 from understudy.tasks.math import Mathematics
+from understudy.tasks.openenv import OpenEnv
 from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub
 from understudy.tasks.vision import Visual
@@ -34,6 +35,7 @@ PARTS: dict[str, type[Task]] = {
     "code": Code,
     "calls": Calls,
     "customers": Customers,
+    "openenv": OpenEnv,
     "qa": QuestionAnswering,
     "vision": Visual,
     "file": File,
