@@ -59,6 +59,8 @@ ARMS = {"gkd": "reverse KL", "tropd": "TrOPD", "sft": "more imitation"}
 PASSES = {"gkd": 5, "tropd": 5, "sft": 4}
 """Forward passes that a sample costs: one is written (by teacher or student), the update takes three, a teacher's scores one.
 24 steps of the first two are 30 of the last."""
+SHARES = ("ARC", "IFEval", "accuracy")
+"""Metrics that are shown in percent."""
 SUBJECTS = {
     "college_biology": "biology",
     "high_school_biology": "biology",
@@ -319,6 +321,9 @@ def learn_prompt(console: Console) -> None:
     for found in run.evals:
         curve = found.metrics["avg@1"]
         rows.append(row("curve", "without the prompt", "accuracy", found.step * samples, curve))
+    for found in (run.evals[0], run.evals[-1]):
+        shown_rate = estimate_mean([*shown_it.values()], SHARE)
+        rows.append(row("curve", "with the prompt", "accuracy", found.step * samples, shown_rate))
     save("prompt", rows)
     draw()
 
@@ -481,8 +486,9 @@ def read(name: str) -> list[dict[str, str]]:
 
 def shown(item: Mapping[str, str]) -> str:
     """A value with its interval: shares in percent, divergences in two digits."""
-    share = item["metric"] in ("ARC", "IFEval", "accuracy")
-    digits, factor = (0, 100.0) if share else (1, 1.0) if item["metric"].startswith("perplexity") else (2, 1.0)
+    digits, factor = (
+        (0, 100.0) if item["metric"] in SHARES else (1, 1.0) if item["metric"].startswith("perplexity") else (2, 1.0)
+    )
     value, *ends = (
         f"{float(item[key]) * factor:{'+' if item['kind'] == 'contrast' else ''}.{digits}f}"
         for key in ("value", "low", "high")
@@ -496,7 +502,7 @@ def table(name: str, kind: str) -> str:
     items = [item for item in read(name) if item["kind"] == kind]
     metrics = list(dict.fromkeys(item["metric"] for item in items))
     cells = {(item["row"], item["metric"]): shown(item) for item in items}
-    heads = [metric.replace("|", "\\|") for metric in metrics]
+    heads = [metric.replace("|", "\\|") + (", %" if metric in SHARES else "") for metric in metrics]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(metrics)]
     for label in dict.fromkeys(item["row"] for item in items):
         lines.append(f"| {label} | {' | '.join(cells.get((label, metric), '') for metric in metrics)} |")
