@@ -67,6 +67,7 @@ MODELS: Mapping[str, Size] = {
     "Qwen/Qwen2.5-Math-1.5B": Size(1.54e9, 28, 1536),
     "Qwen/Qwen3-1.7B": Size(1.72e9, 28, 2048),
     "Qwen/Qwen3-4B": Size(4.02e9, 36, 4096),
+    "Qwen/Qwen3-8B": Size(8.19e9, 36, 4096),
     "Keven16/Qwen3-4B-Non-Thinking-RL-Math-Step500": Size(4.02e9, 36, 4096),
     "Skywork/Skywork-OR1-Math-7B": Size(7.62e9, 28, 3584),
     "Skywork/Skywork-OR1-7B": Size(7.62e9, 28, 3584),
@@ -187,6 +188,8 @@ def drawn(page: str) -> str:
 # --- miniatures ----------------------------------------------------------------------------------------------------------
 
 TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n<tools>\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools>\n"
+    'Call a function as <tool_call>\n{"name": NAME, "arguments": ARGUMENTS}\n</tool_call><|im_end|>\n{% endif %}'
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -198,7 +201,7 @@ END_LOGIT = 3.0
 
 
 def build_tokenizer() -> Any:
-    """One token a byte, with the chat template of Qwen3 as far as it concerns single questions."""
+    """One token a byte, with the chat template of Qwen3 as far as it concerns single questions and tools."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -105,12 +105,12 @@ def test_a_miniature_has_the_keys_of_its_setting(name: str) -> None:
         for part in (name, f"{name}.mini")
     )
     added = {key for key in mini if key.endswith("path") and key.startswith(("task.", "eval_task."))}
-    added |= {key for key in mini if key.endswith("sandbox.unsafe")}
+    added |= {key for key in mini if key.endswith((".sandbox.unsafe", ".python.unsafe"))}
     assert mini.keys() - added == whole.keys()
     for key, value in whole.items():
         if key in SMALLER or key.endswith("max_new_tokens"):
             assert 0 < mini[key] <= value, key
-        elif not place(key) and not key.endswith((".dtype", ".sandbox.type")):
+        elif not place(key) and not key.endswith((".dtype", ".sandbox.type", ".python.type")):
             assert mini[key] == value, key
 
 
