@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.integration.test_search import SEARCHED, agent_run
 from tests.leaks import nothing_left
 from tests.runs import metric_rows, train
 from tests.vllm_env import vllm_python
@@ -21,8 +23,7 @@ pytestmark = pytest.mark.slow
 # heads of 32, which vLLM's kernels want
 SIZES = {"architecture": "llama", "hidden_size": 64, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 64}
 STEPS, SEEDS = 12, (0, 1, 2)
-ARGS = ("--max-model-len", "64", "--max-num-seqs", "64", "--enforce-eager", "--dtype", "float32")
-ARGS += ("--no-enable-chunked-prefill",)
+ARGS = ("--max-num-seqs", "64", "--enforce-eager", "--dtype", "float32", "--no-enable-chunked-prefill")
 ENV = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -54,11 +55,12 @@ def losses(folder: Path, student: str, seed: int, teacher: dict[str, Any], **cha
     return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
 
 
-def vllm(python: str, model: str, log: Path) -> ServerProcess:
+def vllm(python: str, model: str, log: Path, length: int = 64) -> ServerProcess:
     """A server that the user starts."""
     port = free_ports(1)[0]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
-    return ServerProcess([*command, "--port", str(port), *ARGS], name=log.stem, port=port, log=log, env=ENV)
+    command += ["--port", str(port), "--max-model-len", str(length), *ARGS]
+    return ServerProcess(command, name=log.stem, port=port, log=log, env=ENV)
 
 
 def test_vllm_as_engine_and_as_teacher_gives_the_same_curve(tmp_path: Path) -> None:
@@ -86,3 +88,26 @@ def test_vllm_as_engine_and_as_teacher_gives_the_same_curve(tmp_path: Path) -> N
     print("plain ", [round(float(value), 4) for value in plain.mean(0)])
     print("engine", [round(float(value), 4) for value in engine.mean(0)])
     assert bool((gap <= torch.maximum(4 * noise, 0.02 * plain.mean(0))).all()), (plain, engine)
+
+
+def test_vllm_writes_the_turns_of_a_search_agent(tmp_path: Path) -> None:
+    """It stops at the token that ends a query, and goes on behind what was found; two steps of training."""
+    python = vllm_python()
+    changes = agent_run(tmp_path / "m", steps=2)
+    with nothing_left(), vllm(python, changes["student"]["model"], tmp_path / "engine.log", 512) as server:
+        server.wait_ready()
+        rollout = {"type": "vllm", "url": server.url, "dtype": "float32"}
+        run_dir = train(tmp_path / "run", **changes, rollout=rollout)
+    rows = metric_rows(run_dir)
+    assert len(rows) == 2
+    for row in rows:
+        assert row["sampler_gap"] < 1e-3
+        assert row["tool_calls"] > 0.5
+        assert row["environment_tokens"] > 20
+        assert row["environment_failed"] == 0
+    samples = (run_dir / "samples" / "step_000001.jsonl").read_text().splitlines()
+    talks = [row["messages"] for row in map(json.loads, samples) if "messages" in row]
+    assert any(said[0]["content"] == SEARCHED for said in talks)
+    for message in (message for said in talks for message in said if message["role"] == "assistant"):
+        for end in ("</search>", "</answer>"):
+            assert end not in message["content"] or message["content"].index(end) + len(end) == len(message["content"])

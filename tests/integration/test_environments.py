@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,8 @@ from tests.integration.test_vllm_engine import check_logprob, make_engine, push
 from tests.runs import assert_same_run, distillation, grade_by_length, metric_rows, train, train_in_two
 from tests.tiny_models import EOS, NUM_ROWS, letters, plain_logp, request, tiny
 from understudy.engines import Generates, HFEngine
+from understudy.engines.hf.decode import Decoder
+from understudy.engines.requests import find_stop
 from understudy.environments import SINGLE_TURN, Step
 from understudy.environments.play import MAX_STEPS_AT_ONCE, play
 from understudy.errors import DataError, TemplateError
@@ -190,11 +194,12 @@ def test_nobody_answers_in_a_single_turn() -> None:
     assert play(engine, Renderer(TOKENIZER), lambda prompt: SINGLE_TURN, [], SHORT, step=0) == []
 
 
-def test_teachers_score_the_conversation_and_the_environment_is_not_trained() -> None:
+@pytest.mark.parametrize("inline", [False, True], ids=["turns", "inline"])
+def test_teachers_score_the_conversation_and_the_environment_is_not_trained(inline: bool) -> None:
     """Over the flat ids, as a direct forward; what the environment said is context."""
     model, teacher = model_of(), tiny("qwen3")
     with engine_of("hf", model, Path()) as engine:
-        samples, _ = played(engine)
+        samples, _ = played(engine, Searching if inline else Scripted)
     scorer = LocalTeacher(teacher, name="t", vocab_size=NUM_ROWS)
     scores = scorer.score(samples, frozenset({"sampled"}))
     for sample, score in zip(samples, scores, strict=True):
@@ -436,6 +441,29 @@ class Searching(Scripted):
         return Step(({"role": "tool", "content": self.says},), done=len(self.heard) == 2, inline=True)
 
 
+def test_where_rows_are_looked_at_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU looks for strings every few tokens: what was sampled behind one is dropped, and the draws stay."""
+
+    def looking(every: int) -> list[Sample]:
+        plain = Decoder.__init__
+
+        def init(self: Decoder, *args: Any, **options: Any) -> None:
+            plain(self, *args, **options)
+            self._check_every = every
+
+        with monkeypatch.context() as patch, engine_of("hf", model_of(), Path()) as engine:
+            patch.setattr(Decoder, "__init__", init)
+            given = [replace(one, stop=Searching.stop) for one in requests(num_prompts=8)]
+            return engine.generate(given, SHORT, step=0)
+
+    often, seldom = looking(1), looking(8)
+    assert [one.token_ids.tolist() for one in often] == [one.token_ids.tolist() for one in seldom]
+    assert [(one.finish, one.text) for one in often] == [(one.finish, one.text) for one in seldom]
+    assert len({one.num_response_tokens % 8 for one in often if one.finish == "stop"}) > 2
+    for one, other in zip(often, seldom, strict=True):
+        assert torch.allclose(one.rollout_logprob, other.rollout_logprob, atol=1e-5, equal_nan=True)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["hf", "vllm"])
 def test_a_string_ends_a_turn(tmp_path: Path, kind: str) -> None:
     """At the token that completes it; until then the draws are those of an engine that knows no such string."""
@@ -462,6 +490,47 @@ def test_a_string_ends_a_turn(tmp_path: Path, kind: str) -> None:
         assert TOKENIZER.decode(student, skip_special_tokens=True).startswith(said)
         for heard in environment.heard:
             assert not any(one in heard[:-1] for one in Searching.stop)
+
+
+def test_a_string_is_found_at_the_token_that_completes_it() -> None:
+    """Also where a token holds more than its end, and where bytes of a character are split."""
+    tokenizer = byte_tokenizer(chat=False)
+    ids = tokenizer("\u00e9</search> more </answer>")["input_ids"]
+    assert tokenizer.decode(ids[: find_stop(ids, ("</answer>", "</search>"), tokenizer)]) == "\u00e9</search>"
+    assert find_stop(ids[:10], ("</search>",), tokenizer) is None
+    assert find_stop(ids, (), tokenizer) is None
+    assert find_stop([], ("a",), tokenizer) is None
+    assert find_stop(ids, ("\u00e9",), tokenizer) == 2
+
+
+def test_a_token_that_holds_more_than_the_string_stays(shared: Path) -> None:
+    tokenizer = load_tokenizer(str(shared / "tokenizers" / "qwen"))
+    ids = tokenizer("<search>moon</search>\n\n<answer>1")["input_ids"]
+    num = find_stop(ids, ("</search>",), tokenizer)
+    assert tokenizer.decode(ids[:num]) == "<search>moon</search>\n\n"
+    found = Renderer(tokenizer).read(torch.tensor(ids[:num])).tagged
+    assert found == ToolCall("moon", "search")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_interruption_may_split_a_string(tmp_path: Path, grouped: bool) -> None:
+    """Each reply then has a part of it, and no server sees the whole."""
+    model, given = model_of(), [replace(one, stop=("CC", "E")) for one in requests(num_prompts=6)]
+    slow = {"token_latency": lambda _: 0.01}
+    with make_engine(model, tmp_path, sampling=SHORT, stub=slow, grouped=grouped) as (engine, _):
+        push(engine, model, 1)
+        plain = engine.generate(given, SHORT, step=0)
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(engine.generate, given, SHORT, step=0)
+            for version in range(2, 6):
+                time.sleep(0.1)
+                push(engine, model, version)
+            samples = writing.result()
+        assert any("CC" in one.text or "E" in one.text for one in plain)
+    for sample in samples:
+        check_logprob(model, sample)
+        for stop in ("CC", "E"):
+            assert stop not in TOKENIZER.decode(sample.response_ids[:-1], skip_special_tokens=True)
 
 
 class Speaks:

@@ -465,7 +465,7 @@ SEARCHED = "<search>moon</search>"
 def tiny_agent(path: Path, *, seed: int, train_first: bool = False) -> str:
     """A model of bytes; `train_first`: until it begins with a search."""
     tokenizer = byte_tokenizer(chat=False)
-    size = {"architecture": "llama", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 512}
+    size = {"architecture": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 512}
     model = build_causal_lm(
         size, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=None, seed=seed
     )
