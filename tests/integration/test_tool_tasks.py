@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from tests.chat_server import ChatServer, says
+from tests.integration.test_verbal import CHATML, byte_tokenizer
+from tests.runs import BUILD, metric_rows, train
 from understudy.environments.play import play
 from understudy.environments.tau import UserModel
 from understudy.errors import DataError, RecipeError
-from understudy.models import load_tokenizer
+from understudy.models import build_causal_lm, load_tokenizer, save_hf
 from understudy.sandbox import Process
 from understudy.tasks import DATASETS, Calls, Customers, Mathematics, Renderer
+from understudy.tasks.audit import audit
 from understudy.tasks.overlap import num_repeated, overlap
 from understudy.types import Author, Prompt, Request, Sample, Sampling
 
@@ -44,7 +47,7 @@ def test_every_reference_answer_is_right(shared: Path, category: str, num: int) 
     task = calls(shared, category)
     prompts = task.prompts("test")
     assert len(prompts) == num
-    golds = [task.gold(prompt) for prompt in prompts]
+    golds = [task.gold(prompt)[0] for prompt in prompts]
     wrong = {key(prompt) for prompt, gold in zip(prompts, golds, strict=True) if not task.grade(prompt, gold).right}
     assert wrong <= DATASETS["bfcl"].mistakes.keys()
     assert not any(task.grade(prompt, "").right for prompt in prompts)
@@ -53,6 +56,16 @@ def test_every_reference_answer_is_right(shared: Path, category: str, num: int) 
         # some questions stand twice, and all questions without a function have the same answer
         if gold != other:
             assert not task.grade(prompt, other).right, (prompt.id, other)
+
+
+@pytest.mark.parametrize("category", ["live_simple", "irrelevance"])
+def test_an_audit_finds_known_mistakes_only(shared: Path, category: str) -> None:
+    task = calls(shared, category)
+    found = audit(task, task.prompts("test"))
+    assert not found.failed
+    # some questions share their accepted call
+    wrong = [one for one in found.surprises if one.case.kind != "of another problem"]
+    assert len(wrong) == (2 if category == "live_simple" else 0)
 
 
 def test_the_known_mistakes_are_of_the_data(shared: Path) -> None:
@@ -74,7 +87,7 @@ def test_every_accepted_value_is_accepted(shared: Path, category: str) -> None:
     for prompt in task.prompts("test"):
         assert prompt.reference is not None
         ((_, arguments),) = json.loads(prompt.reference[0])[0].items()
-        call = json.loads(task.gold(prompt).removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
+        call = json.loads(task.gold(prompt)[0].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
         for name, value in options(arguments):
             changed = {**call, "arguments": {**call["arguments"], name: value}}
             grade = task.grade(prompt, f"<tool_call>{json.dumps(changed)}</tool_call>")
@@ -176,7 +189,7 @@ def as_call(name: str, arguments: Any) -> str:
 def test_calls_are_graded_by_their_environment(shared: Path) -> None:
     task = calls(shared, "parallel")
     prompts = task.prompts("test")[:4]
-    turns = {prompt.id: [f"<think>\nhm\n</think>\n\n{task.gold(prompt)}"] for prompt in prompts[:3]}
+    turns = {prompt.id: [f"<think>\nhm\n</think>\n\n{task.gold(prompt)[0]}"] for prompt in prompts[:3]}
     turns[prompts[3].id] = ["<tool_call>{oops</tool_call>"]
     samples = played(shared, task, prompts, turns)
     assert [sample.grade.score for sample in samples if sample.grade] == [1, 1, 1, 0]
@@ -290,3 +303,33 @@ def test_programs_run_before_the_answer(shared: Path) -> None:
     assert Mathematics(dataset="gsm8k").environment(right).max_turns == 1
     with pytest.raises(ValueError, match="needs a chat"):
         Mathematics(dataset="gsm8k", python=sandbox, chat=False)
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_calls(tmp_path: Path, shared: Path) -> None:
+    """Two tiny models of bytes, whose template shows the functions; the evaluation grades by the environment."""
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    models = {}
+    for seed, name in enumerate(("student", "teacher")):
+        sizes = BUILD | {"max_position_embeddings": 4096}
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+        model = build_causal_lm(sizes, vocab_size=len(tokenizer), seed=seed, **ids)
+        models[name] = str(tmp_path / name)
+        save_hf(model, tokenizer, models[name])
+    rows = str(shared / "data" / "bfcl_v4" / "parallel.jsonl")
+    run_dir = train(
+        tmp_path,
+        student={"model": models["student"], "build": None},
+        teacher={"type": "local", "model": models["teacher"]},
+        task={"type": "calls", "dataset": "bfcl", "path": rows, "test_path": rows},
+        method={"type": "gkd"},
+        sampling={"max_new_tokens": 6},
+        train={"steps": 2, "prompts_per_step": 2, "save_samples_every": 1},
+        eval={"every": 2, "problems": 3, "split": "test"},
+    )
+    assert len(metric_rows(run_dir)) == 2
+    saved = [json.loads(line) for line in (run_dir / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(saved) == 2
+    graded = [json.loads(line) for line in (run_dir / "eval" / "step_000002.jsonl").read_text().splitlines()]
+    assert {row["score"] for row in graded} == {0.0}

@@ -110,12 +110,9 @@ def check_package() -> None:
 
 
 def _connect(server: Server) -> AbstractContextManager[Any]:
-    try:
-        from websockets.sync.client import connect
-    except ImportError:
-        raise RecipeError(
-            "environments by URL need the package websockets; run: pip install 'understudy[openenv]'"
-        ) from None
+    check_package()
+    from websockets.sync.client import connect
+
     address = f"{server.url.rstrip('/')}/ws".replace("http", "ws", 1)
     # loopback is never behind a proxy of the environment
     proxy = None if any(f"//{host}" in address for host in ("127.0.0.1", "localhost", "[::1]")) else True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,11 +51,13 @@ class Calls(Named):
 
         return Graded(grade)
 
-    def gold(self, prompt: Prompt) -> str:
+    def gold(self, prompt: Prompt) -> Sequence[str]:
         """A response that the reference accepts, in the format of Hermes and Qwen."""
-        calls = gold_calls((prompt.reference or ("[]",))[0], prompt.tools or ())
+        if prompt.reference is None or self.verifier != "calls":
+            return super().gold(prompt)
+        calls = gold_calls(prompt.reference[0], prompt.tools or ())
         told = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
-        return "\n".join(told) or "None of these functions can answer this."
+        return ("\n".join(told) or "None of these functions can answer this.",)
 
     def _conversation(
         self, place: str, row: Mapping[str, Any]

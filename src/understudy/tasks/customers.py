@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -129,6 +129,10 @@ class Customers(Named):
             deadline_s=self.step_deadline_s,
             **options,
         )
+
+    def gold(self, prompt: Prompt) -> Sequence[str]:
+        """None: a response alone is no episode."""
+        return ()
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """Episodes that come to their end are graded there, so this one did not."""

@@ -75,6 +75,10 @@ class OpenEnv(Server, Task):
         """Raises RecipeError where the package for connections is missing; nothing is sent."""
         check_package()
 
+    def gold(self, prompt: Prompt) -> Sequence[str]:
+        """None: nobody knows one."""
+        return ()
+
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """Episodes that come to their end are graded there, so this one did not."""
         return Grade(0.0, note=_ENDED_EARLY)
