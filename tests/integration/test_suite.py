@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.runs import save_tiny_model, write_recipe
 from understudy import api
 from understudy.errors import RecipeError
 from understudy.eval.suite import SUITES, read_suite
-from understudy.types import Sampling
+from understudy.eval.summary import summarise
+from understudy.tasks import File
+from understudy.types import Author, Grade, Prompt, Sample, Sampling
 
 SUMS = {"type": "arithmetic", "digits": 1}
 LONG = {"type": "arithmetic", "digits": 2}
@@ -108,3 +111,28 @@ def test_each_part_of_a_mix_has_a_score(tmp_path: Path) -> None:
     assert metrics["sums/avg@2"].num_problems == metrics["long/avg@2"].num_problems == 3
     mean = (metrics["sums/avg@2"].value + metrics["long/avg@2"].value) / 2
     assert metrics["avg@2"].value == pytest.approx(mean)
+
+
+def test_equal_answers_are_one_vote() -> None:
+    task = File(path="x.jsonl", prompt_field="q", reference_field="a")
+    prompt = Prompt("a", text="x", reference=("7",))
+    ids, author = torch.tensor([0, 1]), torch.tensor([Author.PROMPT, Author.STUDENT], dtype=torch.uint8)
+
+    def majority(*answers: str | None, reference: str = "7") -> float:
+        asked = Prompt("a", text="x", reference=(reference,))
+        samples = [
+            Sample(asked, index, ids, author, 1, "stop", str(answer), grade=task.grade(asked, f"\\boxed{{{answer}}}"))
+            if answer is not None
+            else Sample(asked, index, ids, author, 1, "stop", "", grade=Grade(0.0))
+            for index, answer in enumerate(answers)
+        ]
+        found = summarise(samples, step=0, split="test", eos_ids=[1], same_answer=task.same_answer)
+        return found.metrics[f"maj@{len(answers)}"].value
+
+    assert task.same_answer(prompt, "0.5", "\\frac{1}{2}")
+    assert not task.same_answer(prompt, "0.5", "2")
+    # spelled as they are, three wrong answers would lose to two right ones
+    assert majority("1/2", "0.5", "\\frac12", "7", "7") == 0.0
+    assert majority("7.0", "7", "14/2", "3", "3") == 1.0
+    assert majority("1/2", "0.5", "7", "7") == 0.5
+    assert majority(None, None, "7", "3") == 0.5

@@ -87,6 +87,7 @@ def run_eval(
         eos_ids=renderer.stop_ids,
         too_long=len(prompts) - len(fitting),
         sampling=asdict(sampling),
+        same_answer=task.same_answer,
     )
     parts: dict[str, list[Sample]] = {}
     for sample in samples:

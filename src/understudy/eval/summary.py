@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from understudy.eval.estimators import (
     pass_power_k,
 )
 from understudy.format import is_rate
-from understudy.types import Author, Sample
+from understudy.types import Author, Prompt, Sample
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ def summarise(
     eos_ids: Collection[int],
     too_long: int = 0,
     sampling: Mapping[str, float] | None = None,
+    same_answer: Callable[[Prompt, str, str], bool] | None = None,
 ) -> EvalSummary:
     """avg@n, pass@k, pass^k, maj@n, score/NAME, mean_tokens, truncated and no_eos, each a mean over problems with its interval.
 
     n is the number of samples of each prompt, k the powers of two below it and n itself. The first four are over problems
-    whose samples all have scores, `score/NAME` over those of them whose samples all have that score in `Grade.also`. Raises
-    ValueError for no samples, or more of one prompt than of another.
+    whose samples all have scores, `score/NAME` over those of them whose samples all have that score in `Grade.also`.
+    `same_answer` says which answers are one vote of the majority; without it those that are spelled alike. Raises ValueError
+    for no samples, or more of one prompt than of another.
     """
     problems: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -77,6 +80,11 @@ def summarise(
             values[f"pass@{k}"] = pass_at_k(num_right, num, k)
             if k > 1:
                 values[f"pass^{k}"] = pass_power_k(num_right, num, k)
+        if same_answer is not None and num > 1:
+            answers = [
+                _votes(given, row, partial(same_answer, attempts[0].prompt))
+                for attempts, given, row in zip(scored, answers, scores, strict=True)
+            ]
         majority = [majority_score(given, list(row)) for given, row in zip(answers, scores, strict=True)]
         values[f"maj@{num}"] = np.array(majority)
         for name in dict.fromkeys(name for row in scored for item in row if item.grade for name in item.grade.also):
@@ -111,6 +119,26 @@ def summarise(
         too_long=too_long,
         sampling=sampling or {},
     )
+
+
+def _votes(
+    answers: Sequence[str | None], scores: NDArray[np.float64], same: Callable[[str, str], bool]
+) -> list[str | None]:
+    """Answers with one spelling for all that are the same; right ones are, for each is one that the reference accepts."""
+    known: list[str] = []
+    right: str | None = None
+    votes: list[str | None] = []
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is None:
+            votes.append(None)
+        elif score >= RIGHT:
+            right = answer if right is None else right
+            votes.append(right)
+        else:
+            vote = next((one for one in known if same(answer, one)), answer)
+            known += [] if vote in known else [vote]
+            votes.append(vote)
+    return votes
 
 
 def read_summaries(folder: Path) -> list[EvalSummary]:

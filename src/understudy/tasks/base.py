@@ -61,6 +61,10 @@ class Task(ABC):
         """The reward of one response in training: its grade. None: nobody can judge it, so it is left out."""
         return self.grade(prompt, text)
 
+    def same_answer(self, prompt: Prompt, one: str, other: str) -> bool:
+        """Whether two answers, as the verifier read them, are one vote of a majority; here where they are spelled alike."""
+        return one == other
+
     def gold(self, prompt: Prompt) -> Sequence[str]:
         """Responses that are right, one for each accepted answer; none where nobody knows one."""
         return (prompt.solution,) if prompt.solution is not None else prompt.reference or ()

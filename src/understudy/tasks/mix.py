@@ -152,6 +152,10 @@ class Mix(Task):
         """The reward of the part that the prompt comes from."""
         return self._part(prompt).reward(prompt, text)
 
+    def same_answer(self, prompt: Prompt, one: str, other: str) -> bool:
+        """What the prompt's part says."""
+        return self._part(prompt).same_answer(prompt, one, other)
+
     def gold(self, prompt: Prompt) -> Sequence[str]:
         """The right responses that the prompt's part knows."""
         return self._part(prompt).gold(prompt)

@@ -217,6 +217,10 @@ class Records(Task):
             raise DataError(f"prompt {prompt.id} has no reference to grade with; set task.reference_field")
         return find_verifier(self.verifier)(text, prompt.reference)
 
+    def same_answer(self, prompt: Prompt, one: str, other: str) -> bool:
+        """Where the verifier `math` finds one equal to the other: 0.5 and 1/2 are one vote."""
+        return one == other or (self.verifier == "math" and find_verifier("math")(f"\\boxed{{{one}}}", other).right)
+
     def gold(self, prompt: Prompt) -> Sequence[str]:
         if self.verifier == "instructions":
             return ()
