@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.runs import metric_rows, save_tiny_model, tiny_recipe, train, train_in_two
+from tests.runs import metric_rows, save_tiny_model, tiny_recipe, train, train_in_two, write_recipe
 from tests.vision_models import FAMILIES, draw_image, save_vision_model, tokenizer_for, write_rows
 from understudy import config
+from understudy.cli import recording
 from understudy.errors import DataError, RecipeError, VocabularyError
 from understudy.models import load_tokenizer, load_vision
 from understudy.recipe import Recipe
@@ -123,6 +124,26 @@ def test_a_teacher_with_a_worked_solution_sees_the_image(tmp_path: Path) -> None
     teacher = {"type": "privileged", "template": "{reference}. {prompt}"}
     ended = train(tmp_path / "run", **recipe(tmp_path / "models", teacher=teacher))
     assert len(metric_rows(ended)) == 5
+
+
+@pytest.mark.slow
+def test_a_teacher_writes_responses_to_prompts_with_images(tmp_path: Path) -> None:
+    values = recipe(tmp_path / "models", "llava", method={"type": "sft"}, responses={"type": "teacher"})
+    # a random model seldom ends a response, and what does not end is no response
+    values["sampling"] = {"max_new_tokens": 60}
+    ended = train(tmp_path / "run", **values)
+    assert metric_rows(ended)
+
+
+@pytest.mark.slow
+def test_scores_of_prompts_with_images_are_recorded_and_replayed(tmp_path: Path) -> None:
+    values = recipe(tmp_path / "models", method={"type": "opd"}, train={"steps": 1, "prompts_per_step": 3, "lr": 1e-2})
+    path, out = write_recipe(tmp_path, **values), tmp_path / "recorded"
+    assert recording.record(path, [], out=out, prompts=3, samples=1, k=None) == "finished"
+    beside = train(tmp_path / "beside", **values)
+    replayed = train(tmp_path / "replayed", **values | {"teacher": {"type": "stored", "path": str(out)}})
+    losses = [[row["loss"] for row in metric_rows(run)] for run in (beside, replayed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------------

@@ -391,7 +391,7 @@ def _images_are_read(recipe: Recipe) -> None:
         if not section.reads_images:
             raise ValueError(
                 f"the prompts have images, which {place} ({section.shown}) is not shown; take a teacher that is loaded here "
-                "(type local, privileged or verifier)"
+                "(type local, privileged or verifier), or what one recorded (stored)"
             )
 
 

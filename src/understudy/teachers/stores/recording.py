@@ -233,6 +233,8 @@ class Stored(TeacherSection):
 
     alone = True
     replays = True
+    # its samples are of the task's prompts, which have them
+    reads_images = True
 
     path: str
     """The directory of the recording."""
