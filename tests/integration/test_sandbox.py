@@ -566,6 +566,14 @@ def test_a_message_of_the_wrong_form_is_refused() -> None:
         inside.encode([object()])
 
 
+def test_what_runs_inside_imports_little() -> None:
+    """Each import costs every program milliseconds."""
+    text = Path(inside.__file__).read_text(encoding="utf-8")
+    command = [sys.executable, "-I", "-S", "-c", f"{text}\nprint(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"typing", "collections", "re", "json", "enum", "functools"} & set(loaded)
+
+
 # where a sandbox cannot be had
 
 

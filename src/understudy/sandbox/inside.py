@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from os import _exit as end_now
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    # these two take longer than all else of a short program
+    from collections.abc import Iterator
+    from typing import Any
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Longer messages from the program end its tests."""
@@ -261,7 +265,8 @@ def module(name: str) -> dict[str, Any]:
 def serve(code: str, channel: Channel) -> None:
     """Runs a program, then answers for what it has defined until nobody asks any more."""
     channel.send(STARTED)
-    objects, numbers = list[Any](), dict[int, int]()
+    objects: list[Any] = []
+    numbers: dict[int, int] = {}
 
     def handle(value: Any) -> int:
         if id(value) not in numbers:
