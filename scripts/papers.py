@@ -224,18 +224,16 @@ def used(values: Any) -> set[tuple[str, str]]:
     return found | {(values.get("dataset") or Path(path).stem, path) for path in paths}
 
 
-def rows(name: str) -> Iterator[dict[str, Any]]:
-    """Rows with sums in the fields of a data set, each of which meets its conditions."""
+def rows(name: str, file: str) -> Iterator[dict[str, Any]]:
+    """Rows of a file with sums in the fields of a data set, each of which meets its conditions."""
     data = DATASETS.get(name)
     keys: Mapping[str, Any] = {"prompt_field": "prompt"} if data is None else data.keys
     if name.startswith("openthoughts3"):
         keys = {"prompt_field": "conversations", "where": [f"domain = {name.rpartition('-')[2]}"]}
-    if name.startswith("geometry3k"):
-        keys = {"prompt_field": "problem", "reference_field": "answer", "image_field": "images"}
     for index in range(NUM_ROWS):
         first, second = 10 + index, 7 * index % 90
-        # two data sets have no problem in common
-        asked, answer = f"{first} + {second} ({name})", str(first + second)
+        # two files have no problem in common
+        asked, answer = f"{first} + {second} ({file})", str(first + second)
         found: dict[str, Any] = {}
         if keys["prompt_field"] == "conversations":
             found["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
@@ -334,7 +332,7 @@ def make_parts() -> None:
             save_vision_model(PARTS / f"vision-{name}", "qwen2_5_vl", seed=seed)
     for mini in RECIPES.glob("*.mini.yaml"):
         for name, path in used(config.read_yaml(mini)):
-            Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows(name)))
+            Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows(name, Path(path).stem)))
 
 
 @contextmanager

@@ -66,8 +66,7 @@ def leaves(name: str) -> dict[str, Any]:
     found = config.flatten(config.read_yaml(FOLDER / f"{name}.yaml"))
     for key in [key for key, value in found.items() if key.endswith(".type") and value == "hub"]:
         found[key] = "file"
-        for name in ("dataset", "split_test"):
-            found.pop(key.removesuffix("type") + name, None)
+        del found[key.removesuffix("type") + "dataset"]
     return found
 
 
