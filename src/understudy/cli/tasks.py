@@ -33,7 +33,8 @@ def show_all() -> None:
             splits = ", ".join(
                 f"{split} {data.sizes[split]:,}" if split in data.sizes else split for split in data.splits
             )
-            verifier = str(getattr(TASKS[data.task], "verifier", ""))
+            kind = TASKS[data.task]
+            verifier = str(getattr(kind, "graded_by", getattr(kind, "verifier", "")))
             rows.append([name, data.task, splits, verifier, data.licence, data.hub])
         console.table("data sets", ["dataset", "type", "splits and rows", "verifier", "licence", "hub"], rows)
         kinds = {

@@ -35,6 +35,8 @@ class Customers(Named):
     """
 
     kind: ClassVar[str] = "customers"
+    graded_by: ClassVar[str] = "data base"
+    """In the list of data sets, in place of the verifier."""
 
     domain: str = ""
     """`retail` or `airline`; empty: that of the data set."""
