@@ -324,7 +324,7 @@ def test_nobody_outside_can_be_reached(box: Bubblewrap) -> None:
 def test_a_pool_takes_hundreds(short: Bubblewrap) -> None:
     """Each gets its own result, and one that hangs holds up no other for longer than its deadline."""
     programs = [script(f"print({n})") for n in range(120)]
-    programs[7], programs[50] = script("while True: pass"), script("import os; os.kill(os.getpid(), 11)")
+    programs[7], programs[50] = script("while True: pass"), script("import ctypes; ctypes.string_at(0)")
     programs[60:80] = [graded(RIGHT if n % 2 else RIGHT.replace("*", "+")) for n in range(20)]
     with nothing_left():
         results = short.run_many(programs)
@@ -338,6 +338,25 @@ def test_a_pool_takes_hundreds(short: Bubblewrap) -> None:
         else:
             assert result.stdout == f"{number}\n"
     assert short.run_many([]) == []
+
+
+def test_no_orphan_is_left_to_be_adopted(box: Bubblewrap) -> None:
+    """In a container where the trainer is the first process, it would be its own for good."""
+    code = f"""
+        import ctypes, os
+        from understudy.sandbox import *
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come to this process
+        box = Bubblewrap(wall_s=2)
+        graded = Program({RIGHT!r}, tests={TESTS!r}, names=("square",))
+        for program in (graded, Program("1"), Program("import time; time.sleep(100)"), Program("while True: print(1)")):
+            box.run(program)
+        try:
+            print(os.waitpid(-1, os.WNOHANG))
+        except ChildProcessError:
+            print("none")
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert run.stdout == "none\n"
 
 
 def test_refused_programs(box: Bubblewrap) -> None:

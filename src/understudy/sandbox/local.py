@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import re
 import select
 import shutil
 import signal
@@ -15,7 +16,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -95,6 +96,10 @@ class Local(Sandbox):
             stack.callback(_close, descriptors)
             descriptors.append(_file(inside.framed(_bytecode()) + inside.framed(inside.encode(told))))
             job = descriptors[0]
+            # where bubblewrap says which process is the first of its namespace
+            told_by, tells = os.pipe()
+            stack.callback(os.close, told_by)
+            descriptors.append(tells)
             command = self._command(descriptors, packages)
             folder = None
             if not command:
@@ -116,7 +121,7 @@ class Local(Sandbox):
                 try:
                     yield running
                 finally:
-                    _end(running)
+                    _end(running, told_by)
 
     def _run(self, program: Program) -> Result:
         need_linux("bubblewrap or process")
@@ -325,7 +330,9 @@ def _setup() -> _Setup:
 
 
 def _bubblewrap(setup: _Setup, extra: list[int], tmp_mb: int, packages: Sequence[str]) -> list[str]:
-    """The command before the interpreter; the descriptor of its filter is added to `extra`."""
+    """The command before the interpreter; the descriptor of its filter is added to `extra`, whose last one gets the facts
+    of the namespace."""
+    info = ["--info-fd", str(extra[-1])] if extra else []
     try:
         extra.append(_file(filter_program(threads=setup.threads)))
     except ValueError as error:
@@ -342,7 +349,8 @@ def _bubblewrap(setup: _Setup, extra: list[int], tmp_mb: int, packages: Sequence
         *("--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"),
         # numpy would start a thread for each processor
         *("--setenv", "OPENBLAS_NUM_THREADS", "1", "--setenv", "OMP_NUM_THREADS", "1"),
-        *("--die-with-parent", "--new-session", "--seccomp", str(extra[-1])),
+        # without a first process between: bubblewrap leaves that behind for whoever adopts orphans, often nobody
+        *("--as-pid-1", "--die-with-parent", "--new-session", "--seccomp", str(extra[-1]), *info),
         # no /proc: there is nothing in it that a program for a task needs
         *shown,
         *links,
@@ -423,11 +431,28 @@ def _read(files: Sequence[IO[bytes]], end: float, most: int) -> tuple[list[bytes
     return [bytes(content[:most]) for content in contents.values()], stopped
 
 
-def _end(running: subprocess.Popen[bytes]) -> None:
-    """Kills it with what it has started: of bubblewrap's namespace the first process dies with it, and all others with that."""
-    if running.poll() is None:
+def _end(running: subprocess.Popen[bytes], told_by: int) -> None:
+    """Kills it with what it has started.
+
+    Of bubblewrap it kills the one process of the namespace, which bubblewrap waits for. To kill bubblewrap instead would leave
+    that process to whoever adopts orphans, and in many containers nobody does.
+    """
+    if running.poll() is not None:
+        return
+    os.set_blocking(told_by, False)
+    try:
+        told = os.read(told_by, 4096)
+    except BlockingIOError:
+        told = b""
+    if first := re.search(rb'"child-pid": (\d+)', told):
+        with suppress(ProcessLookupError):
+            os.kill(int(first[1]), signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            running.wait(_LINGER_S)
+            return
+    with suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
+    running.wait()
 
 
 def _status(running: subprocess.Popen[bytes]) -> int:
