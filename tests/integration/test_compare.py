@@ -170,7 +170,7 @@ def test_the_fewest_sections_are_left_out_and_only_those_that_the_method_never_r
     assert dropped({"type": "grpo", "kl_coef": 0.1}, **named) == ("teachers", "references")
     # the responses that a method reads are never exchanged for others, nor is one teacher chosen of two
     for method in ({"type": "gkd", "on_policy_share": 0.5}, {"type": "sft"}):
-        with pytest.raises(RecipeError, match="only one teacher of type local or chat writes responses"):
+        with pytest.raises(RecipeError, match="only one teacher of type local, verbal or chat writes responses"):
             dropped(method, responses=written, **several)
     with pytest.raises(RecipeError, match="teacher and teachers are both given"):
         dropped({"type": "gkd"}, teachers=several["teachers"])

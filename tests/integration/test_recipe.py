@@ -491,7 +491,9 @@ def test_a_signal_while_loading_is_one_sentence(
     monkeypatch.setattr(runs, "assemble", lambda *_: signal.raise_signal(number))
     monkeypatch.setattr("sys.argv", ["understudy", "train", str(write_recipe(tmp_path))])
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, *ENDING)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
+    # tests that run under nohup or in the background of a shell ignore them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as stop:
             main()

@@ -47,7 +47,7 @@ class _Commands(TyperGroup):
             wrong: Any = error
             near = set(wrong.possibilities or ()) - {"--help"}
             takes_keys = any(one.name == "overrides" for one in wrong.ctx.command.params)
-            if near or not takes_keys or not (meant := _key_for(wrong.option_name)):
+            if not takes_keys or not (meant := _key_for(wrong.option_name, exactly=bool(near))):
                 raise
             raise RecipeError(
                 f"there is no option {wrong.option_name}; keys of the recipe are given as KEY=VALUE, such as "
@@ -55,14 +55,20 @@ class _Commands(TyperGroup):
             ) from error
 
 
-def _key_for(option: str) -> str | None:
-    """The hint to the key that an unknown option stands for; None where no key is near."""
+def _key_for(option: str, *, exactly: bool) -> str | None:
+    """The hint to the key that an unknown option stands for; None where no key is near.
+
+    `exactly`: only where the option is the last word of a key, because it is near to an option too.
+    """
     from understudy import config
     from understudy.recipe import Recipe
 
     name = option.lstrip("-").replace("-", "_")
-    if name in dict(config.places(Recipe)):
+    keys = dict(config.places(Recipe))
+    if name in keys:
         return f"the key is {name}"
+    if exactly and not any(key.endswith(f".{name}") for key in keys):
+        return None
     try:
         config.parse(Recipe, config.override({}, [f"{name}=null"]))
     except RecipeError as error:

@@ -351,11 +351,13 @@ def _bubblewrap(setup: _Setup, extra: list[int], tmp_mb: int, packages: Sequence
         *("--setenv", "OPENBLAS_NUM_THREADS", "1", "--setenv", "OMP_NUM_THREADS", "1"),
         # without a first process between: bubblewrap leaves that behind for whoever adopts orphans, often nobody
         *("--as-pid-1", "--die-with-parent", "--new-session", "--seccomp", str(extra[-1]), *info),
+        # before what is shown, which may lie below it
+        *("--size", str(tmp_mb * 2**20), "--tmpfs", "/tmp"),  # noqa: S108
         # no /proc: there is nothing in it that a program for a task needs
         *shown,
         *links,
         *devices,
-        *("--size", str(tmp_mb * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/", "--"),  # noqa: S108
+        *("--chdir", "/tmp", "--remount-ro", "/", "--"),  # noqa: S108
     ]
 
 
