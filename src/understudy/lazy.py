@@ -5,10 +5,25 @@ Every module takes torch from here. It stands for `lazy import torch` (PEP 810),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Inside, the garbage collector rests: an import makes no garbage, and looking for it takes a tenth of torch's import."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
 
 if TYPE_CHECKING:
     import safetensors.torch as safetensors
@@ -23,14 +38,15 @@ else:
 
         def __getattr__(self, name: str) -> Any:
             if self._module is None:
-                self._module = import_module(self.__name__)
+                with importing():
+                    self._module = import_module(self.__name__)
             return getattr(self._module, name)
 
     torch, nn, safetensors = _Lazy("torch"), _Lazy("torch.nn"), _Lazy("safetensors.torch")
     # for annotations; `isinstance` needs torch.Tensor
     Tensor = Any
 
-__all__ = ["Tensor", "nn", "no_grad", "safetensors", "torch"]
+__all__ = ["Tensor", "importing", "nn", "no_grad", "safetensors", "torch"]
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from understudy import given
 from understudy.errors import RecipeError, nearest
 from understudy.hub import unreachable
-from understudy.lazy import Tensor, nn, no_grad, torch
+from understudy.lazy import Tensor, importing, nn, no_grad, torch
 from understudy.models.backbone import decoder_of, evaluating, positions_of, unwrap, vision_of
 from understudy.models.vision import Vision
 
@@ -364,7 +364,8 @@ def config_on_disk(path: str | None, build: Mapping[str, Any] | None = None) -> 
 
     Raises RecipeError for one that transformers does not know.
     """
-    from transformers import AutoConfig
+    with importing():
+        from transformers import AutoConfig
 
     if path is not None and (pair := given.find(path)) is not None:
         return pair[0].config.get_text_config()

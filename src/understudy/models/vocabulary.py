@@ -9,7 +9,7 @@ from typing import Any
 
 from understudy import given
 from understudy.errors import RecipeError, VocabularyError
-from understudy.lazy import nn
+from understudy.lazy import importing, nn
 from understudy.models.backbone import unwrap
 from understudy.models.load import locate, read_settings, said_by
 
@@ -22,7 +22,8 @@ _SHOWN = 5
 
 def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Any:
     """A Hugging Face tokenizer. Raises RecipeError where none can be loaded."""
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     if (pair := given.find(path_or_name)) is not None:
         return pair[1]
