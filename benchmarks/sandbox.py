@@ -1,4 +1,4 @@
-"""What a sandbox costs: programs per second, and processor time of each, beside a bare `python -c pass`.
+"""Cost of a sandbox: programs per second, and processor time of each, beside a bare `python -c pass`.
 
 python benchmarks/sandbox.py --programs 200
 python benchmarks/sandbox.py --data ../shared/data/humaneval/HumanEval.jsonl

@@ -48,7 +48,7 @@ PARTS = Path("runs/papers/parts")
 
 @dataclass(frozen=True)
 class Size:
-    """What a model's arithmetic is counted from."""
+    """Sizes from which a model's arithmetic is counted."""
 
     parameters: float
     """Those that one token goes through: of a mixture of experts the active ones."""
@@ -126,7 +126,7 @@ def recipes() -> dict[str, Path]:
 
 
 def said(path: Path) -> dict[str, str]:
-    """What the comment at a recipe's head says: its source, what is open in it, its cost."""
+    """Reads the comment at a recipe's head: its source, what is open in it, its cost."""
     lines = [line[1:].strip() for line in path.read_text().splitlines()[1:] if line.startswith("#")]
     found = re.findall(r"(Source|Open|Cost): (.*?)(?= (?:Source|Open|Cost): |$)", " ".join(lines))
     return dict(found)
@@ -152,7 +152,7 @@ def table_row(name: str, recipe: Recipe) -> str:
 
 
 def blocks() -> dict[str, str]:
-    """What the page says of the recipes, by the names of the places."""
+    """The texts of the page about the recipes, by the names of their places."""
     names = [
         "recipe",
         "method",
@@ -197,7 +197,7 @@ TEMPLATE = (
 SIZES: Mapping[str, int] = {"student": 32, "teacher": 48, "base": 48}
 NUM_ROWS = 24
 END_LOGIT = 3.0
-"""Of the token that ends a response; those of the others are near 0. A teacher that hardly ever ended would give no prefix."""
+"""Logit of the token that ends a response; the others are near 0. A teacher that hardly ever ended would give no prefix."""
 
 
 def build_tokenizer() -> Any:
@@ -376,7 +376,7 @@ def servers() -> Iterator[str]:
 
 
 def overrides(path: Path, address: str) -> list[str]:
-    """What a miniature needs beside its file: the address of its judge and of its search service, if it asks any."""
+    """Keys that a miniature needs beside its file: the address of its judge and of its search service, if it asks any."""
     asked = [key for key in config.flatten(config.read_yaml(path)) if key.endswith(".url")]
     return [f"{key}={address}" for key in asked]
 

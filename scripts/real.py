@@ -424,7 +424,7 @@ def divergence_rows(kind: str, name: str, label: str, at: object) -> Iterator[li
 
 
 def rows_of(name: str, label: str) -> Iterator[list[object]]:
-    """What is measured of one model. The whole has no divergence to itself, and its perplexity stands in another's file."""
+    """Measures one model. The whole has no divergence to itself, and its perplexity stands in another's file."""
     if name != "whole":
         yield from divergence_rows("row", name, label, "")
     key, measured = ("teacher_nll", "warm") if name == "whole" else ("nll", name)

@@ -27,7 +27,7 @@ _CLOSE_S = 2.0
 
 @dataclass(frozen=True)
 class Seen:
-    """What the environment answers to a reset or a step."""
+    """The environment's answer to a reset or a step."""
 
     observation: Mapping[str, Any]
     reward: float | None
@@ -36,7 +36,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where environments are, and how texts become actions and observations texts."""
+    """A server of environments, and how strings become actions and observations become strings."""
 
     url: str
     """The base, such as http://host:8000."""
@@ -54,7 +54,7 @@ class Server:
         check_range(self, 0, "timeout_s", above=True)
 
     def text(self, seen: Seen) -> str:
-        """What the student reads. Raises EngineError where the observation has no such field."""
+        """Returns the text that the student reads. Raises EngineError where the observation has no such field."""
         if self.observation_field is None:
             return json.dumps(dict(seen.observation), ensure_ascii=False)
         if self.observation_field not in seen.observation:

@@ -41,7 +41,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Query:
-    """What a student searches for, and what it was asked: a model that plays the search engine is told."""
+    """A query, and the question that the student was asked, which a model that plays the search engine is told."""
 
     text: str
     question: str = ""
@@ -96,7 +96,7 @@ class CorpusSearch(Search):
     b: float = 0.4
     """How much a long passage is held against its words."""
     cache_dir: str | None = None
-    """Where indices are kept, each under the fingerprint of its corpus; null: `understudy/search` in the user's cache."""
+    """Folder of the indices, each under the fingerprint of its corpus; null: `understudy/search` in the user's cache."""
     deadline_s: float = 60.0
     """Seconds for one search."""
 
@@ -189,14 +189,14 @@ class ModelSearch(RetryOptions, Search):
     noise: float = 0.0
     """Share of queries that get noisy passages."""
     temperature: float = 0.0
-    """Of the model; above 0 a run that is resumed reads other passages."""
+    """Sampling temperature of the model; above 0 a run that is resumed reads other passages."""
     max_tokens: int = 600
     """Limit of a reply."""
     template: str = TEMPLATE
     """The request. {query}, {question}, {answer} and {num} stand for these, {quality} for useful or noisy, {Quality} for the
     same with a capital."""
     seed: int = 0
-    """Of the draws for `noise`."""
+    """Seed of the draws for `noise`."""
     deadline_s: float = 120.0
     """Seconds for one search with all its attempts and waits."""
 
@@ -292,7 +292,7 @@ class SearchEnvironment:
         self._section, self._find, self._question, self._answer = section, find, question, answer
 
     def step(self, message: Message) -> Step:
-        """What was found, or why nothing could be. Raises where the search engine does not answer."""
+        """Returns the passages, or why there are none. Raises where the search engine does not answer."""
         call = message.tagged
         if call is None or call.name == "answer":
             return Step(done=True)

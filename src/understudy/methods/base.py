@@ -89,7 +89,7 @@ class Uses:
     fills_slots: bool = False
     """A teacher's responses in place of rejected samples."""
     continues: bool = False
-    """What a teacher writes behind the beginning of a rejected sample."""
+    """The rest that a teacher writes behind the beginning of a rejected sample."""
     judge: bool = False
     """A digit for each sample."""
     judges_steps: bool = False

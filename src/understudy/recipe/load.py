@@ -57,7 +57,7 @@ from understudy.trainer.update import StudentModel
 from understudy.types import Prompt, Request, Sample, Sampling
 
 _IMAGE_SIZES = (96, 64), (64, 96), (1280, 720), (3000, 4000)
-"""Of images by which two processors are compared: small and large ones, which are scaled."""
+"""Sizes of the images by which two processors are compared: small and large ones, which are scaled."""
 NUM_CHECKED_PROMPTS = 10_000
 """Training prompts whose teacher and responses are looked up."""
 

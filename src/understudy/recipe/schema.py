@@ -91,7 +91,7 @@ class Student:
     attn_implementation: str | None = None
     """Name of the attention in transformers, such as sdpa or flash_attention_2; None: its choice."""
     vision: Literal["frozen", "trained"] = "frozen"
-    """Of a student that reads images: whether its image encoder, and all else outside the language model, is trained too."""
+    """Whether the image encoder of a student, and all else outside its language model, is trained too."""
     lora: Lora | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a sandbox runs and says, and the limits that all kinds of sandboxes share."""
+"""Programs, their results, and the limits that all kinds of sandboxes share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Program:
     tests: str | None = None
     """Python code that passes if it runs to its end."""
     names: tuple[str, ...] = ()
-    """What the tests take from the program; all else in them is their own."""
+    """Names that the tests take from the program; all else in them is their own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Result:
     outcome: Outcome
     """passed: every test did, or without tests, the exit status is 0. Refused: it was not run."""
     stdout: str = ""
-    """Of a program without tests; of one with tests nothing is kept."""
+    """Output of a program without tests; that of one with tests is not kept."""
     stderr: str = ""
     note: str = ""
     """Why it did not pass."""

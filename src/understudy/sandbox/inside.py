@@ -105,7 +105,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What a subclass of a builtin type, or a number of the standard library or numpy, holds; the value itself if nothing."""
+    """The builtin value in a subclass of its type, or in a number of the standard library or numpy; else the value itself."""
     for kind in TYPES:
         if isinstance(value, kind):
             return kind(value)
@@ -295,7 +295,7 @@ def serve(code: str, channel: Channel) -> None:
 
 
 def answer(verb: str, given: list[Any], names: dict[str, Any]) -> Any:
-    """What a test asks of an object of the program."""
+    """One operation that a test asks of an object of the program."""
     if verb == "get":
         return names[given[0]]
     if verb == "call":

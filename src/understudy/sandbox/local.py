@@ -47,7 +47,7 @@ _OPEN_NAMESPACES = (
 
 @dataclass(frozen=True)
 class _Process:
-    """What a role inside is started with."""
+    """The settings that a role inside is started with."""
 
     role: str
     told: dict[str, Any]
@@ -73,7 +73,7 @@ class Local(Sandbox):
 
     @abstractmethod
     def _command(self, extra: list[int], packages: Sequence[str]) -> list[str]:
-        """What to put before the interpreter. Descriptors that it needs are added to `extra`, to be closed here.
+        """Returns the command before the interpreter. Descriptors that it needs are added to `extra`, to be closed here.
 
         `packages`: folders that it may see.
         """
@@ -134,7 +134,7 @@ class Local(Sandbox):
         raise EngineError(f"the sandbox did not start a program, twice: {result or 'nothing more is said'}")
 
     def _script(self, program: Program) -> Result | str:
-        """What a program without tests did; a string where the sandbox did not work."""
+        """Returns the result of a program without tests; a string where the sandbox did not work."""
         with ExitStack() as stack:
             stdin = _file(program.stdin.encode())
             stack.callback(os.close, stdin)
@@ -176,7 +176,7 @@ class Local(Sandbox):
             )
 
     def _tested(self, program: Program) -> Result | str:
-        """What the tests of a program say, which run in a sandbox of their own; a string where the sandbox did not work."""
+        """Returns the result of a program's tests, which run in a sandbox of their own; a string where that did not work."""
         with ExitStack() as stack:
             reads, writes = os.pipe()
             stack.callback(os.close, reads)
@@ -223,7 +223,7 @@ class Local(Sandbox):
         )
 
     def _of_limit(self, status: int, seconds: float) -> Result | None:
-        """What a status means that the kernel gives. A program may give it too: either is no pass."""
+        """Reads a status that the kernel gives. A program may give it too: either is no pass."""
         # it is killed a second after a signal that it handles
         if status == 128 + signal.SIGXCPU or (status == 128 + signal.SIGKILL and seconds >= self.cpu_s):
             return Result("timed out", note=f"it took more than {self.cpu_s} s of processor time")
@@ -369,7 +369,7 @@ def _interpreter() -> str:
 
 @cache
 def _shown() -> tuple[str, ...]:
-    """What Python needs of the file system: itself, its library and the system's."""
+    """The part of the file system that Python needs: itself, its library and the system's."""
     libraries = sysconfig.get_path("stdlib", vars={"base": sys.base_prefix, "installed_base": sys.base_prefix})
     own = [_interpreter(), str(Path(libraries).parent)]
     system = ["/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache"]
@@ -392,7 +392,7 @@ def _package_folders() -> list[str]:
 
 @cache
 def _bytecode() -> bytes:
-    """What runs inside, for this interpreter."""
+    """`inside.py` compiled for this interpreter."""
     text = Path(inside.__file__).read_text(encoding="utf-8")
     return marshal.dumps(compile(text, "inside.py", "exec"))
 
@@ -412,7 +412,7 @@ def _file(content: bytes) -> int:
 
 
 def _read(files: Sequence[IO[bytes]], end: float, most: int) -> tuple[list[bytes], str]:
-    """What is written until all are closed, and why it stopped before: "timed out", "too long", or "" if it did not."""
+    """Returns all that is written until the files are closed, and why it ended before: "timed out", "too long", else ""."""
     contents = {file.fileno(): bytearray() for file in files}
     poll, left = select.poll(), len(contents)
     for number in contents:

@@ -1,4 +1,4 @@
-"""What a task's verifier says of its own gold answers, of an empty response and of the answers to other problems."""
+"""Grades a task's own gold answers, an empty response and the answers to other problems with its verifier."""
 
 from __future__ import annotations
 

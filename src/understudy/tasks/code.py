@@ -51,7 +51,7 @@ class Code(Named):
     kind: ClassVar[str] = "code"
 
     sandbox: Sandbox | None = config.choice(SANDBOXES, optional=True)
-    """Where programs run; null: bubblewrap with its defaults."""
+    """Sandbox of the programs; null: bubblewrap with its defaults."""
     template: str = PROGRAM
     """The wording around the problem."""
     verifier: str = "code"

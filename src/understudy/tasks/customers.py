@@ -103,7 +103,7 @@ class Customers(Named):
         return replace(prompt, messages=messages, tools=self._schemas)
 
     def _references(self, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """What the environment needs to grade and to play, as JSON."""
+        """All that the environment needs to grade and to play, as JSON."""
         actions, outputs = row.get("actions"), row.get("outputs")
         calls = actions if isinstance(actions, list) else [None]
         if not all(isinstance(call, dict) and {"name", "kwargs"} <= call.keys() for call in calls):

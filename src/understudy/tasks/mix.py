@@ -153,7 +153,7 @@ class Mix(Task):
         return self._part(prompt).reward(prompt, text)
 
     def same_answer(self, prompt: Prompt, one: str, other: str) -> bool:
-        """What the prompt's part says."""
+        """As the prompt's part says."""
         return self._part(prompt).same_answer(prompt, one, other)
 
     def gold(self, prompt: Prompt) -> Sequence[str]:

@@ -218,7 +218,7 @@ class Records(Task):
         return find_verifier(self.verifier)(text, prompt.reference)
 
     def same_answer(self, prompt: Prompt, one: str, other: str) -> bool:
-        """Where the verifier `math` finds one equal to the other: 0.5 and 1/2 are one vote."""
+        """Whether the verifier `math` finds them equal: 0.5 and 1/2 are one vote."""
         return one == other or (self.verifier == "math" and find_verifier("math")(f"\\boxed{{{one}}}", other).right)
 
     def gold(self, prompt: Prompt) -> Sequence[str]:

@@ -467,7 +467,7 @@ class Renderer:
             return True
 
     def _expanded(self, text: str, prompt: Prompt) -> str:
-        """What the template wrote for a prompt, with all tokens of every image in place of the one that the template has."""
+        """The template's text of a prompt, with all tokens of every image in place of the one that the template has."""
         if not prompt.images:
             return text
         if self.vision is None:

@@ -105,7 +105,7 @@ def _read_function(text: str, tools: Tools) -> ToolCall:
 
 
 def _part(value: object, *keys: str) -> object:
-    """What a schema has under the keys, one in the other; None where it has nothing, or is none."""
+    """The value of a schema under nested keys; None where it has none, or is no schema."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value

@@ -76,7 +76,7 @@ class Decoder:
         self._ids = torch.empty(0)
         """[b, n] int64, all tokens that the model has read, where they may be read again; else empty."""
         self._images: list[tuple[Image, ...]] = []
-        """Of each row; empty where no row has some."""
+        """One entry a row; empty where no row has any."""
         self._padding: list[int] = []
         """Slots before each row's context."""
         self._length = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
-from understudy.environments.tau.database import Database, calculate
+from understudy.environments.tau.database import Desk
 
 NOW = "2024-05-15T15:00:00"
 """The time of the policy."""
@@ -64,14 +64,11 @@ Airport = Annotated[str, "The airport's code of three letters, such as JFK."]
 Date = Annotated[str, "The day, as YYYY-MM-DD."]
 
 
-class Airline:
+class Airline(Desk):
     """The tools of one episode; each changes `database`. Raises ValueError for what cannot be done.
 
     What the policy leaves to the agent (who may cancel, what may be modified) is not checked here.
     """
-
-    def __init__(self, database: Database) -> None:
-        self.database = database
 
     def get_user_details(self, user_id: UserId) -> Any:
         """Returns a user's profile: name, membership, payment methods, ids of reservations."""
@@ -101,14 +98,6 @@ class Airline:
                 if second["scheduled_departure_time_est"] >= arrival
             ]
         return found
-
-    def calculate(self, expression: Annotated[str, "Numbers, + - * / and parentheses."]) -> str:
-        """Calculates an expression."""
-        return calculate(expression)
-
-    def transfer_to_human_agents(self, summary: Annotated[str, "The user's issue in short."]) -> str:
-        """Hands the user over to a human agent, if the request cannot be handled with the tools; this ends the conversation."""
-        return "The user is transferred."
 
     def book_reservation(
         self,

@@ -12,7 +12,7 @@ from understudy.http.client import HttpClient, RetryOptions
 from understudy.http.replies import BadReply, Reply, check_address, check_variable
 
 OVER = "###DONE###"
-"""What a customer writes when there is nothing more to say."""
+"""A customer writes this when there is nothing more to say."""
 INSTRUCTION = f"""You play a customer who talks to a service agent.
 
 This is your situation and what you want:
@@ -38,7 +38,7 @@ class UserModel(RetryOptions):
     api_key_env: str = "OPENAI_API_KEY"
     """The NAME of the environment variable with the key; if it is not set, none is sent."""
     temperature: float = 1.0
-    """Of the customer's words; 0 to hear the same again."""
+    """Sampling temperature of the customer's words; 0 to hear the same again."""
     max_tokens: int = 512
     """Limit of one message."""
     extra_body: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from understudy.errors import DataError
 
@@ -105,3 +105,18 @@ def calculate(expression: str) -> str:
         return str(round(value(ast.parse(expression.strip(), mode="eval").body), 2))
     except (SyntaxError, ZeroDivisionError, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(f"the expression cannot be calculated: {error}") from None
+
+
+class Desk:
+    """The tools of one episode that every domain has; the public methods of a domain are its others."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def calculate(self, expression: Annotated[str, "Numbers, + - * / and parentheses."]) -> str:
+        """Calculates an expression."""
+        return calculate(expression)
+
+    def transfer_to_human_agents(self, summary: Annotated[str, "The user's issue in short."]) -> str:
+        """Hands the user over to a human agent, if the request cannot be handled with the tools; this ends the conversation."""
+        return "The user is transferred."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from understudy.environments.tau.database import Database, calculate
+from understudy.environments.tau.database import Desk
 
 OrderId = Annotated[str, "The order's id, such as #W0000000, with the # in front."]
 UserId = Annotated[str, "The user's id, such as sara_doe_496."]
@@ -13,11 +13,8 @@ ItemIds = Annotated[list[str], "The items' ids, one for each item: an id may sta
 NewItemIds = Annotated[list[str], "The ids of the new items, in the order of those that they replace."]
 
 
-class Retail:
+class Retail(Desk):
     """The tools of one episode; each changes `database`. Raises ValueError for what cannot be done."""
-
-    def __init__(self, database: Database) -> None:
-        self.database = database
 
     def find_user_id_by_email(self, email: Annotated[str, "The user's email."]) -> str:
         """Finds a user by email."""
@@ -55,14 +52,6 @@ class Retail:
     def list_all_product_types(self) -> Any:
         """Returns the name of each of the shop's products with its id."""
         return {product["name"]: product_id for product_id, product in sorted(self.database.rows("products"))}
-
-    def calculate(self, expression: Annotated[str, "Numbers, + - * / and parentheses."]) -> str:
-        """Calculates an expression."""
-        return calculate(expression)
-
-    def transfer_to_human_agents(self, summary: Annotated[str, "The user's issue in short."]) -> str:
-        """Hands the user over to a human agent, if the request cannot be handled with the tools; this ends the conversation."""
-        return "The user is transferred."
 
     def cancel_pending_order(
         self,

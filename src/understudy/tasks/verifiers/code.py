@@ -14,7 +14,7 @@ from understudy.tasks.verifiers.references import several
 from understudy.types import Grade
 
 MAX_ANSWER_CHARS = 1000
-"""Of the code that a grade keeps as its answer."""
+"""Characters of the code that a grade keeps as its answer."""
 TOLERANCE = 1e-6
 """Relative and absolute, between two numbers that are printed, one of them no whole one."""
 _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
@@ -22,7 +22,7 @@ _END_OF_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`\n]*")
 _PYTHON = ("", "python", "python3", "py", "python2", "pycon")
 _STOPS = re.compile(r"\n(?=(?:class|def|if|print|assert|import|from)\b|[#@]|<\|)")
-"""Where a completion goes on with another thing, as the authors of HumanEval cut it."""
+"""Marks from which on a completion is about another thing, as the authors of HumanEval cut it."""
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -48,9 +48,9 @@ class CodeTests:
     prompt: str = ""
     """The beginning of the program, for a response that only goes on with it."""
     inputs: tuple[str, ...] = ()
-    """What a program reads, a text for each run."""
+    """Standard input of the program, a string for each run."""
     outputs: tuple[str, ...] = ()
-    """What it must print."""
+    """Expected output of each run."""
 
     def __post_init__(self) -> None:
         if bool(self.tests) == bool(self.inputs):

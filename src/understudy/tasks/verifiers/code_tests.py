@@ -136,7 +136,7 @@ def _text(value: Any) -> str:
 
 
 def _prompt_parts(prompt: str, name: str) -> tuple[str, str]:
-    """What a prompt has beside the wanted function: all of it, and what the tests may need: helpers with their imports.
+    """The part of a prompt beside the wanted function: all of it, and what the tests may need: helpers with their imports.
 
     The tests run helpers of their own, so that a program cannot replace them.
     """
