@@ -37,6 +37,9 @@ from understudy.models import positions_on_disk
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
+from understudy.report import svg
+from understudy.report.charts import scaling_charts
+from understudy.report.read import read_baseline
 from understudy.run import Run
 from understudy.tasks import Split
 from understudy.trainer.checkpoint import RunDir
@@ -472,6 +475,7 @@ def evaluate(
         started = time.perf_counter()
         with closing(load_teachers(recipe, loaded)) as teachers, sampling_with(recipe, loaded) as engine:
             summary = run.evaluator(recipe, loaded, engine, teachers, Ranks(), out, console)(0)
+        _draw_scaling(out)
         show(console, recipe.student.model or "random weights", [summary])
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summary
@@ -530,9 +534,17 @@ def evaluate_suite(
                 console.note(f"{name}: {recipe.task.name}")
                 folder = None if out is None else out / name
                 summaries[name] = run.evaluator(recipe, loaded, engine, teachers, Ranks(), folder, console)(0)
+                _draw_scaling(folder)
         show_suite(console, f"{base.student.model or 'random weights'}, suite {suite}", summaries)
         console.note(f"{time.perf_counter() - started:.1f} s" + (f", samples in {out}" if out is not None else ""))
     return summaries
+
+
+def _draw_scaling(folder: Path | None) -> None:
+    """Draws scaling_samples.svg and scaling_tokens.svg beside an evaluation that has several samples of each problem."""
+    if folder is not None:
+        for chart in scaling_charts(read_baseline(folder)):
+            svg.save(chart, folder / f"scaling_{chart.point}s.svg")
 
 
 def show_suite(console: Console, title: str, summaries: Mapping[str, EvalSummary]) -> None:

@@ -146,6 +146,42 @@ def test_the_page_opens_without_a_complaint_and_draws_its_charts(tmp_path: Path)
     assert int(page.root["data-charts"] or 0) == page.dom.count('class="chart"') >= 10
 
 
+def test_curves_of_test_time_scaling_are_drawn_and_read_by_samples(tmp_path: Path) -> None:
+    """They have an axis of their own: the cursor of the other charts does not move in them, theirs stands at its point."""
+    run = write_run(tmp_path / "run", num_steps=10)
+    scores = {name: [1.0, 0.0, 0.0, 0.0] for name in "abc"}
+    known = {"value": 0.5, "low": 0.25, "high": 0.75, "num_problems": 3}
+    points = [
+        {"samples": k, "tokens": known | {"value": 100.0 * k}, "metrics": dict.fromkeys(("avg", "pass", "maj"), known)}
+        for k in (1, 2, 4)
+    ]
+    write_eval(run, 10, scores, scaling=points)
+    html = write_report(run).read_text()
+    assert "Test-time scaling" in html
+    probe = """<script>addEventListener("load", () => {
+      const charts = [...document.querySelectorAll("svg.chart")];
+      const over = (unit) => charts.filter((chart) => JSON.parse(chart.dataset.chart).point === unit);
+      const [samples] = over("sample"), [tokens] = over("token");
+      const key = (name) => samples.dispatchEvent(new KeyboardEvent("keydown", {key: name}));
+      key("Home"); key("ArrowRight");
+      const line = samples.querySelector(".cursor line"), dot = samples.querySelectorAll("circle.dot")[1];
+      const box = samples.getBoundingClientRect();
+      Object.assign(document.documentElement.dataset, {
+        found: over("sample").length + over("token").length, shown: box.width > 100 && box.height > 50,
+        said: samples.parentElement.querySelector(".readout").textContent,
+        apart: Math.abs(line.getAttribute("x1") - dot.getAttribute("cx")).toFixed(1),
+        others: [...over("step"), tokens].map((chart) => chart.querySelector(".cursor").getAttribute("visibility"))
+          .filter((visibility) => visibility === "visible").length});
+    });</script>"""
+    opened = tmp_path / "probe.html"
+    opened.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html))
+    page = open_page(opened, tmp_path / "profile")
+    assert page.console == ()
+    assert (page.root["data-found"], page.root["data-shown"]) == ("2", "true")
+    assert (page.root["data-said"] or "").startswith("sample 2: one of them (avg) 50.0 %")
+    assert (page.root["data-apart"], page.root["data-others"]) == ("0.0", "0")
+
+
 def test_a_token_of_the_teacher_looks_different(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", num_steps=10)
     tokens = {"text": ["9", "+", "1"], "author": ["teacher", "teacher", "student"]}

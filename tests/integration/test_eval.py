@@ -18,7 +18,7 @@ from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval import evaluate
 from understudy.eval.estimators import SHARE, estimate_mean
 from understudy.eval.evaluate import Rejection, run_eval
-from understudy.eval.summary import EvalSummary, summarise
+from understudy.eval.summary import EvalSummary, read_summaries, summarise
 from understudy.report.read import read_attempts, read_eval
 from understudy.tasks import Arithmetic, Jsonl, build_tokenizer
 from understudy.tasks.renderer import Renderer
@@ -139,6 +139,29 @@ def test_sizes_of_pass_at_k(num_samples: int, names: set[str]) -> None:
     assert {f"avg@{num_samples}", f"maj@{num_samples}"} < found.keys()
 
 
+def test_scaling_has_the_accuracy_of_fewer_samples() -> None:
+    """One of four is right; two agree on a wrong answer, one has no end and no vote."""
+    summary = evaluated(right_for(1))
+    assert [point.samples for point in summary.scaling] == [1, 2, 4]
+    found = {name: [point.metrics[name].value for point in summary.scaling] for name in ("avg", "pass", "maj")}
+    assert found["avg"] == [0.25] * 3
+    assert found["pass"] == pytest.approx([0.25, 0.5, 1.0])
+    # of six pairs three have the right answer: with a wrong one it wins by lot, alone always
+    assert found["maj"] == pytest.approx([0.25, (1 / 2 + 1 / 2 + 1) / 6, 0.0])
+    tokens = summary.metrics["mean_tokens"]
+    assert [point.tokens.value for point in summary.scaling] == pytest.approx([tokens.value * k for k in (1, 2, 4)])
+    for name in ("pass", "maj"):
+        assert summary.scaling[-1].metrics[name] == summary.metrics[f"{name}@4"]
+    assert evaluated(samples_per_prompt=1).scaling == []
+
+
+def test_scaling_is_over_problems_that_are_graded() -> None:
+    open_ended = [replace(prompt, id=f"open {prompt.id}", reference=None) for prompt in PROMPTS[:2]]
+    summary = evaluated(prompts=[*open_ended, *PROMPTS[:3]])
+    assert {point.tokens.num_problems for point in summary.scaling} == {3}
+    assert evaluated(prompts=open_ended).scaling == []
+
+
 def test_the_draws_are_those_of_the_split_and_not_of_the_step() -> None:
     engines = []
     for step in (0, 20):
@@ -246,6 +269,7 @@ def test_the_report_reads_what_was_written(tmp_path: Path) -> None:
     assert {name: (item.value, item.low, item.high) for name, item in record.metrics.items()} == {
         name: (item.value, item.low, item.high) for name, item in summary.metrics.items()
     }
+    assert (record.scaling, read_summaries(tmp_path / "eval")) == (summary.scaling, [summary])
     raw = json.loads((tmp_path / "eval/step_000020.json").read_text())
     assert raw["metrics"]["avg@4"]["num_problems"] == 6
     assert raw["sampling"]["temperature"] == 0.7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -81,6 +82,12 @@ def test_a_model_is_evaluated_on_each_task(tmp_path: Path, capsys: pytest.Captur
     for name, num in (("sums", 16), ("long", 3)):
         assert len((out / name / "step_000000.jsonl").read_text().splitlines()) == num
         assert json.loads((out / name / "step_000000.json").read_text())["sampling"]["max_new_tokens"] == 8
+    pictures = sorted((out / "sums").glob("*.svg"))
+    assert [path.name for path in pictures] == ["scaling_samples.svg", "scaling_tokens.svg"]
+    texts = ["".join(ElementTree.parse(path).getroot().itertext()) for path in pictures]
+    assert all("best of them (pass@k)" in text for text in texts)
+    assert "drawn sample" in texts[0]
+    assert not list((out / "long").glob("*.svg")), "one sample of each problem is no curve"
     shown = capsys.readouterr().out
     assert "T 0.7, at most 8 tokens" in shown
     assert "greedy, at most 8 tokens" in shown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from understudy.eval.estimators import (
     beta_quantile,
     crossed_mean,
     estimate_mean,
+    majority_at_k,
     majority_score,
     paired_difference,
     pass_at_k,
@@ -103,6 +104,49 @@ def test_majority_is_the_expectation_of_a_vote_that_breaks_ties_by_lot() -> None
         winner = max(dict.fromkeys(votes), key=votes.count)
         outcomes.append(scores[answers.index(winner)])
     assert majority_score(answers, scores) == pytest.approx(np.mean(outcomes), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_majority_at_k_is_the_mean_over_subsets(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num = int(rng.integers(2, 10))
+    answers = [None if drawn == 0 else str(drawn) for drawn in rng.integers(0, 4, num).tolist()]
+    right = {answer: rng.random() for answer in set(answers)}
+    scores = [0.0 if answer is None else right[answer] for answer in answers]
+    for k in range(1, num + 1):
+        subsets = list(combinations(range(num), k))
+        expected = np.mean([majority_score([answers[i] for i in some], [scores[i] for i in some]) for some in subsets])
+        # sums of at most a few hundred products of probabilities that are rounded in logarithms
+        assert majority_at_k(answers, scores, k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_majority_at_k_is_unbiased(k: int) -> None:
+    """The mean over all outcomes of 5 samples is that over all outcomes of k samples."""
+    chances = {"right": 0.4, "wrong": 0.35, None: 0.25}
+
+    def mean(num: int, value: object) -> float:
+        total = 0.0
+        for drawn in product(chances, repeat=num):
+            scores = [float(answer == "right") for answer in drawn]
+            total += math.prod(chances[answer] for answer in drawn) * value(drawn, scores)  # type: ignore[operator]
+        return total
+
+    expected = mean(k, majority_score)
+    assert mean(5, lambda drawn, scores: majority_at_k(drawn, scores, k)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_majority_at_k_limits() -> None:
+    answers, scores = ["a", "a", "b", None], [1.0, 1.0, 0.0, 0.0]
+    assert majority_at_k(answers, scores, 1) == pytest.approx(0.5)
+    assert majority_at_k(answers, scores, 4) == majority_score(answers, scores) == 1.0
+    assert majority_at_k([None] * 4, [0.0] * 4, 2) == 0.0
+    # 2,000 of 3,000 agree: their C(3000, 1500) has 902 digits
+    many, marks = ["a"] * 2000 + ["b"] * 1000, [1.0] * 2000 + [0.0] * 1000
+    assert majority_at_k(many, marks, 8) == pytest.approx(0.826, abs=1e-3)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k is {k}; it must be from 1 to 4"):
+            majority_at_k(answers, scores, k)
 
 
 def binomial_tail(at_least: int, num: int, p: float) -> float:

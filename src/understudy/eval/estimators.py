@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -73,14 +74,68 @@ def majority_score(answers: Sequence[str | None], scores: Sequence[float]) -> fl
     An answer is what its verifier read, compared as it is written; None is no vote, and without any vote the score
     is 0. Samples with one answer and different scores count by their mean.
     """
+    votes = _votes(answers, scores)
+    if not votes:
+        return 0.0
+    most = max(size for size, _ in votes)
+    return float(np.mean([score for size, score in votes if size == most]))
+
+
+def majority_at_k(answers: Sequence[str | None], scores: Sequence[float], k: int) -> float:
+    """The mean of `majority_score` over all C(n, k) ways to draw k of the n samples of one problem, written maj@k.
+
+    Unbiased for the majority of k fresh samples. Computed exactly, without listing the ways. Raises ValueError unless
+    1 <= k <= n.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"k is {k}; it must be from 1 to {len(answers)}, the number of samples")
+    if k == len(answers):
+        return majority_score(answers, scores)
+    return _expected_majority(tuple(sorted(_votes(answers, scores))), len(answers), k)
+
+
+def _votes(answers: Sequence[str | None], scores: Sequence[float]) -> list[tuple[int, float]]:
+    """How often each answer was given, and its mean score."""
     votes: dict[str, list[float]] = defaultdict(list)
     for answer, score in zip(answers, scores, strict=True):
         if answer is not None:
             votes[answer].append(score)
-    if not votes:
-        return 0.0
-    most = max(map(len, votes.values()))
-    return float(np.mean([np.mean(group) for group in votes.values() if len(group) == most]))
+    return [(len(group), float(np.mean(group))) for group in votes.values()]
+
+
+@lru_cache(maxsize=4096)
+def _expected_majority(votes: tuple[tuple[int, float], ...], num_samples: int, k: int) -> float:
+    """The mean of the majority's score over draws of k < n samples: the sum over the votes that the majority has.
+
+    k of n without repetition are the same as each with probability k / n, given that there are k: so that the votes for
+    different answers are independent, and no number overflows.
+    """
+    share, total = k / num_samples, 0.0
+    offsets = np.subtract.outer(np.arange(k + 1), np.arange(k + 1))
+    for most in range(1, min(k, max((size for size, _ in votes), default=0)) + 1):
+        large = [(size, score) for size, score in votes if size >= most]
+        # [drawn so far, answers with `most` votes so far]: probability, and probability times the sum of their scores
+        chance = np.zeros((k + 1, k // most + 1))
+        summed = np.zeros_like(chance)
+        rest = _binomial(num_samples - sum(size for size, _ in large), share)[: k + 1]
+        chance[: len(rest), 0] = rest
+        for size, score in large:
+            drawn = _binomial(size, share)
+            fewer = np.where((offsets >= 0) & (offsets < most), drawn[offsets.clip(0, most)], 0.0)
+            tied_chance, tied_sum = np.zeros_like(chance), np.zeros_like(chance)
+            tied_chance[most:, 1:] = drawn[most] * chance[:-most, :-1]
+            tied_sum[most:, 1:] = drawn[most] * (summed[:-most, :-1] + score * chance[:-most, :-1])
+            chance, summed = fewer @ chance + tied_chance, fewer @ summed + tied_sum
+        total += float((summed[k, 1:] / np.arange(1, summed.shape[1])).sum())
+    return total / float(_binomial(num_samples, share)[k])
+
+
+def _binomial(num: int, share: float) -> NDArray[np.float64]:
+    """Probabilities of 0 to `num` successes, each with a probability above 0 and below 1. Shape [num + 1]."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num + 1)))])
+    right = np.arange(num + 1)
+    ways = logs[num] - logs - logs[::-1]
+    return np.asarray(np.exp(ways + right * math.log(share) + (num - right) * math.log1p(-share)), dtype=np.float64)
 
 
 def estimate_mean(values: ArrayLike, ends: Ends = (-math.inf, math.inf)) -> Estimate:

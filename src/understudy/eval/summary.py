@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,26 @@ from understudy.eval.estimators import (
     Ends,
     Estimate,
     estimate_mean,
-    majority_score,
+    majority_at_k,
     pass_at_k,
     pass_power_k,
 )
 from understudy.format import is_rate
 from understudy.types import Author, Prompt, Sample
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """The accuracy that a number of samples of each problem gives: one point of the curves of test-time scaling.
+
+    Means over all ways to draw so many of a problem's samples, over problems whose samples all have scores.
+    """
+
+    samples: int
+    tokens: Estimate
+    """Tokens that the student generates for one problem."""
+    metrics: Mapping[str, Estimate]
+    """avg: the mean score; pass: one of the samples is right; maj: the score of the answer that most of them give."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,8 @@ class EvalSummary:
     too_long: int = 0
     """Prompts over the token budget, which are not sampled and count in no metric."""
     sampling: Mapping[str, float] = field(default_factory=dict)
+    scaling: Sequence[ScalingPoint] = ()
+    """Accuracy against samples and tokens, from 1 sample to all; empty for one sample of each prompt, or without scores."""
 
 
 def summarise(
@@ -58,8 +75,8 @@ def summarise(
 
     n is the number of samples of each prompt, k the powers of two below it and n itself. The first four are over problems
     whose samples all have scores, `score/NAME` over those of them whose samples all have that score in `Grade.also`.
-    `same_answer` says which answers are one vote of the majority; without it those that are spelled alike. Raises ValueError
-    for no samples, or more of one prompt than of another.
+    `same_answer` says which answers are one vote of the majority; without it those that are spelled alike. `scaling` has avg,
+    pass@k and maj@k at 1 and these k. Raises ValueError for no samples, or more of one prompt than of another.
     """
     problems: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -70,13 +87,15 @@ def summarise(
     num = counts.pop()
     values: dict[str, NDArray[np.float64]] = {}  # one value per problem [P]
     ends: dict[str, Ends] = {}
+    scaling: list[ScalingPoint] = []
     scored = [attempts for attempts in problems.values() if all(item.grade is not None for item in attempts)]
     if scored:
         scores = np.array([[item.grade.score for item in attempts if item.grade] for attempts in scored])
         answers = [[item.grade.answer for item in attempts if item.grade] for attempts in scored]
         num_right = (scores >= RIGHT).sum(axis=1)
         values[f"avg@{num}"] = scores.mean(axis=1)
-        for k in [*(2**power for power in range(1, num.bit_length()) if 2**power < num), num]:
+        sizes = [*(2**power for power in range(num.bit_length()) if 2**power < num), num]
+        for k in sizes[num > 1 :]:
             values[f"pass@{k}"] = pass_at_k(num_right, num, k)
             if k > 1:
                 values[f"pass^{k}"] = pass_power_k(num_right, num, k)
@@ -85,8 +104,23 @@ def summarise(
                 _votes(given, row, partial(same_answer, attempts[0].prompt))
                 for attempts, given, row in zip(scored, answers, scores, strict=True)
             ]
-        majority = [majority_score(given, list(row)) for given, row in zip(answers, scores, strict=True)]
-        values[f"maj@{num}"] = np.array(majority)
+        rows = [(given, list(row)) for given, row in zip(answers, scores, strict=True)]
+        majority = {k: np.array([majority_at_k(given, row, k) for given, row in rows]) for k in sizes}
+        values[f"maj@{num}"] = majority[num]
+        if num > 1:
+            lengths = np.array([np.mean([item.num_written_tokens for item in attempts]) for attempts in scored])
+            scaling = [
+                ScalingPoint(
+                    samples=k,
+                    tokens=estimate_mean(k * lengths, LENGTH),
+                    metrics={
+                        "avg": estimate_mean(scores.mean(axis=1), SHARE),
+                        "pass": estimate_mean(pass_at_k(num_right, num, k), SHARE),
+                        "maj": estimate_mean(majority[k], SHARE),
+                    },
+                )
+                for k in sizes
+            ]
         for name in dict.fromkeys(name for row in scored for item in row if item.grade for name in item.grade.also):
             found = [[item.grade.also.get(name) for item in row if item.grade] for row in scored]
             known = np.array([row for row in found if None not in row], dtype=np.float64)
@@ -104,8 +138,8 @@ def summarise(
         "no_eos": lambda item: item.num_response_tokens == 0 or int(item.token_ids[-1]) not in eos_ids,
     }
     for name, value in per_sample.items():
-        rows = [[value(item) for item in attempts] for attempts in problems.values()]
-        values[name] = np.array(rows, dtype=np.float64).mean(axis=1)
+        found = [[value(item) for item in attempts] for attempts in problems.values()]
+        values[name] = np.array(found, dtype=np.float64).mean(axis=1)
     return EvalSummary(
         step=step,
         split=split,
@@ -118,6 +152,7 @@ def summarise(
         unscored=sum(sample.grade is None for sample in samples),
         too_long=too_long,
         sampling=sampling or {},
+        scaling=scaling,
     )
 
 
@@ -148,10 +183,23 @@ def read_summaries(folder: Path) -> list[EvalSummary]:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             metrics = {name: Estimate(**item) for name, item in values["metrics"].items()}
-            found.append(EvalSummary(**values | {"metrics": metrics}))
+            scaling = read_scaling(values.get("scaling", ()))
+            found.append(EvalSummary(**values | {"metrics": metrics, "scaling": scaling}))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is not an evaluation of this version ({error}); move it away") from error
     return sorted(found, key=lambda summary: summary.step)
+
+
+def read_scaling(values: Sequence[Mapping[str, Any]]) -> list[ScalingPoint]:
+    """The curves of a saved summary. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
+    return [
+        ScalingPoint(
+            int(item["samples"]),
+            Estimate(**item["tokens"]),
+            {str(name): Estimate(**found) for name, found in item["metrics"].items()},
+        )
+        for item in values
+    ]
 
 
 def sample_row(sample: Sample) -> dict[str, object]:

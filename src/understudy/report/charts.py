@@ -40,6 +40,8 @@ class Charts:
     missing: Sequence[str]
     left_out: int
     """Series beyond `MAX_MORE`."""
+    scaling: Sequence[Chart]
+    """Test-time scaling of the last evaluation."""
 
 
 def charts(run: RunRecord) -> Charts:
@@ -65,6 +67,7 @@ def charts(run: RunRecord) -> Charts:
         constant=[_in_words(chart) for chart in (*found, *more) if _is_constant(chart)],
         missing=[name for name, chart in usual if not chart],
         left_out=max(0, len(changing) - MAX_MORE),
+        scaling=scaling_charts(run.evals[-1]) if run.evals else [],
     )
 
 
@@ -101,6 +104,34 @@ def accuracy_chart(evals: Sequence[EvalRecord]) -> Chart | None:
     title = "Accuracy" if main.startswith("avg@") else main
     split = f" on {evals[-1].split}" if evals[-1].split else ""
     return Chart(title, f"held-out evaluation{split}", lines, is_rate(main), note="Band: 95 % interval over problems.")
+
+
+def scaling_charts(record: EvalRecord) -> list[Chart]:
+    """Accuracy against samples and against tokens; nothing where there was one sample of each problem.
+
+    Not against tokens where the mean response is shorter than one.
+    """
+    names = {"avg": "one of them (avg)", "pass": "best of them (pass@k)", "maj": "their majority (maj@k)"}
+    axes = {
+        "drawn sample": [point.samples for point in record.scaling],
+        "generated token": [round(point.tokens.value) for point in record.scaling],
+    }
+    charts = []
+    for over, steps in axes.items():
+        if not steps or steps[0] < 1:
+            continue
+        lines = []
+        for key, name in names.items():
+            found = [point.metrics[key] for point in record.scaling]
+            value, low, high = (
+                np.array([getattr(item, bound) for item in found], dtype=np.float64)
+                for bound in ("value", "low", "high")
+            )
+            lines.append(Line(name, Series(np.array(steps, dtype=np.int64), value), low, high))
+        title = f"Accuracy against {over.rpartition(' ')[2]}s"
+        note = "Of each problem, on a logarithmic axis. Bands: 95 % intervals over problems."
+        charts.append(Chart(title, "held-out evaluation", lines, percent=True, note=note, over=over, log_steps=True))
+    return charts
 
 
 def phase_chart(series: Mapping[str, Series], marks: Sequence[int] = ()) -> Chart | None:

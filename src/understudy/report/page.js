@@ -43,7 +43,7 @@
       if (step < data.x[0] || step > data.x[1]) return rest();
       const found = steps[nearest(steps, step)];
       const line = cursor.querySelector("line");
-      const x = place(data.x, found, false);
+      const x = place(data.x, found, data.log_steps);
       line.setAttribute("x1", x);
       line.setAttribute("x2", x);
       let base = 0;
@@ -53,7 +53,7 @@
         if (value !== null) base = data.stacked ? base + value : value;
         dots[row].setAttribute("visibility", value === null ? "hidden" : "inherit");
         if (value !== null) {
-          dots[row].setAttribute("cx", place(data.x, series.step[index], false));
+          dots[row].setAttribute("cx", place(data.x, series.step[index], data.log_steps));
           dots[row].setAttribute("cy", place(data.y, base, data.log));
         }
         return `${data.series.length > 1 ? series.name + " " : ""}${show(value, data.percent)}`;
@@ -77,7 +77,8 @@
   const start = () => {
     const charts = [...document.querySelectorAll("svg.chart")].map(makeChart);
     let step = null;
-    const go = (to) => { step = to; charts.forEach((chart) => chart.at(to)); };
+    // a sample or a token is no optimizer step: only charts over the same unit move together
+    const go = (to, unit) => { step = to; charts.filter((chart) => chart.data.point === unit).forEach((chart) => chart.at(to)); };
     const leave = () => { step = null; charts.forEach((chart) => chart.rest()); };
     charts.forEach((chart) => {
       const { svg, data, steps, readout } = chart;
@@ -85,8 +86,9 @@
         const box = svg.getBoundingClientRect();
         const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
         const share = (x - data.x[2]) / (data.x[3] - data.x[2]);
-        const wanted = data.x[0] + Math.min(1, Math.max(0, share)) * (data.x[1] - data.x[0]);
-        go(steps[nearest(steps, wanted)]);
+        const [low, high] = data.x, kept = Math.min(1, Math.max(0, share));
+        const wanted = data.log_steps ? low * (high / low) ** kept : low + kept * (high - low);
+        go(steps[nearest(steps, wanted)], data.point);
       });
       svg.addEventListener("pointerleave", leave);
       svg.addEventListener("focus", () => readout.setAttribute("aria-live", "polite"));
@@ -101,7 +103,7 @@
         if (event.key === "Escape") leave();
         if (to === undefined) return;
         event.preventDefault();
-        go(steps[Math.min(steps.length - 1, Math.max(0, to))]);
+        go(steps[Math.min(steps.length - 1, Math.max(0, to))], data.point);
       });
     });
     root.dataset.charts = charts.length;

@@ -15,6 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from understudy.errors import CheckpointError, DataError
+from understudy.eval.summary import ScalingPoint, read_scaling
 from understudy.format import Interval
 
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl?$")
@@ -53,6 +54,7 @@ class EvalRecord:
     """Samples without a score."""
     too_long: int = 0
     """Prompts over the token budget, which no metric counts."""
+    scaling: Sequence[ScalingPoint] = ()
 
     def problems(self) -> dict[str, list[Attempt]]:
         """Its samples by prompt id; empty where none were saved. Raises DataError as `read_attempts`."""
@@ -167,6 +169,10 @@ def read_eval(path: Path) -> EvalRecord:
     metrics = data.get("metrics")
     if not isinstance(metrics, dict):
         raise DataError(f"{path}: an evaluation summary needs a mapping 'metrics', this file has {metrics!r}")
+    try:
+        scaling = read_scaling(data.get("scaling") or ())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: 'scaling' is no list of points ({error}); move the file away") from error
     named = _STEP_FILE.search(path.name)
     step = int(named[1]) if data.get("step") is None and named else _whole(data.get("step"))
     return EvalRecord(
@@ -183,6 +189,7 @@ def read_eval(path: Path) -> EvalRecord:
         },
         unscored=_whole(data.get("unscored")) or 0,
         too_long=_whole(data.get("too_long")) or 0,
+        scaling=scaling,
     )
 
 

@@ -60,6 +60,8 @@ class Chart:
     stacked: bool = False
     over: str = "optimizer step"
     """One unit of the horizontal axis."""
+    log_steps: bool = False
+    """Whether the horizontal axis is logarithmic; its steps, all above 0, are then the ticks."""
 
     @property
     def point(self) -> str:
@@ -124,7 +126,7 @@ def draw(chart: Chart) -> Markup:
     """The chart as one `<svg>`. Every line needs at least one finite value."""
     steps = np.concatenate([line.series.steps for line in chart.lines])
     first, last = float(steps.min()), float(steps.max())
-    x = Scale(first, last, LEFT, RIGHT) if first < last else Scale(first - 1, last + 1, LEFT, RIGHT)
+    x = Scale(first, last, LEFT, RIGHT, chart.log_steps) if first < last else Scale(first - 1, last + 1, LEFT, RIGHT)
     if chart.stacked:
         y, body, shown = _stacked(chart, x)
     else:
@@ -143,6 +145,7 @@ def draw(chart: Chart) -> Markup:
         "x": [x.low, x.high, x.start, x.end],
         "y": [y.low, y.high, y.start, y.end],
         "log": y.log,
+        "log_steps": x.log,
         "percent": chart.percent,
         "stacked": chart.stacked,
         "point": chart.point,
@@ -237,7 +240,11 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> str:
         text = f"{number(round(100 * value, 6))} %" if chart.percent else number(value)
         out.append(f'<line class="{kind}" x1="{LEFT}" x2="{RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         out.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for value in (step for step in ticks(x.low, x.high, 5) if step == int(step)):
+    at_x = [step for step in ticks(x.low, x.high, 5) if step == int(step)]
+    if x.log:
+        at_x = sorted({float(step) for line in chart.lines for step in line.series.steps})
+        at_x = at_x[:: math.ceil(len(at_x) / 6)]
+    for value in at_x:
         at = x(value)
         out.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
         out.append(f'<text class="tick" x="{at:.1f}" y="{BOTTOM + 16}" text-anchor="middle">{int(value):,}</text>')
