@@ -141,6 +141,9 @@ def test_majority_at_k_limits() -> None:
     assert majority_at_k(answers, scores, 1) == pytest.approx(0.5)
     assert majority_at_k(answers, scores, 4) == majority_score(answers, scores) == 1.0
     assert majority_at_k([None] * 4, [0.0] * 4, 2) == 0.0
+    assert majority_at_k(["a"] * 40 + ["b"] * 24, [1.0] * 64, 16) == pytest.approx(1.0)
+    for k in range(1, 65):
+        assert majority_at_k(["a"] * 40 + ["b"] * 24, [1.0] * 64, k) <= 1.0, "an interval of a share needs a share"
     # 2,000 of 3,000 agree: their C(3000, 1500) has 902 digits
     many, marks = ["a"] * 2000 + ["b"] * 1000, [1.0] * 2000 + [0.0] * 1000
     assert majority_at_k(many, marks, 8) == pytest.approx(0.826, abs=1e-3)

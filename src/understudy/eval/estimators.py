@@ -112,6 +112,7 @@ def _expected_majority(votes: tuple[tuple[int, float], ...], num_samples: int, k
     """
     share, total = k / num_samples, 0.0
     offsets = np.subtract.outer(np.arange(k + 1), np.arange(k + 1))
+    binomials = {size: _binomial(size, share) for size in {size for size, _ in votes}}
     for most in range(1, min(k, max((size for size, _ in votes), default=0)) + 1):
         large = [(size, score) for size, score in votes if size >= most]
         # [drawn so far, answers with `most` votes so far]: probability, and probability times the sum of their scores
@@ -120,14 +121,15 @@ def _expected_majority(votes: tuple[tuple[int, float], ...], num_samples: int, k
         rest = _binomial(num_samples - sum(size for size, _ in large), share)[: k + 1]
         chance[: len(rest), 0] = rest
         for size, score in large:
-            drawn = _binomial(size, share)
+            drawn = binomials[size]
             fewer = np.where((offsets >= 0) & (offsets < most), drawn[offsets.clip(0, most)], 0.0)
             tied_chance, tied_sum = np.zeros_like(chance), np.zeros_like(chance)
             tied_chance[most:, 1:] = drawn[most] * chance[:-most, :-1]
             tied_sum[most:, 1:] = drawn[most] * (summed[:-most, :-1] + score * chance[:-most, :-1])
             chance, summed = fewer @ chance + tied_chance, fewer @ summed + tied_sum
         total += float((summed[k, 1:] / np.arange(1, summed.shape[1])).sum())
-    return total / float(_binomial(num_samples, share)[k])
+    # a mean of scores, and of 0 where nobody votes, but for its rounding
+    return min(total / float(_binomial(num_samples, share)[k]), max((score for _, score in votes), default=0.0))
 
 
 def _binomial(num: int, share: float) -> NDArray[np.float64]:
