@@ -72,16 +72,18 @@ def data_facts(parts: Parts) -> dict[str, Any]:
     }
 
 
-def write_facts(parts: Parts, run_dir: RunDir, status: str, started: float, data: Mapping[str, Any]) -> None:
-    """Writes what became of the run, on which machine and with which versions. `started`: seconds since 1970.
+def write_facts(parts: Parts, run_dir: RunDir, status: str, facts: Mapping[str, Any]) -> None:
+    """Writes what became of the run, on which machine and with which versions; "running" until it has ended.
 
-    `data`: as `data_facts` counted it.
+    `facts`: the start in seconds since 1970, those of `data_facts`, and what else is to be told.
     """
+    data = dict(facts)
+    started = data.pop("started")
     progress, parameters = parts.trainer.progress, list(parts.loaded.model.parameters())
     values = {
         "status": status,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **({} if status == "running" else {"ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}),
         "steps": progress.step,
         "updates": progress.updates,
         "samples": progress.num_samples,

@@ -1,16 +1,98 @@
-"""Writes files whole or not at all, and finds out beforehand whether they can be written."""
+"""Writes files whole or not at all, locks directories, and finds the files of steps."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import platform
+import re
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from understudy.errors import CheckpointError, RecipeError
+
+LOCK = ".lock"
+"""Name of the file in a directory that says which process writes there."""
+
+
+@contextmanager
+def locked(folder: Path, key: str, warn: Callable[[str], None] = lambda _: None) -> Iterator[Callable[[], None]]:
+    """Makes the directory, and is the only process that has it locked until the context ends; gives a check that it still is.
+
+    The lock (flock) ends with the process, however that ends. Directories that were made and stay empty are removed again.
+    A file system without locks is warned of. Raises RecipeError that names `key` and the process that has the lock, and
+    where the directory cannot be written to; the check raises CheckpointError where the directory was removed or replaced.
+    """
+    path = folder / LOCK
+    check_writable(folder, key)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    handle = -1
+    try:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    holder = os.read(handle, 1_000).decode(errors="replace").strip() or "another process"
+                    raise RecipeError(
+                        f"{key} {folder} is in use by {holder}; wait until it has ended, or choose another directory"
+                    ) from None
+                warn(f"{folder} cannot be locked ({error.strerror}): see that no other process writes there")
+            if _is_at(handle, path):
+                break
+            # its last owner removed it meanwhile
+            os.close(handle)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+    except (OSError, RecipeError) as error:
+        if handle >= 0:
+            os.close(handle)
+        if isinstance(error, RecipeError):
+            raise
+        reason = error.strerror or error
+        raise RecipeError(f"{key} {folder} cannot be written to ({reason}); choose another directory") from error
+
+    def check() -> None:
+        if not _is_at(handle, path):
+            raise CheckpointError(
+                f"{key} {folder} was removed, moved or replaced while it was written to, so nothing more is written; begin "
+                "again, in another directory if a process still writes there"
+            )
+
+    try:
+        yield check
+    finally:
+        with suppress(OSError):
+            if _is_at(handle, path):
+                path.unlink()
+            for part in made:
+                part.rmdir()
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Everything in a directory whose name is exactly `step_000100` + `suffix`, by step; what has another name is not ours."""
+    found = {}
+    for path in folder.glob(f"step_*{suffix}"):
+        digits = re.fullmatch(rf"step_([0-9]+){re.escape(suffix)}", path.name)
+        if digits and path.name == f"step_{int(digits[1]):06d}{suffix}":
+            found[int(digits[1])] = path
+    return dict(sorted(found.items()))
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -40,7 +122,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             f"cannot write {path}: {error.strerror or error}; free space or fix permissions"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        # an error here would hide the one above
+        with suppress(OSError):
+            aside.unlink()
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

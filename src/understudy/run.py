@@ -14,11 +14,11 @@ from typing import Any
 
 from understudy import config, given
 from understudy.engines import Engine
-from understudy.errors import DataError
+from understudy.errors import CheckpointError, DataError, UnderstudyError
 from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary, read_summaries
 from understudy.export import data_facts, export_student, write_facts
-from understudy.files import write_atomically
+from understudy.files import locked, write_atomically
 from understudy.models import num_positions, save_hf
 from understudy.recipe import Recipe, check_same_recipe, doctor
 from understudy.recipe.checks import Files, Parts, of_stage
@@ -37,6 +37,7 @@ from understudy.recipe.load import (
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
 from understudy.teachers.base import hash_facts
+from understudy.text import without_secrets
 from understudy.trainer.checkpoint import (
     STUDENT,
     Progress,
@@ -93,10 +94,20 @@ class Run:
 def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console: Console) -> Run:
     """Runs a recipe. Nothing is written before everything is checked and loaded; `examine`: by the doctor too.
 
-    Raises RecipeError, DataError or VocabularyError for bad input, CheckpointError when the run cannot be saved or
-    resumed, TrainingError when it cannot go on.
+    No other process trains in the run directory meanwhile. Raises RecipeError, DataError or VocabularyError for bad input,
+    CheckpointError when the run cannot be saved or resumed, TrainingError when it cannot go on.
     """
     run_dir = RunDir(Path(recipe.run_dir))
+    if resume:
+        run_dir.check_started()
+    with ExitStack() as entered:
+        # the other ranks write nothing
+        if Ranks.announced() == 0:
+            run_dir.check_kept = entered.enter_context(locked(run_dir.path, "run_dir", console.warn))
+        return _train(recipe, run_dir, resume, examine, console)
+
+
+def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console: Console) -> Run:
     # None for a new run, and for one that was killed before its first checkpoint
     checkpoint = None
     if resume:
@@ -135,16 +146,26 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
             if examine:
                 console.note(f"doctor: {doctor.count_fine(found)}")
                 doctor.write_findings(run_dir.doctor, found)
-        started, status = time.time(), "failed"
-        data = data_facts(parts) if ranks.is_main else {}
+        facts: dict[str, Any] = {"started": time.time()} | (data_facts(parts) if ranks.is_main else {})
         try:
+            if ranks.is_main:
+                write_facts(parts, run_dir, "running", facts)
             ending = trainer.run()
-            status = ending
             if ranks.is_main and ending != "stopped by a signal":
                 export_student(parts, run_dir)
-        finally:
             if ranks.is_main:
-                write_facts(parts, run_dir, status, started, data)
+                write_facts(parts, run_dir, ending, facts)
+        except BaseException as error:
+            if ranks.is_main:
+                # whatever cannot be written now must not hide what went wrong
+                try:
+                    run_dir.check_kept()
+                    said = str(error) if isinstance(error, UnderstudyError) else f"{type(error).__name__}: {error}"
+                    write_facts(parts, run_dir, "failed", facts | {"error": without_secrets(said)})
+                except CheckpointError as problem:
+                    console.warn(f"what became of the run is not in {run_dir.facts}: {problem}")
+            raise
+        finally:
             trainer.observer.close()
     # whoever stops a run wants to leave now; `understudy report` makes one
     report = write_report(run_dir.path) if ranks.is_main and ending != "stopped by a signal" else None

@@ -21,7 +21,7 @@ from understudy.compare.run import compare as make
 from understudy.compare.table import budget_warning
 from understudy.errors import RecipeError
 from understudy.eval.summary import sample_row
-from understudy.files import check_writable, write_json_lines
+from understudy.files import check_writable, locked, write_json_lines
 from understudy.format import count, number
 from understudy.recipe import load_recipe
 from understudy.recipe.checks import Files, Parts, check
@@ -145,8 +145,9 @@ def compare(
             console.note(f"{tuning}{count(len(planned), 'run')} into {cells.out}; nothing was run or written")
             return "finished"
         command = shlex.join(["understudy", *sys.argv[1:]])
-        found = make(cells, Runner(console, jobs, ray), command=command, save=write_outputs)
-        page = write_outputs(found)
+        with locked(cells.out, "--out", console.warn):
+            found = make(cells, Runner(console, jobs, ray), command=command, save=write_outputs)
+            page = write_outputs(found)
         # the columns that fit a terminal; the rest is on the page
         table, grid = found.table, cells.grid
         num_first, last = max(1, len(grid.vary)) + len(grid.tune) + 2, len(table.columns) - 1

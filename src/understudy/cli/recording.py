@@ -15,7 +15,7 @@ from typing import Any
 from understudy import config
 from understudy.environments.play import play
 from understudy.errors import DataError, RecipeError
-from understudy.files import check_writable, write_atomically
+from understudy.files import check_writable, locked, write_atomically
 from understudy.lazy import Tensor
 from understudy.methods import OPD, TopK
 from understudy.models import num_positions
@@ -59,7 +59,7 @@ def record(
     method = OPD() if k is None else TopK(k=k)
     scored = replace(recipe, method=method, reference=None, references={}, responses=None)
     shown = ", ".join(section.shown for section in recipe.all_teachers.values())
-    with Console() as console:
+    with Console() as console, locked(out, "--out", console.warn):
         console.note(f"loading the student and {shown}")
         loaded = load_student(scored)
         teachers = load_teachers(scored, loaded)

@@ -25,6 +25,7 @@ from understudy.eval.estimators import (
     pass_at_k,
     pass_power_k,
 )
+from understudy.files import by_step
 from understudy.format import is_rate
 from understudy.types import Author, Prompt, Sample
 
@@ -179,15 +180,17 @@ def _votes(
 def read_summaries(folder: Path) -> list[EvalSummary]:
     """The evaluations that were saved in a directory, by step. Raises DataError for a file that holds none."""
     found = []
-    for path in folder.glob("step_*.json"):
+    for step, path in by_step(folder, ".json").items():
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             metrics = {name: Estimate(**item) for name, item in values["metrics"].items()}
             scaling = read_scaling(values.get("scaling", ()))
             found.append(EvalSummary(**values | {"metrics": metrics, "scaling": scaling}))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if found[-1].step != step:
+                raise ValueError(f"it holds that of step {found[-1].step}")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is not an evaluation of this version ({error}); move it away") from error
-    return sorted(found, key=lambda summary: summary.step)
+    return found
 
 
 def read_scaling(values: Sequence[Mapping[str, Any]]) -> list[ScalingPoint]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from understudy.errors import CheckpointError, DataError
 from understudy.eval.summary import ScalingPoint, read_scaling
+from understudy.files import by_step
 from understudy.format import Interval
 
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl?$")
@@ -148,8 +149,8 @@ def read_run(run_dir: Path) -> RunRecord:
             for _, row in _rows(run_dir / "events.jsonl", cut)
         ),
         findings=_read_findings(run_dir / "doctor.json"),
-        evals=tuple(read_eval(path) for _, path in _step_files(run_dir / "eval", "*.json")),
-        samples=tuple(_step_files(run_dir / "samples", "*.jsonl")),
+        evals=tuple(_eval_of(step, path) for step, path in by_step(run_dir / "eval", ".json").items()),
+        samples=tuple(by_step(run_dir / "samples", ".jsonl").items()),
         cut_files=tuple(cut),
     )
 
@@ -193,11 +194,19 @@ def read_eval(path: Path) -> EvalRecord:
     )
 
 
+def _eval_of(step: int, path: Path) -> EvalRecord:
+    """Raises DataError where the file is another step's than its name says."""
+    record = read_eval(path)
+    if record.step != step:
+        raise DataError(f"{path} holds the evaluation of step {record.step}; put the right file there or delete it")
+    return record
+
+
 def read_baseline(path: Path) -> EvalRecord:
     """The evaluation at `path`, or the last one under it. Raises CheckpointError where there is none."""
     if path.is_file():
         return read_eval(path)
-    found = sorted((path / "eval").glob("step_*.json")) or sorted(path.glob("step_*.json"))
+    found = list((by_step(path / "eval", ".json") or by_step(path, ".json")).values())
     if not found:
         raise CheckpointError(f"no evaluation at {path}: give a summary step_*.json or a run directory that has eval/")
     return read_eval(found[-1])
@@ -287,12 +296,6 @@ def _object(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataError(f"{where}: not a JSON object: {text[:80]!r}; repair or delete it")
     return data
-
-
-def _step_files(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    """Steps and files named `step_N`, by step."""
-    found = ((_STEP_FILE.search(path.name), path) for path in folder.glob(pattern))
-    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def _number(value: object) -> float | None:

@@ -19,13 +19,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from understudy.errors import CheckpointError, RecipeError
-from understudy.files import check_writable
+from understudy.files import LOCK, by_step, check_writable
 from understudy.lazy import Tensor, safetensors, torch
 
 FORMAT = 1
@@ -84,6 +85,8 @@ class RunDir:
         self.bad_batches = path / "bad_batches"
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"
+        self.check_kept: Callable[[], None] = lambda: None
+        """Raises CheckpointError where the directory is no longer the one that this process has locked."""
 
     def check_new(self) -> None:
         """Raises RecipeError where a run, or anything else but traces of engines that did not start, is there already, and
@@ -92,7 +95,7 @@ class RunDir:
         def is_trace(path: Path) -> bool:
             if path.name == "weights" and path.is_dir():
                 return not any(path.iterdir())
-            return path.match("engine_*.log")
+            return path.name == LOCK or path.match("engine_*.log")
 
         check_writable(self.path, "run_dir")
         if self.path.is_dir() and not all(map(is_trace, self.path.iterdir())):
@@ -108,11 +111,14 @@ class RunDir:
 
     def drop_after(self, step: int) -> None:
         """Removes evaluations and samples of later steps, which a resumed run writes again."""
-        for folder in (self.eval, self.samples):
-            for file in folder.glob("step_*.json*"):
+        try:
+            for folder, suffix in product((self.eval, self.samples), (".json", ".jsonl")):
                 # a killed process may leave a file that it was writing aside
-                if file.suffix == ".tmp" or int(file.stem.removeprefix("step_")) > step:
+                aside = by_step(folder, f"{suffix}.tmp").values()
+                for file in [*aside, *(path for number, path in by_step(folder, suffix).items() if number > step)]:
                     file.unlink()
+        except OSError as error:
+            raise CheckpointError(f"cannot remove {error.filename}: {error.strerror}; remove it yourself") from error
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -171,8 +177,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def _finished(folder: Path) -> list[Path]:
     """Complete checkpoints, by step."""
-    found = [path for path in folder.glob("step_*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return [path for path in by_step(folder).values() if path.is_dir()]
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[str, Tensor]]:
@@ -218,11 +223,17 @@ def load_teacher_state(path: Path) -> dict[str, Tensor]:
 
 
 def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:
-    """Removes all but the newest `keep_last` checkpoints and that of `keep_step`, and the rest of killed writes."""
+    """Removes all but the newest `keep_last` checkpoints and that of `keep_step`, and the rest of killed writes.
+
+    Raises CheckpointError where that is not allowed.
+    """
     for path in _finished(folder)[:-keep_last]:
         if keep_step is None or path != checkpoint_path(folder, keep_step):
             # renamed first: a removal that is cut short must not leave half a checkpoint under its name
-            path.rename(folder / f".removing-{path.name}")
+            try:
+                path.rename(folder / f".removing-{path.name}")
+            except OSError as error:
+                raise CheckpointError(f"cannot remove {path}: {error.strerror}; fix permissions") from error
     for path in [*folder.glob(".removing-*"), *folder.glob(".writing-*")]:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -30,6 +30,11 @@ class Ranks:
             torch.distributed.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
         return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
+    @staticmethod
+    def announced() -> int:
+        """This process's rank as `torchrun` announces it, known before the group is joined."""
+        return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
     @property
     def is_main(self) -> bool:
         """Whether this rank logs and writes files."""

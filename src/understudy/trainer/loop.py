@@ -117,6 +117,7 @@ class Trainer:
 
     def _take_step(self) -> None:
         """Collects samples, trains on them, publishes the weights, and logs the numbers."""
+        self.run_dir.check_kept()
         step, updates, clock = self.progress.step, self.progress.updates, Clock(self.student.device)
         empty_before = self.progress.empty_in_row
         # dropout draws from torch's own generator; this makes it a function of the step, as all other draws are
@@ -369,6 +370,7 @@ class Trainer:
                 "student/)"
             )
         if self.ranks.is_main:
+            self.run_dir.check_kept()
             self.observer.sync()
             teacher = self.rollouts.collector.teacher
             state = {} if teacher is None else teacher.state()
@@ -402,7 +404,9 @@ class Trainer:
                 try:
                     self._checkpoint()
                 except (CheckpointError, TrainingError, OSError) as problem:
-                    self.observer.warn(self.progress.step, f"no checkpoint could be written: {problem}")
+                    # on a full disk the warning is no more than shown
+                    with suppress(CheckpointError):
+                        self.observer.warn(self.progress.step, f"no checkpoint could be written: {problem}")
             raise
 
 

@@ -1,0 +1,191 @@
+"""Accidents of a run: a second process, files that are not its own, a console, disk or directory that goes away."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import Process, command_line
+from tests.runs import assert_same_run, distillation, train, write_recipe
+from understudy.errors import CheckpointError, RecipeError
+from understudy.files import LOCK, by_step, locked, write_atomically
+from understudy.trainer.loop import Trainer
+
+
+def stopping_at(monkeypatch: pytest.MonkeyPatch, step: int, do: Any) -> None:
+    """Before the step after `step`, `do` is called."""
+    plain = Trainer._take_step
+
+    def take_step(self: Trainer) -> None:
+        if self.progress.step == step:
+            do()
+        plain(self)
+
+    monkeypatch.setattr(Trainer, "_take_step", take_step)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_names_its_owner_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with locked(folder, "run_dir") as check:
+        check()
+        with pytest.raises(RecipeError, match=rf"run_dir .*run is in use by process {os.getpid()} on ") as caught:
+            locked(folder, "run_dir").__enter__()
+        assert "choose another" in str(caught.value)
+    assert not (tmp_path / "new").exists()
+    folder.mkdir(parents=True)
+    with locked(folder, "run_dir"):
+        (folder / "file").touch()
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_directory_that_was_removed_or_replaced_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with locked(folder, "run_dir") as check:
+        shutil.rmtree(folder)
+        with pytest.raises(CheckpointError, match="removed, moved or replaced"):
+            check()
+        with locked(folder, "run_dir"), pytest.raises(CheckpointError):
+            check()
+    assert not folder.exists()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    said: list[str] = []
+    with locked(tmp_path / "run", "run_dir", said.append) as check:
+        check()
+    assert len(said) == 1
+    assert "cannot be locked" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["loop", "file", "long"])
+def test_a_directory_that_cannot_be_made_is_one_error(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 300 if kind == "long" else "run")
+    if kind == "loop":
+        folder.symlink_to(folder)
+    if kind == "file":
+        folder.touch()
+    with pytest.raises(RecipeError, match="run_dir .* cannot be written to"):
+        train(tmp_path, run_dir=str(folder))
+    if kind == "loop":
+        # the clean-up after the error must not hide it
+        with pytest.raises(CheckpointError, match="cannot write"):
+            write_atomically(folder / "file", "text")
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    """The second is refused before it loads anything, also where it resumes; readers are not."""
+    changes = distillation(tmp_path, train={"steps": 12, "save_every": 2, "prompts_per_step": 4})
+    whole = train(tmp_path / "whole", **changes)
+    path, run_dir = write_recipe(tmp_path, **changes), tmp_path / "run"
+    first = Process(command_line, "train", path, "--no-doctor", "train.steps=100000", log=tmp_path / "first.log")
+    while not by_step(run_dir / "checkpoints"):
+        assert first.poll() is None, first.output
+    for option in ("--no-doctor", "--resume"):
+        second = Process(command_line, "train", path, option, log=tmp_path / "second.log")
+        assert second.wait() == 2
+        assert f"is in use by process {first._process.pid} on" in second.output
+        assert "loading" not in second.output
+    reader = Process(command_line, "report", run_dir, log=tmp_path / "reader.log")
+    assert reader.wait() == 0, reader.output
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "running"
+    first.kill()
+    assert (run_dir / LOCK).exists()
+    shutil.rmtree(run_dir)
+    train(tmp_path, **changes)
+    assert_same_run(run_dir, whole)
+    assert not (run_dir / LOCK).exists()
+
+
+def test_a_run_whose_directory_is_removed_ends_with_one_error_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping_at(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="removed, moved or replaced"):
+        train(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+# --- what is not ours -------------------------------------------------------------------------------------------------
+
+
+def test_names_of_steps_are_exact(tmp_path: Path) -> None:
+    ours = ["step_000005", "step_000010", "step_1234567"]
+    others = ["step_5", "step_0000005", "step_000005 (copy)", "step_000005.bak", "step_best", "step_", "step_00000５"]
+    for name in [*others, *reversed(ours)]:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in by_step(tmp_path).values()] == ours
+    assert by_step(tmp_path / "missing") == by_step(tmp_path, ".json") == {}
+
+
+def test_stray_files_disturb_neither_a_save_nor_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = distillation(
+        tmp_path, train={"save_every": 2, "save_samples_every": 1}, eval={"every": 3, "problems": 4, "at_start": True}
+    )
+    whole, run_dir = train(tmp_path / "whole", **changes), tmp_path / "run"
+    stray: list[Path] = []
+
+    def litter() -> None:
+        for folder in ("eval", "samples"):
+            stray.extend(
+                run_dir / folder / name for name in ("notes.txt", "step_best.json", "step_000001 (copy).jsonl")
+            )
+        for file in stray:
+            file.write_text("not JSON")
+        saved = run_dir / "checkpoints" / "step_000002"
+        for name in ("step_000002 (copy)", "step_best", "step_000009.bak"):
+            stray.append(Path(shutil.copytree(saved, saved.with_name(name))))
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 3, litter)
+        stopping_at(patch, 5, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, **changes)
+    assert_same_run(train(tmp_path, resume=True, **changes), whole)
+    assert len(stray) == 9
+    assert all(path.exists() for path in stray)
+
+
+# --- errors that would hide the first -------------------------------------------------------------------------------------
+
+
+def test_the_first_error_is_told_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def break_down() -> None:
+        monkeypatch.setattr("os.fsync", full)
+        monkeypatch.setattr("understudy.trainer.loop.save_checkpoint", full)
+        raise ValueError("the first error")
+
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 3, break_down)
+        with pytest.raises(ValueError, match="the first error"):
+            train(tmp_path)
+
+
+def test_a_failed_run_keeps_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down() -> None:
+        raise ValueError("the first error")
+
+    stopping_at(monkeypatch, 3, break_down)
+    with pytest.raises(ValueError, match="the first error"):
+        train(tmp_path)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["status"], facts["error"]) == ("failed", "ValueError: the first error")
