@@ -152,6 +152,32 @@ def doctor(recipe: RecipeOrRun, overrides: Overrides = None) -> None:
         raise typer.Exit(EXIT_BAD_INPUT)
 
 
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs to share out.")] = 8,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="a100, h100, h200, b200 or l40s.")] = "h100",
+    gpu_memory: Annotated[float | None, _option(help="GB of one, where it is another.", default="the card's")] = None,
+    price: Annotated[float | None, _option(help="Of one GPU for one hour.")] = None,
+    prompt_tokens: Annotated[float | None, _option(help="On average.", default="train.max_prompt_tokens")] = None,
+    response_tokens: Annotated[float | None, _option(help="On average.", default="sampling.max_new_tokens")] = None,
+) -> None:
+    """Say what a recipe needs on GPUs, from the configurations of its models alone: memory, time, cost, and a layout.
+
+    Every number has its formula. No weights are read, and nothing is written.
+    """
+    from understudy.recipe import load_recipe
+    from understudy.recipe.plan import machine_of, show
+    from understudy.trainer.console import Console
+
+    parsed = load_recipe(recipe, overrides or [])
+    lengths = {"prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
+    machine = machine_of(parsed, gpus, card=gpu, gpu_memory=gpu_memory, **lengths)
+    with Console() as console:
+        show(console, parsed, machine, price)
+
+
 @app.command(name="eval")
 def evaluate(
     recipe: RecipeOrRun,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -143,6 +143,8 @@ class Needs:
     """Whether all weights are in memory already."""
     has_moments: bool = False
     """Whether the optimizer's moments are in memory already, as in a resumed run."""
+    ranks: int = 1
+    """Processes that share the samples of a step."""
 
     @property
     def masters(self) -> int:
@@ -156,8 +158,8 @@ class Needs:
 
     @property
     def num_samples(self) -> int:
-        """Samples of one step."""
-        return self.recipe.train.prompts_per_step * self.recipe.train.samples_per_prompt
+        """Samples of one step on one rank."""
+        return math.ceil(self.recipe.train.prompts_per_step * self.recipe.train.samples_per_prompt / self.ranks)
 
 
 def _before(files: Files) -> list[Needs]:
@@ -235,40 +237,76 @@ def _disk(run: Needs) -> Finding:
     return Finding(found, "warning" if exact + need > free else "ok", advice)
 
 
-def _memory(run: Needs) -> Finding:
-    free = free_memory(run.device)
-    if free is None:
-        return Finding("this system does not say how much is free, so nothing was compared")
+@dataclass(frozen=True)
+class Item:
+    """One part of the memory of a run."""
+
+    name: str
+    size: int
+    """Bytes."""
+    when: Literal["held", "update", "generate"] = "held"
+    """All the time, in one forward and backward, or while samples are written."""
+    formula: str = ""
+
+
+def memory_items(run: Needs) -> list[Item]:
+    """The memory of one step, without what is there already. The largest of its times is the peak."""
     recipe, settings, student = run.recipe, run.recipe.train, run.student
-    # held all the time
-    held = {} if run.has_moments else {"optimizer": ADAM_MOMENTS * run.updated}
+    items = []
     if not run.is_loaded:
-        # an engine of this process that writes beside an update has weights of its own
-        copies = {"the engine's copy": student.weights * (recipe.engine.runs_here and recipe.engine.beside_update)}
-        others = {label: size.weights for label, size in run.others.items()}
-        held = {"student": student.weights, "master weights": run.masters} | copies | others | held
-    # added by one forward and backward
+        items += [
+            Item("student", student.weights, "held", "weights x bytes of a weight"),
+            Item("master weights", run.masters, "held", "weights in 16 bits x 4 bytes"),
+        ]
+        if recipe.engine.runs_here and recipe.engine.beside_update:
+            # it writes beside an update
+            items.append(Item("the engine's copy", student.weights, "held", "weights x bytes of a weight"))
+        items += [
+            Item(label, size.weights, "held", "weights x bytes of a weight") for label, size in run.others.items()
+        ]
+    if not run.has_moments:
+        items.append(Item("optimizer", ADAM_MOMENTS * run.updated, "held", "trained weights x 2 moments"))
     longest = settings.max_prompt_tokens + recipe.sampling.max_new_tokens
     longest = longest if run.positions is None else min(longest, run.positions)
     default = MICRO_BATCH_TOKENS.get(run.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
     tokens = min(max(settings.micro_batch_tokens or default, longest), run.num_samples * longest)
-    layers = student.layers * student.layer_elements
+    layers, formula = student.layers * student.layer_elements, "tokens x layers x (12 H + 4 F)"
     if settings.gradient_checkpointing:
         layers = student.layers * student.hidden + student.layer_elements
+        formula = "tokens x (layers x H + 12 H + 4 F)"
     mixed = settings.compute_dtype == "bfloat16" or (settings.compute_dtype == "auto" and has_bfloat16(run.device))
     number = 2 if mixed else student.number_bytes
-    update = {"gradients": run.updated, "activations": tokens * layers * number}
+    items += [
+        Item("gradients", run.updated, "update", "trained weights x bytes of a weight"),
+        Item("activations", tokens * layers * number, "update", f"{formula} x {number} bytes, {tokens:,} tokens"),
+    ]
     if run.vocab_size is not None:
         rows = 2 if "full" in recipe.method.needs else 1
-        update["logits"] = 4 * rows * min(CHUNK_ELEMENTS, tokens * run.vocab_size)
-    # keys and values of what is written at a time
-    cache = 0
+        logits = 4 * rows * min(CHUNK_ELEMENTS, tokens * run.vocab_size)
+        items.append(Item("logits", logits, "update", f"{rows} x a chunk of rows x vocabulary x 4 bytes"))
     if recipe.uses.own_samples and recipe.engine.runs_here:
-        cache = min(MAX_BATCH_TOKENS, run.num_samples * longest) * student.cache_elements * student.number_bytes
-    certain = sum(held.values()) + run.updated
-    estimate = sum(held.values()) + max(sum(update.values()), cache)
-    shown = held | update | {"generation cache": cache}
-    listed = ", ".join(f"{name} {amount(value)}" for name, value in shown.items() if value)
+        held = min(MAX_BATCH_TOKENS, run.num_samples * longest)
+        cache = held * student.cache_elements * student.number_bytes
+        formula = f"{held:,} tokens x layers x 2 x heads of keys x their size"
+        items.append(Item("generation cache", cache, "generate", formula))
+    return [item for item in items if item.size]
+
+
+def peak(items: Sequence[Item]) -> int:
+    """Bytes at the worst time."""
+    held, update, generate = (
+        sum(item.size for item in items if item.when == when) for when in ("held", "update", "generate")
+    )
+    return held + max(update, generate)
+
+
+def _memory(run: Needs) -> Finding:
+    free = free_memory(run.device)
+    if free is None:
+        return Finding("this system does not say how much is free, so nothing was compared")
+    items = memory_items(run)
+    certain, estimate = sum(item.size for item in items if item.when == "held") + run.updated, peak(items)
+    listed = ", ".join(f"{item.name} {amount(item.size)}" for item in items)
     after = " beside the weights, which are loaded" if run.is_loaded else ""
     found = f"{listed}; at most {amount(estimate)} at a time{after}; {amount(free)} are free on {run.device}"
     if certain > free:
