@@ -188,8 +188,14 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, given: dict[str, Any]
 
 
 def test_a_model_that_cannot_be_had_is_named() -> None:
-    with pytest.raises(RecipeError, match="the configuration of org/nowhere cannot be read"):
+    with pytest.raises(RecipeError, match=r"the configuration of org/nowhere cannot be read: .*; give a directory"):
         read_shape("org/nowhere", None, "float32")
+
+
+def test_a_model_from_scratch_has_the_tokens_of_its_task(tmp_path: Path) -> None:
+    build = {key: value for key, value in BUILD.items() if key != "vocab_size"}
+    shapes = shapes_of(recipe_of(tmp_path, student={"build": build}))
+    assert shapes["student"].head == 17 * BUILD["hidden_size"]
 
 
 def test_cards_are_plausible() -> None:

@@ -13,9 +13,10 @@ from typing import Any
 from understudy.errors import RecipeError, nearest
 from understudy.format import number
 from understudy.lazy import torch
-from understudy.models import apply_lora, config_on_disk
-from understudy.models.load import first_line
+from understudy.models import apply_lora, config_on_disk, vocabulary_size
+from understudy.models.load import locate, said_by
 from understudy.recipe.checks.room import Item, Needs, Size, amount, memory_items, peak, size_of
+from understudy.recipe.load import Tokenizers
 from understudy.recipe.schema import Lora, Recipe
 from understudy.trainer.console import Console
 
@@ -82,9 +83,12 @@ def read_shape(source: str | None, build: Mapping[str, Any] | None, dtype: str, 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = config_on_disk(source, build)
+    name, offline = (source, None) if config is not None or source is None else locate(source)
     try:
         if config is None:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+            config = AutoConfig.from_pretrained(
+                name, trust_remote_code=False, local_files_only=offline is not None
+            ).get_text_config()
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
             if lora is not None:
@@ -95,7 +99,10 @@ def read_shape(source: str | None, build: Mapping[str, Any] | None, dtype: str, 
         raise
     except Exception as error:
         # each configuration fails in its own way
-        raise RecipeError(f"the configuration of {source or build} cannot be read: {first_line(error)}") from error
+        raise RecipeError(
+            f"the configuration of {source or build} cannot be read: {said_by(error, offline)}; give a directory with its "
+            "config.json"
+        ) from error
     routed = next(
         (
             getattr(config, key)
@@ -127,7 +134,10 @@ def shapes_of(recipe: Recipe) -> dict[str, Shape]:
     """Those of the student and of every teacher and reference whose model the recipe names, by their places."""
     student = recipe.student
     dtype = "bfloat16" if student.dtype == "auto" else student.dtype
-    found = {"student": read_shape(student.model, student.build, dtype, student.lora)}
+    build = student.build
+    if build is not None:
+        build = {"vocab_size": vocabulary_size(Tokenizers(recipe).student), **build}
+    found = {"student": read_shape(student.model, build, dtype, student.lora)}
     for place, section in recipe.scorers.items():
         if section.weights is None:
             continue
@@ -135,7 +145,7 @@ def shapes_of(recipe: Recipe) -> dict[str, Shape]:
         kept = section.weights.dtype
         if source is None:
             if student.lora is None:
-                found[place] = read_shape(student.model, student.build, dtype)
+                found[place] = read_shape(student.model, build, dtype)
         else:
             found[place] = read_shape(source.name, None, "bfloat16" if kept == "auto" else kept)
     return found
