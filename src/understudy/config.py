@@ -6,18 +6,20 @@ marked by `choice`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from understudy.errors import RecipeError, brief, nearest, written
+from understudy.text import plain_tree, without_secrets
 
 Section = TypeVar("Section")
 
@@ -25,6 +27,9 @@ MAX_SAME = 3
 """Places of one key that a hint names."""
 MAX_DEPTH = 20
 """Sections inside each other that an override may name."""
+MAX_YAML_BYTES, MAX_NODES, MAX_YAML_DEPTH = 200_000, 5_000, 50
+"""Of one document. The recipes of this project have 4,000 characters, 150 values and 5 levels."""
+MAX_DIGITS = 80
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,33 @@ a string, 010 is 8 and 1:30 is 90."""
 
 class _Loader(yaml.SafeLoader):
     """Reads numbers as YAML 1.2, leaves dates and keys strings, and refuses a key that stands twice in one mapping, of which
-    YAML would keep the last without a word."""
+    YAML would keep the last without a word.
+
+    Limits hold while nodes are composed, before any value is made: an alias counts as all that it stands for.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_nodes = self._depth = 0
+        self._sizes: dict[str, int] = {}
+        """Nodes that an alias stands for, by its name."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        anchor, is_alias = event.anchor, isinstance(event, yaml.AliasEvent)
+        if is_alias and anchor in self.anchors and anchor not in self._sizes:
+            self._refuse(f"*{anchor} stands inside what it names", event)
+        first, self._depth = self._num_nodes, self._depth + 1
+        self._num_nodes += self._sizes.get(anchor, 1) if is_alias else 1
+        if self._num_nodes > MAX_NODES:
+            self._refuse(f"it has more than {MAX_NODES:,} values, with those that aliases repeat", event)
+        if self._depth > MAX_YAML_DEPTH:
+            self._refuse(f"it is nested too deeply for a recipe, over {MAX_YAML_DEPTH} levels", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if anchor is not None and not is_alias:
+            self._sizes[anchor] = self._num_nodes - first
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -79,6 +110,9 @@ class _Loader(yaml.SafeLoader):
                 keys.add((key.tag, key.value))
         return node
 
+    def _refuse(self, reason: str, event: Any) -> NoReturn:
+        raise yaml.composer.ComposerError(None, None, reason, event.start_mark)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a string that the loader, or another reader of YAML, would take for a number."""
@@ -91,19 +125,60 @@ _Loader.yaml_implicit_resolvers = {
 for _tag, (_pattern, _first) in _NUMBERS.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor(_INT, lambda _, node: int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10))
+
+
+def _whole_number(_: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) <= MAX_DIGITS:
+        value = int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10)
+        if abs(value) < 2**64:
+            return value
+    raise yaml.constructor.ConstructorError(None, None, "a whole number of more than 64 bits", node.start_mark)
+
+
+_Loader.add_constructor(_INT, _whole_number)
+# of tags there are those of JSON's kinds of values, and merge keys
+_KINDS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+_Loader.yaml_constructors = {tag: make for tag, make in _Loader.yaml_constructors.items() if tag in {*_KINDS, None}}
 
 
 def load(text: str, place: str) -> Any:
-    """The value of a YAML document. Raises RecipeError that begins with the place and names the line."""
+    """The value of a YAML document. Raises RecipeError that begins with the place and names the line, also for more than a
+    recipe ever holds: `MAX_YAML_BYTES`, `MAX_NODES` values, `MAX_YAML_DEPTH` levels."""
+    if len(text) > MAX_YAML_BYTES:
+        raise RecipeError(f"{place} has {len(text):,} characters; a recipe has at most {MAX_YAML_BYTES:,}")
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         said = " ".join(str(error).replace('in "<unicode string>",', "at").split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem is not None:
+            # without the line itself, in which a key may stand
+            mark = error.problem_mark or error.context_mark
+            said = " ".join(filter(None, (error.context, error.problem)))
+            said += "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
         hint = "; indent with spaces, not with tabs" if r"character '\t'" in said else ""
-        raise RecipeError(f"{place} is not valid YAML: {said}{hint}") from error
+        raise RecipeError(f"{place} is not valid YAML: {said}{hint}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise RecipeError(
+            f"{place} is not valid YAML: a value is not of the kind that its tag (!!int, !!bool) says"
+        ) from None
     except RecursionError:
         raise RecipeError(f"{place} is nested too deeply for a recipe") from None
+
+
+def load_json(text: str | bytes) -> Any:
+    """As `json.loads`, with ValueError for nesting and numbers that Python cannot hold too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def split_values(text: str, place: str) -> list[str]:
+    """Splits at the commas that separate YAML values, not at those inside brackets, braces and quotes. Raises as `load`."""
+    listed = f"[{text}]"
+    load(listed, place)
+    parsed: Any = yaml.compose(listed, _Loader)
+    return [listed[node.start_mark.index : node.end_mark.index] for node in parsed.value]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -118,6 +193,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             hint = nearest(path.name, others) if others else "write one with: understudy init"
         raise RecipeError(f"there is no recipe {path}; {hint}")
     try:
+        if (size := path.stat().st_size) > 4 * MAX_YAML_BYTES:
+            raise RecipeError(f"{path} has {size:,} bytes; a recipe has at most {MAX_YAML_BYTES:,} characters")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not text in UTF-8: {error}") from error
@@ -136,19 +213,20 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         raise RecipeError(f"overrides are {brief(assignments)}; give a list, such as ['method.k=64']")
     for text in assignments:
         path, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
+        shown = brief(without_secrets(text) if isinstance(text, str) else text)
         if not equals or not path or any(not part for part in path.split(".")):
-            raise RecipeError(f"{text!r} is not an override; write KEY=VALUE, such as method.k=64")
+            raise RecipeError(f"{shown} is not an override; write KEY=VALUE, such as method.k=64")
         *parents, last = path.split(".")
         if len(parents) > MAX_DEPTH:
-            raise RecipeError(f"{brief(text)} is nested too deeply for a recipe")
+            raise RecipeError(f"{shown} is nested too deeply for a recipe")
         inner = result
         for depth, part in enumerate(parents, 1):
             # a saved recipe has null for a section that it leaves out
             inner[part] = {} if inner.get(part) is None else inner[part]
             inner = inner[part]
             if not isinstance(inner, dict):
-                raise RecipeError(f"{text!r}: {'.'.join(parents[:depth])} is {brief(inner)}, not a section")
-        inner[last] = load(value, f"{text!r}: the value")
+                raise RecipeError(f"{shown}: {(at := '.'.join(parents[:depth]))} is {_told(at, inner)}, not a section")
+        inner[last] = load(value, f"{shown}: the value")
     return result
 
 
@@ -160,7 +238,7 @@ def parse(section: type[Section], values: object, path: str = "", root: type[Any
     """
     root = root or section
     if not isinstance(values, Mapping):
-        raise RecipeError(f"{path or 'the recipe'} is {brief(values)}; it must be a mapping of keys")
+        raise RecipeError(f"{path or 'the recipe'} is {_told(path, values)}; it must be a mapping of keys")
     known = {key_of(item): item for item in fields(cast(Any, section)) if item.init}
     unknown = [
         f"{_join(path, key)}: unknown key; {_meant(root, path, key, values[key], known)}"
@@ -256,7 +334,9 @@ def _parse_field(item: Field[Any], hint: Any, value: object, path: str, root: ty
     chosen: Choice | None = item.metadata.get("choice")
     if chosen is not None and chosen.named:
         if not isinstance(value, Mapping):
-            raise RecipeError(f"{path} is {brief(value)}; it must be a mapping of names to sections with a `type`")
+            raise RecipeError(
+                f"{path} is {_told(path, value)}; it must be a mapping of names to sections with a `type`"
+            )
         return {str(name): parse_choice(chosen, section, _join(path, name), root) for name, section in value.items()}
     if chosen is not None:
         return None if value is None and chosen.optional else parse_choice(chosen, value, path, root)
@@ -264,11 +344,12 @@ def _parse_field(item: Field[Any], hint: Any, value: object, path: str, root: ty
     if inner is not None:
         return None if value is None and NoneType in get_args(hint) else parse(inner, value, path, root)
     if isinstance(value, bool) and bool not in _flat(hint):
-        raise RecipeError(f"{path} is {brief(value)}; {_complaint(hint, value)}")
+        raise RecipeError(f"{path} is {_told(path, value)}; {_complaint(hint, value)}")
     try:
         return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        raise RecipeError(f"{path} is {brief(value)}; {_complaint(hint, value)}") from error
+    except ValidationError:
+        # without its cause, which would show the whole value
+        raise RecipeError(f"{path} is {_told(path, value)}; {_complaint(hint, value)}") from None
 
 
 def parse_choice(chosen: Choice, value: object, path: str, root: type[Any] | None = None) -> Any:
@@ -276,7 +357,7 @@ def parse_choice(chosen: Choice, value: object, path: str, root: type[Any] | Non
     if not isinstance(value, Mapping):
         short = f"; write {path}: {{type: {value}}}" if isinstance(value, str) and value in chosen.table else ""
         raise RecipeError(
-            f"{path} is {brief(value)}; it must be a mapping with a `type`: {', '.join(chosen.table)}{short}"
+            f"{path} is {_told(path, value)}; it must be a mapping with a `type`: {', '.join(chosen.table)}{short}"
         )
     name = value.get("type")
     if name is None and root is not None:
@@ -294,6 +375,11 @@ def parse_choice(chosen: Choice, value: object, path: str, root: type[Any] | Non
         meant = [f"the type is {kind}" for kind in others if kind in chosen.table]
         raise RecipeError(f"{path}.type {said}; {meant[0] if meant else nearest(str(name), chosen.table)}")
     return parse(chosen.table[name], {key: item for key, item in value.items() if key != "type"}, path, root)
+
+
+def _told(path: str, value: object) -> str:
+    """A value as a message shows it, without secrets."""
+    return brief(plain_tree(value, path.rpartition(".")[2]))
 
 
 def dump(section: Any, chosen: Choice | None = None) -> dict[str, Any]:
@@ -314,7 +400,7 @@ def dump(section: Any, chosen: Choice | None = None) -> dict[str, Any]:
     return values
 
 
-def write_yaml(values: Mapping[str, Any]) -> str:
+def write_yaml(values: Any) -> str:
     """YAML in the order of the sections."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 

@@ -6,9 +6,14 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from understudy.text import printable
+
 
 class UnderstudyError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. Its message has no secret and nothing that steers a terminal."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class RecipeError(UnderstudyError):

@@ -24,7 +24,7 @@ from understudy.models.backbone import TOLERANCE
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Parts
 from understudy.recipe.checks.room import free_memory
-from understudy.text import without_secrets
+from understudy.text import plain_tree, printable
 from understudy.trainer.checkpoint import Progress, RunDir, written_whole
 from understudy.trainer.observe import peak_memory_gib
 
@@ -99,7 +99,7 @@ def write_facts(parts: Parts, run_dir: RunDir, status: str, facts: Mapping[str, 
         "versions": installed(),
         "commit": commit(),
     }
-    write_json(run_dir.facts, values)
+    write_json(run_dir.facts, {name: plain_tree(value, name) for name, value in values.items()})
 
 
 def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSummary]) -> str:
@@ -134,14 +134,14 @@ def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSumma
             f"{count(last.samples_per_prompt, 'sample')} each, after step {last.step:,}; [95 % intervals] over problems.\n\n"
             f"| metric | value |\n|---|---|\n{measured}"
         )
-    values = config.dump(recipe)
+    values: Any = plain_tree(config.dump(recipe))
     text = "\n".join([*parts, f"## Recipe\n\n```yaml\n{config.write_yaml(values)}```\n"])
     leaves = [one for leaf in config.flatten(values).values() for one in (leaf if isinstance(leaf, list) else [leaf])]
     paths = {one for one in leaves if isinstance(one, str) and Path(one).is_absolute() and Path(one).exists()}
     # who reads a published card has another machine: of a path here, the last part says which model or file it was
     for path in sorted(paths, key=len, reverse=True):
         text = text.replace(path, Path(path).name)
-    return without_secrets(text)
+    return printable(text)
 
 
 def installed() -> dict[str, str]:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from understudy.errors import RecipeError, UnderstudyError
-from understudy.text import without_secrets
+from understudy.text import printable
 
 REACH_S = 5.0
 """Seconds for one request; the libraries try every file of a name for 23 s."""
@@ -27,7 +27,7 @@ def unreachable() -> str | None:
         httpx.head(constants.ENDPOINT, timeout=REACH_S)
     except httpx.HTTPError as error:
         constants.HF_HUB_OFFLINE = True
-        return f"{constants.ENDPOINT} cannot be reached ({error or type(error).__name__})"
+        return f"{constants.ENDPOINT} cannot be reached ({printable(str(error)) or type(error).__name__})"
     return None
 
 
@@ -59,6 +59,6 @@ def push(run_dir: Path, name: str, *, public: bool = False) -> str:
     except UnderstudyError:
         raise
     except Exception as error:
-        lines = without_secrets(f"{type(error).__name__}: {error}").splitlines()
+        lines = printable(f"{type(error).__name__}: {error}").splitlines()
         raise UnderstudyError(f"the hub did not take {student} as {name} ({lines[0]}); the run is as it was") from error
     return f"{url} ({'private' if private else 'public'})"

@@ -37,7 +37,7 @@ from understudy.recipe.load import (
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
 from understudy.teachers.base import hash_facts
-from understudy.text import without_secrets
+from understudy.text import plain_tree, printable
 from understudy.trainer.checkpoint import (
     STUDENT,
     Progress,
@@ -161,7 +161,7 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
                 try:
                     run_dir.check_kept()
                     said = str(error) if isinstance(error, UnderstudyError) else f"{type(error).__name__}: {error}"
-                    write_facts(parts, run_dir, "failed", facts | {"error": without_secrets(said)})
+                    write_facts(parts, run_dir, "failed", facts | {"error": printable(said)})
                 except CheckpointError as problem:
                     console.warn(f"what became of the run is not in {run_dir.facts}: {problem}")
             raise
@@ -304,7 +304,7 @@ def _observer(
     if run_dir.recipe.is_file():
         resume_step = progress.step
         run_dir.drop_after(progress.step if checkpoint is not None else -1)
-    write_atomically(run_dir.recipe, config.write_yaml(plain))
+    write_atomically(run_dir.recipe, config.write_yaml(plain_tree(plain)))
     loggers = make_loggers(run_dir.path, recipe.loggers, plain, resume_step=resume_step, warn=console.warn)
     names = ["events"] if recipe.async_ is None else ["events", "consumed"]
     files = {name: JsonLines(run_dir.path / f"{name}.jsonl") for name in names}

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import partial
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 
 import understudy
 from understudy.errors import CheckpointError, RecipeError, TrainingError, UnderstudyError, nearest, written
+from understudy.text import printable
 from understudy.trainer.signals import ENDING, terminable
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SIGNAL = 2, 1, 130
@@ -102,6 +104,11 @@ RecipeOrRun = Annotated[
 ]
 Overrides = Annotated[list[str] | None, _argument("[KEY=VALUE]...", "Overrides, such as method.k=64 or train.lr=1e-5.")]
 ModelDir = Annotated[str | None, _option("--model", metavar="DIR", help="Another model than the recipe's student.")]
+
+
+def _say(line: object) -> None:
+    """Prints a line in which names of files, of models and the like may stand."""
+    typer.echo(printable(str(line)))
 
 
 def _print_version(asked: bool) -> None:
@@ -251,7 +258,7 @@ def report(
     """Write RUN/report.html: curves, tables and transcripts on one page that works offline."""
     from understudy.report.page import write_report
 
-    typer.echo(write_report(run_dir, baseline=baseline))
+    _say(write_report(run_dir, baseline=baseline))
 
 
 @app.command()
@@ -265,7 +272,7 @@ def push(
     """Upload the final student with its model card to the Hugging Face hub."""
     from understudy.hub import push
 
-    typer.echo(push(run_dir, name, public=public))
+    _say(push(run_dir, name, public=public))
 
 
 @app.command()
@@ -346,10 +353,9 @@ def serve_teacher(
     given = {name: value for name, value in locals().items() if value is not None}
     from understudy import config
     from understudy.serve import Settings, run
-    from understudy.text import visible
 
     # plain lines: a server's log has no display that is redrawn
-    run(config.parse(Settings, given), lambda line: typer.echo(visible(line)))
+    run(config.parse(Settings, given), _say)
 
 
 @app.command()
@@ -455,7 +461,7 @@ def init(
     # that of another version is replaced, a file of another kind is left alone
     if not beside.exists() or f'"title": "{schema["title"]}"' in beside.read_text(encoding="utf-8", errors="replace"):
         write_atomically(beside, json.dumps(schema, indent=2))
-    typer.echo(f"wrote {path}; check it with: understudy train {path} --dry-run")
+    _say(f"wrote {path}; check it with: understudy train {path} --dry-run")
 
 
 @app.command()
@@ -495,3 +501,13 @@ def main() -> None:
     except UnderstudyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED if isinstance(error, TrainingError | CheckpointError) else EXIT_BAD_INPUT)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # a name that is too long for the file system, a loop of links, a folder that may not be read
+        print(f"error: {printable(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except Exception:
+        # a defect of this program; messages of libraries may hold anything
+        print(printable(traceback.format_exc()), file=sys.stderr)
+        sys.exit(EXIT_FAILED)

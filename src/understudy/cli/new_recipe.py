@@ -74,7 +74,7 @@ def new_recipe(name: str, student: str, teacher: str, method: str, data: str | N
     elif uses.given_responses:
         text = text.replace("  reference_field: answer\n", "  reference_field: answer\n  solution_field: answer\n")
     text = _fitted(text, Path(student).expanduser())
-    recipe = config.parse(Recipe, yaml.safe_load(text))
+    recipe = config.parse(Recipe, config.load(text, "the recipe"))
     if data is not None:
         usual: dict[str, tuple[str, ...]] = {"reference": ANSWERS} if "outcome" in recipe.uses.rewards else {}
         if recipe.uses.given_responses and recipe.responses is None:

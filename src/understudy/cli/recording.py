@@ -25,6 +25,7 @@ from understudy.recipe.load import Loaded, load_student, load_teachers, prompt_l
 from understudy.tasks.renderer import Renderer, now
 from understudy.teachers import Teacher
 from understudy.teachers.stores.recording import ScoredMeta, recorded, write_scored
+from understudy.text import plain_tree
 from understudy.trainer.console import Console
 from understudy.trainer.rollouts import PromptStream
 from understudy.trainer.signals import terminable
@@ -52,7 +53,7 @@ def record(
     check_writable(out, "--out")
     saved = config.read_yaml(out / ORIGIN) if (out / ORIGIN).is_file() else {"student": {"template_date": now()}}
     recipe = recipe.dated(saved["student"].get("template_date"))
-    origin = {key: value for key, value in config.dump(recipe).items() if key in DECIDES}
+    origin: Any = plain_tree({key: value for key, value in config.dump(recipe).items() if key in DECIDES})
     _check_out(out, origin)
     check(recipe)
     # no reference model and no responses: neither is recorded

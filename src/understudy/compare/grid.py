@@ -13,8 +13,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from understudy import config
 from understudy.errors import RecipeError, brief, check_range, nearest
 from understudy.recipe import Recipe
@@ -166,21 +164,11 @@ def _assignment(text: str, option: str, given: Mapping[str, Any]) -> tuple[str, 
         raise RecipeError(f"{option} {text!r}: write KEY=V1,V2, such as method.type=opd,gkd")
     if key in given:
         raise RecipeError(f"{option} {key}: given twice; write all its values in one place")
-    try:
-        parts = split_values(values)
-        options = {part: config.load(part, f"{option} {text!r}") for part in parts}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{option} {text!r}: not valid YAML: {' '.join(str(error).split())}") from error
+    parts = config.split_values(values, f"{option} {text!r}")
+    options = {part: config.load(part, f"{option} {text!r}") for part in parts}
     if len(options) != len(parts):
         raise RecipeError(f"{option} {text!r}: a value stands twice")
     return key, options
-
-
-def split_values(text: str) -> list[str]:
-    """Splits at the commas that separate YAML values, not at those inside brackets, braces and quotes."""
-    listed = f"[{text}]"
-    parsed: Any = yaml.compose(listed, yaml.SafeLoader)
-    return [listed[node.start_mark.index : node.end_mark.index] for node in parsed.value]
 
 
 def axis_change(axis: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any]:

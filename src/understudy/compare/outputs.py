@@ -21,7 +21,7 @@ from understudy.format import MISSING, Interval, quantity
 from understudy.report.page import render
 from understudy.report.read import Series
 from understudy.report.svg import MAX_LINES, Chart, Line
-from understudy.text import without_secrets
+from understudy.text import plain_tree, printable
 
 NUMBERS = ("steps", "samples", "greedy", "tokens_per_s", "peak_memory_gib", "grad_norm", "entropy_at_end")
 BAND = "Line: mean over seeds, as far as every seed went. Band: lowest to highest seed."
@@ -36,9 +36,9 @@ _CHARTS = {
 def write_outputs(comparison: Comparison) -> Path:
     """Writes them all; the page's path. Raises CheckpointError where a file cannot be written."""
     out = comparison.cells.out
-    write_atomically(out / "table.md", markdown(comparison.table, comparison.unfinished))
-    write_atomically(out / "cells.csv", cells_csv(comparison))
-    write_json(out / "compare.json", to_json(comparison))
+    write_atomically(out / "table.md", printable(markdown(comparison.table, comparison.unfinished)))
+    write_atomically(out / "cells.csv", printable(cells_csv(comparison)))
+    write_json(out / "compare.json", {name: plain_tree(value, name) for name, value in to_json(comparison).items()})
     write_atomically(out / "compare.html", page(comparison))
     return out / "compare.html"
 
@@ -79,7 +79,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "status": "running" if comparison.running else comparison.ending,
         "unfinished": comparison.unfinished,
-        "command": without_secrets(comparison.command),
+        "command": comparison.command,
         "grid": dump(cells.grid),
         "recipe": dict(cells.base),
         "caption": list(comparison.table.caption),
@@ -131,10 +131,10 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
         "grid": cells.grid,
         "tuning": _tuning_rows(comparison),
         "failed": [(outcome.cell.name, outcome.error or "", str(outcome.cell.log)) for outcome in failed],
-        "command": without_secrets(comparison.command),
+        "command": comparison.command,
         "left_out": left_out,
-        "grid_yaml": without_secrets(write_yaml(dump(cells.grid))),
-        "recipe": without_secrets(write_yaml(cells.base)),
+        "grid_yaml": write_yaml(plain_tree(dump(cells.grid))),
+        "recipe": write_yaml(plain_tree(cells.base)),
     }
 
 
@@ -176,4 +176,5 @@ def _mean_line(name: str, seeds: Sequence[Series]) -> Line | None:
     if not len(common):
         return None
     line = Series(common, values.mean(axis=0))
+    name = printable(name)
     return Line(name, line, values.min(axis=0), values.max(axis=0)) if len(known) > 1 else Line(name, line)

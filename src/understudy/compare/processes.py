@@ -25,7 +25,7 @@ from typing import Any
 
 from understudy import config
 from understudy.errors import RecipeError, UnderstudyError
-from understudy.text import visible, without_secrets
+from understudy.text import printable
 
 FAILED, STOPPED = 1, 130
 POLL_S = 0.2
@@ -132,10 +132,10 @@ def work(job: Job) -> int:
     except Exception as error:
         text = " ".join(str(error).split())
         if not isinstance(error, UnderstudyError):
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), file=sys.stderr)
             text = f"{type(error).__name__}: {text}"
         # a progress bar may have left its line open
-        print(f"\nerror: {text}", file=sys.stderr)
+        print(f"\nerror: {printable(text)}", file=sys.stderr)
         return FAILED
     return STOPPED if result.ending == "stopped by a signal" else 0
 
@@ -163,7 +163,7 @@ def ending(index: int, code: int, log: Path, begun: int = 0) -> Ended:
     found = next(
         (part[-1] for part in (told, raised, others) if part), f"it ended with code {code} and printed nothing"
     )
-    return Ended(index, without_secrets(visible(found))[:MAX_ERROR_CHARS], stopped=code == STOPPED)
+    return Ended(index, printable(found)[:MAX_ERROR_CHARS], stopped=code == STOPPED)
 
 
 def _size(log: str) -> int:
@@ -205,7 +205,7 @@ def run_on_ray(jobs: Sequence[Job], num_at_once: int, stopped: Stopped) -> Itera
             try:
                 code = ray.get(reference)
             except Exception as error:
-                message = f"Ray: {type(error).__name__}: {' '.join(str(error).split())}"
+                message = printable(f"Ray: {type(error).__name__}: {' '.join(str(error).split())}")
                 yield Ended(index, message, stopped=asked)
             else:
                 yield ending(index, code, Path(jobs[index].log), begun[index])

@@ -20,7 +20,7 @@ from understudy.environments.base import Step
 from understudy.environments.corpus import Passage, ReadRows, Source, open_corpus
 from understudy.errors import RecipeError, check_range
 from understudy.http.client import HttpClient, RetryOptions
-from understudy.http.replies import BadReply, Refused, Reply, check_address, check_variable
+from understudy.http.replies import BadReply, Refused, Reply, check_address, check_key, check_variable
 from understudy.randomness import keyed_uniform
 from understudy.types import Message, ToolCall
 
@@ -150,6 +150,7 @@ class ServiceSearch(RetryOptions, Search):
 
     def check(self) -> None:
         check_address(self.url, "search.url")
+        check_key(self.api_key_env)
 
     def open(self, rows: ReadRows) -> Find:
         self.check()
@@ -216,6 +217,7 @@ class ModelSearch(RetryOptions, Search):
 
     def check(self) -> None:
         check_address(self.url, "search.url", "http://host:8000/v1")
+        check_key(self.api_key_env, optional="OPENAI_API_KEY")
         if not self.model.strip():
             raise RecipeError("search.model is empty; give the model's name at the server (see its /v1/models)")
 

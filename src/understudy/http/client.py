@@ -284,9 +284,9 @@ class HttpClient:
         except TimeoutError:
             return Failure(f"nothing came within {timeout_s:.3g} s")
         except httpx.RequestError as error:
-            text = clip(f"{type(error).__name__} {error}", self._api_key_env)
+            text = clip(f"{type(error).__name__} {error}")
             return Failure(text, counts=not is_unreachable(error))
-        return Reply(url, response.status_code, headers, b"".join(parts)[:limit]).outcome(self._api_key_env)
+        return Reply(url, response.status_code, headers, b"".join(parts)[:limit]).outcome()
 
     async def _probe(self, replica: Replica) -> None:
         """Asks a replica that was left alone for its health; any status below 500 will do, as many servers lack the path."""
@@ -324,8 +324,8 @@ class HttpClient:
         within = f" within deadline_s = {self._retry_policy.deadline_s:g}" if late else ""
         return EngineError(
             f"{self.name} ({', '.join(request.attempts.urls or self.urls)}) gave no answer to "
-            f"{clip(request.key, self._api_key_env)} in {num} attempt{'s' * (num != 1)}{within}, the last time: "
-            f"{clip(failure.text, self._api_key_env)}; check that the server is up, lower max_concurrency, or raise "
+            f"{clip(request.key)} in {num} attempt{'s' * (num != 1)}{within}, the last time: "
+            f"{clip(failure.text)}; check that the server is up, lower max_concurrency, or raise "
             "timeout_s, deadline_s or max_retries"
         )
 

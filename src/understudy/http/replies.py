@@ -8,19 +8,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from json import loads
+from pathlib import Path
 from ssl import SSLError
 from typing import Any
 from urllib.parse import urlsplit
 
 from understudy.errors import RecipeError
-from understudy.text import HIDDEN, visible
+from understudy.text import hide, looks_like_key, printable
 
 MAX_WAIT_S = 60.0
 """Upper limit of a backoff, and of the wait that a server may ask for."""
 _SHOWN_CHARS = 300
 _READ_CHARS = 65_536
-"""Characters of a message that are searched for the key before it is clipped."""
+"""Characters of a message that are searched for keys before it is clipped."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_BY_NAME = re.compile(r"\{(env|file):([^{}]+)\}")
 _TRANSIENT = frozenset({408, 409, 425, 429})
 """Statuses below 500 that may change with a retry."""
 _DOES_NOT_FIT = frozenset({400, 413, 422})
@@ -59,8 +61,11 @@ def check_address(url: str, what: str, example: str = "http://host:8000") -> Non
 
 def check_variable(name: str, key: str) -> None:
     """Raises ValueError if the value of `key` is not the name of an environment variable; the value is not shown."""
-    if name and not _VARIABLE.fullmatch(name):
-        raise ValueError(f"{key} must be the NAME of an environment variable, not the key itself")
+    is_name = _VARIABLE.fullmatch(name) and (name in os.environ or (name.isupper() and not looks_like_key(name)))
+    if name and not is_name:
+        raise ValueError(
+            f"{key} must be the NAME of an environment variable (in capitals, unless it is set), not the key itself"
+        )
 
 
 def read_key(variable: str) -> str:
@@ -68,19 +73,40 @@ def read_key(variable: str) -> str:
     key = os.environ.get(variable, "").strip() if variable else ""
     if not (key.isascii() and key.isprintable()):
         raise RecipeError(f"the environment variable {variable} holds characters that no key has; set it again")
+    hide(key)
     return key
 
 
-def without_key(text: str, variable: str) -> str:
-    """Returns a server's message with the key removed and control characters made visible."""
-    key = read_key(variable)
-    shown = visible(text)
-    return shown.replace(key, HIDDEN) if key else shown
+def check_key(variable: str, optional: str = "") -> None:
+    """Raises RecipeError, before anything is sent, for a key whose variable is named and not set; `optional` may be unset."""
+    if variable not in ("", optional) and not read_key(variable):
+        raise RecipeError(f"the environment variable {variable}, which is to hold a key, is not set, or empty")
 
 
-def clip(text: str, variable: str) -> str:
-    """Returns the beginning of `without_key` on one line."""
-    return " ".join(without_key(text[:_READ_CHARS], variable).split())[:_SHOWN_CHARS]
+def fill(text: str, place: str) -> str:
+    """Returns `text` with `{env:NAME}` and `{file:PATH}` replaced by what that variable or file holds.
+
+    Raises RecipeError for a variable that is not set and a file that cannot be read. What is filled in is hidden in every
+    message from then on.
+    """
+
+    def found(match: re.Match[str]) -> str:
+        kind, name = match.groups()
+        try:
+            value = os.environ[name] if kind == "env" else Path(name).expanduser().read_text(encoding="utf-8").strip()
+        except KeyError:
+            raise RecipeError(f"{place}: the environment variable {name} is not set") from None
+        except (OSError, ValueError, RuntimeError):
+            raise RecipeError(f"{place}: the file {name} cannot be read") from None
+        hide(value)
+        return value
+
+    return _BY_NAME.sub(found, text)
+
+
+def clip(text: str) -> str:
+    """Returns the beginning of a server's message on one line, printable."""
+    return " ".join(printable(text[:_READ_CHARS]).split())[:_SHOWN_CHARS]
 
 
 class BadReply(Exception):  # noqa: N818 (the client catches it and asks again)
@@ -134,8 +160,8 @@ class Reply:
         except (ValueError, RecursionError):
             raise BadReply(f"a reply that is not JSON: {self.text}") from None
 
-    def outcome(self, variable: str) -> Reply | Refused | Failure:
-        """Returns the reply itself on success, else what its status means. `variable` names the key to hide."""
+    def outcome(self) -> Reply | Refused | Failure:
+        """Returns the reply itself on success, else what its status means."""
         if 200 <= self.status < 300:
             return self
         try:
@@ -144,7 +170,7 @@ class Reply:
             said = error if isinstance(error, str) else error.get("message") or error.get("detail")
         except (ValueError, AttributeError, RecursionError):
             said = None
-        message = clip(said if isinstance(said, str) else self.text or "no more is said", variable)
+        message = clip(said if isinstance(said, str) else self.text or "no more is said")
         if self.status not in _TRANSIENT and self.status < 500:
             return Refused(self.status, message)
         try:

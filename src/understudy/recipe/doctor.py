@@ -12,6 +12,7 @@ from understudy.files import write_json
 from understudy.recipe.checks import Files, Finding, Parts, Stage, of_stage
 from understudy.recipe.checks.parts import AS_SAID
 from understudy.recipe.schema import Recipe
+from understudy.text import plain_tree
 from understudy.trainer.console import Console
 
 Build = Callable[[Files], AbstractContextManager[Parts]]
@@ -80,7 +81,7 @@ def _line(item: Finding) -> str:
 
 def write_findings(path: Path, findings: Iterable[Finding]) -> None:
     """Writes JSON: `{"findings": [{name, level, checked, found, advice}]}`. Raises CheckpointError."""
-    write_json(path, {"findings": [asdict(finding) for finding in findings]})
+    write_json(path, {"findings": [plain_tree(asdict(finding)) for finding in findings]})
 
 
 def show(console: Console, findings: Sequence[Finding]) -> None:

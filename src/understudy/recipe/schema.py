@@ -22,6 +22,7 @@ from understudy.tasks import TASKS, Task
 from understudy.tasks.responses import ResponseSection
 from understudy.teachers import REFERENCES, TEACHERS, Start, TeacherSection
 from understudy.teachers.stores.responses import RESPONSES
+from understudy.text import HIDDEN, plain_tree
 from understudy.trainer.settings import Async, Eval, Train
 from understudy.types import Need, Sampling
 
@@ -456,6 +457,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML with dotted overrides. `run_dir` defaults to runs/NAME of the file. Raises RecipeError."""
     values = config.override(config.read_yaml(path), overrides)
     values.setdefault("run_dir", f"runs/{path.stem}")
+    for key, value in config.flatten(values).items():
+        if HIDDEN in str(value):
+            raise RecipeError(
+                f"{key} holds {HIDDEN}, which a run writes in place of what may be a secret; give it again, as {key}=VALUE"
+            )
     return config.parse(Recipe, values)
 
 
@@ -474,7 +480,7 @@ def check_same_recipe(saved: Recipe, given: Recipe) -> None:
     dated = given.dated(saved.student.template_date)
     changed = [
         text
-        for key, text in config.changes(config.dump(saved), config.dump(dated)).items()
+        for key, text in config.changes(*(plain_tree(config.dump(one)) for one in (saved, dated))).items()
         if not (key in RESUMABLE or key.split(".")[0] in RESUMABLE_SECTIONS or key.endswith(RESUMABLE_ENDS))
     ]
     if changed:

@@ -22,13 +22,16 @@ from understudy.eval.estimators import RIGHT
 from understudy.files import write_atomically
 from understudy.format import number, seconds
 from understudy.report.charts import charts
-from understudy.report.read import Attempt, read_attempts, read_baseline, read_run
+from understudy.report.read import Attempt, RunRecord, read_attempts, read_baseline, read_run
 from understudy.report.svg import draw
 from understudy.report.verdict import Comparison, compare, conclude, rows
-from understudy.text import encodable, plain_tree, visible, without_secrets
+from understudy.text import encodable, plain_tree, printable
 
 MAX_EVENTS = 200
 MAX_RECIPE_CHARS = 40_000
+MAX_SHOWN = MAX_RECIPE_CHARS + 100
+"""Characters of any one text: a browser takes a minute to lay out a megabyte without a space."""
+MAX_NAME_CHARS = 200
 MAX_FACT_CHARS = 2_000
 MAX_TEXT_CHARS = 3_000
 """Characters of one shown response, so that long reasoning does not make the page heavy."""
@@ -86,12 +89,12 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         "report/page.html",
         kind="report",
         run=run,
-        title=run.path.resolve().name,
+        title=shorten(run.path.resolve().name, MAX_NAME_CHARS),
         settings=config.flatten(run.settings),
         verdict=conclude(after, comparison),
         missing=form.MISSING,
         status=facts.get("status", form.MISSING),
-        error=shorten(without_secrets(str(run.facts.get("error") or "")), MAX_FACT_CHARS),
+        error=shorten(printable(str(run.facts.get("error") or "")), MAX_FACT_CHARS),
         duration=seconds(float(run.series["time_s"].values[-1])) if "time_s" in run.series else form.MISSING,
         after=after,
         unmatched=comparison.unmatched if comparison else 0,
@@ -106,9 +109,10 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         right=RIGHT,
         endings=_ENDS,
         max_chars=MAX_TEXT_CHARS,
+        max_name=MAX_NAME_CHARS,
         max_messages=MAX_MESSAGES,
         max_tokens=MAX_TOKENS,
-        recipe=None if run.recipe is None else shorten(without_secrets(run.recipe), MAX_RECIPE_CHARS),
+        recipe=None if run.recipe is None else shorten(_recipe(run), MAX_RECIPE_CHARS),
         facts={name: shorten(text, MAX_FACT_CHARS) for name, text in facts.items()},
     )
     write_atomically(run_dir / "report.html", html)
@@ -119,7 +123,7 @@ def render(template: str, **values: Any) -> str:
     """A page as HTML, from a template that extends report/base.html.
 
     Scripts and styles other than its own are forbidden by hash, network by default-src. Every string that the template
-    shows loses its control characters and is then escaped.
+    shows loses its control characters and secrets, is cut at `MAX_SHOWN` and then escaped.
     """
     package = files("understudy")
     style, script = (package.joinpath(f"report/page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -131,9 +135,9 @@ def render(template: str, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
+        finalize=lambda value: shorten(printable(value), MAX_SHOWN) if type(value) is str else value,
     )
-    helpers = (draw, shorten, without_secrets, form.count, form.interval, form.change, form.is_rate, form.metric_note)
+    helpers = (draw, shorten, form.count, form.interval, form.change, form.is_rate, form.metric_note)
     environment.globals.update({helper.__name__: helper for helper in helpers})
     own: dict[str, Any] = {"policy": policy, "style": Markup(style), "script": Markup(script)}  # noqa: S704 our own files
     return encodable(environment.get_template(template).render(values | own))
@@ -141,6 +145,11 @@ def render(template: str, **values: Any) -> str:
 
 def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} [{len(text) - limit:,} more characters]"
+
+
+def _recipe(run: RunRecord) -> str:
+    """The recipe of a run without secrets; its text alone where it is no YAML."""
+    return config.write_yaml(plain_tree(run.settings)) if run.settings else printable(run.recipe or "")
 
 
 def _fact(value: object) -> str:

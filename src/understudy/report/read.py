@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from understudy.errors import CheckpointError, DataError
+from understudy import config
+from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.eval.summary import ScalingPoint, read_scaling
 from understudy.files import by_step
 from understudy.format import Interval
+from understudy.text import printable
 
+MAX_NAME_CHARS = 200
+"""Characters of the name of a series."""
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl?$")
 
 
@@ -135,8 +137,8 @@ def read_run(run_dir: Path) -> RunRecord:
     cut: list[str] = []
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     try:
-        settings = yaml.safe_load(text or "")
-    except yaml.YAMLError:
+        settings = config.load(text or "", str(recipe))
+    except RecipeError:
         settings = None
     return RunRecord(
         path=run_dir,
@@ -270,7 +272,7 @@ def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
                 continue
             if value is not None and not isinstance(value, int | float):
                 raise DataError(f"{path}:{number}: {name!r} is {value!r}; it must be a number or null")
-            points.setdefault(name, {})[step] = _number(value)
+            points.setdefault(printable(name[:MAX_NAME_CHARS]), {})[step] = _number(value)
     return {name: Series.of(by_step) for name, by_step in points.items()}
 
 
@@ -290,7 +292,7 @@ def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = config.load_json(text)
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {text[:80]!r}; repair or delete it") from error
     if not isinstance(data, dict):

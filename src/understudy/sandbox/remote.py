@@ -9,7 +9,7 @@ from typing import Any
 
 from understudy.errors import EngineError, RecipeError, check_range
 from understudy.http.client import HttpClient, RetryPolicy
-from understudy.http.replies import BadReply, Refused, Reply, check_address, check_variable
+from understudy.http.replies import BadReply, Refused, Reply, check_address, check_key, check_variable
 from understudy.sandbox import inside
 from understudy.sandbox.base import Outcome, Program, Result, Sandbox
 
@@ -87,6 +87,7 @@ class Remote(Sandbox):
         return (self.url,) if isinstance(self.url, str) else tuple(self.url)
 
     def check(self) -> str:
+        check_key(self.api_key_env)
         result = self.run(Program("print('ready')"))
         if result.stdout.strip() != "ready":
             said = result.note or result.stdout or result.stderr

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from understudy.format import Bounded, interval, number, quantity, seconds
-from understudy.text import visible, without_secrets
+from understudy.text import printable
 
 PHASES = ("generate_s", "score_s", "update_s")
 _WINDOW = 20
@@ -179,7 +179,7 @@ class Console:
     def _clean(self, text: str) -> str:
         """Makes text safe to print; characters that the stream's encoding lacks become "?"."""
         encoding = self._out.encoding
-        return visible(without_secrets(text)).encode(encoding, "replace").decode(encoding)
+        return printable(text).encode(encoding, "replace").decode(encoding)
 
 
 class _Pace:

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from understudy.errors import CheckpointError, RecipeError, nearest
 from understudy.files import write_atomically
-from understudy.text import plain_tree, without_secrets
+from understudy.text import plain_tree, printable
 
 PROJECT = "understudy"
 """Project name at W&B and Trackio; WANDB_PROJECT and TRACKIO_PROJECT override it."""
@@ -126,7 +126,7 @@ class Dashboard:
         except Exception as error:
             if not self._warned:
                 self._warned = True
-                reason = without_secrets(f"{type(error).__name__}: {error}")
+                reason = printable(f"{type(error).__name__}: {error}")
                 self._warn(f"{self._name} failed at {when} ({reason}); training goes on, metrics.jsonl has every step")
 
 
@@ -212,7 +212,7 @@ def make_loggers(
         except Exception as error:
             for started in loggers:
                 started.close()
-            reason = without_secrets(f"{type(error).__name__}: {error}")
+            reason = printable(f"{type(error).__name__}: {error}")
             raise RecipeError(
                 f"loggers: {name!r} could not be started ({reason}); log in to it, set it to offline, or remove it"
             ) from error

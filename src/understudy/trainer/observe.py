@@ -13,6 +13,7 @@ from typing import Any
 
 from understudy.eval.summary import EvalSummary
 from understudy.lazy import Tensor, torch
+from understudy.text import printable
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected
 from understudy.trainer.console import Console
@@ -185,7 +186,7 @@ class Observer:
     def warn(self, step: int, text: str) -> None:
         """Shows and records a warning."""
         self.console.warn(text)
-        self._write("events", {"step": step, "kind": "warning", "text": text})
+        self._write("events", {"step": step, "kind": "warning", "text": printable(text)})
 
     def sync(self) -> None:
         """Waits until all lines are on disk."""

@@ -234,7 +234,7 @@ class Servers:
                 name=f"rollout engine {number}",
                 port=port,
                 log=self.setup.run_dir / f"engine_{number}.log",
-                env=DEV_MODE | {name: value.replace("{server}", str(number)) for name, value in launch.env.items()},
+                env=DEV_MODE | launch.filled(number),
                 ready_timeout_s=launch.ready_timeout_s,
             )
             self._processes.append(process)

@@ -14,9 +14,10 @@ from understudy.engines.base import Weights
 from understudy.engines.sections import EngineSection, EngineSetup
 from understudy.errors import RecipeError, check_range
 from understudy.http.client import RetryPolicy
-from understudy.http.replies import check_address, check_variable, is_loopback
+from understudy.http.replies import check_address, check_key, check_variable, fill, is_loopback
 from understudy.lazy import nn
 from understudy.models.load import merged_state_dict
+from understudy.text import is_secret_name, plain_tree, without_secrets
 from understudy.types import Sampling
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Launch:
     command: tuple[str, ...] | None = None
     """The whole command in its place, `{model}`, `{port}` and `{server}`, the number from 0, filled in."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Beside the environment of the run, such as `CUDA_VISIBLE_DEVICES: "{server}"`; the server's number is filled in."""
+    """Beside the environment of the run, such as `CUDA_VISIBLE_DEVICES: "{server}"`; the server's number is filled in. A secret
+    is named, never written: `{env:NAME}` is the value of a variable, `{file:PATH}` the content of a file."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM, such as `[--max-model-len, "4096"]`."""
     port: int = 0
@@ -55,8 +57,27 @@ class Launch:
         check_range(self, 1, "num_servers", off="with url in place of launch the run starts none")
         if self.command is not None and not any("{port}" in word for word in self.command):
             raise ValueError("command does not say {port}, so nobody knows where its server listens")
+        for name, value in self.env.items():
+            if is_secret_name(name) and value and without_secrets(f"{name}={value}") != f"{name}={value}":
+                raise ValueError(
+                    f"env.{name} holds a secret, which a recipe must not; write {{env:NAME}} with the name of a variable, or "
+                    "{file:PATH}. Servers also inherit the variables of the run"
+                )
+        for key, words in (("args", self.args), ("command", self.command or ())):
+            if plain_tree(words) != list(words):
+                raise ValueError(
+                    f"{key} holds a key, which everybody on the machine sees on a command line; set it in the environment, "
+                    "which servers inherit (vLLM reads VLLM_API_KEY), or in env as {env:NAME} or {file:PATH}"
+                )
         if not 0 <= self.port <= 65_535 - self.num_servers:
             raise ValueError(f"port is {self.port}; it must lie in [0, {65_535 - self.num_servers}]")
+
+    def filled(self, number: int) -> dict[str, str]:
+        """Returns the variables of the server with that number. Raises RecipeError for one that is named and not set."""
+        place = "rollout.launch.env"
+        return {
+            name: fill(value.replace("{server}", str(number)), f"{place}.{name}") for name, value in self.env.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +182,11 @@ class VLLM(EngineSection):
             )
 
     def check(self) -> str:
-        """A line for the dry run. Raises RecipeError for a program that is not there."""
+        """A line for the dry run. Raises RecipeError for a key, a variable or a program that is not there."""
+        check_key(self.api_key_env)
         if self.launch is None:
             return f"rollout: vLLM at {', '.join(self.urls)}"
+        _ = self.launch.filled(0)
         program = self.launch.command[0] if self.launch.command else self.launch.python
         if shutil.which(Path(program).expanduser()) is None:
             raise RecipeError(

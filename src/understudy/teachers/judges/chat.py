@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from understudy.errors import EngineError, RecipeError, check_range
 from understudy.http.client import HttpClient, RetryOptions
-from understudy.http.replies import BadReply, Refused, check_address, check_variable, read_key, without_key
+from understudy.http.replies import BadReply, Refused, check_address, check_key, check_variable, read_key
 from understudy.http.replies import Reply as HttpReply
 from understudy.teachers.base import Judge, ScoreForm, Setup, hash_facts
 from understudy.teachers.judges.wording import DIGITS, JudgeSection, Reply, as_text, read_digit, verdicts
+from understudy.text import printable
 from understudy.types import Prompt, Sample, Verdict
 
 Constrain = Literal["auto", "guided_choice", "structured_outputs", "none"]
@@ -71,8 +72,9 @@ class Chat(RetryOptions, JudgeSection):
         return f"{self.model} at {self.url}"
 
     def check(self) -> str:
-        """Raises RecipeError for a URL or model name that cannot be one; nothing is sent."""
+        """Raises RecipeError for a URL or model name that cannot be one, and a key that is not there; nothing is sent."""
         check_address(self.url, "teacher.url", "http://host:8000/v1")
+        check_key(self.api_key_env, optional="OPENAI_API_KEY")
         if self.url.rstrip("/").endswith("/completions"):
             raise RecipeError(
                 f"teacher.url is {self.url!r}; give the base that {_PATH} is added to, such as http://host:8000/v1"
@@ -182,7 +184,7 @@ class ChatTeacher(Judge):
             if said.strip():
                 spoken = [{"role": "assistant", "content": said}, {"role": "user", "content": REMINDER}]
                 messages = [messages[0], *spoken]
-        shown = without_key(said, self._section.api_key_env)[:_SHOWN_REPLY_CHARS]
+        shown = printable(said)[:_SHOWN_REPLY_CHARS]
         return Reply(None, attempts, f"no digit in {attempts} replies, the last of which begins {shown!r}")
 
     def _body(self, messages: list[dict[str, str]], max_tokens: int, temperature: float = 0.0) -> dict[str, Any]:

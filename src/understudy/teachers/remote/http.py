@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError, check_range, nearest
 from understudy.http.client import HttpClient
-from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
+from understudy.http.replies import BadReply, Refused, Reply, check_key, check_variable, read_key
 from understudy.packing import Unscored
 from understudy.teachers.base import ExtraIds, RunFacts, Setup, Teacher
 from understudy.teachers.grouping import by_prompt, chunks
@@ -90,6 +90,11 @@ class Http(RemoteSection):
         super().check_run(run)
         self.check_temperature(run.temperature)
         self.check_k(run.k)
+
+    def check(self) -> str:
+        """Raises RecipeError for a key that is not there."""
+        check_key(self.api_key_env)
+        return super().check()
 
     def check_temperature(self, temperature: float) -> None:
         """Raises RecipeError for another temperature than 1."""

@@ -10,7 +10,7 @@ from threading import Lock
 
 from understudy.errors import EngineError, RecipeError, ScoreError, VocabularyError
 from understudy.http.client import HttpClient, RetryPolicy
-from understudy.http.replies import BadReply, Refused, Reply, check_variable, read_key
+from understudy.http.replies import BadReply, Refused, Reply, check_key, check_variable, read_key
 from understudy.lazy import torch
 from understudy.linear.head import LMHead
 from understudy.packing import LOGPROB_TOLERANCE, Unscored, lacks_score
@@ -73,6 +73,11 @@ class Served(RemoteSection):
     @property
     def shown(self) -> str:
         return f"the teacher at {', '.join(self.urls)}"
+
+    def check(self) -> str:
+        """Raises RecipeError for a token that is not there."""
+        check_key(self.token_env)
+        return super().check()
 
     def open(self, setup: Setup) -> Teacher:
         """Asks every replica to describe itself.
