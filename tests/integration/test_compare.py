@@ -24,7 +24,7 @@ from tests.runs import distillation, save_tiny_model, tiny_recipe
 from understudy import config
 from understudy.cli.app import app
 from understudy.compare.cells import Cell, Cells, budgets, parse_cell
-from understudy.compare.grid import Combination, Grid, apply, axis_change, read_grid, split_values
+from understudy.compare.grid import Combination, Grid, apply, axis_change, read_grid
 from understudy.compare.outputs import MAX_LINES, cells_csv, page, page_values, to_json, write_outputs
 from understudy.compare.processes import FAILED, Ended, Job, check_ray, ending, run_processes, work
 from understudy.compare.run import SAVE_EVERY_S, Comparison, Drafts, Runner, compare
@@ -206,7 +206,7 @@ def test_what_an_override_does() -> None:
 
 
 def test_commas_inside_brackets_and_quotes_belong_to_the_value() -> None:
-    assert split_values("a,{x: 1, y: [2, 3]},[4, 5],'b,c',it's") == [
+    assert config.split_values("a,{x: 1, y: [2, 3]},[4, 5],'b,c',it's", "--vary") == [
         "a",
         "{x: 1, y: [2, 3]}",
         "[4, 5]",

@@ -685,7 +685,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
         assert not any(KEY in text for text in held)
     with asked(lambda *_: says(f"{KEY} 10"), api_key_env="JUDGE_KEY", max_parse_retries=0) as (judge, _, _):
         assert KEY[:10] not in judge.judge(CASES[:1])[0].note
-    with asked(lambda *_: says("5"), api_key_env="ANOTHER_KEY") as (judge, requests, _):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with asked(lambda *_: says("5")) as (judge, requests, _):
         assert judge.judge(CASES[:1])[0].score == 5.0
         assert "Authorization" not in requests[0].headers
 

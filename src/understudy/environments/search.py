@@ -134,7 +134,7 @@ class ServiceSearch(RetryOptions, Search):
     url: str
     """The base, such as http://host:8000."""
     api_key_env: str = ""
-    """The NAME of the environment variable with a key; if it is not set, none is sent."""
+    """The NAME of the environment variable with a key; empty: none is sent."""
     deadline_s: float = 60.0
     """Seconds for one search with all its attempts and waits."""
 
@@ -184,7 +184,7 @@ class ModelSearch(RetryOptions, Search):
     model: str
     """Its name at the server."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The NAME of the environment variable with the key; if it is not set, none is sent."""
+    """The NAME of the environment variable with the key; this one may be unset, and then none is sent."""
     top_k: int = 5
     """Passages for each query."""
     noise: float = 0.0

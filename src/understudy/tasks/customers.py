@@ -13,6 +13,7 @@ from understudy.environments import Environment
 from understudy.environments.tau import DOMAINS, Database, Service, UserModel, domain_tools, read_tables
 from understudy.environments.tau.database import Tables
 from understudy.errors import DataError, RecipeError, brief, check_range, nearest
+from understudy.http.replies import check_key
 from understudy.tasks.datasets import Named
 from understudy.types import Grade, Prompt
 
@@ -89,6 +90,8 @@ class Customers(Named):
     def check_files(self) -> None:
         _ = self._policy
         _ = self._tables
+        if self.user is not None:
+            check_key(self.user.api_key_env, optional="OPENAI_API_KEY")
         super().check_files()
 
     def fields_read(self, row: Mapping[str, Any]) -> list[str | None]:

@@ -36,7 +36,7 @@ class UserModel(RetryOptions):
     model: str
     """Its name at the server."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The NAME of the environment variable with the key; if it is not set, none is sent."""
+    """The NAME of the environment variable with the key; this one may be unset, and then none is sent."""
     temperature: float = 1.0
     """Sampling temperature of the customer's words; 0 to hear the same again."""
     max_tokens: int = 512

@@ -46,7 +46,7 @@ class Chat(RetryOptions, JudgeSection):
     model: str
     """Its name at the server."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The NAME of the environment variable with the key; if it is not set, none is sent."""
+    """The NAME of the environment variable with the key; this one may be unset, and then none is sent."""
     constrain: Constrain = "auto"
     """How the server is told to say a digit only. "auto": `structured_outputs`, and nothing if that is refused."""
     max_tokens: int = 8
