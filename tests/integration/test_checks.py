@@ -213,7 +213,7 @@ def test_every_part_of_a_mix_is_checked(tmp_path: Path) -> None:
     rewarded = {"method": {"type": "grpo"}, "train": {"steps": 6, "samples_per_prompt": 2}}
     refused(parse(tmp_path, task=mix(sums=SUMS, rows=bare), **rewarded), r"but task\.parts\.rows\.reference_field")
     unsplit = mix(sums=SUMS, rows=records(tmp_path))
-    refused(parse(tmp_path, task=unsplit, eval={"split": "test"}), r"task\.parts\.rows: task .* has no test split")
+    refused(parse(tmp_path, task=unsplit, eval={"split": "test"}), r"task\.parts\.rows: .* has no test split")
     refused(parse(tmp_path, eval_task=unsplit, eval={"split": "test"}), r"eval_task\.parts\.rows: ")
 
 

@@ -129,11 +129,21 @@ def test_a_data_set_for_measuring_only_is_evaluated_and_not_trained_on(shared: P
     student = {"build": None, "model": str(tmp_path / "none")}
     values = tiny_recipe(tmp_path, task=task, eval={"split": "test"}, student=student, method={"type": "opd"})
     values["teacher"] = {"type": "local", "model": "none"}
-    with pytest.raises(RecipeError, match="task: task aime25 has no train split"):
+    with pytest.raises(RecipeError, match="task: aime25 has no train split, so path alone is its test split"):
         check(config.parse(Recipe, values))
     with pytest.raises(RecipeError, match="none"):
         # the model is missing, the split is not
         check(config.parse(Recipe, values), training=False)
+
+
+def test_an_unknown_field_is_told_with_its_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"problem": "1+1?", "answers": "2"})
+    with pytest.raises(
+        DataError, match=r"no field 'question'; fields: problem, answers; set prompt_field to the field"
+    ):
+        Mathematics(dataset="amc23", path=path).check_files()
+    with pytest.raises(DataError, match=r"no field 'answer'.*did you mean 'answers'\?\); set reference_field to"):
+        Mathematics(dataset="amc23", path=path, prompt_field="problem").prompts("test")
 
 
 def test_another_file_is_read_with_the_same_keys(shared: Path, tmp_path: Path) -> None:

@@ -182,6 +182,13 @@ def graded(name: str, index: int, also: dict[str, Any]) -> Sample:
     return Sample(Prompt(name, text="x"), index, ids, author, 1, "stop", "x", grade=grade)
 
 
+def test_a_share_of_counts_is_at_most_one() -> None:
+    samples = [graded(str(count), 0, {"n": (count - 1, count)}) for count in (2, 9)]
+    found = summarise(samples, step=0, split="test", eos_ids=[1]).metrics["score/n"]
+    assert found.value == pytest.approx(9 / 11)
+    assert found.high == 1.0
+
+
 def test_counts_are_averaged_over_all_instructions_and_shares_over_prompts() -> None:
     counts = {"a": [(1, 1), (0, 1)], "b": [(2, 4), (3, 4)], "c": [(0, 2), (2, 2)]}
     samples = [

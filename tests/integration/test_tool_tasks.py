@@ -19,7 +19,7 @@ from understudy.errors import DataError, RecipeError
 from understudy.models import build_causal_lm, load_tokenizer, save_hf
 from understudy.sandbox import Process
 from understudy.tasks import DATASETS, Calls, Customers, Mathematics, Renderer
-from understudy.tasks.audit import audit
+from understudy.tasks.audit import audit, cases
 from understudy.tasks.overlap import num_repeated, overlap
 from understudy.types import Author, Prompt, Request, Sample, Sampling
 
@@ -61,11 +61,27 @@ def test_every_reference_answer_is_right(shared: Path, category: str, num: int) 
 @pytest.mark.parametrize("category", ["live_simple", "irrelevance"])
 def test_an_audit_finds_known_mistakes_only(shared: Path, category: str) -> None:
     task = calls(shared, category)
-    found = audit(task, task.prompts("test"))
+    found = audit(task, list(cases(task, task.prompts("test"))))
     assert not found.failed
     # some questions share their accepted call
     wrong = [one for one in found.surprises if one.case.kind != "of another problem"]
     assert len(wrong) == (2 if category == "live_simple" else 0)
+
+
+def test_rows_of_several_turns_are_refused(shared: Path) -> None:
+    with pytest.raises(DataError, match=r"field 'question' has 4 turns, whose calls need simulated services"):
+        calls(shared, "multi_turn_base").prompts("test")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "num"), [("tau-retail", "retail_test", 115), ("tau-airline", "airline_test", 50)]
+)
+def test_an_audit_plays_the_reference_calls(shared: Path, name: str, file: str, num: int) -> None:
+    """Of some rows nothing changes the data base: who says and does nothing is wrong there too."""
+    task = Customers(dataset=name, test_path=str(shared / "data" / "tau_bench" / f"{file}.jsonl"))
+    found = audit(task, list(cases(task, task.prompts("test"))))
+    assert found.num_cases["gold"] == found.num_cases["empty"] == num
+    assert [one for one in found.surprises if one.case.kind != "of another problem"] == []
 
 
 def test_the_known_mistakes_are_of_the_data(shared: Path) -> None:

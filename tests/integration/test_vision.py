@@ -24,7 +24,7 @@ from understudy.recipe import Recipe
 from understudy.recipe.checks import Files
 from understudy.recipe.load import Tokenizers
 from understudy.tasks import File, Renderer, num_repeated, overlap
-from understudy.tasks.audit import audit
+from understudy.tasks.audit import audit, cases
 from understudy.trainer import update
 from understudy.types import IMAGE
 
@@ -338,7 +338,7 @@ def test_nlvr_is_read_whole(shared: Path) -> None:
     prompts, intake = task.prompts("train"), task.intake("train")
     assert (len(prompts), intake.num_skipped) == (500, 0)  # type: ignore[union-attr]
     assert len({prompt.id for prompt in prompts}) == 500
-    found = audit(task, prompts)
+    found = audit(task, list(cases(task, prompts)))
     assert (found.num_cases["gold"], found.surprises) == (2000, ())
     assert prompts[0].conversation.startswith(f"[image {shared / 'data/nlvr/images/dev-17-0-0.png'}]One box has")
     rows = [json.loads(line) for line in (shared / "data" / "nlvr" / "dev_500.jsonl").read_text().splitlines()]

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import partial
@@ -484,10 +486,21 @@ def schema(
         write_atomically(out, text)
 
 
+def _show_warning(
+    others: Callable[..., None], message: Warning | str, category: Any, filename: str, *rest: Any
+) -> None:
+    """Shows a warning of this package as the console does, and that of another as `others` does."""
+    if Path(filename).is_relative_to(Path(understudy.__file__).parent):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        others(message, category, filename, *rest)
+
+
 def main() -> None:
     """Runs a command. Exit code 2 for bad input, 1 for a run that failed, 130 for one that a signal stopped."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     try:
         with terminable():
             app()

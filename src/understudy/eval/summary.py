@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,10 @@ def summarise(
         samples_per_prompt=num,
         num_problems=len(problems),
         metrics={
-            name: estimate_mean(value, ends.get(name, SHARE if is_rate(name) else LENGTH))
+            # a share of counts is at most 1, which its weighted values are not
+            name: replace(found, high=min(found.high, 1.0)) if name in ends and found.high is not None else found
             for name, value in values.items()
+            for found in [estimate_mean(value, ends.get(name, SHARE if is_rate(name) else LENGTH))]
         },
         unscored=sum(sample.grade is None for sample in samples),
         too_long=too_long,

@@ -45,8 +45,10 @@ STARTS = range(20, 40)
 
 @dataclass(frozen=True)
 class Arithmetic(Task):
-    """The task `arithmetic`. Every problem of a split is distinct, and which split it is in depends on the problem
-    alone, not on the seed: what one run trains on no other run evaluates on. `seed` orders the training problems.
+    """The task `arithmetic`: sums and chains of operations, computed.
+
+    Every problem of a split is distinct, and which split it is in depends on the problem alone, not on the seed: what one
+    run trains on no other run evaluates on. `seed` orders the training problems.
 
     Raises ValueError for values out of range and for a setting that the family does not have.
     """

@@ -74,18 +74,17 @@ def cases(task: Task, prompts: Sequence[Prompt]) -> Iterator[Case]:
                 break
 
 
-def audit(task: Task, prompts: Sequence[Prompt], progress: Callable[[int], None] = lambda count: None) -> Audit:
+def audit(task: Task, known: Sequence[Case], progress: Callable[[int], None] = lambda count: None) -> Audit:
     """Grades every case. `progress` gets the number of those that are done. Raises as the task's verifier does."""
 
     def grade(case: Case) -> Surprise | None:
-        found = task.grade(case.prompt, case.response)
+        found = task.grade_episode(case.prompt, case.response)
         progress(1)
         if found.right == case.right and (case.right or found.score == 0.0):
             return None
         why = found.note or f"the score is {found.score:g}"
         return Surprise(case, why, task.mistakes.get(problem_key(case.prompt), "") if case.right else "")
 
-    known = list(cases(task, prompts))
     with ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grade") as pool:
         surprises = tuple(one for one in pool.map(grade, known) if one is not None)
     return Audit({kind: sum(case.kind == kind for case in known) for kind in KINDS}, surprises)

@@ -69,6 +69,10 @@ class Task(ABC):
         """Responses that are right, one for each accepted answer; none where nobody knows one."""
         return (prompt.solution,) if prompt.solution is not None else prompt.reference or ()
 
+    def grade_episode(self, prompt: Prompt, text: str) -> Grade:
+        """The verdict on a response of `gold`'s form, which stands for a whole episode where there is an environment."""
+        return self.grade(prompt, text)
+
     @property
     def mistakes(self) -> Mapping[str, str]:
         """Known mistakes of the data: the key of a problem, the last part of its prompt's id -> what is wrong."""

@@ -62,6 +62,12 @@ class Calls(Named):
     def _conversation(
         self, place: str, row: Mapping[str, Any]
     ) -> tuple[list[Said], tuple[Said, ...] | None, str | None]:
+        turns = row.get(self.prompt_field)
+        if "involved_classes" in row and isinstance(turns, list):
+            raise DataError(
+                f"{place}: field {self.prompt_field!r} has {len(turns)} turns, whose calls need simulated services; the task "
+                "calls reads rows of one turn"
+            )
         messages, tools, solution = super()._conversation(place, row)
         functions = [_as_json_schema(tool.get("function", tool)) for tool in tools or ()]
         return messages, tuple({"type": "function", "function": one} for one in functions) or None, solution

@@ -37,6 +37,8 @@ _BESIDE = (
     "starter_code",
 )
 """Fields beside those that are named, as the usual data sets have them."""
+_SOLVED = "canonical_solution"
+"""The solution in EvalPlus's own files, which have other fields than those on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class Code(Named):
         return 1 if self.verifier != "code" or self.rewards else self._box.num_workers
 
     def fields_read(self, row: Mapping[str, Any]) -> list[str | None]:
-        return [*super().fields_read(row), *_BESIDE]
+        return [*super().fields_read(row), *_BESIDE, *([_SOLVED] if row.get("base_input") else [])]
 
     def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
         made = dict(row)
@@ -119,7 +121,8 @@ class Code(Named):
 
     def _program(self, place: str, row: Mapping[str, Any]) -> str | None:
         """The solution of a row, whole. None where it has none."""
-        value = read_field(row, cast(str, self.solution_field), place)
+        named = cast(str, self.solution_field)
+        value = read_field(row, _SOLVED if row.get("base_input") and named not in row else named, place)
         if isinstance(value, str) and value.lstrip()[:1] == "[":
             value = json.loads(value)
         if isinstance(value, list):

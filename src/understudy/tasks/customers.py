@@ -15,7 +15,8 @@ from understudy.environments.tau.database import Tables
 from understudy.errors import DataError, RecipeError, brief, check_range, nearest
 from understudy.http.replies import check_key
 from understudy.tasks.datasets import Named
-from understudy.types import Grade, Prompt
+from understudy.tasks.tool_calls import TAGGED
+from understudy.types import Grade, Message, Prompt
 
 TOLD_AT_ONCE = (
     "Here is my whole request, as it was written down for me. You hear nothing more from me: I confirm every action that your "
@@ -136,8 +137,24 @@ class Customers(Named):
         )
 
     def gold(self, prompt: Prompt) -> Sequence[str]:
-        """None: a response alone is no episode."""
-        return ()
+        """The reference calls in the format of Hermes and Qwen, and what the customer has to be told."""
+        if prompt.reference is None:
+            return ()
+        facts = json.loads(prompt.reference[0])
+        calls = [{"name": call["name"], "arguments": call["kwargs"]} for call in facts["actions"]]
+        told = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
+        return ("\n".join([*told, *facts["outputs"]]) or "I am sorry, I cannot do that for you.",)
+
+    def grade_episode(self, prompt: Prompt, text: str) -> Grade:
+        """The verdict after the calls in the text, one message each, and the rest of it as the last message."""
+        said, calls = TAGGED.read(text, prompt.tools or ())
+        episode = replace(self, user=None).environment(prompt)
+        for call in calls:
+            reward = episode.step(Message(call.text, "", tool_calls=(call,))).reward
+            if isinstance(reward, Grade):
+                return reward
+        reward = episode.step(Message(said, said)).reward
+        return reward if isinstance(reward, Grade) else Grade(0.0, note="the conversation has no end")
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """Episodes that come to their end are graded there, so this one did not."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-from understudy.errors import DataError, nearest
+from understudy.errors import DataError, RecipeError, nearest
 from understudy.tasks.base import Split
 from understudy.tasks.records import File, Hub, Records
 from understudy.tasks.rows import Row, bare_name
@@ -573,6 +573,15 @@ class Named(Records):
             Hub(dataset=data.hub, config=config, revision=self.revision, prompt_field=self.prompt_field)
             for config in data.configs
         )
+
+    def check_split(self, split: Split) -> None:
+        only = self.first_split
+        if split == "train" and self.path is not None and only != "train":
+            raise RecipeError(
+                f"{self.name} has no train split, so path alone is its {only} split; with {only}_path beside it path is "
+                "trained on"
+            )
+        super().check_split(split)
 
     def rows(self, source: str) -> Iterator[Row]:
         for reader in self._readers:

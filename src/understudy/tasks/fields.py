@@ -16,7 +16,13 @@ from understudy.errors import DataError, brief, nearest
 from understudy.tasks.verifiers import Reference, accepted
 
 
-class MissingValueError(DataError):
+class NoFieldError(DataError):
+    """A row lacks a field that it must have. `field` is its name."""
+
+    field: str | None = None
+
+
+class MissingValueError(NoFieldError):
     """A row has nothing in a field that the recipe names, so it is left out. `key` is its problem's, where it has one."""
 
     key: str | None = None
@@ -55,8 +61,12 @@ def read_field(row: Mapping[str, Any], field: str, place: str, *, required: bool
         if not isinstance(value, Mapping) or part not in value:
             known = value if isinstance(value, Mapping) else row
             hint = nearest(part, known)
-            kind = DataError if required or hint.startswith("did you mean") else MissingValueError
-            raise kind(f"{place}: no field {field!r}; fields: {', '.join(map(str, row))} ({hint})")
+            is_close = hint.startswith("did you mean")
+            kind = NoFieldError if required or is_close else MissingValueError
+            shown = ", ".join(map(str, row)) + (f" ({hint})" if is_close else "")
+            error = kind(f"{place}: no field {field!r}; fields: {shown}")
+            error.field = field
+            raise error
         value = value[part]
     value = _plain(value)
     if is_missing(value):

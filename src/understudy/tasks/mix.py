@@ -52,7 +52,7 @@ SEPARATOR = "/"
 
 @dataclass(frozen=True)
 class Mix(Task):
-    """The task `mix`: `parts: {addition: {type: arithmetic, ...}, chain: {...}}`.
+    """The task `mix`: several tasks in turn, `parts: {addition: {type: arithmetic, ...}, chain: {...}}`.
 
     Prompts of the parts alternate, as often as `weights` say, until one of them has no more for a whole round. In the splits
     that are measured on, the rest of the others follows. The name of a part names the teacher that judges its samples, unless
@@ -159,6 +159,10 @@ class Mix(Task):
     def gold(self, prompt: Prompt) -> Sequence[str]:
         """The right responses that the prompt's part knows."""
         return self._part(prompt).gold(prompt)
+
+    def grade_episode(self, prompt: Prompt, text: str) -> Grade:
+        """As the prompt's part says."""
+        return self._part(prompt).grade_episode(prompt, text)
 
     @property
     def mistakes(self) -> Mapping[str, str]:

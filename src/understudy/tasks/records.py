@@ -24,6 +24,7 @@ from understudy.tasks.chats import SYSTEM_ROLES, Said, chat_in, conversation_fac
 from understudy.tasks.fields import (
     Condition,
     MissingValueError,
+    NoFieldError,
     accepted_answers,
     is_missing,
     read_field,
@@ -182,7 +183,7 @@ class Records(Task):
     def check_split(self, split: Split) -> None:
         if split not in self.sources() and not (split == "validation" and self.validation_share > 0):
             hint = " or set task.validation_share" if split == "validation" else ""
-            raise RecipeError(f"task {self.name} has no {split} split; give it a source{hint}")
+            raise RecipeError(f"{self.name} has no {split} split; give it a source{hint}")
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """All prompts of the split, in the order of the source, repeated ones too (`num_repeated` counts them).
@@ -224,6 +225,9 @@ class Records(Task):
     def gold(self, prompt: Prompt) -> Sequence[str]:
         if self.verifier == "instructions":
             return ()
+        if self.verifier == "code":
+            # the reference is its tests
+            return () if prompt.solution is None else (prompt.solution,)
         answers = prompt.reference or ()
         return [f"\\boxed{{{answer}}}" for answer in answers] if self.verifier in ("math", "choice") else answers
 
@@ -248,11 +252,23 @@ class Records(Task):
             missing = []
             for place, row in rows:
                 try:
-                    self.to_prompt(place, row)
+                    self.read_prompt(place, row)
                 except MissingValueError as error:
                     missing.append(error)
             if len(missing) == len(rows) <= NUM_CHECKED_ROWS:
                 raise missing[0]
+
+    def read_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
+        """`to_prompt`; an error about a field that the row lacks also says by which key it is named."""
+        try:
+            return self.to_prompt(place, row)
+        except NoFieldError as error:
+            for item in fields(self):
+                names = str(getattr(self, item.name)).split(",") if item.name.endswith("_field") else []
+                if error.field is not None and error.field in [name.strip() for name in names]:
+                    error.args = (f"{error}; set {item.name} to the field that is meant",)
+                    break
+            raise
 
     def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
         """One row as a prompt. Its id is a hash of the bare conversation with the names of its images: it survives another
@@ -549,7 +565,7 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
         said = [row.get(field, row.get(field.partition(".")[0])) for field in fields if field is not None]
         digest.update(json.dumps(said, default=repr).encode() + b"\n")
         try:
-            prompt = task.to_prompt(place, row)
+            prompt = task.read_prompt(place, row)
             digest.update("".join(f"{image.name}\n" for image in prompt.images).encode())
         except MissingValueError as error:
             skipped.append(str(error))

@@ -10,6 +10,12 @@ OrderId = Annotated[str, "The order's id, such as #W0000000, with the # in front
 UserId = Annotated[str, "The user's id, such as sara_doe_496."]
 PaymentId = Annotated[str, "The id of a payment method in the user's profile, such as gift_card_0000000."]
 ItemIds = Annotated[list[str], "The items' ids, one for each item: an id may stand there twice."]
+Street = Annotated[str, "Street and number."]
+Suite = Annotated[str, "Suite or apartment; may be empty."]
+City = Annotated[str, "The city."]
+State = Annotated[str, "The state, such as CA."]
+Country = Annotated[str, "The country, such as USA."]
+ZipCode = Annotated[str, "The zip code."]
 NewItemIds = Annotated[list[str], "The ids of the new items, in the order of those that they replace."]
 
 
@@ -69,12 +75,12 @@ class Retail(Desk):
     def modify_pending_order_address(
         self,
         order_id: OrderId,
-        address1: Annotated[str, "Street and number."],
-        address2: Annotated[str, "Suite or apartment; may be empty."],
-        city: Annotated[str, "The city."],
-        state: Annotated[str, "The state, such as CA."],
-        country: Annotated[str, "The country, such as USA."],
-        zip: Annotated[str, "The zip code."],
+        address1: Street,
+        address2: Suite,
+        city: City,
+        state: State,
+        country: Country,
+        zip: ZipCode,
     ) -> Any:
         """Changes the shipping address of a pending order. Ask the user to confirm it first."""
         order = self._order(order_id, "pending")
@@ -84,12 +90,12 @@ class Retail(Desk):
     def modify_user_address(
         self,
         user_id: UserId,
-        address1: Annotated[str, "Street and number."],
-        address2: Annotated[str, "Suite or apartment; may be empty."],
-        city: Annotated[str, "The city."],
-        state: Annotated[str, "The state, such as CA."],
-        country: Annotated[str, "The country, such as USA."],
-        zip: Annotated[str, "The zip code."],
+        address1: Street,
+        address2: Suite,
+        city: City,
+        state: State,
+        country: Country,
+        zip: ZipCode,
     ) -> Any:
         """Changes the default address of a user. Ask the user to confirm it first."""
         user = self.database.edit("users", user_id)

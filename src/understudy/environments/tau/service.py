@@ -127,7 +127,10 @@ class Service(ToolUse):
         return Step(done=True, reward=self.grade())
 
     def grade(self) -> Grade:
-        """1.0 if the data base is as it should be and everything was told. The answer is the state, for majority votes."""
+        """1.0 if the data base is as it should be and everything was told. The answer is the state, for majority votes.
+
+        Some reference calls change nothing; where the student says and does nothing at all, it is wrong all the same.
+        """
         changed = self.database.changes()
         expected = replay(self._domain, self._tables, self._actions)[0].changes()
         answer = json.dumps(sorted([*row, value] for row, value in changed.items()))
@@ -136,6 +139,8 @@ class Service(ToolUse):
             named = ", ".join("/".join(row) for row in rows)
             return Grade(0.0, answer, f"the data base is not as it should be: {named}")
         told = _plain(" ".join(str(message["content"]) for message in self._said if message["role"] == "assistant"))
+        if not self._num_calls and not told.strip():
+            return Grade(0.0, answer, "nothing was said and nothing done")
         missing = [text for text in self._outputs if _plain(text) not in told]
         if missing:
             return Grade(0.0, answer, f"the customer was not told {', '.join(missing)}")
