@@ -55,6 +55,7 @@ from understudy.trainer.loop import Ending, Trainer
 from understudy.trainer.observe import Observer
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import PromptStream, Rollouts
+from understudy.trainer.tokens import TokenRecorder
 from understudy.trainer.update import Optimizer
 from understudy.types import Prompt
 
@@ -135,6 +136,10 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
         # those of the run until here; every rank has to know which were made
         trainer.observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
         if ranks.is_main:
+            if recipe.train.records_tokens:
+                trainer.tokens = TokenRecorder(
+                    run_dir.tokens, recipe.train, trainer.rollouts.collector.renderer.tokenizer
+                )
             # a resumed run has said it
             warn = partial(trainer.observer.warn, trainer.progress.step) if checkpoint is None else console.warn
             found = doctor.each_once([*found, *doctor.attempt_all("advice", parts)])
@@ -306,7 +311,7 @@ def _observer(
         run_dir.drop_after(progress.step if checkpoint is not None else -1)
     write_atomically(run_dir.recipe, config.write_yaml(plain_tree(plain)))
     loggers = make_loggers(run_dir.path, recipe.loggers, plain, resume_step=resume_step, warn=console.warn)
-    names = ["events"] if recipe.async_ is None else ["events", "consumed"]
+    names = ["events", *(["pictures"] if recipe.train.records_tokens else []), *(["consumed"] if recipe.async_ else [])]
     files = {name: JsonLines(run_dir.path / f"{name}.jsonl") for name in names}
     if resume_step is not None:
         for lines in files.values():

@@ -263,6 +263,26 @@ def report(
     _say(write_report(run_dir, baseline=baseline))
 
 
+@app.command(name="inspect")
+def inspect_run(
+    run_dir: Annotated[Path, _argument("RUN", "A run directory.")],
+    step: Annotated[int | None, _option(min=1, help="A step with kept samples.", default="the last one")] = None,
+    prompt: Annotated[str | None, _option(metavar="ID", help="A prompt.", default="the first one there")] = None,
+    by: Annotated[
+        str, _option(help="The number whose largest sizes are shown, such as teacher_entropy.", default="log_ratio")
+    ] = "log_ratio",
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="Tokens to show.")] = 20,
+    samples: Annotated[bool, typer.Option("--list", help="List the samples that the run kept.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Write report.html and open it in a browser.")] = False,
+) -> None:
+    """Print the tokens on which teacher and student disagree most, with what both expected and what the method did."""
+    from understudy.cli import inspection
+
+    inspection.inspect(run_dir, step=step, prompt=prompt, by=by, num=num, only_list=samples)
+    if open_page:
+        inspection.open_report(run_dir)
+
+
 @app.command()
 def push(
     run_dir: Annotated[Path, _argument("RUN", "A run directory: its final student.")],

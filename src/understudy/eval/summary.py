@@ -236,6 +236,17 @@ def sample_row(sample: Sample) -> dict[str, object]:
     return row | {name: value for name, value in trained.items() if value is not None}
 
 
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
+    """The text of each token as it stands inside a text; each part of a character that is split over tokens is U+FFFD."""
+    names = tokenizer.convert_ids_to_tokens(ids)
+    pieces = {}
+    for token, name in zip(ids, names, strict=True):
+        piece = tokenizer.decode([token])
+        # SentencePiece writes the space before a word as U+2581, and decodes it only between words
+        pieces[token] = f" {piece}" if str(name).startswith("\u2581") and not piece.startswith(" ") else piece
+    return pieces
+
+
 def token_table(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, list[object]]:
     """One list for each value that the report shows per response token. To show another value, add its list here.
 

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from understudy.linear.chunked import evaluate, score
 from understudy.linear.head import LMHead
+from understudy.linear.kept import Kept
 from understudy.linear.plan import CutTerms, Evaluation, count_denominators, count_own, cut_terms
 
-__all__ = ["CutTerms", "Evaluation", "LMHead", "count_denominators", "count_own", "cut_terms", "evaluate", "score"]
+__all__ = [
+    "CutTerms",
+    "Evaluation",
+    "Kept",
+    "LMHead",
+    "count_denominators",
+    "count_own",
+    "cut_terms",
+    "evaluate",
+    "score",
+]

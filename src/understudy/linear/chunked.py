@@ -17,6 +17,7 @@ from typing import Any
 from understudy.lazy import Tensor, no_grad, torch
 from understudy.linear import rows as row_math
 from understudy.linear.head import Gradients, LMHead, compute_dtype, parts, project
+from understudy.linear.kept import Kept
 from understudy.linear.plan import (
     Evaluation,
     FullTeacher,
@@ -47,13 +48,15 @@ def evaluate(
     reference: FullTeacher | None = None,
     counts: Mapping[str, float] | None = None,
     chunk_tokens: int | None = None,
+    keep: Kept | None = None,
 ) -> Evaluation:
     """The method's loss on a batch, ready for `backward`, and its metrics.
 
     hidden [T, H] predicts `batch.target` row by row; the gradient reaches `hidden`, `head.weight` and `head.bias` where
     they require one. `teacher` and `reference` are ([T, H_t], LMHead) for losses over the whole vocabulary. `counts`:
     the denominators of the whole optimizer step (`count_denominators`, plus a term's own by its name); None: this
-    batch's. `rng` draws `batch.uniform` where the batch brings none. Arithmetic is in float32, or float64 for float64
+    batch's. `rng` draws `batch.uniform` where the batch brings none. `keep` takes up
+    the numbers of single tokens. Arithmetic is in float32, or float64 for float64
     inputs. Masked rows are never projected.
 
     Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
@@ -73,7 +76,7 @@ def evaluate(
     method, step = method.at(step)
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
-    job = _Job(method, trained, head, teacher, reference, step, chunk)
+    job = _Job(method, trained, head, teacher, reference, step, chunk, keep)
     loss: Tensor = _autograd_function().apply(hidden, head.weight, head.bias, job)
     return Evaluation(loss, job.tally.metrics())
 
@@ -100,9 +103,10 @@ class _Job:
     reference: FullTeacher | None
     step: int
     chunk: int
+    keep: Kept | None = None
 
     def __post_init__(self) -> None:
-        self.tally = Tally()
+        self.tally = Tally(self.keep)
         self._shares: dict[tuple[Reduce, Over], Tensor] = {}
 
     def run(self, hidden: Tensor, gradients: Gradients) -> Tensor:
@@ -113,10 +117,14 @@ class _Job:
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         buffers = row_math.Buffers(min(self.chunk, len(index)), self.head.num_tokens, dtype, hidden.device)
         for part in parts(len(index), self.chunk):
+            if self.keep is not None:
+                self.keep.begin(index[part])
             states = hidden[index[part]].to(dtype)
             logits = project(states, self.head, out=buffers.of("student", part))
             teacher_logits, batch = self._others(part, logits, buffers)
-            visit = row_math.Visit(self.method.reads, logits, teacher_logits, batch, self._floor_of(self.teacher))
+            visit = row_math.Visit(
+                self.method.reads, logits, teacher_logits, batch, self._floor_of(self.teacher), self.keep
+            )
             leaves, judged = visit.read(keep_logits=self.head.softcap is not None)
             with torch.enable_grad():
                 if whole is not None:
@@ -126,8 +134,13 @@ class _Job:
                     terms = [(term, self._token_share(term)[part]) for term in found]
                 loss = weighted_loss(terms, leaves, judged, self.tally)
             total += loss.detach()
+            if self.keep is not None:
+                for name in ("teacher_logprob", "reference_logprob", "uniform", "outcome_advantage"):
+                    self.keep.add(name, getattr(judged, name))
             if gradients.wanted and loss.requires_grad:
                 visit.differentiate(loss, self.head)
+                if self.keep is not None:
+                    self.keep.read_gradient(logits, judged.target)
                 gradients.add(index[part], states, logits)
         return total
 
@@ -151,6 +164,9 @@ class _Job:
             # read before it becomes the target, so that what is shown of the teacher is the teacher's
             logprob, entropy = row_math.read_target(logits, batch.target)
             batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
+            if self.keep is not None:
+                lse = logits.gather(-1, batch.target[:, None]).squeeze(-1) - logprob
+                self.keep.read_row("teacher", slice(None), logits, lse, batch.target)
             for other, rows in ((self.teacher, logits), (self.reference, reference)):
                 floor = self._floor_of(other)
                 if floor is not None:

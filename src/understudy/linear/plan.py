@@ -13,6 +13,7 @@ from typing import Protocol
 from understudy.errors import ScoreError
 from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead
+from understudy.linear.kept import Kept
 from understudy.losses.divergences import floor_excluded
 from understudy.losses.terms import Over, Reads, Rows, Term
 from understudy.types import EXCLUDED, Metric, TokenBatch, map_tensors
@@ -226,11 +227,14 @@ def _detach_rows(rows: Rows, which: Tensor) -> Rows:
 class Tally:
     """Sums of metrics. They stay on the device until the end, so that no chunk waits for a transfer."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Kept | None = None) -> None:
         self._sums: dict[str, list[Tensor]] = {}
+        self._keep = keep
 
     def add(self, name: str, value: Tensor, mask: Tensor | None = None) -> None:
         """Adds the rows of `value` where `mask` (None: all)."""
+        if self._keep is not None:
+            self._keep.add(name, value, mask)
         count = torch.tensor(float(value.numel()), dtype=torch.float64) if mask is None else mask.sum().double()
         total = value.double().sum() if mask is None else torch.where(mask, value, 0.0).double().sum()
         self._sums.setdefault(name, []).append(torch.stack([total, count.to(total.device)]))

@@ -12,6 +12,7 @@ from typing import Literal
 
 from understudy.lazy import Tensor, torch
 from understudy.linear.head import LMHead, parts
+from understudy.linear.kept import Kept
 from understudy.losses.divergences import log_mixture
 from understudy.losses.terms import Reads, Rows
 from understudy.types import EXCLUDED, TokenBatch, fill
@@ -98,10 +99,12 @@ class Visit:
         teacher_logits: Tensor | None,
         batch: TokenBatch,
         min_log_ratio: float | None = None,
+        keep: Kept | None = None,
     ) -> None:
-        """`min_log_ratio`: log-ratio of tokens that the teacher excludes; None: it excludes none."""
+        """`min_log_ratio`: log-ratio of tokens that the teacher excludes; None: it excludes none. `keep` takes up what the rows
+        say about single tokens."""
         self._reads, self._z, self._aux, self._batch = reads, logits, teacher_logits, batch
-        self._min_log_ratio = min_log_ratio
+        self._min_log_ratio, self._keep = min_log_ratio, keep
         self._capped: Tensor | None = None
         self._mean: Tensor | None = None
         self._leaves: Rows | None = None
@@ -135,6 +138,11 @@ class Visit:
         if aux is not None and teacher is not None:
             read["teacher_entropy"] = teacher.entropy
             read["teacher_logprob"] = aux.gather(-1, target).squeeze(-1) - teacher.lse
+        if self._keep is not None:
+            self._keep.read_row("student", block, z, student.lse, target[:, 0])
+            # the rows of an extrapolated teacher were read before they became the target
+            if aux is not None and teacher is not None and self._reads.extrapolate is None:
+                self._keep.read_row("teacher", block, aux, teacher.lse, target[:, 0])
         if self._reads.topk is not None:
             read |= self._read_topk(block, z, student, aux, teacher)
         if self._reads.divergence is not None and aux is not None and teacher is not None:

@@ -24,6 +24,7 @@ from understudy.format import number, seconds
 from understudy.report.charts import charts
 from understudy.report.read import Attempt, RunRecord, read_attempts, read_baseline, read_run
 from understudy.report.svg import draw
+from understudy.report.tokens import find_tokens, viewer
 from understudy.report.verdict import Comparison, compare, conclude, rows
 from understudy.text import encodable, plain_tree, printable
 
@@ -101,6 +102,7 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         rows=rows(before, after, comparison) if after else [],
         before_step="" if before is None else "baseline" if baseline else f"{before.step:,}",
         drawn=charts(run),
+        kept=viewer(find_tokens(run_dir)),
         gaps={name: item.steps[bad] for name, item in run.series.items() if (bad := np.isnan(item.values)).any()},
         max_events=MAX_EVENTS,
         events=[run.events[index] for index in sorted(telling)],
@@ -126,7 +128,10 @@ def render(template: str, **values: Any) -> str:
     shows loses its control characters and secrets, is cut at `MAX_SHOWN` and then escaped.
     """
     package = files("understudy")
-    style, script = (package.joinpath(f"report/page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style, *scripts = (
+        package.joinpath(f"report/{name}").read_text(encoding="utf-8") for name in ("page.css", "page.js", "viewer.js")
+    )
+    script = "".join(scripts)
     hashes = (f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in (style, script))
     policy = "default-src 'none'; style-src {}; script-src {}; base-uri 'none'; form-action 'none'".format(*hashes)
     environment = Environment(

@@ -144,7 +144,7 @@ def read_run(run_dir: Path) -> RunRecord:
         path=run_dir,
         recipe=text,
         settings={str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {},
-        facts=_object(facts.read_bytes(), str(facts)) if facts.is_file() else {},
+        facts=read_object(facts.read_bytes(), str(facts)) if facts.is_file() else {},
         series=_read_series(run_dir / "metrics.jsonl", cut),
         events=tuple(
             Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or ""))
@@ -159,7 +159,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def _read_findings(path: Path) -> tuple[Mapping[str, str], ...]:
     """Empty for a run that nobody examined. Raises DataError for another file."""
-    found = _object(path.read_bytes(), str(path)).get("findings") if path.is_file() else []
+    found = read_object(path.read_bytes(), str(path)).get("findings") if path.is_file() else []
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise DataError(f"{path}: 'findings' must be a list of objects")
     names = ("name", "level", "checked", "found", "advice")
@@ -168,7 +168,7 @@ def _read_findings(path: Path) -> tuple[Mapping[str, str], ...]:
 
 def read_eval(path: Path) -> EvalRecord:
     """One evaluation summary. Raises DataError where it is not one."""
-    data = _object(path.read_bytes(), str(path))
+    data = read_object(path.read_bytes(), str(path))
     metrics = data.get("metrics")
     if not isinstance(metrics, dict):
         raise DataError(f"{path}: an evaluation summary needs a mapping 'metrics', this file has {metrics!r}")
@@ -281,7 +281,7 @@ def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     lines = path.read_bytes().rstrip().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines if lines != [b""] else [], 1):
         try:
-            row = _object(line, f"{path}:{number}")
+            row = read_object(line, f"{path}:{number}")
         except DataError:
             if number < len(lines):
                 raise
@@ -290,7 +290,7 @@ def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _object(text: bytes, where: str) -> dict[str, Any]:
+def read_object(text: bytes, where: str) -> dict[str, Any]:
     try:
         data = config.load_json(text)
     except ValueError as error:

@@ -72,6 +72,7 @@ class RunDir:
     doctor.json    checks before the first step of the process that wrote it last
     report.html    student/  the final student, a Hugging Face directory
     eval/step_000100.json and .jsonl            samples/step_000100.jsonl
+    tokens/step_000100.jsonl                    pictures.jsonl
     checkpoints/step_000100/                    bad_batches/
     """
 
@@ -82,6 +83,7 @@ class RunDir:
         self.doctor = path / "doctor.json"
         self.eval = path / "eval"
         self.samples = path / "samples"
+        self.tokens = path / "tokens"
         self.bad_batches = path / "bad_batches"
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"
@@ -110,9 +112,9 @@ class RunDir:
             raise RecipeError(f"there is no run to resume in {self.path}: it has no recipe.yaml")
 
     def drop_after(self, step: int) -> None:
-        """Removes evaluations and samples of later steps, which a resumed run writes again."""
+        """Removes evaluations, samples and tokens of later steps, which a resumed run writes again."""
         try:
-            for folder, suffix in product((self.eval, self.samples), (".json", ".jsonl")):
+            for folder, suffix in product((self.eval, self.samples, self.tokens), (".json", ".jsonl")):
                 # a killed process may leave a file that it was writing aside
                 aside = by_step(folder, f"{suffix}.tmp").values()
                 for file in [*aside, *(path for number, path in by_step(folder, suffix).items() if number > step)]:

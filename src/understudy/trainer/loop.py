@@ -24,6 +24,7 @@ from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import Rollouts, replaces_flat
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import Abandoned, Stopped, StopSignal
+from understudy.trainer.tokens import StepTokens, TokenRecorder, picture
 from understudy.trainer.update import Heads, MicroBatch, Optimizer, StudentModel, accumulate_gradients, prepare
 from understudy.types import Metric, Sample, add_metrics, map_tensors
 
@@ -66,6 +67,8 @@ class Trainer:
     seed: int
     progress: Progress
     several_teachers: bool = False
+    tokens: TokenRecorder | None = None
+    """Keeps what updates know of single tokens, on the first rank."""
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
     _warned_of_rounding: bool = False
@@ -126,7 +129,8 @@ class Trainer:
         with self._breakable():
             collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
         with clock("update_s"):
-            numbers = self._update(collected.samples, method, own_step)
+            tokens = None if self.tokens is None else self.tokens.begin(collected.samples, step + 1)
+            numbers = self._update(collected.samples, method, own_step, tokens)
         metrics = self.ranks.sum_metrics(collected_metrics(collected, updates))
         numbers |= _means(metrics) | self.ranks.sum_counts(collected.counts) | {"peak_memory_gib": peak_memory_gib()}
         if len(self.method.members) > 1:
@@ -149,6 +153,9 @@ class Trainer:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
+        if self.tokens is not None and tokens is not None and tokens.columns:
+            self.tokens.write(tokens, method, step + 1)
+            self.observer.files["pictures"].write(picture(tokens, step + 1))
         acceptance = method.plan(own_step).acceptance
         fills = acceptance is not None and acceptance.by_teacher
         if fills and numbers.get("slots_empty", 0.0) > 0 and not self._warned_of_slots:
@@ -233,7 +240,9 @@ class Trainer:
             self.publish(self.progress.updates, ())
         return do()
 
-    def _update(self, samples: Sequence[Sample], method: Method, own_step: int) -> dict[str, float]:
+    def _update(
+        self, samples: Sequence[Sample], method: Method, own_step: int, tokens: StepTokens | None
+    ) -> dict[str, float]:
         """Makes the updates of one step; returns the means of their loss, gradient norm and metrics."""
         settings, before = self.settings, self.progress
         with self._breakable():
@@ -251,7 +260,7 @@ class Trainer:
             heads = self.heads_of(method, samples)
         total: dict[str, Metric] = {}
         for part in parts * settings.passes:
-            total = add_metrics(total, self._update_once(part, method, own_step, heads))
+            total = add_metrics(total, self._update_once(part, own_step, heads, tokens))
         if not total:
             self.progress = replace(self.progress, empty_in_row=before.empty_in_row + 1)
             return {}
@@ -280,7 +289,7 @@ class Trainer:
         return Heads(heads, references)
 
     def _update_once(
-        self, part: Sequence[MicroBatch], method: Method, own_step: int, heads: Heads
+        self, part: Sequence[MicroBatch], own_step: int, heads: Heads, tokens: StepTokens | None
     ) -> dict[str, Metric]:
         """Gradient, clip, optimizer step; an update whose loss or gradient is not finite changes nothing.
 
@@ -290,7 +299,9 @@ class Trainer:
         step = self.progress.step
         self.optimizer.zero_grad()
         with self._breakable():
-            loss, metrics = accumulate_gradients(self.student, part, heads=heads, step=own_step, ranks=self.ranks)
+            loss, metrics = accumulate_gradients(
+                self.student, part, heads=heads, step=own_step, ranks=self.ranks, tokens=tokens
+            )
         self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
         if not metrics:

@@ -68,6 +68,17 @@ class Train:
     """Also keep the checkpoint with the highest avg@k; one is written whenever an evaluation is the best so far."""
     save_samples_every: int = 50
     """Steps between files of training samples; 0: none."""
+    save_tokens: int = 4
+    """Samples of each such step of which every token is kept with all that the update knew of it (`tokens/`); 0: none, and no
+    sums over tokens either (`pictures.jsonl`)."""
+    save_tokens_bytes: int = 268_435_456
+    """Most bytes of `tokens/` over the run, 256 MiB. They are shared out beforehand; a sample longer than its share is kept
+    up to it."""
+
+    @property
+    def records_tokens(self) -> bool:
+        """Whether anything of single tokens is kept."""
+        return self.save_samples_every > 0 and self.save_tokens > 0
 
     def __post_init__(self) -> None:
         check_range(self, 1, "steps", off="`understudy eval` evaluates without training")
@@ -82,7 +93,8 @@ class Train:
         check_range(self, 1, "save_every", off="null saves at the end only")
         check_range(self, 1, "keep_last", off="1 keeps the last one, from which the run can be resumed")
         check_range(self, 0, "max_grad_norm", above=True, off="null does not clip, 0 would stop every update")
-        check_range(self, 0, "lr", "warmup_steps", "weight_decay", "save_samples_every")
+        check_range(self, 0, "lr", "warmup_steps", "weight_decay", "save_samples_every", "save_tokens")
+        check_range(self, 1, "save_tokens_bytes", off="save_tokens: 0 keeps none")
         check_range(self, 0, "eps", above=True)
         check_range(self, 0, "final_lr_share", high=1)
         check_range(self, 0, "stop_at", high=1, off="null never stops early")

@@ -17,6 +17,7 @@ from understudy.packing import Layout, RowStyle, ScoreField, lay_out, micro_batc
 from understudy.randomness import hash_name, keyed_uniform
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.settings import Train
+from understudy.trainer.tokens import StepTokens
 from understudy.types import Metric, Sample, Scores, TokenBatch, add_metrics, fill, map_tensors
 
 MICRO_BATCH_TOKENS = {"cpu": 2_048}
@@ -161,9 +162,17 @@ def _score_old(student: StudentModel, micro: MicroBatch) -> MicroBatch:
 
 
 def accumulate_gradients(
-    student: StudentModel, micros: Sequence[MicroBatch], *, heads: Heads, step: int, ranks: Ranks
+    student: StudentModel,
+    micros: Sequence[MicroBatch],
+    *,
+    heads: Heads,
+    step: int,
+    ranks: Ranks,
+    tokens: StepTokens | None = None,
 ) -> tuple[float, dict[str, Metric]]:
     """Adds the gradient of the update's loss to the parameters; returns the loss and the metrics, of all ranks.
+
+    `tokens` takes up the numbers of single tokens.
 
     The denominators are counted over all samples of all ranks before the first forward, so neither the cut into
     micro-batches nor the number of ranks changes the loss.
@@ -176,6 +185,7 @@ def accumulate_gradients(
     counts = ranks.sum_counts(counts)
     loss, total = 0.0, dict[str, Metric]()
     for micro in micros:
+        keep = None if tokens is None else tokens.begin(micro.samples, micro.batch.target.device)
         evaluation = evaluate(
             micro.terms,
             micro.batch,
@@ -185,7 +195,10 @@ def accumulate_gradients(
             teacher=_whole_rows(micro, "scores", heads.teachers.get(micro.teacher)),
             reference=_whole_rows(micro, "reference_scores", heads.references.get(micro.teacher)),
             counts=counts,
+            keep=keep,
         )
+        if tokens is not None and keep is not None:
+            tokens.end(micro.samples, keep)
         evaluation.loss.backward()
         loss += float(evaluation.loss.detach())
         total = add_metrics(total, evaluation.metrics)

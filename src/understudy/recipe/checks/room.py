@@ -24,6 +24,8 @@ from understudy.trainer.update import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_ELS
 
 TEXT_BYTES = 6
 """Bytes of a token in a file of samples: its text, and what JSON adds."""
+TOKEN_BYTES = 300
+"""Bytes of a token that is kept with the most likely tokens of both sides (`trainer.tokens`): 190 to 290 were measured."""
 ADAM_MOMENTS = 2
 GIB = 2**30
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -215,6 +217,9 @@ def _disk(run: Needs) -> Finding:
     text = TEXT_BYTES * recipe.sampling.max_new_tokens
     files = 1 + settings.steps // settings.save_samples_every if settings.save_samples_every else 0
     samples = files * min(SAVED_SAMPLES, run.num_samples) * text
+    if settings.records_tokens:
+        kept = TOKEN_BYTES * recipe.sampling.max_new_tokens * settings.save_tokens
+        samples += min(settings.save_tokens_bytes, 2 * files * kept)
     if recipe.eval is not None and recipe.eval.problems is not None:
         times = 2 + (settings.steps // recipe.eval.every if recipe.eval.every else 0)
         samples += times * recipe.eval.problems * recipe.eval.samples_per_prompt * text

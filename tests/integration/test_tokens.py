@@ -1,0 +1,241 @@
+"""Kept tokens: what a run writes of single tokens, that it learns the same with and without it, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode
+from pathlib import Path
+from typing import Any
+from zlib import decompress
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.report_run import write_lines, write_run
+from tests.runs import assert_same_run, distillation, train, train_in_two
+from understudy.cli.app import app
+from understudy.errors import DataError
+from understudy.report.page import write_report
+from understudy.report.tokens import find_tokens, viewer
+from understudy.trainer import tokens as kept_tokens
+
+TASK = {"type": "arithmetic", "family": "addition", "digits": 2, "num_solutions": 12}
+STEPS = {"steps": 6, "prompts_per_step": 4, "samples_per_prompt": 2, "save_samples_every": 3}
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    files = sorted((run_dir / "tokens").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def token_row(step: int = 1, prompt_id: str = "p", num: int = 4, **table: Any) -> dict[str, Any]:
+    """A line of a token file, made up."""
+    numbers = {"student_logprob": [-1.0] * num, "teacher_logprob": [-1.0 - at for at in range(num)]}
+    return {
+        "step": step,
+        "prompt_id": prompt_id,
+        "prompt": "q",
+        "method": "opd",
+        "num_tokens": num,
+        "index": 0,
+        "missing": {},
+        "vocabulary": {str(at): f"w{at} " for at in range(num)},
+        "tokens": {"id": [*range(num)], "kind": ["sampled"] * num} | numbers | table,
+    }
+
+
+def write_tokens(run_dir: Path, made: list[dict[str, Any]]) -> None:
+    for step in {row["step"] for row in made}:
+        write_lines(run_dir / "tokens" / f"step_{step:06d}.jsonl", [row for row in made if row["step"] == step])
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ({"type": "tropd", "k": 4, "anneal_steps": 6}, {"responses": {"type": "solutions"}}),
+        ({"type": "gopd", "form": "full"}, {"reference": {"type": "start"}}),
+        ({"type": "opd", "discount": 0.9}, {"train": STEPS | {"minibatches": 2, "passes": 2}}),
+    ],
+    ids=["tropd", "gopd", "opd"],
+)
+def test_a_run_learns_the_same_whether_tokens_are_kept(tmp_path: Path, method: Any, more: dict[str, Any]) -> None:
+    made = {"task": TASK, "method": method, "train": STEPS} | more
+    changes = distillation(tmp_path / "models", **made)
+    kept = train(tmp_path / "kept", **changes)
+    without = train(tmp_path / "without", **(changes | {"train": made["train"] | {"save_tokens": 0}}))
+    assert_same_run(kept, without)
+    assert not (without / "tokens").exists()
+    assert not (without / "pictures.jsonl").exists()
+    found = rows(kept)
+    assert {row["step"] for row in found} >= {1, 3, 6}
+    for row in found:
+        size = row["num_tokens"]
+        assert {len(values) for values in row["tokens"].values()} == {size}
+        assert row["tokens"]["student_top"][0] is not None
+        # what was sampled is as likely as the engine said when it sampled it
+        for kind, ours, engine in zip(
+            row["tokens"]["kind"], row["tokens"]["student_logprob"], row["tokens"]["rollout_logprob"], strict=True
+        ):
+            assert (engine is None) == (kind == "prefix")
+            if engine is not None and method["type"] != "opd":
+                assert ours == pytest.approx(engine, abs=1e-3)
+    pictures = [json.loads(line) for line in (kept / "pictures.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in pictures] == [1, 2, 3, 4, 5, 6]
+    # every token of the student's is in one bin, and in one part of its response
+    for row in pictures:
+        assert sum(row["log_ratio"][""]) == sum(row["parts"]["log_ratio"][1]) > 0
+
+
+def test_what_a_teacher_was_not_asked_for_is_absent_and_said(tmp_path: Path) -> None:
+    run_dir = train(tmp_path, **distillation(tmp_path / "m", method={"type": "opd"}, train=STEPS))
+    row = rows(run_dir)[0]
+    assert {"teacher_logprob", "teacher_entropy", "student_rank"} <= row["tokens"].keys()
+    assert not {"teacher_top", "teacher_rank"} & row["tokens"].keys()
+    assert "sampled tokens alone" in row["missing"]["teacher_top"]
+    imitated = train(tmp_path / "sft", train=STEPS)
+    row = rows(imitated)[0]
+    assert set(row["tokens"]["kind"]) == {"given"}
+    assert "asks the teacher for no score" in row["missing"]["teacher_logprob"]
+
+
+def test_the_same_prompt_is_kept_again_and_a_resumed_run_keeps_the_same(tmp_path: Path) -> None:
+    changes = distillation(tmp_path / "m", task=TASK, method={"type": "topk", "k": 3}, train=STEPS | {"save_tokens": 2})
+    whole, cut = train(tmp_path / "whole", **changes), train_in_two(tmp_path / "cut", 3, **changes)
+    assert rows(whole) == rows(cut)
+    assert (whole / "pictures.jsonl").read_text() == (cut / "pictures.jsonl").read_text()
+    steps: dict[str, set[int]] = {}
+    for row in rows(whole):
+        steps.setdefault(row["prompt_id"], set()).add(row["step"])
+    # twelve prompts, four a step: each comes every three steps
+    assert max(map(len, steps.values())) >= 2
+    # a teacher of three tokens gives these, and a rank where the sampled one is among them
+    table = rows(whole)[0]["tokens"]
+    assert {len(top) for top in table["teacher_top"]} == {3}
+    for top, rank, token in zip(table["teacher_top"], table["teacher_rank"], table["id"], strict=True):
+        assert (None if token not in top else top.index(token) + 1) == rank
+
+
+def test_files_stay_within_their_bytes(tmp_path: Path) -> None:
+    train_keys = STEPS | {"save_samples_every": 2, "save_tokens_bytes": 64_000}
+    run_dir = train(tmp_path, **distillation(tmp_path / "m", train=train_keys))
+    files = list((run_dir / "tokens").iterdir())
+    assert sum(file.stat().st_size for file in files) <= 64_000
+    cut = [row for row in rows(run_dir) if len(row["tokens"]["id"]) < row["num_tokens"]]
+    assert cut
+    assert cut[0]["tokens"]["id"]
+
+
+def test_a_step_spreads_over_teachers_and_prefixes(tmp_path: Path) -> None:
+    method = {"type": "tropd", "k": 4, "anneal_steps": 6}
+    run_dir = train(
+        tmp_path,
+        **distillation(tmp_path / "m", task=TASK, method=method, responses={"type": "solutions"}, train=STEPS),
+    )
+    kinds = [set(row["tokens"]["kind"]) for row in rows(run_dir) if row["step"] == 1]
+    assert {"sampled"} in kinds
+    assert any("prefix" in kind for kind in kinds)
+
+
+def unpacked(run_dir: Path) -> list[dict[str, Any]]:
+    shown = viewer(find_tokens(run_dir))
+    assert shown is not None
+    return [json.loads(decompress(b64decode(text))) for text in shown.packed]
+
+
+def test_the_page_holds_the_numbers_and_writes_controls_out(tmp_path: Path) -> None:
+    row = token_row(teacher_logprob=[-9999.0, None, -2.5, -0.25], trusted=[1.0, 0.0, None, 1.0])
+    row["vocabulary"]["0"] = "a\x1b[2J\u202eb\n"
+    write_tokens(tmp_path, [row])
+    sample = unpacked(tmp_path)[0]
+    assert sample["columns"]["teacher_logprob"] == [-9_999_000, None, -2500, -250]
+    assert sample["columns"]["trusted"] == [1.0, 0.0, None, 1.0]
+    assert sample["texts"][sample["columns"]["id"][0]] == "a\\u001b[2J\\u202eb\n"
+
+
+def test_steps_share_the_room_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that come again go first, at the last and the first step, and the page says what it leaves out."""
+    made = [token_row(step, prompt) for step in range(1, 10) for prompt in ("again", f"once {step}")]
+    write_tokens(tmp_path, made)
+    places = find_tokens(tmp_path)
+    whole = viewer(places)
+    assert whole is not None
+    assert (len(whole.packed), whole.note) == (18, "")
+    monkeypatch.setattr("understudy.report.tokens.MAX_PACKED_BYTES", 3 * len(whole.packed[0]) + 10)
+    part = viewer(places)
+    assert part is not None
+    assert [(one["step"], one["prompt_id"]) for one in json.loads(part.index)["samples"]] == [
+        (1, "again"),
+        (5, "again"),
+        (9, "again"),
+    ]
+    assert part.note == "3 of 18 kept samples are on this page; the others are in tokens/."
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
+    """10,000 steps and 500 samples stay under 5 MB."""
+    run_dir = write_run(tmp_path / "run", num_steps=10_000)
+    num = 200
+    table = {
+        f"{whose}_{name}": value
+        for whose in ("student", "teacher")
+        for name, value in {
+            "logprob": [-(at * 37 % 101) / 20 for at in range(num)],
+            "entropy": [(at * 53 % 97) / 40 for at in range(num)],
+            "top": [[(at * 7 + k * 31) % num for k in range(5)] for at in range(num)],
+            "top_logprob": [[-(at * 13 % 29) / 10 - k for k in range(5)] for at in range(num)],
+        }.items()
+    }
+    made = [token_row(step, f"p{at}", num, **table) for step in range(80, 10_001, 80) for at in range(4)]
+    write_tokens(run_dir, made)
+    assert write_report(run_dir).stat().st_size < 5_000_000
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    write_tokens(tmp_path, [token_row()])
+    path = tmp_path / "tokens" / "step_000001.jsonl"
+    path.write_text('{"step":1,"prompt_id":"p","tokens":{"id":[1],"kind":[]}}\n')
+    with pytest.raises(DataError, match=r"step_000001.jsonl:1: 'tokens' needs lists of one length"):
+        viewer(find_tokens(tmp_path))
+    path.write_text("{}\n")
+    with pytest.raises(DataError, match=r"step_000001.jsonl:1: not a sample with tokens"):
+        find_tokens(tmp_path)
+
+
+def test_inspect_prints_the_largest_differences(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", num_steps=10)
+
+    def said(*options: str) -> str:
+        result = CliRunner().invoke(app, ["inspect", str(run_dir), *options], env={"COLUMNS": "200"})
+        return result.output if result.exception is None else str(result.exception)
+
+    assert "kept no tokens" in said()
+    table = {
+        "student_top": [[1, 2]] * 4,
+        "student_top_logprob": [[-0.1, -3.0]] * 4,
+        "trusted": [1.0, 1.0, 1.0, 0.0],
+        "loss/policy_gradient": [0.0, 1.0, 2.0, None],
+    }
+    write_tokens(run_dir, [token_row(5, **table), token_row(10, "\x1b[31mhostile", **table)])
+    lines = said("--step", "5", "-n", "2").splitlines()
+    first = next(line for line in lines if "w3" in line and "-3.00" in line)
+    assert "36.8 %" in first
+    assert "1.83 %" in first
+    assert "'w1 ' 90 %" in first
+    assert "an outlier" in first
+    assert "not known" in first
+    assert sum("w" in line and "%" in line for line in lines) == 2
+    assert "\x1b" not in said()
+    assert "hostile" in said("--list")
+    assert "prompt p was kept at steps 5" in said("--prompt", "p", "--step", "6")
+    assert "no token of this sample has teacher_entropy" in said("--by", "teacher_entropy")
+
+
+def test_pieces_of_sentencepiece_keep_their_spaces() -> None:
+    class Tokenizer:
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return ["\u2581the", "re"]
+
+        def decode(self, ids: list[int]) -> str:
+            return {1: "the", 2: "re"}[ids[0]]
+
+    assert kept_tokens.token_pieces(Tokenizer(), [1, 2]) == {1: " the", 2: "re"}
