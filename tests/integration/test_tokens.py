@@ -174,7 +174,7 @@ def test_steps_share_the_room_of_a_page(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     """10,000 steps and 500 samples stay under 5 MB."""
     run_dir = write_run(tmp_path / "run", num_steps=10_000)
-    num = 200
+    num = 80
     table = {
         f"{whose}_{name}": value
         for whose in ("student", "teacher")
