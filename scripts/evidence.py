@@ -86,7 +86,7 @@ def make_models(claim: Claim) -> None:
     for name in claim.models:
         run_dir = RUNS / name
         facts = run_dir / "run.json"
-        if facts.is_file() and json.loads(facts.read_text())["status"] in ("finished", "good enough"):
+        if facts.is_file() and json.loads(facts.read_text())["status"] in ("finished", "good enough", "did not learn"):
             continue
         resume = ("--resume",) if (run_dir / "recipe.yaml").is_file() else ()
         understudy("train", RECIPES / f"{name}.yaml", *resume)

@@ -43,7 +43,7 @@ from understudy.report.read import read_baseline
 from understudy.run import Run
 from understudy.tasks import Split
 from understudy.trainer.checkpoint import RunDir
-from understudy.trainer.console import Console
+from understudy.trainer.console import Console, endured
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Callback
 from understudy.trainer.settings import Eval, Train
@@ -306,7 +306,7 @@ def _train(recipe: Recipe, *, resume: bool, examine: bool, quiet: bool) -> Run:
 def train_and_show(recipe: Recipe, *, resume: bool, examine: bool, quiet: bool = False) -> Run:
     """The same in a process that ends with it: for the command line."""
     ranks = Ranks.from_environment(partial(choose_device, recipe.device))
-    with terminable(), Console(quiet=quiet or not ranks.is_main) as console, closing(ranks):
+    with terminable(), endured(), Console(quiet=quiet or not ranks.is_main) as console, closing(ranks):
         result = run.train(recipe, resume=resume, examine=examine, console=console)
         if result.summaries:
             title = "before and after" if len(result.summaries) > 1 else "evaluation"

@@ -52,7 +52,7 @@ from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.loggers import JsonLines, make_loggers
 from understudy.trainer.loop import Ending, Trainer
-from understudy.trainer.observe import Observer
+from understudy.trainer.observe import Observer, why_not_learnt
 from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import PromptStream, Rollouts
 from understudy.trainer.tokens import TokenRecorder
@@ -87,9 +87,13 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """The numbers of every step, those of earlier processes of the run too; NaN where one was not finite."""
-        lines = (self.path / "metrics.jsonl").read_text().splitlines()
-        rows = [{name: value for name, value in json.loads(line).items() if name != "nonfinite"} for line in lines]
-        return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+        return _read_metrics(self.run_dir)
+
+
+def _read_metrics(run_dir: RunDir) -> list[dict[str, float]]:
+    lines = (run_dir.path / "metrics.jsonl").read_text().splitlines()
+    rows = [{name: value for name, value in json.loads(line).items() if name != "nonfinite"} for line in lines]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console: Console) -> Run:
@@ -156,6 +160,13 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
             if ranks.is_main:
                 write_facts(parts, run_dir, "running", facts)
             ending = trainer.run()
+            if ending == "finished":
+                rows = _read_metrics(run_dir) if ranks.is_main else []
+                # every rank ends with the same exit code
+                if reason := ranks.gather(why_not_learnt(trainer.progress.updates, rows))[0]:
+                    ending = "did not learn"
+                    facts["error"] = reason
+                    trainer.observer.warn(trainer.progress.step, reason)
             if ranks.is_main and ending != "stopped by a signal":
                 export_student(parts, run_dir)
             if ranks.is_main:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import math
 import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.processes import Process, command_line
-from tests.runs import assert_same_run, distillation, train, write_recipe
+from tests.processes import PATIENCE_S, Process, command_line
+from tests.runs import assert_same_run, distillation, tiny_recipe, train, write_recipe
 from understudy.errors import CheckpointError, RecipeError
 from understudy.files import LOCK, by_step, locked, write_atomically
 from understudy.trainer.loop import Trainer
+from understudy.trainer.observe import why_not_learnt
 
 
 def stopping_at(monkeypatch: pytest.MonkeyPatch, step: int, do: Any) -> None:
@@ -189,3 +195,120 @@ def test_a_failed_run_keeps_its_error(tmp_path: Path, monkeypatch: pytest.Monkey
         train(tmp_path)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["status"], facts["error"]) == ("failed", "ValueError: the first error")
+
+
+# --- a console that goes away --------------------------------------------------------------------------------------------
+
+
+def train_without_console(stream: str, path: str) -> None:
+    """`understudy train` whose standard output is full, or closed from the start."""
+    os.close(1)
+    if stream == "full":
+        assert os.open("/dev/full", os.O_WRONLY) == 1
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    else:
+        sys.stdout = None  # type: ignore[assignment]
+    command_line("train", path, "--no-doctor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["left", "full", "closed"])
+def test_a_console_that_cannot_be_written_to_is_endured(stream: str, tmp_path: Path) -> None:
+    """`train | head -n 0`, `> /dev/full`, `>&-`: the run ends as ever, with status 0, and the event is recorded."""
+    path, log = write_recipe(tmp_path, train={"steps": 3}), tmp_path / "log"
+    if stream == "left":
+        piped = f"{sys.executable} -m understudy train {path} --no-doctor 2> {log} | head -n 0; exit ${{PIPESTATUS[0]}}"
+        code = subprocess.run(["bash", "-c", piped], timeout=PATIENCE_S, check=False).returncode
+    else:
+        code = Process(train_without_console, stream, str(path), log=log).wait()
+    said, run_dir = log.read_text(), tmp_path / "run"
+    assert code == 0, said
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+    assert (run_dir / "report.html").is_file()
+    events = (run_dir / "events.jsonl").read_text()
+    reason = {"left": "(Broken pipe)", "full": "(No space left on device)", "closed": None}[stream]
+    # nobody misses what was closed from the start
+    for text in (events, said):
+        assert ("console cannot be written to" in text) == (reason is not None)
+        assert reason is None or reason in text
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+
+
+def test_names_that_the_file_system_refuses_are_one_error(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for name in ("x" * 300, str(loop)):
+        for command in (
+            ["report", name],
+            ["train", name],
+            ["eval", name],
+            ["report", str(tmp_path), "--baseline", name],
+        ):
+            with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+                command_line_here(patch, command)
+            assert ended.value.code in (1, 2)
+
+
+def command_line_here(patch: pytest.MonkeyPatch, command: list[str]) -> None:
+    from understudy.cli.app import main
+
+    patch.setattr(sys, "argv", ["understudy", *command])
+    main()
+
+
+# --- a run that did not learn ----------------------------------------------------------------------------------------------
+
+
+def test_what_speaks_against_learning() -> None:
+    falling = [{"loss": 3.0 / step, "phase": 0.0} for step in range(1, 30)]
+    assert why_not_learnt(29, falling) is None
+    assert why_not_learnt(0, []) is None
+    assert "samples_dropped 8" in (why_not_learnt(0, [{"samples_dropped": 4.0}] * 2) or "")
+    assert "rose from 2 to 300" in (why_not_learnt(3, [{"loss": 2.0}, {"loss": 40.0}, {"loss": 300.0}]) or "")
+    assert "rose from 0.01 to 2.8" in (why_not_learnt(2, [{"loss": -0.01}, {"loss": 2.8}]) or "")
+    # a surrogate begins at 0; another phase has another loss; a step without a finite loss says nothing
+    for rows in (
+        [{"loss": 0.0, "reward": 0.5}, {"loss": -90.0, "reward": 0.5}],
+        [{"loss": 0.0}, {"loss": 0.9}],
+        [{"loss": 0.1, "phase": 0.0}, {"loss": 400.0, "phase": 1.0}, {"loss": 300.0, "phase": 1.0}],
+        [{"loss": 1.0}, {"loss": math.nan}],
+        [{"loss": 1.0}, {"loss": 500.0}, *[{"loss": 1.0}] * 10],
+    ):
+        assert why_not_learnt(2, rows) is None
+
+
+def test_a_run_that_diverges_says_so(tmp_path: Path) -> None:
+    from understudy import config, run
+    from understudy.recipe import Recipe
+    from understudy.trainer.console import Console
+
+    console = io.StringIO()
+    changes = distillation(tmp_path, train={"lr": 10.0, "steps": 8})
+    recipe = config.parse(Recipe, tiny_recipe(tmp_path, **changes))
+    ended = run.train(recipe, examine=False, console=Console(console))
+    assert ended.ending == "did not learn"
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["status"] == "did not learn"
+    assert "its loss rose from" in facts["error"]
+    assert f"warning: {facts['error']}" in console.getvalue()
+    assert ended.report is not None
+    assert facts["error"] in ended.report.read_text()
+
+
+def test_a_run_without_any_score_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from understudy.teachers.local import LocalTeacher
+
+    plain = LocalTeacher.score
+
+    def unscored(self: LocalTeacher, samples: Any, need: Any, **options: Any) -> Any:
+        return [
+            replace(scores, hidden=None if scores.hidden is None else scores.hidden * math.nan)
+            for scores in plain(self, samples, need, **options)
+        ]
+
+    monkeypatch.setattr(LocalTeacher, "score", unscored)
+    run_dir = train(tmp_path, **distillation(tmp_path, train={"on_missing_score": "drop", "steps": 3}))
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert (facts["status"], facts["updates"]) == ("did not learn", 0)
+    assert "samples_dropped 24" in facts["error"]

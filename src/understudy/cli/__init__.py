@@ -33,6 +33,12 @@ def settings_for(environment: Mapping[str, str], *, linux: bool, gpu: bool) -> d
 
 def entry() -> None:
     """Starts the process again with the settings (the same process id, arguments and files), then runs a command."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the next file that is opened would take the place of a closed stream, and get what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     added = settings_for(os.environ, linux=sys.platform == "linux", gpu=Path("/dev/nvidia0").exists())
     if added:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | added)  # noqa: S606 (itself)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -145,8 +146,8 @@ def train(
     from understudy.cli import commands
 
     ending = commands.train(recipe, overrides or [], dry_run=dry_run, resume=resume, examine=not no_doctor)
-    if ending == "stopped by a signal":
-        raise typer.Exit(EXIT_SIGNAL)
+    if ending in ("stopped by a signal", "did not learn"):
+        raise typer.Exit(EXIT_SIGNAL if ending == "stopped by a signal" else EXIT_FAILED)
 
 
 @app.command()
@@ -521,6 +522,11 @@ def main() -> None:
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
+    # what is closed when Python starts is None
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (ends with the process)
+        for stream in (sys.stdout, sys.stderr)
+    )
     try:
         with terminable():
             app()
@@ -532,15 +538,29 @@ def main() -> None:
             signal.signal(number, signal.SIG_IGN)
         sys.exit(EXIT_SIGNAL)
     except UnderstudyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(f"error: {error}")
         sys.exit(EXIT_FAILED if isinstance(error, TrainingError | CheckpointError) else EXIT_BAD_INPUT)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
-        # a name that is too long for the file system, a loop of links, a folder that may not be read
-        print(f"error: {printable(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        # a name that is too long for the file system, a loop of links, a folder that may not be read, an output that is full
+        _print_error(f"error: {error.filename or 'the output'}: {error.strerror}")
         sys.exit(EXIT_BAD_INPUT)
     except Exception:
         # a defect of this program; messages of libraries may hold anything
-        print(printable(traceback.format_exc()), file=sys.stderr)
+        _print_error(traceback.format_exc())
         sys.exit(EXIT_FAILED)
+    finally:
+        # the interpreter writes what is left as it ends, and would fail where nobody reads
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _print_error(text: str) -> None:
+    # the terminal may be gone
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)

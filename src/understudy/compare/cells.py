@@ -27,7 +27,7 @@ from understudy.trainer.rollouts import MAX_ROUNDS
 
 State = Literal["new", "started", "finished"]
 
-DONE = ("finished", "good enough")
+DONE = ("finished", "good enough", "did not learn")
 """Values of `status` in run.json that end a run for good."""
 
 

@@ -122,10 +122,10 @@ def work(job: Job) -> int:
     """Trains. Prints what went wrong as the last line, `error: ...`."""
     from understudy import run
     from understudy.recipe import Recipe
-    from understudy.trainer.console import Console
+    from understudy.trainer.console import Console, endured
 
     try:
-        with Console() as console:
+        with endured(), Console() as console:
             result = run.train(config.parse(Recipe, job.recipe), resume=job.resume, console=console)
     except KeyboardInterrupt:
         return STOPPED

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 import rich.console
 from rich import box
@@ -37,7 +39,8 @@ class Console:
 
     `live=None` decides by the stream: a terminal gets a display that is redrawn, everything else plain lines.
     `quiet` writes nothing (ranks other than the first). Strings may come from a model: control characters, terminal
-    escape sequences and secrets are removed, and nothing is read as markup.
+    escape sequences and secrets are removed, and nothing is read as markup. A stream that cannot be written to, because
+    nobody reads it any more or a disk is full, ends nothing: its lines are dropped.
     """
 
     def __init__(
@@ -48,8 +51,15 @@ class Console:
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        out_stream = stream or sys.stdout
+        self._stream = out_stream if isinstance(out_stream, _Enduring) else _Enduring(out_stream)
         out = rich.console.Console(
-            file=stream, quiet=quiet, markup=False, highlight=False, emoji=False, force_terminal=live
+            file=cast("TextIO", self._stream),
+            quiet=quiet,
+            markup=False,
+            highlight=False,
+            emoji=False,
+            force_terminal=live,
         )
         if not out.is_terminal and not out.is_jupyter:
             out.width = _PLAIN_WIDTH
@@ -72,6 +82,11 @@ class Console:
         self._run: _Pace | None = None
         self._recent: deque[Mapping[str, float]] = deque(maxlen=_WINDOW)
         self._accuracy = ""
+
+    @property
+    def problem(self) -> str | None:
+        """Why something could not be written, such as "Broken pipe"; None where all of it was."""
+        return self._stream.problem
 
     def __enter__(self) -> Console:
         return self
@@ -180,6 +195,44 @@ class Console:
         """Makes text safe to print; characters that the stream's encoding lacks become "?"."""
         encoding = self._out.encoding
         return printable(text).encode(encoding, "replace").decode(encoding)
+
+
+class _Enduring:
+    """A stream whose failures are kept as `problem`, and raise nothing."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        # Python has no standard output where it was closed
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (ends with the process)
+        self.problem: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not self._stream.closed:
+                raise
+            self.problem = self.problem or getattr(error, "strerror", None) or "it is closed"
+
+
+@contextmanager
+def endured() -> Iterator[None]:
+    """Inside, nothing that prints fails for a standard output or standard errors that nobody reads: libraries print too."""
+    plain = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast("TextIO", _Enduring(stream)) for stream in plain)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = plain
 
 
 class _Pace:

@@ -42,7 +42,7 @@ SAVED_SAMPLES = 32
 """Training samples in one file of `samples/`."""
 
 Result = TypeVar("Result")
-Ending = Literal["finished", "good enough", "stopped by a signal"]
+Ending = Literal["finished", "good enough", "did not learn", "stopped by a signal"]
 
 
 @dataclass

@@ -7,8 +7,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from understudy.eval.summary import EvalSummary
@@ -19,6 +20,11 @@ from understudy.trainer.collect import Collected
 from understudy.trainer.console import Console
 from understudy.trainer.loggers import Dashboard, JsonLines
 from understudy.types import Author, Metric, Sample
+
+RISEN = 100.0
+"""Times its beginning that a loss reaches only where training has diverged."""
+RISEN_TO = 1.0
+"""Nats a token below which a loss that rose is no more than noise around 0."""
 
 
 class Clock:
@@ -81,6 +87,31 @@ def collected_metrics(collected: Collected, updates: int) -> dict[str, Metric]:
         metrics |= {name: Metric(value, len(own)) for name, value in values.items()}
         metrics["turn_tokens"] = Metric(sum(sample.num_written_tokens for sample in own), turns)
     return metrics | collected.metrics
+
+
+def why_not_learnt(num_updates: int, rows: Sequence[Mapping[str, float | None]]) -> str | None:
+    """Says why a run of these steps, as in metrics.jsonl, did not learn; None where nothing speaks against it.
+
+    It made no update, or its loss rose by orders of magnitude over the last phase of its method. The loss of rewards, a
+    surrogate that begins at 0, has to be far beyond what advantages explain.
+    """
+    if rows and num_updates == 0:
+        names = ("samples_dropped", "unscored", "unrewarded", "prompts_flat", "prompts_too_long", "samples_left_out")
+        counts = {name: sum(row.get(name) or 0.0 for row in rows) for name in names}
+        seen = ", ".join(f"{name} {count:g}" for name, count in counts.items() if count)
+        return (
+            f"it did not learn: none of its {len(rows)} steps made an update, as no sample was left to train on"
+            f"{f' ({seen}, summed over the steps)' if seen else ''}; see metrics.jsonl and the warnings"
+        )
+    phase = [row for row in rows if row.get("phase") == rows[-1].get("phase")]
+    losses = [abs(loss) for row in phase if (loss := row.get("loss")) is not None and math.isfinite(loss)]
+    num = max(1, min(20, len(losses) // 10))
+    if len(losses) < 2:
+        return None
+    before, after = median(losses[:num]), median(losses[-num:])
+    if after < RISEN * before or after < RISEN_TO * (RISEN if "reward" in rows[-1] else 1.0):
+        return None
+    return f"it did not learn: its loss rose from {before:.3g} to {after:.3g}; lower train.lr and begin a new run"
 
 
 def staleness_of(samples: Sequence[Sample], updates: int) -> Tensor:
@@ -147,6 +178,7 @@ class Observer:
     callbacks: Sequence[Callback] = ()
     summaries: list[EvalSummary] = field(default_factory=list)
     """The evaluations of the run, by step."""
+    _told_of_console: bool = False
 
     def step(self, progress: Progress, numbers: Mapping[str, float], positions: Sequence[int]) -> None:
         """Logs the numbers of a step; those that were not measured are left out, not zero.
@@ -157,6 +189,12 @@ class Observer:
         for logger in self.loggers:
             logger.log(progress.step, values)
         self.console.update(progress.step, values)
+        if self.console.problem is not None and not self._told_of_console:
+            self._told_of_console = True
+            text = f"the console cannot be written to ({self.console.problem}); training goes on, metrics.jsonl has every step"
+            self._write("events", {"step": progress.step, "kind": "warning", "text": text})
+            with suppress(OSError):
+                print(f"warning: {text}", file=sys.stderr, flush=True)
         if positions:
             self._write("consumed", {"step": progress.step, "positions": list(positions)})
         for callback in self.callbacks:
