@@ -85,7 +85,7 @@ def test_a_model_is_evaluated_on_each_task(tmp_path: Path, capsys: pytest.Captur
     pictures = sorted((out / "sums").glob("*.svg"))
     assert [path.name for path in pictures] == ["scaling_samples.svg", "scaling_tokens.svg"]
     texts = ["".join(ElementTree.parse(path).getroot().itertext()) for path in pictures]
-    assert all("best of them (pass@k)" in text for text in texts)
+    assert all("pass@k" in text for text in texts)
     assert "drawn sample" in texts[0]
     assert not list((out / "long").glob("*.svg")), "one sample of each problem is no curve"
     shown = capsys.readouterr().out

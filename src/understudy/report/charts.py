@@ -111,7 +111,7 @@ def scaling_charts(record: EvalRecord) -> list[Chart]:
 
     Not against tokens where the mean response is shorter than one.
     """
-    names = {"avg": "one of them (avg)", "pass": "best of them (pass@k)", "maj": "their majority (maj@k)"}
+    names = {"avg": "avg", "pass": "pass@k", "maj": "maj@k"}
     axes = {
         "drawn sample": [point.samples for point in record.scaling],
         "generated token": [round(point.tokens.value) for point in record.scaling],
@@ -129,7 +129,7 @@ def scaling_charts(record: EvalRecord) -> list[Chart]:
             )
             lines.append(Line(name, Series(np.array(steps, dtype=np.int64), value), low, high))
         title = f"Accuracy against {over.rpartition(' ')[2]}s"
-        note = "Of each problem, on a logarithmic axis. Bands: 95 % intervals over problems."
+        note = "Of each problem: one sample, the best of k, the majority of k. Logarithmic axis; bands: 95 % intervals."
         charts.append(Chart(title, "held-out evaluation", lines, percent=True, note=note, over=over, log_steps=True))
     return charts
 

@@ -247,7 +247,8 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> str:
     for value in at_x:
         at = x(value)
         out.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
-        out.append(f'<text class="tick" x="{at:.1f}" y="{BOTTOM + 16}" text-anchor="middle">{int(value):,}</text>')
+        anchor = "end" if x.log and at == RIGHT else "middle"
+        out.append(f'<text class="tick" x="{at:.1f}" y="{BOTTOM + 16}" text-anchor="{anchor}">{int(value):,}</text>')
     unit = f"{chart.unit}, log scale" if y.log else chart.unit
     out.append(f'<text class="label" x="{LEFT}" y="{TOP - 8}">{escape(unit.strip(", "))}</text>')
     out.append(f'<text class="label" x="{RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart.over)}</text>')

@@ -11,6 +11,7 @@ from understudy.tasks.choice import Choice
 from understudy.tasks.code import Code
 from understudy.tasks.customers import Customers
 from understudy.tasks.datasets import DATASETS, DataSet, Named
+from understudy.tasks.hosted import Verifiers
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.math import Mathematics
@@ -48,6 +49,7 @@ __all__ = [
     "Rows",
     "Split",
     "Task",
+    "Verifiers",
     "Visual",
     "build_tokenizer",
     "num_repeated",

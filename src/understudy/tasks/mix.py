@@ -17,6 +17,7 @@ from understudy.tasks.calls import Calls
 from understudy.tasks.choice import Choice
 from understudy.tasks.code import Code
 from understudy.tasks.customers import Customers
+from understudy.tasks.hosted import Verifiers
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.lazy import LazyPrompts
@@ -37,6 +38,7 @@ PARTS: dict[str, type[Task]] = {
     "customers": Customers,
     "openenv": OpenEnv,
     "qa": QuestionAnswering,
+    "verifiers": Verifiers,
     "vision": Visual,
     "file": File,
     "jsonl": File,
