@@ -38,6 +38,7 @@ from understudy.report.page import write_report
 from understudy.tasks.renderer import now
 from understudy.teachers.base import hash_facts
 from understudy.text import plain_tree, printable
+from understudy.trainer.alarms import Alarms
 from understudy.trainer.checkpoint import (
     STUDENT,
     Progress,
@@ -139,6 +140,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
         trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
         # those of the run until here; every rank has to know which were made
         trainer.observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
+        if resume and ranks.is_main:
+            trainer.observer.alarms.replay(run_dir.path / "metrics.jsonl", trainer.observer.summaries)
         if ranks.is_main:
             if recipe.train.records_tokens:
                 trainer.tokens = TokenRecorder(
@@ -327,7 +330,8 @@ def _observer(
     if resume_step is not None:
         for lines in files.values():
             lines.truncate_after(resume_step)
-    return Observer(console, loggers, files, [given.find(name) for name in recipe.callbacks])
+    callbacks = [given.find(name) for name in recipe.callbacks]
+    return Observer(console, loggers, files, callbacks, Alarms(recipe.train.on_alarm))
 
 
 def evaluator(

@@ -17,7 +17,7 @@ import pytest
 
 from tests.runs import distillation, train
 from understudy.errors import CheckpointError, RecipeError
-from understudy.trainer.loggers import LOGGERS, Dashboard, JsonLines, check_loggers, make_loggers
+from understudy.trainer.loggers import LOGGERS, Dashboard, JsonLines, Opened, check_loggers, make_loggers
 
 pytestmark = pytest.mark.slow
 
@@ -181,16 +181,16 @@ DATA = [["2+2?", "4", 1.0, None, None], ["2+3?", "<b>6</b>", None, "5", 0.0]]
 
 def test_samples_become_one_table_and_a_package_without_tables_gets_none() -> None:
     logged: list[Any] = []
-    arguments = (lambda step, values: logged.append((step, values)), lambda: None, pytest.fail)
-    Dashboard("wandb", *arguments, lambda **table: table).samples(7, ROWS)
-    Dashboard("tensorboard", *arguments).samples(7, ROWS)
+    opened = Opened(lambda step, values: logged.append((step, values)), lambda: None)
+    Dashboard("wandb", opened._replace(table=lambda **table: table), pytest.fail).samples(7, ROWS)
+    Dashboard("tensorboard", opened, pytest.fail).samples(7, ROWS)
     assert logged == [(7, {"samples": {"columns": COLUMNS, "data": DATA}})]
 
 
 def test_a_run_sends_the_samples_that_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[Any] = []
-    service = (lambda step, values: logged.append((step, values)), lambda: None, lambda **table: table)
-    monkeypatch.setitem(LOGGERS, "wandb", lambda *_: service)  # type: ignore[arg-type]
+    service = Opened(lambda step, values: logged.append((step, values)), lambda: None, lambda **table: table)
+    monkeypatch.setitem(LOGGERS, "wandb", lambda *_: service)
     changes = distillation(tmp_path / "models", loggers=["wandb"], train={"save_samples_every": 3})
     run_dir = train(tmp_path, **changes)
     tables = {step: values["samples"] for step, values in logged if "samples" in values}
@@ -203,7 +203,7 @@ def test_a_run_sends_the_samples_that_it_saves(tmp_path: Path, monkeypatch: pyte
 def test_a_dashboard_that_fails_is_told_once_and_the_run_goes_on() -> None:
     warnings: list[str] = []
     inner = _Broken()
-    log = Dashboard("wandb", inner.log, inner.close, warnings.append)
+    log = Dashboard("wandb", Opened(inner.log, inner.close), warnings.append)
     for step in (1, 2, 3):
         log.log(step, {"loss": 1.0})
     log.close()

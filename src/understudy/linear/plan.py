@@ -184,6 +184,10 @@ GIVEN_WITH_THE_BATCH = {
 """Fields that the batch must bring, because no model can compute them -> where they come from."""
 
 
+OUTLIER_NATS = 5.0
+"""|log T - log S| of a token above which it is an outlier: one of the two finds it 150 times as likely as the other."""
+
+
 def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally) -> Tensor:
     """`sum_terms coef * sum_t share_t loss_t` over C rows, a scalar; metrics go into `tally`."""
     total = rows.logprob.new_zeros(())
@@ -210,6 +214,13 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
         ratio = torch.where(known, batch.teacher_logprob - rows.logprob.detach(), 0.0)
         tally.add("log_ratio", ratio, known)
         tally.add("log_ratio_positive", (ratio > 0).to(ratio.dtype), scored)
+        # E_S[min(1, T / S)] is the probability that the two rows have in common, 1 - TV
+        tally.add("overlap", torch.where(known, ratio.clamp(max=0.0).exp(), 0.0), scored)
+        size = ratio.abs()
+        is_outlier = size > OUTLIER_NATS
+        tally.add("outliers", is_outlier.to(ratio.dtype), known)
+        tally.add("log_ratio_size", size, known)
+        tally.add("outlier_size", torch.where(is_outlier, size, 0.0), known)
     if batch.teacher_entropy is not None:
         tally.add("teacher_entropy", batch.teacher_entropy)
     return total

@@ -467,7 +467,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 RESUMABLE = ("run_dir", "device", "train.save_every", "train.keep_last", "train.keep_best")
 """Keys that may change when a run is resumed: they do not change what it computes."""
-RESUMABLE_SECTIONS = ("loggers", "rollout")
+RESUMABLE_SECTIONS = ("loggers.", "rollout.", "train.on_alarm.")
 RESUMABLE_ENDS = (
     *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),
     *(".max_concurrency", ".break_after", ".batch_tokens", ".cache"),
@@ -481,7 +481,7 @@ def check_same_recipe(saved: Recipe, given: Recipe) -> None:
     changed = [
         text
         for key, text in config.changes(*(plain_tree(config.dump(one)) for one in (saved, dated))).items()
-        if not (key in RESUMABLE or key.split(".")[0] in RESUMABLE_SECTIONS or key.endswith(RESUMABLE_ENDS))
+        if not (key in RESUMABLE or f"{key}.".startswith(RESUMABLE_SECTIONS) or key.endswith(RESUMABLE_ENDS))
     ]
     if changed:
         raise RecipeError(

@@ -47,18 +47,27 @@ class Charts:
 def charts(run: RunRecord) -> Charts:
     """Every chart of a run, the accuracy first."""
     marks = [event.step for event in run.events if event.step is not None and event.kind != "info"]
-    recorded = {name: series for name, series in run.series.items() if len(series.finite)}
+    # an alarm is a section of its own, and a span in the charts of what it reads
+    recorded = {
+        name: series for name, series in run.series.items() if len(series.finite) and not name.startswith("alarm/")
+    }
+    end = run.last_step or 0
+
+    def spans(*names: str) -> list[tuple[str, int, int]]:
+        shown = [alarm for alarm in run.alarms if not set(names).isdisjoint(alarm.reads)]
+        return [(alarm.name, alarm.first, end if alarm.last is None else alarm.last) for alarm in shown]
+
     usual: list[tuple[str, Chart | None]] = [("accuracy", accuracy_chart(run.evals))]
     for title, unit, names in USUAL:
         lines = [Line(name, recorded[key]) for key, name in names.items() if key in recorded]
         absent = [name for key, name in names.items() if key not in recorded]
         note = f"{title} of the {' and '.join(absent)}: not recorded." if absent else ""
         percent = is_rate(next(iter(names)))
-        usual.append((title.lower(), Chart(title, unit, lines, percent, note, marks) if lines else None))
+        usual.append((title.lower(), Chart(title, unit, lines, percent, note, marks, spans(*names)) if lines else None))
     usual.append(("seconds by phase", phase_chart(recorded, marks)))
     shown = {"time_s", *_phases(recorded), *(key for _, _, names in USUAL for key in names)}
     rest = sorted(recorded.keys() - shown)
-    more = [Chart(name, "", [Line(name, recorded[name])], is_rate(name), marks=marks) for name in rest]
+    more = [Chart(name, "", [Line(name, recorded[name])], is_rate(name), "", marks, spans(name)) for name in rest]
     found = [chart for _, chart in usual if chart]
     changing = [chart for chart in more if not _is_constant(chart)]
     return Charts(

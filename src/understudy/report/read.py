@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,21 @@ class Event:
     text: str
 
 
+@dataclass(frozen=True)
+class AlarmSpan:
+    """An alarm from its beginning to its end, in the words that it was recorded with."""
+
+    name: str
+    first: int
+    last: int | None
+    """None: it was on when the run ended, or is still."""
+    means: str
+    measured: str
+    advice: str
+    reads: tuple[str, ...]
+    """The metrics in whose charts it is shown."""
+
+
 @dataclass(frozen=True, eq=False)
 class RunRecord:
     """Everything that a report shows of a run."""
@@ -112,6 +127,9 @@ class RunRecord:
     facts: Mapping[str, object]
     series: Mapping[str, Series]
     events: tuple[Event, ...]
+    """All but those of alarms."""
+    alarms: tuple[AlarmSpan, ...]
+    """By their beginning."""
     findings: tuple[Mapping[str, str], ...]
     """Findings of the doctor, before the first step: name, level, checked, found, advice."""
     evals: tuple[EvalRecord, ...]
@@ -140,6 +158,7 @@ def read_run(run_dir: Path) -> RunRecord:
         settings = config.load(text or "", str(recipe))
     except RecipeError:
         settings = None
+    events = [row for _, row in _rows(run_dir / "events.jsonl", cut)]
     return RunRecord(
         path=run_dir,
         recipe=text,
@@ -148,13 +167,31 @@ def read_run(run_dir: Path) -> RunRecord:
         series=_read_series(run_dir / "metrics.jsonl", cut),
         events=tuple(
             Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or ""))
-            for _, row in _rows(run_dir / "events.jsonl", cut)
+            for row in events
+            if row.get("kind") != "alarm"
         ),
+        alarms=_read_alarms([row for row in events if row.get("kind") == "alarm"]),
         findings=_read_findings(run_dir / "doctor.json"),
         evals=tuple(_eval_of(step, path) for step, path in by_step(run_dir / "eval", ".json").items()),
         samples=tuple(by_step(run_dir / "samples", ".jsonl").items()),
         cut_files=tuple(cut),
     )
+
+
+def _read_alarms(rows: Sequence[Mapping[str, Any]]) -> tuple[AlarmSpan, ...]:
+    spans: list[AlarmSpan] = []
+    for row in rows:
+        name, step = str(row.get("alarm") or ""), _whole(row.get("step"))
+        if step is None:
+            continue
+        if row.get("begins"):
+            means, measured, advice = (str(row.get(part) or "") for part in ("means", "measured", "advice"))
+            reads = row.get("reads")
+            names = tuple(map(str, reads)) if isinstance(reads, list) else ()
+            spans.append(AlarmSpan(name, step, None, means, measured, advice, names))
+        else:
+            spans = [replace(one, last=step) if one.name == name and one.last is None else one for one in spans]
+    return tuple(spans)
 
 
 def _read_findings(path: Path) -> tuple[Mapping[str, str], ...]:

@@ -49,7 +49,8 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """The content of one figure. `marks` are steps with a warning, ticked at the lower edge."""
+    """The content of one figure. `marks` are steps with a warning, ticked at the lower edge; `spans` alarms by name, first and
+    last step, shaded behind the curves."""
 
     title: str
     unit: str
@@ -57,6 +58,7 @@ class Chart:
     percent: bool = False
     note: str = ""
     marks: Sequence[int] = field(default_factory=tuple)
+    spans: Sequence[tuple[str, int, int]] = field(default_factory=tuple)
     stacked: bool = False
     over: str = "optimizer step"
     """One unit of the horizontal axis."""
@@ -158,10 +160,16 @@ def draw(chart: Chart) -> Markup:
         f"<title>warning at {chart.point} {step:,}</title></path>"
         for step in sorted({step for step in chart.marks if x.low <= step <= x.high})[:MAX_MARKS]
     )
+    shaded = "".join(
+        f'<rect class="span" x="{x(start):.1f}" width="{max(2.0, x(end) - x(start)):.1f}" y="{TOP}" height="{BOTTOM - TOP}">'
+        f"<title>alarm {escape(name)}, from {chart.point} {start:,} to {end:,}</title></rect>"
+        for name, start, end in ((name, max(first, x.low), min(last, x.high)) for name, first, last in chart.spans)
+        if start <= end
+    )
     return Markup(  # noqa: S704 numbers, and texts that are escaped here
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" class="chart" '
         f'aria-label="{escape(" ".join(words))}" data-chart="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f"{_axes(chart, x, y)}{body}{marks}"
+        f"{shaded}{_axes(chart, x, y)}{body}{marks}"
         f'<g class="cursor" visibility="hidden"><line y1="{TOP}" y2="{BOTTOM}"/></g></svg>'
     )
 

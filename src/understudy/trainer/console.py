@@ -127,6 +127,9 @@ class Console:
     def warn(self, text: str) -> None:
         self.note(f"warning: {text}", style="yellow")
 
+    def alarm(self, text: str, *, begins: bool) -> None:
+        self.note(text, style="bold red" if begins else "green")
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Rows of text under `columns`; raises ValueError where a row has another length."""
         table = Table(title=Text(self._clean(title)), title_justify="left", box=box.SIMPLE_HEAD)

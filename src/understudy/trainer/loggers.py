@@ -9,8 +9,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from understudy.errors import CheckpointError, RecipeError, nearest
@@ -24,6 +25,17 @@ Log = Callable[[int, Mapping[str, Any]], object]
 Close = Callable[[], object]
 Table = Callable[..., Any]
 """A package's own table, made from `columns` and `data`."""
+Alert = Callable[[str, str], object]
+"""Sends a title and a text to whoever follows the run."""
+
+
+class Opened(NamedTuple):
+    """A package that was started; None: it has no such thing."""
+
+    log: Log
+    close: Close
+    table: Table | None = None
+    alert: Alert | None = None
 
 
 class JsonLines:
@@ -98,27 +110,31 @@ class Dashboard:
     """A viewer or service beside metrics.jsonl. Its failures (network, a full quota) are reported once and then ignored: no
     run dies of its dashboard."""
 
-    def __init__(
-        self, name: str, log: Log, close: Close, warn: Callable[[str], None], table: Table | None = None
-    ) -> None:
-        self._name, self._log, self._close, self._warn, self._table = name, log, close, warn, table
+    def __init__(self, name: str, opened: Opened, warn: Callable[[str], None]) -> None:
+        self._name, self._opened, self._warn = name, opened, warn
         self._warned = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._attempt(f"step {step}", lambda: self._log(step, values))
+        self._attempt(f"step {step}", lambda: self._opened.log(step, values))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Logs samples as a table, where the package has tables; a value that a row lacks is None."""
-        if (table := self._table) is None:
+        if (table := self._opened.table) is None:
             return
         columns = list(dict.fromkeys(name for row in rows for name in row))
         data = [[row.get(name) for name in columns] for row in rows]
         self._attempt(
-            f"the samples of step {step}", lambda: self._log(step, {"samples": table(columns=columns, data=data)})
+            f"the samples of step {step}",
+            lambda: self._opened.log(step, {"samples": table(columns=columns, data=data)}),
         )
 
+    def alert(self, title: str, text: str) -> None:
+        """Sends an alert, where the package has alerts."""
+        if (alert := self._opened.alert) is not None:
+            self._attempt(f"the alert {title}", lambda: alert(title, printable(text)))
+
     def close(self) -> None:
-        self._attempt("the end of the run", self._close)
+        self._attempt("the end of the run", self._opened.close)
 
     def _attempt(self, when: str, do: Callable[[], object]) -> None:
         try:
@@ -130,9 +146,7 @@ class Dashboard:
                 self._warn(f"{self._name} failed at {when} ({reason}); training goes on, metrics.jsonl has every step")
 
 
-def tensorboard(
-    run_dir: Path, recipe: Mapping[str, object], resume_step: int | None
-) -> tuple[Log, Close, Table | None]:
+def tensorboard(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> Opened:
     """Event files under RUN/tensorboard. On resume TensorBoard hides what an earlier process wrote of later steps."""
     package: Any = importlib.import_module("torch.utils.tensorboard")
     purge = None if resume_step is None else resume_step + 1
@@ -144,10 +158,10 @@ def tensorboard(
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return log, writer.close, None
+    return Opened(log, writer.close)
 
 
-def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close, Table | None]:
+def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> Opened:
     """Weights & Biases. The key comes from its own login or WANDB_API_KEY; WANDB_MODE=offline needs none.
 
     RUN/wandb/run-id keeps the run's id, so that a resumed run continues it; W&B itself ignores steps that it already has.
@@ -166,10 +180,15 @@ def wandb(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) 
         resume="allow",
         settings=package.Settings(console="off"),
     )
-    return lambda step, values: run.log(dict(values), step=step), run.finish, package.Table
+    return Opened(
+        lambda step, values: run.log(dict(values), step=step),
+        run.finish,
+        package.Table,
+        partial(run.alert, level="WARN"),
+    )
 
 
-def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> tuple[Log, Close, Table | None]:
+def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None) -> Opened:
     """Trackio, local unless TRACKIO_SPACE_ID names a Space. A resumed run sends steps after its checkpoint again."""
     package: Any = importlib.import_module("trackio")
     run = package.init(
@@ -179,10 +198,11 @@ def trackio(run_dir: Path, recipe: Mapping[str, object], resume_step: int | None
         resume="never" if resume_step is None else "allow",
         embed=False,
     )
-    return lambda step, values: run.log(dict(values), step=step), run.finish, package.Table
+    alert = partial(package.alert, level=package.AlertLevel.WARN) if hasattr(package, "alert") else None
+    return Opened(lambda step, values: run.log(dict(values), step=step), run.finish, package.Table, alert)
 
 
-LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], tuple[Log, Close, Table | None]]] = {
+LOGGERS: Mapping[str, Callable[[Path, Mapping[str, object], int | None], Opened]] = {
     "tensorboard": tensorboard,
     "wandb": wandb,
     "trackio": trackio,
@@ -208,7 +228,7 @@ def make_loggers(
     loggers: list[JsonLines | Dashboard] = [lines]
     for name in names:
         try:
-            log, close, table = LOGGERS[name](run_dir, recipe, resume_step)
+            opened = LOGGERS[name](run_dir, recipe, resume_step)
         except Exception as error:
             for started in loggers:
                 started.close()
@@ -216,7 +236,7 @@ def make_loggers(
             raise RecipeError(
                 f"loggers: {name!r} could not be started ({reason}); log in to it, set it to offline, or remove it"
             ) from error
-        loggers.append(Dashboard(name, log, close, warn, table))
+        loggers.append(Dashboard(name, opened, warn))
     return loggers
 
 

@@ -36,8 +36,6 @@ MAX_HEALED = 3
 """Times in one step that an engine is given weights which it has lost."""
 MAX_FLAT = 3
 """Steps in a row in which every prompt's samples are rewarded alike, until the run says what may help."""
-MIN_SURVIVING = 0.5
-"""Share of an update that rounding leaves, below which somebody should know."""
 SAVED_SAMPLES = 32
 """Training samples in one file of `samples/`."""
 
@@ -71,7 +69,6 @@ class Trainer:
     """Keeps what updates know of single tokens, on the first rank."""
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
-    _warned_of_rounding: bool = False
     _warned_of_slots: bool = False
     _signal: StopSignal | None = None
     """While the run goes on."""
@@ -92,6 +89,7 @@ class Trainer:
         """Steps and evaluations, those too that a stop left out, until training ends."""
         self._evaluate_where_due()
         while (ending := self._ending()) is None:
+            self._check_alarms()
             self._take_step()
             self._evaluate_where_due()
             if self._is_due(self.settings.save_every):
@@ -108,6 +106,19 @@ class Trainer:
             return "finished"
         goal, best = self.settings.stop_at, self.progress.best_value
         return "good enough" if goal is not None and best is not None and best >= goal else None
+
+    def _check_alarms(self) -> None:
+        """Raises TrainingError, with everything saved, while an alarm is on that stops the run."""
+        if "stop" not in self.settings.on_alarm.values():
+            return
+        names = self.ranks.gather(self.observer.alarms.stopping)[0]
+        if names:
+            self._checkpoint()
+            raise TrainingError(
+                f"alarm {' and '.join(names)} stops the run after step {self.progress.step} (train.on_alarm); it is saved. See "
+                f"what to change: understudy report {self.run_dir.path}. To go on as it is: --resume "
+                f"{' '.join(f'train.on_alarm.{name}=warn' for name in names)}"
+            )
 
     def _breakable(self) -> AbstractContextManager[None]:
         """A context that a signal leaves at once, as what is in it is done again after a resume.
@@ -310,7 +321,6 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             self._torn = True
             metrics |= self.optimizer.step(step)
-            self._check_survival(metrics["update_survives"])
             self.progress = replace(self.progress, updates=self.progress.updates + 1)
             if self.rollouts.collector.teacher is not None:
                 self.rollouts.collector.teacher.follow(self.student.model)
@@ -320,18 +330,6 @@ class Trainer:
             self.observer.warn(step + 1, text)
         self.optimizer.zero_grad()
         return metrics
-
-    def _check_survival(self, share: Metric) -> None:
-        """Warns once where rounding takes most of an update away. An update of size 0, as in a warm-up, has no share."""
-        if self._warned_of_rounding or not share.count or share.value >= MIN_SURVIVING:
-            return
-        self._warned_of_rounding = True
-        dtype = str(self.optimizer.parameters[0].dtype).removeprefix("torch.")
-        self.observer.warn(
-            self.progress.step + 1,
-            f"rounding to {dtype} leaves {share.value:.1%} of an update, the rest is lost (update_survives): take "
-            "train.master_weights: true or student.dtype: float32 in a new run, or a higher train.lr",
-        )
 
     def _save_bad_batch(self, part: Sequence[MicroBatch]) -> Path:
         folder = self.run_dir.bad_batches

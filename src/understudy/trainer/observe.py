@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from understudy.eval.summary import EvalSummary
 from understudy.lazy import Tensor, torch
 from understudy.text import printable
+from understudy.trainer.alarms import Alarms, Change
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected
 from understudy.trainer.console import Console
@@ -25,6 +28,8 @@ RISEN = 100.0
 """Times its beginning that a loss reaches only where training has diverged."""
 RISEN_TO = 1.0
 """Nats a token below which a loss that rose is no more than noise around 0."""
+MAX_PERIOD, MIN_LOOP_TOKENS = 64, 16
+"""The longest part that counts as repeated, and the fewest tokens that are a loop."""
 
 
 class Clock:
@@ -71,6 +76,7 @@ def collected_metrics(collected: Collected, updates: int) -> dict[str, Metric]:
         "on_policy": Metric(len(own), len(written)),
         "truncated": Metric(sum(sample.truncated for sample in own), len(own)),
         "staleness": Metric(float(staleness.sum()), staleness.numel()),
+        "repetition": Metric(sum(ends_in_loop(own)), len(own)),
     }
     given = [int((sample.author == Author.TEACHER).sum()) for sample in own]
     if any(given):
@@ -119,6 +125,21 @@ def staleness_of(samples: Sequence[Sample], updates: int) -> Tensor:
     versions = [sample.policy_version for sample in samples if sample.policy_version is not None]
     known = torch.cat(versions) if versions else torch.zeros(0, dtype=torch.int64)
     return updates - known[known >= 0]
+
+
+def ends_in_loop(samples: Sequence[Sample]) -> list[bool]:
+    """Whether the last tokens of each sample, `MIN_LOOP_TOKENS` or more, repeat `MAX_PERIOD` tokens or fewer at least three
+    times."""
+    tails = np.full((len(samples), 3 * MAX_PERIOD), -1, dtype=np.int64)
+    for row, sample in zip(tails, samples, strict=True):
+        ids = sample.response_ids[-tails.shape[1] :].numpy()
+        row[tails.shape[1] - len(ids) :] = ids
+    found = np.zeros(len(samples), dtype=bool)
+    for period in range(1, MAX_PERIOD + 1):
+        size = max(3 * period, MIN_LOOP_TOKENS)
+        tail = tails[:, -size:]
+        found |= (tail[:, 0] >= 0) & (tail[:, period:] == tail[:, :-period]).all(axis=1)
+    return found.tolist()
 
 
 def peak_memory_gib() -> float:
@@ -176,16 +197,21 @@ class Observer:
     files: Mapping[str, JsonLines] = field(default_factory=dict)
     """By name: "events", and "consumed" for the prompts that each step used."""
     callbacks: Sequence[Callback] = ()
+    alarms: Alarms = field(default_factory=Alarms)
     summaries: list[EvalSummary] = field(default_factory=list)
     """The evaluations of the run, by step."""
     _told_of_console: bool = False
 
     def step(self, progress: Progress, numbers: Mapping[str, float], positions: Sequence[int]) -> None:
-        """Logs the numbers of a step; those that were not measured are left out, not zero.
+        """Logs the numbers of a step; those that were not measured are left out, not zero. `alarm/NAME` is 1 while an alarm is
+        on, and 0 at the step where it ends.
 
         `positions`: of its prompts in the order of training; empty where they are not recorded.
         """
         values = {"time_s": progress.elapsed_s, "num_samples": progress.num_samples} | dict(numbers)
+        changes = self.alarms.step(progress.step, values)
+        values |= {f"alarm/{change.alarm.name}": 0.0 for change in changes if not change.begins}
+        values |= {f"alarm/{name}": 1.0 for name in self.alarms.on}
         for logger in self.loggers:
             logger.log(progress.step, values)
         self.console.update(progress.step, values)
@@ -195,6 +221,7 @@ class Observer:
             self._write("events", {"step": progress.step, "kind": "warning", "text": text})
             with suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._show(changes)
         if positions:
             self._write("consumed", {"step": progress.step, "positions": list(positions)})
         for callback in self.callbacks:
@@ -211,20 +238,32 @@ class Observer:
         self.summaries.append(summary)
         for callback in self.callbacks:
             callback.on_evaluation(summary)
+        changes = self.alarms.evaluated(summary)
         name = f"avg@{summary.samples_per_prompt}"
         found = summary.metrics.get(name)
         if found is None:
             text = f"evaluated at step {summary.step} in {seconds:.1f} s; no sample has a score"
             self.console.note(text)
             self._write("events", {"step": summary.step, "kind": "info", "text": text})
-            return None
-        self.console.evaluated(summary.step, name, found)
-        return found.value
+        else:
+            self.console.evaluated(summary.step, name, found)
+        self._show(changes)
+        return None if found is None else found.value
 
     def warn(self, step: int, text: str) -> None:
         """Shows and records a warning."""
         self.console.warn(text)
         self._write("events", {"step": step, "kind": "warning", "text": printable(text)})
+
+    def _show(self, changes: Sequence[Change]) -> None:
+        """Says on the console and in the files which alarms begin and end; dashboards that have alerts send one."""
+        for change in changes:
+            text = f"step {change.step:,}: {change.text}"
+            self.console.alarm(text, begins=change.begins)
+            self._write("events", change.event)
+            for logger in self.loggers:
+                if isinstance(logger, Dashboard) and change.begins:
+                    logger.alert(change.alarm.name, text)
 
     def sync(self) -> None:
         """Waits until all lines are on disk."""

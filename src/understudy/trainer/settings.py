@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from understudy.errors import check_range
+from understudy.errors import check_range, nearest
 from understudy.losses.schedules import Shape
 from understudy.tasks import Split
+from understudy.trainer.alarms import ALARMS, OnAlarm
 from understudy.types import Rejected, Sampling
 
 MAX_STEPS = 1_000_000
@@ -58,6 +60,8 @@ class Train:
     """Compute activations a second time in the backward pass: less memory, a third more time."""
     on_missing_score: Literal["error", "drop"] = "error"
     """Whether a sample that the teacher could not score stops the run or is dropped and counted."""
+    on_alarm: Mapping[str, OnAlarm] = field(default_factory=dict)
+    """By the name of an alarm: warn, as all others do, stop the run while it is on, or ignore it."""
     stop_at: float | None = None
     """Stop when an evaluation's avg@k reaches this."""
     save_every: int | None = None
@@ -98,6 +102,10 @@ class Train:
         check_range(self, 0, "eps", above=True)
         check_range(self, 0, "final_lr_share", high=1)
         check_range(self, 0, "stop_at", high=1, off="null never stops early")
+        names = [alarm.name for alarm in ALARMS]
+        for name in self.on_alarm:
+            if name not in names:
+                raise ValueError(f"on_alarm has {name!r}, which is no alarm; {nearest(name, names)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and less than 1")
 
