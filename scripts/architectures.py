@@ -157,7 +157,8 @@ def compare(name: str, model: Any) -> Result:
     probe_head(model)
     style = row_style(model)
     samples = []
-    for number, prompt in enumerate(PROMPTS):
+    # the first prompt has two responses
+    for number, prompt in enumerate([*PROMPTS, PROMPTS[0]]):
         response = [(7 * number + 3 * place) % (VOCAB - 4) + 3 for place in range(9 - 2 * number)]
         ids = torch.tensor([*prompt, *response])
         author = torch.tensor([Author.PROMPT] * len(prompt) + [Author.STUDENT] * len(response), dtype=torch.uint8)
@@ -169,7 +170,8 @@ def compare(name: str, model: Any) -> Result:
             found = [logp_alone(model, sample.token_ids)[sample.prompt_length - 1 :] for sample in samples]
         else:
             layout = lay_out(samples, style)
-            hidden = backbone_hidden(model, layout.input_ids, layout.position_ids).flatten(0, 1)[layout.predicts]
+            states = backbone_hidden(model, layout.input_ids, layout.position_ids, segments=layout.segments)
+            hidden = states.flatten(0, 1)[layout.predicts]
             logp = lm_head(model).logits(hidden).float().log_softmax(-1)
             target = torch.cat([sample.response_ids for sample in samples])
             found = [logp.gather(-1, target[:, None]).squeeze(-1)]
@@ -205,7 +207,7 @@ def compare(name: str, model: Any) -> Result:
     wrong = [f"{key} {value:.1e}" for key, value in errors.items() if not value <= TOLERANCE]
     if wrong:
         return Result(name, "WRONG", ", ".join(wrong))
-    notes = [] if style == "packed" else ["a row for each sample"]
+    notes = {"shared": [], "alone": ["a row for each sample"]}.get(style, ["rows with a mask"])
     notes += {"padded": [], "equal": ["prompts of one length sampled together"], "none": ["sampled without a cache"]}[
         "padded" if engine.style is None else engine.style[0]
     ]
@@ -258,6 +260,7 @@ compared with plain transformers by `python scripts/architectures.py`, which wri
 
 - **works**: logits are head times hidden states; samples side by side, their gradient, sampled log-probabilities, and
   weights that are saved and loaded agree with each sample alone, without a cache, to {TOLERANCE:.0e} nats in float32.
+- **rows with a mask**: attention by segments does not suit the scores (soft-caps, sinks, chunks): a mask keeps samples apart.
 - **a row for each sample**: the layers do not keep sequences of one row apart (states, ALiBi), so each has its own.
 - **prompts of one length sampled together**: padding would enter the state of a recurrent layer.
 - **sampled without a cache**: the model has a cache of its own kind, so everything is read again for each token: right,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from understudy.errors import DataError, ScoreError
 from understudy.lazy import Tensor, torch
-from understudy.types import Author, ImageSpan, Sample, Scores, TokenBatch
+from understudy.types import Author, Image, ImageSpan, Sample, Scores, Segment, TokenBatch
 
 LOGPROB_TOLERANCE = 1e-3
 """How far above 0 a log-probability may lie: a float32 log-softmax over 1e5 logits of size 100 errs by less."""
@@ -44,11 +44,14 @@ class Layout:
     """Response tokens of each sample; they add up to T."""
     images: tuple[ImageSpan, ...] = ()
     """The samples with images, in the order of their slots."""
+    segments: tuple[Segment, ...] = ()
+    """Of the one row, in the order of their slots, where attention goes by them; empty: positions keep sequences apart."""
 
 
-RowStyle = Literal["packed", "single", "alone"]
-"""How sequences share rows: several side by side; all in one row, which is what flash attention keeps apart; or each in a
-row of its own, for models that do not keep sequences apart by their positions."""
+RowStyle = Literal["shared", "segments", "packed", "single", "alone"]
+"""How sequences share rows. In one row, for attention by segments (`models.attention`): a prompt of several samples once
+("shared"), or before each of them ("segments"). For models that keep sequences apart by their positions: in several rows
+("packed"), or all in one, which is what flash attention takes ("single"). For others: each in a row of its own ("alone")."""
 
 
 class _Rows:
@@ -77,25 +80,63 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, style: RowStyle = "packed") -> list[list[int]]:
+def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
+    """Returns indices of samples with the same prompt tokens and images, in the order of their first."""
+    groups: dict[tuple[bytes, tuple[Image, ...]], list[int]] = {}
+    for index, sample in enumerate(samples):
+        name = sample.token_ids[: sample.prompt_length].numpy().tobytes(), sample.prompt.images
+        groups.setdefault(name, []).append(index)
+    return list(groups.values())
+
+
+def micro_batches(samples: Sequence[Sample], max_tokens: int, style: RowStyle = "packed") -> list[list[int]]:
     """Returns groups of indices; the `lay_out` of one group has at most `max_tokens` slots, padding included.
 
-    Every index occurs once; neighbours in length go together; a length above `max_tokens` gets a group of its own.
-    Raises ValueError for a budget below 1.
+    Every index occurs once; neighbours in length go together, with "shared" the samples of a prompt; a sequence above
+    `max_tokens` gets a group of its own. Raises ValueError for a budget below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; a micro-batch needs room for at least one token")
+    lengths = [sample.token_ids.numel() - 1 for sample in samples]
+    if style == "shared":
+        return _prompts_together(samples, lengths, max_tokens)
     groups: list[list[int]] = []
     # of the group that is being filled; its longest sequence comes first and sets the width
     rows = _Rows(0)
+    taken = 0
     for index in _longest_first(lengths):
         length = lengths[index]
-        fits = rows.fits(length) and style != "alone"
-        if not groups or not (fits or (rows.count + 1) * rows.width <= max_tokens):
+        if style == "segments":
+            fits = taken + length <= max_tokens
+        else:
+            fits = (rows.fits(length) and style != "alone") or (rows.count + 1) * rows.width <= max_tokens
+        if not groups or not fits:
             groups.append([])
-            rows = _Rows(length)
+            rows, taken = _Rows(length), 0
         rows.place(rows.width if style == "alone" else length)
+        taken += length
         groups[-1].append(index)
+    return groups
+
+
+def _prompts_together(samples: Sequence[Sample], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """As `micro_batches`: a prompt begins a group where its samples do not fit into the one before, and is cut into several
+    where no group has room for all."""
+    groups: list[list[int]] = []
+    taken = 0
+    for same in by_prompt(samples):
+        prompt = samples[same[0]].prompt_length
+        # the longest carries the prompt, of the others only the response takes slots
+        order = [same[index] for index in _longest_first([lengths[index] for index in same])]
+        whole = lengths[order[0]] + sum(max(0, lengths[index] - prompt) for index in order[1:])
+        begins = not groups or taken + whole > max_tokens
+        for number, index in enumerate(order):
+            length = lengths[index] if begins or number == 0 else max(0, lengths[index] - prompt)
+            if begins or taken + length > max_tokens:
+                groups.append([])
+                length, taken, begins = lengths[index], 0, False
+            groups[-1].append(index)
+            taken += length
     return groups
 
 
@@ -103,7 +144,7 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
     """Packs sequences, longest first, into rows. Attention over B rows costs B * L^2.
 
     A row is as long as the longest sequence, or as all of them where `style` is "single"; where everything fits into one
-    row, it is cut to what it holds.
+    row, it is cut to what it holds. By segments there is one row, and attention costs the sum of their squares.
 
     Run the model with `attention_mask=None, use_cache=False`: with a cache the sequences would see each other.
     Raises DataError for a sample without a prompt token, ValueError for no samples.
@@ -114,6 +155,8 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
             raise DataError(f"sample {sample.key} has no prompt token, so nothing predicts its first response token")
     if not samples:
         raise ValueError("lay_out needs at least one sample")
+    if style in ("shared", "segments"):
+        return _in_segments(samples, by_prompt(samples) if style == "shared" else [[at] for at in range(len(samples))])
     width = max(1, sum(lengths) if style == "single" else max(lengths))
     rows = _Rows(width)
     starts = [0] * len(samples)
@@ -134,6 +177,41 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
     placed = sorted(zip(starts, lengths, (sample.prompt.images for sample in samples), strict=True), key=itemgetter(0))
     images = tuple(ImageSpan(*span) for span in placed if span[2])
     return Layout(input_ids.view(-1, width), position_ids.view(-1, width), torch.cat(predicts), sizes, images)
+
+
+def _in_segments(samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> Layout:
+    """One row. The longest sample of a group stands in it whole; the responses of the others follow and read its prompt."""
+    ids, positions = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    predicts = [torch.zeros(0, dtype=torch.int64)] * len(samples)
+    segments: list[Segment] = []
+    images: list[ImageSpan] = []
+    end = 0
+    for group in groups:
+        prompt, first = samples[group[0]].prompt_length, end
+        for index in sorted(group, key=lambda index: -samples[index].token_ids.numel()):
+            sample = samples[index]
+            # the last token of the prompt, in the slots of the longest, predicts the first of every response
+            before, last = (0, []) if end == first else (prompt, [first + prompt - 1])
+            fed = sample.token_ids[before:-1]
+            ids.append(fed)
+            positions.append(torch.arange(before, before + len(fed)))
+            own = torch.arange(end if before else end + prompt - 1, end + len(fed))
+            predicts[index] = torch.cat([torch.tensor(last, dtype=torch.int64), own])[: sample.num_response_tokens]
+            if len(fed):
+                segments.append(Segment(end, end + len(fed), (first, first + prompt) if before else (0, 0)))
+            if sample.prompt.images and not before:
+                images.append(ImageSpan(end, len(fed), sample.prompt.images))
+            end += len(fed)
+    if not segments:
+        ids, positions, segments = (
+            [torch.zeros(1, dtype=torch.int64)],
+            [torch.zeros(1, dtype=torch.int64)],
+            [Segment(0, 1)],
+        )
+    sizes = tuple(sample.num_response_tokens for sample in samples)
+    return Layout(
+        torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(predicts), sizes, tuple(images), tuple(segments)
+    )
 
 
 def attach_scores(

@@ -64,6 +64,16 @@ class ImageSpan:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Slots of a row that hold one sequence, or the response of one whose prompt stands in other slots."""
+
+    start: int
+    stop: int
+    prompt: tuple[int, int] = (0, 0)
+    """First slot and end of the prompt that it follows; empty: it begins at position 0."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One problem as a task states it, before any tokenizer.
 

@@ -92,15 +92,19 @@ def test_packed_rows_are_the_plain_forward(kind: str, tmp_path: Path) -> None:
     model, renderer = loaded(tmp_path, kind)
     probe_head(model)
     probe_images(model)
-    samples = [sample(renderer, prompt, "4" * n + " so") for n, prompt in enumerate(prompts(tmp_path))]
+    asked = prompts(tmp_path)
+    # some have another response to the same prompt
+    samples = [sample(renderer, asked[n], "4" * n + " so") for n in (0, 1, 2, 3, 4)]
+    samples += [sample(renderer, asked[n], "no, " * n + "5") for n in (0, 4)]
     # transformers takes places in the row for places in the sequence where a window meets the block of an image
-    styles: list[RowStyle] = ["alone"] if kind == "gemma3" else ["packed", "single", "alone"]
+    every: list[RowStyle] = ["shared", "segments", "packed", "single", "alone"]
+    styles = ["alone"] if kind == "gemma3" else every
     assert row_style(model) == styles[0]
     for style in styles:
         layout = lay_out(samples, style)
-        assert len(layout.images) == 4
+        assert len(layout.images) == (4 if style == "shared" else 6)
         with torch.no_grad():
-            hidden = backbone_hidden(model, layout.input_ids, layout.position_ids, layout.images)
+            hidden = backbone_hidden(model, layout.input_ids, layout.position_ids, layout.images, layout.segments)
         found = lm_head(model).logits(hidden.flatten(0, 1)[layout.predicts]).split(layout.sizes)
         for one, logits in zip(samples, found, strict=True):
             expected = plain_logits(model, renderer, one.prompt, one.token_ids)[one.prompt_length - 1 : -1]

@@ -22,7 +22,7 @@ from understudy.packing import LOGPROB_TOLERANCE, RowStyle, ScoreField, attach_s
 from understudy.types import Author, Sample, Scores
 
 VOCABULARY = 12
-STYLES: tuple[RowStyle, ...] = ("packed", "single", "alone")
+STYLES: tuple[RowStyle, ...] = ("shared", "segments", "packed", "single", "alone")
 AUTHORS = (Author.STUDENT, Author.STUDENT, Author.STUDENT, Author.TEACHER, Author.ENVIRONMENT)
 ROUNDING = 1e-12
 """float64, another order of sums."""
@@ -40,6 +40,13 @@ def one_sample(draw: st.DrawFn) -> Sample:
 @st.composite
 def many_samples(draw: st.DrawFn, min_size: int = 1) -> list[Sample]:
     made = draw(st.lists(one_sample(), min_size=min_size, max_size=8))
+    # some share the prompt of the one before
+    for number in range(1, len(made)):
+        if draw(st.booleans()):
+            before, own = made[number - 1], made[number]
+            prompt = before.token_ids[: before.prompt_length].tolist()
+            author = own.author[own.prompt_length :].tolist()
+            made[number] = sample("", prompt, own.response_ids.tolist(), author=author)
     return [replace(one, prompt=replace(one.prompt, id=f"p{number}")) for number, one in enumerate(made)]
 
 
@@ -59,23 +66,28 @@ def score_all(samples: Sequence[Sample], k: int = 3, seed: int = 0) -> list[Scor
 @settings(max_examples=300, deadline=None)
 @given(many_samples())
 def test_every_response_token_is_predicted_by_the_token_before_it(samples: list[Sample]) -> None:
-    """peers 6: off by one. Follows each predicting slot back to its own sequence."""
+    """peers 6: off by one. Follows each predicting slot back to its own sequence, or to its segment and the prompt before."""
     for style in STYLES:
         layout = lay_out(samples, style)
         ids, positions = layout.input_ids.flatten(), layout.position_ids.flatten()
         assert layout.sizes == tuple(one.num_response_tokens for one in samples)
         assert layout.predicts.numel() == sum(layout.sizes)
-        assert layout.predicts.unique().numel() == layout.predicts.numel()
+        if style != "shared":
+            assert layout.predicts.unique().numel() == layout.predicts.numel()
         for one, slots in zip(samples, layout.predicts.split(layout.sizes), strict=True):
             for token, slot in zip(range(one.prompt_length, one.token_ids.numel()), slots.tolist(), strict=True):
                 assert int(positions[slot]) == token - 1
+                history = ids[slot - token + 1 : slot + 1]
+                for segment in layout.segments:
+                    if segment.start <= slot < segment.stop:
+                        history = torch.cat([ids[slice(*segment.prompt)], ids[segment.start : slot + 1]])
                 # the whole history stands directly before the slot, in the same row
-                assert torch.equal(ids[slot - token + 1 : slot + 1], one.token_ids[:token])
-                assert slot % layout.input_ids.shape[1] >= token - 1
+                assert torch.equal(history, one.token_ids[:token])
+                assert layout.segments or slot % layout.input_ids.shape[1] >= token - 1
 
 
 @settings(max_examples=300, deadline=None)
-@given(many_samples(), st.sampled_from(STYLES))
+@given(many_samples(), st.sampled_from(STYLES[1:]))
 def test_sequences_begin_at_zero_and_nothing_else_continues_them(samples: list[Sample], style: RowStyle) -> None:
     """What a free slot holds is a sequence by itself, so it is seen by none."""
     layout = lay_out(samples, style)
@@ -89,23 +101,49 @@ def test_sequences_begin_at_zero_and_nothing_else_continues_them(samples: list[S
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 40), max_size=40), st.integers(1, 200))
-def test_micro_batches_cover_everything_within_the_budget(lengths: list[int], max_tokens: int) -> None:
-    groups = micro_batches(lengths, max_tokens)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 40)), max_size=40),
+    st.integers(1, 200),
+    st.sampled_from(STYLES),
+)
+def test_micro_batches_cover_everything_within_the_budget(
+    lengths: list[tuple[int, int]], max_tokens: int, style: RowStyle
+) -> None:
+    """Prompts of one length are one prompt."""
+    made = [sample(str(number), [2] * prompt, [3] * length) for number, (prompt, length) in enumerate(lengths)]
+    groups = micro_batches(made, max_tokens, style)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
-        layout = lay_out([sample(str(index), [2], [3] * lengths[index]) for index in group])
+        layout = lay_out([made[index] for index in group], style)
         # a sequence beyond the budget is alone, but for those that need no slot
-        assert layout.input_ids.numel() <= max_tokens or sum(lengths[index] > 0 for index in group) <= 1
-    assert groups == micro_batches(lengths, max_tokens)
+        fed = [len(made[index].token_ids) - 1 for index in group]
+        assert layout.input_ids.numel() <= max_tokens or sum(map(bool, fed)) <= 1
+        if layout.segments:
+            assert [segment.start for segment in layout.segments[1:]] == [one.stop for one in layout.segments[:-1]]
+            assert (layout.segments[0].start, layout.segments[-1].stop) == (0, layout.input_ids.numel())
+    assert groups == micro_batches(made, max_tokens, style)
+
+
+def test_the_samples_of_a_prompt_go_together_where_they_fit() -> None:
+    made = [sample(str(number), [2 + number % 3] * 10, [9] * 5) for number in range(12)]
+    # 10 + 4 * 4 slots a prompt, and two prompts a group
+    assert [len(group) for group in micro_batches(made, 52, "shared")] == [8, 4]
+    assert [len(group) for group in micro_batches(made, 30, "shared")] == [4, 4, 4]
+    assert [
+        lay_out([made[i] for i in group], "shared").input_ids.numel() for group in micro_batches(made, 20, "shared")
+    ] == [
+        18,
+        18,
+    ] * 3
 
 
 def test_packing_wastes_little() -> None:
     """Lengths as in practice: less than one slot in ten is free."""
     lengths = (torch.rand(256, generator=torch.Generator().manual_seed(0)).pow(2) * 900 + 20).long().tolist()
     slots = 0
-    for group in micro_batches(lengths, 8192):
-        slots += lay_out([sample(str(i), [2], [3] * lengths[i]) for i in group]).input_ids.numel()
+    made = [sample(str(number), [2], [3] * length) for number, length in enumerate(lengths)]
+    for group in micro_batches(made, 8192):
+        slots += lay_out([made[index] for index in group]).input_ids.numel()
     assert sum(lengths) > 0.9 * slots
 
 
@@ -163,7 +201,7 @@ def test_no_split_changes_loss_or_gradient(method: Method, samples: list[Sample]
     order = data.draw(st.permutations(range(len(samples))))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(samples) - 1))))
     groups = [list(order[a:b]) for a, b in zip([0, *cuts], [*cuts, len(samples)], strict=True)]
-    budget = micro_batches([one.token_ids.numel() - 1 for one in samples], data.draw(st.integers(1, 40)))
+    budget = micro_batches(samples, data.draw(st.integers(1, 40)))
     for split, row in ((groups, False), (groups, True), (budget, False)):
         loss, gradients = loss_and_gradients(MODEL, method, samples, split, row)
         assert math.isclose(loss, whole[0], abs_tol=ROUNDING)
@@ -302,7 +340,7 @@ def test_layouts_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         lay_out([])
     with pytest.raises(ValueError, match="max_tokens is 0"):
-        micro_batches([1], 0)
+        micro_batches(SAMPLES, 0)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
@@ -312,5 +350,5 @@ def test_row_styles(lengths: list[int]) -> None:
     assert lay_out(made, style="single").input_ids.shape == (1, sum(lengths))
     alone = lay_out(made, style="alone").input_ids
     assert alone.shape == (len(lengths), max(lengths))
-    for group in micro_batches(lengths, 12, "alone"):
+    for group in micro_batches(made, 12, "alone"):
         assert len(group) * max(lengths[index] for index in group) <= 12

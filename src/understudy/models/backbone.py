@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 from understudy.errors import RecipeError, VocabularyError
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead
+from understudy.models.attention import attention_name, reading, use_segments
 from understudy.models.vision import TOKEN_TYPES, Vision, in_dimensions
-from understudy.types import ImageSpan
+from understudy.types import ImageSpan, Segment
 
 _SCALES = {
     "logit_scale": 1,
@@ -75,12 +76,18 @@ def vision_of(model: nn.Module) -> Vision | None:
 
 
 def backbone_hidden(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, images: Sequence[ImageSpan] = ()
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    images: Sequence[ImageSpan] = (),
+    segments: Sequence[Segment] = (),
 ) -> Tensor:
     """Hidden states after the final norm, without logits. [B, L], [B, L] -> [B, L, H].
 
-    Sequences in one row are kept apart where positions restart, which transformers does only without a cache. Rows on both
-    sides of `rope_switch` are read apart. `images`: the sequences that have some, in the order of their slots.
+    Sequences in one row are kept apart by `segments`, which cover the slots of the one row in their order (only for a model
+    that `row_style` has found fit for them), or without them where positions restart, which transformers does only without a
+    cache. Rows on both sides of `rope_switch` are read apart. `images`: the sequences that have some, in the order of their
+    slots.
     """
     switch = rope_switch(model)
     if switch is not None:
@@ -89,14 +96,22 @@ def backbone_hidden(
             parts = [backbone_hidden(model, input_ids[rows], position_ids[rows]) for rows in (long, ~long)]
             order = torch.cat([long.nonzero(), (~long).nonzero()]).squeeze(-1).argsort()
             return torch.cat(parts)[order]
-    output = run_backbone(model, input_ids, position_ids, images, attention_mask=None, use_cache=False)
+    options: dict[str, Any] = {"attention_mask": None, "use_cache": False}
+    with reading(segments):
+        output = run_backbone(model, input_ids, position_ids, images, segments, **options)
     return cast("Tensor", output.last_hidden_state)
 
 
 def run_backbone(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, images: Sequence[ImageSpan] = (), **options: Any
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    images: Sequence[ImageSpan] = (),
+    segments: Sequence[Segment] = (),
+    **options: Any,
 ) -> Any:
-    """The output of the backbone. Without images only its decoder runs. `options` as of its `forward`.
+    """The output of the backbone. Without images only its decoder runs. `segments`: those that follow a prompt with images have
+    positions behind it. `options` as of its `forward`.
 
     Raises RecipeError for images where the model has no processor for them, and as `Vision.inputs`.
     """
@@ -106,7 +121,8 @@ def run_backbone(
         return decoder_of(model)(input_ids=input_ids, position_ids=positions, **options)
     if vision is None:
         raise RecipeError(f"{type(base).__name__} reads no images; choose a model that does, or leave the images out")
-    return base.base_model(**vision.inputs(base.base_model, input_ids, position_ids, images), **options)
+    inputs = vision.inputs(base.base_model, input_ids, position_ids, images, segments)
+    return base.base_model(**inputs, **options)
 
 
 def lm_head(
@@ -186,52 +202,94 @@ def probe_head(model: nn.Module) -> None:
         )
 
 
-def row_style(model: nn.Module) -> Literal["packed", "single", "alone"]:
+def row_style(
+    model: nn.Module, *, share_prompts: bool = True
+) -> Literal["shared", "segments", "packed", "single", "alone"]:
     """How sequences may share a row of this model (`packing.RowStyle`), found by running a few tokens.
 
-    Two sequences side by side are compared with each alone: models that ignore positions where they restart (state space
-    models, ALiBi, learnt offsets) would read the neighbour, and no error would say so.
+    Sequences side by side are compared with each alone: models that ignore positions where they restart (state space models,
+    ALiBi, learnt offsets) would read the neighbour, and no error would say so. A model whose attention by segments gives the
+    same has it from here on.
     """
-    base = unwrap(model)
-    if str(getattr(base.config, "_attn_implementation", "")).startswith("flash"):
+    name = str(attention_name(model))
+    if name.startswith("flash"):
         return "single"
     if rope_switch(model) is not None:
         return "alone"
-    device = base.get_output_embeddings().weight.device
-    ids = torch.arange(1, 9, device=device).remainder(base.get_output_embeddings().weight.shape[0])
-    positions = torch.arange(4, device=device).repeat(2)
-    with torch.no_grad(), evaluating(model):
-        side_by_side = backbone_hidden(model, ids[None], positions[None])[0, 4:]
-        alone = backbone_hidden(model, ids[None, 4:], positions[None, 4:])[0]
-    pairs = [(side_by_side, alone)]
-    if vision_of(model) is not None:
-        pairs += _side_by_side_with_images(model)
-    error = max(float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in pairs)
-    return "packed" if error <= TOLERANCE[str(base.dtype)] * _PACKING_MARGIN else "alone"
+    if name == "sdpa" and _takes_segments(model):
+        return "shared" if share_prompts else "segments"
+    return "packed" if _is_apart(model, by_segments=False) else "alone"
+
+
+def _takes_segments(model: nn.Module) -> bool:
+    """Whether attention by segments gives what the model's own does; then it stays switched on."""
+    use_segments(model, True)
+    try:
+        fits = _is_apart(model, by_segments=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        # whatever an architecture raises, it cannot, and a mask does
+        fits = False
+    use_segments(model, fits)
+    return fits
 
 
 @no_grad
-def _side_by_side_with_images(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Hidden states of sequences in one row, and of each alone: with two images, with none, and with one."""
+def _is_apart(model: nn.Module, *, by_segments: bool) -> bool:
+    """Whether a sequence in a row of several is what it is alone. By segments, two of them share their prompt."""
+    base = unwrap(model)
+    weight = base.get_output_embeddings().weight
+    ids = torch.arange(1, 14, device=weight.device).remainder(weight.shape[0])
+    positions = torch.arange(6, device=weight.device)
+    sequences, places = [ids[:6], ids[6:10], ids[10:]], [positions, positions[:4], positions[:3]]
+    segments: tuple[Segment, ...] = ()
+    if by_segments:
+        # the third has the first one's prompt of 3 tokens
+        segments = (Segment(0, 6), Segment(6, 10), Segment(10, 13, (0, 3)))
+        sequences[2], places[2] = torch.cat([ids[:3], ids[10:]]), positions[3:]
+    with evaluating(model):
+        together = backbone_hidden(model, ids[None], torch.cat(places)[None], segments=segments)[0].split((6, 4, 3))
+        pairs = []
+        for found, sequence in zip(together, sequences, strict=True):
+            alone = backbone_hidden(model, sequence[None], positions[None, : len(sequence)])[0]
+            pairs.append((found, alone[-len(found) :]))
+        if vision_of(model) is not None:
+            pairs += _side_by_side_with_images(model, by_segments=by_segments)
+    error = max(float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in pairs)
+    return error <= TOLERANCE[str(base.dtype)] * _PACKING_MARGIN
+
+
+def _side_by_side_with_images(model: nn.Module, *, by_segments: bool) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states of sequences in one row, and of each alone: with two images, with none, and with one. By segments also of a
+    response whose prompt with two images stands in another's slots."""
     vision = vision_of(model)
     assert vision is not None
     device = unwrap(model).get_output_embeddings().weight.device
     sequences = [_image_sequence(vision, sizes, device) for sizes in ([(64, 96), (96, 64)], [], [(96, 64)])]
     ids = torch.cat([one for one, _ in sequences], 1)
     positions = torch.cat([torch.arange(one.shape[1], device=device) for one, _ in sequences])[None]
-    spans, start = [], 0
+    spans, segments, start = [], [], 0
     for _, span in sequences:
         spans += [replace(span, start=start)] if span.images else []
+        segments += [Segment(start, start + span.length)] if by_segments else []
         start += span.length
-    with evaluating(model):
-        together = backbone_hidden(model, ids, positions, spans)[0].split([span.length for _, span in sequences])
-        apart = [
-            backbone_hidden(model, one, torch.arange(span.length, device=device)[None], [span] if span.images else [])[
-                0
-            ]
-            for one, span in sequences
-        ]
-    return list(zip(together, apart, strict=True))
+    sizes = [span.length for _, span in sequences]
+    if by_segments:
+        # another response to the prompt that is all but the last four tokens of the first
+        first, span = sequences[0]
+        prompt, response = first[:, :-4], sequences[1][0][:, :6]
+        segments.append(Segment(start, start + 6, (0, span.length - 4)))
+        ids = torch.cat([ids, response], 1)
+        positions = torch.cat([positions, torch.arange(span.length - 4, span.length + 2, device=device)[None]], 1)
+        sequences.append((torch.cat([prompt, response], 1), replace(span, length=span.length + 2)))
+        sizes.append(6)
+    together = backbone_hidden(model, ids, positions, spans, segments)[0].split(sizes)
+    apart = [
+        backbone_hidden(model, one, torch.arange(span.length, device=device)[None], [span] if span.images else [])[0]
+        for one, span in sequences
+    ]
+    return [(one, other[-len(one) :]) for one, other in zip(together, apart, strict=True)]
 
 
 def _image_sequence(vision: Vision, sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, ImageSpan]:

@@ -17,6 +17,7 @@ from understudy import given
 from understudy.errors import RecipeError, nearest
 from understudy.hub import unreachable
 from understudy.lazy import Tensor, importing, nn, no_grad, torch
+from understudy.models.attention import attention_name
 from understudy.models.backbone import decoder_of, evaluating, positions_of, unwrap, vision_of
 from understudy.models.vision import Vision
 
@@ -341,7 +342,7 @@ def _loaded_before(
     model: Any, name: str, dtype: DType, device: str | torch.device, attn_implementation: str | None
 ) -> PreTrainedModel:
     """A model that was given from Python: itself, or a copy where another precision is asked for."""
-    attention = getattr(model.config, "_attn_implementation", None)
+    attention = attention_name(model)
     if attn_implementation not in (None, attention):
         raise RecipeError(
             f"{name} has the attention {attention!r}; load it with {attn_implementation!r}, or leave attn_implementation out"

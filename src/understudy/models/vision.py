@@ -12,7 +12,7 @@ from typing import Any
 
 from understudy.errors import DataError, RecipeError
 from understudy.lazy import Tensor, torch
-from understudy.types import Image, ImageSpan
+from understudy.types import Image, ImageSpan, Segment
 
 CACHE_BYTES = 2**30
 """Features of images that are kept: of about 60 images of 1,000 tokens, so that the samples of a prompt share them."""
@@ -112,11 +112,16 @@ class Vision:
         return Image(data=file.getvalue())
 
     def inputs(
-        self, backbone: Any, input_ids: Tensor, position_ids: Tensor, spans: Sequence[ImageSpan]
+        self,
+        backbone: Any,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        spans: Sequence[ImageSpan],
+        segments: Sequence[Segment] = (),
     ) -> dict[str, Tensor]:
         """Inputs of the backbone: ids, features, positions, and which tokens are an image's.
 
-        Only `spans` have some: a free slot whose id is that of an image gets another.
+        Only `spans` have some: a free slot whose id is that of an image gets another. `segments`: those of the one row, if any.
 
         Positions are [B, L], or [4, B, L] of a model with positions in three dimensions, whose first row are those of text.
         Raises DataError where a sequence does not hold as many image tokens as its images have: they were expanded by
@@ -157,6 +162,12 @@ class Vision:
                     **{name: value.to(device) for name, value in grids.items() if name in known},
                 )
                 positions[1:, row, part] = found[:, 0]
+            for segment in segments:
+                first, end = segment.prompt
+                if end > first:
+                    # as far behind its prompt as the response that stands there
+                    behind = positions[1:, 0, end : end + 1] - (end - first)
+                    positions[1:, 0, segment.start : segment.stop] += behind
         return {"input_ids": input_ids, "position_ids": positions, **features, **masks}
 
 

@@ -241,7 +241,7 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         temperature=recipe.temperature if recipe.uses.own_samples or recipe.run_method.needs & TOKEN_SCORES else 1.0,
         compute_dtype=compute_dtype(recipe, model.dtype, device),
         micro_batch_tokens=recipe.train.micro_batch_tokens,
-        style=row_style(model),
+        style=row_style(model, share_prompts=recipe.train.share_prompts),
         renderer=Renderer(
             tokenizer, student.template_kwargs, stop_ids(tokenizer, model), student.template_date, vision
         ),
@@ -464,6 +464,7 @@ def teacher_setup(
         fresh_student=lambda: load_base(recipe, renderer.tokenizer, loaded.vocab_size, loaded.device, None),
         vision=vision,
         seed=recipe.seed,
+        share_prompts=recipe.train.share_prompts,
         grade=recipe.task.reward,
         generate=generate,
     )

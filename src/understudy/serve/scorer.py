@@ -11,9 +11,10 @@ from typing import Any, Literal
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
+from understudy.packing import by_prompt
 from understudy.serve.prompts import can_continue, continued_hidden, is_worth
 from understudy.teachers import LocalTeacher
-from understudy.teachers.grouping import by_prompt, chunks
+from understudy.teachers.grouping import chunks
 from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE
 from understudy.teachers.remote.protocol import (
     About,

@@ -99,6 +99,8 @@ class Setup:
     vision: Vision | None = None
     """The teacher's own processor of images; None where prompts have none."""
     seed: int = 0
+    share_prompts: bool = True
+    """Compute a prompt of several samples once."""
     grade: Callable[[Prompt, str], Grade | None] | None = None
     """The task's verdict on a response to a prompt; None of it where nobody can judge it."""
     generate: Generate | None = None

@@ -1,21 +1,11 @@
-"""How samples are grouped into requests and forwards."""
+"""How items are cut into requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from understudy.types import Sample
-
 Item = TypeVar("Item")
-
-
-def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
-    """Returns indices of samples with the same prompt tokens, in the order of their first."""
-    groups: dict[bytes, list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(sample.token_ids[: sample.prompt_length].numpy().tobytes(), []).append(index)
-    return list(groups.values())
 
 
 def chunks(

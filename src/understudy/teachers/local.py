@@ -16,6 +16,7 @@ from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear import score
 from understudy.linear.head import ABSENT, LMHead, project
 from understudy.models import backbone_hidden, lm_head, num_positions, row_style, unwrap
+from understudy.models.attention import attention_name
 from understudy.models.backbone import evaluating
 from understudy.packing import lay_out, micro_batches
 from understudy.teachers.base import (
@@ -138,8 +139,7 @@ class Start(LoadedSection):
 def _run_as(student: nn.Module) -> dict[str, Any]:
     """The keys by which a model is run as the student is."""
     base = unwrap(student)
-    attention = getattr(base.config, "_attn_implementation", None)
-    return {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention}
+    return {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention_name(student)}
 
 
 @contextmanager
@@ -166,6 +166,7 @@ class LocalTeacher(Teacher):
     teacher has; the student's alone are in a row of K, and whole rows cannot be had. The weights stay in their own precision;
     softmaxes are in float32 (float64 for float64).
 
+    `share_prompts`: a prompt of several samples is computed once, where the model can (`row_style`).
     `around`: entered for every use of a model that someone else trains, to switch its adapters off. Such a model is not
     frozen here, and nothing else may run it meanwhile.
     """
@@ -187,13 +188,14 @@ class LocalTeacher(Teacher):
         offload: bool = False,
         around: Callable[[], AbstractContextManager[object]] | None = None,
         generate: Generate | None = None,
+        share_prompts: bool = True,
     ) -> None:
         self.model = model if around else model.requires_grad_(False)
         self._around = around or nullcontext
         """Entered for every use of the model."""
         self._keeps_adapters = around is None
         self._generate = generate
-        self._style = row_style(model)
+        self._style = row_style(model, share_prompts=share_prompts)
         self.name = name
         self._vocab_size = vocab_size
         self._absent = absent
@@ -212,7 +214,7 @@ class LocalTeacher(Teacher):
     def beside(setup: Setup, model: nn.Module, extra_ids: ExtraIds = "mask", **options: Any) -> LocalTeacher:
         """The model as a teacher of the run that `setup` describes; `options` as those of the class."""
         size = setup.tail_size if extra_ids == "tail" else None
-        names = ("name", "vocab_size", "absent", "temperature", "device", "generate")
+        names = ("name", "vocab_size", "absent", "temperature", "device", "generate", "share_prompts")
         return LocalTeacher(model, tail_size=size, **{name: getattr(setup, name) for name in names}, **options)
 
     def _head(self) -> LMHead:
@@ -285,9 +287,8 @@ class LocalTeacher(Teacher):
         weight = unwrap(self.model).get_output_embeddings().weight
         num_tokens = sum(sample.num_response_tokens for sample in samples)
         keeps_hidden = num_tokens * weight.shape[1] * weight.element_size() <= MAX_HIDDEN_BYTES
-        lengths = [sample.token_ids.numel() - 1 for sample in samples]
         with self._lock, self._around(), self.on_device(), evaluating(self.model):
-            for group in micro_batches(lengths, self._max_batch_tokens, self._style):
+            for group in micro_batches(samples, self._max_batch_tokens, self._style):
                 scores = self._score_group([samples[index] for index in group], need, k, keeps_hidden)
                 found.update(zip(group, scores, strict=True))
         return [found[index] for index in range(len(samples))]
@@ -298,7 +299,7 @@ class LocalTeacher(Teacher):
         """One forward over samples side by side."""
         layout = lay_out(samples, style=self._style)
         ids, positions = layout.input_ids.to(self._device), layout.position_ids.to(self._device)
-        states = backbone_hidden(self.model, ids, positions, layout.images)
+        states = backbone_hidden(self.model, ids, positions, layout.images, layout.segments)
         hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if need & {"sampled", "topk"}:

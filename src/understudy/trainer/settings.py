@@ -56,6 +56,9 @@ class Train:
     master_weights: bool = True
     """Update float32 copies of a student's weights in 16 bits: 18 bytes a trained weight in place of 8, and no update is
     rounded away. Nothing changes for a student in float32, nor for LoRA, whose adapters are float32."""
+    share_prompts: bool = True
+    """Compute a prompt of several samples once, when they are scored and in the update, which changes nothing but rounding. A
+    model whose attention needs a mask computes it for each of them."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass: less memory, a third more time."""
     on_missing_score: Literal["error", "drop"] = "error"

@@ -53,7 +53,7 @@ class StudentModel:
         """Returns the hidden states that predict the response tokens, in the order of `pack`. [T, H]."""
         # weights may be float32 while the arithmetic is mixed precision
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            states = backbone_hidden(self.model, layout.input_ids, layout.position_ids, layout.images)
+            states = backbone_hidden(self.model, layout.input_ids, layout.position_ids, layout.images, layout.segments)
         return states.flatten(0, 1)[layout.predicts]
 
 
@@ -137,8 +137,7 @@ def _micro_batches(
     made = []
     for teacher in dict.fromkeys(names):
         own = [sample for sample, name in zip(samples, names, strict=True) if name == teacher]
-        lengths = [sample.token_ids.numel() - 1 for sample in own]
-        for group in micro_batches(lengths, max_tokens, student.style):
+        for group in micro_batches(own, max_tokens, student.style):
             chosen = [own[index] for index in group]
             uniform = None
             if "uniform" in method.requires:

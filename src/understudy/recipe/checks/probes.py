@@ -162,7 +162,12 @@ def _speed(parts: Parts) -> Iterator[Finding]:
 
 
 def _sampling(parts: Parts) -> Iterator[Finding]:
-    """Says why the student's architecture keeps the engine of this process from writing prompts of all lengths together."""
+    """Says why the student's architecture keeps the engine of this process from writing prompts of all lengths together, and
+    the trainer from reading rows without a mask."""
+    rows = {"packed": "a mask keeps the samples of a row apart", "alone": "each sample has a row of its own"}
+    if (reading := parts.trainer.student.style) in rows:
+        name = type(unwrap(parts.loaded.model)).__name__
+        yield Finding(f"in training {rows[reading]}: the attention of {name} cannot go by segments")
     tried = getattr(parts.rollouts.collector.engine, "style", None)
     if tried is None:
         return

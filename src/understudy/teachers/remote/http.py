@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError, check_range, nearest
 from understudy.http.client import HttpClient
 from understudy.http.replies import BadReply, Refused, Reply, check_key, check_variable, read_key
-from understudy.packing import Unscored
+from understudy.packing import Unscored, by_prompt
 from understudy.teachers.base import ExtraIds, RunFacts, Setup, Teacher
-from understudy.teachers.grouping import by_prompt, chunks
+from understudy.teachers.grouping import chunks
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
 from understudy.teachers.remote.formats import FORMATS
 from understudy.teachers.remote.score_check import Answer, check, empty_scores

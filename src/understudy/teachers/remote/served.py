@@ -13,9 +13,8 @@ from understudy.http.client import HttpClient, RetryPolicy
 from understudy.http.replies import BadReply, Refused, Reply, check_key, check_variable, read_key
 from understudy.lazy import torch
 from understudy.linear.head import LMHead
-from understudy.packing import LOGPROB_TOLERANCE, Unscored, lacks_score
+from understudy.packing import LOGPROB_TOLERANCE, Unscored, by_prompt, lacks_score
 from understudy.teachers.base import ExtraIds, Setup, Teacher, gives_of
-from understudy.teachers.grouping import by_prompt
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
 from understudy.teachers.remote.protocol import (
     ABOUT,
