@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import pickle
 import re
 import shutil
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +23,9 @@ from understudy import config
 from understudy.errors import DataError, RecipeError
 from understudy.recipe import Recipe
 from understudy.recipe.checks import check
-from understudy.sandbox import Bubblewrap, Program, Result, local
+from understudy.sandbox import Bubblewrap, Process, Program, Result, local
 from understudy.tasks import Code
-from understudy.tasks.verifiers import find_verifier, grade_code
+from understudy.tasks.verifiers import code_tests, find_verifier, grade_code
 from understudy.tasks.verifiers.code import CodeTests, find_code, same_output
 from understudy.tasks.verifiers.code_tests import assert_tests, evalplus_tests, humaneval_tests, io_tests
 from understudy.types import Grade, Prompt
@@ -198,6 +202,107 @@ def test_functions_by_arguments_in_json(box: Bubblewrap) -> None:
     assert grade_code(fenced("def add(a, b):\n    return [a] + b"), lines, box).right
     listed = io_tests([{"input": "1", "output": "2", "testtype": "stdin"}])
     assert (listed.inputs, listed.outputs) == (("1",), ("2",))
+
+
+# contests, with rows made by hand in the fields of their cards
+
+
+def packed(value: object) -> str:
+    """As LiveCodeBench packs its private tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(value)))).decode()
+
+
+def cases(kind: str, *pairs: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"input": given, "output": wanted, "testtype": kind} for given, wanted in pairs]
+
+
+LIVE = {
+    "question_title": "Add one",
+    "question_content": "Print the number plus one.",
+    "platform": "atcoder",
+    "contest_date": "2025-01-04T18:30:00",
+    "starter_code": "",
+    "difficulty": "easy",
+    "public_test_cases": json.dumps(cases("stdin", ("1", "2"))),
+    "private_test_cases": packed(cases("stdin", ("5", "6"), ("-1", "0"))),
+    "metadata": "{}",
+}
+CALLED = LIVE | {
+    "question_content": "Add them.",
+    "starter_code": "class Solution:\n    def add(self, a: int, b: List[int]) -> List[int]:\n        ",
+    "public_test_cases": json.dumps(cases("functional", ("1\n[2]", "[1, 2]"))),
+    "private_test_cases": packed(cases("functional", ("0\n[]", "[0]"))),
+    "metadata": json.dumps({"func_name": "add"}),
+}
+
+
+def test_livecodebench(box: Bubblewrap, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", LIVE, CALLED)
+    task = Code(dataset="livecodebench-v6", path=path, sandbox=box)
+    printed, called = task.prompts("test")
+    assert json.loads(printed.reference[0])["inputs"] == ["1", "5", "-1"]  # type: ignore[index]
+    assert task.grade(printed, fenced("print(int(input()) + 1)")).right
+    assert task.grade(printed, fenced("print(2)")).note == "test 2 of 3: another output"
+    assert "Begin with:\n```python\nclass Solution" in called.messages[-1]["content"]  # type: ignore[index]
+    right = "class Solution:\n    def add(self, a: int, b: List[int]) -> List[int]:\n        return [a, *b]"
+    assert task.grade(called, fenced(f"from typing import List\n{right}")).right
+    assert not task.grade(called, fenced(f"from typing import List\n{right.replace('*b', '2')}")).right
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch hostile",)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (base64.b64encode(zlib.compress(pickle.dumps(Hostile()))).decode(), r"it calls (posix|nt)\.system"),
+        (base64.b64encode(zlib.compress(pickle.dumps(["[]"]))).decode(), "the pickle holds list"),
+        (base64.b64encode(zlib.compress(pickle.dumps("[]"))).decode()[:-8], "not packed JSON"),
+        (base64.b64encode(zlib.compress(pickle.dumps(" " * 200))).decode(), "cut off, or over a gigabyte"),
+        (base64.b64encode(zlib.compress(b"no pickle")).decode(), "not packed JSON"),
+        (base64.b64encode(b"no zlib").decode(), "not packed JSON"),
+        ("no base64!", "not packed JSON"),
+    ],
+)
+def test_a_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(code_tests, "MAX_UNPACKED", 150)
+    path = write(tmp_path / "rows.jsonl", LIVE | {"private_test_cases": text})
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: field 'public_test_cases.*{why}"):
+        Code(dataset="livecodebench", path=path, sandbox=Process(unsafe=True)).prompts("test")
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_apps_taco_and_code_contests(box: Bubblewrap, tmp_path: Path) -> None:
+    tests = {"inputs": ["1\n", "5\n"], "outputs": ["2\n", "6\n"]}
+    solution = "print(int(input()) + 1)"
+    row = {"question": "Add one.", "solutions": json.dumps([solution, "pass"]), "input_output": json.dumps(tests)}
+    called = row | {
+        "question": "Add.",
+        "solutions": json.dumps(["def add(a, b):\n    return [a] + b"]),
+        "input_output": json.dumps({"fn_name": "add", "inputs": [[1, [2]]], "outputs": [[[1, 2]]]}),
+        "starter_code": "def add(a, b):",
+    }
+    contest = {
+        "description": "Add one.",
+        "public_tests": {"input": ["1\n"], "output": ["2\n"]},
+        "private_tests": {"input": [], "output": []},
+        "generated_tests": {"input": ["5\n"], "output": ["6\n"]},
+        "solutions": {"language": [2, 3], "solution": ["int main() {}", solution]},
+    }
+    for name, rows in {"apps": (row, called), "taco": (row, called), "code-contests": (contest,)}.items():
+        path = write(tmp_path / f"{name}.jsonl", *rows)
+        task = Code(dataset=name, path=path, sandbox=box, solution_field="solutions")
+        prompts = task.prompts("train")
+        assert len(prompts) == len(rows)
+        for prompt in prompts:
+            assert task.grade(prompt, task.gold(prompt)[0]).right, prompt
+            assert not task.grade(prompt, fenced("print(2)")).right
+        # a problem without a solution stays, unless solutions are asked for
+        path = write(tmp_path / f"{name}2.jsonl", *({**item, "solutions": ""} for item in rows))
+        assert len(Code(dataset=name, path=path, sandbox=box).prompts("train")) == len(rows)
 
 
 def test_malformed_tests_are_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -16,10 +16,12 @@ from understudy.tasks.fields import MissingValueError, is_missing, read_field, r
 from understudy.tasks.verifiers.code import CodeTests, defines, grade_code
 from understudy.tasks.verifiers.code_tests import (
     assert_tests,
+    contest_tests,
     evalplus_tests,
     humaneval_tests,
     io_tests,
     mbpp_tests,
+    packed_tests,
 )
 from understudy.types import Grade, Prompt
 
@@ -37,6 +39,8 @@ _BESIDE = (
     "starter_code",
 )
 """Fields beside those that are named, as the usual data sets have them."""
+_PYTHON_3 = 3
+"""Its number among the languages of CodeContests."""
 _SOLVED = "canonical_solution"
 """The solution in EvalPlus's own files, which have other fields than those on the hub."""
 
@@ -78,7 +82,12 @@ class Code(Named):
         return 1 if self.verifier != "code" or self.rewards else self._box.num_workers
 
     def fields_read(self, row: Mapping[str, Any]) -> list[str | None]:
-        return [*super().fields_read(row), *_BESIDE, *([_SOLVED] if row.get("base_input") else [])]
+        beside = [*_BESIDE]
+        if row.get("base_input"):
+            beside.append(_SOLVED)
+        if len(self.reference_fields(row)) > 1:
+            beside.append("metadata")
+        return [*super().fields_read(row), *beside]
 
     def to_prompt(self, place: str, row: Mapping[str, Any]) -> Prompt:
         made = dict(row)
@@ -97,7 +106,8 @@ class Code(Named):
         try:
             if row.get("base_input"):
                 return evalplus_tests(row)
-            value = read_field(row, field, place)
+            names = self.reference_fields(row)
+            value = read_field(row, names[0], place) if len(names) == 1 else self._contest(place, row, names)
             if isinstance(value, str) and row.get("entry_point") and "def check(" in value:
                 return humaneval_tests({**row, "prompt": read_text(row, self.prompt_field, place), "test": value})
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -119,10 +129,27 @@ class Code(Named):
                 "are Python code, a list of asserts, or inputs and outputs"
             ) from error
 
+    def _contest(self, place: str, row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """The tests of several fields, such as public and private ones, of which all but one may be empty."""
+        values = list[Any]()
+        for name in names:
+            try:
+                value = read_field(row, name, place, required=True)
+            except MissingValueError:
+                continue
+            values.append(packed_tests(value) if isinstance(value, str) else value)
+        facts = row.get("metadata")
+        facts = json.loads(facts) if isinstance(facts, str) and facts.strip() else facts
+        return contest_tests(values, facts.get("func_name") if isinstance(facts, Mapping) else None)
+
     def _program(self, place: str, row: Mapping[str, Any]) -> str | None:
         """The solution of a row, whole. None where it has none."""
         named = cast(str, self.solution_field)
         value = read_field(row, _SOLVED if row.get("base_input") and named not in row else named, place)
+        if isinstance(value, Mapping):
+            # CodeContests has programs in several languages
+            pairs = zip(value.get("language", ()), value.get("solution", ()), strict=False)
+            value = [program for language, program in pairs if language in (_PYTHON_3, "PYTHON3")]
         if isinstance(value, str) and value.lstrip()[:1] == "[":
             value = json.loads(value)
         if isinstance(value, list):
@@ -147,6 +174,7 @@ class Code(Named):
             return f"{said}\n\nBegin with:\n```python\n{starter.rstrip()}\n```"
         if tests.inputs:
             return f"{said}\n\n{_READS}"
-        listed = read_field(row, cast(str, self.reference_field), place)
+        names = self.reference_fields(row)
+        listed = read_field(row, names[0], place) if len(names) == 1 else None
         # how the function is called; the others are for grading only
         return f"{said}\nFor example:\n{listed[0]}" if isinstance(listed, list) and listed else said

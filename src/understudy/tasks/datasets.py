@@ -76,6 +76,21 @@ _TRUE_OF_IMAGE = (
     "{prompt}\nIs this sentence true of the image? Please reason step by step, and put true or false within \\boxed{}."
 )
 
+
+def _live(config: str, size: int) -> DataSet:
+    """LiveCodeBench's problems up to a release, or those that came with it; a copy in Parquet, for the original is a script."""
+    return DataSet(
+        task="code",
+        hub="lighteval/code_generation_lite",
+        configs=(config,),
+        splits={"test": "test"},
+        keys={"prompt_field": "question_content", "reference_field": "public_test_cases, private_test_cases"},
+        sizes={"test": size},
+        licence="CC, no version named",
+        source="arXiv 2403.07974",
+    )
+
+
 DATASETS: dict[str, DataSet] = {
     "gsm8k": DataSet(
         task="math",
@@ -351,6 +366,37 @@ DATASETS: dict[str, DataSet] = {
         },
         licence="MIT",
         source="arXiv 2502.01456",
+    ),
+    "livecodebench": _live("release_v6", 1055),
+    "livecodebench-v5": _live("v5", 167),
+    "livecodebench-v6": _live("v6", 175),
+    "apps": DataSet(
+        task="code",
+        hub="",
+        splits={"train": "train", "test": "test"},
+        keys={"prompt_field": "question", "reference_field": "input_output"},
+        sizes={"train": 5000, "test": 5000},
+        licence="MIT",
+        source="arXiv 2105.09938, train.jsonl and test.jsonl of the hub's codeparrot/apps",
+    ),
+    "taco": DataSet(
+        task="code",
+        hub="BAAI/TACO",
+        configs=("ALL",),
+        splits={"train": "train", "test": "test"},
+        keys={"prompt_field": "question", "reference_field": "input_output"},
+        sizes={"train": 25443, "test": 1000},
+        licence="Apache-2.0",
+        source="arXiv 2312.14852",
+    ),
+    "code-contests": DataSet(
+        task="code",
+        hub="deepmind/code_contests",
+        splits={"train": "train", "validation": "valid", "test": "test"},
+        keys={"prompt_field": "description", "reference_field": "public_tests, private_tests, generated_tests"},
+        sizes={"validation": 117, "test": 165},
+        licence="CC BY 4.0",
+        source="arXiv 2203.07814",
     ),
     "bfcl": DataSet(
         task="calls",

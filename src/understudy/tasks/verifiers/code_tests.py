@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import base64
 import builtins
+import io
 import json
+import pickle
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +47,10 @@ _SETS = (
 """Functions of MBPP+ whose elements have no order."""
 _TRUTHY = ("check_str", "text_match_three", "text_starta_endb")
 """Functions of MBPP+ that may say yes by anything but None."""
+
+
+MAX_UNPACKED = 1 << 30
+"""Bytes of the tests of a problem when they are unpacked."""
 
 
 def humaneval_tests(row: Mapping[str, Any]) -> CodeTests:
@@ -97,6 +105,47 @@ for inputs in INPUTS:
     # infinities and NaN have no literal
     names = "inf, nan = float('inf'), float('nan')\n"
     return CodeTests(f"{helpers}{names}{SAME}{test}", (name,), header, prompt)
+
+
+class _TextUnpickler(pickle.Unpickler):
+    """Reads pickles of strings, numbers and lists of them; one that names a class or a function could run anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+
+
+def packed_tests(text: str) -> Any:
+    """The value of JSON, or of JSON as LiveCodeBench packs it: base64 of zlib of a pickled string.
+
+    Raises ValueError for anything else: what is more than `MAX_UNPACKED` bytes, or no pickled string.
+    """
+    if text.lstrip()[:1] in ("{", "["):
+        return json.loads(text)
+    try:
+        inflater = zlib.decompressobj()
+        data = inflater.decompress(base64.b64decode(text, validate=True), MAX_UNPACKED)
+        if inflater.unconsumed_tail or not inflater.eof:
+            raise ValueError("cut off, or over a gigabyte")
+        said = _TextUnpickler(io.BytesIO(data)).load()
+    except (ValueError, zlib.error, pickle.UnpicklingError, EOFError, LookupError, TypeError, MemoryError) as error:
+        raise ValueError(f"not packed JSON: {error}") from error
+    if not isinstance(said, str):
+        raise ValueError(f"not packed JSON: the pickle holds {type(said).__name__}")
+    return json.loads(said)
+
+
+def contest_tests(values: Sequence[Any], fn_name: str | None = None) -> dict[str, Any]:
+    """Tests in several fields as one `inputs` and `outputs`: LiveCodeBench's lists of `{input, output}`, and the lists `input`
+    and `output` of CodeContests. Raises KeyError and TypeError for other values."""
+    inputs, outputs = list[Any](), list[Any]()
+    for value in values:
+        if isinstance(value, Mapping):
+            inputs += value["input"]
+            outputs += value["output"]
+        else:
+            inputs += [case["input"] for case in value]
+            outputs += [case["output"] for case in value]
+    return {"inputs": inputs, "outputs": outputs} | ({"fn_name": fn_name} if fn_name else {})
 
 
 def io_tests(row: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> CodeTests:
