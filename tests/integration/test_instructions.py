@@ -115,7 +115,7 @@ def test_the_prompts_of_ifeval(shared: Path, monkeypatch: pytest.MonkeyPatch) ->
     prompts = task.prompts("test")
     assert len(prompts) == task.intake("test").num_rows == 541
     kinds = {name for prompt in prompts for name in json.loads(prompt.reference[0])["instruction_id_list"]}  # type: ignore[index]
-    assert kinds == checks.INSTRUCTIONS.keys()
+    assert kinds == checks.IFEVAL.keys()
     assert len(kinds) == 25
     assert prompts[0].messages == (
         {"role": "user", "content": prompts[0].messages[0]["content"]},  # type: ignore[index]
@@ -128,7 +128,10 @@ def test_the_prompts_of_ifeval(shared: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}, "none of IFEval's .did you mean"),
+        (
+            {"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]},
+            "none of IFEval's or IFBench's .did you mean",
+        ),
         ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}, {}]}, "must be lists of one length"),
         ({"instruction_id_list": "punctuation:no_comma", "kwargs": [{}]}, "must be lists of one length"),
         ({"instruction_id_list": ["punctuation:no_comma"]}, "no field 'kwargs'"),
@@ -167,7 +170,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 )
 def test_a_megabyte_is_read_in_bounded_time(piece: str) -> None:
     text = f"x{piece * (1_000_000 // len(piece))}x"
-    for name in checks.INSTRUCTIONS:
+    for name in checks.IFEVAL:
         if name == "language:response_language" and find_spec("langdetect") is None:
             continue
         started = time.process_time()

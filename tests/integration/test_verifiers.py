@@ -33,7 +33,7 @@ from understudy.tasks.verifiers import (
     grade_math,
     math_process,
 )
-from understudy.tasks.verifiers.instructions import INSTRUCTIONS
+from understudy.tasks.verifiers.instructions import IFEVAL
 from understudy.tasks.verifiers.math import MAX_ANSWER_CHARS, find_answer
 from understudy.tasks.verifiers.math_process import compare
 from understudy.types import Grade, Prompt
@@ -493,7 +493,7 @@ def test_an_instruction_is_followed_or_not(name: str, arguments: dict[str, Any],
 
 
 def test_every_instruction_of_a_prompt_counts() -> None:
-    assert {name for name, *_ in FOLLOWED} == INSTRUCTIONS.keys() - {"language:response_language"}
+    assert {name for name, *_ in FOLLOWED} == IFEVAL.keys() - {"language:response_language"}
     asked = {"instruction_id_list": ["punctuation:no_comma", "detectable_format:title"], "kwargs": [{}, {}]}
     verify = find_verifier("instructions")
     assert verify("<<a>> b", json.dumps(asked)).right
@@ -506,6 +506,6 @@ def test_every_instruction_of_a_prompt_counts() -> None:
 
 def test_real_instructions_can_all_be_read(shared: Path) -> None:
     for row in read(shared / "data/ifeval/input_data.jsonl"):
-        assert set(row["instruction_id_list"]) <= INSTRUCTIONS.keys()
+        assert set(row["instruction_id_list"]) <= IFEVAL.keys()
         if "language:response_language" not in row["instruction_id_list"] or find_spec("langdetect"):
             assert grade_instructions("text", json.dumps(row)).score in (0.0, 1.0)

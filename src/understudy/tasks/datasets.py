@@ -17,6 +17,7 @@ from understudy.errors import DataError, RecipeError, nearest
 from understudy.tasks.base import Split
 from understudy.tasks.records import File, Hub, Records
 from understudy.tasks.rows import Row, bare_name
+from understudy.tasks.verifiers.ifbench import UNCHECKED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,9 +304,8 @@ DATASETS: dict[str, DataSet] = {
         task="instructions",
         hub="allenai/IFBench_test",
         splits={"test": "train"},
-        keys=_INSTRUCTED,
-        sizes={"test": 300},
-        licence="unknown",
+        keys={**_INSTRUCTED, "where": tuple(f"instruction_id_list != {name}" for name in UNCHECKED)},
+        licence="ODC-BY 1.0",
         source="arXiv 2507.02833",
     ),
     "humaneval": DataSet(

@@ -12,6 +12,7 @@ from understudy.given import is_given
 from understudy.tasks.base import Split
 from understudy.tasks.datasets import Named
 from understudy.tasks.fields import read_field
+from understudy.tasks.verifiers.ifbench import UNCHECKED
 from understudy.tasks.verifiers.instructions import INSTRUCTIONS, check_detector
 from understudy.types import Prompt
 
@@ -20,10 +21,10 @@ LANGUAGE = "language:response_language"
 
 @dataclass(frozen=True, kw_only=True)
 class Instructions(Named):
-    """The task `instructions`: IFEval by name, or a file of prompts with instructions of its kinds.
+    """The task `instructions`: IFEval and IFBench by name, or a file of prompts with instructions of their kinds.
 
     A response is right where it follows all instructions of its prompt, read strictly. An evaluation also reports the loose
-    reading, and both by instruction. Of other kinds (IFBench) a function from Python has to be the verifier; it is given the
+    reading, and both by instruction. Of other kinds a function from Python has to be the verifier; it is given the
     reference `{"instruction_id_list": [...], "kwargs": [...]}` as JSON.
     """
 
@@ -54,10 +55,15 @@ class Instructions(Named):
             )
         asked = []
         for name, arguments in zip(names, given, strict=True):
+            if name in UNCHECKED and not is_given(self.verifier):
+                raise DataError(
+                    f"{place}: the instruction {name!r} is not checked here, because {UNCHECKED[name]}; leave its rows out by "
+                    f"where: [{self.reference_field} != {name}], or give a verifier of your own from Python"
+                )
             if name not in INSTRUCTIONS and not is_given(self.verifier):
                 raise DataError(
-                    f"{place}: the instruction {name!r} is none of IFEval's ({nearest(str(name), INSTRUCTIONS)}); give a "
-                    "verifier of your own from Python"
+                    f"{place}: the instruction {name!r} is none of IFEval's or IFBench's ({nearest(str(name), INSTRUCTIONS)}); "
+                    "give a verifier of your own from Python"
                 )
             asked.append({key: value for key, value in (arguments or {}).items() if value is not None})
         reference = json.dumps({"instruction_id_list": names, "kwargs": asked}, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Instructions that a program can check, of IFEval: "no commas", "at least three bullet points", "answer in JSON".
+"""Instructions that a program can check: those of IFEval ("no commas", "answer in JSON"), and of IFBench beside them.
 
 Source: Zhou et al., "Instruction-Following Evaluation for Large Language Models", arXiv 2311.07911. Its names of instructions
 and their arguments are read as they stand in the data set `google/IFEval`. Sentences and words are told apart by punctuation,
@@ -16,8 +16,10 @@ from threading import Lock
 from typing import Any
 
 from understudy.errors import RecipeError
+from understudy.tasks.verifiers.ifbench import IFBENCH
 from understudy.tasks.verifiers.math import without_thoughts
 from understudy.tasks.verifiers.references import several
+from understudy.tasks.verifiers.sentences import split_sentences
 from understudy.types import Grade
 
 _CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
@@ -31,15 +33,8 @@ def _compared(number: int, relation: str, bound: int) -> bool:
     return number >= bound if relation == "at least" else number < bound
 
 
-_ABBREVIATION = re.compile(
-    r"(?:^|[^\w.])(?:(?i:mr|mrs|ms|dr|prof|sr|jr|st|vs|fig|approx|e\.g|i\.e)|[A-HJ-Z])\.[\"')\]]*$"
-)
-"""An end that is none of a sentence: "Dr.", "e.g.", the initial of a name."""
-
-
 def _sentences(text: str) -> int:
-    parts = [part for part in re.split(r"(?<=[.!?])[\"')\]]*\s+", text.strip()) if re.search(r"\w", part)]
-    return len(parts) - sum(_ABBREVIATION.search(part[-12:]) is not None for part in parts[:-1])
+    return sum(re.search(r"\w", sentence) is not None for sentence in split_sentences(text))
 
 
 def _bracketed(text: str, opening: str, closing: str) -> Iterator[str]:
@@ -126,7 +121,7 @@ def _two_responses(text: str) -> bool:
     return len(inner) == 2 and all(inner) and inner[0] != inner[1]
 
 
-INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
+IFEVAL: Mapping[str, Callable[..., bool]] = {
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: _compared(
         sum(word.isupper() for word in re.findall(r"[\w'-]+", text)), capital_relation, capital_frequency
     ),
@@ -175,6 +170,7 @@ INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {
     ),
     "startend:quotation": lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
 }
+INSTRUCTIONS: Mapping[str, Callable[..., bool]] = {**IFEVAL, **IFBENCH}
 """The name of an instruction -> whether a text follows it, given the arguments."""
 
 
