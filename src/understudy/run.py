@@ -33,6 +33,7 @@ from understudy.recipe.load import (
     open_store,
     prompt_limit,
     read_intakes,
+    read_models,
 )
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
@@ -220,13 +221,19 @@ def assemble(
         check_same_inputs(progress.inputs, inputs)
         if inputs and not progress.inputs:
             console.warn(f"{checkpoint} does not say which data it was made with, so it was not compared with today's")
-    progress = replace(progress, inputs=inputs)
     resume_from = None if checkpoint is None else checkpoint / STUDENT
     loaded = load_student(recipe, resume_from=resume_from, tokenizers=files.tokenizers)
     optimizer = Optimizer(loaded.model, recipe.train)
     optimizer.load(state)
     teachers = load_teachers(recipe, loaded)
     opened.callback(teachers.close)
+    # the first rank reads the files for all
+    read = ranks.gather(read_models(recipe, teachers) if ranks.is_main else {})[0]
+    if checkpoint is not None:
+        check_same_inputs(progress.inputs, read)
+        for place in sorted(progress.inputs.keys() - inputs.keys() - read.keys()):
+            console.warn(f"{place} was not compared with what {checkpoint} was made with: nothing is known of it now")
+    progress = replace(progress, inputs=inputs | read)
     if teachers.teacher is not None and checkpoint is not None:
         teachers.teacher.load_state(load_teacher_state(checkpoint))
     publish = open_engine(recipe, loaded, ranks, progress.updates, opened)

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from tests.processes import PATIENCE_S, Process, command_line
-from tests.runs import assert_same_run, distillation, tiny_recipe, train, write_recipe
+from tests.runs import SHORT, assert_same_run, distillation, save_tiny_model, tiny_recipe, train, write_recipe
+from tests.serving import serve_beside
 from understudy.errors import CheckpointError, RecipeError
 from understudy.files import LOCK, by_step, locked, write_atomically
 from understudy.trainer.loop import Trainer
@@ -312,3 +313,82 @@ def test_a_run_without_any_score_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     facts = json.loads((run_dir / "run.json").read_text())
     assert (facts["status"], facts["updates"]) == ("did not learn", 0)
     assert "samples_dropped 24" in facts["error"]
+
+
+# --- another model than before --------------------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> None:
+    """A run with a checkpoint after its second step."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 2, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, **changes)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher", "reference", "judge", "base"])
+def test_a_resumed_run_refuses_another_model(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights in the same directory, as a copy over it leaves them; put back, the run goes on as if nothing had been."""
+    changes = distillation(tmp_path)
+    model = tmp_path / ("student" if which == "student" else "teacher")
+    place = which if which in ("student", "reference") else "teacher"
+    if which == "reference":
+        # a teacher of its own, so that the reference alone is another
+        section = {"type": "local", "model": save_tiny_model(tmp_path / "reference", seed=5)}
+        changes |= {"method": {"type": "gopd"}, "reference": section}
+        model = tmp_path / "reference"
+    if which == "judge":
+        changes |= {"method": {"type": "ovd"}, "responses": {"type": "solutions"}, "task": {"num_solutions": 50}}
+        changes |= {"teacher": SHORT | {"model": str(model)}, "train": {"samples_per_prompt": 2}}
+    if which == "base":
+        adapter = tmp_path / "adapter"
+        save_adapter(model, adapter)
+        changes["teacher"] = {"type": "local", "model": str(adapter)}
+    interrupted(monkeypatch, tmp_path, **changes)
+    weights = model / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    named = "base model.safetensors" if which == "base" else "model.safetensors"
+    with pytest.raises(
+        CheckpointError, match=rf"{place} \(.*\): {named} [0-9a-f]+, now [0-9a-f]+. Put it back"
+    ) as caught:
+        train(tmp_path, resume=True, **changes)
+    assert "not what this run began with" in str(caught.value)
+    weights.write_bytes(before)
+    train(tmp_path, resume=True, **changes)
+
+
+def save_adapter(base: Path, folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from understudy.models import load_causal_lm, load_tokenizer
+
+    load_tokenizer(str(base)).save_pretrained(str(folder))
+    model = get_peft_model(load_causal_lm(str(base)), LoraConfig(r=2, target_modules="all-linear"))
+    model.save_pretrained(str(folder))
+
+
+def test_a_resumed_run_refuses_another_model_behind_the_same_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from understudy.models import load_causal_lm, load_tokenizer
+    from understudy.serve import Scorer, Settings
+
+    def served(model: str) -> Any:
+        scorer = Scorer(load_causal_lm(model), load_tokenizer(model), name="tiny")
+        return serve_beside(scorer, Settings(model="tiny", port=0))
+
+    changes = distillation(tmp_path)
+    other = save_tiny_model(tmp_path / "other", seed=9, hidden_size=32)
+    with served(changes["teacher"]["model"]) as url:
+        changes["teacher"] = {"type": "served", "url": url}
+        interrupted(monkeypatch, tmp_path, **changes)
+        train(tmp_path, resume=True, **changes)
+    with served(other) as url:
+        changes["teacher"] = {"type": "served", "url": url}
+        with pytest.raises(CheckpointError, match=r"teacher \(.*\): fingerprint [0-9a-f]+, now"):
+            train(tmp_path, resume=True, **changes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
@@ -29,6 +31,9 @@ _PART_OF_ADAPTED = re.compile(r"\.base_layer\.|\.modules_to_save\.[^.]+\.")
 """Parts that peft inserts into the names of weights."""
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_READ = (".safetensors", ".json", ".model", ".txt", ".jinja")
+"""Endings of the files that models and tokenizers are read from."""
+_HASHED_AT_ONCE = 8
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Settings of a processor of images."""
 _ATTENTION_PACKAGES = {
@@ -358,6 +363,34 @@ def locate(path_or_name: str) -> tuple[str, str | None]:
         return str(local), None
     reason = unreachable()
     return path_or_name, reason and f"it is no directory and not in the hub's cache, and {reason}"
+
+
+def fingerprint_files(path_or_name: str, revision: str | None = None) -> dict[str, str] | None:
+    """`{file: SHA-256}` of a model's directory and of the base that an adapter in it names, or `{"commit": ...}` of the hub.
+
+    Reads all weights once, several files at a time. None where nothing is known: the hub's model is not in its cache, or
+    the model was given from Python, by a name that holds a hash of it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if given.find(path_or_name) is not None:
+        return None
+    directory = Path(path_or_name).expanduser()
+    if not directory.is_dir():
+        found = try_to_load_from_cache(path_or_name, "config.json", revision=revision)
+        return {"commit": Path(found).parent.name} if isinstance(found, str) else None
+    files = sorted(file for file in directory.iterdir() if file.suffix in _READ and file.is_file())
+    with ThreadPoolExecutor(_HASHED_AT_ONCE, "hash") as pool:
+        facts = {file.name: digest for file, digest in zip(files, pool.map(_hash_file, files), strict=True)}
+    if (directory / _ADAPTER).is_file():
+        base = fingerprint_files(_adapter_base(directory)) or {}
+        facts |= {f"base {name}": digest for name, digest in base.items()}
+    return facts
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def config_on_disk(path: str | None, build: Mapping[str, Any] | None = None) -> Any:

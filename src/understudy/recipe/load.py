@@ -23,6 +23,7 @@ from understudy.models import (
     compare_vocabularies,
     disable_dropout,
     enable_gradient_checkpointing,
+    fingerprint_files,
     freeze_vision,
     has_bfloat16,
     lm_head,
@@ -48,6 +49,7 @@ from understudy.teachers import (
     TeacherSection,
     WeightedTeacher,
 )
+from understudy.teachers.base import hash_facts
 from understudy.teachers.rendering import OwnRendering
 from understudy.teachers.stores.responses import ResponseSetup, ResponseStore, open_responses
 from understudy.trainer.collect import TOKEN_SCORES
@@ -422,6 +424,34 @@ def load_teachers(recipe: Recipe, loaded: Loaded) -> Teachers:
         if "teacher" in opened and recipe.all_teachers["teacher"].writes_responses
         else None,
     )
+
+
+def read_models(recipe: Recipe, teachers: Teachers) -> dict[str, dict[str, Any]]:
+    """Fingerprints of the student's start and tokenizer, and of all teachers, judges and references, by place in the recipe.
+
+    Of a chat model behind an address nothing is known but its name, which the recipe holds.
+    """
+    student = recipe.student
+    sources = {"student.tokenizer": student.tokenizer and Source(student.tokenizer, student.revision)}
+    sources["student"] = student.model and Source(student.model, student.revision)
+    sources |= {place: section.weights.source for place, section in recipe.scorers.items() if section.weights}
+    found: dict[str, dict[str, Any]] = {}
+    for place, source in sources.items():
+        facts = source and fingerprint_files(source.name, source.revision)
+        if source and facts:
+            found[place] = {"source": source.name, "digest": hash_facts(sorted(facts.items())), **facts}
+    opened: dict[str, Teacher] = {}
+    if teachers.teacher is not None:
+        opened |= {recipe.place_of(name): one for name, one in teachers.teacher.members().items()}
+    if teachers.reference is not None:
+        several = len(recipe.all_references) > 1
+        members = teachers.reference.members().items()
+        opened |= {f"references.{name}" if several else name: one for name, one in members}
+    for place, one in opened.items():
+        if one.origin is not None:
+            shown = recipe.scorers[place].shown
+            found[place] = {"source": shown, "digest": one.origin, "fingerprint": one.origin[:16]}
+    return found
 
 
 def teacher_setup(

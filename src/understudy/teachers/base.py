@@ -293,6 +293,11 @@ class Opened(ABC):
     """Whether it waits for a server."""
 
     @property
+    def origin(self) -> str | None:
+        """A hash of what a server or a recording says it scores with; None where recipe and files of the model say all."""
+        return None
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes whenever scores or verdicts may; caches are keyed by it."""

@@ -156,6 +156,10 @@ class OwnRendering(OtherPrompt):
         if hasattr(inner, "health"):
             self.health = inner.health
 
+    @property
+    def origin(self) -> str | None:
+        return self._inner.origin
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the teacher's own, and of how it renders."""

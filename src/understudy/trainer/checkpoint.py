@@ -208,13 +208,17 @@ def check_same_inputs(saved: Mapping[str, Mapping[str, Any]], found: Mapping[str
     for name in sorted(saved.keys() & found.keys()):
         before, after = saved[name], found[name]
         if before["digest"] != after["digest"]:
-            keys = [key for key in before if key != "digest" and before[key] != after.get(key)]
+            # a server may move
+            keys = [key for key in before if key not in ("digest", "source") and before[key] != after.get(key)]
             what = [f"{key} {before[key]}, now {after.get(key)}" for key in keys]
+            what += [f"{key} is new" for key in after.keys() - before.keys()]
             same = f"{after['rows']} rows as before, but others" if "rows" in after else "another than before"
-            changed.append(f"{name} ({after['source']}): {', '.join(what) or same}")
+            # of a hundred files of weights a few tell enough
+            more = f" and {len(what) - 3} more" if len(what) > 3 else ""
+            changed.append(f"{name} ({after['source']}): {', '.join(what[:3]) or same}{more}")
     if changed:
         raise CheckpointError(
-            f"the data is not what this run began with: {'; '.join(changed)}. Put it back and resume, or begin a new run"
+            f"what is read is not what this run began with: {'; '.join(changed)}. Put it back and resume, or begin a new run"
         )
 
 

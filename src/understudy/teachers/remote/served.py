@@ -284,6 +284,10 @@ class ServedTeacher(RemoteTeacher):
         )
         return self._client.request(SCORE, read, key=named(samples), content=request.encode())
 
+    @property
+    def origin(self) -> str:
+        return self.about.fingerprint
+
     def _check_same(self, fingerprint: str, url: str) -> None:
         if fingerprint != self.about.fingerprint:
             raise EngineError(

@@ -111,6 +111,10 @@ class CachedTeacher(Teacher):
             ) from error
 
     @property
+    def origin(self) -> str | None:
+        return self.teacher.origin
+
+    @property
     def fingerprint(self) -> str:
         return self.teacher.fingerprint
 

@@ -340,6 +340,7 @@ class StoredTeacher(Teacher):
     def __init__(self, path: Path, record: Record, *, name: str) -> None:
         self.name, self.temperature = name, record.meta.temperature
         self._meta = record.meta
+        self._files = record.files
         self._path = path
         self._open: dict[str, Any] = {}
         self._rows = _find_rows(path, record)
@@ -348,6 +349,10 @@ class StoredTeacher(Teacher):
     def fingerprint(self) -> str:
         """The fingerprint of the teacher that scored."""
         return self._meta.fingerprint
+
+    @property
+    def origin(self) -> str:
+        return hash_facts([self._meta.fingerprint, sorted(self._files.items())])
 
     @property
     def recording(self) -> StoredTeacher:
