@@ -16,6 +16,8 @@ from tests.runs import assert_same_run, distillation, train, train_in_two
 from understudy.cli.app import app
 from understudy.errors import DataError
 from understudy.report.page import write_report
+from understudy.report.pictures import LOG_RATIO_EDGES, pictures
+from understudy.report.read import read_run
 from understudy.report.tokens import find_tokens, viewer
 from understudy.trainer import tokens as kept_tokens
 
@@ -239,3 +241,38 @@ def test_pieces_of_sentencepiece_keep_their_spaces() -> None:
             return {1: "the", 2: "re"}[ids[0]]
 
     assert kept_tokens.token_pieces(Tokenizer(), [1, 2]) == {1: " the", 2: "re"}
+
+
+def test_pictures_of_a_run(tmp_path: Path) -> None:
+    """Shares over steps, and over the tenths of a response; what a method does not say is not drawn."""
+    run_dir = write_run(tmp_path / "run", num_steps=10)
+    assert 'id="pictures"' not in write_report(run_dir).read_text()
+    bins = len(LOG_RATIO_EDGES) + 1
+    made = [
+        {
+            "step": step,
+            "samples": 2,
+            # all mass moves from the lowest bin to the middle one
+            "log_ratio": {"": [100 - 10 * step, *[0] * (bins // 2 - 1), 10 * step, *[0] * (bins // 2)]},
+            "parts": {
+                "log_ratio_size": [[float(step)] * 10, [2.0] * 10],
+                "trusted": [[1.0] * 5 + [None] * 5, [4.0] * 5 + [0.0] * 5],
+            },
+            "top_shared": [step / 2, 10],
+        }
+        for step in range(1, 11)
+    ]
+    write_lines(run_dir / "pictures.jsonl", made)
+    found = pictures(read_run(run_dir).pictures)
+    assert [chart.title for chart in found.charts] == ["Where they differ", "Trusted tokens", "Overlap"]
+    differ, trusted, shared = found.charts
+    # steps 1 to 4 and 8 to 10
+    assert [line.series.values[0] for line in differ.lines] == pytest.approx([10 / 8, 27 / 6])
+    assert [line.series.steps.tolist() for line in trusted.lines] == [[1, 2, 3, 4, 5]] * 2
+    assert shared.lines[0].series.values.tolist() == pytest.approx([step / 20 for step in range(1, 11)])
+    heat = found.heats[0]
+    assert heat.shares.sum(axis=0) == pytest.approx(1.0)
+    assert heat.text == "At step 10: 100 % of the tokens within \u00b10.1 nats, 0.0 % below \u22121, 0.0 % above 1."
+    page = write_report(run_dir).read_text()
+    assert page.count('class="heat"') == 1
+    assert heat.text in page

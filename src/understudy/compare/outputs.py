@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from understudy.compare.cells import budgets
+from understudy.compare.cells import Cell, budgets
 from understudy.compare.run import Comparison, tuning_score
 from understudy.compare.table import NOT_REACHED, Measured, Outcome, markdown, samples_to_target
 from understudy.config import dump, write_yaml
@@ -21,6 +21,7 @@ from understudy.format import MISSING, Interval, quantity
 from understudy.report.page import render
 from understudy.report.read import Series
 from understudy.report.svg import MAX_LINES, Chart, Line
+from understudy.report.tokens import Place, find_tokens, viewer
 from understudy.text import plain_tree, printable
 
 NUMBERS = ("steps", "samples", "greedy", "tokens_per_s", "peak_memory_gib", "grad_norm", "entropy_at_end")
@@ -127,6 +128,7 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
         "num_runs": len(outcomes),
         "result": comparison.table,
         "drawn": drawn,
+        "kept": None if comparison.running else viewer(_places(comparison)),
         "missing": missing,
         "grid": cells.grid,
         "tuning": _tuning_rows(comparison),
@@ -136,6 +138,15 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
         "grid_yaml": write_yaml(plain_tree(dump(cells.grid))),
         "recipe": write_yaml(plain_tree(cells.base)),
     }
+
+
+def _places(comparison: Comparison) -> list[Place]:
+    """Kept tokens of the first finished seed of each combination."""
+    first: dict[str, Cell] = {}
+    for outcome in comparison.outcomes:
+        if outcome.status == "finished":
+            first.setdefault(outcome.cell.combination.name, outcome.cell)
+    return [place for name, cell in first.items() for place in find_tokens(cell.path, name)]
 
 
 def _tuning_rows(comparison: Comparison) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from understudy.format import is_rate, number
 from understudy.report.read import EvalRecord, RunRecord, Series
-from understudy.report.svg import Chart, Line
+from understudy.report.svg import MAX_LINES, Chart, Line
 from understudy.report.verdict import main_metric, shown_metrics
 
 MAX_MORE = 36
@@ -26,6 +27,21 @@ USUAL: Sequence[tuple[str, str, Mapping[str, str]]] = (
     ("Throughput", "tokens per second", {"tokens_per_s": "throughput"}),
 )
 """Title, unit and `{key in metrics.jsonl: name in the legend}` of the charts that every report has if they were recorded."""
+SOMETIMES: Sequence[tuple[str, str, Mapping[str, str]]] = (
+    ("Repetition", "share of responses that end in a loop", {"repetition": "repetition"}),
+    ("Sampler gap", "|log S of engine \u2212 trainer|, nats per token", {"sampler_gap": "sampler gap"}),
+    ("Age", "updates between sampling and learning", {"staleness": "age"}),
+    ("Turns", "per episode", {"turns": "turns"}),
+    ("Tool calls", "per episode", {"tool_calls": "calls", "tool_errors": "errors"}),
+    ("Trusted tokens", "share of the student's tokens", {"trusted": "trusted"}),
+    ("Excluded tokens", "sampled tokens that the teacher excludes", {"teacher_excluded": "excluded"}),
+)
+"""The same for charts of what only some runs record."""
+BY_TEACHER: Sequence[tuple[str, str, str]] = (
+    ("Log-ratio by teacher", "log T \u2212 log S, nats per token", "log_ratio"),
+    ("Entropy by teacher", "of the student, nats per token", "student_entropy"),
+)
+"""Title, unit and key of charts with a line for each of several teachers."""
 _PHASE_ORDER = ("generate_s", "score_s", "update_s")
 MAX_PHASES = 4
 """The number of colours of stacked areas."""
@@ -65,7 +81,20 @@ def charts(run: RunRecord) -> Charts:
         percent = is_rate(next(iter(names)))
         usual.append((title.lower(), Chart(title, unit, lines, percent, note, marks, spans(*names)) if lines else None))
     usual.append(("seconds by phase", phase_chart(recorded, marks)))
-    shown = {"time_s", *_phases(recorded), *(key for _, _, names in USUAL for key in names)}
+    sometimes = [
+        Chart(title, unit, lines, title in ("Repetition", "Trusted tokens", "Excluded tokens"), marks=marks)
+        for title, unit, names in SOMETIMES
+        if (lines := [Line(name, recorded[key]) for key, name in names.items() if key in recorded])
+    ]
+    for title, unit, key in BY_TEACHER:
+        own = {
+            name.split("/")[1]: item for name, item in recorded.items() if re.fullmatch(rf"teacher/[^/]+/{key}", name)
+        }
+        if len(own) > 1:
+            lines = [Line(name, item) for name, item in sorted(own.items())[:MAX_LINES]]
+            sometimes.append(Chart(title, unit, lines, marks=marks))
+    usual += [(chart.title.lower(), chart) for chart in sometimes]
+    shown = {"time_s", *_phases(recorded), *(key for _, _, names in (*USUAL, *SOMETIMES) for key in names)}
     rest = sorted(recorded.keys() - shown)
     more = [Chart(name, "", [Line(name, recorded[name])], is_rate(name), "", marks, spans(name)) for name in rest]
     found = [chart for _, chart in usual if chart]

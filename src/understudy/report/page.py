@@ -22,6 +22,7 @@ from understudy.eval.estimators import RIGHT
 from understudy.files import write_atomically
 from understudy.format import number, seconds
 from understudy.report.charts import charts
+from understudy.report.pictures import pictures
 from understudy.report.read import Attempt, RunRecord, read_attempts, read_baseline, read_run
 from understudy.report.svg import draw
 from understudy.report.tokens import find_tokens, viewer
@@ -103,6 +104,7 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         before_step="" if before is None else "baseline" if baseline else f"{before.step:,}",
         drawn=charts(run),
         kept=viewer(find_tokens(run_dir)),
+        pictures=pictures(run.pictures),
         gaps={name: item.steps[bad] for name, item in run.series.items() if (bad := np.isnan(item.values)).any()},
         max_events=MAX_EVENTS,
         events=[run.events[index] for index in sorted(telling)],

@@ -136,6 +136,8 @@ class RunRecord:
     """By step."""
     samples: tuple[tuple[int, Path], ...]
     """Files of training samples, by step."""
+    pictures: tuple[Mapping[str, Any], ...]
+    """Sums over the tokens of some steps, as `trainer.tokens.picture` makes them."""
     cut_files: tuple[str, ...]
     """Files whose last line was left out because a killed process had not finished it."""
 
@@ -174,6 +176,7 @@ def read_run(run_dir: Path) -> RunRecord:
         findings=_read_findings(run_dir / "doctor.json"),
         evals=tuple(_eval_of(step, path) for step, path in by_step(run_dir / "eval", ".json").items()),
         samples=tuple(by_step(run_dir / "samples", ".jsonl").items()),
+        pictures=tuple(row for _, row in _rows(run_dir / "pictures.jsonl", cut)),
         cut_files=tuple(cut),
     )
 

@@ -276,12 +276,13 @@
       beside.disabled = panes.length >= MAX_PANES;
       panes.forEach((pane) => { if (pane.sample) pane.layOut(); });
     };
-    // the same prompt at its next step that no pane shows, or else another sample
+    // the same prompt in another run, or at another step, that no pane shows, or else another sample
     const another = () => {
-      const open = panes.map((pane) => pane.index), name = index.samples[open[0]].prompt_id;
-      const free = index.samples.map((_, at) => at).filter((at) => !open.includes(at));
+      const open = panes.map((pane) => pane.index), { prompt_id: name } = index.samples[open[0]];
+      const runs = open.map((at) => index.samples[at].run), free = index.samples.map((_, at) => at).filter((at) => !open.includes(at));
       const same = free.filter((at) => index.samples[at].prompt_id === name);
-      return same.length ? same[same.length - 1] : free.length ? free[free.length - 1] : open[0];
+      const others = same.filter((at) => !runs.includes(index.samples[at].run));
+      return [others, same, free, open].find((some) => some.length).at(-1);
     };
     const searched = () => {
       const hits = panes.map((pane) => { const count = pane.find(); pane.clear(); return count; });
@@ -300,16 +301,19 @@
       if (event.key === "Escape") { search.value = ""; searched(); }
       if (event.key === "Enter") { event.preventDefault(); panes.forEach((pane) => pane.next()); }
     });
-    beside.addEventListener("click", () => makePane().open(another()));
+    beside.addEventListener("click", () => { const at = another(); makePane().open(at); });
     let last = 0;
     window.addEventListener("resize", () => { if (panesBox.clientWidth !== last) { last = panesBox.clientWidth; changed(); } });
 
+    // at first the prompt that was kept most often: in two runs at its last steps, or in one at its first and last step
     const times = new Map();
     index.samples.forEach((one) => times.set(one.prompt_id, (times.get(one.prompt_id) || 0) + 1));
-    const most = Math.max(...times.values()), name = [...times.keys()].find((one) => times.get(one) === most);
+    const most = Math.max(...times.values()), name = [...times.keys()].findLast((one) => times.get(one) === most);
     const same = index.samples.map((_, at) => at).filter((at) => index.samples[at].prompt_id === name);
-    const first = makePane();
-    if (same.length > 1 && panesBox.clientWidth > 760) { first.open(same[0]); makePane().open(same[same.length - 1]); } else first.open(same[same.length - 1]);
+    const byRun = [...new Map(same.map((at) => [index.samples[at].run, at])).values()];
+    const pair = byRun.length > 1 ? byRun.slice(0, 2) : [same[0], same[same.length - 1]];
+    const chosen = same.length > 1 && panesBox.clientWidth > 760 ? pair : [same[same.length - 1]];
+    chosen.forEach((at) => makePane().open(at));
     section.dataset.samples = index.samples.length;
 
     // What is known of the token, and what the method did with it.

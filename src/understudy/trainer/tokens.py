@@ -16,13 +16,12 @@ from understudy.lazy import Tensor, torch
 from understudy.linear import Kept
 from understudy.linear.kept import NUM_LIKELIEST
 from understudy.methods import METHODS, Method
+from understudy.report.pictures import LOG_RATIO_EDGES
 from understudy.trainer.settings import Train
 from understudy.types import EXCLUDED, Author, Sample
 
 NUM_PICTURES = 200
 """Steps of a run whose sums are kept: as many columns as a picture has room for."""
-LOG_RATIO_EDGES = (-10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Nats. Between them and beyond the outer ones lie the bins of log T - log S."""
 NUM_PARTS = 10
 """Equal parts of a response, by which positions are told apart."""
 LEAST_TOKEN_BYTES = 60
