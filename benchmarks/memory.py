@@ -1,0 +1,110 @@
+"""Peak memory of small runs on a CPU beside what `understudy plan` and the doctor say of them.
+
+Measured is the largest resident memory of a run less that of the same run with a model of a few thousand weights, which is the
+program itself. Responses never end early, so that every sample has its full length.
+
+    python benchmarks/memory.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from understudy import config
+from understudy.models import build_causal_lm, save_hf
+from understudy.recipe import Recipe
+from understudy.recipe.checks.room import Needs, amount, memory_items, peak, size_on_disk
+from understudy.tasks import Arithmetic
+
+NEW_TOKENS, PROMPT_TOKENS = 120, 8
+CASES: dict[str, dict[str, Any]] = {
+    "activations": {"hidden": 256, "layers": 8},
+    "activations, computed twice": {"hidden": 256, "layers": 8, "train": {"gradient_checkpointing": True}},
+    "weights": {"hidden": 768, "layers": 6, "train": {"micro_batch_tokens": 256}},
+    "weights, LoRA": {"hidden": 768, "layers": 6, "lora": True, "train": {"micro_batch_tokens": 256}},
+}
+TINY = {"hidden": 32, "layers": 1}
+
+
+def save_models(folder: Path, hidden: int, layers: int) -> None:
+    """A student and a teacher of one size that never end a response."""
+    tokenizer = Arithmetic(family="addition").tokenizer()
+    for seed, name in enumerate(("student", "teacher")):
+        build = {"architecture": "llama", "hidden_size": hidden, "num_layers": layers, "num_heads": 8}
+        model = build_causal_lm(
+            build,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=seed,
+        )
+        with torch.no_grad():
+            # hidden states that lean one way, and an end that lies the other
+            model.get_input_embeddings().weight.add_(0.1)
+            model.get_output_embeddings().weight[tokenizer.eos_token_id] = -200 / hidden
+        save_hf(model, tokenizer, folder / name)
+
+
+def recipe_of(folder: Path, *, lora: bool = False, train: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
+    student: dict[str, Any] = {"model": str(folder / "student")}
+    if lora:
+        student["lora"] = {"rank": 8}
+    return {
+        "run_dir": str(folder / "run"),
+        "student": student,
+        "teacher": {"type": "local", "model": str(folder / "teacher")},
+        "task": {"type": "arithmetic", "family": "addition"},
+        "method": {"type": "gkd", "beta": 1.0},
+        "sampling": {"max_new_tokens": NEW_TOKENS},
+        "train": {"steps": 2, "prompts_per_step": 16, "max_prompt_tokens": PROMPT_TOKENS, "save_samples_every": 0}
+        | (train or {}),
+    }
+
+
+def measure(case: dict[str, Any]) -> tuple[int, int]:
+    """Bytes at the peak of a run, and those that are predicted for its models."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_models(folder, case["hidden"], case["layers"])
+        recipe = recipe_of(folder, **case)
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "understudy", "train", str(path), "--no-doctor"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        measured = max(json.loads(line)["peak_memory_gib"] for line in lines) * 2**30
+        parsed = config.parse(Recipe, recipe)
+        cpu = torch.device("cpu")
+        student, teacher = (size_on_disk(str(folder / one), "float32", cpu) for one in ("student", "teacher"))
+        assert student is not None
+        assert teacher is not None
+        if case.get("lora"):
+            from understudy.recipe.plan import shapes_of
+
+            student = shapes_of(parsed)["student"].size
+        needs = Needs(recipe=parsed, device=cpu, student=student, others={"teacher": teacher}, vocab_size=17)
+        return int(measured), peak(memory_items(needs))
+
+
+def main() -> None:
+    """Prints a table."""
+    program, _ = measure(TINY)
+    print(f"the program itself: {amount(program)}")
+    print(f"{'case':32} {'measured':>10} {'predicted':>10} {'predicted / measured':>21}")
+    for name, case in CASES.items():
+        measured, predicted = measure(case)
+        own = measured - program
+        print(f"{name:32} {amount(own):>10} {amount(predicted):>10} {predicted / own:>21.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
