@@ -171,6 +171,8 @@ def finished(name: str, claim: Claim) -> dict[str, list[Finished]]:
         row = ", ".join(cell["labels"].values())
         rows.setdefault(row, []).append(Finished(row, cell["seed"], Path(cell["run_dir"]), cell["tuned"]))
     for row in claim.evaluated:
+        if row in rows:
+            raise SystemExit(f"{RECIPES / name}: {row!r} is a row of the grid and a model of `evaluated`; rename one")
         rows[row] = [Finished(row, 0, RUNS / name / "models" / row, {})]
     recipe = RECIPES / name / "run.yaml"
     likeliest = json.dumps(config.read_yaml(recipe)["sampling"] | {"temperature": 0})
