@@ -34,7 +34,7 @@ from understudy.sandbox import SANDBOXES, Sandbox
 from understudy.tasks import DATASETS, TASKS
 from understudy.tasks.records import Records
 from understudy.teachers import TEACHERS
-from understudy.trainer.settings import Async
+from understudy.trainer.settings import Async, Parallel
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -49,6 +49,7 @@ SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     ROOT / "docs" / "sandboxes.md": {**SANDBOXES, "sandbox": Sandbox},
     ROOT / "docs" / "environments.md": SEARCHES,
     ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
+    ROOT / "docs" / "scaling.md": {"parallel": Parallel},
 }
 """What a heading with such a name describes in the tables below it."""
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))

@@ -19,7 +19,9 @@ from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary, read_summaries
 from understudy.export import data_facts, export_student, write_facts
 from understudy.files import locked, write_atomically
+from understudy.lazy import torch
 from understudy.models import num_positions, save_hf
+from understudy.models.parallel import shard, shards_of
 from understudy.recipe import Recipe, check_same_recipe, doctor
 from understudy.recipe.checks import Files, Parts, of_stage
 from understudy.recipe.load import (
@@ -45,8 +47,10 @@ from understudy.trainer.checkpoint import (
     Progress,
     RunDir,
     check_same_inputs,
+    checkpoint_path,
     find_checkpoint,
     load_checkpoint,
+    load_optimizer,
     load_teacher_state,
 )
 from understudy.trainer.collect import Collector
@@ -125,6 +129,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
     files = Files(recipe)
     found = [item for check in of_stage("files") for item in check(files)]
     ranks = Ranks.from_environment(partial(choose_device, recipe.device))
+    if recipe.parallel is not None:
+        recipe.parallel.check(ranks.world)
     # one clock for everything that renders, on every rank
     files.recipe = recipe = recipe.dated(ranks.gather(now())[0])
     if examine:
@@ -137,6 +143,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
         trainer = parts.trainer
         found += doctor.examine_parts(parts) if examine else []
         doctor.refuse(found)
+        if recipe.is_sharded:
+            _shard(parts, checkpoint)
         # from here on the run directory is written
         trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
         # those of the run until here; every rank has to know which were made
@@ -163,7 +171,8 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
         try:
             if ranks.is_main:
                 write_facts(parts, run_dir, "running", facts)
-            ending = trainer.run()
+            with ranks.together():
+                ending = trainer.run()
             if ending == "finished":
                 rows = _read_metrics(run_dir) if ranks.is_main else []
                 # every rank ends with the same exit code
@@ -172,6 +181,10 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
                     facts["error"] = reason
                     trainer.observer.warn(trainer.progress.step, reason)
             if ranks.is_main and ending != "stopped by a signal":
+                if recipe.is_sharded:
+                    # the checkpoint of the last step, for this rank has a part of the student only
+                    saved = checkpoint_path(run_dir.checkpoints, trainer.progress.step) / STUDENT
+                    parts.loaded = load_student(recipe, resume_from=saved, tokenizers=files.tokenizers)
                 export_student(parts, run_dir)
             if ranks.is_main:
                 write_facts(parts, run_dir, ending, facts)
@@ -211,7 +224,9 @@ def assemble(
     Raises RecipeError, DataError and VocabularyError for what does not fit.
     """
     recipe, device = files.recipe, choose_device(files.recipe.device)
-    progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, device)
+    # of shards the optimizer's state is loaded when they are there
+    held = torch.device("cpu") if recipe.is_sharded else device
+    progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, held)
     inputs = {name: intake.fingerprint for name, intake in read_intakes(recipe).items()}
     tokenizer = files.tokenizers.student
     if tokenizer.chat_template and any(part.is_chat for part in recipe.task.places().values()):
@@ -224,7 +239,8 @@ def assemble(
     resume_from = None if checkpoint is None else checkpoint / STUDENT
     loaded = load_student(recipe, resume_from=resume_from, tokenizers=files.tokenizers)
     optimizer = Optimizer(loaded.model, recipe.train)
-    optimizer.load(state)
+    if not recipe.is_sharded:
+        optimizer.load(state)
     teachers = load_teachers(recipe, loaded)
     opened.callback(teachers.close)
     # the first rank reads the files for all
@@ -288,8 +304,14 @@ def assemble(
         settings=recipe.train,
         evaluation=recipe.eval,
         evaluate=evaluator(recipe, loaded, engine, teachers, ranks, eval_dir, console),
-        save_student=lambda path: save_hf(
-            loaded.model, loaded.renderer.tokenizer, path, merged=False, stop_ids=loaded.renderer.stop_ids
+        live_weights=publish.weights is None or any(model is loaded.model for model in teachers.models),
+        save_student=lambda path, weights: save_hf(
+            loaded.model,
+            loaded.renderer.tokenizer,
+            path,
+            merged=False,
+            stop_ids=loaded.renderer.stop_ids,
+            weights=weights,
         ),
         observer=Observer(console),
         run_dir=run_dir,
@@ -298,6 +320,35 @@ def assemble(
         progress=progress,
     )
     return Parts(recipe, loaded, teachers, rollouts, trainer)
+
+
+def _shard(parts: Parts, checkpoint: Path | None) -> None:
+    """Leaves each rank its part of the student and of the optimizer's state. A collective call."""
+    recipe, loaded = parts.recipe, parts.loaded
+    assert recipe.parallel is not None
+    mesh = torch.distributed.device_mesh.init_device_mesh(
+        loaded.device.type,
+        (recipe.parallel.replicate, recipe.parallel.shard),
+        mesh_dim_names=("replicate", "shard"),
+    )
+    named = recipe.parallel.param_dtype, recipe.parallel.reduce_dtype
+    param_dtype, reduce_dtype = (None if name is None else getattr(torch, name) for name in named)
+    shard(
+        loaded.model,
+        mesh,
+        reshard=recipe.parallel.reshard,
+        whole_gradients=recipe.parallel.gradients == "whole",
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+    )
+    if recipe.parallel.teachers:
+        for model in parts.teachers.models:
+            # the start of a LoRA student is the student
+            if shards_of(model) is None:
+                shard(model, mesh)
+    parts.trainer.optimizer = Optimizer(loaded.model, recipe.train)
+    if checkpoint is not None:
+        parts.trainer.optimizer.load(load_optimizer(checkpoint))
 
 
 def _training_prompts(recipe: Recipe, teachers: Teachers) -> Sequence[Prompt]:

@@ -12,6 +12,7 @@ from typing import Any
 from understudy.engines.base import Engine, Weights
 from understudy.engines.hf.engine import HFEngine
 from understudy.lazy import nn, torch
+from understudy.models.parallel import whole
 from understudy.types import Sampling
 
 
@@ -107,4 +108,6 @@ class HF(EngineSection):
         return setup.hf(copy.deepcopy(setup.model).requires_grad_(False) if self.copy else setup.model)
 
     def pushed(self, model: nn.Module) -> Callable[[], Weights] | None:
-        return model.state_dict().items if self.copy else None
+        if not self.copy:
+            return None
+        return lambda: ((name, whole(value)) for name, value in model.state_dict().items())

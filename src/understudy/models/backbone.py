@@ -118,7 +118,9 @@ def run_backbone(
     base, vision = unwrap(model), vision_of(model)
     if not images:
         positions = position_ids if vision is None else in_dimensions(base.base_model, position_ids)
-        return decoder_of(model)(input_ids=input_ids, position_ids=positions, **options)
+        # shards are gathered for the model as a whole, which is not what runs here
+        run = getattr(base, "run_decoder", None) or decoder_of(model)
+        return run(input_ids=input_ids, position_ids=positions, **options)
     if vision is None:
         raise RecipeError(f"{type(base).__name__} reads no images; choose a model that does, or leave the images out")
     inputs = vision.inputs(base.base_model, input_ids, position_ids, images, segments)

@@ -679,6 +679,7 @@ def save_hf(
     *,
     merged: bool = True,
     stop_ids: Sequence[int] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """A directory that `AutoModelForCausalLM` (`merged`) or PEFT (an adapter) loads, with the tokenizer. Safetensors.
 
@@ -686,16 +687,20 @@ def save_hf(
 
     Merging forms `W + delta` on the side: the live model and its adapters stay as they are, and the adapters are saved
     too, in `ADAPTER_DIR`.
+
+    `weights`: the model's state dict, where the model has a part of it only; not to be merged.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     base: Any = unwrap(model)
     adapted: Any = model
     if base is adapted:
-        base.save_pretrained(target)
+        base.save_pretrained(target, state_dict=weights)
     else:
         # the embedding has its own size, so peft need not look for that of the base on the hub, nor save it whole
-        adapted.save_pretrained(target / ADAPTER_DIR if merged else target, save_embedding_layers=False)
+        adapted.save_pretrained(
+            target / ADAPTER_DIR if merged else target, save_embedding_layers=False, state_dict=weights
+        )
         if merged:
             _untie_adapted(model)
             base.save_pretrained(target, state_dict=merged_state_dict(model))

@@ -23,7 +23,7 @@ from understudy.tasks.responses import ResponseSection
 from understudy.teachers import REFERENCES, TEACHERS, Start, TeacherSection
 from understudy.teachers.stores.responses import RESPONSES
 from understudy.text import HIDDEN, plain_tree
-from understudy.trainer.settings import Async, Eval, Train
+from understudy.trainer.settings import Async, Eval, Parallel, Train
 from understudy.types import Need, Sampling
 
 WHY: dict[Need, str] = {
@@ -155,6 +155,8 @@ class Recipe:
     train: Train
     async_: Async | None = None
     """Generation, scoring and updates at the same time; None: one after the other."""
+    parallel: Parallel | None = None
+    """The student in shards over the processes of `torchrun`; None: each holds all of it."""
     eval: Eval | None = None
     eval_task: Task | None = config.choice(TASKS, optional=True)
     """Source of evaluation problems; None: `task`."""
@@ -198,6 +200,11 @@ class Recipe:
     def method_name(self) -> str:
         """As messages and the model card name it: "GKD"."""
         return type(self.method).__name__
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the student."""
+        return self.parallel is not None and self.parallel.shard > 1
 
     @property
     def engine(self) -> EngineSection:
@@ -442,6 +449,40 @@ def _nothing_beside_the_update_moves_with_it(recipe: Recipe) -> None:
             )
 
 
+def _shards_reach_everything(recipe: Recipe) -> None:
+    """Refuses what would run the student on one process alone, or read weights of which it has a part."""
+    if not recipe.is_sharded:
+        return
+    if recipe.has_images:
+        raise ValueError("parallel.shard is not for prompts with images yet; remove the section parallel")
+    student, teachers = recipe.student, recipe.parallel is not None and recipe.parallel.teachers
+    if student.lora is not None and not recipe.engine.runs_here:
+        raise ValueError(
+            "adapters in shards cannot be merged for a server; use rollout: {type: hf}, or remove student.lora or parallel"
+        )
+    if student.dtype in ("bfloat16", "float16") and student.lora is None and recipe.train.master_weights:
+        raise ValueError(
+            f"student.dtype is {student.dtype} with train.master_weights, but shards are the master weights; set "
+            "student.dtype: float32, parallel.param_dtype: bfloat16 and parallel.reduce_dtype: float32 to compute in 16 bits"
+        )
+    for place, section in recipe.scorers.items():
+        if teachers and section.follows_student:
+            raise ValueError(f"the {place} follows the student, which shards do not; set parallel.teachers: false")
+        if teachers and section.weights is not None and section.weights.offload:
+            raise ValueError(f"{place}.offload keeps whole weights; remove it, or set parallel.teachers: false")
+        if section.is_start and student.lora is not None and "full" in recipe.method.needs:
+            raise ValueError(
+                f"the {place} is the student without its adapters, whose output layer is in shards; give it a model of its own "
+                "(type: local)"
+            )
+    by_teacher = recipe.responses is not None and recipe.responses.by_teacher
+    if teachers and (by_teacher or recipe.async_ is not None):
+        raise ValueError(
+            f"{'responses' if by_teacher else 'async'} asks a teacher on one process at a time, and in shards all have to; set "
+            "parallel.teachers: false"
+        )
+
+
 RULES: tuple[Callable[[Recipe], None], ...] = (
     _teachers_give_what_is_asked,
     _responses_are_given_and_used,
@@ -449,6 +490,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     _images_are_read,
     _evaluation_is_there_and_draws,
     _nothing_beside_the_update_moves_with_it,
+    _shards_reach_everything,
 )
 """The checks of the stage "parse": no recipe is made that breaks one."""
 
@@ -465,7 +507,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return config.parse(Recipe, values)
 
 
-RESUMABLE = ("run_dir", "device", "train.save_every", "train.keep_last", "train.keep_best")
+RESUMABLE = (
+    *("run_dir", "device", "train.save_every", "train.keep_last", "train.keep_best"),
+    *(f"parallel.{key}" for key in ("shard", "replicate", "teachers", "reshard", "gradients")),
+)
 """Keys that may change when a run is resumed: they do not change what it computes."""
 RESUMABLE_SECTIONS = ("loggers.", "rollout.", "train.on_alarm.")
 RESUMABLE_ENDS = (

@@ -327,6 +327,8 @@ class Teacher(Opened):
     """Calls of `score` that may run at the same time, each in a thread of its own."""
     temperature: float | None = None
     """Temperature of its scores, where it knows it."""
+    collective: bool = False
+    """Whether its weights are in shards, so that every rank has to ask it whenever one does."""
     own_end: int | None = None
     """The token that ends a turn in its own rendering, for which the student's stands; None: it reads the student's."""
 

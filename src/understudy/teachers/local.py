@@ -18,6 +18,7 @@ from understudy.linear.head import ABSENT, LMHead, project
 from understudy.models import backbone_hidden, lm_head, num_positions, row_style, unwrap
 from understudy.models.attention import attention_name
 from understudy.models.backbone import evaluating
+from understudy.models.parallel import idle, longest, release, shards_of, whole
 from understudy.packing import lay_out, micro_batches
 from understudy.teachers.base import (
     CAN,
@@ -239,7 +240,11 @@ class LocalTeacher(Teacher):
         """The head for `Scores.hidden`, on the device; a copy there if the weights are offloaded."""
         with self._around():
             head = self._head()
-        return map_tensors(head, lambda value: value.to(self._device))
+        return map_tensors(head, lambda value: whole(value).to(self._device))
+
+    @property
+    def collective(self) -> bool:  # type: ignore[override]
+        return self._keeps_adapters and shards_of(self.model) is not None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -287,10 +292,16 @@ class LocalTeacher(Teacher):
         weight = unwrap(self.model).get_output_embeddings().weight
         num_tokens = sum(sample.num_response_tokens for sample in samples)
         keeps_hidden = num_tokens * weight.shape[1] * weight.element_size() <= MAX_HIDDEN_BYTES
+        groups = micro_batches(samples, self._max_batch_tokens, self._style)
         with self._lock, self._around(), self.on_device(), evaluating(self.model):
-            for group in micro_batches(samples, self._max_batch_tokens, self._style):
+            number = longest(self.model, len(groups)) if self.collective else len(groups)
+            for group in groups:
                 scores = self._score_group([samples[index] for index in group], need, k, keeps_hidden)
                 found.update(zip(group, scores, strict=True))
+            if self.collective:
+                for _ in range(number - len(groups)):
+                    idle(self.model)
+                release(self.model)
         return [found[index] for index in range(len(samples))]
 
     def _score_group(

@@ -14,6 +14,7 @@ from typing import Any
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models import unwrap
+from understudy.models.parallel import whole
 from understudy.teachers.base import ExtraIds, LoadedSection, RunFacts, Setup, Source, hash_facts
 from understudy.teachers.local import LocalTeacher, Start
 from understudy.teachers.rendering import OtherPrompt
@@ -179,7 +180,7 @@ class MovingAverage:
                     "architecture and one recipe"
                 )
         for name, average in ours.items():
-            average.lerp_(target[name].detach().to(average), share)
+            average.lerp_(whole(target[name].detach()).to(average), share)
         self._push()
 
     @no_grad

@@ -31,6 +31,10 @@ class OtherPrompt(Teacher):
         self.name, self.model, self.temperature = inner.name, inner.model, inner.temperature
         self.remote, self.concurrency = inner.remote, inner.concurrency
 
+    @property
+    def collective(self) -> bool:  # type: ignore[override]
+        return self._inner.collective
+
     @abstractmethod
     def _read(self, sample: Sample) -> tuple[Prompt, Tensor]:
         """The prompt that the teacher reads before the sample's response, and its ids. Raises DataError, ScoreError."""

@@ -50,6 +50,10 @@ class RoutedTeacher(Teacher):
         self.concurrency = min(teacher.concurrency for teacher in teachers.values())
 
     @property
+    def collective(self) -> bool:  # type: ignore[override]
+        return any(teacher.collective for teacher in self._teachers.values())
+
+    @property
     def fingerprint(self) -> str:
         """Hash of all names and their teachers' fingerprints, in any order."""
         return hash_facts(sorted((name, teacher.fingerprint) for name, teacher in self._teachers.items()))
@@ -65,7 +69,7 @@ class RoutedTeacher(Teacher):
         Raises ScoreError for a sample whose teacher is missing or unknown, before any is asked, and where a teacher
         returns another number of scores than it was asked for.
         """
-        groups: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {name: [] for name in self._teachers if self.collective}
         for index, sample in enumerate(samples):
             if sample.teacher is None or sample.teacher not in self._teachers:
                 raise ScoreError(f"sample {sample.key} {_complaint(sample.teacher, self._teachers)}")

@@ -202,6 +202,12 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
         ) from error
 
 
+def load_optimizer(path: Path) -> dict[str, Tensor]:
+    """State of the optimizer, mapped from the file. Call `load_checkpoint` first: it checks the file."""
+    state: dict[str, Tensor] = safetensors.load_file(path / _OPTIMIZER)
+    return state
+
+
 def check_same_inputs(saved: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises CheckpointError that lists the inputs which are others than when the checkpoint was written."""
     changed = []

@@ -174,7 +174,7 @@ class Collector:
         found: list[Sample | None] = list(samples)
         for teacher, name, form, k in asked:
             left = [sample for sample in found if sample is not None]
-            if teacher is not None and left:
+            if teacher is not None and (left or teacher.collective):
                 given = teacher.score(left, form, k=k)
                 scored = iter(attach_scores(left, given, self.settings.on_missing_score, field=name))
                 found = [None if sample is None else next(scored) for sample in found]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from understudy.errors import TrainingError
 from understudy.lazy import nn, torch
 from understudy.types import Metric, add_metrics
 
@@ -86,6 +88,20 @@ class Ranks:
                 # a rank whose samples do not reach a parameter still takes part in the collective call
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises TrainingError in place of what a backend says where another rank has ended or does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo has no class of its own
+            if self.world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
+            raise TrainingError(
+                f"rank {self.rank} has lost another of the {self.world} processes of the run: it was killed, failed (see what "
+                "it printed), or its machine does not answer. Continue with --resume"
+            ) from error
 
     def close(self) -> None:
         """Leaves the process group; without it the threads of gloo may abort the process at its end."""

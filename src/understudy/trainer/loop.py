@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from understudy.errors import CheckpointError, TrainingError, WeightsLostError
 from understudy.eval.estimators import RIGHT
 from understudy.eval.summary import EvalSummary, sample_row, token_table
 from understudy.files import write_json_lines
-from understudy.lazy import torch
+from understudy.lazy import Tensor, torch
 from understudy.methods import Method
+from understudy.models.parallel import collect_model, gathered, local
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, RunDir, prune, save_checkpoint
 from understudy.trainer.distributed import Ranks
@@ -57,8 +58,8 @@ class Trainer:
     evaluation: Eval | None
     evaluate: Callable[[int], EvalSummary]
     """Evaluates at a step, on every rank alike."""
-    save_student: Callable[[Path], None]
-    """Writes the student as a resumed run loads it."""
+    save_student: Callable[[Path, dict[str, Tensor] | None], None]
+    """Writes the student as a resumed run loads it, with these weights in place of its own where they are in shards."""
     observer: Observer
     run_dir: RunDir
     ranks: Ranks
@@ -67,6 +68,8 @@ class Trainer:
     several_teachers: bool = False
     tokens: TokenRecorder | None = None
     """Keeps what updates know of single tokens, on the first rank."""
+    live_weights: bool = True
+    """Whether samples are written, or scored, with the weights that are trained."""
     _torn: bool = False
     """Whether the weights are ahead of `progress`, so that no checkpoint may be written."""
     _warned_of_slots: bool = False
@@ -129,6 +132,10 @@ class Trainer:
             return nullcontext()
         return self._signal.breaks()
 
+    def _whole(self) -> AbstractContextManager[None]:
+        """A context for whatever is done with the trained weights but an update."""
+        return gathered(self.student.model) if self.live_weights else nullcontext()
+
     def _take_step(self) -> None:
         """Collects samples, trains on them, publishes the weights, and logs the numbers."""
         self.run_dir.check_kept()
@@ -137,7 +144,7 @@ class Trainer:
         # dropout draws from torch's own generator; this makes it a function of the step, as all other draws are
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
-        with self._breakable():
+        with self._breakable(), self._whole():
             collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
         with clock("update_s"):
             tokens = None if self.tokens is None else self.tokens.begin(collected.samples, step + 1)
@@ -284,7 +291,10 @@ class Trainer:
         teacher, reference = self.rollouts.collector.teacher, self.rollouts.collector.reference
         if "full" not in method.needs:
             return Heads()
-        names = {sample.teacher for sample in samples} if self.several_teachers else {None}
+        names: Collection[str | None] = {sample.teacher for sample in samples} if self.several_teachers else {None}
+        if self.several_teachers and teacher is not None and teacher.collective:
+            # all ranks gather the same heads, in one order
+            names = list(teacher.members())
         found = {} if teacher is None else {name: teacher.head_for(name) for name in names}
         heads = {name: head for name, head in found.items() if head is not None}
         if self.settings.minibatches * self.settings.passes > 1 and teacher is not None and teacher.state():
@@ -313,14 +323,15 @@ class Trainer:
             loss, metrics = accumulate_gradients(
                 self.student, part, heads=heads, step=own_step, ranks=self.ranks, tokens=tokens
             )
-        self.ranks.sum_gradients(self.optimizer.parameters)
+        if not self.student.is_sharded:
+            self.ranks.sum_gradients(self.optimizer.parameters)
         norm = self.optimizer.clip()
         if not metrics:
             return {}
         metrics |= {"loss": Metric(loss, 1), "grad_norm": Metric(norm, 1)}
         if math.isfinite(loss) and math.isfinite(norm):
             self._torn = True
-            metrics |= self.optimizer.step(step)
+            metrics |= self.ranks.sum_metrics(self.optimizer.step(step))
             self.progress = replace(self.progress, updates=self.progress.updates + 1)
             if self.rollouts.collector.teacher is not None:
                 self.rollouts.collector.teacher.follow(self.student.model)
@@ -360,7 +371,7 @@ class Trainer:
             return summary
 
         started = time.perf_counter()
-        with self._breakable():
+        with self._breakable(), self._whole():
             summary = self._healed(evaluated)
         shown = self.observer.evaluation(summary, time.perf_counter() - started)
         # the first rank's: a grader's time limit may strike on one rank and not on another
@@ -371,20 +382,24 @@ class Trainer:
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
-        broken = [name for name, value in self.student.model.named_parameters() if not bool(value.isfinite().all())]
+        named = self.student.model.named_parameters()
+        own = [name for name, value in named if not bool(local(value).isfinite().all())]
+        broken = sorted({name for part in self.ranks.gather(own) for name in part})
         if broken:
             raise TrainingError(
                 f"{len(broken)} weights are not finite, first {broken[0]}: the run has diverged. No checkpoint was written "
                 "or removed; lower train.lr and resume from an earlier step in a new run (student.model = a checkpoint's "
                 "student/)"
             )
+        optimizer = self.optimizer.state()
+        weights = collect_model(self.student.model) if self.student.is_sharded else None
         if self.ranks.is_main:
             self.run_dir.check_kept()
             self.observer.sync()
             teacher = self.rollouts.collector.teacher
             state = {} if teacher is None else teacher.state()
             folder = self.run_dir.checkpoints
-            save_checkpoint(folder, self.progress, self.optimizer.state(), self.save_student, state)
+            save_checkpoint(folder, self.progress, optimizer, lambda path: self.save_student(path, weights), state)
             keep = self.progress.best_step if self.settings.keep_best else None
             prune(folder, self.settings.keep_last, keep)
         self.ranks.barrier()

@@ -49,9 +49,11 @@ class Publisher:
         with clock("push_s"):
             if not self.engine.remote:
                 self.engine.push(self.weights(), version)
-            elif self.ranks.is_main:
+            elif self.ranks.is_main or self.student.is_sharded:
+                # of shards all ranks read the weights and take part in the probe
+                weights, probe = self.weights(), probe_of(self.student, samples or self.first)
                 try:
-                    gap = self.engine.push(self.weights(), version, probe_of(self.student, samples or self.first))
+                    gap = self.engine.push(weights, version, probe) if self.ranks.is_main else None
                 except WeightsLostError as error:
                     lost = error
             # every rank raises, so that all of them heal together: the calls that follow are collective

@@ -1,4 +1,4 @@
-"""The sections `train`, `async` and `eval` of a recipe."""
+"""The sections `train`, `async`, `parallel` and `eval` of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from understudy.errors import check_range, nearest
+from understudy.errors import RecipeError, check_range, nearest
 from understudy.losses.schedules import Shape
 from understudy.tasks import Split
 from understudy.trainer.alarms import ALARMS, OnAlarm
@@ -126,6 +126,43 @@ class Async:
     def __post_init__(self) -> None:
         check_range(self, 0, "max_staleness")
         check_range(self, 1, "timeout_s", off="a large number waits as long")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """The section `parallel`: how the processes of a run divide the student among them. Without it each holds all of it."""
+
+    shard: int
+    """Processes that hold a part each of weights, gradients and the optimizer's state."""
+    replicate: int = 1
+    """Groups of so many processes; each group holds the whole student."""
+    teachers: bool = False
+    """Whether teachers and references that are loaded here are in shards too."""
+    reshard: bool = True
+    """Whether a block drops what it gathered after its forward and gathers it again for its backward: less memory, half as
+    much communication again."""
+    gradients: Literal["shards", "whole"] = "shards"
+    """How gradients of several micro-batches add up: in shards, a block's being reduced after each; or whole in each process,
+    all being reduced once, which takes the memory of the whole gradient."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which weights are gathered and computed with; None: their own."""
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which gradients are added up over processes; None: that of the gathered weights."""
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "shard", off="1 keeps all of the student in each process")
+        check_range(self, 1, "replicate", off="1 makes one group")
+        if self.shard == 1 and (self.param_dtype or self.reduce_dtype):
+            raise ValueError("param_dtype and reduce_dtype are those of shards; set shard to 2 or more, or remove them")
+
+    def check(self, world: int) -> None:
+        """Raises RecipeError where the run has another number of processes."""
+        if self.shard * self.replicate != world:
+            raise RecipeError(
+                f"parallel.shard x parallel.replicate is {self.shard} x {self.replicate}, but the run has "
+                f"{world} {'process' if world == 1 else 'processes'}; start it with torchrun and as many in all "
+                "(--nproc-per-node, --nnodes), or set these keys"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

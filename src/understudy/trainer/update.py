@@ -10,15 +10,17 @@ from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear import CutTerms, LMHead, count_denominators, count_own, cut_terms, evaluate, score
 from understudy.linear.plan import FullTeacher, TermsOf
 from understudy.losses.schedules import learning_rate
+from understudy.losses.terms import Reads
 from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating
+from understudy.models.parallel import collect, like, local, reduce_gradients, shards_of, whole
 from understudy.packing import Layout, RowStyle, ScoreField, lay_out, micro_batches, pack
 from understudy.randomness import hash_name, keyed_uniform
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.settings import Train
 from understudy.trainer.tokens import StepTokens
-from understudy.types import Metric, Sample, Scores, TokenBatch, add_metrics, fill, map_tensors
+from understudy.types import Metric, Prompt, Sample, Scores, TokenBatch, add_metrics, fill, map_tensors
 
 MICRO_BATCH_TOKENS = {"cpu": 2_048}
 MICRO_BATCH_TOKENS_ELSEWHERE = 16_384
@@ -40,6 +42,11 @@ class StudentModel:
     absent: tuple[int, ...] = ()
     """Ids below `vocab_size` that are no tokens of the student, but of a teacher."""
     style: RowStyle = "packed"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a part of the weights, so that every forward is a collective call."""
+        return shards_of(self.model) is not None
 
     def head(self) -> LMHead:
         """The head at the rollout temperature, over the tokens that exist."""
@@ -102,15 +109,19 @@ def prepare(
     parts = [
         _micro_batches(student, method, part, draw, by_teacher) for part in _divide(samples, num_minibatches, ranks)
     ]
+    if student.is_sharded:
+        # every forward is a collective call, so all ranks make the same number of them
+        numbers = [max(found) for found in zip(*ranks.gather([len(part) for part in parts]), strict=True)]
+        parts = [part + [_nothing(student)] * (n - len(part)) for part, n in zip(parts, numbers, strict=True)]
     if fix_old or method.scope == "batch":
         parts = [[_score_old(student, micro) for micro in part] for part in parts]
     if method.scope == "batch":
-        batches = [micro.batch for part in parts for micro in part]
+        batches = [micro.batch for part in parts for micro in part if micro.samples]
         everywhere = ranks.gather([batch.to(torch.device("cpu")) for batch in batches] if ranks.world > 1 else [])
         others = [batch for rank, part in enumerate(everywhere) if rank != ranks.rank for batch in part]
         elsewhere = [batch.to(student.device) for batch in others]
         terms = iter(cut_terms(method, batches, step, elsewhere=elsewhere) if batches else ())
-        parts = [[replace(micro, terms=next(terms)) for micro in part] for part in parts]
+        parts = [[replace(micro, terms=next(terms)) if micro.samples else micro for micro in part] for part in parts]
     return parts
 
 
@@ -150,6 +161,13 @@ def _micro_batches(
     return made
 
 
+def _nothing(student: StudentModel) -> MicroBatch:
+    """A micro-batch of one token that is not trained: its loss and its gradient are 0."""
+    ids = torch.zeros(2, dtype=torch.int64)
+    sample = Sample(Prompt(id=""), 0, ids, torch.zeros_like(ids, dtype=torch.uint8), 1, "data", "")
+    return MicroBatch((), student.lay_out([sample]), pack([sample]).to(student.device), CutTerms([], Reads()))
+
+
 @no_grad
 def _score_old(student: StudentModel, micro: MicroBatch) -> MicroBatch:
     """The micro-batch with log S_old and the entropy of S_old at every token."""
@@ -178,13 +196,14 @@ def accumulate_gradients(
     """
     batches = [micro.batch for micro in micros]
     counts = count_denominators(batches)
-    own = [micro.terms for micro in micros if isinstance(micro.terms, CutTerms)]
+    own = [(micro.batch, micro.terms) for micro in micros if isinstance(micro.terms, CutTerms)]
     if own:
-        counts |= count_own(batches, own)
+        counts |= count_own(*zip(*own, strict=True))
     counts = ranks.sum_counts(counts)
     loss, total = 0.0, dict[str, Metric]()
-    for micro in micros:
-        keep = None if tokens is None else tokens.begin(micro.samples, micro.batch.target.device)
+    for number, micro in enumerate(micros, 1):
+        reduce_gradients(student.model, now=number == len(micros))
+        keep = tokens.begin(micro.samples, micro.batch.target.device) if tokens is not None and micro.samples else None
         evaluation = evaluate(
             micro.terms,
             micro.batch,
@@ -210,7 +229,7 @@ def accumulate_gradients(
 def _whole_rows(micro: MicroBatch, which: ScoreField, head: LMHead | None) -> FullTeacher | None:
     """Hidden states and head, from which whole rows of a teacher are computed."""
     given: list[Scores | None] = [getattr(sample, which) for sample in micro.samples]
-    if head is None or None in given:
+    if head is None or not given or None in given:
         return None
     hidden = [score.hidden for score in given if score is not None and score.hidden is not None]
     return torch.cat(hidden).to(micro.batch.target.device), head
@@ -256,7 +275,7 @@ class Optimizer:
     def clip(self) -> float:
         """The 2-norm of the gradient; where it is above `max_grad_norm` the gradient is scaled down to that."""
         limit = self._settings.max_grad_norm
-        norm = nn.utils.get_total_norm([value.grad for value in self.parameters if value.grad is not None])
+        norm = whole(nn.utils.get_total_norm([value.grad for value in self.parameters if value.grad is not None]))
         if limit is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         return float(norm)
@@ -284,7 +303,8 @@ class Optimizer:
     def _survives(self, before: Sequence[Tensor]) -> Metric:
         """The part of the update, summed as |change| that AdamW asked for, that falls on weights which changed at all.
 
-        A weight stays as it is where rounding to its precision takes the change away. Looks at some weights of each tensor.
+        A weight stays as it is where rounding to its precision takes the change away. Looks at some weights of each tensor
+        on this rank.
         """
         sums = []
         decay = {value: group["weight_decay"] for group in self._adamw.param_groups for value in group["params"]}
@@ -300,17 +320,18 @@ class Optimizer:
             asked = rate * (first / (second.sqrt() + eps) + decay[value] * old.double()).abs()
             kept = torch.where(_some_of(value) != old, asked, 0.0)
             # a tensor counts by its size, however many of its weights were looked at
-            sums.append(torch.stack([kept.sum(), asked.sum()]).mul(value.numel() / max(1, old.numel())))
+            sums.append(torch.stack([kept.sum(), asked.sum()]).mul(local(value).numel() / max(1, old.numel())))
         return Metric(*torch.stack(sums).sum(0).tolist()) if sums else Metric(0.0, 0.0)
 
     def state(self) -> dict[str, Tensor]:
-        """`{parameter name/key: tensor}`, master weights by the key "master"."""
+        """`{parameter name/key: tensor}`, master weights by the key "master"; as `collect` where they are in shards."""
         moments = {
             f"{name}/{key}": value.contiguous()
             for name, parameter in self._updated.items()
             for key, value in self._adamw.state.get(parameter, {}).items()
         }
-        return moments | {f"{name}/{_MASTER}": value.detach() for name, value in self._masters.items()}
+        masters = {f"{name}/{_MASTER}": value.detach() for name, value in self._masters.items()}
+        return collect(moments | masters)
 
     @no_grad
     def load(self, state: dict[str, Tensor]) -> None:
@@ -332,7 +353,10 @@ class Optimizer:
             if field == _MASTER:
                 parameter.copy_(value)
             else:
-                self._adamw.state[parameter][field] = value.to(parameter.device)
+                # the number of steps is the same on all ranks
+                self._adamw.state[parameter][field] = (
+                    value.to(parameter.device) if value.dim() == 0 else like(value, parameter)
+                )
 
 
 def _master_of(parameter: nn.Parameter) -> nn.Parameter:
@@ -350,5 +374,6 @@ def _master_of(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _some_of(tensor: Tensor) -> Tensor:
-    """About `NUM_MEASURED` entries, evenly spaced. [n]"""
-    return tensor.detach().reshape(-1)[:: max(1, tensor.numel() // NUM_MEASURED)]
+    """About `NUM_MEASURED` entries of this rank's part, evenly spaced. [n]"""
+    part = local(tensor.detach())
+    return part.reshape(-1)[:: max(1, part.numel() // NUM_MEASURED)]

@@ -104,7 +104,8 @@ class WeightStore:
             config: Any = type(self._model.config).from_dict(self._model.config.to_dict())
             # the files' precision, not the model's
             config.dtype = self._dtype
-            config.architectures = [type(self._model).__name__]
+            # shards change the class
+            config.architectures = [type(self._model).__name__.removeprefix("FSDP")]
             config.save_pretrained(aside)
             self._tokenizer.save_pretrained(aside)
             aside.rename(target)

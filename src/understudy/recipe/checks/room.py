@@ -147,6 +147,8 @@ class Needs:
     """Whether the optimizer's moments are in memory already, as in a resumed run."""
     ranks: int = 1
     """Processes that share the samples of a step."""
+    shards: int = 1
+    """Processes that divide the optimizer's state among them."""
 
     @property
     def masters(self) -> int:
@@ -159,9 +161,18 @@ class Needs:
         return self.student.trained + self.masters // 2
 
     @property
+    def moments(self) -> int:
+        """Bytes of the optimizer's moments that this process holds."""
+        return ADAM_MOMENTS * self.updated // self.shards
+
+    @property
     def num_samples(self) -> int:
         """Samples of one step on one rank."""
         return math.ceil(self.recipe.train.prompts_per_step * self.recipe.train.samples_per_prompt / self.ranks)
+
+
+def _shards(recipe: Recipe) -> int:
+    return 1 if recipe.parallel is None else recipe.parallel.shard
 
 
 def _before(files: Files) -> list[Needs]:
@@ -189,7 +200,7 @@ def _before(files: Files) -> list[Needs]:
     # with adapters little is trained, and how much is known once they are there
     if student is None or recipe.student.lora is not None:
         return []
-    return [Needs(recipe=recipe, device=device, student=student, others=others)]
+    return [Needs(recipe=recipe, device=device, student=student, others=others, shards=_shards(recipe))]
 
 
 def _after(parts: Parts) -> Needs:
@@ -205,7 +216,9 @@ def _after(parts: Parts) -> Needs:
         vocab_size=loaded.vocab_size,
         positions=parts.rollouts.collector.max_tokens,
         is_loaded=True,
-        has_moments=parts.trainer.progress.updates > 0,
+        # shards get theirs later
+        has_moments=parts.trainer.progress.updates > 0 and not parts.recipe.is_sharded,
+        shards=_shards(parts.recipe),
     )
 
 
@@ -270,7 +283,7 @@ def memory_items(run: Needs) -> list[Item]:
             Item(label, size.weights, "held", "weights x bytes of a weight") for label, size in run.others.items()
         ]
     if not run.has_moments:
-        items.append(Item("optimizer", ADAM_MOMENTS * run.updated, "held", "trained weights x 2 moments"))
+        items.append(Item("optimizer", run.moments, "held", "trained weights x 2 moments"))
     longest = settings.max_prompt_tokens + recipe.sampling.max_new_tokens
     longest = longest if run.positions is None else min(longest, run.positions)
     default = MICRO_BATCH_TOKENS.get(run.device.type, MICRO_BATCH_TOKENS_ELSEWHERE)

@@ -1,0 +1,178 @@
+"""A model in shards over ranks, by PyTorch's `fully_shard` (FSDP2): each rank keeps a part of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from understudy.errors import RecipeError
+from understudy.lazy import Tensor, nn, no_grad, torch
+from understudy.models.backbone import backbone_hidden, decoder_of, unwrap
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """The modules of a model that gather their weights, the root (all that is in no block) last."""
+
+    blocks: tuple[Any, ...]
+    root: Any
+    reshard: bool
+    """Whether a block drops its gathered weights after its forward."""
+    whole_gradients: bool
+    """Whether gradients of several backwards add up whole on each rank."""
+
+
+def shards_of(model: nn.Module) -> Shards | None:
+    """The shards of a model that `shard` was called with; None for any other."""
+    return getattr(unwrap(model), "shards", None)
+
+
+def shard(
+    model: nn.Module,
+    mesh: Any,
+    *,
+    reshard: bool = True,
+    whole_gradients: bool = False,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> None:
+    """Leaves every rank its part of the weights. A collective call over a mesh of dimensions "replicate" and "shard".
+
+    A block gathers its weights when it runs, in `param_dtype`. The embedding, the final norm and the output layer, which may be
+    tied, are one more part: it is gathered by the first forward of an update and stays until its last backward, so the head is
+    gathered once, not for every chunk, and its gradient is reduced once. Gradients are summed over all ranks in
+    `reduce_dtype`. None: the weights' own precision.
+
+    Raises RecipeError for a model whose blocks are not known.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    base, decoder = unwrap(model), decoder_of(model)
+    kinds = set(getattr(base, "_no_split_modules", None) or ())
+    blocks = [module for module in decoder.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise RecipeError(
+            f"{type(base).__name__} does not say which of its modules are its blocks, so it cannot be sharded; remove the "
+            "section parallel, or choose another model"
+        )
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for module in (*blocks, base):
+        part: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        # a loss is normalised by the counts of all ranks, so gradients are added up; gloo knows no mean
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    base.set_reshard_after_forward(False, recurse=False)
+
+    # the losses run the backbone without the model's own forward, where the root's hooks are
+    def run_decoder(**given: Any) -> Any:
+        return decoder(**given)
+
+    base.run_decoder = run_decoder
+    register_fsdp_forward_method(base, "run_decoder")
+    base.shards = Shards(tuple(blocks), base, reshard, whole_gradients)
+    # the first forward decides which module is the root; a block that ran alone would take itself for one
+    idle(model)
+    release(model)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The whole weights on every rank inside, gathered once for all forwards, which are then no collective calls. Nothing may
+    be trained inside. Entering is a collective call; a model that is not in shards stays as it is."""
+    shards = shards_of(model)
+    if shards is None:
+        yield
+        return
+    modules = [*shards.blocks, shards.root]
+    try:
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        release(model)
+        for block in shards.blocks:
+            block.set_reshard_after_forward(shards.reshard, recurse=False)
+
+
+def longest(model: nn.Module, number: int) -> int:
+    """The largest `number` of any rank, which is how many forwards all of them have to make. A collective call."""
+    count = torch.tensor(number, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+    return int(count)
+
+
+@no_grad
+def idle(model: nn.Module) -> None:
+    """Takes part in a forward that other ranks make."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    backbone_hidden(model, ids, ids)
+
+
+def release(model: nn.Module) -> None:
+    """Drops all that was gathered of a model in shards."""
+    shards = shards_of(model)
+    if shards is not None:
+        for module in (*shards.blocks, shards.root):
+            module.reshard()
+
+
+def reduce_gradients(model: nn.Module, *, now: bool) -> None:
+    """Whether the next backward is the last of an update, behind which the gradient of all of them is there. Until then each
+    rank keeps its gradient of what is in no block whole, and a block's is reduced within a group of shards at most."""
+    shards = shards_of(model)
+    if shards is not None:
+        shards.root.set_requires_all_reduce(now)
+        shards.root.set_requires_gradient_sync(now, recurse=False)
+        shards.root.set_reshard_after_backward(now, recurse=False)
+        for block in shards.blocks:
+            block.set_requires_gradient_sync(now or not shards.whole_gradients, recurse=False)
+
+
+def local(value: Tensor) -> Tensor:
+    """This rank's part of a tensor in shards; any other tensor as it is."""
+    part: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return part
+
+
+def whole(value: Tensor) -> Tensor:
+    """The whole of a tensor in shards, a collective call; any other tensor as it is."""
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full
+
+
+def like(value: Tensor, other: Any) -> Tensor:
+    """A whole tensor, which every rank has, on the device of `other` and in shards as that is."""
+    if not hasattr(other, "device_mesh"):
+        return value.to(other.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    # no rank needs to be sent what it has
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+@no_grad
+def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those in shards whole, in the host memory of the first rank; the other ranks get none of these. One
+    after the other, so that no rank has a second model on its device. A collective call."""
+    found = {}
+    for name, value in tensors.items():
+        full = whole(value)
+        if full is value:
+            found[name] = value
+        elif torch.distributed.get_rank() == 0:
+            found[name] = full.cpu()
+    return found
+
+
+def collect_model(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model in shards as `collect` returns it, tied weights once."""
+    state = model.state_dict()
+    names: dict[nn.Parameter, str] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(value, name)
+    first = {name: names[value] for name, value in model.named_parameters(remove_duplicate=False)}
+    found = collect({name: value for name, value in state.items() if first.get(name, name) == name})
+    return {name: found[first.get(name, name)] for name in state if first.get(name, name) in found}

@@ -1,0 +1,261 @@
+"""A student in shards: the losses and weights of one process, whatever the number of ranks, and none that hangs."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine_stub import EngineStub
+from tests.processes import Process, run_ranks
+from tests.runs import (
+    BUILD,
+    distillation,
+    grade_by_length,
+    metric_rows,
+    save_tiny_model,
+    tiny_recipe,
+    train,
+    weights,
+    write_recipe,
+)
+from understudy import config
+from understudy.engines.vllm.launch import free_ports
+from understudy.errors import RecipeError
+from understudy.recipe import Recipe
+from understudy.tasks import Arithmetic
+
+pytestmark = pytest.mark.slow
+
+LAYERS = BUILD | {"num_layers": 2}
+TIED = LAYERS | {"architecture": "qwen3", "tie_word_embeddings": True}
+GATHERS, REDUCES = ("all_gather_single", "all_gather_into_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor")
+"""Collective calls by their name in this version of torch, and in older ones."""
+
+
+def train_in_shards(*runs: tuple[Path, int | None]) -> None:
+    """Trains the recipe of each folder, one after the other, or continues it; to the end, or until that many steps are done.
+
+    Writes to `calls_RANK.json`, for each update, its number of micro-batches and the sizes of what it gathered and reduced.
+    """
+    from understudy import run
+    from understudy.recipe import load_recipe
+    from understudy.trainer import loop
+    from understudy.trainer.console import Console
+    from understudy.trainer.distributed import Ranks
+
+    updates: list[dict[str, Any]] = []
+    plain_update, plain_step = loop.accumulate_gradients, loop.Trainer._take_step
+    last: int | None = None
+
+    def counted(names: tuple[str, ...]) -> None:
+        name = next(name for name in names if hasattr(torch.distributed, name))
+        plain = getattr(torch.distributed, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            if updates:
+                tensors = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
+                updates[-1].setdefault(names[0], []).append(max(tensor.numel() for tensor in tensors))
+            return plain(*given, **named)
+
+        setattr(torch.distributed, name, call)
+
+    def update(student: Any, micros: Any, **named: Any) -> Any:
+        updates.append({"micro_batches": len(micros)})
+        found = plain_update(student, micros, **named)
+        updates.append({})
+        return found
+
+    def step(self: Any) -> None:
+        if self.progress.step == last:
+            raise KeyboardInterrupt
+        plain_step(self)
+
+    counted(GATHERS)
+    counted(REDUCES)
+    loop.accumulate_gradients = update  # type: ignore[attr-defined]
+    loop.Trainer._take_step = step  # type: ignore[method-assign]
+    Arithmetic.grade = grade_by_length  # type: ignore[assignment, method-assign]
+    ranks = Ranks.from_environment(lambda: torch.device("cpu"))
+    for folder, last in runs:
+        updates.clear()
+        recipe, resume = load_recipe(folder / "recipe.yaml"), (folder / "run" / "checkpoints").is_dir()
+        try:
+            run.train(recipe, resume=resume, examine=(folder / "examined").is_file(), console=Console(quiet=True))
+        except KeyboardInterrupt:
+            assert last is not None
+        calls = [one for one in updates if "micro_batches" in one]
+        (folder / f"calls_{ranks.rank}.json").write_text(json.dumps(calls))
+    ranks.close()
+
+
+def _recipe(folder: Path, name: str, url: str) -> dict[str, Any]:
+    """Changes of the tiny recipe. Three prompts leave one of four ranks without a sample."""
+    keys = {"steps": 2, "prompts_per_step": 3, "micro_batch_tokens": 40, "lr": 1e-3, "max_grad_norm": 0.1}
+    double: dict[str, Any] = {"model": None, "build": LAYERS, "dtype": "float64"}
+
+    def distilled(**changes: Any) -> dict[str, Any]:
+        made = distillation(folder, **changes)
+        made["teacher"]["dtype"] = "float64"
+        return made
+
+    if name == "tied":
+        # several updates a step, of which some ranks have no sample; activations are computed again
+        more = {"minibatches": 2, "passes": 2, "gradient_checkpointing": True}
+        return distilled(student=double | {"build": TIED}, train=keys | more)
+    if name == "lora":
+        # groups over ranks, and a reference that is the student without its adapters
+        method = {"type": "grpo", "distil_coef": 0.5, "kl_coef": 0.1}
+        lora = {"rank": 2, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+        more = {"samples_per_prompt": 3}
+        return distilled(student=double | {"lora": lora}, method=method, train=keys | more)
+    if name == "moved":
+        teacher = {"type": "privileged", "ema": 0.5, "template": "{solution};{prompt}", "dtype": "float64"}
+        more = {"steps": 4, "save_every": 1}
+        return distillation(
+            folder, student={"dtype": "float64"}, train=keys | more, sampling={"max_new_tokens": 12}, teacher=teacher
+        )
+    keys |= {"prompts_per_step": 5}
+    if name == "quantile":
+        method = {"type": "reopold", "switch_step": 0, "top_share": 0.5}
+        aside = {"rollout": {"type": "hf", "copy": True}, "async": {"max_staleness": 0}}
+        return distillation(folder, method=method, train=keys, **aside)
+    changes = distillation(folder, method={"type": "gkd"}, train=keys)
+    if name == "served":
+        return changes | {"rollout": {"type": "vllm", "url": url, "dtype": "float32"}}
+    del changes["teacher"]
+    models = {part: save_tiny_model(folder / part, seed=seed) for seed, part in enumerate(("one", "other"), 3)}
+    parts = {
+        part: {"type": "arithmetic", "family": "addition", "digits": 2, "seed": n} for n, part in enumerate(models)
+    }
+    return changes | {
+        "task": {"type": "mix", "parts": parts},
+        "teachers": {part: {"type": "local", "model": model} for part, model in models.items()},
+        "eval": {"problems": 3},
+    }
+
+
+CASES: dict[str, tuple[int, dict[str, Any], float]] = {
+    "tied": (4, {"shard": 2, "replicate": 2}, 1e-10),
+    "lora": (4, {"shard": 4, "teachers": True}, 1e-10),
+    "moved": (4, {"shard": 4}, 1e-10),
+    "quantile": (2, {"shard": 2, "reshard": False, "gradients": "whole"}, 1e-5),
+    "teachers": (2, {"shard": 2, "teachers": True}, 1e-5),
+    "served": (2, {"shard": 2}, 1e-5),
+}
+"""Ranks, shards, and how far sums in another order may take the weights."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each case, trained by one process in `alone` and by several in `run`."""
+    made = {name: tmp_path_factory.mktemp(name) for name in CASES}
+    student = save_tiny_model(made["served"] / "student", seed=1)
+    with EngineStub(student) as stub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arithmetic, "grade", grade_by_length)
+        changes = {name: _recipe(folder, name, stub.url) for name, folder in made.items()}
+        for name, folder in made.items():
+            train(folder / "alone", **changes[name])
+            write_recipe(folder, **changes[name], parallel=CASES[name][1])
+        (made["teachers"] / "examined").touch()
+        for world in (4, 2):
+            runs = [(folder, None) for name, folder in made.items() if CASES[name][0] == world and name != "moved"]
+            # one step by four ranks, one more by two, the others by one
+            moved = (made["moved"], 1 if world == 4 else 2)
+            write_recipe(made["moved"], **changes["moved"], parallel={"shard": world})
+            run_ranks(train_in_shards, moved, *runs, folder=tmp_path_factory.mktemp("ranks"), num_ranks=world)
+        train(made["moved"], resume=True, **changes["moved"])
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_are_one_run(folders: dict[str, Path], name: str) -> None:
+    """Also one that goes on with fewer ranks."""
+    alone, sharded, atol = folders[name] / "alone" / "run", folders[name] / "run", CASES[name][2]
+    for one, other in zip(metric_rows(alone), metric_rows(sharded), strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            # scores and log-probabilities that are recorded with samples are in float32
+            limit = atol if key in ("loss", "grad_norm") else 1e-5
+            assert other[key] == pytest.approx(value, rel=limit, abs=limit), (one["step"], key)
+    assert weights(alone).keys() == weights(sharded).keys()
+    for key, value in weights(alone).items():
+        torch.testing.assert_close(weights(sharded)[key], value, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["tied", "quantile", "teachers"])
+def test_an_update_gathers_the_head_once_and_reduces_once(folders: dict[str, Path], name: str) -> None:
+    """On every rank alike, however many micro-batches it has; blocks are gathered for each forward and each backward."""
+    world, section, _ = CASES[name]
+    found = [json.loads((folders[name] / f"calls_{rank}.json").read_text()) for rank in range(world)]
+    assert all(calls == found[0] for calls in found)
+    # the first of two ranks has three samples and the other two; of four ranks the last has none
+    assert (max(update["micro_batches"] for update in found[0]) > 1) == (world == 2)
+    num_blocks = 2 if name == "tied" else 1
+    for update in found[0]:
+        gathered, reduced = update.get(GATHERS[0], []), update[REDUCES[0]]
+        assert len(reduced) == 1 + num_blocks * (1 if section.get("gradients") else update["micro_batches"])
+        if name == "teachers":
+            # embedding and head of this model are smaller than a block
+            assert gathered.count(min(gathered)) == 1
+            assert gathered.count(max(gathered)) >= update["micro_batches"]
+        if name == "quantile":
+            # the pass that scores the batch has gathered all, and nothing was dropped behind a forward
+            assert len(gathered) < update["micro_batches"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"student": {"dtype": "bfloat16"}}, "shards are the master weights"),
+        ({"parallel": {"shard": 0}}, "parallel"),
+        ({"parallel": {"shard": 1, "param_dtype": "bfloat16"}}, "set shard to 2 or more"),
+        ({"student": {"lora": {}}, "rollout": {"type": "vllm", "url": "http://127.0.0.1:9"}}, "cannot be merged"),
+    ],
+)
+def test_what_does_not_work_in_shards_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        config.parse(Recipe, tiny_recipe(tmp_path, **{"parallel": {"shard": 2}} | changes))
+
+
+def test_the_number_of_processes_is_that_of_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="2 x 3, but the run has 1 process"):
+        train(tmp_path, parallel={"shard": 2, "replicate": 3})
+
+
+def train_command(folder: Path) -> None:
+    from tests.processes import command_line
+
+    command_line("train", folder / "recipe.yaml", "--no-doctor")
+
+
+def test_a_killed_rank_ends_the_others_with_one_sentence(tmp_path: Path) -> None:
+    changes = {"train": {"steps": 100_000, "save_every": 1}, "parallel": {"shard": 2}}
+    write_recipe(tmp_path, **distillation(tmp_path, **changes))
+    found = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    ranks = [
+        Process(train_command, tmp_path, log=tmp_path / f"{n}.log", RANK=str(n), LOCAL_RANK=str(n), **found)
+        for n in (0, 1)
+    ]
+    try:
+        until = time.monotonic() + 200
+        while not (tmp_path / "run" / "checkpoints" / "step_000001").is_dir():
+            assert time.monotonic() < until, ranks[0].output
+            assert ranks[0].poll() is None, ranks[0].output
+            time.sleep(0.1)
+        ranks[1].send_signal(signal.SIGKILL)
+        assert ranks[0].wait(60) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = [line for line in ranks[0].output.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "rank 0 has lost another of the 2 processes" in said[0]
+    assert "--resume" in said[0]
+    assert "Traceback" not in ranks[0].output
