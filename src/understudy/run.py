@@ -223,10 +223,8 @@ def assemble(
 
     Raises RecipeError, DataError and VocabularyError for what does not fit.
     """
-    recipe, device = files.recipe, choose_device(files.recipe.device)
-    # of shards the optimizer's state is loaded when they are there
-    held = torch.device("cpu") if recipe.is_sharded else device
-    progress, state = (Progress(), {}) if checkpoint is None else load_checkpoint(checkpoint, held)
+    recipe = files.recipe
+    progress = Progress() if checkpoint is None else load_checkpoint(checkpoint)
     inputs = {name: intake.fingerprint for name, intake in read_intakes(recipe).items()}
     tokenizer = files.tokenizers.student
     if tokenizer.chat_template and any(part.is_chat for part in recipe.task.places().values()):
@@ -239,8 +237,9 @@ def assemble(
     resume_from = None if checkpoint is None else checkpoint / STUDENT
     loaded = load_student(recipe, resume_from=resume_from, tokenizers=files.tokenizers)
     optimizer = Optimizer(loaded.model, recipe.train)
-    if not recipe.is_sharded:
-        optimizer.load(state)
+    # of shards it is loaded when they are there
+    if checkpoint is not None and not recipe.is_sharded:
+        optimizer.load(load_optimizer(checkpoint, dict(loaded.model.named_parameters())))
     teachers = load_teachers(recipe, loaded)
     opened.callback(teachers.close)
     # the first rank reads the files for all
@@ -348,7 +347,7 @@ def _shard(parts: Parts, checkpoint: Path | None) -> None:
                 shard(model, mesh)
     parts.trainer.optimizer = Optimizer(loaded.model, recipe.train)
     if checkpoint is not None:
-        parts.trainer.optimizer.load(load_optimizer(checkpoint))
+        parts.trainer.optimizer.load(load_optimizer(checkpoint, dict(loaded.model.named_parameters())))
 
 
 def _training_prompts(recipe: Recipe, teachers: Teachers) -> Sequence[Prompt]:

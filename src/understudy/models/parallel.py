@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,7 @@ def reduce_gradients(model: nn.Module, *, now: bool) -> None:
         shards.root.set_reshard_after_backward(now, recurse=False)
         for block in shards.blocks:
             block.set_requires_gradient_sync(now or not shards.whole_gradients, recurse=False)
+            block.set_reshard_after_backward(now or shards.reshard, recurse=False)
 
 
 def local(value: Tensor) -> Tensor:
@@ -144,8 +145,8 @@ def whole(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, other: Any) -> Tensor:
-    """A whole tensor, which every rank has, on the device of `other` and in shards as that is."""
-    if not hasattr(other, "device_mesh"):
+    """A whole tensor, which every rank has, on the device of `other` and in shards as that is; one in shards as it is."""
+    if not hasattr(other, "device_mesh") or hasattr(value, "device_mesh"):
         return value.to(other.device)
     from torch.distributed.tensor import distribute_tensor
 
@@ -154,25 +155,17 @@ def like(value: Tensor, other: Any) -> Tensor:
 
 
 @no_grad
-def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those in shards whole, in the host memory of the first rank; the other ranks get none of these. One
-    after the other, so that no rank has a second model on its device. A collective call."""
-    found = {}
-    for name, value in tensors.items():
-        full = whole(value)
-        if full is value:
-            found[name] = value
-        elif torch.distributed.get_rank() == 0:
-            found[name] = full.cpu()
-    return found
-
-
 def collect_model(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model in shards as `collect` returns it, tied weights once."""
+    """The state dict of a model in shards, whole, in the host memory of the first rank; other ranks get none of it. One tensor
+    after the other, so that no rank has a second model on its device. A collective call."""
+    names: dict[nn.Parameter, list[str]] = {}
+    # before the names: this puts shards in place of what is gathered
     state = model.state_dict()
-    names: dict[nn.Parameter, str] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        names.setdefault(value, name)
-    first = {name: names[value] for name, value in model.named_parameters(remove_duplicate=False)}
-    found = collect({name: value for name, value in state.items() if first.get(name, name) == name})
-    return {name: found[first.get(name, name)] for name in state if first.get(name, name) in found}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    found: dict[str, Tensor] = {}
+    for parameter, tied in names.items():
+        full = whole(parameter.detach())
+        if torch.distributed.get_rank() == 0:
+            found |= dict.fromkeys(tied, full.cpu())
+    return {name: found.get(name, value) for name, value in state.items() if found}

@@ -2,6 +2,7 @@
 
     step_000100/student/               the model and its tokenizer, as Hugging Face or PEFT loads them
     step_000100/optimizer.safetensors  the optimizer's state by parameter name
+    step_000100/optimizer/             the same in shards, by torch.distributed.checkpoint: each rank writes its part
     step_000100/teacher.safetensors    state of a teacher that follows the student; most have none
     step_000100/progress.json          steps, data position, best evaluation, fingerprints of the inputs
     step_000100/files.json             size and SHA-256 of every file
@@ -31,7 +32,7 @@ from understudy.lazy import Tensor, safetensors, torch
 
 FORMAT = 1
 _FILES, _PROGRESS, _OPTIMIZER, STUDENT = "files.json", "progress.json", "optimizer.safetensors", "student"
-_TEACHER = "teacher.safetensors"
+_TEACHER, _SHARDS = "teacher.safetensors", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -130,20 +131,27 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path,
     progress: Progress,
-    optimizer: dict[str, Tensor],
+    optimizer: dict[str, Tensor] | Path,
     save_student: Callable[[Path], None],
     teacher: dict[str, Tensor],
 ) -> None:
-    """Writes the checkpoint of `progress.step` unless it is there. Raises as `written_whole`; older checkpoints stay."""
+    """Writes the checkpoint of `progress.step` unless it is there. Raises as `written_whole`; older checkpoints stay.
+
+    `optimizer`: its state, or the directory that `save_shards` has written, which is moved.
+    """
     target = checkpoint_path(folder, progress.step)
     if target.is_dir():
         return
     with written_whole(target) as aside:
         save_student(aside / STUDENT)
-        for name, state in ((_OPTIMIZER, optimizer), (_TEACHER, teacher)):
-            if state or name == _OPTIMIZER:
-                # clones: safetensors refuses tensors that share memory
-                safetensors.save_file({key: value.detach().cpu().clone() for key, value in state.items()}, aside / name)
+        states = {_TEACHER: teacher} if teacher else {}
+        if isinstance(optimizer, Path):
+            optimizer.rename(aside / _SHARDS)
+        else:
+            states[_OPTIMIZER] = optimizer
+        for name, state in states.items():
+            # clones: safetensors refuses tensors that share memory
+            safetensors.save_file({key: value.detach().cpu().clone() for key, value in state.items()}, aside / name)
         (aside / _PROGRESS).write_text(json.dumps({"format": FORMAT} | asdict(progress), indent=2))
         (aside / _FILES).write_text(json.dumps(_digest(aside), indent=2))
 
@@ -182,8 +190,50 @@ def _finished(folder: Path) -> list[Path]:
     return [path for path in by_step(folder).values() if path.is_dir()]
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[str, Tensor]]:
-    """Progress and optimizer state; the student lies in `path / STUDENT`.
+def _dcp() -> Any:
+    from torch.distributed import checkpoint
+
+    return checkpoint
+
+
+def save_shards(folder: Path, step: int, state: Mapping[str, Tensor]) -> Path:
+    """Writes each rank's part of the tensors to a directory beside the checkpoints that all ranks see. A collective call.
+
+    Raises CheckpointError.
+    """
+    dcp = _dcp()
+    path = folder / f".writing-shards-{step:06d}"
+    try:
+        dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path))
+    except (OSError, dcp.CheckpointException) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; free space, then continue with --resume") from error
+    return path
+
+
+def load_optimizer(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's state; of a checkpoint in shards what this rank holds of the parameters, which is a collective call.
+    Call `load_checkpoint` first: it checks the files. Raises CheckpointError for the state of other parameters."""
+    if not (path / _SHARDS).is_dir():
+        found: dict[str, Tensor] = safetensors.load_file(path / _OPTIMIZER)
+        return found
+    dcp = _dcp()
+    reader = dcp.FileSystemReader(path / _SHARDS)
+    saved: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    state = {}
+    for key, stored in saved.items():
+        name = key.rpartition("/")[0]
+        if name not in parameters:
+            raise CheckpointError(f"the optimizer state belongs to other parameters, first {name!r}")
+        parameter, dtype = parameters[name], stored.properties.dtype
+        # the number of steps is a scalar, all else is in shards as the parameter is
+        like = parameter.shape == stored.size
+        state[key] = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(stored.size, dtype=dtype)
+    dcp.load(state, storage_reader=reader)
+    return state
+
+
+def load_checkpoint(path: Path) -> Progress:
+    """The state of the run beside the weights; the student lies in `path / STUDENT`.
 
     Raises CheckpointError where a file is missing or differs from what was written.
     """
@@ -195,17 +245,11 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Progress, dict[st
         values = json.loads((path / _PROGRESS).read_text())
         if values.pop("format") != FORMAT:
             raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: resume with the version that wrote it")
-        return Progress(**values), safetensors.load_file(path / _OPTIMIZER, device=str(device))
+        return Progress(**values)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged: {error}; delete it and resume from the one before"
         ) from error
-
-
-def load_optimizer(path: Path) -> dict[str, Tensor]:
-    """State of the optimizer, mapped from the file. Call `load_checkpoint` first: it checks the file."""
-    state: dict[str, Tensor] = safetensors.load_file(path / _OPTIMIZER)
-    return state
 
 
 def check_same_inputs(saved: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from understudy.lazy import Tensor, torch
 from understudy.methods import Method
 from understudy.models.parallel import collect_model, gathered, local
 from understudy.randomness import hash_name
-from understudy.trainer.checkpoint import Progress, RunDir, prune, save_checkpoint
+from understudy.trainer.checkpoint import Progress, RunDir, checkpoint_path, prune, save_checkpoint, save_shards
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, Observer, collected_metrics, nonfinite_record, peak_memory_gib
 from understudy.trainer.overlap import Overlapped
@@ -391,15 +391,19 @@ class Trainer:
                 "or removed; lower train.lr and resume from an earlier step in a new run (student.model = a checkpoint's "
                 "student/)"
             )
-        optimizer = self.optimizer.state()
-        weights = collect_model(self.student.model) if self.student.is_sharded else None
+        folder, optimizer, weights = self.run_dir.checkpoints, self.optimizer.state(), None
+        is_there = self.ranks.gather(checkpoint_path(folder, self.progress.step).is_dir())[0]
+        shards = None
+        if self.student.is_sharded and not is_there:
+            weights, shards = collect_model(self.student.model), save_shards(folder, self.progress.step, optimizer)
         if self.ranks.is_main:
             self.run_dir.check_kept()
             self.observer.sync()
             teacher = self.rollouts.collector.teacher
             state = {} if teacher is None else teacher.state()
-            folder = self.run_dir.checkpoints
-            save_checkpoint(folder, self.progress, optimizer, lambda path: self.save_student(path, weights), state)
+            save_checkpoint(
+                folder, self.progress, shards or optimizer, lambda path: self.save_student(path, weights), state
+            )
             keep = self.progress.best_step if self.settings.keep_best else None
             prune(folder, self.settings.keep_last, keep)
         self.ranks.barrier()

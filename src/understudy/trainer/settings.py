@@ -139,8 +139,8 @@ class Parallel:
     teachers: bool = False
     """Whether teachers and references that are loaded here are in shards too."""
     reshard: bool = True
-    """Whether a block drops what it gathered after its forward and gathers it again for its backward: less memory, half as
-    much communication again."""
+    """Whether a block drops what it gathered after each forward and backward; False keeps it until the update is done, which
+    takes the memory of the whole weights and gathers them once."""
     gradients: Literal["shards", "whole"] = "shards"
     """How gradients of several micro-batches add up: in shards, a block's being reduced after each; or whole in each process,
     all being reduced once, which takes the memory of the whole gradient."""

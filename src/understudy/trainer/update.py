@@ -14,7 +14,7 @@ from understudy.losses.terms import Reads
 from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating
-from understudy.models.parallel import collect, like, local, reduce_gradients, shards_of, whole
+from understudy.models.parallel import like, local, reduce_gradients, shards_of, whole
 from understudy.packing import Layout, RowStyle, ScoreField, lay_out, micro_batches, pack
 from understudy.randomness import hash_name, keyed_uniform
 from understudy.trainer.distributed import Ranks
@@ -324,14 +324,13 @@ class Optimizer:
         return Metric(*torch.stack(sums).sum(0).tolist()) if sums else Metric(0.0, 0.0)
 
     def state(self) -> dict[str, Tensor]:
-        """`{parameter name/key: tensor}`, master weights by the key "master"; as `collect` where they are in shards."""
+        """`{parameter name/key: tensor}`, master weights by the key "master"."""
         moments = {
             f"{name}/{key}": value.contiguous()
             for name, parameter in self._updated.items()
             for key, value in self._adamw.state.get(parameter, {}).items()
         }
-        masters = {f"{name}/{_MASTER}": value.detach() for name, value in self._masters.items()}
-        return collect(moments | masters)
+        return moments | {f"{name}/{_MASTER}": value.detach() for name, value in self._masters.items()}
 
     @no_grad
     def load(self, state: dict[str, Tensor]) -> None:
