@@ -21,6 +21,7 @@ from understudy.hub import unreachable
 from understudy.lazy import Tensor, importing, nn, no_grad, torch
 from understudy.models.attention import attention_name
 from understudy.models.backbone import decoder_of, evaluating, positions_of, unwrap, vision_of
+from understudy.models.parallel import own_class
 from understudy.models.vision import Vision
 
 if TYPE_CHECKING:
@@ -695,7 +696,8 @@ def save_hf(
     base: Any = unwrap(model)
     adapted: Any = model
     if base is adapted:
-        base.save_pretrained(target, state_dict=weights)
+        with own_class(model):
+            base.save_pretrained(target, state_dict=weights)
     else:
         # the embedding has its own size, so peft need not look for that of the base on the hub, nor save it whole
         adapted.save_pretrained(

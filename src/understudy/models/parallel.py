@@ -97,6 +97,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
             block.set_reshard_after_forward(shards.reshard, recurse=False)
 
 
+@contextmanager
+def own_class(model: nn.Module) -> Iterator[None]:
+    """The model's own class inside, by whose name transformers knows how weights are called in files: shards change it."""
+    base: Any = unwrap(model)
+    changed = type(base)
+    base.__class__ = changed if shards_of(model) is None else changed.__mro__[2]
+    try:
+        yield
+    finally:
+        base.__class__ = changed
+
+
 def longest(model: nn.Module, number: int) -> int:
     """The largest `number` of any rank, which is how many forwards all of them have to make. A collective call."""
     count = torch.tensor(number, device=next(model.parameters()).device)

@@ -228,7 +228,7 @@ def load_optimizer(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         # the number of steps is a scalar, all else is in shards as the parameter is
         like = parameter.shape == stored.size
         state[key] = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(stored.size, dtype=dtype)
-    dcp.load(state, storage_reader=reader)
+    dcp.load(state, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     return state
 
 

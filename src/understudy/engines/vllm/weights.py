@@ -24,6 +24,7 @@ from understudy.engines.vllm.settings import VLLM
 from understudy.errors import EngineError, RecipeError
 from understudy.lazy import Tensor, nn, safetensors, torch
 from understudy.models import unwrap
+from understudy.models.parallel import own_class
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where the kernel keeps it)
 SHARD_BYTES = 4 * 2**30
@@ -104,8 +105,8 @@ class WeightStore:
             config: Any = type(self._model.config).from_dict(self._model.config.to_dict())
             # the files' precision, not the model's
             config.dtype = self._dtype
-            # shards change the class
-            config.architectures = [type(self._model).__name__.removeprefix("FSDP")]
+            with own_class(self._model):
+                config.architectures = [type(self._model).__name__]
             config.save_pretrained(aside)
             self._tokenizer.save_pretrained(aside)
             aside.rename(target)
