@@ -143,7 +143,8 @@ def _recipe(folder: Path, name: str, url: str) -> dict[str, Any]:
 
 CASES: dict[str, tuple[int, dict[str, Any], float]] = {
     "tied": (4, {"shard": 2, "replicate": 2}, 1e-10),
-    "lora": (4, {"shard": 4, "teachers": True}, 1e-10),
+    # its scores are kept in float32
+    "lora": (4, {"shard": 4, "teachers": True}, 1e-8),
     "moved": (4, {"shard": 4}, 1e-10),
     "quantile": (2, {"shard": 2, "reshard": False, "gradients": "whole"}, 1e-5),
     "teachers": (2, {"shard": 2, "teachers": True}, 1e-5),
