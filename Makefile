@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence real vllm environment test test-fast test-kernels check docs clean-quickstart
+.PHONY: quickstart evidence debugging real vllm environment test test-fast test-kernels check docs clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,9 @@ clean-quickstart:
 
 evidence: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
+
+debugging: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/debugging.py
 
 # data sets come from the Hugging Face hub; DATA=DIR: files
 real: $(STAMP)

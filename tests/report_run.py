@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from understudy.eval.estimators import majority_score
+from understudy.report.watch import Watch, make_server
 
 FACTS = {
     "status": "finished",
@@ -158,3 +161,17 @@ def write_run(run_dir: Path, *, num_steps: int = 120, before: float = 0.41, afte
         share = before + (after - before) * (1 - (1 - index / 3) ** 2)
         write_eval(run_dir, round(num_steps * index / 3), random_scores(share, seed=index))
     return run_dir
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[str]:
+    """The address at which the page of a run is served."""
+    server, address = make_server(watch)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield address
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

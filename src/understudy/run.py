@@ -426,6 +426,12 @@ def evaluator(
                 None if respond is None else lambda prompts: ranks.share(prompts, respond),
                 None if recipe.responses is None else recipe.responses.continue_template,
             )
+        answer = None
+        if settings.teacher and step == 0 and teachers.responder is not None:
+            write = partial(
+                teachers.responder.respond, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature
+            )
+            answer = partial(ranks.share, work=write)
         with console.progress("evaluate", len(prompts) * settings.samples_per_prompt) as advance:
             return run_eval(
                 prompts=prompts,
@@ -442,6 +448,7 @@ def evaluator(
                 progress=advance,
                 greedy=settings.greedy,
                 rejection=rejection,
+                answer=answer,
             )
 
     return evaluate

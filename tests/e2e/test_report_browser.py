@@ -8,16 +8,17 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.report_run import random_scores, write_eval, write_lines, write_run
+from tests.report_run import random_scores, watched, write_eval, write_lines, write_run
 
 from understudy.report.page import write_report
+from understudy.report.watch import Watch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _CONSOLE = re.compile(r"^.*\bCONSOLE\b.*$", re.MULTILINE)
@@ -59,8 +60,8 @@ class _Tags(HTMLParser):
             self.root = dict(attrs)
 
 
-def open_page(path: Path, profile: Path) -> Opened:
-    """Loads a file and returns the document two virtual seconds later."""
+def open_page(page: Path | str, profile: Path, seconds: int = 2) -> Opened:
+    """Loads a file, or what is at an address, and returns the document some virtual seconds later."""
     assert BROWSER is not None
     command = [
         BROWSER,
@@ -71,9 +72,9 @@ def open_page(path: Path, profile: Path) -> Opened:
         f"--user-data-dir={profile}",
         "--window-size=1280,900",
         "--enable-logging=stderr",
-        "--virtual-time-budget=2000",
+        f"--virtual-time-budget={1000 * seconds}",
         "--dump-dom",
-        path.as_uri(),
+        page.as_uri() if isinstance(page, Path) else page,
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.insert(1, "--no-sandbox")  # the browser refuses its own sandbox to root, as in a container
@@ -132,7 +133,7 @@ def hostile_run(run_dir: Path, text: str) -> Path:
     (run / "recipe.yaml").write_text(text)
     (run / "run.json").write_text(json.dumps({"method": text, "student": text, "teacher": text, text: text}))
     write_lines(run / "events.jsonl", [{"step": 1, "kind": text, "text": text}])
-    rows = [{"step": step, text: 1.0 * step, "loss": 1.0 / step, f"{text}, constant": 1.0} for step in (1, 2)]
+    rows = [{"step": step, text: 1.0 * step, "loss": 1.0 / step, f"constant {text}": 1.0} for step in (1, 2)]
     write_lines(run / "metrics.jsonl", rows)
     return run
 
@@ -310,3 +311,72 @@ def test_one_step_is_read_in_all_charts_and_nothing_sticks_out(tmp_path: Path, w
     assert page.root["data-rested"] == "true"
     assert width - 30 <= int(page.root["data-wide"] or 0) <= width
     assert page.root["data-overflow"] == "0"
+
+
+class Growing(Watch):
+    """A run that is one step further at every question of the page."""
+
+    def __init__(self, run_dir: Path, probe: str = "") -> None:
+        self._rows = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+        self._metrics, self._shown, self._probe = run_dir / "metrics.jsonl", 20, probe
+        self._metrics.write_text("".join(self._rows[:20]))
+        super().__init__(run_dir, max_share=1.0)
+
+    def html(self) -> str:
+        guard = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
+        return re.sub(guard, lambda _: self._probe, super().html()) if self._probe else super().html()
+
+    def changed(self, known: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        self._shown += 1
+        self._metrics.write_text("".join(self._rows[: self._shown]))
+        return super().changed(known)
+
+
+def test_a_watched_page_renews_itself(tmp_path: Path) -> None:
+    watch = Growing(write_run(tmp_path / "run", num_steps=60))
+    with watched(watch) as address:
+        page = open_page(address, tmp_path / "profile", seconds=9)
+    assert page.console == ()
+    assert "data-blocked" not in page.root
+    assert "data-script-error" not in page.root
+    assert int(page.root["data-updates"] or 0) >= 2
+    last = re.search(r"<li><span>last step</span> ([0-9]+)</li>", page.dom)
+    assert last
+    assert int(last[1]) > 20
+    assert int(page.root["data-charts"] or 0) == page.dom.count('class="chart"') >= 10
+    assert "Live: up to date" in page.dom
+
+
+LIVE_PROBE = """
+<script>
+window.addEventListener("load", () => {
+  const out = document.documentElement.dataset, charts = () => [...document.querySelectorAll("svg.chart")];
+  document.querySelector("#curves details").open = true;
+  charts()[1].focus({preventScroll: true});
+  document.querySelector("#events").scrollIntoView();
+  const top = () => document.querySelector("#events").getBoundingClientRect().top, before = top(), old = charts()[1];
+  out.scrolled = window.scrollY > 500;
+  document.addEventListener("renewed", (event) => {
+    if (event.detail.id !== "curves") return;
+    requestAnimationFrame(() => {
+      out.renewed = charts()[1] !== old;
+      out.open = document.querySelector("#curves details").open;
+      out.focused = charts().indexOf(document.activeElement);
+      out.moved = Math.round(Math.abs(top() - before));
+      const box = charts()[1].getBoundingClientRect();
+      charts()[1].dispatchEvent(new PointerEvent("pointermove", {clientX: box.right, clientY: box.top + 5, bubbles: true}));
+      out.reads = charts()[1].parentElement.querySelector(".readout").textContent;
+    });
+  });
+});
+</script>
+"""
+
+
+def test_a_watched_page_leaves_its_reader_alone(tmp_path: Path) -> None:
+    """Place, focus and open details stay; the new charts are read as the old ones, and are not renewed meanwhile."""
+    with watched(Growing(write_run(tmp_path / "run", num_steps=60), LIVE_PROBE)) as address:
+        root = open_page(address, tmp_path / "profile", seconds=12).root
+    assert (root["data-scrolled"], root["data-renewed"], root["data-open"]) == ("true", "true", "true")
+    assert (root["data-focused"], root["data-moved"]) == ("1", "0")
+    assert (root["data-reads"] or "").startswith("step 2")

@@ -13,18 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.report_run import write_lines, write_run
-from tests.runs import assert_same_run, distillation, save_tiny_model, tiny_recipe, train, train_in_two
+from tests.runs import SHORT, assert_same_run, distillation, save_tiny_model, tiny_recipe, train, train_in_two
 from understudy import config
+from understudy.engines import HFEngine
 from understudy.errors import RecipeError, TrainingError
 from understudy.eval.estimators import Estimate
 from understudy.eval.summary import EvalSummary
 from understudy.recipe import Recipe
 from understudy.report.page import write_report
 from understudy.report.read import read_run
-from understudy.tasks import build_tokenizer
+from understudy.tasks import Arithmetic, build_tokenizer
+from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer.alarms import ALARMS, WINDOW, Alarms
 from understudy.trainer.observe import ends_in_loop
-from understudy.types import Prompt, Sample
+from understudy.types import Grade, Prompt, Sample, Verdict
 
 NAMES = [alarm.name for alarm in ALARMS]
 END = "<eos>"
@@ -74,8 +76,9 @@ FAILING: Mapping[str, tuple[list[Row], list[EvalSummary]]] = {
     "stale_samples": (constant(staleness=12.0), []),
     "gradient_spikes": (SPIKES, []),
     "reward_hacking": (changing(30, {"reward": 0.3}, {"reward": 0.6}), [summary(0, 100), summary(50, 40)]),
+    "accuracy_falls": ([], [summary(0, 100), summary(50, 40)]),
     "no_learning": (constant(log_ratio=-0.5), [summary(0, 40), summary(50, 41)]),
-    "updates_lost": (constant(update_survives=0.02), []),
+    "updates_lost": (constant(update_survives=0.02, lr=1e-6), []),
     "weak_teacher": ([], [summary(0, 100, teacher=0.4)]),
 }
 HEALTHY: Mapping[str, tuple[list[Row], list[EvalSummary]]] = {
@@ -103,8 +106,15 @@ HEALTHY: Mapping[str, tuple[list[Row], list[EvalSummary]]] = {
     # one jump to another size, as where a method changes its phase
     "gradient_spikes": (changing(30, {"grad_norm": 1.0}, {"grad_norm": 13.0}), []),
     "reward_hacking": (changing(30, {"reward": 0.3}, {"reward": 0.6}), [summary(0, 100), summary(50, 90)]),
+    # still above its beginning
+    "accuracy_falls": ([], [summary(0, 40), summary(25, 150), summary(50, 100)]),
     # accuracy rises before the teacher is near
     "no_learning": (constant(log_ratio=-0.5), [summary(0, 40), summary(45, 80)]),
+    # a schedule's end
+    "updates_lost": (
+        changing(50, {"update_survives": 0.9, "lr": 1e-6}, {"update_survives": 0.02, "lr": 1e-9}),
+        [],
+    ),
     "weak_teacher": ([], [summary(0, 100, teacher=0.6), summary(50, 180)]),
 }
 
@@ -123,7 +133,7 @@ def raised(rows: list[Row], summaries: list[EvalSummary]) -> list[str]:
 
 
 def test_every_alarm_has_a_series_a_sentence_and_a_source() -> None:
-    assert list(FAILING) == NAMES == list(PROVOKED)
+    assert list(FAILING) == list(PROVOKED) == NAMES
     for alarm in ALARMS:
         assert alarm.reads, alarm.name
         assert all(text.endswith(".") for text in (alarm.means, alarm.advice)), alarm.name
@@ -132,7 +142,8 @@ def test_every_alarm_has_a_series_a_sentence_and_a_source() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_series_of_an_alarm_raises_it_alone(name: str) -> None:
-    assert raised(*FAILING[name]) == [name]
+    expected = [name, "accuracy_falls"] if name == "reward_hacking" else [name]
+    assert raised(*FAILING[name]) == expected
     assert raised(*HEALTHY.get(name, ([], []))) == []
 
 
@@ -144,8 +155,8 @@ def test_an_alarm_does_not_apply_without_its_numbers(name: str) -> None:
     for metric in alarm.reads:
         nothing = [{key: value for key, value in row.items() if key != metric} for row in rows]
         if any(metric in row for row in rows):
-            assert raised(nothing, summaries) == []
-            assert raised([row | {metric: float("nan")} for row in rows], summaries) == []
+            assert name not in raised(nothing, summaries)
+            assert name not in raised([row | {metric: float("nan")} for row in rows], summaries)
 
 
 def test_an_alarm_ends_when_its_conditions_have_not_held_for_a_while() -> None:
@@ -179,7 +190,7 @@ def test_the_page_of_the_documentation_has_every_alarm() -> None:
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
     ]
     assert [row for row in rows if row[0].strip("`") in NAMES] == [
-        [f"`{alarm.name}`", alarm.means, ", ".join(part.bound for part in alarm.when), alarm.source] for alarm in ALARMS
+        [f"`{alarm.name}`", alarm.means, alarm.bounds, alarm.source] for alarm in ALARMS
     ]
 
 
@@ -193,6 +204,10 @@ def test_loops_are_found_by_their_period() -> None:
     others = [[], [7] * 15, varied, [*[7] * 100, 8], [*varied, *list(range(64)) * 2], [*varied, *list(range(70)) * 3]]
     assert ends_in_loop([sample(ids) for ids in looping]) == [True] * 3
     assert ends_in_loop([sample(ids) for ids in others]) == [False] * 6
+
+
+Failing = Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]
+"""Makes the changes to the tiny recipe by which it fails in one way."""
 
 
 # --- runs that fail -------------------------------------------------------------------------------------------------------
@@ -217,12 +232,14 @@ def unigram(path: Path, likely: Mapping[str, float], *, seed: int = 1) -> str:
     return str(path)
 
 
-def pair(folder: Path, student: Mapping[str, float], teacher: Mapping[str, float], **changes: Any) -> dict[str, Any]:
+def pair(
+    folder: Path, student: Mapping[str, float], teacher: Mapping[str, float], *, seed: int = 2, **changes: Any
+) -> dict[str, Any]:
     """Distillation between two unigram models, four samples a step."""
     settings = {"steps": 11, "prompts_per_step": 4, "lr": 1e-6} | changes.pop("train", {})
     return {
         "student": {"model": unigram(folder / "student", student), "build": None},
-        "teacher": {"type": "local", "model": unigram(folder / "teacher", teacher, seed=2)},
+        "teacher": {"type": "local", "model": unigram(folder / "teacher", teacher, seed=seed)},
         "method": {"type": "gkd"},
         "train": settings,
     } | changes
@@ -236,10 +253,6 @@ def repetition(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return pair(folder, {"0": 20.0}, {"0": 20.0})
 
 
-def teacher_excludes(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    return pair(folder, {}, {"5": -1e6}, method={"type": "opd"})
-
-
 def updates_lost(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     changes = distillation(folder, train={"steps": 2, "lr": 1e-6, "master_weights": False})
     changes["student"] |= {"dtype": "bfloat16"}
@@ -251,24 +264,95 @@ def no_learning(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return pair(folder, {}, {"1": 2.0, "2": 1.0}, train=train_keys, sampling={"max_new_tokens": 12})
 
 
-PROVOKED: Mapping[str, Callable[[Path, pytest.MonkeyPatch], dict[str, Any]] | None] = {
-    "length_explosion": None,
-    "length_collapse": None,
+def length_explosion(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return pair(folder, {END: 3.0}, {END: -20.0}, train={"steps": 30, "lr": 0.03})
+
+
+def length_collapse(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return pair(folder, {END: 0.6}, {END: 8.0}, train={"steps": 30, "lr": 0.03})
+
+
+def rewarded(folder: Path, patch: pytest.MonkeyPatch, student: Row, method: Row | None = None) -> dict[str, Any]:
+    """The share of zeros is rewarded; on the prompts of the evaluation, that there is a 1."""
+
+    def grade(task: Arithmetic, prompt: Prompt, text: str) -> Grade:
+        return Grade(float("1" in text) if task.seed else text.count("0") / 6)
+
+    patch.setattr(Arithmetic, "grade", grade)
+    settings = {"steps": 50, "prompts_per_step": 2, "samples_per_prompt": 4, "lr": 0.02}
+    changes = pair(folder, {END: -20.0} | student, {END: -20.0}, train=settings, sampling={"max_new_tokens": 6})
+    return changes | {"teacher": None, "method": {"type": "grpo"}}
+
+
+def entropy_collapse(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return rewarded(folder, patch, {})
+
+
+def overlap_falls(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    teacher = {"type": "local", "model": unigram(folder / "uniform", {END: -20.0}, seed=2)}
+    return rewarded(folder, patch, {}) | {"teacher": teacher, "method": {"type": "kdrl", "beta": 0.0001}}
+
+
+def reward_hacking(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    held_out = {"type": "arithmetic", "family": "addition", "digits": 2, "seed": 1}
+    return rewarded(folder, patch, {"1": 2.0}) | {"eval_task": held_out, "eval": {"every": 25, "problems": 50}}
+
+
+def teacher_excludes(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return pair(folder, {}, {"5": -1e6}, method={"type": "opd"})
+
+
+def nothing_trusted(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return pair(folder, {}, {"0": 20.0}, method={"type": "tropd", "k": 4, "anneal_steps": 0})
+
+
+def nothing_accepted(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    patch.setattr(VerbalTeacher, "judge", lambda judge, samples, **_: [Verdict(0.0) for _ in samples])
+    judge = SHORT | {"model": unigram(folder / "judge", {})}
+    method = {"type": "ovd", "on_reject": "drop"}
+    settings = {"steps": 11, "prompts_per_step": 2, "samples_per_prompt": 2}
+    return pair(folder, {}, {}, train=settings) | {"teacher": judge, "method": method}
+
+
+def few_tokens_decide(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return pair(folder, {"5": -2.0}, {"5": -14.0}, method={"type": "opd"}, train={"prompts_per_step": 8})
+
+
+def old_weights(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    patch.setattr(HFEngine, "push", lambda *_: None)
+    changes = pair(folder, {}, {"1": 2.0}, train={"steps": 20, "lr": 0.01}, sampling={"max_new_tokens": 12})
+    return changes | {"rollout": {"type": "hf", "copy": True}}
+
+
+def gradient_spikes(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    settings = {"steps": 36, "lr": 1e-7}
+    return pair(folder, {"5": -2.3}, {"5": -30.0}, seed=1, method={"type": "opd"}, train=settings)
+
+
+def weak_teacher(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    patch.setattr(Arithmetic, "grade", lambda task, prompt, text: Grade(float("1" in text)))
+    return pair(folder, {"1": 2.0}, {"2": 4.0}, train={"steps": 1}) | {"eval": {"problems": 20, "teacher": True}}
+
+
+PROVOKED: Mapping[str, Failing] = {
+    "length_explosion": length_explosion,
+    "length_collapse": length_collapse,
     "missing_eos": missing_eos,
     "repetition": repetition,
-    "entropy_collapse": None,
+    "entropy_collapse": entropy_collapse,
     "teacher_excludes": teacher_excludes,
-    "nothing_trusted": None,
-    "nothing_accepted": None,
-    "few_tokens_decide": None,
-    "overlap_falls": None,
-    "sampler_gap": None,
-    "stale_samples": None,
-    "gradient_spikes": None,
-    "reward_hacking": None,
+    "nothing_trusted": nothing_trusted,
+    "nothing_accepted": nothing_accepted,
+    "few_tokens_decide": few_tokens_decide,
+    "overlap_falls": overlap_falls,
+    "sampler_gap": old_weights,
+    "stale_samples": old_weights,
+    "gradient_spikes": gradient_spikes,
+    "reward_hacking": reward_hacking,
+    "accuracy_falls": reward_hacking,
     "no_learning": no_learning,
     "updates_lost": updates_lost,
-    "weak_teacher": None,
+    "weak_teacher": weak_teacher,
 }
 """A run that raises each."""
 
@@ -278,17 +362,17 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, make in PROVOKED.items() if make])
-def test_a_run_that_fails_raises_its_alarm(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = PROVOKED[name]
-    assert make is not None
+@pytest.mark.parametrize("make", list(dict.fromkeys(PROVOKED.values())), ids=lambda make: make.__name__)
+def test_a_run_that_fails_raises_its_alarm(tmp_path: Path, make: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = train(tmp_path, **make(tmp_path / "models", monkeypatch))
     begun = [event for event in events(run_dir) if event["kind"] == "alarm" and event["begins"]]
-    assert name in [event["alarm"] for event in begun]
+    expected = {name for name, its in PROVOKED.items() if its is make}
+    assert expected <= {event["alarm"] for event in begun}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for event in begun:
-        assert rows[event["step"] - 1][f"alarm/{event['alarm']}"] == 1.0
-        assert f"alarm/{event['alarm']}" not in rows[event["step"] - 2] or event["step"] == 1
+        # that of an evaluation begins behind its step
+        near = rows[max(0, event["step"] - 1) : event["step"] + 1]
+        assert 1.0 in [row.get(f"alarm/{event['alarm']}") for row in near]
 
 
 @pytest.mark.slow

@@ -285,6 +285,20 @@ def inspect_run(
 
 
 @app.command()
+def watch(
+    run_dir: Annotated[Path, _argument("RUN", "A run directory.")],
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of 127.0.0.1; 0: any that is free.")] = 0,
+) -> None:
+    """Show the report of a run while it goes on, to this machine alone; the open page renews itself.
+
+    Nothing is written. It ends with Ctrl-C.
+    """
+    from understudy.report.watch import serve
+
+    serve(run_dir, port, typer.echo)
+
+
+@app.command()
 def push(
     run_dir: Annotated[Path, _argument("RUN", "A run directory: its final student.")],
     name: Annotated[str, _argument("OWNER/NAME", "A model repository at the hub; made where it is missing.")],

@@ -48,6 +48,7 @@ def run_eval(
     greedy: bool = False,
     rejection: Rejection | None = None,
     share: Callable[[Sequence[Request], Write], list[Sample]] | None = None,
+    answer: Callable[[Sequence[Prompt]], Sequence[str | None]] | None = None,
 ) -> EvalSummary:
     """Evaluates and, with `out_dir`, writes step_XXXXXX.jsonl and then step_XXXXXX.json there.
 
@@ -55,7 +56,8 @@ def run_eval(
     evaluated later gives the same numbers. Of a task with parts, `PART/avg@n` is that of each. With `greedy` one more answer a
     prompt is drawn at temperature 0 and reported as the metric `greedy`; with `rejection` one more is drawn until the judge
     accepts it, or written on by the teacher. `progress` gets the number of samples in each block; `share` has several ranks
-    write a part of the requests each.
+    write a part of the requests each; `answer` gives a teacher's response to each prompt for the metric `teacher`, and one that
+    does not end is wrong.
     Raises DataError for prompts with equal ids and if no prompt fits the budget, CheckpointError if the files cannot be
     written.
     """
@@ -109,6 +111,14 @@ def run_eval(
         stream = f"eval/{split}/rejection"
         rejected = rejection.metrics(first, task, renderer, play_episodes, sampling, stream)
         summary = replace(summary, metrics={**summary.metrics, **rejected})
+    if answer is not None:
+        texts = answer([prompt for prompt, _ in fitting])
+        said = [
+            (prompt, text) for (prompt, _), text in zip(fitting, texts, strict=True) if prompt.reference is not None
+        ]
+        scores = [0.0 if text is None else task.grade(prompt, text).score for prompt, text in said]
+        if scores:
+            summary = replace(summary, metrics={**summary.metrics, "teacher": estimate_mean(scores, SHARE)})
     if out_dir is not None:
         path = out_dir / f"step_{step:06d}.json"
         # an old summary goes first and the new one comes last: beside a summary always lie its own samples

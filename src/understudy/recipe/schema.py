@@ -406,6 +406,19 @@ def _images_are_read(recipe: Recipe) -> None:
 def _evaluation_is_there_and_draws(recipe: Recipe) -> None:
     if recipe.train.stop_at is not None and (recipe.eval is None or recipe.eval.every is None):
         raise ValueError("train.stop_at waits for an evaluation, so eval.every must say how often there is one")
+    if recipe.eval is not None and recipe.eval.teacher:
+        if recipe.teacher is None or recipe.leaves_teacher or not recipe.teacher.writes_responses:
+            raise ValueError(
+                "eval.teacher has the teacher answer the problems, but the method asks no single teacher of type local, verbal "
+                "or chat, which are the ones that write; remove eval.teacher"
+            )
+        if not recipe.eval.at_start:
+            raise ValueError("eval.teacher has the teacher answer before the first step; set eval.at_start: true")
+        if _answers_the_student(recipe.held_out):
+            raise ValueError(
+                f"eval.teacher has the teacher answer in one message, but in the task {recipe.held_out.name} an environment "
+                "answers; remove eval.teacher"
+            )
     if recipe.eval is None or recipe.eval.reject_below is None:
         return
     how, teacher = recipe.eval.on_reject, recipe.teacher

@@ -75,12 +75,11 @@
   };
 
   const start = () => {
-    const charts = [...document.querySelectorAll("svg.chart")].map(makeChart);
-    let step = null;
+    let charts = [], step = null;
     // a sample or a token is no optimizer step: only charts over the same unit move together
     const go = (to, unit) => { step = to; charts.filter((chart) => chart.data.point === unit).forEach((chart) => chart.at(to)); };
     const leave = () => { step = null; charts.forEach((chart) => chart.rest()); };
-    charts.forEach((chart) => {
+    const bind = (chart) => {
       const { svg, data, steps, readout } = chart;
       svg.addEventListener("pointermove", (event) => {
         const box = svg.getBoundingClientRect();
@@ -105,8 +104,16 @@
         event.preventDefault();
         go(steps[Math.min(steps.length - 1, Math.max(0, to))], data.point);
       });
-    });
-    root.dataset.charts = charts.length;
+      return chart;
+    };
+    // parts of a live page are replaced, with the charts in them
+    const find = () => {
+      const known = new Map(charts.map((chart) => [chart.svg, chart]));
+      charts = [...document.querySelectorAll("svg.chart")].map((svg) => known.get(svg) ?? bind(makeChart(svg)));
+      root.dataset.charts = charts.length;
+    };
+    find();
+    document.addEventListener("renewed", find);
   };
   document.addEventListener("DOMContentLoaded", start);
 })();

@@ -66,11 +66,17 @@ class Group:
 
 
 def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
-    """Writes RUN/report.html and returns its path.
+    """Writes RUN/report.html and returns its path. Raises CheckpointError where it cannot be written, and as `report_html`."""
+    write_atomically(run_dir / "report.html", report_html(run_dir, baseline=baseline))
+    return run_dir / "report.html"
+
+
+def report_html(run_dir: Path, *, baseline: Path | None = None, live: bool = False) -> str:
+    """The page of a run; `live`: it asks whoever serves it for what has changed (`watch`).
 
     "Before" is `baseline` (an evaluation summary, or a run directory whose last evaluation counts) or else the run's
-    first evaluation; "after" is its last one. Raises CheckpointError for a directory that is no run or cannot be
-    written, DataError (file and line) for a broken file in it.
+    first evaluation; "after" is its last one. Raises CheckpointError for a directory that is no run, DataError (file and
+    line) for a broken file in it.
     """
     run = read_run(run_dir)
     after = run.evals[-1] if run.evals else None
@@ -87,9 +93,10 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
     facts = {name: _fact(value) for name, value in config.flatten(plain).items()}
     # the rarer and more telling events survive a cut, in their order
     telling = sorted(range(len(run.events)), key=lambda index: (run.events[index].kind == "info", index))[:MAX_EVENTS]
-    html = render(
+    return render(
         "report/page.html",
         kind="report",
+        live=live,
         run=run,
         title=shorten(run.path.resolve().name, MAX_NAME_CHARS),
         settings=config.flatten(run.settings),
@@ -119,23 +126,21 @@ def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
         recipe=None if run.recipe is None else shorten(_recipe(run), MAX_RECIPE_CHARS),
         facts={name: shorten(text, MAX_FACT_CHARS) for name, text in facts.items()},
     )
-    write_atomically(run_dir / "report.html", html)
-    return run_dir / "report.html"
 
 
-def render(template: str, **values: Any) -> str:
-    """A page as HTML, from a template that extends report/base.html.
+def render(template: str, *, live: bool = False, **values: Any) -> str:
+    """A page as HTML, from a template that extends report/base.html; `live`: it may ask its own server.
 
     Scripts and styles other than its own are forbidden by hash, network by default-src. Every string that the template
     shows loses its control characters and secrets, is cut at `MAX_SHOWN` and then escaped.
     """
     package = files("understudy")
-    style, *scripts = (
-        package.joinpath(f"report/{name}").read_text(encoding="utf-8") for name in ("page.css", "page.js", "viewer.js")
-    )
+    names = ["page.css", "page.js", "viewer.js", *(["live.js"] if live else [])]
+    style, *scripts = (package.joinpath(f"report/{name}").read_text(encoding="utf-8") for name in names)
     script = "".join(scripts)
     hashes = (f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in (style, script))
     policy = "default-src 'none'; style-src {}; script-src {}; base-uri 'none'; form-action 'none'".format(*hashes)
+    policy += "; connect-src 'self'" if live else ""
     environment = Environment(
         loader=FunctionLoader(lambda name: package.joinpath(name).read_text(encoding="utf-8")),
         autoescape=True,
@@ -146,7 +151,7 @@ def render(template: str, **values: Any) -> str:
     )
     helpers = (draw, shorten, form.count, form.interval, form.change, form.is_rate, form.metric_note)
     environment.globals.update({helper.__name__: helper for helper in helpers})
-    own: dict[str, Any] = {"policy": policy, "style": Markup(style), "script": Markup(script)}  # noqa: S704 our own files
+    own: dict[str, Any] = {"live": live, "policy": policy, "style": Markup(style), "script": Markup(script)}  # noqa: S704 our own files
     return encodable(environment.get_template(template).render(values | own))
 
 

@@ -377,4 +377,5 @@
     };
   };
   document.addEventListener("DOMContentLoaded", start);
+  document.addEventListener("renewed", (event) => { if (event.detail.id === "tokens") start(); });
 })();

@@ -20,7 +20,7 @@ from understudy.eval.summary import EvalSummary
 from understudy.format import number
 
 OnAlarm = Literal["warn", "stop", "ignore"]
-Reading = Literal["mean", "first", "times first", "since first", "spikes"]
+Reading = Literal["mean", "first", "times first", "since first", "times most", "spikes"]
 
 WINDOW = 10
 """Steps that a mean is over: the evidence's shortest runs have 40, and a step of theirs 32 samples."""
@@ -35,22 +35,18 @@ class Condition:
 
     metric: str
     reading: Reading = "mean"
-    """Mean of the last `window` steps; of the first `WINDOW`; the former over or minus the latter; or the number of spikes in
-    the last `SPIKE_WINDOW` steps."""
+    """Mean of the last `window` steps; of the first `WINDOW`; the former over or minus the latter; over the largest value so
+    far; or the number of spikes in the last `SPIKE_WINDOW` steps."""
     above: float | None = None
     below: float | None = None
     per: str | None = None
     """A metric whose mean the value is divided by."""
     window: int = WINDOW
-    after: int = 0
-    """Steps with this number until it is judged."""
     optional: bool = False
     """Holds in a run without the number."""
 
     def value(self, history: History) -> float | None:
         """None: there are too few steps with this number."""
-        if history.count(self.metric) < self.after:
-            return None
         value = history.read(self.metric, self.reading, self.window)
         if value is None or self.per is None:
             return value
@@ -88,6 +84,16 @@ class Alarm:
     advice: str
     source: str
     """Where the bounds come from."""
+    after: int = 0
+    """Steps of the run until it is judged."""
+
+    def holds(self, history: History, step: int) -> bool:
+        return step >= self.after and all(part.holds(history) for part in self.when)
+
+    @property
+    def bounds(self) -> str:
+        """In words: "truncated above 0.5, no_eos above 0.5"."""
+        return ", ".join(part.bound for part in self.when) + (f", from step {self.after} on" if self.after else "")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -223,22 +229,33 @@ ALARMS: tuple[Alarm, ...] = (
         "the 95 % intervals of this evaluation and of the best one do not meet",
     ),
     Alarm(
+        "accuracy_falls",
+        (Condition("accuracy_lost", above=0.0, window=1),),
+        "Held-out accuracy is below where it began.",
+        "Lower train.lr by a factor of 3 to 10. If it goes on, see whether the teacher reads the student's prompt in the form "
+        "that it was trained on, at the same temperature, and is better than the student (eval.teacher).",
+        f"the 95 % intervals of this evaluation and of the first one do not meet; {EVIDENCE}: runs that rise in the end may "
+        "dip before step 30",
+        after=50,
+    ),
+    Alarm(
         "no_learning",
         (
             Condition("log_ratio", "first", below=-0.1),
-            Condition("log_ratio", "times first", above=0.95, after=50),
+            Condition("log_ratio", "times first", above=0.95),
             Condition("accuracy_gain", below=0.02, window=1, optional=True),
         ),
         "After 50 steps less than a twentieth of the distance to the teacher is gone, and accuracy has not risen.",
         "Raise train.lr by a factor of 3 to 10 (compare --tune train.lr=...). If it is high already, lower it.",
         f"{EVIDENCE}: runs whose accuracy rises have lost 6 % by then, most of them half",
+        after=50,
     ),
     Alarm(
         "updates_lost",
-        (Condition("update_survives", below=0.5, window=1),),
+        (Condition("update_survives", below=0.5, window=1), Condition("lr", "times most", above=0.1, window=1)),
         "Rounding takes most of an update away, because the weights are in 16 bits.",
         "Set train.master_weights: true or student.dtype: float32 in a new run, or raise train.lr.",
-        "more is lost than left",
+        "more is lost than left, and not because a schedule has come to its end",
     ),
     Alarm(
         "weak_teacher",
@@ -257,6 +274,7 @@ class History:
     def __init__(self) -> None:
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, deque[float]] = {}
+        self._most: dict[str, float] = {}
         self._count: dict[str, int] = {}
 
     def add(self, values: Mapping[str, float | None]) -> None:
@@ -269,6 +287,7 @@ class History:
             if len(first) < WINDOW:
                 first.append(value)
             self._last.setdefault(name, deque(maxlen=max(WINDOW, SPIKE_WINDOW))).append(value)
+            self._most[name] = max(value, self._most.get(name, value))
             self._count[name] = self._count.get(name, 0) + 1
 
     def count(self, name: str) -> int:
@@ -283,9 +302,11 @@ class History:
                 return None
             high = [value > SPIKE_TIMES * median(last) for value in last]
             return float(sum(now and not before for before, now in pairwise(high)))
-        if self.count(name) < (window if reading == "mean" else 2 * WINDOW):
+        if self.count(name) < (2 * WINDOW if "first" in reading else window):
             return None
         mean, first = sum(last[-window:]) / window, sum(self._first[name]) / len(self._first[name])
+        if reading == "times most":
+            return mean / self._most[name] if self._most[name] else None
         if reading == "times first":
             return mean / first if first else None
         return {"mean": mean, "first": first, "since first": mean - first}[reading]
@@ -351,7 +372,7 @@ class Alarms:
         self._history.add(values)
         changes = []
         for alarm in self._rules:
-            if all(part.holds(self._history) for part in alarm.when):
+            if alarm.holds(self._history, step):
                 if alarm.name not in self._quiet:
                     changes.append(self._begin(alarm, step))
                 self._quiet[alarm.name] = 0
@@ -367,9 +388,7 @@ class Alarms:
         self._evaluations.append(summary)
         self._history.add(_compared(self._evaluations))
         begun = [
-            alarm
-            for alarm in self._rules
-            if alarm.name not in self._quiet and all(part.holds(self._history) for part in alarm.when)
+            alarm for alarm in self._rules if alarm.name not in self._quiet and alarm.holds(self._history, summary.step)
         ]
         changes = [self._begin(alarm, summary.step) for alarm in begun]
         self._quiet |= dict.fromkeys((alarm.name for alarm in begun), 0)
@@ -395,9 +414,9 @@ class Alarms:
 def _compared(evaluations: Sequence[EvalSummary]) -> dict[str, float]:
     """Numbers of the last evaluation beside the first and the best one; none for what was not graded.
 
-    `accuracy_gain`: over the first one's. `accuracy_rise`, `accuracy_fall`: the least by which it is above the first one's, or
-    below the best one's, if all are within their 95 % intervals. `teacher_lead`: the teacher's accuracy minus the student's
-    at the start. `no_eos` as it is.
+    `accuracy_gain`: over the first one's. `accuracy_rise`, `accuracy_fall`, `accuracy_lost`: the least by which it is above the
+    first one's, below the best one's, and below the first one's, if all are within their 95 % intervals. `teacher_lead`: the
+    teacher's accuracy minus the student's at the start. `no_eos` as it is.
     """
     found = [summary.metrics.get(f"avg@{summary.samples_per_prompt}") for summary in evaluations]
     known = [item for item in found if item is not None]
@@ -410,6 +429,10 @@ def _compared(evaluations: Sequence[EvalSummary]) -> dict[str, float]:
         values["accuracy_gain"] = last.value - first.value
     if len(known) > 1 and None not in (bounds := (first.low, first.high, best.low, best.high, last.low, last.high)):
         low, high = [bound for bound in bounds[::2] if bound is not None], [b for b in bounds[1::2] if b is not None]
-        values |= {"accuracy_rise": low[2] - high[0], "accuracy_fall": low[1] - high[2]}
+        values |= {
+            "accuracy_rise": low[2] - high[0],
+            "accuracy_fall": low[1] - high[2],
+            "accuracy_lost": low[0] - high[2],
+        }
     teacher = evaluations[0].metrics.get("teacher")
     return values if teacher is None else values | {"teacher_lead": teacher.value - first.value}

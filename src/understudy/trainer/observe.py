@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from understudy.eval.summary import EvalSummary
+from understudy.format import interval
 from understudy.lazy import Tensor, torch
 from understudy.text import printable
 from understudy.trainer.alarms import Alarms, Change
@@ -247,6 +248,8 @@ class Observer:
             self._write("events", {"step": summary.step, "kind": "info", "text": text})
         else:
             self.console.evaluated(summary.step, name, found)
+        if "teacher" in summary.metrics:
+            self.console.note(f"step {summary.step:,}: the teacher {interval('teacher', summary.metrics['teacher'])}")
         self._show(changes)
         return None if found is None else found.value
 

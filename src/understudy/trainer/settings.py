@@ -185,6 +185,8 @@ class Eval:
     """None: as in training."""
     greedy: bool = False
     """Also one answer to each problem at temperature 0, the metric `greedy`."""
+    teacher: bool = False
+    """Also the teacher's own answers to the problems, once, before the first step: the metric `teacher`."""
     reject_below: float | None = None
     """Also test-time rejection: an answer to which the judge gives a lower digit is drawn again (`rejection@N`)."""
     on_reject: Rejected = "resample"
