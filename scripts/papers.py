@@ -254,18 +254,21 @@ def rows(name: str, file: str) -> Iterator[dict[str, Any]]:
             put(found, field, json.dumps([answer]) if data is not None and data.listed else answer)
         if field := keys.get("image_field"):
             put(found, field, [f"{draw_image(index).name}"])
-        for condition in map(Condition.read, keys.get("where", ())):
+        for condition in (one for one in map(Condition.read, keys.get("where", ())) if one.sign != "!="):
             put(found, condition.field, condition.values[0])
         yield found
 
 
 def put_program(found: dict[str, Any], keys: Mapping[str, str], name: str, number: int) -> None:
-    """Sets a function to write and its tests, as HumanEval and MBPP have them, or inputs and outputs, as Eurus has."""
+    """Sets a function to write and its tests, as HumanEval and MBPP have them, or inputs and outputs, as Eurus and LiveCodeBench have."""
     head, body = f"def {name}(a):\n", f"    return a + {number}\n"
     if keys["reference_field"] == "reward_model.ground_truth":
         tests = {"inputs": ["1\n"], "outputs": [f"{1 + number}\n"]}
         found["prompt"] = [{"role": "user", "content": f"Add {number} to a number."}]
         put(found, keys["reference_field"], json.dumps(tests))
+    elif "," in keys["reference_field"]:
+        cases = json.dumps([{"input": "1\n", "output": f"{1 + number}\n", "testtype": "stdin"}])
+        found |= dict.fromkeys(re.split(", *", keys["reference_field"]), cases)
     elif keys.get("solution_field") == "canonical_solution":
         check = f"def check(candidate):\n    assert candidate(1) == {1 + number}\n"
         found |= {"prompt": head, "canonical_solution": body, "entry_point": name, "test": check}
