@@ -260,7 +260,8 @@ def rows(name: str, file: str) -> Iterator[dict[str, Any]]:
 
 
 def put_program(found: dict[str, Any], keys: Mapping[str, str], name: str, number: int) -> None:
-    """Sets a function to write and its tests, as HumanEval and MBPP have them, or inputs and outputs, as Eurus and LiveCodeBench have."""
+    """Sets a function to write and its tests, as HumanEval and MBPP have them, or inputs and outputs, as Eurus and
+    LiveCodeBench have."""
     head, body = f"def {name}(a):\n", f"    return a + {number}\n"
     if keys["reference_field"] == "reward_model.ground_truth":
         tests = {"inputs": ["1\n"], "outputs": [f"{1 + number}\n"]}

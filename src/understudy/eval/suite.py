@@ -36,7 +36,15 @@ SUITES: Mapping[str, Mapping[str, Any]] = {
     },
     "instructions": {
         "sampling": {"temperature": 0.0, "max_new_tokens": 4096},
-        "tasks": {"ifeval": {"task": {"type": "instructions", "dataset": "ifeval"}}},
+        "tasks": {name: {"task": {"type": "instructions", "dataset": name}} for name in ("ifeval", "ifbench")},
+    },
+    "code": {
+        "sampling": _REASONING,
+        "tasks": {
+            "humaneval-plus": {"task": {"type": "code", "dataset": "humaneval-plus"}},
+            "mbpp-plus": {"task": {"type": "code", "dataset": "mbpp-plus"}},
+            "livecodebench-v6": {"task": {"type": "code", "dataset": "livecodebench-v6"}, "samples_per_prompt": 4},
+        },
     },
 }
 """Suites by their names, as a file would have them."""
