@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,12 @@ def train_in_shards(*runs: tuple[Path, int | None]) -> None:
     from understudy import run
     from understudy.recipe import load_recipe
     from understudy.trainer import loop
+    from understudy.trainer import update as of_update
     from understudy.trainer.console import Console
     from understudy.trainer.distributed import Ranks
 
     updates: list[dict[str, Any]] = []
-    plain_update, plain_step = loop.accumulate_gradients, loop.Trainer._take_step
+    plain_update, plain_step, plain_loss = loop.accumulate_gradients, loop.Trainer._take_step, of_update.evaluate
     last: int | None = None
 
     def counted(names: tuple[str, ...]) -> None:
@@ -77,6 +79,11 @@ def train_in_shards(*runs: tuple[Path, int | None]) -> None:
             raise KeyboardInterrupt
         plain_step(self)
 
+    def broken_loss(*given: Any, **named: Any) -> Any:
+        found = plain_loss(*given, **named)
+        of_update.evaluate = plain_loss  # type: ignore[attr-defined]
+        return replace(found, loss=found.loss * torch.nan)
+
     counted(GATHERS)
     counted(REDUCES)
     loop.accumulate_gradients = update  # type: ignore[attr-defined]
@@ -85,6 +92,8 @@ def train_in_shards(*runs: tuple[Path, int | None]) -> None:
     ranks = Ranks.from_environment(lambda: torch.device("cpu"))
     for folder, last in runs:
         updates.clear()
+        if folder.name.startswith("broken") and ranks.rank == 1:
+            of_update.evaluate = broken_loss  # type: ignore[attr-defined]
         recipe, resume = load_recipe(folder / "recipe.yaml"), (folder / "run" / "checkpoints").is_dir()
         try:
             run.train(recipe, resume=resume, examine=(folder / "examined").is_file(), console=Console(quiet=True))
@@ -170,6 +179,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             # one step by four ranks, one more by two, the others by one
             moved = (made["moved"], 1 if world == 4 else 2)
             write_recipe(made["moved"], **changes["moved"], parallel={"shard": world})
+            if world == 2:
+                made["broken"] = tmp_path_factory.mktemp("broken")
+                write_recipe(made["broken"], parallel={"shard": 2}, train={"steps": 2})
+                runs.append((made["broken"], None))
             run_ranks(train_in_shards, moved, *runs, folder=tmp_path_factory.mktemp("ranks"), num_ranks=world)
         saved = made["moved"] / "run" / "checkpoints" / "step_000002"
         # each rank has written its part
@@ -191,6 +204,16 @@ def test_shards_are_one_run(folders: dict[str, Path], name: str) -> None:
     assert weights(alone).keys() == weights(sharded).keys()
     for key, value in weights(alone).items():
         torch.testing.assert_close(weights(sharded)[key], value, rtol=0, atol=atol)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_update_on_all(folders: dict[str, Path]) -> None:
+    run_dir = folders["broken"] / "run"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] is None for row in rows] == [True, False]
+    assert json.loads((run_dir / "run.json").read_text())["updates"] == 1
+    # each rank keeps its own samples
+    assert len(list((run_dir / "bad_batches").iterdir())) == 2
+    assert all(bool(value.isfinite().all()) for value in weights(run_dir).values())
 
 
 @pytest.mark.parametrize("name", ["tied", "quantile", "teachers"])
