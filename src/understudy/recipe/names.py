@@ -77,6 +77,9 @@ _NAMES: Mapping[str, str] = {
     "train.keep_best": "load_best_model_at_end save_best",
     "eval.every": "eval.steps eval.interval eval.freq eval_steps test_freq eval_interval eval_every eval_freq "
     "evaluation_strategy eval_strategy",
+    "parallel.shard": "fsdp fsdp_config fsdp_size deepspeed zero_stage dp_shard data_parallel_shard_degree",
+    "parallel.replicate": "dp_replicate data_parallel_replicate_degree",
+    "parallel.reshard": "reshard_after_forward",
     "eval.at_start": "val_before_train eval_on_start",
     "eval.path": "eval_path val_path test_file eval_file val_files val_file validation_file test_data eval_data",
     "eval.problems": "eval.limit eval.num_problems eval.num_samples max_eval_samples num_eval_samples",
@@ -88,8 +91,7 @@ OTHER_NAMES: Mapping[str, str] = {name: key for key, names in _NAMES.items() for
 
 _NO_KEYS: Mapping[str, str] = {
     "the optimizer is AdamW": "optim optimizer optimizer_type optim_type",
-    "a run uses several GPUs when torchrun starts it, one process for each": "n_gpus_per_node nnodes num_gpus gpus nodes "
-    "deepspeed fsdp fsdp_config",
+    "a run uses several GPUs when torchrun starts it, one process for each": "n_gpus_per_node nnodes num_gpus gpus nodes",
     "a response ends as the chat template ends a turn, with EOS, or at sampling.max_new_tokens": "stop stop_strings "
     "stop_sequences stop_token_ids stop_words eos_token eos_token_id",
     "samples are drawn without penalties": "repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size",
