@@ -242,6 +242,10 @@ def test_an_update_gathers_the_head_once_and_reduces_once(folders: dict[str, Pat
         ({"student": {"dtype": "bfloat16"}}, "shards are the master weights"),
         ({"parallel": {"shard": 0}}, "parallel"),
         ({"parallel": {"shard": 1, "param_dtype": "bfloat16"}}, "set shard to 2 or more"),
+        (
+            {"parallel": {"shard": 2, "teachers": True}, "async": {}, "rollout": {"type": "hf", "copy": True}},
+            "async has",
+        ),
         ({"student": {"lora": {}}, "rollout": {"type": "vllm", "url": "http://127.0.0.1:9"}}, "cannot be merged"),
     ],
 )

@@ -488,11 +488,14 @@ def _shards_reach_everything(recipe: Recipe) -> None:
                 f"the {place} is the student without its adapters, whose output layer is in shards; give it a model of its own "
                 "(type: local)"
             )
-    by_teacher = recipe.responses is not None and recipe.responses.by_teacher
-    if teachers and (by_teacher or recipe.async_ is not None):
+    asking = {
+        "responses": recipe.responses is not None and recipe.responses.by_teacher,
+        "async": recipe.async_ is not None,
+        "eval.teacher": recipe.eval is not None and recipe.eval.teacher,
+    }
+    for key in (key for key, asks in asking.items() if teachers and asks):
         raise ValueError(
-            f"{'responses' if by_teacher else 'async'} asks a teacher on one process at a time, and in shards all have to; set "
-            "parallel.teachers: false"
+            f"{key} has each process ask the teacher by itself, and in shards all have to at once; set parallel.teachers: false"
         )
 
 
