@@ -54,6 +54,8 @@ NEW_TOKENS = 512
 """New tokens for a model without a recipe; fewer if it has less than twice as many positions."""
 BLOCK_REQUESTS = 256
 """Requests between two updates of the progress bar."""
+TOLD = {"on_step": ("step", "metrics"), "on_evaluation": ("summary",), "on_alarm": ("change",), "on_end": ("run",)}
+"""The methods of a callback, and their arguments."""
 _ARGUMENTS = {
     "student": "model base_model student_model model_name_or_path",
     "student=(model, tokenizer)": "tokenizer processing_class",
@@ -154,11 +156,9 @@ def distil(
     for one in callbacks:
         if isinstance(one, type):
             raise RecipeError(f"callbacks: {one.__name__} is a class; give an object of it, as in {one.__name__}()")
-        for name, told in {"on_step": ("step", "metrics"), "on_evaluation": ("summary",), "on_end": ("run",)}.items():
+        for name, told in TOLD.items():
             if not callable(method_of := getattr(one, name, None)):
-                raise RecipeError(
-                    f"callbacks: {type(one).__name__} lacks one of on_step, on_evaluation, on_end; extend Callback"
-                )
+                raise RecipeError(f"callbacks: {type(one).__name__} lacks one of {', '.join(TOLD)}; extend Callback")
             in_memory.check_callable(method_of, f"callbacks: {name} of {type(one).__name__}", *told)
     values["callbacks"] = [_named(one, objects) for one in callbacks]
     if run_dir is None and (resume or int(os.environ.get("WORLD_SIZE", "1")) > 1):

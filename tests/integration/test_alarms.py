@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,8 +25,11 @@ from understudy.report.page import write_report
 from understudy.report.read import read_run
 from understudy.tasks import Arithmetic, build_tokenizer
 from understudy.teachers.judges.verbal import VerbalTeacher
-from understudy.trainer.alarms import ALARMS, WINDOW, Alarms
-from understudy.trainer.observe import ends_in_loop
+from understudy.trainer.alarms import ALARMS, WINDOW, Alarms, Change
+from understudy.trainer.checkpoint import Progress
+from understudy.trainer.console import Console
+from understudy.trainer.loggers import Dashboard, Opened
+from understudy.trainer.observe import Callback, Observer, ends_in_loop
 from understudy.types import Grade, Prompt, Sample, Verdict
 
 NAMES = [alarm.name for alarm in ALARMS]
@@ -379,6 +383,30 @@ def test_a_run_that_fails_raises_its_alarm(tmp_path: Path, make: Failing, monkey
 def test_a_run_that_learns_raises_none(tmp_path: Path) -> None:
     changes = distillation(tmp_path / "models", train={"steps": 22, "lr": 1e-3, "prompts_per_step": 4})
     assert [event for event in events(train(tmp_path, **changes)) if event["kind"] == "alarm"] == []
+
+
+def test_an_alarm_is_said_when_it_begins_and_when_it_ends() -> None:
+    """On the console, to dashboards as an alert, to callbacks, and as a number of its steps."""
+    out, alerts, told = io.StringIO(), [], []
+    logged: list[Mapping[str, float]] = []
+
+    class Listens(Callback):
+        def on_alarm(self, change: Change) -> None:
+            told.append((change.step, change.alarm.name, change.begins))
+
+    opened = Opened(lambda step, values: logged.append(values), lambda: None, None, lambda *said: alerts.append(said))
+    console = Console(out, live=False)
+    console.start(60)
+    observer = Observer(console, [Dashboard("wandb", opened, pytest.fail)], callbacks=[Listens()])
+    for step, row in enumerate(changing(30, {"sampler_gap": 0.2}, {"sampler_gap": 0.0}), 1):
+        observer.step(Progress(step=step), row, ())
+    assert told == [(10, "sampler_gap", True), (47, "sampler_gap", False)]
+    assert [title for title, _ in alerts] == ["sampler_gap"]
+    text = out.getvalue()
+    assert "step 10: alarm sampler_gap: Samples do not come from the student that is trained" in text
+    assert "step 47: alarm sampler_gap has ended" in text
+    on = [values.get("alarm/sampler_gap") for values in logged]
+    assert on == [None] * 9 + [1.0] * 37 + [0.0] + [None] * 13
 
 
 @pytest.mark.slow

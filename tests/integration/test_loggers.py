@@ -187,6 +187,16 @@ def test_samples_become_one_table_and_a_package_without_tables_gets_none() -> No
     assert logged == [(7, {"samples": {"columns": COLUMNS, "data": DATA}})]
 
 
+def test_an_alarm_is_an_alert_where_the_package_has_alerts() -> None:
+    sent: list[tuple[str, str]] = []
+    opened = Opened(lambda step, values: None, lambda: None)
+    Dashboard("wandb", opened._replace(alert=lambda title, text: sent.append((title, text))), pytest.fail).alert(
+        "a", "b"
+    )
+    Dashboard("tensorboard", opened, pytest.fail).alert("a", "b")
+    assert sent == [("a", "b")]
+
+
 def test_a_run_sends_the_samples_that_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[Any] = []
     service = Opened(lambda step, values: logged.append((step, values)), lambda: None, lambda **table: table)

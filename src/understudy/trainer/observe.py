@@ -185,6 +185,9 @@ class Callback:
     def on_evaluation(self, summary: EvalSummary) -> None:
         """An evaluation is done."""
 
+    def on_alarm(self, change: Change) -> None:
+        """An alarm begins or ends (`change.begins`): `change.alarm` says its name, what it means and what to change."""
+
     def on_end(self, run: Any) -> None:
         """The run, an `understudy.Run`, has ended, but not by an error."""
 
@@ -267,6 +270,8 @@ class Observer:
             for logger in self.loggers:
                 if isinstance(logger, Dashboard) and change.begins:
                     logger.alert(change.alarm.name, text)
+            for callback in self.callbacks:
+                callback.on_alarm(change)
 
     def sync(self) -> None:
         """Waits until all lines are on disk."""
