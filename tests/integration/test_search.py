@@ -287,6 +287,37 @@ def test_lines_are_documents_where_the_model_numbers_none() -> None:
         assert find([Query("q")]) == [[Passage("one"), Passage("two")]]
 
 
+def test_noise_rises_over_the_steps_as_in_zerosearch() -> None:
+    """p(i) = p_s + (b^(i/m) - 1) / (b - 1) (p_e - p_s): its ends, its middle with b = 4, and a straight line for b near 1."""
+    section = ModelSearch(url="http://host", model="m", noise=0.1, noise_end=0.7, noise_steps=200)
+    assert [section.noise_at(step) for step in (0, 100, 200, 300)] == pytest.approx([0.1, 0.1 + 0.6 / 3, 0.7, 0.7])
+    assert replace(section, noise_base=1.0001).noise_at(100) == pytest.approx(0.4, abs=1e-4)
+    assert ModelSearch(url="http://host", model="m", noise=0.3).noise_at(100) == 0.3
+
+    def noisy(step: int) -> set[int]:
+        return {n for n in range(400) if "noisy" in section.request(Query(f"q{n}", "question", "a", step))}
+
+    assert noisy(0) < noisy(100) < noisy(200) == noisy(300), "what is noisy stays noisy"
+    assert len(noisy(200)) / 400 == pytest.approx(0.7, abs=0.08)
+
+
+def test_an_episode_knows_the_step_that_it_is_for() -> None:
+    asked: list[int] = []
+
+    def find(query: Query) -> list[Passage]:
+        asked.append(query.step)
+        return []
+
+    tokenizer = byte_tokenizer(chat=True)
+    prompt = Prompt("p", messages=({"role": "user", "content": "when?"},))
+    renderer = Renderer(tokenizer)
+    for step in (0, 7):
+        engine = Speaks(tokenizer, "<search>moon</search>", "<answer>1</answer>")
+        made = [Request(prompt, 0, renderer.start(prompt))]
+        play(engine, renderer, lambda _: environment_of(find), made, Sampling(max_new_tokens=400), step=step)
+    assert asked == [0, 7]
+
+
 def test_noise_is_drawn_for_each_query_and_question() -> None:
     section = ModelSearch(url="http://host", model="m", noise=0.3)
     requests = [section.request(Query(f"q{n}", "question", "a")) for n in range(400)]
@@ -306,6 +337,8 @@ def test_noise_is_drawn_for_each_query_and_question() -> None:
         ({"type": "corpus", "path": "x", "b": 2}, "b is 2"),
         ({"type": "service", "url": "http://h", "api_key_env": "sk-secret!"}, "NAME of an environment variable"),
         ({"type": "model", "url": "http://h", "model": "m", "noise": 2}, "noise is 2"),
+        ({"type": "model", "url": "http://h", "model": "m", "noise_end": 0.5}, "noise_end and noise_steps go together"),
+        ({"type": "model", "url": "http://h", "model": "m", "noise_base": 1}, "noise_base is 1"),
         ({"type": "model", "url": "http://h", "model": "m", "template": "x"}, "no {query}"),
         ({"type": "google"}, "google"),
     ],

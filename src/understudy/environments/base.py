@@ -48,7 +48,7 @@ class Environment(Protocol):
     shown it, before anything is written. Everything here is called by one thread at a time; other episodes may run in others.
     An attribute `deadline_s` bounds a step in seconds, `DEADLINE_S` where there is none: a step that takes longer fails, and
     `close` is then called while it may still run. An attribute `stop` is a tuple of strings each of which ends a message of the
-    student.
+    student. An attribute `training_step` is set to the optimizer step whose samples the episode is for, 0 in an evaluation.
     """
 
     @property

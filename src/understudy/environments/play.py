@@ -64,6 +64,8 @@ def play(
             environments.append(environment_of(request.prompt))
             if environments[-1] is not SINGLE_TURN:
                 open_environments.callback(_close, environments[-1])
+            if hasattr(environments[-1], "training_step"):
+                environments[-1].training_step = step
         requests = [
             replace(request, stop=(*request.stop, *getattr(environment, "stop", ())))
             for request, environment in zip(requests, environments, strict=True)

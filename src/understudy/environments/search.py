@@ -46,6 +46,8 @@ class Query:
     text: str
     question: str = ""
     answer: str = ""
+    step: int = 0
+    """The optimizer step that the episode is trained in."""
 
 
 Find = Callable[[Sequence[Query]], list[list[Passage]]]
@@ -176,7 +178,7 @@ class ModelSearch(RetryOptions, Search):
     """The section `model`: a chat model behind an endpoint of the OpenAI kind plays the search engine, as in ZeroSearch.
 
     It is told the question and its answer. Whether a query gets useful or noisy passages is drawn for each query and question
-    with `noise`; ZeroSearch raises that share in the course of training, here it stays.
+    with the share that `noise_at` gives, which may rise in the course of training; a query that is noisy then stays so.
     """
 
     url: str
@@ -188,7 +190,13 @@ class ModelSearch(RetryOptions, Search):
     top_k: int = 5
     """Passages for each query."""
     noise: float = 0.0
-    """Share of queries that get noisy passages."""
+    """Share of queries that get noisy passages; that of the first step where it rises, and of every evaluation."""
+    noise_end: float | None = None
+    """The share from step `noise_steps` on; null: it stays as it is."""
+    noise_steps: int | None = None
+    """Optimizer steps in which the share goes from `noise` to `noise_end`."""
+    noise_base: float = 4.0
+    """How late the share rises: above 1 most of it comes in the last steps, near 1 it is a straight line."""
     temperature: float = 0.0
     """Sampling temperature of the model; above 0 a run that is resumed reads other passages."""
     max_tokens: int = 600
@@ -205,7 +213,13 @@ class ModelSearch(RetryOptions, Search):
         super().__post_init__()
         _ = self.retry_policy
         check_variable(self.api_key_env, "api_key_env")
-        check_range(self, 0, "noise", high=1)
+        check_range(self, 0, "noise", "noise_end", high=1)
+        check_range(self, 1, "noise_steps", off="null keeps the share")
+        check_range(self, 1, "noise_base", above=True)
+        if (self.noise_end is None) != (self.noise_steps is None):
+            raise ValueError(
+                "noise_end and noise_steps go together: the last share of noisy queries, and when it is reached"
+            )
         check_range(self, 0, "temperature")
         check_range(self, 1, "max_tokens")
         if "{query}" not in self.template:
@@ -221,10 +235,17 @@ class ModelSearch(RetryOptions, Search):
         if not self.model.strip():
             raise RecipeError("search.model is empty; give the model's name at the server (see its /v1/models)")
 
+    def noise_at(self, step: int) -> float:
+        """The share of noisy queries, p_s + (b^(i/m) - 1) / (b - 1) * (p_e - p_s) at step i of m (ZeroSearch's curriculum)."""
+        if self.noise_end is None or self.noise_steps is None:
+            return self.noise
+        risen: float = (self.noise_base ** min(1.0, step / self.noise_steps) - 1.0) / (self.noise_base - 1.0)
+        return self.noise + risen * (self.noise_end - self.noise)
+
     def request(self, query: Query) -> str:
         """The text that the model is asked with."""
         draw = float(keyed_uniform(self.seed, "search/noise", 0, [f"{query.question}\0{query.text}"], 1))
-        quality = "noisy" if draw < self.noise else "useful"
+        quality = "noisy" if draw < self.noise_at(query.step) else "useful"
         num = _NUMBERS[self.top_k - 1] if self.top_k <= len(_NUMBERS) else str(self.top_k)
         words = {"query": query.text, "question": query.question, "answer": query.answer, "num": num}
         words |= {"quality": quality, "Quality": quality.capitalize()}
@@ -287,6 +308,7 @@ class SearchEnvironment:
     """Answers each search of one episode, and ends it at an answer, or at a message with neither."""
 
     stop = STOP
+    training_step = 0
 
     def __init__(self, section: Search, find: Callable[[Query], list[Passage]], question: str, answer: str) -> None:
         self.max_turns = section.max_searches + 1
@@ -306,7 +328,7 @@ class SearchEnvironment:
         """The text that the student reads, and whether it says what is wrong with the query."""
         if call.error or not call.text:
             return f"Error: {call.error or 'the query is empty'}; write <search>query</search>", True
-        passages = self._find(Query(call.text, self._question, self._answer))
+        passages = self._find(Query(call.text, self._question, self._answer, self.training_step))
         shown = [
             f"Doc {number}{f'(Title: {passage.title})' if passage.title else ':'} {passage.text[: self._section.max_chars]}"
             for number, passage in enumerate(passages, 1)
