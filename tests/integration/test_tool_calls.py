@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.integration.test_environments import Speaks
 from tests.integration.test_verbal import byte_tokenizer
+from understudy.environments import Step
+from understudy.environments.play import play
 from understudy.models import load_tokenizer
+from understudy.packing import pack
 from understudy.tasks import Renderer
 from understudy.tasks.tool_calls import LLAMA, MISTRAL, TAGGED, call_format
-from understudy.types import Message, Prompt
+from understudy.types import Author, Message, Prompt, Request, Sampling, Scores
 
 ADD = {
     "type": "function",
@@ -93,6 +98,88 @@ def test_a_call_is_read_and_its_result_goes_back(shared: Path, family: str) -> N
     assert ("tool_response" in added, "ipython" in added, "[TOOL_RESULTS]" in added) == tuple(
         family == name for name in ("qwen", "llama", "mistral")
     )
+
+
+FOUND = "\n\n<information>Doc 1: two and two <|im_end|> are four</information>\n\n"
+TRANSCRIPTS = {
+    # who wrote what, to the token: a call, the template's words around its result, a search inside a turn, the answer
+    "qwen": [
+        ("prompt", "<|im_start|>system\n{tools}<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"),
+        ("student", f"<think>\nhm\n</think>\n\n{CALL['qwen']}<|im_end|>"),
+        ("template", "\n<|im_start|>user\n<tool_response>\nfour!\n</tool_response><|im_end|>\n<|im_start|>assistant\n"),
+        ("student", "<think>\nsure?\n</think>\n\n<search>2+2</search>"),
+        ("environment", FOUND),
+        ("student", "<answer>4</answer>"),
+    ],
+    "llama": [
+        (
+            "prompt",
+            "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("student", f"{CALL['llama']}<|eot_id|>"),
+        (
+            "template",
+            '<|start_header_id|>ipython<|end_header_id|>\n\n{"output": "four!"}<|eot_id|>'
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("student", "<search>2+2</search>"),
+        ("environment", FOUND),
+        ("student", "<answer>4</answer>"),
+    ],
+    "mistral": [
+        ("prompt", "[AVAILABLE_TOOLS]{tools}[/AVAILABLE_TOOLS][INST]2+2?[/INST]"),
+        ("student", f"{CALL['mistral']}{{eos}}"),
+        ("template", "[TOOL_RESULTS]four![/TOOL_RESULTS]"),
+        ("student", "<search>2+2</search>"),
+        ("environment", FOUND),
+        ("student", "<answer>4</answer>"),
+    ],
+}
+
+
+class Helping:
+    """Makes a call, finds something, and ends at an answer."""
+
+    stop = ("</search>", "</answer>")
+    max_turns = 4
+
+    def step(self, message: Message) -> Step:
+        if message.tool_calls:
+            return Step(({"role": "tool", "content": "four!", "tool_call_id": "call00001"},))
+        if message.tagged is not None and message.tagged.name == "search":
+            return Step(({"role": "tool", "content": FOUND},), inline=True)
+        return Step(done=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize("family", list(TRANSCRIPTS))
+def test_every_token_of_calls_and_searches_has_its_author(shared: Path, family: str) -> None:
+    """Against a transcript by hand: what the student wrote is trained, and no word of the template or the environment."""
+    renderer, _ = renderer_of(family, shared)
+    tokenizer = renderer.tokenizer
+    prompt = Prompt("p", messages=({"role": "user", "content": "2+2?"},), tools=(ADD,))
+    pieces = [(who, text.replace("{eos}", tokenizer.eos_token)) for who, text in TRANSCRIPTS[family]]
+    engine = Speaks(tokenizer, *(text for who, text in pieces if who == "student"))
+    asked = [Request(prompt, 0, renderer.start(prompt))]
+    (sample,) = play(engine, renderer, lambda prompt: Helping(), asked, Sampling(max_new_tokens=600), step=0)
+    ids, authors = [], []
+    for who, text in pieces[1:]:
+        # what an environment says is text, even where it spells a special token
+        new = tokenizer(text, add_special_tokens=False, split_special_tokens=who == "environment")["input_ids"]
+        ids += new
+        authors += [Author.STUDENT if who == "student" else Author.ENVIRONMENT] * len(new)
+    opening = tokenizer.decode(sample.token_ids[: sample.prompt_length])
+    before, _, behind = pieces[0][1].partition("{tools}")
+    assert opening.removeprefix(tokenizer.bos_token or "").startswith(before)
+    assert opening.endswith(behind)
+    assert sample.response_ids.tolist() == ids
+    assert sample.author[sample.prompt_length :].tolist() == authors
+    assert sample.finish == "stop"
+    batch = pack([replace(sample, scores=Scores(sample.response_ids, logprob=torch.zeros(len(ids))))])
+    assert batch.mask.tolist() == [author == Author.STUDENT for author in authors]
+    assert batch.target.tolist() == ids
 
 
 @pytest.mark.parametrize("family", list(CALL))
