@@ -99,6 +99,14 @@ class Prompt:
     """A whole response to imitate, for SFT and off-policy shares."""
     teacher: str | None = None
     """Name of the teacher that scores samples of this prompt; None: the only one."""
+    max_new_tokens: int | None = None
+    """Tokens after which its responses are cut off, where the sampling allows more; None: as the sampling has it."""
+    stop: tuple[str, ...] = ()
+    """Its responses also end with the token that completes one of these strings."""
+
+    def room(self, max_new_tokens: int) -> int:
+        """Tokens of a response, of `max_new_tokens` that the sampling allows."""
+        return max_new_tokens if self.max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
 
     def __post_init__(self) -> None:
         given: object = self.reference

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.runs import assert_same_run, distillation, train
 from understudy.errors import DataError, RecipeError
 from understudy.tasks import (
     TASKS,
@@ -26,6 +27,7 @@ from understudy.tasks import (
     overlap,
     overlap_message,
 )
+from understudy.tasks.mix import PartSampling
 from understudy.trainer.collect import given_sample
 from understudy.types import Author, Prompt, Request
 
@@ -273,6 +275,50 @@ def test_parts_alternate_by_their_weights(tmp_path: Path) -> None:
     task = Mix(parts=parts, weights={"a": 3, "b": 1})
     said = [prompt.messages[0]["content"] for prompt in task.prompts("train")]  # type: ignore[index]
     assert said == ["a0", "a1", "b0", "a2", "a3", "a4", "b1", "a5", "a6", "a7", "b2", "a8"]
+
+
+def test_a_part_ends_its_responses_as_it_says(tmp_path: Path) -> None:
+    parts = numbered(tmp_path, a=4, b=4)
+    task = Mix(parts=parts, sampling={"b": PartSampling(max_new_tokens=3, stop=("7",))})
+    first, second = task.prompts("train")[:2]
+    assert (first.max_new_tokens, first.stop, first.room(10)) == (None, (), 10)
+    assert (second.max_new_tokens, second.stop, second.room(10), second.room(2)) == (3, ("7",), 3, 2)
+    with pytest.raises(ValueError, match="sampling is for 'c', which is no part"):
+        Mix(parts=parts, sampling={"c": PartSampling(max_new_tokens=3)})
+    for wrong, match in (({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"stop": ("",)}, "an empty string")):
+        with pytest.raises(ValueError, match=match):
+            PartSampling(**wrong)
+
+
+MIX = {
+    "type": "mix",
+    "parts": {"sums": {"type": "arithmetic", "digits": 1}, "long": {"type": "arithmetic", "digits": 2}},
+}
+
+
+@pytest.mark.slow
+def test_a_part_that_is_cut_earlier_has_the_beginning_of_the_same_responses(tmp_path: Path) -> None:
+    """With equal limits the run is that without them, bit for bit; with a shorter one the samples of its part alone are cut."""
+    changes = distillation(tmp_path, task=MIX, sampling={"max_new_tokens": 12}, train={"save_samples_every": 1})
+    plain = train(tmp_path / "plain", **changes)
+    equal = {name: {"max_new_tokens": 12} for name in MIX["parts"]}
+    same = train(tmp_path / "same", **changes | {"task": MIX | {"sampling": equal}})
+    assert_same_run(plain, same)
+    cut = train(tmp_path / "cut", **changes | {"task": MIX | {"sampling": {"long": {"max_new_tokens": 4}}}})
+    whole, shorter = (
+        {row["prompt_id"]: row["tokens"]["text"] for row in lines(run / "samples/step_000001.jsonl")}
+        for run in (plain, cut)
+    )
+    assert whole.keys() == shorter.keys()
+    for name, texts in whole.items():
+        assert shorter[name] == (texts[:4] if name.startswith("long/") else texts)
+    assert any(len(texts) > 4 for name, texts in whole.items() if name.startswith("long/"))
+    with pytest.raises(RecipeError, match=r"max_new_tokens of 64, more than sampling\.max_new_tokens 12"):
+        train(tmp_path / "more", **changes | {"task": MIX | {"sampling": {"long": {"max_new_tokens": 64}}}})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_what_is_left_of_a_part_is_measured_on_and_not_trained_on(tmp_path: Path) -> None:

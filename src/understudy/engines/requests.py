@@ -50,7 +50,9 @@ def guided_requests(
         replace(
             request,
             index=request.index + offset,
-            prefix_ids=None if response is None else cut_prefix(response, share, max_new_tokens=max_new_tokens, of=of),
+            prefix_ids=None
+            if response is None
+            else cut_prefix(response, share, max_new_tokens=request.prompt.room(max_new_tokens), of=of),
         )
         for request, response in zip(requests, responses, strict=True)
     ]
@@ -106,21 +108,21 @@ def open_responses(requests: Sequence[Request], max_new_tokens: int, limit: int 
     """
     responses = []
     for request in requests:
-        length = request.token_ids.numel()
+        length, room = request.token_ids.numel(), request.prompt.room(max_new_tokens)
         prefix = [] if request.prefix_ids is None else request.prefix_ids.tolist()
         if length == 0:
             raise DataError(f"request {request.key} has no prompt token; a prompt needs at least one (a BOS will do)")
-        if len(prefix) >= max_new_tokens:
+        if len(prefix) >= room:
             raise DataError(
-                f"request {request.key}: a prefix of {len(prefix)} tokens leaves nothing of max_new_tokens "
-                f"{max_new_tokens} to the student; cut it (`engines.requests.cut_prefix`)"
+                f"request {request.key}: a prefix of {len(prefix)} tokens leaves nothing of max_new_tokens {room} to the "
+                "student; cut it (`engines.requests.cut_prefix`)"
             )
         if limit is not None and length + max_new_tokens > limit:
             raise RecipeError(
                 f"request {request.key}: {length} prompt tokens and max_new_tokens {max_new_tokens} make "
                 f"{length + max_new_tokens}, but {owner}; lower max_new_tokens or drop longer prompts"
             )
-        responses.append(Response(request, request.token_ids.tolist() + prefix, max_new_tokens - len(prefix)))
+        responses.append(Response(request, request.token_ids.tolist() + prefix, room - len(prefix)))
     return responses
 
 

@@ -51,10 +51,10 @@ def play(
 ) -> list[Sample]:
     """Returns one sample for each request, in order: a whole episode with all of its turns.
 
-    Episodes go on in lockstep: each turn asks the engine once, for all that are not over. `sampling.max_new_tokens` bounds
-    the whole response, the environment's tokens included. An episode is cut ("length") where that is used up or its
-    environment's `max_turns` are; an environment that raises, or gives no answer by its deadline, ends its own episode
-    ("environment").
+    Episodes go on in lockstep: each turn asks the engine once, for all that are not over. `sampling.max_new_tokens`, or fewer
+    tokens where the prompt says so, bound the whole response, the environment's tokens included. An episode is cut ("length")
+    where they are used up or its environment's `max_turns` are; an environment that raises, or gives no answer by its deadline,
+    ends its own episode ("environment").
     Raises TemplateError for a chat template that cannot continue a conversation, and as the engine.
     """
     episodes: dict[int, _Episode] = {}
@@ -67,7 +67,7 @@ def play(
             if hasattr(environments[-1], "training_step"):
                 environments[-1].training_step = step
         requests = [
-            replace(request, stop=(*request.stop, *getattr(environment, "stop", ())))
+            replace(request, stop=(*request.stop, *request.prompt.stop, *getattr(environment, "stop", ())))
             for request, environment in zip(requests, environments, strict=True)
         ]
         samples = _write(engine, requests, sampling, step, stream) if requests else []
@@ -159,7 +159,7 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
         raise
     except DataError as error:
         return _failed(over, error)
-    if ids.numel() - sample.prompt_length >= max_new_tokens:
+    if ids.numel() - sample.prompt_length >= sample.prompt.room(max_new_tokens):
         return replace(over, sample=replace(over.sample, finish="length"))
     return replace(over, said=said, next_ids=ids)
 

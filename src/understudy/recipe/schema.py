@@ -383,6 +383,11 @@ def _samples_are_drawn_and_compared(recipe: Recipe) -> None:
     if recipe.uses.rewards and recipe.train.samples_per_prompt < 2:
         raise ValueError("the advantage compares samples of one prompt; set train.samples_per_prompt to 2 or more")
     recipe.engine.check_sampling(recipe.sampling)
+    if (recipe.task.longest or 0) > recipe.sampling.max_new_tokens:
+        raise ValueError(
+            f"task.sampling has a max_new_tokens of {recipe.task.longest}, more than sampling.max_new_tokens "
+            f"{recipe.sampling.max_new_tokens}, which bounds every response; raise that"
+        )
 
 
 def _images_are_read(recipe: Recipe) -> None:

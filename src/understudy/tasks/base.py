@@ -148,6 +148,11 @@ class Task(ABC):
         return False
 
     @property
+    def longest(self) -> int | None:
+        """The longest `max_new_tokens` that its prompts have; None: they leave it to the sampling."""
+        return None
+
+    @property
     def num_tokens(self) -> int | None:
         """Size of the task's own tokenizer; None: it has none."""
         return None

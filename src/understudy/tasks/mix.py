@@ -10,7 +10,7 @@ from functools import cached_property
 
 from understudy import config
 from understudy.environments import Environment
-from understudy.errors import DataError
+from understudy.errors import DataError, check_range, nearest
 from understudy.tasks.arithmetic import Arithmetic
 from understudy.tasks.base import Split, Task
 from understudy.tasks.calls import Calls
@@ -52,6 +52,24 @@ SEPARATOR = "/"
 """Between the name of a part and the part's own id of a prompt."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartSampling:
+    """How the responses of one part end. Temperature, top_p, top_k and min_p are those of the run, whose loss reads them."""
+
+    max_new_tokens: int | None = None
+    """Tokens after which a response is cut off, at most those of the section sampling; null: as many."""
+    stop: tuple[str, ...] = ()
+    """A response also ends with the token that completes one of these strings."""
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "max_new_tokens")
+        if not all(self.stop):
+            raise ValueError("stop has an empty string, which would end every response")
+
+
+_AS_THE_RUN = PartSampling()
+
+
 @dataclass(frozen=True)
 class Mix(Task):
     """The task `mix`: several tasks in turn, `parts: {addition: {type: arithmetic, ...}, chain: {...}}`.
@@ -65,10 +83,16 @@ class Mix(Task):
     """Tasks by a name of yours."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Shares of the parts, such as {math: 3, code: 1}; empty: each as often as any other."""
+    sampling: Mapping[str, PartSampling] = field(default_factory=dict)
+    """How responses of a part end, by its name: {math: {max_new_tokens: 8192}, code: {stop: ["```"]}}."""
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("parts is empty; name at least one task")
+        if unknown := self.sampling.keys() - self.parts.keys():
+            raise ValueError(
+                f"sampling is for {sorted(unknown)[0]!r}, which is no part; {nearest(min(unknown), self.parts)}"
+            )
         if self.weights:
             if self.weights.keys() != self.parts.keys():
                 raise ValueError(
@@ -138,8 +162,14 @@ class Mix(Task):
                     place, which = place - left[which], which + 1
                 place += rounds * self._counts[which]
             name, prompts = found[which]
-            chosen = prompts[place]
-            return replace(chosen, id=f"{name}{SEPARATOR}{chosen.id}", teacher=chosen.teacher or name)
+            chosen, own = prompts[place], self.sampling.get(name, _AS_THE_RUN)
+            return replace(
+                chosen,
+                id=f"{name}{SEPARATOR}{chosen.id}",
+                teacher=chosen.teacher or name,
+                max_new_tokens=own.max_new_tokens,
+                stop=own.stop,
+            )
 
         return LazyPrompts(prompt, range(in_rounds + (0 if split == "train" else sum(left))))
 
@@ -199,6 +229,10 @@ class Mix(Task):
     @property
     def is_local(self) -> bool:
         return all(part.is_local for part in self.parts.values())
+
+    @property
+    def longest(self) -> int | None:
+        return max((own.max_new_tokens for own in self.sampling.values() if own.max_new_tokens), default=None)
 
     @property
     def has_images(self) -> bool:

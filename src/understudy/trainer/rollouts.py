@@ -299,7 +299,8 @@ class Rollouts:
             for sample in samples:
                 grade = sample.grade or graded.get(sample.key)
                 if grade is not None:
-                    cost = advantages.overlong_penalty(sample.num_response_tokens, limit, rewards.overlong_buffer)
+                    room = sample.prompt.room(limit)
+                    cost = advantages.overlong_penalty(sample.num_response_tokens, room, rewards.overlong_buffer)
                     rewarded.append(replace(sample, grade=grade, reward=grade.score + cost))
         return rewarded, metrics | {
             "reward": Metric(sum(sample.reward for sample in rewarded if sample.reward is not None), len(rewarded)),

@@ -98,7 +98,8 @@ class HFEngine:
                 names = [response.request.key for response in chosen]
                 # a draw's position is that in the response: a prefix takes the first ones, and rows with less room never
                 # use what stands past their end
-                position = (num_new - room[:, None] + torch.arange(int(room.max()))).clamp_max(num_new - 1)
+                before = torch.tensor([len(one.context) - one.request.token_ids.numel() for one in chosen])
+                position = (before[:, None] + torch.arange(int(room.max()))).clamp_max(num_new - 1)
                 uniform = keyed_uniform(self.seed, stream, step, names, num_new).gather(-1, position)
                 stops = [response.request.stop for response in chosen]
 
