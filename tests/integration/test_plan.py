@@ -104,7 +104,7 @@ def test_one_gpu_needs_what_the_doctor_says(tmp_path: Path) -> None:
     sizes, divided = ({item.name: item.size for item in each.memory["trainer"]} for each in (one, four))
     for name in ("student", "teacher", "optimizer", "gradients"):
         assert divided[name] == -(-sizes[name] // 4)
-    assert divided["gathered"] >= 4 * shapes["student"].head
+    assert divided["gathered"] == 4 * (2 * shapes["student"].block + shapes["student"].outside)
 
 
 def test_twice_the_samples_are_twice_the_operations(tmp_path: Path) -> None:
@@ -135,6 +135,16 @@ def test_layouts_use_what_there_is_and_those_that_fit_come_first(tmp_path: Path)
     tight = plan(recipe, machine_of(recipe, 8, gpu_memory=(parts + whole) / 2 / 0.9 / 1e9))
     assert tight[0].fits
     assert not all(one.fits for one in tight)
+
+
+def test_the_section_parallel_is_kept(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, **distillation(tmp_path), parallel={"shard": 2, "replicate": 2, "teachers": False})
+    found = plan(recipe, machine_of(recipe, 4))
+    assert {(one.layout.shard, one.layout.replicate) for one in found} == {(2, 2)}
+    items = {item.name: item.size for item in found[0].memory["trainer"]}
+    assert items["teacher"] == shapes_of(recipe)["teacher"].size.weights
+    with pytest.raises(RecipeError, match="has 2 x 2 ranks, for which 2 GPUs are not enough"):
+        plan(recipe, machine_of(recipe, 2))
 
 
 def test_what_does_not_fit_is_said_with_what_would(tmp_path: Path) -> None:

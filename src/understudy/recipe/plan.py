@@ -71,6 +71,8 @@ class Shape:
     """Parameters of the output layer."""
     block: int
     """Parameters of the largest of the layers."""
+    outside: int
+    """Parameters in no layer: embedding, output layer, the last norm."""
 
     def forward(self, tokens: float, length: float) -> float:
         """Operations of a pass over samples of this length: 2 a parameter and token, and in each layer 4 x width for
@@ -125,9 +127,8 @@ def read_shape(source: str | None, build: Mapping[str, Any] | None, dtype: str, 
             layers[place[1].split(".")[0]] = layers.get(place[1].split(".")[0], 0) + count
     heads = int(getattr(config, "num_attention_heads", 1))
     width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Shape(
-        size_of(model), sum(counts.values()), int(active), width, head.numel(), max(layers.values(), default=0)
-    )
+    whole, block = sum(counts.values()), max(layers.values(), default=0)
+    return Shape(size_of(model), whole, int(active), width, head.numel(), block, whole - sum(layers.values()))
 
 
 def shapes_of(recipe: Recipe) -> dict[str, Shape]:
@@ -164,6 +165,8 @@ class Layout:
     server_gpus: int = 1
     teachers: int = 0
     """GPUs that serve teachers, each with all of them; 0: they are loaded in the trainer's ranks."""
+    shard_teachers: bool = True
+    """Whether those in the trainer's ranks are in shards too."""
 
     @property
     def ranks(self) -> int:
@@ -177,7 +180,8 @@ class Layout:
         """In words."""
         words = [f"{self.ranks} trainer rank{'s' * (self.ranks > 1)}"]
         if self.shard > 1:
-            words[0] += f" (shard {self.shard}, replicate {self.replicate})"
+            teachers = ", teachers: true" if self.shard_teachers and not self.teachers else ""
+            words[0] += f" (parallel={{shard: {self.shard}, replicate: {self.replicate}{teachers}}})"
         if self.servers:
             words.append(f"{self.servers} vLLM server{'s' * (self.servers > 1)} of {self.server_gpus}")
         if self.teachers:
@@ -279,19 +283,30 @@ def plan(recipe: Recipe, machine: Machine) -> list[Planned]:
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
     shapes = shapes_of(recipe)
     found = [planned(recipe, shapes, machine, layout) for layout in layouts(recipe, shapes, machine)]
+    if not found:
+        ranks = "1" if recipe.parallel is None else f"{recipe.parallel.shard} x {recipe.parallel.replicate}"
+        raise RecipeError(
+            f"the recipe's section parallel has {ranks} ranks, for which {machine.gpus} GPUs are not enough, or too many where "
+            "the trainer writes the samples; give another --gpus, or remove the section to have a layout proposed"
+        )
     return sorted(found, key=lambda one: (not one.fits, one.seconds if one.fits else 0, one.worst[1]))
 
 
 def layouts(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine) -> Iterator[Layout]:
-    """Trainer ranks in powers of two, and what is left among servers; all GPUs in the trainer where it writes itself."""
+    """Trainer ranks in powers of two, or those of the section parallel, and what is left among servers; all GPUs in the trainer
+    where it writes itself."""
     loaded = len(shapes) > 1
     powers = [2**n for n in range(machine.gpus.bit_length()) if 2**n <= machine.gpus]
     writes = recipe.uses.own_samples
     here = recipe.engine.runs_here or not writes
     for ranks in sorted({*powers, machine.gpus}):
         for shard in (one for one in powers if ranks % one == 0):
+            given = recipe.parallel
+            if given is not None and (shard, ranks) != (given.shard, given.shard * given.replicate):
+                continue
             rest = machine.gpus - ranks
-            places = {"shard": shard, "replicate": ranks // shard}
+            together = loaded and (given is None or given.teachers)
+            places: dict[str, Any] = {"shard": shard, "replicate": ranks // shard, "shard_teachers": together}
             if here and rest == 0:
                 yield Layout(**places)
             for teachers in {0, *(one for one in powers if loaded and one <= rest)}:
@@ -368,7 +383,9 @@ def trainer_memory(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine
     for item in memory_items(run):
         if item.name == "generation cache" and layout.servers:
             continue
-        divided = layout.shard > 1 and item.name not in ("activations", "logits", "generation cache")
+        whole = item.when != "held" and item.name != "gradients"
+        whole |= item.name in here and not layout.shard_teachers
+        divided = layout.shard > 1 and not whole
         items.append(
             replace(item, size=math.ceil(item.size / layout.shard), formula=f"{item.formula} / {layout.shard} ranks")
             if divided
@@ -376,8 +393,8 @@ def trainer_memory(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine
         )
     if layout.shard > 1:
         each = student.size.number_bytes
-        gathered = (2 * student.block + student.head) * each
-        items.append(Item("gathered", gathered, "held", "two layers and the output layer, whole"))
+        gathered = (2 * student.block + student.outside) * each
+        items.append(Item("gathered", gathered, "held", "two layers, and all that is in no layer, whole"))
         if not layout.servers and recipe.uses.own_samples:
             items.append(
                 Item("weights that write", student.size.weights, "generate", "weights x bytes of a weight, whole")
