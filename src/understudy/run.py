@@ -14,7 +14,7 @@ from typing import Any
 
 from understudy import config, given
 from understudy.engines import Engine
-from understudy.errors import CheckpointError, DataError, UnderstudyError
+from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError
 from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary, read_summaries
 from understudy.export import data_facts, export_student, write_facts
@@ -322,9 +322,18 @@ def assemble(
 
 
 def _shard(parts: Parts, checkpoint: Path | None) -> None:
-    """Leaves each rank its part of the student and of the optimizer's state. A collective call."""
+    """Leaves each rank its part of the student and of the optimizer's state. A collective call.
+
+    Raises RecipeError for a checkpoint in 16 bits (`student.dtype: auto`) that would need master weights.
+    """
     recipe, loaded = parts.recipe, parts.loaded
     assert recipe.parallel is not None
+    trained = [value for value in loaded.model.parameters() if value.requires_grad]
+    if recipe.train.master_weights and any(value.element_size() < torch.float32.itemsize for value in trained):
+        raise RecipeError(
+            f"{recipe.student.model} is in 16 bits, and shards are the master weights; set student.dtype: float32, "
+            "parallel.param_dtype: bfloat16 and parallel.reduce_dtype: float32 to compute in 16 bits"
+        )
     mesh = torch.distributed.device_mesh.init_device_mesh(
         loaded.device.type,
         (recipe.parallel.replicate, recipe.parallel.shard),

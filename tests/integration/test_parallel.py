@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.engine_stub import EngineStub
 from tests.processes import Process, run_ranks
@@ -31,6 +32,7 @@ from understudy.engines.vllm.launch import free_ports
 from understudy.errors import RecipeError
 from understudy.recipe import Recipe
 from understudy.tasks import Arithmetic
+from understudy.trainer.settings import Parallel
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +259,16 @@ def test_what_does_not_work_in_shards_is_refused(tmp_path: Path, changes: dict[s
 def test_the_number_of_processes_is_that_of_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="2 x 3, but the run has 1 process"):
         train(tmp_path, parallel={"shard": 2, "replicate": 3})
+
+
+def test_a_checkpoint_in_16_bits_needs_float32_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its float32 copies would never get a gradient."""
+    changes = distillation(tmp_path, student={"dtype": "auto"}, parallel={"shard": 2})
+    half = AutoModelForCausalLM.from_pretrained(changes["student"]["model"]).half()
+    half.save_pretrained(changes["student"]["model"])
+    monkeypatch.setattr(Parallel, "check", lambda self, world: None)
+    with pytest.raises(RecipeError, match="is in 16 bits, and shards are the master weights"):
+        train(tmp_path, **changes)
 
 
 def train_command(folder: Path) -> None:
