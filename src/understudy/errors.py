@@ -8,12 +8,16 @@ from difflib import get_close_matches
 
 from understudy.text import printable
 
+MAX_MESSAGE_CHARS = 10_000
+
 
 class UnderstudyError(Exception):
     """Base of every error that this package raises on purpose. Its message has no secret and nothing that steers a terminal."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable(message))
+        text = printable(message)
+        more = len(text) - MAX_MESSAGE_CHARS
+        super().__init__(text if more <= 0 else f"{text[:MAX_MESSAGE_CHARS]} [{more:,} more characters]")
 
 
 class RecipeError(UnderstudyError):

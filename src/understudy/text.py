@@ -47,7 +47,8 @@ _ORDINARY_BEFORE = {
     "pass": re.compile(r"|forward|backward|first|second|one|each|every|single|extra"),
 }
 """Words before a `token`, a `key` or a `pass` that is no secret; nothing too, but for a token."""
-_NAME = re.compile(r"([\w.-]+)([\"']?\s*[:=]\s*)")
+# in all of these a text of any length takes time in proportion to it
+_NAME = re.compile(r"(?<![\w.-])([\w.-]+)([\"']?\s*[:=]\s*)")
 _FLAG = re.compile(r"(?<![\w-])--?([A-Za-z][\w-]*)[\"']?,?\s+(?:-\s+)?(?=[^\s-])")
 _VALUE = re.compile(
     r"""(?:(?:bearer|basic|token)\s+)?(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\n]|'')*'|[^\s,}\]&'"]+)""", re.IGNORECASE
@@ -58,13 +59,14 @@ _NO_SECRET = re.compile(
 """Values that need not be hidden: none at all, and the name of a variable or a file."""
 _VARIABLES = re.compile(r"(\benv\.\w+=)[^\s'\"]+|(\benv['\"]?\s*[=:]\s*)\{[^{}]*\}?")
 """`launch.env.NAME=VALUE` and `env={NAME: VALUE}` of a command line."""
-_USER = re.compile(r"://(?:[^\s\"'<>/?#]*|[^\s\"'<>/?#:]*:(?!\d+/)[^\s\"'<>]*)@")
+_USER = re.compile(r"://(?:[^\s\"'<>/?#]{0,200}|[^\s\"'<>/?#:]{0,200}:(?!\d+/)[^\s\"'<>]{0,200})@")
 _URL = re.compile(
-    r"\b([a-z][a-z0-9+.-]*://[^\s\"'<>/?#,;)\]}]*)([^\s\"'<>?#,;)\]}]*)(\?[^\s\"'<>#]*)?(#[^\s\"'<>]*)?", re.IGNORECASE
+    r"\b([a-z][a-z0-9+.-]{0,20}://[^\s\"'<>/?#,;)\]}]*)([^\s\"'<>?#,;)\]}]*)(\?[^\s\"'<>#]*)?(#[^\s\"'<>]*)?",
+    re.IGNORECASE,
 )
 _KEY_FORM = re.compile(
     r"\b(?:sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{10,500}\.[\w-]{10,5000}\.[\w-]*)"
 )
 """Keys whose form gives them away: OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS, Google, JSON web tokens."""
 _MIXED = re.compile(r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{12,}|[A-Za-z0-9]{32,}")

@@ -259,3 +259,28 @@ def test_json_that_is_too_deep_or_too_long_is_a_value_error() -> None:
     for text in ("[" * 100_000 + "]" * 100_000, "9" * 5_000):
         with pytest.raises(ValueError, match="too deeply|limit"):
             config.load_json(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "a.",
+        "a-",
+        "a ",
+        "://",
+        "http://a",
+        "x://a:b",
+        "sk-",
+        "eyJaaaaaaaaaa-",
+        "env={",
+        "--a ",
+        "\x1b]",
+        "key='",
+        "a=",
+        "\u200d",
+    ],
+)
+def test_a_long_text_takes_time_in_proportion_to_its_length(text: str) -> None:
+    """Each would take minutes where every beginning is followed to the end: its length is squared."""
+    printable(text * (100_000 // len(text)))

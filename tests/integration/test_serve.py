@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from understudy.packing import Unscored, pack
 from understudy.serve import Refusal, Scorer, Settings, run
 from understudy.serve import app as serve_app
 from understudy.serve import prompts as serve_prompts
+from understudy.serve import server as serve_server
 from understudy.serve import worker as serve_worker
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import LocalTeacher, Setup
@@ -616,11 +618,69 @@ def asked_by_hand(url: str, text: str) -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("text", ["", f"POST {SCORE} HTTP/1.1\r\nHost: localhost\r\n"])
 def test_a_client_that_never_asks_is_dropped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_app, "FIRST_BYTE_S", 0.1)
     monkeypatch.setattr(serve_app, "QUIET_S", 0.1)
     with serving(tiny()) as url, asked_by_hand(url, text) as line:
         with suppress(ConnectionResetError):
             assert line.recv(1_000) == b""
         assert httpx.get(url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("text", ["", f"POST {SCORE} HTTP/1.1\r\nHost: localhost\r\n"])
+def test_those_that_idle_make_room_for_one_that_asks(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_server, "MAX_CONNECTIONS", 20)
+    begun, go_on, score = threading.Event(), threading.Event(), Scorer.score
+
+    def slow(self: Scorer, requests: Sequence[ScoreRequest]) -> list[ScoreReply]:
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return score(self, requests)
+
+    monkeypatch.setattr(Scorer, "score", slow)
+    with serving(tiny()) as url, ExitStack() as opened, ThreadPoolExecutor(1) as pool:
+        working = pool.submit(post, url, ask(samples()).encode())
+        assert begun.wait(WAIT_S)
+        lines = []
+        for _ in range(100):
+            lines.append(opened.enter_context(asked_by_hand(url, text)))
+            if len(lines) % 10 == 0:
+                assert httpx.get(url + ABOUT, timeout=WAIT_S).status_code == 200
+        # one that works is never closed for those that idle
+        go_on.set()
+        assert working.result(WAIT_S).status_code == 200
+        lines[0].settimeout(WAIT_S)
+        with suppress(ConnectionResetError):
+            assert lines[0].recv(1_000) == b"", "the one that idled the longest went first"
+
+
+def test_where_all_connections_work_one_more_is_told_to_ask_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_server, "MAX_CONNECTIONS", 3)
+    go_on, score = threading.Event(), Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda *given: (go_on.wait(WAIT_S), score(*given))[1])
+    with serving(tiny()) as url, ThreadPoolExecutor(3) as pool:
+        body = ask(samples()).encode()
+        working = [pool.submit(post, url, body) for _ in range(3)]
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            # until all three have been read, one idles and makes room
+            assert time.monotonic() < deadline
+            reply = httpx.get(url + "/health", timeout=WAIT_S)
+            if reply.status_code == 503:
+                break
+        assert (reply.headers["Retry-After"], message(reply)) == ("1", "all connections are in use: ask later")
+        go_on.set()
+        assert {one.result(WAIT_S).status_code for one in working} == {200}
+        assert httpx.get(url + "/health", timeout=WAIT_S).status_code == 200
+
+
+def test_bodies_that_stall_make_room_for_one_that_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_app, "MAX_BODIES", 4_000)
+    monkeypatch.setattr(serve_app, "STALLED_S", 0.0)
+    head = f"POST {SCORE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: 9000\r\n\r\n"
+    with serving(tiny()) as url, ExitStack() as opened:
+        for _ in range(8):
+            opened.enter_context(asked_by_hand(url, head + 1_000 * "x"))
+        assert post(url, ask(samples()).encode()).status_code == 200
 
 
 def test_a_reply_that_nobody_takes_is_given_up_and_a_slow_client_gets_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -32,8 +33,14 @@ from understudy.teachers.remote.protocol import (
     ScoreRequest,
 )
 
+FIRST_BYTE_S = 5.0
+"""Time that a new connection has for its first byte."""
 BODY_S = 120.0
 """Time that a body has to arrive."""
+MAX_BODIES = 2**30
+"""Bytes of all bodies that have begun to arrive."""
+STALLED_S = 2.0
+"""A body of which nothing came for so long, or a reply of which nothing was taken, idles."""
 PIECE_BYTES = 256 * 1024
 """Bytes of a reply that are handed on at a time: the memory that a slow client costs beside the reply itself."""
 QUIET_S = 30.0
@@ -43,7 +50,7 @@ CLOSE = {"Connection": "close"}
 """The rest of a body that is not read would be taken for the next request."""
 
 
-def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> Starlette:
+def build_app(scorer: Scorer, worker: Worker, about: About, door: Door, *, token: str) -> Starlette:
     """Returns the application. Without a `token` everyone who reaches it may ask."""
     expected = f"Bearer {token}".encode()
 
@@ -74,7 +81,7 @@ def build_app(scorer: Scorer, worker: Worker, about: About, *, token: str) -> St
         return _binary(await asyncio.to_thread(scorer.head))
 
     async def score(request: Request) -> Response:
-        body = await _read_body(request, about.request_bytes)
+        body = await _read_body(request, about.request_bytes, door)
         # decoding a large body takes a while, and the loop answers others meanwhile
         future = await asyncio.to_thread(submit, body)
         return _binary(await asyncio.to_thread((await _wait_for(request, future)).encode))
@@ -124,8 +131,8 @@ def _is_local(host: str) -> bool:
         return False
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """Raises Refusal before more than `limit` bytes are read, and for a body that does not arrive."""
+async def _read_body(request: Request, limit: int, door: Door) -> bytes:
+    """Raises Refusal before more than `limit` bytes are read, for a body that does not arrive, and where there is no room."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip() != CONTENT_TYPE:
         raise Refusal(415, f"the body must be {CONTENT_TYPE} (safetensors)", CLOSE)
@@ -141,10 +148,18 @@ async def _read_body(request: Request, limit: int) -> bytes:
                 if size > limit:
                     raise too_large
                 parts.append(part)
+                door.held_bytes += len(part)
+                if door.held_bytes > MAX_BODIES and door.close_idle():
+                    # those that were closed let go of their bytes
+                    await asyncio.sleep(0.01)
+                if door.held_bytes > MAX_BODIES:
+                    raise Refusal(503, "too many large bodies arrive at once: ask later", {"Retry-After": "1"} | CLOSE)
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {BODY_S:.0f} s", CLOSE) from None
     except ClientDisconnect:
         raise Refusal(400, "the client went away", CLOSE) from None
+    finally:
+        door.held_bytes -= sum(map(len, parts))
     return b"".join(parts)
 
 
@@ -167,25 +182,86 @@ async def _wait_for(request: Request, future: Future[ScoreReply]) -> ScoreReply:
         answer.cancel()
 
 
+class Door:
+    """The connections of a server. Where there is no room for one more, those that idle make it.
+
+    First go those of the client with the most, of these those that idle the longest; one that works stays. A new connection is
+    refused only where all others work.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._inside: set[Connection] = set()
+        self.held_bytes = 0
+        """Of the bodies that have begun to arrive."""
+
+    def enter(self, connection: Connection) -> bool:
+        """Whether there is room for it."""
+        if len(self._inside) >= self._most and not self.close_idle():
+            return False
+        self._inside.add(connection)
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        self._inside.discard(connection)
+
+    def close_idle(self) -> int:
+        """Closes a sixteenth of the room, so that the next ones need not look; returns how many there were."""
+        num_of = Counter(one.peer for one in self._inside)
+        idle = [one for one in self._inside if one.idles()]
+        idle.sort(key=lambda one: (-num_of[one.peer], one.moved))
+        closed = idle[: max(1, self._most // 16)]
+        for one in closed:
+            self.leave(one)
+            one.transport.abort()
+        return len(closed)
+
+
 class Connection(H11Protocol):
     """A connection that ends when its client neither asks nor takes; uvicorn waits for ever inside a request or reply."""
 
+    peer = ""
+    """The address of the client, without its port."""
+    moved = 0.0
+    """When the client last sent or took something, by the clock of the loop."""
     _timer: asyncio.TimerHandle | None = None
     _last: tuple[Any, ...] | None = None
     _num_resumed = 0
+    _has_sent = False
+
+    def __init__(self, *given: Any, door: Door, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._door = door
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override, unused-ignore]
         super().connection_made(transport)
-        self._timer = self.loop.call_later(QUIET_S, self._look)
+        self.peer, self.moved = self.client[0] if self.client else "", self.loop.time()
+        if not self._door.enter(self):
+            said = {"error": {"message": "all connections are in use: ask later"}}
+            self.app = JSONResponse(said, 503, {"Retry-After": "1"} | CLOSE)
+        self._timer = self.loop.call_later(FIRST_BYTE_S, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._door.leave(self)
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        self.moved, self._has_sent = self.loop.time(), True
+        super().data_received(data)
+
     def resume_writing(self) -> None:
+        self.moved = self.loop.time()
         self._num_resumed += 1
         super().resume_writing()
+
+    def idles(self) -> bool:
+        """Whether the client has not asked, or neither sends the rest nor takes the reply."""
+        if self.cycle is None or self.cycle.response_complete:
+            return True
+        its_turn = self.cycle.more_body or self.flow.write_paused
+        return its_turn and self.loop.time() - self.moved > STALLED_S
 
     def _look(self) -> None:
         # a state that is equal at two looks has not moved; None: it is the server's turn, or the body's (`BODY_S`)
@@ -196,7 +272,7 @@ class Connection(H11Protocol):
             state = "reply", unsent, self._num_resumed, id(self.cycle)
         elif done and self.conn.their_state is h11.IDLE:
             state = "header", id(self.cycle)
-        if state is not None and state == self._last:
+        if not self._has_sent or (state is not None and state == self._last):
             self.transport.abort()
             return
         self._last = state

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from understudy.errors import RecipeError
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 STOP_S = 10
 """Time that requests under way have when the server is told to stop."""
 MAX_CONNECTIONS = 4_096
-"""More connections are answered 503: each takes a file and some memory, whether it asks or not."""
+"""Each takes a file and some memory, whether it asks or not."""
+ACCEPTED_AT_ONCE = 128
+SPARE_FILES = 128
+"""Files that are no connections, and room for connections that are being closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,12 @@ def run(settings: Settings, note: Callable[[str], None]) -> None:
             f"serving a teacher needs {error.name or 'more packages'}: pip install 'understudy[serve]'"
         ) from error
     settings.check()
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most)
+        )
     with closing(bind(settings)) as listening:
         check_model_dir(settings.model)
         tokenizer = load_tokenizer(settings.tokenizer or settings.model, revision=settings.revision)
@@ -130,16 +141,20 @@ def serving(
     """The server for a listening socket, its URL and its description. The worker ends with the block."""
     import uvicorn
 
-    from understudy.serve.app import Connection, build_app
+    from understudy.serve.app import Connection, Door, build_app
 
     about = scorer.about(request_bytes=settings.max_request_bytes, reply_bytes=settings.max_reply_bytes)
     worker = Worker(scorer, reply_bytes=settings.max_reply_bytes, note=note)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    room = MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, max(1, files - SPARE_FILES))
+    door = Door(room)
     try:
         config = uvicorn.Config(
-            build_app(scorer, worker, about, token=settings.token()),
-            http=Connection,
+            build_app(scorer, worker, about, door, token=settings.token()),
+            http=partial(Connection, door=door),  # type: ignore[arg-type]  # all that uvicorn does with it is call it
             ws="none",
-            limit_concurrency=MAX_CONNECTIONS,
+            # as many are accepted at a time, so that their first bytes are read before the next ones come
+            backlog=ACCEPTED_AT_ONCE,
             log_level="warning",
             access_log=False,
             lifespan="off",
