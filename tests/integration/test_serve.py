@@ -655,19 +655,18 @@ def test_those_that_idle_make_room_for_one_that_asks(text: str, monkeypatch: pyt
 
 def test_where_all_connections_work_one_more_is_told_to_ask_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_server, "MAX_CONNECTIONS", 3)
-    go_on, score = threading.Event(), Scorer.score
+    begun, go_on = threading.Semaphore(0), threading.Event()
+    submit, score = serve_worker.Worker.submit, Scorer.score
+    monkeypatch.setattr(serve_worker.Worker, "submit", lambda *given: (submit(*given), begun.release())[0])
     monkeypatch.setattr(Scorer, "score", lambda *given: (go_on.wait(WAIT_S), score(*given))[1])
     with serving(tiny()) as url, ThreadPoolExecutor(3) as pool:
         body = ask(samples()).encode()
         working = [pool.submit(post, url, body) for _ in range(3)]
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            # until all three have been read, one idles and makes room
-            assert time.monotonic() < deadline
-            reply = httpx.get(url + "/health", timeout=WAIT_S)
-            if reply.status_code == 503:
-                break
-        assert (reply.headers["Retry-After"], message(reply)) == ("1", "all connections are in use: ask later")
+        for _ in working:
+            assert begun.acquire(timeout=WAIT_S)
+        reply = httpx.get(url + "/health", timeout=WAIT_S)
+        assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
+        assert message(reply) == "all connections are in use: ask later"
         go_on.set()
         assert {one.result(WAIT_S).status_code for one in working} == {200}
         assert httpx.get(url + "/health", timeout=WAIT_S).status_code == 200
