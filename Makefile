@@ -1,4 +1,4 @@
-# make quickstart, make evidence, make real, make vllm, make test, make test-kernels, make docs. Each creates .venv where it is missing.
+# make quickstart, make evidence, make real, make vllm, make attacks, make test, make test-kernels, make docs. Each creates .venv where it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence debugging real vllm environment test test-fast test-kernels check docs clean-quickstart
+.PHONY: quickstart evidence debugging real vllm environment attacks test test-fast test-kernels check docs clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make test-fast    laws, properties and what is quick of the rest (a minute)"
 	@echo "make test-kernels laws, properties and end-to-end tests under four kinds of CPU kernel (TESTS=tests: all)"
+	@echo "make attacks      hostile recipes, messages and texts, and a canary secret, hundreds of each (five minutes)"
 	@echo "make check        linters, types, import directions, docs"
 	@echo "make docs         the site of the documentation, with the report of a short run in it (a minute)"
 
@@ -59,6 +60,10 @@ test-fast: $(STAMP)
 
 test-kernels: $(STAMP)
 	$(BIN)/python scripts/test_kernels.py $(TESTS)
+
+# KINDS='recipes teacher': some kinds alone
+attacks: $(STAMP)
+	$(BIN)/python scripts/attacks.py $(KINDS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,24 +18,27 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import random
+import re
+import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import MISSING, fields, is_dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-# a hub name would otherwise be looked up, and asked for again and again where there is no network
-os.environ |= {"HF_HUB_OFFLINE": "1", "UNDERSTUDY_STARTED": "1"}
-
 CASES = {"recipes": 2_000, "teacher": 300, "texts": 100, "secrets": 60}
 MOST_S, HANG_S = 5.0, 60
 """Seconds of the processor that a recipe may take, and of the clock after which it is given up."""
@@ -46,17 +49,39 @@ Check = Callable[[], str | None]
 
 
 def main() -> int:
+    """Returns 1 where something did not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=[*CASES], help="all where none is named")
     parser.add_argument("--cases", type=int, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # of the tests, which build tiny models and servers
+    sys.path.insert(0, str(ROOT))
+    logging.disable(logging.WARNING)
+    # idle connections by the thousand, with both of their ends in this process
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     failed = 0
-    for kind in options.kinds or CASES:
-        failed += len(
-            attack(kind, options.cases or CASES[kind], options.seed, say=lambda line: print(line, flush=True))
-        )
+    # a hub name would be looked up, where there is no network again and again
+    with variables(HF_HUB_OFFLINE="1"):
+        for kind in options.kinds or CASES:
+            num = options.cases or CASES[kind]
+            found = attack(kind, num, options.seed, say=lambda line: print(line, flush=True))
+            print(f"{kind}: {num:,} cases, {len(found)} did not hold", flush=True)
+            failed += len(found)
     return int(bool(failed))
+
+
+@contextlib.contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Environment variables, for a while."""
+    before = dict(os.environ)
+    os.environ |= values
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def attack(kind: str, num: int, seed: int, say: Callable[[str], object] = lambda _: None) -> list[str]:
@@ -266,8 +291,12 @@ def recipes(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, 
     def value() -> Any:
         kind = draw.random()
         if kind < 0.5:
-            return draw.choice(VALUES)
-        return draw.choice(TEXTS) if kind < 0.9 else {draw.choice(TEXTS)[:200]: draw.choice(VALUES) for _ in range(2)}
+            return deepcopy(draw.choice(VALUES))
+        return (
+            draw.choice(TEXTS)
+            if kind < 0.9
+            else {draw.choice(TEXTS)[:200]: deepcopy(draw.choice(VALUES)) for _ in range(2)}
+        )
 
     def put(values: dict[str, Any], place: str, new: Any) -> None:
         *parents, last = place.split(".")
@@ -417,7 +446,596 @@ def try_recipe(folder: Path, overrides: list[str]) -> str | None:
     return None
 
 
-KINDS: Mapping[str, Callable[[Path, int, random.Random], Iterator[tuple[str, Check]]]] = {"recipes": recipes}
+# --- a served teacher ---------------------------------------------------------------------------------------------------
+
+HONEST_S = 30.0
+"""Seconds in which an honest client has its scores, with all that it asks again."""
+LARGE = 24 * 2**20
+IDLE = 10_000
+"""Connections of one client that never ask, in the first of all cases."""
+
+
+def teacher(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, Check]]:
+    """One attack after the other on one server; after each, and while its connections are open, an honest client asks."""
+    import httpx
+    from tests.integration.test_serve import ask, samples, serving
+    from tests.tiny_models import tiny
+
+    from understudy.teachers.remote.protocol import ABOUT, CONTENT_TYPE, HEAD, SCORE
+
+    right = ask(samples()).encode()
+
+    def message(method: str = "POST", path: str = SCORE, length: object = 0, more: str = "") -> bytes:
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        return f"{head}Content-Length: {length}\r\n{more}\r\n".encode("latin-1")
+
+    def changed() -> bytes:
+        """A right body with some bytes changed, cut off or put in."""
+        body = bytearray(right)
+        for _ in range(draw.randint(1, 6)):
+            at, how = draw.randrange(len(body)), draw.random()
+            # half of the changes in the header, which says what follows
+            at = at if draw.random() < 0.5 else draw.randrange(min(600, len(body)))
+            if how < 0.5:
+                body[at] = draw.randrange(256)
+            elif how < 0.7:
+                del body[at : at + draw.choice([1, 4, 100, 10_000])]
+            elif how < 0.9:
+                body[at:at] = draw.choice([b"9" * 30, b"{", b"]", b"null", draw.randbytes(8), b'"a": 1,'])
+            else:
+                body[:8] = draw.choice(
+                    [b"\xff" * 8, bytes(8), (2**40).to_bytes(8, "little"), len(body).to_bytes(8, "little")]
+                )
+            body = body or bytearray(b"x")
+        return bytes(body)
+
+    heads = [
+        *(
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"\r\n" * 500,
+            b"\x16\x03\x01\x02\x00" * 20,
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"A" * 100_000,
+        ),
+        *(
+            message("GET", ABOUT),
+            message("DELETE", SCORE),
+            message("GET", "/" + "x" * 10_000),
+            message("GET", "/%ff/../..//"),
+            message("OPTIONS", "*"),
+        ),
+        *(message(length=value) for value in (-1, "9" * 400, "1e3", "0x10", " ", LARGE * 100, "\u00b2")),
+        *(
+            message(length=5, more=f"{line}\r\n")
+            for line in ("Content-Length: 6", "Transfer-Encoding: chunked", "Host: evil", "X:" + "y" * 70_000)
+        ),
+        message(length=5, more="Expect: 100-continue\r\n"),
+        message(more="Transfer-Encoding: chunked\r\n").replace(b"Content-Length: 0\r\n", b"")
+        + b"ffffffffffffffff\r\nx",
+        message(more="Authorization: Bearer \xff\xfe\r\n"),
+        b"".join(f"X-{index}: 1\r\n".encode() for index in range(3_000)),
+    ]
+
+    def attack() -> tuple[str, list[bytes], bool]:
+        """What it is, what is sent on as many connections, and whether they are left open without the rest."""
+        how = draw.random()
+        if how < 0.45:
+            body = changed()
+            return "a body that was changed", [message(length=len(body)) + body], False
+        if how < 0.6:
+            return "a head that is none", [draw.choice(heads)] * draw.choice([1, 1, 20]), draw.random() < 0.5
+        if how < 0.7:
+            return (
+                "idle connections",
+                [draw.choice([b"", b"P", b"POST /v1/score HT"])] * draw.choice([50, 200, 500]),
+                True,
+            )
+        if how < 0.8:
+            return (
+                "slow bodies",
+                [message(length=LARGE) + draw.randbytes(draw.randint(0, 5_000))] * draw.choice([1, 20, 60]),
+                True,
+            )
+        if how < 0.9:
+            begin = draw.choice([b"", right[:600], (LARGE - 8).to_bytes(8, "little") + b'{"a":' * 1_000])
+            body = begin + draw.choice([bytes, draw.randbytes])(LARGE - len(begin))
+            return "a body of 24 MiB", [message(length=len(body)) + body], False
+        if how < 0.95:
+            return "replies that nobody takes", [message("GET", HEAD) * 3] * draw.choice([1, 30]), True
+        return "many requests on one line", [(message(length=len(right)) + right) * 20 + b"x"], False
+
+    with ExitStack() as opened:
+        url = opened.enter_context(serving(tiny()))
+        port = int(url.rpartition(":")[2])
+        expected = httpx.post(url + SCORE, content=right, headers={"Content-Type": CONTENT_TYPE}).content
+
+        def honest() -> str | None:
+            until, said = time.monotonic() + HONEST_S, "nothing"
+            while time.monotonic() < until:
+                try:
+                    with httpx.Client(trust_env=False, timeout=HONEST_S) as client:
+                        reply = client.post(url + SCORE, content=right, headers={"Content-Type": CONTENT_TYPE})
+                except httpx.TransportError as error:
+                    return f"an honest client was cut off: {error!r}"
+                if reply.status_code == 200:
+                    return None if reply.content == expected else "an honest client got other scores"
+                said = f"{reply.status_code} {reply.text[:200]}"
+                if reply.status_code not in (429, 503):
+                    break
+                time.sleep(0.1)
+            return f"an honest client got {said}"
+
+        def attempt(sent: list[bytes], stays: bool) -> str | None:
+            with ExitStack() as lines:
+                for data in sent:
+                    with contextlib.suppress(OSError):
+                        line = lines.enter_context(socket.create_connection(("127.0.0.1", port), timeout=HONEST_S))
+                        line.sendall(data)
+                if stays:
+                    return honest()
+                answer = b""
+                with contextlib.suppress(OSError):
+                    line.shutdown(socket.SHUT_WR)
+                    while more := line.recv(2**16):
+                        answer = answer[-(2**16) :] + more
+                        if re.search(rb"^HTTP/1.1 5(?!03)\d\d", answer, re.MULTILINE):
+                            return f"answered {answer[:300]!r} to {sent[0][:600]!r}"
+            return honest()
+
+        for number in range(num):
+            name, sent, stays = attack()
+            if number == 0 and num == CASES["teacher"]:
+                name, sent, stays = "idle connections", [b""] * IDLE, True
+            yield f"teacher {number} ({name}, {len(sent)} times)", lambda sent=sent, stays=stays: attempt(sent, stays)
+
+
+# --- texts --------------------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    *(
+        "\x1b[2J\x1b[H",
+        "\x1b]0;owned\x07",
+        "\x1b]8;;http://x\x1b\\click\x1b]8;;\x1b\\",
+        "\x1b]52;c;cm0gLXJm\x07",
+        "\x1bP+q\x1b\\",
+        "\x9b31m\x9d0;x\x9c",
+    ),
+    *(
+        "\x1b",
+        "\x1b[",
+        "a\rb",
+        "a\bb\x7f",
+        "\x00\x01\x0e\x0f",
+        "\u202egnp.exe",
+        "\u2066a\u2069",
+        "a\u200bb\u2060\ufeff",
+        "\U000e0049\U000e0047",
+    ),
+    *(
+        "a\u200db\u200c",
+        "\ud800",
+        "\u2028\u2029",
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "</pre></style><svg onload=alert(1)>",
+    ),
+    *(
+        "'\" onmouseover=alert(1) x='",
+        "{{ 7*7 }}{% raw %}",
+        "javascript:alert(1)",
+        "[red]x[/red] [link=http://x]y[/link]",
+        "]]><!--",
+        "&#x1b;[2J&lt;b&gt;",
+    ),
+]
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+
+
+class Tags(HTMLParser):
+    """Names of the tags of a page with their handlers of events."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found |= {tag, *(name for name, _ in attrs if name.startswith("on"))}
+        self.found |= {
+            value
+            for name, value in attrs
+            if value and name in ("href", "src") and value.lower().startswith("javascript:")
+        }
+
+
+def texts(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, Check]]:
+    written = {
+        "page": on_page,
+        "comparison": on_comparison,
+        "terminal": on_terminal,
+        "commands": in_commands,
+        "card": on_card,
+        "tracker": in_tracker,
+    }
+    pages = {name: Tags(written[name](folder / f"plain-{name}", "plain")).found for name in ("page", "comparison")}
+
+    def attempt(place: str, text: str, where: Path) -> str | None:
+        said = written[place](where, text)
+        if found := UNSEEN.search(said):
+            return f"{found[0]!r} in {said[max(0, found.start() - 60) : found.end() + 20]!r}"
+        if place in pages and (more := Tags(said).found - pages[place]):
+            return f"the page has {more}"
+        return None
+
+    for number in range(num):
+        place = list(written)[number % len(written)]
+        text = "".join(draw.sample(HOSTILE, draw.choice([1, 2, 3])))
+        yield (
+            f"text {number} ({place}) {text!r}",
+            lambda place=place, text=text, number=number: attempt(place, text, folder / str(number)),
+        )
+
+
+def on_page(folder: Path, text: str) -> str:
+    from tests.report_run import write_eval, write_lines, write_run
+
+    from understudy import config
+    from understudy.report.page import write_report
+
+    run = write_run(folder, num_steps=10)
+    for step in (0, 10):
+        write_eval(run, step, {text: [0.0], "b": [1.0]}, prompt=text + "{id}", response=text, split=text)
+    (run / "recipe.yaml").write_text(config.write_yaml({"teacher": {"template": text}}), errors="replace")
+    (run / "run.json").write_text(json.dumps({"method": text, text: text, "status": "failed", "error": text}))
+    write_lines(run / "events.jsonl", [{"step": 1, "kind": text, "text": text}])
+    (run / "doctor.json").write_text(
+        json.dumps({"findings": [dict.fromkeys(("name", "level", "found", "advice"), text)]})
+    )
+    write_lines(run / "metrics.jsonl", [{"step": step, text: step, "loss": 1.0} for step in (1, 2)])
+    return write_report(run).read_text()
+
+
+def on_comparison(folder: Path, text: str) -> str:
+    from tests.integration.test_compare import cells
+
+    from understudy.compare.outputs import write_outputs
+    from understudy.compare.run import Comparison
+    from understudy.compare.table import Outcome
+
+    found = cells(folder, {text: {text: {}, "b": {}}}, seeds=1)
+    outcomes = [
+        Outcome(cell, "failed", text) for cell in found.compared({one: {} for one in found.grid.combinations()})
+    ]
+    page = write_outputs(Comparison(found, outcomes, (), {}, command=text)).read_text()
+    for name in ("table.md", "cells.csv", "compare.json"):
+        if name != "compare.json":
+            assert not UNSEEN.search((found.out / name).read_text()), name
+    return page
+
+
+def on_terminal(folder: Path, text: str) -> str:
+    """What a terminal gets, without the colours and moves that the display of a run is made of."""
+    from understudy.format import Interval
+    from understudy.trainer.console import Console
+
+    out = io.StringIO()
+    with Console(out, live=False) as console:
+        console.start(3)
+        console.note(text)
+        console.warn(text)
+        console.table(text, [text, "b"], [[text, text]])
+        console.evaluated(1, text, Interval(0.5, 0.4, 0.6))
+        with console.progress(text, 2) as advance:
+            advance(2)
+    return out.getvalue()
+
+
+def in_commands(folder: Path, text: str) -> str:
+    """Errors of commands that are given such names, and what they say of such a file."""
+    name = text.replace("\0", "").replace("/", "_")
+    folder.mkdir()
+    (folder / "data.jsonl").write_text(
+        json.dumps({"prompt": text}) + "\n{" + text.encode("utf-8", "replace").decode() + "}\n"
+    )
+    recipe = {
+        "run_dir": name,
+        "student": {"model": name},
+        "task": {"type": "file", "path": str(folder / "data.jsonl"), name: 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    data = [
+        "run_dir=x",
+        "student={model: x}",
+        f"task={{type: file, path: {folder / 'data.jsonl'}, prompt_field: prompt}}",
+        "method.type=sft",
+        "train.steps=1",
+    ]
+    said = [command("train", "recipe-" + name, "--dry-run"), command("report", "run-" + name), command("methods", name)]
+    said += [
+        command("train", str(folder / "recipe.yaml"), "--dry-run"),
+        command("train", str(folder / "recipe.yaml"), *data, "--dry-run"),
+    ]
+    return "".join(text for _, text in said)
+
+
+def on_card(folder: Path, text: str) -> str:
+    from tests.runs import tiny_recipe
+
+    from understudy import config
+    from understudy.export import model_card
+    from understudy.recipe import Recipe
+    from understudy.trainer.checkpoint import Progress
+
+    values = tiny_recipe(folder) | {
+        "run_dir": f"runs/{text}",
+        "teacher": {"type": "chat", "url": "http://127.0.0.1:9", "model": text + "x"},
+    }
+    return model_card(config.parse(Recipe, values), Progress(), [])
+
+
+def in_tracker(folder: Path, text: str) -> str:
+    from understudy.trainer.loggers import make_loggers
+
+    for logger in make_loggers(folder, ["tensorboard"], {"teacher": {"template": text, "note": [text]}}, warn=str):
+        logger.close()
+    # what TensorBoard shows of it is JSON, in which every such character is written out
+    found = [path.read_bytes() for path in (folder / "tensorboard").iterdir()]
+    start = b"".join(found).index(b"```json")
+    return b"".join(found)[start:].partition(b"\n```")[0].decode()
+
+
+# --- secrets ------------------------------------------------------------------------------------------------------------
+
+CANARY = "canary-31415926535897932384"
+FORMS = ("of the environment {}", "MY_TOKEN={}", "at http://user:{}@host/v1?k=1")
+
+
+def secrets(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, Check]]:
+    """Every writer with every form; then all files that are there and all that was said are searched."""
+    writers: list[Callable[[Path, str], str]] = [
+        *(on_page, on_comparison, on_terminal, in_commands, on_card, in_tracker),
+        *(
+            in_wandb,
+            in_error,
+            in_traceback,
+            in_saved_recipe,
+            in_events,
+            in_doctor,
+            in_facts,
+            in_request,
+            in_reply,
+            in_cell_log,
+            in_cell_error,
+        ),
+        *(in_recording, in_hub_error, in_environment),
+    ]
+
+    def attempt(write: Callable[[Path, str], str], text: str, where: Path) -> str | None:
+        said = write(where, text)
+        if CANARY in said:
+            at = said.index(CANARY)
+            return f"said {said[max(0, at - 200) : at + 60]!r}"
+        # the others were given the canary in files
+        for path in () if write in (on_page, in_commands, in_cell_error) else where.rglob("*"):
+            if path.is_file() and path.name != "given.yaml" and CANARY.encode() in path.read_bytes():
+                return f"{path.relative_to(where)} has it"
+        return None
+
+    for number in range(num):
+        write, form = writers[number % len(writers)], FORMS[number // len(writers) % len(FORMS)]
+
+        def check(
+            write: Callable[[Path, str], str] = write, form: str = form, where: Path = folder / str(number)
+        ) -> str | None:
+            # without the variable the form alone has to give it away
+            with variables(SOME_CANARY_KEY=CANARY) if form == FORMS[0] else contextlib.nullcontext():
+                return attempt(write, form.format(CANARY), where)
+
+        yield f"secret {number} ({write.__name__}: {form})", check
+
+
+def in_wandb(folder: Path, text: str) -> str:
+    from understudy.trainer.loggers import make_loggers
+
+    places = {f"WANDB_{name}_DIR": str(folder / "home") for name in ("CONFIG", "CACHE", "DATA")}
+    warned: list[str] = []
+    with variables(WANDB_MODE="offline", WANDB_SILENT="true", **places):
+        recipe = {"teacher": {"url": text, "api_key": CANARY}}
+        for logger in make_loggers(folder / "run", ["wandb"], recipe, warn=warned.append):
+            logger.close()
+    return "".join(warned)
+
+
+def in_error(folder: Path, text: str) -> str:
+    from understudy import config
+    from understudy.errors import EngineError, RecipeError
+
+    said = [str(EngineError(text))]
+    section = {"type": "vllm", "launch": {"env": {"ANY": text}, "args": text}}
+    for words in (
+        [f"rollout={section}"],
+        [f"rollout.launch.env.ANY={text}"],
+        [f"teacher.api_key={text}"],
+        [f"rollout.launch.env={text}"],
+    ):
+        try:
+            config.parse(recipe_kind(), config.override({"run_dir": "x"}, words))
+        except RecipeError as error:
+            said.append("".join(traceback.format_exception(error)))
+    # the source of this script is in a traceback, and no value
+    return "\n".join(said)
+
+
+def recipe_kind() -> Any:
+    from understudy.recipe import Recipe
+
+    return Recipe
+
+
+def in_traceback(folder: Path, text: str) -> str:
+    from understudy.report import page
+
+    def fail(*_: object, **__: object) -> Path:
+        raise KeyError(text)
+
+    plain, page.write_report = page.write_report, fail
+    try:
+        return command("report", "run")[1]
+    finally:
+        page.write_report = plain
+
+
+def in_saved_recipe(folder: Path, text: str) -> str:
+    """A whole run: all that it wrote and said."""
+    import yaml
+    from tests.runs import tiny_recipe
+
+    folder.mkdir()
+    launch = {"python": "python", "env": {"ANY": text}}
+    values = tiny_recipe(folder, train={"steps": 1, "prompts_per_step": 2}, rollout={"type": "vllm", "launch": launch})
+    (folder / "given.yaml").write_text(yaml.safe_dump(values))
+    said = command(
+        "train",
+        str(folder / "given.yaml"),
+        "rollout=null",
+        f"student.template_kwargs={{api_key: {CANARY}, note: '{text}'}}",
+        "--no-doctor",
+    )[1]
+    assert (folder / "run" / "student" / "README.md").is_file(), said
+    return said + command("report", str(folder / "run"))[1]
+
+
+def in_events(folder: Path, text: str) -> str:
+    from understudy.trainer.console import Console
+    from understudy.trainer.loggers import JsonLines
+    from understudy.trainer.observe import Observer
+
+    out = io.StringIO()
+    Observer(Console(out), files={"events": JsonLines(folder / "events.jsonl")}).warn(1, text)
+    return out.getvalue()
+
+
+def in_doctor(folder: Path, text: str) -> str:
+    from understudy.recipe.checks import Finding
+    from understudy.recipe.doctor import refuse, show, write_findings
+    from understudy.trainer.console import Console
+
+    found, out = [Finding(text, "error", text, name=text, checked=text)], io.StringIO()
+    write_findings(folder / "doctor.json", found)
+    show(Console(out), found)
+    try:
+        refuse(found)
+    except Exception as error:
+        return out.getvalue() + str(error)
+    return out.getvalue()
+
+
+def in_facts(folder: Path, text: str) -> str:
+    from understudy.files import write_json
+    from understudy.text import plain_tree
+
+    facts = {"teacher": text, "error": text, "hub_token": CANARY}
+    write_json(folder / "run.json", plain_tree(facts))
+    return ""
+
+
+def in_request(folder: Path, text: str) -> str:
+    """The message about a server that is not there, whose address and request have it."""
+    from understudy.errors import UnderstudyError
+    from understudy.http.client import HttpClient, RetryPolicy
+
+    said = ""
+    for url in (
+        "http://127.0.0.1:9/0a1b2c3d4e5f" + CANARY,
+        f"http://127.0.0.1:9/v1?k={CANARY}",
+        f"http://a:{CANARY}@h",
+    ):
+        try:
+            policy = RetryPolicy(timeout_s=1, deadline_s=1, max_retries=0, max_concurrency=1, waits=False)
+            with HttpClient([url], name="teacher", retry_policy=policy) as client:
+                client.request("x", str, key=text)
+        except UnderstudyError as error:
+            said += str(error)
+    return said
+
+
+def in_reply(folder: Path, text: str) -> str:
+    """What a server says that was sent a key, whatever the name of the variable with it."""
+    from understudy.http.replies import Reply, clip, read_key
+
+    with variables(JUDGE=CANARY):
+        read_key("JUDGE")
+        body = json.dumps({"error": {"message": f"no {text} {CANARY}"}}).encode()
+        return f"{Reply('u', 400, {}, body).outcome()} {Reply('u', 500, {}, body).outcome()} {clip(text)}"
+
+
+def in_cell_log(folder: Path, text: str) -> str:
+    from understudy.compare.processes import Job, work
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        work(Job({"run_dir": text, "student": {"model": text}, "api_key": CANARY}, False, "log"))
+        work(Job({"run_dir": text} | {1: object()}, False, "log"))  # type: ignore[dict-item]
+    return out.getvalue()
+
+
+def in_cell_error(folder: Path, text: str) -> str:
+    from understudy.compare.processes import ending
+
+    folder.mkdir()
+    (folder / "data.jsonl").write_text(f"Traceback\nValueError: {text}\n")
+    return str(ending(0, 1, folder / "data.jsonl"))
+
+
+def in_recording(folder: Path, text: str) -> str:
+    from understudy import config
+    from understudy.files import write_atomically
+    from understudy.text import plain_tree
+
+    origin = plain_tree({"teacher": {"url": text, "api_key": CANARY, "extra_body": {"password": CANARY}}})
+    write_atomically(folder / "recording.yaml", config.write_yaml(origin))
+    return config.write_yaml(origin)
+
+
+def in_hub_error(folder: Path, text: str) -> str:
+    from understudy.errors import UnderstudyError
+
+    return str(UnderstudyError(f"the hub did not take it: {text} (Authorization: Bearer {CANARY})"))
+
+
+def in_environment(folder: Path, text: str) -> str:
+    """Variables of a server that the run starts: refused, or not set."""
+    from tests.runs import tiny_recipe
+
+    from understudy import config
+    from understudy.errors import RecipeError
+
+    said = ""
+    for launch in (
+        {"env": {"MY_TOKEN": text}},
+        {"args": ["--api-key", CANARY]},
+        {"command": ["{port}", f"DBPASS={CANARY}"]},
+        {"env": CANARY},
+    ):
+        try:
+            config.parse(
+                recipe_kind(), tiny_recipe(folder, rollout={"type": "vllm", "launch": {"python": "x"} | launch})
+            )
+        except RecipeError as error:
+            said += str(error)
+            continue
+        return f"{launch} was taken, with {CANARY}"
+    return said
+
+
+KINDS: Mapping[str, Callable[[Path, int, random.Random], Iterator[tuple[str, Check]]]] = {
+    "recipes": recipes,
+    "teacher": teacher,
+    "texts": texts,
+    "secrets": secrets,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
