@@ -77,7 +77,7 @@ class Cell:
             return "new"
         check_same_recipe(config.parse(Recipe, config.read_yaml(run_dir.recipe)), self.recipe)
         try:
-            facts = json.loads(run_dir.facts.read_text(encoding="utf-8"))
+            facts = config.load_json(run_dir.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # killed before or while it wrote them
             facts = None
         return "finished" if isinstance(facts, dict) and facts.get("status") in DONE else "started"

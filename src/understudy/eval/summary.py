@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from understudy.config import load_json
 from understudy.errors import DataError
 from understudy.eval.estimators import (
     LENGTH,
@@ -184,7 +184,7 @@ def read_summaries(folder: Path) -> list[EvalSummary]:
     found = []
     for step, path in by_step(folder, ".json").items():
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = load_json(path.read_text(encoding="utf-8"))
             metrics = {name: Estimate(**item) for name, item in values["metrics"].items()}
             scaling = read_scaling(values.get("scaling", ()))
             found.append(EvalSummary(**values | {"metrics": metrics, "scaling": scaling}))

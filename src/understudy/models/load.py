@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from understudy import given
+from understudy.config import load_json
 from understudy.errors import RecipeError, nearest
 from understudy.hub import unreachable
 from understudy.lazy import Tensor, importing, nn, no_grad, torch
@@ -77,7 +78,7 @@ def check_model_dir(path: str) -> str:
     index = directory / _INDEX
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
+            shards = set(load_json(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise RecipeError(f"{index} cannot be read ({error}); download the model again") from error
         missing = sorted(shard for shard in shards if not (directory / shard).is_file())
@@ -433,7 +434,7 @@ def positions_on_disk(path: str | None, build: Mapping[str, Any] | None = None) 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a JSON file of a model; empty where there is none, or none that can be read."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -480,7 +481,7 @@ def check_lora_targets(path: str | None, build: Mapping[str, Any] | None, target
 def _adapter_base(directory: Path) -> str:
     """Raises RecipeError where the adapter's configuration names no model, or the adapter's own directory."""
     try:
-        base = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = load_json((directory / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{directory / _ADAPTER} cannot be read ({error!r}); save the adapter again") from error
     if not isinstance(base, str) or not base.strip() or Path(base).expanduser().resolve() == directory.resolve():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,9 +79,7 @@ def saved_ends(model: str) -> set[int]:
     """The tokens that end a response as far as the configurations in a model's directory say; none for a hub name."""
     found = set[int]()
     for name in ("config.json", "generation_config.json"):
-        path = Path(model).expanduser() / name
-        if path.is_file():
-            found |= named_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        found |= named_ids(read_settings(Path(model).expanduser() / name).get("eos_token_id"))
     return found
 
 

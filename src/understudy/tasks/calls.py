@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from understudy.config import load_json
 from understudy.environments import Environment
 from understudy.environments.tools import Graded
 from understudy.errors import DataError, brief
@@ -77,7 +78,7 @@ class Calls(Named):
         field = str(self.reference_field)
         value = [] if row.get(field) == [] else read_field(row, field, place)
         try:
-            value = json.loads(value) if isinstance(value, str) else value
+            value = load_json(value) if isinstance(value, str) else value
         except ValueError as error:
             raise DataError(f"{place}: field {field!r} is {brief(value)}, which is not JSON: {error}") from error
         calls = value if isinstance(value, list) else [None]

@@ -113,7 +113,7 @@ class Code(Named):
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 return mbpp_tests({**row, "test_list": value, "code": solution or ""})
             if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-                value = json.loads(value)
+                value = config.load_json(value)
             if isinstance(value, Mapping) and not {"tests", "names"} - value.keys():
                 return CodeTests.load(json.dumps(value))
             if isinstance(value, Mapping | list):
@@ -139,7 +139,7 @@ class Code(Named):
                 continue
             values.append(packed_tests(value) if isinstance(value, str) else value)
         facts = row.get("metadata")
-        facts = json.loads(facts) if isinstance(facts, str) and facts.strip() else facts
+        facts = config.load_json(facts) if isinstance(facts, str) and facts.strip() else facts
         return contest_tests(values, facts.get("func_name") if isinstance(facts, Mapping) else None)
 
     def _program(self, place: str, row: Mapping[str, Any]) -> str | None:
@@ -151,7 +151,7 @@ class Code(Named):
             pairs = zip(value.get("language", ()), value.get("solution", ()), strict=False)
             value = [program for language, program in pairs if language in (_PYTHON_3, "PYTHON3")]
         if isinstance(value, str) and value.lstrip()[:1] == "[":
-            value = json.loads(value)
+            value = config.load_json(value)
         if isinstance(value, list):
             value = next(iter(value), None)
         if is_missing(value):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
+from understudy.config import load_json
 from understudy.errors import DataError
 
 _OPERATORS: Mapping[type, Callable[..., float]] = {
@@ -79,7 +79,7 @@ def read_tables(folder: str, names: tuple[str, ...]) -> Tables:
     for name in names:
         path = Path(folder) / f"{name}.json"
         try:
-            tables[name] = json.loads(path.read_text(encoding="utf-8"))
+            tables[name] = load_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {path}, a table of the data base: {error}") from error
         if not isinstance(tables[name], dict):

@@ -19,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from understudy.config import load_json
 from understudy.errors import RecipeError, ScoreError
 from understudy.files import write_atomically, write_json
 from understudy.lazy import Tensor, safetensors, torch
@@ -192,7 +193,7 @@ def read_record(path: Path) -> Record:
     if not file.is_file():
         raise RecipeError(f"there are no stored scores in {path}: it has no {META}; record them first")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = load_json(file.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise RecipeError(f"{file} has format {values['format']}, not {FORMAT}: use the version that wrote it")
         meta = ScoredMeta(**{item.name: values[item.name] for item in fields(ScoredMeta)})

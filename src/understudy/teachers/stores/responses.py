@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from understudy.config import load_json
 from understudy.errors import CheckpointError, DataError, RecipeError, TemplateError
 from understudy.lazy import Tensor, torch
 from understudy.randomness import keyed_uniform
@@ -378,7 +379,7 @@ class ResponseCache:
     def _take(self, line: bytes) -> bool:
         """Keeps the text of a line. Returns False for a damaged one."""
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = load_json(line) if line.strip() else {}
         except ValueError:
             return False
         if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
