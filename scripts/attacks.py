@@ -51,10 +51,12 @@ Check = Callable[[], str | None]
 def main() -> int:
     """Returns 1 where something did not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*CASES], help="all where none is named")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(CASES)}; all where none is named")
     parser.add_argument("--cases", type=int, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if unknown := set(options.kinds) - set(CASES):
+        parser.error(f"there is no kind {', '.join(unknown)}; known: {', '.join(CASES)}")
     # of the tests, which build tiny models and servers
     sys.path.insert(0, str(ROOT))
     logging.disable(logging.WARNING)
