@@ -172,7 +172,7 @@ def test_scores_of_a_shared_prompt_are_those_of_whole_sequences(name: str) -> No
     need = frozenset({"sampled", "topk", "full"})
     shared, apart = (LocalTeacher(tiny(name, sharp=4.0), name="t", vocab_size=NUM_ROWS) for _ in range(2))
     apart.model.load_state_dict(shared.model.state_dict())
-    apart._style = "alone"
+    apart.style = "alone"
     for one, other in zip(shared.score(samples, need, k=3), apart.score(samples, need, k=3), strict=True):
         for field in ("logprob", "entropy", "topk_logprob", "hidden"):
             torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=0, atol=100 * BUDGET[name])

@@ -63,13 +63,16 @@ class Scorer:
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
         self.max_batch_tokens = max_batch_tokens or default
         self._hidden_dtype = unwrap(model).dtype if hidden_dtype == "auto" else getattr(torch, hidden_dtype)
-        self.shares_prompts = share_prompts and can_continue(model)
-        """Whether a prompt of several responses is read once."""
-        view = partial(LocalTeacher, model, name=name, max_batch_tokens=self.max_batch_tokens)
+        view = partial(
+            LocalTeacher, model, name=name, max_batch_tokens=self.max_batch_tokens, share_prompts=share_prompts
+        )
         self._view = lru_cache(NUM_VIEWS)(view)
         """The weights as a teacher at a temperature and over a vocabulary."""
         self._num_embedded = int(unwrap(model).get_input_embeddings().weight.shape[0])
-        weights = self._view(temperature=1.0, vocab_size=head.num_tokens).fingerprint
+        whole = self._view(temperature=1.0, vocab_size=head.num_tokens)
+        self.continues = share_prompts and whole.style != "shared" and can_continue(model)
+        """Whether responses continue from the cache of their prompt: where attention by segments does not read it once."""
+        weights = whole.fingerprint
         self._fingerprint = blake2b(f"{weights}/{self._hidden_dtype}".encode(), digest_size=16).hexdigest()
         self._tokenizer = tokenizer
         self._head: bytes | None = None
@@ -161,11 +164,11 @@ class Scorer:
         return replies
 
     def _score(self, request: ScoreRequest, samples: list[Sample]) -> list[Scores]:
-        """As `LocalTeacher.score`, but a prompt that several samples share is read once if that is worth it."""
+        """As `LocalTeacher.score`, which reads a prompt of several samples once, or from its cache where that is worth it."""
         weight = lm_head(self._model).weight
         most = max(1, GROUP_BYTES // (weight.shape[1] * weight.dtype.itemsize))
         found: dict[int, Scores] = {}
-        for same in by_prompt(samples) if self.shares_prompts else []:
+        for same in by_prompt(samples) if self.continues else []:
             for group in chunks(same, lambda index: samples[index].num_response_tokens, most):
                 together = [samples[index] for index in group]
                 lengths = [sample.num_response_tokens for sample in together]

@@ -196,7 +196,7 @@ class LocalTeacher(Teacher):
         """Entered for every use of the model."""
         self._keeps_adapters = around is None
         self._generate = generate
-        self._style = row_style(model, share_prompts=share_prompts)
+        self.style = row_style(model, share_prompts=share_prompts)
         self.name = name
         self._vocab_size = vocab_size
         self._absent = absent
@@ -292,7 +292,7 @@ class LocalTeacher(Teacher):
         weight = unwrap(self.model).get_output_embeddings().weight
         num_tokens = sum(sample.num_response_tokens for sample in samples)
         keeps_hidden = num_tokens * weight.shape[1] * weight.element_size() <= MAX_HIDDEN_BYTES
-        groups = micro_batches(samples, self._max_batch_tokens, self._style)
+        groups = micro_batches(samples, self._max_batch_tokens, self.style)
         with self._lock, self._around(), self.on_device(), evaluating(self.model):
             number = longest(self.model, len(groups)) if self.collective else len(groups)
             for group in groups:
@@ -308,7 +308,7 @@ class LocalTeacher(Teacher):
         self, samples: Sequence[Sample], need: frozenset[Need], k: int | None, keeps_hidden: bool
     ) -> list[Scores]:
         """One forward over samples side by side."""
-        layout = lay_out(samples, style=self._style)
+        layout = lay_out(samples, style=self.style)
         ids, positions = layout.input_ids.to(self._device), layout.position_ids.to(self._device)
         states = backbone_hidden(self.model, ids, positions, layout.images, layout.segments)
         hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
