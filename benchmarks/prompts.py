@@ -33,8 +33,8 @@ from tests.tiny_models import sample
 SMOL = {"hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "intermediate_size": 1536, "tie_word_embeddings": True}
 TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 4}
 NAMES = {"packed": "rows with a mask", "segments": "segments", "shared": "segments, prompt once"}
-LONG = {"two rows of sixteen": ([2_048] * 16, 0), "one prompt, eight responses": ([1_024] * 8, 24_576)}
-"""Lengths of responses and of the prompt that they share; 32 K tokens each."""
+LONG = {"sixteen sequences": ([1_024] * 15 + [8_192], 0), "one prompt, eight responses": ([1_024] * 8, 8_192)}
+"""Lengths of responses and of the prompt that they share."""
 
 
 def build(sizes: dict[str, Any], vocab_size: int) -> Any:
@@ -106,7 +106,7 @@ def main() -> None:
             table.add_row(NAMES[style], slots, f"{best[number]:.2f}", f"{best[number] / best[0]:.2f}")
         console.print(table)
     for name in [] if options.no_memory else LONG:
-        table = Table("", "GiB", "seconds", title=f"32 K tokens: {name}")
+        table = Table("", "GiB", "seconds", title=f"{name}: {LONG[name]}")
         for style in styles:
             gib, seconds = memory(style, name)
             table.add_row(NAMES[style], f"{gib:.2f}", f"{seconds:.1f}")

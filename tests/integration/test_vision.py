@@ -72,7 +72,9 @@ def test_five_steps_lose_what_they_lose_without_packing(
     apart = train(tmp_path / "other", **recipe(tmp_path / "models", kind))
     assert set(shapes) == {"alone" if kind == "gemma3" else "shared"}
     losses = [[row["loss"] for row in metric_rows(run)] for run in (packed, apart)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-9)
+    # norms round to float32 whatever the weights are in, and Adam divides by a gradient's own size
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0][-1] != losses[0][0]
 
 
