@@ -10,7 +10,8 @@ from typing import Protocol
 MISSING = "not recorded"
 _RATE = re.compile(
     r"^(?:[^/]+/)?(avg|pass|maj|rejection|revision)@\d+$|^pass\^\d+$|^score/|_(share|rate)$"
-    r"|^(accuracy|greedy|assisted|teacher|truncated|no_eos|accept_rate|reject_rate|on_policy)$"
+    r"|^(accuracy|greedy|assisted|teacher|truncated|no_eos|repetition|overlap|outliers|trusted|teacher_excluded)$"
+    r"|^(accept_rate|reject_rate|on_policy)$"
 )
 _LABELS = {
     "avg": "mean of {} attempts",

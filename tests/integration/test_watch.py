@@ -45,6 +45,8 @@ def test_parts_are_renewed_where_files_have_changed(tmp_path: Path) -> None:
         write_lines(run / "metrics.jsonl", training_rows(21))
         found = changed()
         assert {"header", "curves"} <= found.keys() <= {"header", "curves", "events"}
+        # run.json is of an earlier end: the run was resumed
+        assert "<span>status</span> running" in found["header"]["html"]
         assert "\u2192" in found["curves"]["html"]
         known |= {name: part["digest"] for name, part in found.items()}
         write_eval(run, 21, {"a": [1.0], "b": [0.0]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,7 @@ USUAL: Sequence[tuple[str, str, Mapping[str, str]]] = (
 )
 """Title, unit and `{key in metrics.jsonl: name in the legend}` of the charts that every report has if they were recorded."""
 SOMETIMES: Sequence[tuple[str, str, Mapping[str, str]]] = (
+    ("Overlap", "probability that student and teacher have in common", {"overlap": "overlap"}),
     ("Repetition", "share of responses that end in a loop", {"repetition": "repetition"}),
     ("Sampler gap", "|log S of engine \u2212 trainer|, nats per token", {"sampler_gap": "sampler gap"}),
     ("Age", "updates between sampling and learning", {"staleness": "age"}),
@@ -73,7 +74,10 @@ def charts(run: RunRecord) -> Charts:
         shown = [alarm for alarm in run.alarms if not set(names).isdisjoint(alarm.reads)]
         return [(alarm.name, alarm.first, end if alarm.last is None else alarm.last) for alarm in shown]
 
-    usual: list[tuple[str, Chart | None]] = [("accuracy", accuracy_chart(run.evals))]
+    accuracy = accuracy_chart(run.evals)
+    if accuracy is not None:
+        accuracy = replace(accuracy, spans=spans("accuracy_fall", "accuracy_lost"))
+    usual: list[tuple[str, Chart | None]] = [("accuracy", accuracy)]
     for title, unit, names in USUAL:
         lines = [Line(name, recorded[key]) for key, name in names.items() if key in recorded]
         absent = [name for key, name in names.items() if key not in recorded]
@@ -82,7 +86,7 @@ def charts(run: RunRecord) -> Charts:
         usual.append((title.lower(), Chart(title, unit, lines, percent, note, marks, spans(*names)) if lines else None))
     usual.append(("seconds by phase", phase_chart(recorded, marks)))
     sometimes = [
-        Chart(title, unit, lines, title in ("Repetition", "Trusted tokens", "Excluded tokens"), marks=marks)
+        Chart(title, unit, lines, is_rate(next(iter(names))), marks=marks, spans=spans(*names))
         for title, unit, names in SOMETIMES
         if (lines := [Line(name, recorded[key]) for key, name in names.items() if key in recorded])
     ]

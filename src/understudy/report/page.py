@@ -102,7 +102,7 @@ def report_html(run_dir: Path, *, baseline: Path | None = None, live: bool = Fal
         settings=config.flatten(run.settings),
         verdict=conclude(after, comparison),
         missing=form.MISSING,
-        status=facts.get("status", form.MISSING),
+        status="running" if live and _goes_on(run_dir) else facts.get("status", form.MISSING),
         error=shorten(printable(str(run.facts.get("error") or "")), MAX_FACT_CHARS),
         duration=seconds(float(run.series["time_s"].values[-1])) if "time_s" in run.series else form.MISSING,
         after=after,
@@ -126,6 +126,14 @@ def report_html(run_dir: Path, *, baseline: Path | None = None, live: bool = Fal
         recipe=None if run.recipe is None else shorten(_recipe(run), MAX_RECIPE_CHARS),
         facts={name: shorten(text, MAX_FACT_CHARS) for name, text in facts.items()},
     )
+
+
+def _goes_on(run_dir: Path) -> bool:
+    """Whether a step was logged since the run last ended, for run.json is written at its end."""
+    metrics, facts = run_dir / "metrics.jsonl", run_dir / "run.json"
+    if not metrics.is_file():
+        return False
+    return not facts.is_file() or metrics.stat().st_mtime_ns > facts.stat().st_mtime_ns
 
 
 def render(template: str, *, live: bool = False, **values: Any) -> str:

@@ -386,7 +386,7 @@ class Alarms:
     def evaluated(self, summary: EvalSummary) -> list[Change]:
         """Returns what begins with an evaluation."""
         self._evaluations.append(summary)
-        self._history.add(_compared(self._evaluations))
+        self._history.add(compare_evaluations(self._evaluations))
         begun = [
             alarm for alarm in self._rules if alarm.name not in self._quiet and alarm.holds(self._history, summary.step)
         ]
@@ -398,20 +398,22 @@ class Alarms:
         shown = filter(None, (part.show(self._history) for part in alarm.when))
         return Change(alarm, step, True, ", ".join(dict.fromkeys(shown)))
 
-    def replay(self, metrics: Path, summaries: Sequence[EvalSummary]) -> None:
-        """Comes to the state in which a run was when it had logged these numbers."""
+    def replay(self, metrics: Path, summaries: Sequence[EvalSummary]) -> list[Change]:
+        """Comes to the state in which a run was when it had logged these numbers; returns what changed on the way."""
+        changes: list[Change] = []
         waiting = sorted(summaries, key=lambda summary: summary.step, reverse=True)
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        for row in rows:
+        for line in metrics.read_text().splitlines():
+            row = json.loads(line)
             # an evaluation comes behind the step that it is named after
             while waiting and waiting[-1].step < row["step"]:
-                self.evaluated(waiting.pop())
-            self.step(row["step"], {name: value for name, value in row.items() if name in METRICS})
+                changes += self.evaluated(waiting.pop())
+            changes += self.step(row["step"], {name: value for name, value in row.items() if name in METRICS})
         for summary in reversed(waiting):
-            self.evaluated(summary)
+            changes += self.evaluated(summary)
+        return changes
 
 
-def _compared(evaluations: Sequence[EvalSummary]) -> dict[str, float]:
+def compare_evaluations(evaluations: Sequence[EvalSummary]) -> dict[str, float]:
     """Numbers of the last evaluation beside the first and the best one; none for what was not graded.
 
     `accuracy_gain`: over the first one's. `accuracy_rise`, `accuracy_fall`, `accuracy_lost`: the least by which it is above the
