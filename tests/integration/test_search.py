@@ -568,6 +568,13 @@ def test_a_tiny_model_learns_while_it_searches(tmp_path: Path) -> None:
             len(said["content"].encode()) for said in row["messages"] if said["role"] == "tool"
         )
         assert authors.count(Author.TEACHER.name.lower()) == 0
+    # of a token that the environment wrote nothing is kept but that it did
+    kept = [json.loads(line)["tokens"] for line in (run_dir / "tokens" / "step_000001.jsonl").read_text().splitlines()]
+    for table in kept:
+        assert {"sampled", "environment"} <= set(table["kind"])
+        for name in ("student_logprob", "student_top", "teacher_rank", "loss/divergence", "gradient"):
+            known = [value is not None for value in table[name]]
+            assert known == [kind == "sampled" for kind in table["kind"]], name
 
 
 def test_a_resumed_agent_is_the_same_to_the_last_bit(tmp_path: Path) -> None:

@@ -247,13 +247,18 @@ def test_pictures_of_a_run(tmp_path: Path) -> None:
     """Shares over steps, and over the tenths of a response; what a method does not say is not drawn."""
     run_dir = write_run(tmp_path / "run", num_steps=10)
     assert 'id="pictures"' not in write_report(run_dir).read_text()
-    bins = len(LOG_RATIO_EDGES) + 1
+
+    def moved(step: int) -> list[int]:
+        counts = [0] * (len(LOG_RATIO_EDGES) + 1)
+        counts[0], counts[len(counts) // 2] = 100 - 10 * step, 10 * step
+        return counts
+
     made = [
         {
             "step": step,
             "samples": 2,
             # all mass moves from the lowest bin to the middle one
-            "log_ratio": {"": [100 - 10 * step, *[0] * (bins // 2 - 1), 10 * step, *[0] * (bins // 2)]},
+            "log_ratio": {name: moved(step) for name in ("", "maths")},
             "parts": {
                 "log_ratio_size": [[float(step)] * 10, [2.0] * 10],
                 "trusted": [[1.0] * 5 + [None] * 5, [4.0] * 5 + [0.0] * 5],
@@ -270,9 +275,10 @@ def test_pictures_of_a_run(tmp_path: Path) -> None:
     assert [line.series.values[0] for line in differ.lines] == pytest.approx([10 / 8, 27 / 6])
     assert [line.series.steps.tolist() for line in trusted.lines] == [[1, 2, 3, 4, 5]] * 2
     assert shared.lines[0].series.values.tolist() == pytest.approx([step / 20 for step in range(1, 11)])
+    assert [heat.title for heat in found.heats] == ["log T \u2212 log S", "log T \u2212 log S, teacher maths"]
     heat = found.heats[0]
     assert heat.shares.sum(axis=0) == pytest.approx(1.0)
     assert heat.text == "At step 10: 100 % of the tokens within \u00b10.1 nats, 0.0 % below \u22121, 0.0 % above 1."
     page = write_report(run_dir).read_text()
-    assert page.count('class="heat"') == 1
+    assert page.count('class="heat"') == 2
     assert heat.text in page

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from understudy.format import is_rate, number
+from understudy.format import is_rate, metric_note, number
 from understudy.report.read import EvalRecord, RunRecord, Series
 from understudy.report.svg import MAX_LINES, Chart, Line
 from understudy.report.verdict import main_metric, shown_metrics
@@ -97,7 +97,8 @@ def charts(run: RunRecord) -> Charts:
         if len(own) > 1:
             lines = [Line(name, item) for name, item in sorted(own.items())[:MAX_LINES]]
             sometimes.append(Chart(title, unit, lines, marks=marks))
-    usual += [(chart.title.lower(), chart) for chart in sometimes]
+    ends = _ends_chart(run.evals)
+    usual += [(chart.title.lower(), chart) for chart in (*sometimes, *([ends] if ends else ()))]
     shown = {"time_s", *_phases(recorded), *(key for _, _, names in (*USUAL, *SOMETIMES) for key in names)}
     rest = sorted(recorded.keys() - shown)
     more = [Chart(name, "", [Line(name, recorded[name])], is_rate(name), "", marks, spans(name)) for name in rest]
@@ -146,6 +147,16 @@ def accuracy_chart(evals: Sequence[EvalRecord]) -> Chart | None:
     title = "Accuracy" if main.startswith("avg@") else main
     split = f" on {evals[-1].split}" if evals[-1].split else ""
     return Chart(title, f"held-out evaluation{split}", lines, is_rate(main), note="Band: 95 % interval over problems.")
+
+
+def _ends_chart(evals: Sequence[EvalRecord]) -> Chart | None:
+    """How evaluated answers ended, where they did not end by an end token."""
+    found = {
+        name: {one.step: item.value for one in evals if (item := one.metrics.get(name)) and item.value is not None}
+        for name in ("no_eos", "truncated")
+    }
+    lines = [Line(metric_note(name), Series.of(dict(values))) for name, values in found.items() if values]
+    return Chart("Missing EOS", "share of evaluated answers", lines, True) if lines else None
 
 
 def scaling_charts(record: EvalRecord) -> list[Chart]:
