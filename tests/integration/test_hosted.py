@@ -250,6 +250,8 @@ def test_an_environment_of_the_package_is_played(shared: Path, sums: str) -> Non
 def test_what_the_package_cannot_open_is_said(sums: str) -> None:
     with pytest.raises(RecipeError, match="cannot be opened: ModuleNotFoundError"):
         Verifiers(taskset="no-such-taskset").prompts("train")
+    with pytest.raises(RecipeError, match=r"cannot be opened: it takes more than task\.timeout_s = 0\.001 s"):
+        Verifiers(taskset=sums, timeout_s=0.001).prompts("train")
     shell = {"agent": {"harness": {"id": "bash"}}}
     with pytest.raises(RecipeError, match="the harness bash runs what the student writes on this machine"):
         Verifiers(taskset=sums, env=shell).prompts("train")

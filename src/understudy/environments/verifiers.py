@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -35,8 +36,7 @@ _INSTALL = (
     "environments of verifiers need the package verifiers, 0.4 or later; run: pip install 'understudy[verifiers]'"
 )
 _MODEL = "student"
-_FIRST_S = 60.0
-"""Seconds to open an environment, which may start its shared tools."""
+_CLOSE_S = 10.0
 
 Messages = tuple[Mapping[str, Any], ...]
 
@@ -292,8 +292,8 @@ def check_package() -> None:
         found = version("verifiers")
     except PackageNotFoundError:
         raise RecipeError(_INSTALL) from None
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if (major, minor) < (0, 4) or find_spec("verifiers.v1") is None:
+    number = re.match(r"(\d+)\.(\d+)", found)
+    if number is None or (int(number[1]), int(number[2])) < (0, 4) or find_spec("verifiers.v1") is None:
         raise RecipeError(f"{_INSTALL} (found {found})")
 
 
@@ -308,12 +308,16 @@ class World:
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, daemon=True, name="understudy-verifiers").start()
         try:
-            self._call(self._open(), _FIRST_S)
-        except RecipeError:
-            raise
+            # this may start its shared tools
+            self._call(self._open(), hosted.timeout_s)
         except Exception as error:
-            name = f"{type(error).__name__}: {error}"
-            raise RecipeError(f"the environment {hosted.taskset} cannot be opened: {name}") from error
+            self._stop()
+            if isinstance(error, RecipeError):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, TimeoutError):
+                reason = f"it takes more than task.timeout_s = {hosted.timeout_s:g} s"
+            raise RecipeError(f"the environment {hosted.taskset} cannot be opened: {reason}") from error
         self._tasks: list[Any] = []
         self._source = iter(self._env.taskset)
         # its tools are processes, which end with it
@@ -389,12 +393,20 @@ class World:
         for conversation in list(self._running):
             self.leave(conversation)
         with suppress(Exception):
-            self._call(self._serving.__aexit__(None, None, None), _FIRST_S)
+            self._call(self._serving.__aexit__(None, None, None), _CLOSE_S)
+        self._stop()
+
+    def _stop(self) -> None:
         self._seat.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        # what was cancelled has a second to end
+        self._loop.call_soon_threadsafe(self._loop.call_later, 1.0, self._loop.stop)
 
     def _call(self, work: Any, timeout_s: float) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        finally:
+            future.cancel()
 
     async def _run(self, task: Any, url: str, conversation: Conversation) -> None:
         import verifiers.v1 as vf
