@@ -14,10 +14,14 @@ MAX_MESSAGE_CHARS = 10_000
 class UnderstudyError(Exception):
     """Base of every error that this package raises on purpose. Its message has no secret and nothing that steers a terminal."""
 
-    def __init__(self, message: str = "") -> None:
-        text = printable(message)
+    def __str__(self) -> str:
+        # here and not where it is raised: of a million rows that are left out, nobody reads the errors
+        text = printable(super().__str__())
         more = len(text) - MAX_MESSAGE_CHARS
-        super().__init__(text if more <= 0 else f"{text[:MAX_MESSAGE_CHARS]} [{more:,} more characters]")
+        return text if more <= 0 else f"{text[:MAX_MESSAGE_CHARS]} [{more:,} more characters]"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class RecipeError(UnderstudyError):

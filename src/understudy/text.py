@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -103,6 +104,7 @@ def printable(text: str) -> str:
     return visible(without_secrets(text))
 
 
+@lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether a value of this name is to be hidden: api_key, hub-token, MY_TOKEN, DBPASS; not eos_token, not api_key_env."""
     words = [word for word in re.split(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])", name) if word]
@@ -143,10 +145,15 @@ def without_secrets(text: str) -> str:
 
 
 def _secrets() -> Iterator[str]:
-    values = {value for name, value in os.environ.items() if len(value) >= _SHORTEST_SECRET and is_secret_name(name)}
-    for value in values | _known:
-        # as itself, in a URL, and in a string of JSON or Python
-        yield from {value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
+    values = {os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
+    for value in {value for value in values if len(value) >= _SHORTEST_SECRET} | _known:
+        yield from _spellings(value)
+
+
+@lru_cache(maxsize=256)
+def _spellings(secret: str) -> frozenset[str]:
+    """A secret as itself, in a URL, and in a string of JSON or Python."""
+    return frozenset({secret, quote(secret, safe=""), json.dumps(secret)[1:-1], repr(secret)[1:-1]})
 
 
 def _shown_url(found: re.Match[str]) -> str:
