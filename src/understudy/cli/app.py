@@ -558,7 +558,8 @@ def main() -> None:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         # a name that is too long for the file system, a loop of links, a folder that may not be read, an output that is full
-        _print_error(f"error: {error.filename or 'the output'}: {error.strerror}")
+        refused = error.filename or "the output"
+        _print_error(f"error: {UnderstudyError(f'{refused}: {error.strerror}')}")
         sys.exit(EXIT_BAD_INPUT)
     except Exception:
         # a defect of this program; messages of libraries may hold anything
