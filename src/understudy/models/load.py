@@ -20,6 +20,7 @@ from understudy.config import load_json
 from understudy.errors import RecipeError, nearest
 from understudy.hub import unreachable
 from understudy.lazy import Tensor, importing, nn, no_grad, torch
+from understudy.models.attention import NAME as SEGMENTS
 from understudy.models.attention import attention_name
 from understudy.models.backbone import decoder_of, evaluating, positions_of, unwrap, vision_of
 from understudy.models.parallel import own_class
@@ -447,7 +448,8 @@ def check_attention(name: str | None, place: str) -> None:
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()} - {one for one in ALL_ATTENTION_FUNCTIONS if "|" in one}
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()} - {SEGMENTS}
+    known -= {one for one in ALL_ATTENTION_FUNCTIONS if "|" in one}
     if name not in known:
         raise RecipeError(f"{place}.attn_implementation is {name!r}; {nearest(name, known)}")
     package, install = _ATTENTION_PACKAGES.get(name, ("torch", ""))
