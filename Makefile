@@ -1,4 +1,4 @@
-# make quickstart, make evidence, make real, make vllm, make attacks, make test, make test-kernels, make docs. Each creates .venv where it is missing.
+# make quickstart, make evidence, make real, make vllm, make attacks, make test, make test-kernels, make accidents, make docs. Each creates .venv where it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart evidence debugging real vllm environment attacks test test-fast test-kernels check docs clean-quickstart
+.PHONY: accidents quickstart evidence debugging real vllm environment attacks test test-fast test-kernels check docs clean-quickstart
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-fast    laws, properties and what is quick of the rest (a minute)"
 	@echo "make test-kernels laws, properties and end-to-end tests under four kinds of CPU kernel (TESTS=tests: all)"
 	@echo "make attacks      hostile recipes, messages and texts, and a canary secret, hundreds of each (five minutes)"
+	@echo "make accidents    200 run directories with damaged files, 50 runs that are killed (ten minutes)"
 	@echo "make check        linters, types, import directions, docs"
 	@echo "make docs         the site of the documentation, with the report of a short run in it (a minute)"
 
@@ -64,6 +65,10 @@ test-kernels: $(STAMP)
 # KINDS='recipes teacher': some kinds alone
 attacks: $(STAMP)
 	$(BIN)/python scripts/attacks.py $(KINDS)
+
+accidents: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/accidents.py files
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/accidents.py kills
 
 check: $(STAMP)
 	$(BIN)/ruff check .

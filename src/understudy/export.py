@@ -15,7 +15,7 @@ from typing import Any
 from understudy import config
 from understudy.errors import RecipeError
 from understudy.eval.summary import EvalSummary
-from understudy.files import write_json
+from understudy.files import hash_values, write_json
 from understudy.format import count, interval
 from understudy.given import is_given
 from understudy.lazy import nn, torch
@@ -99,7 +99,10 @@ def write_facts(parts: Parts, run_dir: RunDir, status: str, facts: Mapping[str, 
         "versions": installed(),
         "commit": commit(),
     }
-    write_json(run_dir.facts, {name: plain_tree(value, name) for name, value in values.items()})
+    plain = {name: plain_tree(value, name) for name, value in values.items()}
+    if status != "running":
+        plain["files"] = {name: list(hashed) for name, hashed in run_dir.hash_files(whole=True).items()}
+    write_json(run_dir.facts, plain | {"digest": hash_values(plain)})
 
 
 def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSummary]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -93,6 +94,47 @@ def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
         if digits and path.name == f"step_{int(digits[1]):06d}{suffix}":
             found[int(digits[1])] = path
     return dict(sorted(found.items()))
+
+
+Hashed = tuple[int, str]
+"""Bytes and SHA-256 of a file."""
+
+
+def hash_file(path: Path, size: int | None = None) -> Hashed:
+    """Of a file, or of its first `size` bytes."""
+    digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(min(1 << 20, left)):
+            digest.update(part)
+            left -= len(part)
+            total += len(part)
+    return total, digest.hexdigest()
+
+
+def compare_files(folder: Path, table: object, *, grows: str = "") -> dict[str, str]:
+    """Says of each file that is not as the table `{name: [bytes, SHA-256]}` has it whether it is missing or was changed.
+
+    Of the file `grows` only the beginning has to be the same.
+    """
+    if not isinstance(table, Mapping):
+        return {"the table of the files": "was changed"}
+    found = {}
+    for name, known in table.items():
+        path = folder / str(name)
+        try:
+            if list(hash_file(path, int(known[0]) if name == grows else None)) != list(known):
+                found[str(name)] = "was changed"
+        except FileNotFoundError:
+            found[str(name)] = "is missing"
+        except (OSError, TypeError, ValueError, LookupError):
+            found[str(name)] = "was changed"
+    return found
+
+
+def hash_values(values: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values as JSON has them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def check_writable(folder: Path, key: str) -> None:

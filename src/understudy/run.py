@@ -17,7 +17,7 @@ from understudy.engines import Engine
 from understudy.errors import CheckpointError, DataError, RecipeError, UnderstudyError
 from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary, read_summaries
-from understudy.export import data_facts, export_student, write_facts
+from understudy.export import data_facts, export_student, installed, write_facts
 from understudy.files import locked, write_atomically
 from understudy.lazy import torch
 from understudy.models import num_positions, save_hf
@@ -37,6 +37,7 @@ from understudy.recipe.load import (
     read_intakes,
     read_models,
 )
+from understudy.recipe.schema import may_change
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
 from understudy.teachers.base import hash_facts
@@ -146,7 +147,12 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
         if recipe.is_sharded:
             _shard(parts, checkpoint)
         # from here on the run directory is written
+        missing = [] if checkpoint is None or not ranks.is_main else run_dir.check_files(checkpoint)
         trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
+        if missing:
+            trainer.observer.warn(
+                trainer.progress.step, f"missing since an earlier process wrote them: {', '.join(missing)}"
+            )
         # those of the run until here; every rank has to know which were made
         trainer.observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
         if resume and ranks.is_main:
@@ -226,6 +232,12 @@ def assemble(
     recipe = files.recipe
     progress = Progress() if checkpoint is None else load_checkpoint(checkpoint)
     inputs = {name: intake.fingerprint for name, intake in read_intakes(recipe).items()}
+    # a checkpoint of another run; another version may have other keys
+    kept = {key: value for key, value in config.flatten(plain_tree(config.dump(recipe))).items() if not may_change(key)}
+    inputs[f"recipe of understudy {installed().get('understudy')}"] = {
+        "source": "recipe.yaml",
+        "digest": hash_facts([kept]),
+    }
     tokenizer = files.tokenizers.student
     if tokenizer.chat_template and any(part.is_chat for part in recipe.task.places().values()):
         digest = hash_facts([tokenizer.chat_template])

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 
 from tests.processes import PATIENCE_S, Process, command_line
+from tests.report_run import write_eval
 from tests.runs import SHORT, assert_same_run, distillation, save_tiny_model, tiny_recipe, train, write_recipe
 from tests.serving import serve_beside
 from understudy.errors import CheckpointError, RecipeError
-from understudy.files import LOCK, by_step, locked, write_atomically
+from understudy.files import LOCK, by_step, compare_files, hash_file, locked, write_atomically
+from understudy.report.page import write_report
 from understudy.trainer.loop import Trainer
 from understudy.trainer.observe import why_not_learnt
 
@@ -246,16 +249,17 @@ def test_names_that_the_file_system_refuses_are_one_error(tmp_path: Path) -> Non
             ["eval", name],
             ["report", str(tmp_path), "--baseline", name],
         ):
-            with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
-                command_line_here(patch, command)
-            assert ended.value.code in (1, 2)
+            assert command_line_here(pytest.MonkeyPatch(), command) in (1, 2)
 
 
-def command_line_here(patch: pytest.MonkeyPatch, command: list[str]) -> None:
+def command_line_here(patch: pytest.MonkeyPatch, command: list[str]) -> int:
     from understudy.cli.app import main
 
-    patch.setattr(sys, "argv", ["understudy", *command])
-    main()
+    with patch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(sys, "argv", ["understudy", *command])
+        main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 # --- a run that did not learn ----------------------------------------------------------------------------------------------
@@ -392,3 +396,77 @@ def test_a_resumed_run_refuses_another_model_behind_the_same_address(
         changes["teacher"] = {"type": "served", "url": url}
         with pytest.raises(CheckpointError, match=r"teacher \(.*\): fingerprint [0-9a-f]+, now"):
             train(tmp_path, resume=True, **changes)
+
+
+# --- the stress commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def accidents() -> Any:
+    """scripts/accidents.py"""
+    return runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "accidents.py"))
+
+
+@pytest.mark.slow
+def test_a_damaged_file_ends_right_or_with_one_error(accidents: Any, tmp_path: Path) -> None:
+    """Some of the 200 cases of `make accidents`."""
+    found = accidents["damaged_files"](4, 1, tmp_path)
+    assert sum(found.values()) == 8
+    assert not {name for name in found if name.split(": ")[1] in accidents["BAD"]}, found
+
+
+def test_what_differs_from_the_table_of_a_run_is_told(tmp_path: Path) -> None:
+    for name, text in (("metrics.jsonl", "1\n"), ("eval.json", "2"), ("gone.json", "3")):
+        (tmp_path / name).write_text(text)
+    table = {path.name: list(hash_file(path)) for path in tmp_path.iterdir()}
+    assert compare_files(tmp_path, table) == {}
+    (tmp_path / "metrics.jsonl").write_text("1\n2\n")
+    assert compare_files(tmp_path, table, grows="metrics.jsonl") == {}
+    (tmp_path / "eval.json").write_text("4")
+    (tmp_path / "gone.json").unlink()
+    told = {"metrics.jsonl": "was changed", "eval.json": "was changed", "gone.json": "is missing"}
+    assert compare_files(tmp_path, table) == told
+    assert compare_files(tmp_path, ["eval.json"]) == {"the table of the files": "was changed"}
+    for entry in (None, [], ["x", 1], [1, "x"], {"a": 1}):
+        assert compare_files(tmp_path, {"eval.json": entry}) == {"eval.json": "was changed"}
+
+
+def test_the_checkpoint_of_another_step_or_run_is_refused(tmp_path: Path) -> None:
+    changes = distillation(tmp_path, train={"save_every": 2, "steps": 4})
+    saved = train(tmp_path, **changes) / "checkpoints"
+    other = train(tmp_path / "other", seed=1, **changes) / "checkpoints"
+    shutil.copytree(saved / "step_000002", saved / "step_000008")
+    with pytest.raises(CheckpointError, match="step_000008 is damaged: it holds step 2"):
+        train(tmp_path, resume=True, **changes)
+    shutil.rmtree(saved / "step_000008")
+    shutil.rmtree(saved / "step_000004")
+    shutil.copytree(other / "step_000004", saved / "step_000004")
+    with pytest.raises(CheckpointError, match=r"recipe of understudy .* \(recipe.yaml\): another than before"):
+        train(tmp_path, resume=True, **changes)
+
+
+def test_changed_files_of_a_run_are_refused_by_a_resume_and_told_by_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(monkeypatch, tmp_path)
+    run_dir = tmp_path / "run"
+    before = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text(before.replace('"loss": ', '"loss": 1'))
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl differ from what this run wrote until step_000002; put"):
+        train(tmp_path, resume=True)
+    assert command_line_here(monkeypatch, ["report", str(run_dir)]) == 0
+    told = "metrics.jsonl was changed"
+    assert f"warning: not everything is as the run wrote it: {told}" in capsys.readouterr().err
+    assert told in (run_dir / "report.html").read_text()
+    (run_dir / "metrics.jsonl").unlink()
+    train(tmp_path, resume=True)
+    assert "missing since an earlier process wrote them: metrics.jsonl" in (run_dir / "events.jsonl").read_text()
+    assert command_line_here(monkeypatch, ["report", str(run_dir)]) == 0
+    assert told not in capsys.readouterr().err
+
+
+def test_a_prompt_id_of_a_megabyte_makes_no_heavy_page(tmp_path: Path) -> None:
+    write_eval(tmp_path, 0, {"x" * 1_000_000: [1.0]})
+    write_eval(tmp_path, 5, {"x" * 1_000_000: [0.0]})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert write_report(tmp_path).stat().st_size < 300_000

@@ -259,9 +259,13 @@ def report(
     baseline: Annotated[Path | None, _option(metavar="RUN", help="Another run to compare the evaluation with.")] = None,
 ) -> None:
     """Write RUN/report.html: curves, tables and transcripts on one page that works offline."""
-    from understudy.report.page import write_report
+    from understudy.report.page import describe_changes, write_report
+    from understudy.report.read import read_run
 
-    _say(write_report(run_dir, baseline=baseline))
+    page = write_report(run_dir, baseline=baseline)
+    if changes := describe_changes(read_run(run_dir)):
+        _print_error(f"warning: not everything is as the run wrote it: {changes}")
+    _say(page)
 
 
 @app.command(name="inspect")

@@ -541,13 +541,18 @@ RESUMABLE_ENDS = (
 """Ends of keys that say where a server is and how patiently it is asked."""
 
 
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value for a key."""
+    return key in RESUMABLE or f"{key}.".startswith(RESUMABLE_SECTIONS) or key.endswith(RESUMABLE_ENDS)
+
+
 def check_same_recipe(saved: Recipe, given: Recipe) -> None:
     """Raises RecipeError that lists the keys in which a resumed run would differ from its start."""
     dated = given.dated(saved.student.template_date)
     changed = [
         text
         for key, text in config.changes(*(plain_tree(config.dump(one)) for one in (saved, dated))).items()
-        if not (key in RESUMABLE or f"{key}.".startswith(RESUMABLE_SECTIONS) or key.endswith(RESUMABLE_ENDS))
+        if not may_change(key)
     ]
     if changed:
         raise RecipeError(

@@ -89,7 +89,8 @@ def report_html(run_dir: Path, *, baseline: Path | None = None, live: bool = Fal
         groups = _training_groups(sorted({*run.samples[:1], *run.samples[-1:]}))
         note = "There are no two evaluations with samples, so these are attempts from training."
         note = note if groups else "No attempts were recorded."
-    plain = {name: plain_tree(value, name) for name, value in run.facts.items()}
+    shown = {name: value for name, value in run.facts.items() if name not in ("files", "digest")}
+    plain = {name: plain_tree(value, name) for name, value in shown.items()}
     facts = {name: _fact(value) for name, value in config.flatten(plain).items()}
     # the rarer and more telling events survive a cut, in their order
     telling = sorted(range(len(run.events)), key=lambda index: (run.events[index].kind == "info", index))[:MAX_EVENTS]
@@ -98,6 +99,7 @@ def report_html(run_dir: Path, *, baseline: Path | None = None, live: bool = Fal
         kind="report",
         live=live,
         run=run,
+        changed=shorten(describe_changes(run), MAX_FACT_CHARS),
         title=shorten(run.path.resolve().name, MAX_NAME_CHARS),
         settings=config.flatten(run.settings),
         verdict=conclude(after, comparison),
@@ -134,6 +136,11 @@ def _goes_on(run_dir: Path) -> bool:
     if not metrics.is_file():
         return False
     return not facts.is_file() or metrics.stat().st_mtime_ns > facts.stat().st_mtime_ns
+
+
+def describe_changes(run: RunRecord) -> str:
+    """As "metrics.jsonl was changed, eval/step_000006.json is missing"; empty where everything is as the run wrote it."""
+    return ", ".join(f"{name} {what}" for name, what in run.changed.items())
 
 
 def render(template: str, *, live: bool = False, **values: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from understudy import config
 from understudy.errors import CheckpointError, DataError, RecipeError
 from understudy.eval.summary import ScalingPoint, read_scaling
-from understudy.files import by_step
+from understudy.files import by_step, compare_files, hash_values
 from understudy.format import Interval
 from understudy.text import printable
 
@@ -140,6 +141,8 @@ class RunRecord:
     """Sums over the tokens of some steps, as `trainer.tokens.picture` makes them."""
     cut_files: tuple[str, ...]
     """Files whose last line was left out because a killed process had not finished it."""
+    changed: Mapping[str, str] = field(default_factory=dict)
+    """Files that are not as the run wrote them, and how."""
 
     @property
     def last_step(self) -> int | None:
@@ -178,7 +181,26 @@ def read_run(run_dir: Path) -> RunRecord:
         samples=tuple(by_step(run_dir / "samples", ".jsonl").items()),
         pictures=tuple(row for _, row in _rows(run_dir / "pictures.jsonl", cut)),
         cut_files=tuple(cut),
+        changed=_changed(run_dir),
     )
+
+
+def _changed(run_dir: Path) -> dict[str, str]:
+    """By the table of run.json or, where its process was killed, of the newest checkpoint; empty where there is neither."""
+    facts, found = run_dir / "run.json", {}
+    if facts.is_file():
+        values = read_object(facts.read_bytes(), str(facts))
+        if "digest" in values and values.pop("digest") != hash_values(values):
+            found["run.json"] = "was changed"
+        if "files" in values:
+            return found | compare_files(run_dir, values["files"])
+    for checkpoint in reversed(by_step(run_dir / "checkpoints").values()):
+        table = checkpoint / "run_files.json"
+        # a run that goes on may remove it meanwhile
+        with suppress(FileNotFoundError):
+            values = read_object(table.read_bytes(), str(table))
+            return found | compare_files(run_dir, values, grows="metrics.jsonl")
+    return found
 
 
 def _read_alarms(rows: Sequence[Mapping[str, Any]]) -> tuple[AlarmSpan, ...]:

@@ -5,7 +5,8 @@
     step_000100/optimizer/             the same in shards, by torch.distributed.checkpoint: each rank writes its part
     step_000100/teacher.safetensors    state of a teacher that follows the student; most have none
     step_000100/progress.json          steps, data position, best evaluation, fingerprints of the inputs
-    step_000100/files.json             size and SHA-256 of every file
+    step_000100/run_files.json         the same of the run's metrics, evaluations and samples until then
+    step_000100/files.json             size and SHA-256 of every file of the checkpoint
 
 A checkpoint is written under another name, synced file by file, and renamed. Random numbers and schedules are functions
 of (seed, step), so the step is all of their state.
@@ -13,7 +14,6 @@ of (seed, step), so the step is all of their state.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,12 +27,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from understudy.errors import CheckpointError, RecipeError
-from understudy.files import LOCK, by_step, check_writable
+from understudy.files import LOCK, Hashed, by_step, check_writable, compare_files, hash_file
 from understudy.lazy import Tensor, safetensors, torch
 
 FORMAT = 1
 _FILES, _PROGRESS, _OPTIMIZER, STUDENT = "files.json", "progress.json", "optimizer.safetensors", "student"
-_TEACHER, _SHARDS = "teacher.safetensors", "optimizer"
+_TEACHER, _SHARDS, _RUN_FILES = "teacher.safetensors", "optimizer", "run_files.json"
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,43 @@ class RunDir:
         self.student = path / "student"
         self.check_kept: Callable[[], None] = lambda: None
         """Raises CheckpointError where the directory is no longer the one that this process has locked."""
+        self._hashed: dict[tuple[str, int, int], Hashed] = {}
+
+    def hash_files(self, whole: bool = False) -> dict[str, Hashed]:
+        """Size and SHA-256 of metrics, evaluations, samples and tokens; `whole`: also of what a resumed run writes anew."""
+        names = (
+            ["recipe.yaml", "doctor.json", *(f"{one}.jsonl" for one in ("events", "consumed", "pictures"))]
+            if whole
+            else []
+        )
+        files = [self.path / name for name in ("metrics.jsonl", *names)]
+        for folder, suffix in product((self.eval, self.samples, self.tokens), (".json", ".jsonl")):
+            files += by_step(folder, suffix).values()
+        table = {}
+        for file in files:
+            if not file.is_file():
+                continue
+            facts, name = file.stat(), str(file.relative_to(self.path))
+            key = name, facts.st_size, facts.st_mtime_ns
+            if key not in self._hashed:
+                self._hashed[key] = hash_file(file)
+            table[name] = self._hashed[key]
+        return table
+
+    def check_files(self, checkpoint: Path) -> list[str]:
+        """Returns the files of the run that were there when the checkpoint was written, and are missing.
+
+        Raises CheckpointError that lists those that are others.
+        """
+        file = checkpoint / _RUN_FILES
+        # lines are added behind it
+        found = compare_files(self.path, json.loads(file.read_text()) if file.is_file() else {}, grows="metrics.jsonl")
+        if changed := [name for name, what in found.items() if what == "was changed"]:
+            raise CheckpointError(
+                f"in {self.path} {', '.join(changed)} differ from what this run wrote until {checkpoint.name}; put them back, "
+                "or move them away to go on without them"
+            )
+        return list(found)
 
     def check_new(self) -> None:
         """Raises RecipeError where a run, or anything else but traces of engines that did not start, is there already, and
@@ -134,10 +171,12 @@ def save_checkpoint(
     optimizer: dict[str, Tensor] | Path,
     save_student: Callable[[Path], None],
     teacher: dict[str, Tensor],
+    run_files: Mapping[str, Hashed],
 ) -> None:
     """Writes the checkpoint of `progress.step` unless it is there. Raises as `written_whole`; older checkpoints stay.
 
-    `optimizer`: its state, or the directory that `save_shards` has written, which is moved.
+    `optimizer`: its state, or the directory that `save_shards` has written, which is moved. `run_files`: as
+    `RunDir.hash_files`.
     """
     target = checkpoint_path(folder, progress.step)
     if target.is_dir():
@@ -153,6 +192,7 @@ def save_checkpoint(
             # clones: safetensors refuses tensors that share memory
             safetensors.save_file({key: value.detach().cpu().clone() for key, value in state.items()}, aside / name)
         (aside / _PROGRESS).write_text(json.dumps({"format": FORMAT} | asdict(progress), indent=2))
+        (aside / _RUN_FILES).write_text(json.dumps(run_files, indent=2))
         (aside / _FILES).write_text(json.dumps(_digest(aside), indent=2))
 
 
@@ -239,14 +279,19 @@ def load_checkpoint(path: Path) -> Progress:
     """
     try:
         written, found = json.loads((path / _FILES).read_text()), _digest(path)
+        if not isinstance(written, dict):
+            raise ValueError(f"{_FILES} holds no table")
         wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
         if wrong:
             raise ValueError(f"{', '.join(wrong)} differ from what was written")
         values = json.loads((path / _PROGRESS).read_text())
         if values.pop("format") != FORMAT:
             raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: resume with the version that wrote it")
-        return Progress(**values)
-    except (OSError, ValueError, TypeError) as error:
+        progress = Progress(**values)
+        if checkpoint_path(path.parent, progress.step) != path:
+            raise ValueError(f"it holds step {progress.step}")
+        return progress
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged: {error}; delete it and resume from the one before"
         ) from error
@@ -296,13 +341,8 @@ def prune(folder: Path, keep_last: int, keep_step: int | None) -> None:
 
 def _digest(folder: Path) -> dict[str, list[object]]:
     """`{file: [bytes, SHA-256]}` of every file but the list itself."""
-    table: dict[str, list[object]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != _FILES:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            table[str(path.relative_to(folder))] = [path.stat().st_size, digest]
-    return table
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _FILES)
+    return {str(path.relative_to(folder)): list(hash_file(path)) for path in files}
 
 
 def _sync(path: Path) -> None:

@@ -402,7 +402,12 @@ class Trainer:
             teacher = self.rollouts.collector.teacher
             state = {} if teacher is None else teacher.state()
             save_checkpoint(
-                folder, self.progress, shards or optimizer, lambda path: self.save_student(path, weights), state
+                folder,
+                self.progress,
+                shards or optimizer,
+                lambda path: self.save_student(path, weights),
+                state,
+                self.run_dir.hash_files(),
             )
             keep = self.progress.best_step if self.settings.keep_best else None
             prune(folder, self.settings.keep_last, keep)
