@@ -395,6 +395,10 @@ def trainer_memory(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine
         each = student.size.number_bytes
         gathered = (2 * student.block + student.outside) * each
         items.append(Item("gathered", gathered, "held", "two layers, and all that is in no layer, whole"))
+        # it is reduced once, by the last micro-batch
+        outside = student.outside * each if student.size.trained == student.size.weights else 0
+        items.append(Item("its gradient", outside, "update", "that of all that is in no layer, whole"))
+        items = [item for item in items if item.size]
         if not layout.servers and recipe.uses.own_samples:
             items.append(
                 Item("weights that write", student.size.weights, "generate", "weights x bytes of a weight, whole")
