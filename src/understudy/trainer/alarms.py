@@ -143,7 +143,7 @@ ALARMS: tuple[Alarm, ...] = (
         "More than one in ten responses ends in a loop, the same tokens again and again.",
         "A teacher finds each repeated token likely, so its score rewards a loop: lower train.lr, lower "
         "sampling.max_new_tokens, or train with prefixes of the teacher (tropd).",
-        "a loop is 16 tokens or more that repeat 1 to 64 tokens, at least three times; healthy runs have none",
+        "a loop: 16 tokens or more that repeat 1 to 64, three times or more; a healthy run of recipes/debugging has none",
     ),
     Alarm(
         "entropy_collapse",
@@ -195,7 +195,7 @@ ALARMS: tuple[Alarm, ...] = (
         (Condition("overlap", "since first", below=-0.1),),
         "Student and teacher have less in common than at first: the student moves away from its teacher.",
         "Lower train.lr; if rewards pull it away, give the teacher more weight.",
-        f"{EVIDENCE}: where it falls by more than 0.1, accuracy falls to 0",
+        "measured as total variation on the evidence's runs of TrOPD: where it falls by more than 0.1, accuracy falls to 0",
     ),
     Alarm(
         "sampler_gap",
