@@ -148,8 +148,10 @@ def world(tmp_path: Path, real: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     model = build_causal_lm(sizes, vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0, dtype="float32")
     # answers that end by themselves within their few tokens
     with torch.no_grad():
+        # hidden states lean one way, and so does the end: about one token in three
+        model.get_input_embeddings().weight.add_(0.1)
         model.get_output_embeddings().weight.mul_(0.1)
-        model.get_output_embeddings().weight[0] += 0.5
+        model.get_output_embeddings().weight[0] += 0.15
     save_hf(model, tokenizer, real.TEACHER)
     for path in (ROOT / "recipes/real").glob("*.yaml"):
         recipe = yaml.safe_load(path.read_text())
