@@ -236,6 +236,7 @@ def test_every_task_has_a_name_and_splits() -> None:
         "code": {"dataset": "humaneval"},
         "calls": {"dataset": "bfcl", "path": "x"},
         "openenv": {"url": "http://127.0.0.1:1"},
+        "verifiers": {"taskset": "wordle"},
         "customers": {"dataset": "tau-airline", "path": "x"},
         "qa": {"dataset": "nq"},
         "vision": {"dataset": "geometry3k"},

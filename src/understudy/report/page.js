@@ -76,7 +76,7 @@
 
   const start = () => {
     let charts = [], step = null;
-    // a sample or a token is no optimizer step: only charts over the same unit move together
+    // samples and tokens are counted otherwise than steps: only charts over the same unit move together
     const go = (to, unit) => { step = to; charts.filter((chart) => chart.data.point === unit).forEach((chart) => chart.at(to)); };
     const leave = () => { step = null; charts.forEach((chart) => chart.rest()); };
     const bind = (chart) => {
