@@ -233,7 +233,9 @@ def assemble(
     progress = Progress() if checkpoint is None else load_checkpoint(checkpoint)
     inputs = {name: intake.fingerprint for name, intake in read_intakes(recipe).items()}
     # a checkpoint of another run; another version may have other keys
-    kept = {key: value for key, value in config.flatten(plain_tree(config.dump(recipe))).items() if not may_change(key)}
+    flat = config.flatten(plain_tree(config.dump(recipe)))
+    # a section that is absent, such as parallel, is one whose keys say nothing
+    kept = {key: value for key, value in flat.items() if value is not None and not may_change(key)}
     inputs[f"recipe of understudy {installed().get('understudy')}"] = {
         "source": "recipe.yaml",
         "digest": hash_facts([kept]),

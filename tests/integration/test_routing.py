@@ -26,6 +26,7 @@ class Constant:
     """Says one number for every token; moves by one with every update."""
 
     concurrency = 1
+    collective = False
 
     def __init__(self, name: str, value: float) -> None:
         self.name = name
