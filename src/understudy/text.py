@@ -106,9 +106,10 @@ def printable(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
-    """Whether a value of this name is to be hidden: api_key, hub-token, MY_TOKEN, DBPASS; not eos_token, not api_key_env."""
+    """Whether a value of this name is to be hidden: api_key, hub-token, MY_TOKEN, DBPASS; not eos_token, api_key_env or PWD."""
     words = [word for word in re.split(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])", name) if word]
-    if not words:
+    # a shell's working directories
+    if not words or name in ("PWD", "OLDPWD"):
         return False
     last, before = words[-1].lower(), words[-2].lower() if len(words) > 1 else ""
     if last in _ORDINARY_BEFORE:
