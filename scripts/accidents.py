@@ -101,7 +101,8 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         str(path.relative_to(run_dir)): path.read_bytes()
         for folder, pattern in SAVED.items()
         for path in (run_dir / folder).glob(pattern)
-        if " " not in path.name
+        # strays have other names
+        if path.stem.removeprefix("step_").isdigit()
     }
     return {
         "weights": (run_dir / "student" / "model.safetensors").read_bytes(),
