@@ -1,7 +1,7 @@
-"""Peak memory of small runs on a CPU beside what `understudy plan` and the doctor say of them.
+"""Peak memory of small runs on a CPU beside what `understudy plan` and the doctor say of them, and of ranks with shards.
 
 Measured is the largest resident memory of a run less that of the same run with a model of a few thousand weights, which is the
-program itself. Responses never end early, so that every sample has its full length.
+program itself; of several ranks that of the first one. Responses never end early, so that every sample has its full length.
 
     python benchmarks/memory.py
 """
@@ -32,7 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
     "weights": {"hidden": 768, "layers": 6, "train": {"micro_batch_tokens": 256}},
     "weights, LoRA": {"hidden": 768, "layers": 6, "lora": True, "train": {"micro_batch_tokens": 256}},
 }
-TINY = {"hidden": 32, "layers": 1}
+TINY: dict[str, Any] = {"hidden": 32, "layers": 1}
+RANKS = (1, 2, 4)
+"""Ranks that hold the student of "weights" in shards between them, and the teacher."""
 
 
 def save_models(folder: Path, hidden: int, layers: int) -> None:
@@ -54,11 +56,15 @@ def save_models(folder: Path, hidden: int, layers: int) -> None:
         save_hf(model, tokenizer, folder / name)
 
 
-def recipe_of(folder: Path, *, lora: bool = False, train: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
+def recipe_of(
+    folder: Path, *, lora: bool = False, train: dict[str, Any] | None = None, ranks: int = 1, **_: Any
+) -> dict[str, Any]:
     student: dict[str, Any] = {"model": str(folder / "student")}
     if lora:
         student["lora"] = {"rank": 8}
+    shards = {"parallel": {"shard": ranks, "teachers": True}} if ranks > 1 else {}
     return {
+        **shards,
         "run_dir": str(folder / "run"),
         "student": student,
         "teacher": {"type": "local", "model": str(folder / "teacher")},
@@ -79,6 +85,9 @@ def measure(case: dict[str, Any]) -> tuple[int, int]:
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         command = [sys.executable, "-m", "understudy", "train", str(path), "--no-doctor"]
+        if "ranks" in case:
+            ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(case["ranks"])]
+            command[2:2] = [*ranks, "-m"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         measured = max(json.loads(line)["peak_memory_gib"] for line in lines) * 2**30
@@ -104,6 +113,11 @@ def main() -> None:
         measured, predicted = measure(case)
         own = measured - program
         print(f"{name:32} {amount(own):>10} {amount(predicted):>10} {predicted / own:>21.2f}", flush=True)
+    print(f"\n{'ranks':32} {'measured':>10}")
+    for ranks in RANKS:
+        program, _ = measure(TINY | {"ranks": ranks})
+        measured, _ = measure(CASES["weights"] | {"ranks": ranks})
+        print(f"{ranks:<32} {amount(measured - program):>10}", flush=True)
 
 
 if __name__ == "__main__":

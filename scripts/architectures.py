@@ -94,13 +94,13 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "zamba2": {"layers_block_type": LAYERS, "n_mamba_heads": 8},
 }
-"""What an architecture needs beside or in place of `SIZES`."""
+"""Keys of single architectures beside or in place of `SIZES`."""
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33, 34])
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one architecture."""
+    """Result of one architecture."""
 
     name: str
     state: str

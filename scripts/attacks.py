@@ -519,7 +519,7 @@ def teacher(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, 
     ]
 
     def attack() -> tuple[str, list[bytes], bool]:
-        """What it is, what is sent on as many connections, and whether they are left open without the rest."""
+        """Returns a name, the bytes for as many connections, and whether they are left open without the rest."""
         how = draw.random()
         if how < 0.45:
             body = changed()
@@ -718,7 +718,7 @@ def on_comparison(folder: Path, text: str) -> str:
 
 
 def on_terminal(folder: Path, text: str) -> str:
-    """What a terminal gets, without the colours and moves that the display of a run is made of."""
+    """Returns the text that a terminal gets, without the colours and moves of a run's display."""
     from understudy.format import Interval
     from understudy.trainer.console import Console
 
@@ -964,7 +964,7 @@ def in_request(folder: Path, text: str) -> str:
 
 
 def in_reply(folder: Path, text: str) -> str:
-    """What a server says that was sent a key, whatever the name of the variable with it."""
+    """Returns the answer of a server that was sent a key, whatever the name of the variable with it."""
     from understudy.http.replies import Reply, clip, read_key
 
     with variables(JUDGE=CANARY):

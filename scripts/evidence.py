@@ -163,7 +163,7 @@ class Finished:
 
 
 def finished(name: str, claim: Claim) -> dict[str, list[Finished]]:
-    """What there is of a claim, by row."""
+    """Returns the finished runs and models of a claim, by row."""
     out = RUNS / f"{name}/compare"
     rows: dict[str, list[Finished]] = {}
     cells = json.loads((out / "compare.json").read_text())["cells"]

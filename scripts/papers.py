@@ -34,6 +34,7 @@ from understudy import config
 from understudy.methods import TrOPD
 from understudy.models import build_causal_lm, save_hf
 from understudy.recipe import Recipe, load_recipe
+from understudy.recipe.plan import CARDS, PASSES_SHARE, operations
 from understudy.tasks import DATASETS
 from understudy.tasks.fields import Condition
 
@@ -57,9 +58,8 @@ class Size:
     """Heads times the size of a head."""
 
     def forward(self, tokens: float, length: float) -> float:
-        """Operations of a forward pass over samples of this length: 2 a parameter and token, and 4 a layer, width and token
-        before it, which attention adds."""
-        return tokens * (2 * self.parameters + 4 * self.layers * self.width * length / 2)
+        """As `understudy.recipe.plan.operations`."""
+        return operations(self.parameters, self.layers, self.width, tokens, length)
 
 
 MODELS: Mapping[str, Size] = {
@@ -78,10 +78,8 @@ MODELS: Mapping[str, Size] = {
     "Keven16/Qwen3-4B-Non-Thinking-RL-Code-Step300": Size(4.02e9, 36, 4096),
     "Qwen/QwQ-32B": Size(32.8e9, 64, 5120),
 }
-PEAK = 989e12
-"""Operations a second of an H100 in bfloat16, without sparsity."""
-WRITING, READING = 0.1, 0.4
-"""Share of the peak that writing tokens one after the other reaches, and that passes over whole samples reach."""
+WRITING = 0.1
+"""Share of the peak that writing token by token reaches; `understudy plan`, which knows the servers, counts reads."""
 
 
 def hours(recipe: Recipe) -> float:
@@ -108,7 +106,7 @@ def hours(recipe: Recipe) -> float:
         limit = (recipe.eval.sampling or recipe.sampling).max_new_tokens
         answers = times * (recipe.eval.problems or 0) * recipe.eval.samples_per_prompt
         written += student.forward(answers * limit, limit)
-    return (written / WRITING + read / READING) / PEAK / 3600
+    return (written / WRITING + read / PASSES_SHARE) / CARDS["h100"].flops / 3600
 
 
 def rounded(value: float) -> str:

@@ -28,7 +28,7 @@ MAX_SAME = 3
 MAX_DEPTH = 20
 """Sections inside each other that an override may name."""
 MAX_YAML_BYTES, MAX_NODES, MAX_YAML_DEPTH = 200_000, 5_000, 50
-"""Of one document. The recipes of this project have 4,000 characters, 150 values and 5 levels."""
+"""The most that one document may have. The recipes of this project have 4,000 characters, 150 values and 5 levels."""
 MAX_DIGITS = 80
 
 

@@ -101,7 +101,7 @@ Hashed = tuple[int, str]
 
 
 def hash_file(path: Path, size: int | None = None) -> Hashed:
-    """Of a file, or of its first `size` bytes."""
+    """Returns the length and hash of a file, or of its first `size` bytes."""
     digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
     total = 0
     with path.open("rb") as file:

@@ -45,7 +45,7 @@ class Layout:
     images: tuple[ImageSpan, ...] = ()
     """The samples with images, in the order of their slots."""
     segments: tuple[Segment, ...] = ()
-    """Of the one row, in the order of their slots, where attention goes by them; empty: positions keep sequences apart."""
+    """Segments of the one row, in the order of their slots; empty: positions keep sequences apart."""
 
 
 RowStyle = Literal["shared", "segments", "packed", "single", "alone"]

@@ -35,7 +35,7 @@ _SECRET_ENDING = re.compile(r"(password|passwd|passphrase|secret|apikey|credenti
 _VARIABLE_ENDING = re.compile(
     r"(KEYS?|TOKENS?|SECRETS?|PASS|PWD|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|COOKIE|JWT)$"
 )
-"""Of a name in capitals, as environment variables have: DBPASS, MY_TOKEN."""
+"""Ends of names in capitals, as environment variables have: DBPASS, MY_TOKEN."""
 _ORDINARY_BEFORE = {
     "token": re.compile(
         r"eos|bos|pad|unk|sep|cls|mask|stop|end|start|image|video|audio|vision|special|next|new|last|first|per|each|one|any|no|the"

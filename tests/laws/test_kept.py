@@ -1,4 +1,4 @@
-"""What an evaluation keeps of single tokens is what its models say, and keeping it changes no bit of loss or gradient."""
+"""Numbers kept of single tokens are those of the models, and keeping them changes no bit of loss or gradient."""
 
 from __future__ import annotations
 

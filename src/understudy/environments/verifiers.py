@@ -58,7 +58,7 @@ class Over:
 
 
 class Conversation:
-    """What an environment asks of the student in one episode, and what it is answered. Any thread may call it."""
+    """Questions of an environment to the student in one episode, and the answers. Any thread may call it."""
 
     def __init__(self) -> None:
         self.events: Queue[Asked | Over] = Queue()
@@ -220,7 +220,7 @@ class Played:
         self._num_calls = 0
 
     def step(self, message: Message) -> Step:
-        """What the environment says to the message, or its reward. Raises EngineError."""
+        """Returns the reply of the environment to the message, or its reward. Raises EngineError."""
         if self._conversation is None:
             self._conversation = self._begin()
             first = self._conversation.next(self._timeout_s)
@@ -368,7 +368,7 @@ class World:
         return conversation
 
     def opening(self, number: int) -> Asked:
-        """What the student reads first in an episode of a task. Raises EngineError where it ends before."""
+        """Returns what the student reads first in an episode of a task. Raises EngineError where it ends before."""
         conversation = self.begin(number)
         try:
             first = conversation.next(self._hosted.timeout_s)

@@ -1,4 +1,4 @@
-"""What a run needs on GPUs, by arithmetic from the configurations of its models: memory, time, cost, and a layout.
+"""Memory, time, cost and a layout of a run on GPUs, by arithmetic from the configurations of its models.
 
 No weights are read. Every number has its formula; the shares of a card's peak that real programs reach are assumptions.
 """
@@ -75,9 +75,14 @@ class Shape:
     """Parameters in no layer: embedding, output layer, the last norm."""
 
     def forward(self, tokens: float, length: float) -> float:
-        """Operations of a pass over samples of this length: 2 a parameter and token, and in each layer 4 x width for
-        every token before it."""
-        return tokens * (2 * self.active + 4 * self.size.layers * self.width * length / 2)
+        """As `operations`."""
+        return operations(self.active, self.size.layers, self.width, tokens, length)
+
+
+def operations(active: float, layers: int, width: int, tokens: float, length: float) -> float:
+    """Operations of a pass over samples of this length: 2 a parameter and token, and in each layer 4 x width for every token
+    before it."""
+    return tokens * (2 * active + 4 * layers * width * length / 2)
 
 
 def read_shape(source: str | None, build: Mapping[str, Any] | None, dtype: str, lora: Any = None) -> Shape:
@@ -214,7 +219,7 @@ class Planned:
 
     @property
     def seconds(self) -> float:
-        """Of one step. Phases that overlap take as long as the longest."""
+        """Time of one step. Phases that overlap take as long as the longest."""
         times = [phase.seconds for phase in self.phases]
         return max(times) if self.overlapped else sum(times)
 

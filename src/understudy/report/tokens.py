@@ -20,7 +20,7 @@ from understudy.report.read import read_object
 from understudy.text import encodable, visible, without_secrets
 
 MAX_PACKED_BYTES = 3_000_000
-"""Of all samples on a page; the rest of the files stays where it is."""
+"""The most that a page takes for its samples; the rest of the files stays where it is."""
 MAX_PROMPT_CHARS = 4_000
 MILLI = ("logprob", "entropy")
 """Endings of the numbers that a page has in thousandths of a nat."""
@@ -202,7 +202,7 @@ def log_ratio(table: Mapping[str, Sequence[float | None]]) -> list[float | None]
 
 
 def describe(row: Mapping[str, Any], at: int) -> str:
-    """What the method did with a token, and why, in a line."""
+    """Says in a line how the method took a token, and why."""
     table = row["tokens"]
     said = [FLAGS[name][int(values[at])] for name, values in table.items() if name in FLAGS and values[at] is not None]
     for name, values in table.items():

@@ -193,7 +193,7 @@ class Door:
         self._most = most
         self._inside: set[Connection] = set()
         self.held_bytes = 0
-        """Of the bodies that have begun to arrive."""
+        """Bytes of the bodies that have begun to arrive."""
 
     def enter(self, connection: Connection) -> bool:
         """Whether there is room for it."""

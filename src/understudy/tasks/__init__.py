@@ -11,12 +11,11 @@ from understudy.tasks.choice import Choice
 from understudy.tasks.code import Code
 from understudy.tasks.customers import Customers
 from understudy.tasks.datasets import DATASETS, DataSet, Named
-from understudy.tasks.hosted import Verifiers
+from understudy.tasks.hosted import OpenEnv, Verifiers
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.math import Mathematics
 from understudy.tasks.mix import PARTS, Mix
-from understudy.tasks.openenv import OpenEnv
 from understudy.tasks.overlap import num_repeated, overlap, overlap_message
 from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub, Jsonl

@@ -17,12 +17,11 @@ from understudy.tasks.calls import Calls
 from understudy.tasks.choice import Choice
 from understudy.tasks.code import Code
 from understudy.tasks.customers import Customers
-from understudy.tasks.hosted import Verifiers
+from understudy.tasks.hosted import OpenEnv, Verifiers
 from understudy.tasks.in_memory import Rows
 from understudy.tasks.instructions import Instructions
 from understudy.tasks.lazy import LazyPrompts
 from understudy.tasks.math import Mathematics
-from understudy.tasks.openenv import OpenEnv
 from understudy.tasks.qa import QuestionAnswering
 from understudy.tasks.records import File, Hub
 from understudy.tasks.vision import Visual

@@ -83,7 +83,7 @@ class Alarm:
     means: str
     advice: str
     source: str
-    """Where the bounds come from."""
+    """Source of the bounds."""
     after: int = 0
     """Steps of the run until it is judged."""
 
@@ -354,7 +354,7 @@ class Alarms:
         self._rules = [alarm for alarm in ALARMS if self._on_alarm.get(alarm.name) != "ignore"]
         self._history = History()
         self._quiet: dict[str, int] = {}
-        """Of each alarm that is on, steps since its conditions held."""
+        """Steps since its conditions held, for each alarm that is on."""
         self._evaluations: list[EvalSummary] = []
 
     @property

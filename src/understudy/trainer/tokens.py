@@ -95,7 +95,7 @@ class TokenRecorder:
             self._watched = {json.loads(line)["prompt_id"] for line in first}
 
     def begin(self, samples: Sequence[Sample], step: int) -> StepTokens | None:
-        """What is to be kept of a step; None: nothing."""
+        """Returns the numbers that a step has to keep; None: none."""
         chosen = self._choose(samples, step)
         every = max(1, self._settings.steps // NUM_PICTURES)
         is_picture = bool(self._every and self._settings.save_tokens) and (step == 1 or step % every == 0)
