@@ -60,6 +60,11 @@ class WeightsLostError(EngineError):
     """A rollout engine no longer has the weights that were pushed to it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library, which may be a page long."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for an unknown name: the known one from which it differs by a slip or by capitals, or all of them."""
     options = {option.lower(): option for option in sorted(known)}

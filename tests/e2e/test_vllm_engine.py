@@ -25,7 +25,7 @@ from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.settings import Launch
 from understudy.errors import EngineError
 from understudy.models import build_causal_lm
-from understudy.models.load import merged_state_dict
+from understudy.models.lora import merged_state_dict
 from understudy.types import Author, Request, Sampling
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,7 @@ from understudy.engines.vllm.launch import free_ports
 from understudy.engines.vllm.settings import Launch, logprobs_modes
 from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left, with_head
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
-from understudy.models.load import merged_state_dict
+from understudy.models.lora import merged_state_dict
 from understudy.types import Author, Request, Sample, Sampling
 
 pytestmark = pytest.mark.slow

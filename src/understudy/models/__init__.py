@@ -9,32 +9,25 @@ from understudy.models.backbone import (
     freeze_vision,
     lm_head,
     num_positions,
-    positions_of,
     probe_head,
     probe_images,
     row_style,
     unwrap,
     vision_of,
 )
+from understudy.models.build import build_causal_lm, check_build
+from understudy.models.files import check_model_dir, config_on_disk, fingerprint_files, positions_of, positions_on_disk
 from understudy.models.load import (
     DType,
-    apply_lora,
-    build_causal_lm,
     check_attention,
-    check_build,
-    check_lora_targets,
-    check_model_dir,
-    config_on_disk,
     drop_layers,
-    fingerprint_files,
     has_bfloat16,
     load_causal_lm,
-    load_vision,
-    positions_on_disk,
     read_back,
     save_hf,
 )
-from understudy.models.vision import Vision, open_image
+from understudy.models.lora import apply_lora, check_lora_targets
+from understudy.models.vision import Vision, load_vision, open_image
 from understudy.models.vocabulary import compare_vocabularies, load_tokenizer, name_tokens, stop_ids, vocabulary_size
 
 __all__ = [

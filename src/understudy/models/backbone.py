@@ -9,10 +9,11 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal, cast
 
-from understudy.errors import RecipeError, VocabularyError
+from understudy.errors import RecipeError, VocabularyError, first_line
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead
 from understudy.models.attention import attention_name, reading, use_segments
+from understudy.models.files import positions_of
 from understudy.models.vision import TOKEN_TYPES, Vision, in_dimensions
 from understudy.types import ImageSpan, Segment
 
@@ -62,12 +63,6 @@ def rope_switch(model: nn.Module) -> int | None:
 def num_positions(model: nn.Module) -> int | None:
     """`max_position_embeddings`, the longest sequence that the model takes; None where its configuration has no limit."""
     return positions_of(unwrap(model).config.get_text_config())
-
-
-def positions_of(config: Any) -> int | None:
-    """As `num_positions`, by the configuration of a language model alone."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else int(limit)
 
 
 def vision_of(model: nn.Module) -> Vision | None:
@@ -180,7 +175,7 @@ def probe_head(model: nn.Module) -> None:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as raised:
-        reason = (str(raised).strip() or type(raised).__name__).partition("\n")[0]
+        reason = first_line(raised)
         raise RecipeError(
             f"{type(base).__name__} ({base.config.model_type}) cannot run in {base.dtype}: {reason}; choose another dtype, or "
             "correct its configuration"
@@ -335,7 +330,7 @@ def probe_images(model: nn.Module) -> None:
         raise
     except Exception as error:
         # other people's code, of dozens of families
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        reason = first_line(error)
         raise RecipeError(f"{what} cannot be shown an image here: {reason}; choose another model") from error
     gap = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not gap <= TOLERANCE[str(base.dtype)]:

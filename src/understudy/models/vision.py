@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
 from io import BytesIO
+from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
+from understudy import given
 from understudy.errors import DataError, RecipeError
 from understudy.lazy import Tensor, torch
+from understudy.models.files import ADAPTER, adapter_base, locate, said_by
 from understudy.types import Image, ImageSpan, Segment
 
 CACHE_BYTES = 2**30
 """Features of images that are kept: of about 60 images of 1,000 tokens, so that the samples of a prompt share them."""
 _OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "text_replacement_offsets")
 """Outputs of a processor that are no features of an image."""
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Settings of a processor of images."""
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """Names by which backbones take a mask of the image tokens."""
 
@@ -196,3 +203,76 @@ def _joined(features: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _size(read: ReadImage) -> int:
     return sum(value.nbytes for value in read.features.values())
+
+
+def load_vision(path_or_name: str, tokenizer: Any, *, revision: str | None = None) -> Vision:
+    """The processor by which a model reads images, with a tokenizer that was loaded. It processes with Pillow, so that it gives
+    the same on every machine.
+
+    Raises RecipeError for a model of text, a processor that cannot be loaded, and one without a token for images.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.utils import cached_file
+
+    if importlib.util.find_spec("PIL") is None:
+        raise RecipeError("images need the package Pillow; run: pip install 'understudy[vision]'")
+    if (pair := given.find(path_or_name)) is not None:
+        vision = getattr(pair[0], "vision", None)
+        if vision is None:
+            raise RecipeError(
+                f"{path_or_name} was given without a processor of images; name its directory in its place"
+            )
+        return cast("Vision", vision)
+    local = Path(path_or_name).expanduser()
+    if (local / ADAPTER).is_file():
+        return load_vision(adapter_base(local), tokenizer)
+    source, offline = locate(path_or_name)
+    options = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        if config.model_type not in KNOWN or not PROCESSOR_MAPPING_NAMES.get(config.model_type):
+            raise RecipeError(
+                f"{path_or_name!r} is a model of text ({config.model_type}), and the prompts have images; choose a model that "
+                "reads both (qwen2_5_vl, qwen3_vl, gemma3, llava, ...), or take task.image_field out"
+            )
+        own: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
+
+        class ForImages(own):  # type: ignore[misc]
+            """The processor without its part for videos, which needs more packages."""
+
+            def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+                """Takes None for what is left out."""
+
+        ForImages.__name__ = own.__name__
+        parts = {
+            "image_processor": transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **options),
+            # a copy: some processors add tokens to theirs
+            "tokenizer": deepcopy(tokenizer),
+        }
+        settings, _ = own.get_processor_dict(source, revision=options["revision"])
+        processor = ForImages.from_args_and_dict([parts.get(name) for name in own.get_attributes()], settings)
+        found = {
+            name: cached_file(source, name, revision=options["revision"], _raise_exceptions_for_missing_entries=False)
+            for name in _PROCESSOR_FILES
+        }
+        files = {name: Path(path).read_text(encoding="utf-8") for name, path in found.items() if path}
+    except RecipeError:
+        raise
+    except Exception as error:
+        # settings and packages of dozens of processors
+        raise RecipeError(
+            f"cannot load the processor of images of {path_or_name!r}: {said_by(error, offline)}"
+        ) from error
+    if not tokenizer.chat_template:
+        # some keep it with the processor
+        tokenizer.chat_template = processor.chat_template
+    token = getattr(processor, "image_token", None)
+    special = {str(one) for one in tokenizer.added_tokens_decoder.values() if one.special}
+    if token not in special:
+        raise RecipeError(
+            f"{own.__name__} of {path_or_name!r} marks an image with {token!r}, which is no special token of its tokenizer, so "
+            "a prompt could spell it; choose another model"
+        )
+    return Vision(processor, files)

@@ -10,7 +10,7 @@ from understudy import given
 from understudy.errors import RecipeError, VocabularyError
 from understudy.lazy import importing, nn
 from understudy.models.backbone import unwrap
-from understudy.models.load import locate, read_settings, said_by
+from understudy.models.files import locate, read_settings, said_by
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """End a turn wherever the chat template writes them (Qwen and other ChatML, Llama 3, Gemma)."""

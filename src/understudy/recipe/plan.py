@@ -14,7 +14,7 @@ from understudy.errors import RecipeError, nearest
 from understudy.format import number
 from understudy.lazy import torch
 from understudy.models import apply_lora, config_on_disk, vocabulary_size
-from understudy.models.load import locate, said_by
+from understudy.models.files import locate, said_by
 from understudy.recipe.checks.room import Item, Needs, Size, amount, memory_items, peak, size_of
 from understudy.recipe.load import Tokenizers
 from understudy.recipe.schema import Lora, Recipe

@@ -16,7 +16,7 @@ from understudy.errors import RecipeError, check_range
 from understudy.http.client import RetryPolicy
 from understudy.http.replies import check_address, check_key, check_variable, fill, is_loopback
 from understudy.lazy import nn
-from understudy.models.load import merged_state_dict
+from understudy.models.lora import merged_state_dict
 from understudy.models.parallel import collect_model, shards_of
 from understudy.text import is_secret_name, plain_tree, without_secrets
 from understudy.types import Sampling
