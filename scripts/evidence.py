@@ -239,7 +239,7 @@ def save(name: str, claim: Claim, rows: Mapping[str, Sequence[Finished]]) -> Non
         for metric in ("accuracy", *sorted({contrast.by for contrast in claim.contrasts} - {"accuracy", "samples"})):
             found = crossed_mean([list(dict(sorted(run.values(metric).items())).values()) for run in runs])
             tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in runs[0].tuned.items())
-            lines.append(["row", row, metric, tuned, *numbers(found), len(runs)])
+            lines.append(["row", row, metric, tuned, *numbers(found, is_share=metric != "distinct"), len(runs)])
         trained = [run for run in runs if (run.folder / "metrics.jsonl").is_file()]
         used = [dict(run.curve("num_samples").points()) for run in trained]
         for metric in CURVES.values() if trained else ():
@@ -256,8 +256,12 @@ def save(name: str, claim: Claim, rows: Mapping[str, Sequence[Finished]]) -> Non
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def numbers(found: Estimate) -> list[str]:
-    return ["" if value is None else f"{value:.4g}" for value in (found.value, found.low, found.high)]
+def numbers(found: Estimate, *, is_share: bool = False) -> list[str]:
+    """Value and interval in four digits. A share ends at 0 and 1, beyond which a t interval may go."""
+    values = [found.value, found.low, found.high]
+    if is_share:
+        values = [None if value is None else min(max(value, 0.0), 1.0) for value in values]
+    return ["" if value is None else f"{value:.4g}" for value in values]
 
 
 def read(name: str) -> list[dict[str, str]]:
