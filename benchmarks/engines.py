@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from shapes import words
 
 from understudy.engines.vllm.launch import ServerProcess, free_ports
 from understudy.models import build_causal_lm, save_hf
@@ -42,9 +41,7 @@ CLOSE = 1e-3
 
 def make_model(folder: Path) -> Any:
     """Writes model and tokenizer; the tokenizer."""
-    words = {f"t{index}": index for index in range(VOCAB - 1)} | {"</s>": VOCAB - 1}
-    inner = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    tokenizer = words(VOCAB)
     model = build_causal_lm(SIZES, vocab_size=VOCAB, eos_token_id=VOCAB - 1, pad_token_id=0, dtype="float32")
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20.0)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import yaml
+from shapes import save_model
 
 from understudy import config
-from understudy.models import build_causal_lm, save_hf
 from understudy.recipe import Recipe
 from understudy.recipe.checks.room import Needs, amount, memory_items, peak, size_on_disk
 from understudy.tasks import Arithmetic
@@ -41,19 +41,8 @@ def save_models(folder: Path, hidden: int, layers: int) -> None:
     """A student and a teacher of one size that never end a response."""
     tokenizer = Arithmetic(family="addition").tokenizer()
     for seed, name in enumerate(("student", "teacher")):
-        build = {"architecture": "llama", "hidden_size": hidden, "num_layers": layers, "num_heads": 8}
-        model = build_causal_lm(
-            build,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=seed,
-        )
-        with torch.no_grad():
-            # hidden states that lean one way, and an end that lies the other
-            model.get_input_embeddings().weight.add_(0.1)
-            model.get_output_embeddings().weight[tokenizer.eos_token_id] = -200 / hidden
-        save_hf(model, tokenizer, folder / name)
+        shape = {"hidden_size": hidden, "num_layers": layers, "num_heads": 8}
+        save_model(folder / name, shape, tokenizer, seed=seed)
 
 
 def recipe_of(
