@@ -33,7 +33,11 @@ class DataError(UnderstudyError):
 
 
 class TemplateError(DataError):
-    """A chat template refuses a conversation, or rewrites what was said in it."""
+    """A chat template refuses a conversation, or does not write it as it was said."""
+
+
+class RewriteError(TemplateError):
+    """A chat template rewrites earlier turns when a conversation goes on."""
 
 
 class VocabularyError(UnderstudyError):

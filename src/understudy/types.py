@@ -25,7 +25,7 @@ IMAGE = "\ufffc"
 """Stands in a message for an image of the prompt: Unicode's object replacement character."""
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
-Finish = Literal["stop", "length", "data", "environment"]
+Finish = Literal["stop", "length", "data", "environment", "rewritten"]
 Rejected = Literal["resample", "revise", "continue"]
 """Fate of an answer that a judge rejects at test time: drawn again, or its accepted steps kept and the rest written anew, by
 the student or by the teacher."""
@@ -236,7 +236,8 @@ class Sample:
     prompt_length: int
     finish: Finish
     """"stop": ended by itself (the terminating EOS is among the tokens), or at a string of `Request.stop`; "length":
-    truncated, or out of turns; "data": from a file; "environment": the environment failed."""
+    truncated, or out of turns; "data": from a file; "environment": the environment failed; "rewritten": the chat template
+    would rewrite earlier turns, so the episode ended there."""
     text: str
     """The response decoded, without special tokens; of several turns the student's last message, which is what is graded."""
     rollout_logprob: Tensor | None = None

@@ -38,6 +38,8 @@ from understudy.teachers import Setup
 from understudy.teachers.judges.wording import Wording, as_text
 from understudy.teachers.local import LocalTeacher
 from understudy.teachers.stores.recording import ScoredMeta, Stored, write_scored
+from understudy.trainer.collect import Collected
+from understudy.trainer.observe import collected_metrics
 from understudy.types import Author, Grade, Message, Prompt, Request, Sample, Sampling, Scores, ToolCall
 
 pytestmark = pytest.mark.slow
@@ -276,6 +278,22 @@ def test_a_template_that_rewrites_ends_the_run() -> None:
     with pytest.raises(TemplateError, match="rewrites"):
         play(Says(renderer, "4"), renderer, lambda prompt: environment, asked, SHORT, step=0)
     assert environment.num_closed == 1
+
+
+def test_an_episode_is_cut_where_its_template_rewrites() -> None:
+    """What was written until then is the sample; it is counted, and the conversation ends with the reason."""
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'] if loop.last else 'cut')")
+    renderer, environment = Renderer(tokenizer, on_rewrite="cut"), Scripted()
+    asked = [Request(ASKED, 0, renderer.start(ASKED))]
+    (sample,) = play(Says(renderer, "4"), renderer, lambda prompt: environment, asked, SHORT, step=0)
+    assert environment.num_closed == 1
+    assert (sample.finish, sample.text, sample.truncated) == ("rewritten", "4", False)
+    assert sample.token_ids.tolist() == [*asked[0].token_ids.tolist(), *renderer.response(Prompt("p", text=""), "4")]
+    assert [message["role"] for message in sample.messages] == ["assistant", "error"]
+    assert "the chat template rewrites the student's earlier turns" in sample.messages[-1]["content"]
+    metrics = collected_metrics(Collected([sample], [sample]), 0)
+    assert (metrics["rewritten"].value, metrics["environment_failed"].value) == (1.0, 0.0)
 
 
 def test_the_tool_of_the_pages_is_called(shared: Path) -> None:

@@ -364,6 +364,25 @@ def test_the_model_says_which_role_ends_a_turn(tmp_path: Path) -> None:
     assert "a response ends with '<bos>'" in examined(recipe)["end of a response"].found
 
 
+def test_a_template_that_cannot_go_on_behind_a_tool_is_found_before_the_run(tmp_path: Path) -> None:
+    """As Qwen3's without thinking, which takes the empty block in front of a turn away when a tool answers."""
+    changes = chats(tmp_path, template=CHATML)
+    for name in ("student", "teacher"):
+        opened = "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+        (tmp_path / name / "chat_template.jinja").write_text(CHATML + opened)
+    fields = {"path": str(tmp_path / "rows.jsonl"), "prompt_field": "q", "reference_field": "a"}
+    task = {"type": "math", **fields, "python": {"type": "process", "unsafe": True}}
+    with pytest.raises(
+        TemplateError, match="rewrites the student's earlier turns when a message of role 'tool' follows"
+    ):
+        check(recipe_of(tmp_path, **changes | {"task": task}))
+    # a single turn is no matter of it
+    assert check(recipe_of(tmp_path, **changes | {"task": task | {"python": None}}))
+    changes["student"]["on_rewrite"] = "cut"
+    lines = " ".join(check(recipe_of(tmp_path, **changes | {"task": task})))
+    assert "task.train: an episode ends at the first reply of a tool, for the chat template rewrites" in lines
+
+
 def test_ids_that_stand_for_no_end_are_none(tmp_path: Path) -> None:
     changes = chats(tmp_path, template=CHATML)
     for name in ("student", "teacher"):

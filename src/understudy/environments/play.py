@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from understudy.engines import Generates
 from understudy.environments.base import DEADLINE_S, SINGLE_TURN, Environment, Step
-from understudy.errors import DataError, TemplateError
+from understudy.errors import DataError, RewriteError, TemplateError
 from understudy.lazy import Tensor, torch
 from understudy.tasks.renderer import Renderer, Said
-from understudy.types import Author, Grade, Prompt, Request, Sample, Sampling
+from understudy.types import Author, Finish, Grade, Prompt, Request, Sample, Sampling
 
 MAX_STEPS_AT_ONCE = 32
 """Environments that answer at the same time, each in a thread: most wait for a search, a tool or a process."""
@@ -54,8 +54,9 @@ def play(
     Episodes go on in lockstep: each turn asks the engine once, for all that are not over. `sampling.max_new_tokens`, or fewer
     tokens where the prompt says so, bound the whole response, the environment's tokens included. An episode is cut ("length")
     where they are used up or its environment's `max_turns` are; an environment that raises, or gives no answer by its deadline,
-    ends its own episode ("environment").
-    Raises TemplateError for a chat template that cannot continue a conversation, and as the engine.
+    ends its own episode ("environment"), and so does a chat template that rewrites earlier turns ("rewritten") where
+    `renderer.on_rewrite` is "cut".
+    Raises TemplateError for any other chat template that cannot continue a conversation, and as the engine.
     """
     episodes: dict[int, _Episode] = {}
     with ExitStack() as open_environments:
@@ -155,8 +156,10 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
     said = (*said, *map(dict, reply.messages))
     try:
         ids = renderer.append(sample.token_ids, sample.prompt, said, inline=reply.inline)
-    except TemplateError:
-        raise
+    except TemplateError as error:
+        if not isinstance(error, RewriteError) or renderer.on_rewrite == "refuse":
+            raise
+        return _failed(over, error, "rewritten")
     except DataError as error:
         return _failed(over, error)
     if ids.numel() - sample.prompt_length >= sample.prompt.room(max_new_tokens):
@@ -164,9 +167,9 @@ def _answer(episode: _Episode, renderer: Renderer, max_new_tokens: int) -> _Epis
     return replace(over, said=said, next_ids=ids)
 
 
-def _failed(episode: _Episode, error: BaseException) -> _Episode:
+def _failed(episode: _Episode, error: BaseException, finish: Finish = "environment") -> _Episode:
     said = (*episode.said, {"role": "error", "content": f"{type(error).__name__}: {error}"})
-    return replace(episode, sample=replace(episode.sample, finish="environment", messages=said), said=said)
+    return replace(episode, sample=replace(episode.sample, finish=finish, messages=said), said=said)
 
 
 def _continuation(episode: _Episode) -> Request:

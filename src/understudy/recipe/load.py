@@ -245,7 +245,12 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         style=row_style(model, share_prompts=recipe.train.share_prompts),
         renderer=Renderer(
-            tokenizer, student.template_kwargs, stop_ids(tokenizer, model), student.template_date, vision
+            tokenizer,
+            student.template_kwargs,
+            stop_ids(tokenizer, model),
+            student.template_date,
+            vision,
+            student.on_rewrite,
         ),
         tokenizers=tokenizers,
     )

@@ -19,6 +19,7 @@ from understudy.methods.base import Uses
 from understudy.models import DType
 from understudy.recipe.names import NO_KEYS, OTHER_NAMES, OTHER_TYPES
 from understudy.tasks import TASKS, Task
+from understudy.tasks.renderer import OnRewrite
 from understudy.tasks.responses import ResponseSection
 from understudy.teachers import REFERENCES, TEACHERS, Start, TeacherSection
 from understudy.teachers.stores.responses import RESPONSES
@@ -85,6 +86,8 @@ class Student:
     """Settings of the chat template, such as `enable_thinking: false` of Qwen3."""
     template_date: str | None = None
     """The date (and time, ISO 8601) that a chat template reads from its clock; None: the run's start, kept in its recipe."""
+    on_rewrite: OnRewrite = "refuse"
+    """Where the chat template rewrites earlier turns: refuse the run, or cut, which ends the episode there."""
     revision: str | None = None
     """Commit, branch or tag of a hub model."""
     dtype: DType = "float32"

@@ -54,6 +54,7 @@ _ENDS = {
     "length": "cut at the length limit",
     "data": "from a file",
     "environment": "environment failed",
+    "rewritten": "cut where the chat template rewrites earlier turns",
 }
 
 

@@ -11,9 +11,9 @@ from functools import cached_property
 from itertools import product
 from os.path import commonprefix
 from string import ascii_letters
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from understudy.errors import DataError, RecipeError, TemplateError, VocabularyError
+from understudy.errors import DataError, RecipeError, RewriteError, TemplateError, VocabularyError
 from understudy.lazy import Tensor, torch
 from understudy.models.vocabulary import tokenizer_ends
 from understudy.tasks.encoding import SHOWN_CHARS, SLOT, Encoder, Untrusted, fill
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Said = Mapping[str, Any]
 """A message as chat templates take it: role and content."""
+OnRewrite = Literal["refuse", "cut"]
+"""What becomes of an episode where the chat template rewrites earlier turns: an error, or it ends there."""
 _QUESTION, _ANSWER, _NEXT = "1029384756", "5647382910", "9182736450"
 """Contents of a conversation that shows what a template writes around them."""
 _THINK, _END_THINK = "<think>", "</think>"
@@ -78,7 +80,7 @@ class Renderer:
 
     `stop_ids`: tokens that end a response; None: those that the tokenizer names. The token by which the template ends a
     turn is added to them. `date`: the date and time (ISO 8601) that a template reads from its clock; None: now. `vision`: the
-    model's processor of images, for prompts that have some.
+    model's processor of images, for prompts that have some. `on_rewrite`: for `environments.play`.
     Raises RecipeError for settings that are no template's: its arguments of messages and of tokens.
     """
 
@@ -89,9 +91,11 @@ class Renderer:
         stop_ids: Iterable[int] | None = None,
         date: str | None = None,
         vision: Vision | None = None,
+        on_rewrite: OnRewrite = "refuse",
     ) -> None:
         self.tokenizer = tokenizer
         self.vision = vision
+        self.on_rewrite = on_rewrite
         self.template_kwargs = dict(template_kwargs or {})
         if foreign := sorted(self.template_kwargs.keys() & _CALL_OPTIONS):
             raise RecipeError(
@@ -199,9 +203,9 @@ class Renderer:
         `said`: all messages since the prompt; those after the student's last one are new. Through a template that is the
         end of the student's turn, unless the student wrote it, the new messages, and the beginning of a turn; after a
         prompt of plain text, and `inline`, it is the contents of the new messages. A special token that a new message spells
-        out is encoded as plain characters. Raises TemplateError for a template that leaves a new message out, and for one
-        that changes what was said before: the student would be trained on a context that no later turn has; DataError for
-        messages that cannot be encoded.
+        out is encoded as plain characters. Raises TemplateError for a template that leaves a new message out, RewriteError for
+        one that changes what was said before: the student would be trained on a context that no later turn has; DataError
+        for messages that cannot be encoded. Thoughts that the student forgot to open or to close are no matter of the template.
         """
         last = max(index for index, message in enumerate(said) if message["role"] == "assistant")
         # `error` is for those who count, and no key of a message that a template knows
@@ -515,7 +519,7 @@ class Renderer:
     def _between(self, prompt: Prompt, before: Sequence[Said], new: Sequence[Said], contents: Sequence[str]) -> str:
         """Text from the student's last message, the last of `before`, up to its next turn."""
         # stand-ins for the student's messages, whose own white space a template may well change
-        told = [*(prompt.messages or ()), *map(_stand_in, before)]
+        told = [*(prompt.messages or ()), *map(self._stand_in, before)]
         opened, content = self._template(prompt, told[:-1]), str(told[-1]["content"])
         filled = [{**message, "content": content} for message, content in zip(new, contents, strict=True)]
         whole = self._template(prompt, [*told, *filled])
@@ -525,13 +529,24 @@ class Renderer:
             known = opened + content
             follows = f"a message of role {new[0]['role']!r}" if new else "another turn"
             at = next(i for i, (one, other) in enumerate(zip(known, whole + "\0", strict=False)) if one != other)
-            raise TemplateError(
+            raise RewriteError(
                 f"the chat template rewrites the student's earlier turns when {follows} follows: "
                 f"{known[max(0, at - SHOWN_CHARS) :]!r} became {whole[max(0, at - SHOWN_CHARS) :][: 2 * SHOWN_CHARS]!r}. "
                 "Several turns need a template that leaves them as they are (Qwen3's drops <think> blocks): change "
-                "chat_template in the tokenizer's configuration"
+                "chat_template in the tokenizer's configuration, or end episodes there with student.on_rewrite: cut"
             )
         return rest.removeprefix(content)
+
+    def _stand_in(self, message: Said) -> Said:
+        """The student's message with other words, in the form that templates write: its thoughts opened and closed."""
+        if message["role"] != "assistant":
+            return message
+        before, closed, _ = str(message.get("content", "")).partition(_END_THINK)
+        thought = f"1\n{_END_THINK}\n\n"
+        if self.begins != _THINK:
+            thinks = closed and _THINK in before and self.begins != _END_THINK
+            thought = f"{_THINK}\n{thought}" if thinks else ""
+        return {"role": "assistant", "content": f"{thought}2"}
 
     def _find_end(self, ends: set[int]) -> TurnEnd:
         """The first token of its own behind the content of an assistant's turn, as the template writes it.
@@ -620,12 +635,3 @@ def _last_tag(text: str) -> str:
 def _squashed(text: str) -> str:
     """The text without white space and the tags around reasoning."""
     return re.sub(rf"\s|{_THINK}|{_END_THINK}", "", text)
-
-
-def _stand_in(message: Said) -> Said:
-    """The student's message with other words and the same parts, written as templates write them."""
-    if message["role"] != "assistant":
-        return message
-    before, found, _ = str(message.get("content", "")).partition(_END_THINK)
-    thought = f"1\n{_END_THINK}\n\n" if found else ""
-    return {"role": "assistant", "content": (f"{_THINK}\n" if _THINK in before else "") + thought + "2"}

@@ -85,9 +85,9 @@ def collected_metrics(collected: Collected, updates: int) -> dict[str, Metric]:
     if any(sample.messages for sample in own):
         read = sum(sample.num_response_tokens - sample.num_written_tokens for sample in own)
         turns = sum(message["role"] == "assistant" for sample in own for message in sample.messages)
-        failed = sum(sample.finish == "environment" for sample in own)
+        failed, rewritten = (sum(sample.finish == end for sample in own) for end in ("environment", "rewritten"))
         replies = [message for sample in own for message in sample.messages if message["role"] == "tool"]
-        values = {"environment_tokens": read, "turns": turns, "environment_failed": failed}
+        values = {"environment_tokens": read, "turns": turns, "environment_failed": failed, "rewritten": rewritten}
         values |= {"tool_calls": len(replies), "tool_errors": sum(bool(message.get("error")) for message in replies)}
         for author in (Author.STUDENT, Author.TEACHER):
             values[f"tokens/{author.name.lower()}"] = sum(int((sample.author == author).sum()) for sample in own)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from understudy import config, given
-from understudy.errors import DataError, RecipeError, nearest
+from understudy.errors import DataError, RecipeError, RewriteError, nearest
 from understudy.models import (
     check_attention,
     check_build,
@@ -25,6 +25,7 @@ from understudy.recipe.checks.parts import MAX_COMPARED, Check, Files, Finding
 from understudy.recipe.load import (
     NUM_CHECKED_PROMPTS,
     choose_device,
+    data_parts,
     eval_prompts,
     prompt_limit,
     response_setup,
@@ -415,6 +416,32 @@ def _turns(files: Files) -> Iterator[Finding]:
         yield Finding(note, "warning", "change chat_template in the tokenizer's configuration where that is not meant")
 
 
+def _tools(files: Files) -> Iterator[Finding]:
+    """Raises TemplateError where the chat template cannot go on behind a tool's reply, unless episodes are cut there."""
+    if not files.knows_tokenizer or not files.renderer.has_template:
+        return
+    for place, part, split in data_parts(files.recipe, files.training):
+        prompt = next(iter(part.prompts(split)[:1]), None) if not part.computed and files.may_read(part) else None
+        if prompt is None or prompt.messages is None or not prompt.tools:
+            continue
+        environment = part.environment(prompt)
+        environment.close()
+        if environment.max_turns == 1:
+            continue
+        called = {"role": "assistant", "content": "1"}
+        reply = {"role": "tool", "name": "1", "content": "1", "tool_call_id": "call00001"}
+        try:
+            files.renderer.append(files.renderer.start(prompt), prompt, (called, reply))
+        except RewriteError as error:
+            if files.renderer.on_rewrite == "refuse":
+                raise
+            yield Finding(
+                f"{place}: an episode ends at the first reply of a tool, for {error}",
+                "warning",
+                "take a model or settings (student.template_kwargs) whose chat template keeps earlier turns",
+            )
+
+
 def _overlap(files: Files) -> Iterator[Finding]:
     recipe = files.recipe
     # the splits of a computed task are disjoint by construction, and millions long
@@ -452,6 +479,7 @@ CHECKS = (
     Check("special tokens", "files", "texts of the data against the tokenizer's control tokens", _spelling),
     Check("responses", "files", "a teacher's own responses against the prompts", _responses),
     Check("turns", "files", "how the chat template ends a turn, and writes given responses", _turns),
+    Check("tools", "files", "replies of tools as the chat template writes them", _tools),
     Check("rows", "advice", "rows, and those without a value in one of the fields", _rows),
     Check("unused", "advice", "what the data holds and the chat template leaves out", _unused),
     Check("special tokens", "advice", "texts of the data against the tokenizer's control tokens", _spelling),

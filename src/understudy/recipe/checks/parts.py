@@ -145,7 +145,8 @@ class Files:
         """The student's tokenizer with its chat template."""
         student, tokenizer = self.recipe.student, self.tokenizers.student
         ends = tokenizer_ends(tokenizer) | (set() if student.model is None else saved_ends(student.model))
-        return Renderer(tokenizer, student.template_kwargs, ends, student.template_date, self.tokenizers.vision)
+        vision = self.tokenizers.vision
+        return Renderer(tokenizer, student.template_kwargs, ends, student.template_date, vision, student.on_rewrite)
 
     @property
     def knows_tokenizer(self) -> bool:
