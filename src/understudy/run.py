@@ -157,11 +157,10 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
         trainer.observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
         if resume and ranks.is_main:
             trainer.observer.alarms.replay(run_dir.path / "metrics.jsonl", trainer.observer.summaries)
+        if recipe.train.records_tokens:
+            tokenizer = trainer.rollouts.collector.renderer.tokenizer
+            trainer.tokens = TokenRecorder(run_dir.tokens, recipe.train, tokenizer, ranks)
         if ranks.is_main:
-            if recipe.train.records_tokens:
-                trainer.tokens = TokenRecorder(
-                    run_dir.tokens, recipe.train, trainer.rollouts.collector.renderer.tokenizer
-                )
             # a resumed run has said it
             warn = partial(trainer.observer.warn, trainer.progress.step) if checkpoint is None else console.warn
             found = doctor.each_once([*found, *doctor.attempt_all("advice", parts)])

@@ -216,6 +216,13 @@ class Scores:
     hidden: Tensor | None = None
     """[R, H_t] the teacher's final hidden states that predict the tokens; whole rows of logits are computed from them with
     its head."""
+    likeliest_ids: Tensor | None = None
+    """[R, at most 5] int64, the most likely tokens of a sample with `keep_tokens`, for people to look at; no method reads
+    them. Rows without any are -1."""
+    likeliest_logprob: Tensor | None = None
+    """[R, at most 5] log T at `likeliest_ids`."""
+    rank: Tensor | None = None
+    """[R] int64, the place of the scored token among all, 1 the most likely; -1 where it is not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +264,8 @@ class Sample:
     """From the teacher; None: it was not asked. `packing.attach_scores` checks and sets them."""
     reference_scores: Scores | None = None
     """From the reference model."""
+    keep_tokens: bool = False
+    """Whether a teacher that has its rows at hand also says what it finds most likely (`Scores.likeliest_ids`)."""
 
     @property
     def key(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.processes import run_ranks
 from tests.report_run import write_lines, write_run
-from tests.runs import SHORT, assert_same_run, distillation, save_tiny_model, tiny_recipe, train, train_in_two
+from tests.runs import (
+    SHORT,
+    assert_same_run,
+    distillation,
+    save_tiny_model,
+    tiny_recipe,
+    train,
+    train_all,
+    train_in_two,
+    write_recipe,
+)
 from understudy import config
 from understudy.engines import HFEngine
 from understudy.errors import RecipeError, TrainingError
@@ -28,6 +40,7 @@ from understudy.teachers.judges.verbal import VerbalTeacher
 from understudy.trainer.alarms import ALARMS, WINDOW, Alarms, Change
 from understudy.trainer.checkpoint import Progress
 from understudy.trainer.console import Console
+from understudy.trainer.distributed import Ranks
 from understudy.trainer.loggers import Dashboard, Opened
 from understudy.trainer.observe import Callback, Observer, ends_in_loop
 from understudy.types import Grade, Prompt, Sample, Verdict
@@ -74,7 +87,7 @@ FAILING: Mapping[str, tuple[list[Row], list[EvalSummary]]] = {
     "teacher_excludes": (constant(teacher_excluded=0.02), []),
     "nothing_trusted": (constant(trusted=0.1), []),
     "nothing_accepted": (constant(accepted=0.01), []),
-    "few_tokens_decide": (constant(outlier_size=0.07, log_ratio_size=0.1, outliers=0.003), []),
+    "few_tokens_decide": (constant(outlier_size=0.095, log_ratio_size=0.1, outliers=0.01), []),
     "overlap_falls": (changing(30, {"overlap": 0.9}, {"overlap": 0.7}), []),
     "sampler_gap": (constant(sampler_gap=0.2), []),
     "stale_samples": (constant(staleness=12.0), []),
@@ -106,7 +119,8 @@ HEALTHY: Mapping[str, tuple[list[Row], list[EvalSummary]]] = {
         ),
         [],
     ),
-    "few_tokens_decide": (constant(outlier_size=0.07, log_ratio_size=0.1, outliers=0.1), []),
+    # hardly any distance is left, and what is left is on few tokens
+    "few_tokens_decide": (constant(outlier_size=0.0095, log_ratio_size=0.01, outliers=0.001), []),
     # one jump to another size, as where a method changes its phase
     "gradient_spikes": (changing(30, {"grad_norm": 1.0}, {"grad_norm": 13.0}), []),
     "reward_hacking": (changing(30, {"reward": 0.3}, {"reward": 0.6}), [summary(0, 100), summary(50, 90)]),
@@ -435,6 +449,31 @@ def test_an_alarm_stops_the_run_that_says_so(tmp_path: Path, monkeypatch: pytest
     shutil.rmtree(run_dir)
     changes["train"] |= {"on_alarm": {"missing_eos": "ignore"}}
     assert not [event for event in events(train(tmp_path, **changes)) if event["kind"] == "alarm"]
+
+
+def stop_two_ranks(folder: Path) -> None:
+    """Trains until an alarm stops this rank, and writes why."""
+    try:
+        with pytest.raises(TrainingError) as stopped:
+            train_all(folder)
+        (folder / f"stopped_{os.environ['RANK']}").write_text(str(stopped.value))
+    finally:
+        Ranks.from_environment(lambda: torch.device("cpu")).close()
+
+
+@pytest.mark.slow
+def test_an_alarm_stops_all_ranks_at_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first of them has the numbers that alarms read; none is left waiting, and the run goes on by a resume."""
+    changes = missing_eos(tmp_path / "models", monkeypatch)
+    changes["train"] |= {"on_alarm": {"missing_eos": "stop"}}
+    write_recipe(tmp_path, **changes)
+    run_ranks(stop_two_ranks, tmp_path, folder=tmp_path)
+    said = [(tmp_path / f"stopped_{rank}").read_text() for rank in (0, 1)]
+    assert all(f"alarm missing_eos stops the run after step {WINDOW}" in text for text in said)
+    assert (tmp_path / "run" / "checkpoints" / f"step_{WINDOW:06d}").is_dir()
+    changes["train"] |= {"on_alarm": {"missing_eos": "warn"}}
+    run_dir = train(tmp_path, resume=True, **changes)
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 11
 
 
 def test_a_name_that_is_no_alarm_is_refused(tmp_path: Path) -> None:

@@ -151,7 +151,10 @@ class Server:
         for j, token in enumerate(ids[1:]):
             # the prompt's own token first, then by rank, as vLLM has it
             listed = [token, *top.indices[j].tolist()]
-            places.append({str(i): {"logprob": float(logp[j, i]), "rank": 1} for i in listed})
+            rank = [int((logp[j] > logp[j, i]).sum()) + 1 for i in listed]
+            places.append(
+                {str(i): {"logprob": float(logp[j, i]), "rank": at} for i, at in zip(listed, rank, strict=True)}
+            )
         return {"prompt_token_ids": ids, "prompt_logprobs": places}
 
     def _token_ids(self, body: dict[str, Any]) -> Any:
@@ -246,6 +249,39 @@ def test_scores_are_those_of_the_same_model_here(api: str, batch_tokens: int) ->
             attach_scores(samples(), found, "error")
         sizes = [sum(map(len, asked.body.get("prompt") or asked.body["input_ids"])) for asked in server.asked]
         assert max(sizes) <= max(batch_tokens, 10)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_samples_that_are_kept_bring_their_most_likely_tokens(api: str) -> None:
+    """In as many requests, of which only theirs ask for more; those that the student lacks are left out."""
+    model = tiny(sharp=4.0)
+    kept = [replace(one, keep_tokens=at in (0, 1)) for at, one in enumerate(samples())]
+    setup_of_37 = setup(vocab_size=37)
+    with Server(model) as server:
+        judge = HttpTeacher(section(server, api, batch_tokens=12), setup_of_37)
+        plain = judge.score(samples(), SAMPLED)
+        num_requests = len(server.asked)
+        found = judge.score(kept, SAMPLED)
+        assert len(server.asked) == 2 * num_requests
+        judge.close()
+        wide = [asked.body.get("prompt_logprobs", asked.body.get("top_logprobs_num")) for asked in server.asked]
+        assert {*wide[num_requests:]} == ({None} if api == "completions" else {0, 5})
+        assert 5 not in wide[:num_requests]
+    expected = LocalTeacher(model, name="t", vocab_size=37, tail_size=NUM_ROWS).score(kept, SAMPLED)
+    for one, scores, like, true in zip(kept, found, plain, expected, strict=True):
+        assert torch.equal(scores.logprob, like.logprob)  # type: ignore[arg-type]
+        assert scores.topk_ids is None
+        assert (scores.likeliest_ids is not None) == (one.keep_tokens and api != "completions")
+        if scores.likeliest_ids is None or not one.keep_tokens:
+            continue
+        assert true.likeliest_ids is not None
+        for row, whole in zip(scores.likeliest_ids.tolist(), true.likeliest_ids.tolist(), strict=True):
+            here = [token for token in row if token >= 0]
+            assert here == whole[: len(here)]
+            assert row[len(here) :] == [-1] * (5 - len(here))
+        assert (scores.rank is not None) == (api == "vllm")
+        if scores.rank is not None:
+            assert torch.equal(scores.rank, true.rank)  # type: ignore[arg-type]
 
 
 def test_more_tokens_than_the_vocabulary_has_are_all_of_it() -> None:

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -111,6 +112,22 @@ def test_what_was_scored_once_is_not_asked_again(
         assert again.asked == ["stored#3", "stored#2", "stored#1", "p4#0", "p5#0"]
         cached.score([sample("q", [9], [8])], need, k=k)
         assert again.asked[5:] == ["q#0"]
+
+
+def test_most_likely_tokens_are_kept_where_they_came(tmp_path: Path) -> None:
+    """And asked for by no second request where they did not."""
+    judge, kept = (
+        LocalTeacher(tiny(), name="t", vocab_size=NUM_ROWS),
+        [replace(one, keep_tokens=True) for one in samples()],
+    )
+    with opened(judge, tmp_path) as cached:
+        # two samples of the same tokens, of which one is kept
+        first = cached.score([*kept[:2], *samples()[:3]], SAMPLED)
+        again = cached.score(kept[:3], SAMPLED)
+    assert first[0].likeliest_ids is not None
+    for name in ("likeliest_ids", "likeliest_logprob", "rank"):
+        assert torch.equal(getattr(first[0], name), getattr(again[0], name))
+    assert again[2].likeliest_ids is None
 
 
 def test_an_entry_is_of_its_teacher_tokens_need_and_k(tmp_path: Path) -> None:

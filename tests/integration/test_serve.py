@@ -163,6 +163,27 @@ def test_scores_are_the_local_teachers_to_the_last_bit(dtype: str) -> None:
                 assert torch.equal(mine.logits(found[0].hidden), theirs.logits(found[0].hidden))
 
 
+@pytest.mark.parametrize(("batch_tokens", "atol"), [(16_384, 0.0), (40, 1e-12)])
+@pytest.mark.parametrize("need", ["sampled", "topk"])
+def test_samples_that_are_kept_bring_the_most_likely_tokens_of_a_local_teacher(
+    need: str, batch_tokens: int, atol: float
+) -> None:
+    """In the requests that are sent anyway. Of one request no score changes in any bit; of several it depends on which wait
+    together."""
+    model = tiny(sharp=4.0)
+    some = [*samples(), *group()]
+    kept = [replace(one, keep_tokens=at % 3 == 0) for at, one in enumerate(some)]
+    with serving(model) as url, opened(url, batch_tokens=batch_tokens) as teacher:
+        plain = teacher.score(some, NEEDS[need], k=3)
+        num_requests = teacher.stats()["requests"]
+        found = teacher.score(kept, NEEDS[need], k=3)
+        assert teacher.stats()["requests"] == 2 * num_requests
+    same(found, plain, atol)
+    for one, scores, expected in zip(kept, found, local(model).score(kept, NEEDS[need], k=3), strict=True):
+        for name in ("likeliest_ids", "likeliest_logprob", "rank") if one.keep_tokens else ():
+            torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_hidden_states_and_the_head_are_the_whole_row(name: str) -> None:
     """Soft-cap, scale and bias arrive; prompts that several samples share are read once, and it is not seen."""

@@ -127,6 +127,23 @@ def test_only_what_is_asked_for_is_returned(tmp_path: Path) -> None:
         stored.score(samples, frozenset({"full"}))
 
 
+def test_samples_that_are_kept_bring_the_rows_that_were_recorded(tmp_path: Path) -> None:
+    meta, pairs = make()
+    write_scored(tmp_path, meta, pairs)
+    sample, expected = pairs[0]
+    found = Stored(path=str(tmp_path)).open(SETUP).score([dataclasses.replace(sample, keep_tokens=True)], SAMPLED)[0]
+    assert found.topk_ids is None
+    assert same(
+        found,
+        dataclasses.replace(
+            expected,
+            topk_ids=None,
+            topk_logprob=None,
+            **{f"likeliest_{name}": getattr(expected, f"topk_{name}") for name in ("ids", "logprob")},
+        ),
+    )
+
+
 def test_a_recording_of_sampled_tokens_gives_these(tmp_path: Path) -> None:
     meta, pairs = make(k=None)
     write_scored(tmp_path, meta, pairs)

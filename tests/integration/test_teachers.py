@@ -79,6 +79,42 @@ def test_topk_comes_from_the_full_softmax(chunk: int, monkeypatch: pytest.Monkey
         close(scores.entropy, -(logp.exp() * logp).sum(-1))
 
 
+@pytest.mark.parametrize(("need", "k"), [(SAMPLED, None), (TOPK, 2)])
+@pytest.mark.parametrize("foreign", [{}, {"absent": (3,)}, {"vocab_size": 37, "absent": (3,), "tail_size": 40}])
+def test_samples_that_are_kept_bring_their_most_likely_tokens(
+    need: frozenset[Need], k: int | None, foreign: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the student has; no score changes in any bit, whoever is kept beside it."""
+    monkeypatch.setattr(local, "CHUNK_ELEMENTS", 3 * 40)
+    model = tiny(sharp=4.0)
+    judge = teacher(model, **foreign)
+    kept = [dataclasses.replace(one, keep_tokens=at in (0, 3, 4)) for at, one in enumerate(samples())]
+    plain = judge.score(samples(), need, k=k)
+    for one, scores, like in zip(kept, judge.score(kept, need, k=k), plain, strict=True):
+        for name in ("logprob", "entropy", "topk_ids", "topk_logprob"):
+            value, other = getattr(scores, name), getattr(like, name)
+            assert (value is None and other is None) or torch.equal(value, other)
+        if not one.keep_tokens:
+            assert scores.likeliest_ids is scores.rank is None
+            continue
+        logp = rows_of(model, one, vocab_size=None if "tail_size" in foreign or not foreign else 40)
+        whole = (
+            logp
+            if "tail_size" in foreign
+            else logp.index_fill(-1, torch.tensor(foreign.get("absent", ())).long(), -1e9)
+        )
+        whole = whole.log_softmax(-1)
+        named = whole[:, : foreign.get("vocab_size", 40)].clone()
+        named[:, list(foreign.get("absent", ()))] = -torch.inf
+        top = named.topk(5)
+        assert scores.likeliest_ids is not None
+        assert torch.equal(scores.likeliest_ids, top.indices)
+        close(scores.likeliest_logprob, top.values)
+        own = whole.gather(-1, one.response_ids[:, None])
+        assert scores.rank is not None
+        assert torch.equal(scores.rank, (whole > own).sum(-1) + 1)
+
+
 def test_k_above_the_vocabulary_is_the_vocabulary() -> None:
     scores = teacher(tiny(), vocab_size=37).score(samples()[:1], TOPK, k=99)[0]
     assert scores.topk_ids is not None
@@ -102,7 +138,8 @@ def test_everything_at_once_is_one_forward() -> None:
     model.model.register_forward_hook(lambda *_: calls.append(1))
     judge = teacher(model)
     calls.clear()
-    scores = judge.score(samples(), frozenset({"topk", "full", "sampled"}), k=2)
+    kept = [dataclasses.replace(one, keep_tokens=True) for one in samples()]
+    scores = judge.score(kept, frozenset({"topk", "full", "sampled"}), k=2)
     assert len(calls) == 1
     assert all(value is not None for one in scores for value in dataclasses.asdict(one).values())
 

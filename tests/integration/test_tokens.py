@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import decompress
@@ -11,15 +13,18 @@ from zlib import decompress
 import pytest
 from typer.testing import CliRunner
 
+from tests.processes import run_ranks
 from tests.report_run import write_lines, write_run
-from tests.runs import assert_same_run, distillation, train, train_in_two
+from tests.runs import assert_same_run, distillation, train, train_all, train_in_two, write_recipe
 from understudy.cli.app import app
 from understudy.errors import DataError
 from understudy.report.page import write_report
 from understudy.report.pictures import LOG_RATIO_EDGES, pictures
 from understudy.report.read import read_run
 from understudy.report.tokens import find_tokens, viewer
+from understudy.teachers import LocalTeacher
 from understudy.trainer import tokens as kept_tokens
+from understudy.types import Sample, Scores
 
 TASK = {"type": "arithmetic", "family": "addition", "digits": 2, "num_solutions": 12}
 STEPS = {"steps": 6, "prompts_per_step": 4, "samples_per_prompt": 2, "save_samples_every": 3}
@@ -73,7 +78,9 @@ def test_a_run_learns_the_same_whether_tokens_are_kept(tmp_path: Path, method: A
     for row in found:
         size = row["num_tokens"]
         assert {len(values) for values in row["tokens"].values()} == {size}
-        assert row["tokens"]["student_top"][0] is not None
+        for whose in ("student", "teacher"):
+            assert [len(top) for top in row["tokens"][f"{whose}_top"]] == [5] * size
+            assert min(row["tokens"][f"{whose}_rank"]) >= 1
         # what was sampled is as likely as the engine said when it sampled it
         for kind, ours, engine in zip(
             row["tokens"]["kind"], row["tokens"]["student_logprob"], row["tokens"]["rollout_logprob"], strict=True
@@ -81,18 +88,23 @@ def test_a_run_learns_the_same_whether_tokens_are_kept(tmp_path: Path, method: A
             assert (engine is None) == (kind == "prefix")
             if engine is not None and method["type"] != "opd":
                 assert ours == pytest.approx(engine, abs=1e-3)
-    pictures = [json.loads(line) for line in (kept / "pictures.jsonl").read_text().splitlines()]
+    pictures = read_pictures(kept)
     assert [row["step"] for row in pictures] == [1, 2, 3, 4, 5, 6]
     # every token of the student's is in one bin, and in one part of its response
     for row in pictures:
         assert sum(row["log_ratio"][""]) == sum(row["parts"]["log_ratio"][1]) > 0
 
 
-def test_what_a_teacher_was_not_asked_for_is_absent_and_said(tmp_path: Path) -> None:
-    run_dir = train(tmp_path, **distillation(tmp_path / "m", method={"type": "opd"}, train=STEPS))
-    row = rows(run_dir)[0]
-    assert {"teacher_logprob", "teacher_entropy", "student_rank"} <= row["tokens"].keys()
-    assert not {"teacher_top", "teacher_rank"} & row["tokens"].keys()
+def test_what_a_teacher_does_not_say_is_absent_and_said(tmp_path: Path) -> None:
+    changes = distillation(tmp_path / "m", method={"type": "opd"}, train=STEPS)
+    mixed = {
+        "teacher": None,
+        "teachers": {"a": changes["teacher"], "b": changes["teacher"]},
+        "weights": {"a": 1, "b": 1},
+    }
+    row = rows(train(tmp_path, **changes | mixed))[0]
+    assert {"teacher_logprob", "student_rank"} <= row["tokens"].keys()
+    assert not {"teacher_top", "teacher_rank", "teacher_entropy"} & row["tokens"].keys()
     assert "sampled tokens alone" in row["missing"]["teacher_top"]
     imitated = train(tmp_path / "sft", train=STEPS)
     row = rows(imitated)[0]
@@ -110,11 +122,55 @@ def test_the_same_prompt_is_kept_again_and_a_resumed_run_keeps_the_same(tmp_path
         steps.setdefault(row["prompt_id"], set()).add(row["step"])
     # twelve prompts, four a step: each comes every three steps
     assert max(map(len, steps.values())) >= 2
-    # a teacher of three tokens gives these, and a rank where the sampled one is among them
+    # a teacher that is asked for three tokens has the whole row at hand
     table = rows(whole)[0]["tokens"]
+    assert {len(top) for top in table["teacher_top"]} == {5}
+    for top, rank, token in zip(table["teacher_top"], table["teacher_rank"], table["id"], strict=True):
+        assert top.index(token) + 1 == rank if token in top else rank > 5
+
+
+def test_rows_of_three_are_what_a_teacher_of_three_tokens_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a rank where the sampled token is among them."""
+    plain = LocalTeacher.score
+
+    def score(self: LocalTeacher, samples: Sequence[Sample], *args: Any, **options: Any) -> list[Scores]:
+        return plain(self, [replace(sample, keep_tokens=False) for sample in samples], *args, **options)
+
+    monkeypatch.setattr(LocalTeacher, "score", score)
+    run_dir = train(tmp_path, **distillation(tmp_path / "m", task=TASK, method={"type": "topk", "k": 3}, train=STEPS))
+    table = rows(run_dir)[0]["tokens"]
     assert {len(top) for top in table["teacher_top"]} == {3}
     for top, rank, token in zip(table["teacher_top"], table["teacher_rank"], table["id"], strict=True):
         assert (None if token not in top else top.index(token) + 1) == rank
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [{}, {"rollout": {"type": "hf", "copy": True}, "async": {"max_staleness": 0}}])
+def test_two_ranks_keep_what_one_process_keeps(tmp_path: Path, overlap: dict[str, Any]) -> None:
+    """The same samples in the same order, and sums over the tokens of both ranks."""
+    changes = distillation(tmp_path / "m", task=TASK, method={"type": "opd"}, train=STEPS) | overlap
+    write_recipe(tmp_path / "two", **changes)
+    one = train(tmp_path / "one", **changes)
+    run_ranks(train_all, tmp_path / "two", folder=tmp_path)
+    two = tmp_path / "two" / "run"
+    ours, theirs = rows(one), rows(two)
+    assert [(row["step"], row["prompt_id"], row["index"]) for row in ours] == [
+        (row["step"], row["prompt_id"], row["index"]) for row in theirs
+    ]
+    for row, like in zip(ours, theirs, strict=True):
+        assert row["tokens"]["id"] == like["tokens"]["id"]
+        assert row["tokens"]["student_logprob"] == pytest.approx(like["tokens"]["student_logprob"], abs=2e-2)
+        assert [top is None for top in like["tokens"]["teacher_top"]] == [False] * row["num_tokens"]
+    for row, like in zip(*(read_pictures(run_dir) for run_dir in (one, two)), strict=True):
+        assert row["samples"] == like["samples"] == 8
+        assert sum(row["log_ratio"][""]) == sum(like["log_ratio"][""])
+        assert row["parts"]["log_ratio"][1] == like["parts"]["log_ratio"][1]
+
+
+def read_pictures(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "pictures.jsonl").read_text().splitlines()]
 
 
 def test_files_stay_within_their_bytes(tmp_path: Path) -> None:

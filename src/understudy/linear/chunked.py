@@ -82,13 +82,20 @@ def evaluate(
 
 
 @no_grad
-def score(hidden: Tensor, head: LMHead, target: Tensor, *, chunk_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and entropy of their rows, without gradient. [T, H], [T] -> [T], [T]."""
+def score(
+    hidden: Tensor, head: LMHead, target: Tensor, *, chunk_tokens: int | None = None, keep: Kept | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of the targets and entropy of their rows, without gradient. [T, H], [T] -> [T], [T].
+
+    `keep` takes up the most likely tokens of the rows, as a teacher's.
+    """
     dtype = compute_dtype(hidden)
     logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
     for part in parts(len(target), chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)):
         logits = project(hidden[part].to(dtype), head)
-        logprob[part], entropy[part] = row_math.read_target(logits, target[part])
+        if keep is not None:
+            keep.begin(torch.arange(part.start, part.stop, device=logits.device))
+        logprob[part], entropy[part] = row_math.read_target(logits, target[part], keep)
     return logprob, entropy
 
 

@@ -17,8 +17,9 @@ class Kept:
     An evaluation fills it chunk by chunk; the loss and its gradient are bit-equal with and without it.
     """
 
-    def __init__(self, closely: Tensor) -> None:
-        self._closely = closely
+    def __init__(self, closely: Tensor, foreign: Tensor | None = None) -> None:
+        """`foreign`: ids that are not named among the most likely tokens, because nobody here can read them."""
+        self._closely, self._foreign = closely, foreign
         self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._index = closely.new_zeros(0, dtype=torch.int64)
 
@@ -42,7 +43,8 @@ class Kept:
         """
         near = self._closely[self._index[block]].nonzero().squeeze(-1)
         index, z = self._index[block][near], z[near]
-        top = z.topk(min(NUM_LIKELIEST, z.shape[-1]))
+        named = z if self._foreign is None else z.index_fill(-1, self._foreign, -torch.inf)
+        top = named.topk(min(NUM_LIKELIEST, z.shape[-1]))
         found = {
             "top": top.indices,
             "top_logprob": top.values - lse[near, None],

@@ -73,13 +73,15 @@ def softmax_stats(z: Tensor) -> SoftmaxStats:
     return SoftmaxStats(p, inverse, lse, lse - torch.linalg.vecdot(p, z) * inverse)
 
 
-def read_target(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and entropy of their rows. [C, V], [C] -> [C], [C]."""
+def read_target(logits: Tensor, target: Tensor, keep: Kept | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probability of the targets and entropy of their rows. [C, V], [C] -> [C], [C]. `keep` takes up the teacher's rows."""
     logprob, entropy = logits.new_empty(len(target)), logits.new_empty(len(target))
     for block in blocks(logits):
         stats = softmax_stats(logits[block])
         logprob[block] = logits[block].gather(-1, target[block, None]).squeeze(-1) - stats.lse
         entropy[block] = stats.entropy
+        if keep is not None:
+            keep.read_row("teacher", block, logits[block], stats.lse, target[block])
     return logprob, entropy
 
 

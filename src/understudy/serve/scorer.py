@@ -9,13 +9,14 @@ from threading import Lock
 from typing import Any, Literal
 
 from understudy.lazy import Tensor, nn, no_grad, torch
+from understudy.linear.kept import NUM_LIKELIEST
 from understudy.models import lm_head, num_positions, unwrap
 from understudy.models.backbone import evaluating
 from understudy.packing import by_prompt
 from understudy.serve.prompts import can_continue, continued_hidden, is_worth
 from understudy.teachers import LocalTeacher
 from understudy.teachers.grouping import chunks
-from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE
+from understudy.teachers.local import MAX_BATCH_TOKENS, MAX_BATCH_TOKENS_ELSEWHERE, scores_of
 from understudy.teachers.remote.protocol import (
     About,
     ScoreReply,
@@ -144,8 +145,12 @@ class Scorer:
         return row * (request.num_tokens - int(request.prompt_lengths.sum()))
 
     def _fields(self, request: ScoreRequest) -> Shapes:
-        hidden_size = lm_head(self._model).weight.shape[1]
-        return reply_fields(request.need, num_top=min(request.k or 0, request.vocab_size), hidden_size=hidden_size)
+        return reply_fields(
+            request.need,
+            num_top=min(request.k or 0, request.vocab_size),
+            hidden_size=lm_head(self._model).weight.shape[1],
+            num_likeliest=min(NUM_LIKELIEST, request.vocab_size) if request.likeliest else 0,
+        )
 
     @no_grad
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreReply]:
@@ -196,13 +201,10 @@ class Scorer:
             states = continued_hidden(self._model, prompt, responses, self.max_batch_tokens, self._device)
         fields: dict[str, Sequence[Tensor]] = {"hidden": states} if "full" in request.need else {}
         if request.need & {"sampled", "topk"}:
-            rows = self._view_of(request).score_rows(torch.cat(states), torch.cat(responses), request.k)
+            rows = self._view_of(request).score_rows(torch.cat(states), samples, request.k)
             sizes = [len(response) for response in responses]
             fields |= {name: value.cpu().split(sizes) for name, value in rows.items()}
-        return [
-            Scores(response, **{name: parts[index] for name, parts in fields.items()})
-            for index, response in enumerate(responses)
-        ]
+        return scores_of(samples, fields)
 
 
 def _samples(request: ScoreRequest) -> list[Sample]:
@@ -217,6 +219,7 @@ def _samples(request: ScoreRequest) -> list[Sample]:
             prompt_length=length,
             finish="data",
             text="",
+            keep_tokens=request.likeliest,
         )
         for index, (ids, length) in enumerate(zip(parts, request.prompt_lengths.tolist(), strict=True))
     ]

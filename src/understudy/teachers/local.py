@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,8 +13,9 @@ from typing import Any
 
 from understudy.errors import RecipeError, ScoreError
 from understudy.lazy import Tensor, nn, no_grad, torch
-from understudy.linear import score
+from understudy.linear import Kept, score
 from understudy.linear.head import ABSENT, LMHead, project
+from understudy.linear.kept import NUM_LIKELIEST
 from understudy.models import backbone_hidden, lm_head, num_positions, row_style, unwrap
 from understudy.models.attention import attention_name
 from understudy.models.backbone import evaluating
@@ -273,7 +274,8 @@ class LocalTeacher(Teacher):
         """Scores of every response token, one for each sample, in order; what was not asked for is None.
 
         "sampled": logprob and entropy; "topk": also the `k` most likely tokens of the full softmax, in descending
-        order; "full": hidden states, on the teacher's device unless they fill it. All else is on the CPU.
+        order; "full": hidden states, on the teacher's device unless they fill it. All else is on the CPU. Samples with
+        `keep_tokens` also get their most likely tokens from rows that are formed for their scores.
         Raises ScoreError for another need and for a sample longer than the teacher's positions, ValueError for "topk"
         without k.
         """
@@ -314,29 +316,44 @@ class LocalTeacher(Teacher):
         hidden = states.flatten(0, 1)[layout.predicts.to(self._device)]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if need & {"sampled", "topk"}:
-            target = torch.cat([sample.response_ids for sample in samples])
-            rows = self.score_rows(hidden, target, k if "topk" in need else None)
+            rows = self.score_rows(hidden, samples, k if "topk" in need else None)
             fields |= {name: value.cpu().split(layout.sizes) for name, value in rows.items()}
         if "full" in need:
             fields["hidden"] = (hidden if keeps_hidden else hidden.cpu()).split(layout.sizes)
-        return [
-            Scores(sample.response_ids, **{name: parts[index] for name, parts in fields.items()})
-            for index, sample in enumerate(samples)
-        ]
+        return scores_of(samples, fields)
 
-    def score_rows(self, hidden: Tensor, target: Tensor, k: int | None) -> dict[str, Tensor]:
-        """`logprob` [T] of the targets and `entropy` [T]; with k also `topk_ids` and `topk_logprob` [T, min(k, V)], of the
-        tokens that are the student's.
+    def score_rows(self, hidden: Tensor, samples: Sequence[Sample], k: int | None) -> dict[str, Tensor]:
+        """`logprob` [T] of the samples' tokens and `entropy` [T]; with k also `topk_ids` and `topk_logprob` [T, min(k, V)], of
+        the tokens that are the student's; `likeliest_ids`, `likeliest_logprob`, `rank` if a sample has `keep_tokens`.
 
-        hidden [T, H], target [T]. Every logit is formed once; a chunk of them is all that is held.
+        hidden [T, H]. Every logit is formed once; a chunk of them is all that is held.
         """
-        head, target = self._head(), target.to(self._device)
+        head = self._head()
+        target = torch.cat([sample.response_ids for sample in samples]).to(self._device)
+        absent = torch.tensor(self._absent, dtype=torch.int64, device=hidden.device)
+        keep = None
+        if any(sample.keep_tokens for sample in samples):
+            past = torch.arange(self._vocab_size, head.num_tokens, device=hidden.device)
+            closely = [torch.full((sample.num_response_tokens,), sample.keep_tokens) for sample in samples]
+            keep = Kept(torch.cat(closely).to(hidden.device), torch.cat([absent, past]))
+        found = self._read_rows(hidden, head, target, k, absent, keep)
+        if keep is None:
+            return found
+        if not len(target):
+            none, size = torch.zeros(0, dtype=torch.int64), min(NUM_LIKELIEST, head.num_tokens)
+            top = torch.zeros(0, size)
+            return found | {"likeliest_ids": top.long(), "likeliest_logprob": top.to(found["logprob"]), "rank": none}
+        names = {"teacher_top": "likeliest_ids", "teacher_top_logprob": "likeliest_logprob", "teacher_rank": "rank"}
+        return found | {names[name]: value for name, value in keep.columns().items()}
+
+    def _read_rows(
+        self, hidden: Tensor, head: LMHead, target: Tensor, k: int | None, absent: Tensor, keep: Kept | None
+    ) -> dict[str, Tensor]:
         if k is None:
-            logprob, entropy = score(hidden, head, target)
+            logprob, entropy = score(hidden, head, target, keep=keep)
             return {"logprob": logprob, "entropy": entropy}
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, CHUNK_ELEMENTS // head.num_tokens)
-        absent = torch.tensor(self._absent, dtype=torch.int64, device=hidden.device)
         chunks = []
         for start in range(0, max(1, len(target)), rows):
             part = slice(start, start + rows)
@@ -346,6 +363,9 @@ class LocalTeacher(Teacher):
                 candidates = candidates.index_fill(-1, absent, ABSENT)
             top = candidates.topk(min(k, candidates.shape[-1]), dim=-1)
             lse = logits.logsumexp(-1, keepdim=True)
+            if keep is not None:
+                keep.begin(torch.arange(start, start + len(logits), device=hidden.device))
+                keep.read_row("teacher", slice(None), logits, lse.squeeze(-1), target[part])
             logp = logits.sub_(lse)
             chunks.append(
                 {
@@ -374,3 +394,16 @@ class LocalTeacher(Teacher):
             finally:
                 for tensor, data in zip(tensors, on_host, strict=True):
                     tensor.data = data
+
+
+def scores_of(samples: Sequence[Sample], fields: Mapping[str, Sequence[Tensor]]) -> list[Scores]:
+    """The scores of each sample from their fields, which have one tensor for each. Only those with `keep_tokens` keep their
+    most likely tokens."""
+    likely = ("likeliest_ids", "likeliest_logprob", "rank")
+    return [
+        Scores(
+            sample.response_ids,
+            **{name: parts[index] for name, parts in fields.items() if sample.keep_tokens or name not in likely},
+        )
+        for index, sample in enumerate(samples)
+    ]

@@ -60,6 +60,7 @@ class OtherPrompt(Teacher):
                 one,
                 token_ids=sample.response_ids,
                 topk_ids=None if one.topk_ids is None else self._exchanged(one.topk_ids),
+                likeliest_ids=None if one.likeliest_ids is None else self._exchanged(one.likeliest_ids),
             )
             for one, sample in zip(scores, samples, strict=True)
         ]

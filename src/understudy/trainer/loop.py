@@ -25,7 +25,7 @@ from understudy.trainer.overlap import Overlapped
 from understudy.trainer.rollouts import Rollouts, replaces_flat
 from understudy.trainer.settings import Eval, Train
 from understudy.trainer.signals import Abandoned, Stopped, StopSignal
-from understudy.trainer.tokens import StepTokens, TokenRecorder, picture
+from understudy.trainer.tokens import StepTokens, TokenRecorder
 from understudy.trainer.update import Heads, MicroBatch, Optimizer, StudentModel, accumulate_gradients, prepare
 from understudy.types import Metric, Sample, add_metrics, map_tensors
 
@@ -67,7 +67,7 @@ class Trainer:
     progress: Progress
     several_teachers: bool = False
     tokens: TokenRecorder | None = None
-    """Keeps what updates know of single tokens, on the first rank."""
+    """Keeps what updates know of single tokens."""
     live_weights: bool = True
     """Whether samples are written, or scored, with the weights that are trained."""
     _torn: bool = False
@@ -145,7 +145,7 @@ class Trainer:
         torch.manual_seed(hash_name(f"{self.seed}/{step}/{self.ranks.rank}") >> 1)
         method, own_step = self.method.at(step)
         with self._breakable(), self._whole():
-            collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock))
+            collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock, self.tokens))
         with clock("update_s"):
             tokens = None if self.tokens is None else self.tokens.begin(collected.samples, step + 1)
             numbers = self._update(collected.samples, method, own_step, tokens)
@@ -171,9 +171,10 @@ class Trainer:
             self.progress = replace(self.progress, elapsed_s=self.progress.elapsed_s + clock.total_s())
             self.observer.step(self.progress, numbers | clock.rates(num_samples, num_tokens), collected.positions)
         self._save_samples([*collected.samples, *collected.rejected])
-        if self.tokens is not None and tokens is not None and tokens.columns:
-            self.tokens.write(tokens, method, step + 1)
-            self.observer.files["pictures"].write(picture(tokens, step + 1))
+        if self.tokens is not None and tokens is not None:
+            picture = self.tokens.write(tokens, method, step + 1)
+            if picture is not None and self.ranks.is_main:
+                self.observer.files["pictures"].write(picture)
         acceptance = method.plan(own_step).acceptance
         fills = acceptance is not None and acceptance.by_teacher
         if fills and numbers.get("slots_empty", 0.0) > 0 and not self._warned_of_slots:

@@ -23,6 +23,7 @@ from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock, staleness_of
 from understudy.trainer.rollouts import MAX_ROUNDS, Drawn, Rollouts, replaces_flat
 from understudy.trainer.settings import Async
+from understudy.trainer.tokens import TokenRecorder
 from understudy.types import Request
 
 MAX_STALE_DRAWS = 3
@@ -37,6 +38,8 @@ class _Batch:
     """All of its prompts."""
     mine: Drawn
     """Those of this rank."""
+    step: int
+    """The step that is expected to use it."""
     start: int
     """Position at which `drawn` begins. It names the draws and the samples' indices, so no batch in flight shares either."""
     method: Method
@@ -67,6 +70,7 @@ class Overlapped:
         self._error: BaseException | None = None
         self._last_news = time.monotonic()
         self._next_position: int | None = None
+        self._tokens: TokenRecorder | None = None
         self._generators = ThreadPoolExecutor(num_engines, "understudy-generate")
         scoring = (rollouts.collector.teacher, rollouts.collector.reference)
         num_scorers = min((one.concurrency for one in scoring if one is not None), default=1)
@@ -77,11 +81,14 @@ class Overlapped:
         """As `Rollouts.collector`."""
         return self.rollouts.collector
 
-    def collect(self, progress: Progress, method: Method, own_step: int, clock: Clock) -> Collected:
+    def collect(
+        self, progress: Progress, method: Method, own_step: int, clock: Clock, tokens: TokenRecorder | None = None
+    ) -> Collected:
         """Returns the scored samples of a step, at most `max_staleness` steps old; then sends prompts for the next steps.
 
         Raises EngineError where nothing comes back for `timeout_s`, and whatever a thread raised.
         """
+        self._tokens = tokens
         with clock("wait_s"):
             collected = self._take(progress, method)
             self.collector.engine.verify()
@@ -175,7 +182,7 @@ class Overlapped:
         compared = plan.rewards is not None or plan.acceptance is not None or plan.prefix_share > 0
         whole = compared or self._grouped or not self._single
         chunks = [requests] if whole and requests else [[request] for request in requests]
-        batch = _Batch(drawn, mine, position, method, plan, num_draws, len(chunks))
+        batch = _Batch(drawn, mine, step, position, method, plan, num_draws, len(chunks))
         for number, chunk in enumerate(chunks):
             self._generators.submit(self._guarded, self._generate, batch, number, chunk)
         return batch
@@ -207,13 +214,26 @@ class Overlapped:
             waiting = list(self._to_score)
             self._to_score.clear()
         for method in dict.fromkeys(batch.method for batch, _, _ in waiting):
-            part = [chunk for chunk in waiting if chunk[0].method is method]
+            part = [
+                (batch, number, self._marked(batch, number, written))
+                for batch, number, written in waiting
+                if batch.method is method
+            ]
             scored = iter(self.collector.score([one for _, _, written in part for one in written.samples], method))
             with self._changed:
                 for batch, number, written in part:
                     batch.scored[number] = written.with_scores([next(scored) for _ in written.samples])
                 self._last_news = time.monotonic()
                 self._changed.notify_all()
+
+    def _marked(self, batch: _Batch, number: int, written: Collected) -> Collected:
+        """The samples of a chunk, with those marked that may be kept token by token: of prompts that come one by one, a sample
+        of each of the first."""
+        if self._tokens is None or number > 0:
+            return written
+        place = batch.start % self._train.prompts_per_step if self._single else 0
+        samples = self._tokens.mark(written.samples, batch.step + 1, watched_only=place >= self._train.save_tokens)
+        return replace(written, samples=samples)
 
     def reset(self) -> None:
         """Forgets what was written ahead; the next step sends its prompts again."""

@@ -18,6 +18,7 @@ from understudy.trainer.checkpoint import Progress
 from understudy.trainer.collect import Collected, Collector
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Clock
+from understudy.trainer.tokens import TokenRecorder
 from understudy.types import Author, Grade, Metric, Prompt, Request, Sample, add_metrics
 
 MAX_ROUNDS = 10
@@ -109,11 +110,16 @@ class Rollouts:
     graders: int = 1
     """Threads that call `grade`."""
 
-    def collect(self, progress: Progress, method: Method, own_step: int, clock: Clock) -> Collected:
-        """Returns the scored samples of a step: all are written, then all are scored."""
+    def collect(
+        self, progress: Progress, method: Method, own_step: int, clock: Clock, tokens: TokenRecorder | None = None
+    ) -> Collected:
+        """Returns the scored samples of a step: all are written, then all are scored. `tokens` marks those of which the
+        teacher is asked for more."""
         with clock("generate_s"):
             collected = self.write(progress.position, method.plan(own_step), progress.step)
             self.collector.engine.verify()
+        if tokens is not None:
+            collected = replace(collected, samples=tokens.mark(collected.samples, progress.step + 1))
         with clock("score_s"):
             return collected.with_scores(self.collector.score(collected.samples, method))
 

@@ -6,9 +6,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from understudy.eval.summary import sample_row, token_pieces
 from understudy.files import by_step, write_atomically
@@ -17,6 +21,7 @@ from understudy.linear import Kept
 from understudy.linear.kept import NUM_LIKELIEST
 from understudy.methods import METHODS, Method
 from understudy.report.pictures import LOG_RATIO_EDGES
+from understudy.trainer.distributed import Ranks
 from understudy.trainer.settings import Train
 from understudy.types import EXCLUDED, Author, Sample
 
@@ -37,7 +42,9 @@ class StepTokens:
     """The numbers of one step's tokens, each sample's from the first update that it is part of."""
 
     chosen: Sequence[Sample]
-    """Samples that are kept token by token."""
+    """Samples of this rank that are kept token by token."""
+    order: Sequence[int] = ()
+    """The rank of each sample that is kept, of all ranks."""
     columns: list[tuple[Sequence[Sample], dict[str, Tensor]]] = field(default_factory=list)
     """The samples of each micro-batch, and the numbers of its T response tokens, [T] or [T, K] each."""
 
@@ -50,21 +57,11 @@ class StepTokens:
         return Kept(torch.cat(closely).to(device))
 
     def end(self, samples: Sequence[Sample], kept: Kept) -> None:
-        """The micro-batch's evaluation is done.
-
-        A teacher that sent K tokens a row, in place of whole rows, has these as its most likely ones; a token that is not
-        among them has no rank.
-        """
-        columns, given = kept.columns(), [sample.scores for sample in samples]
-        ids = [one.topk_ids for one in given if one is not None and one.topk_ids is not None]
-        logprobs = [one.topk_logprob for one in given if one is not None and one.topk_logprob is not None]
-        if "teacher_top" not in columns and len(ids) == len(logprobs) == len(samples):
-            every, values = torch.cat(ids), torch.cat(logprobs).float()
-            top = values.topk(min(NUM_LIKELIEST, values.shape[-1]))
-            columns |= {"teacher_top": every.gather(-1, top.indices), "teacher_top_logprob": top.values}
-            hit = every == torch.cat([sample.response_ids for sample in samples])[:, None]
-            own = torch.where(hit, values, -torch.inf).amax(-1, keepdim=True)
-            columns["teacher_rank"] = torch.where(hit.any(-1), (values > own).sum(-1) + 1, -1)
+        """The micro-batch's evaluation is done. Most likely tokens of a teacher whose rows were not part of it came with its
+        scores."""
+        columns = kept.columns()
+        if "teacher_top" not in columns:
+            columns |= _teacher_rows(samples)
         self.columns.append((samples, columns))
 
     def of(self, sample: Sample) -> dict[str, Tensor] | None:
@@ -77,65 +74,150 @@ class StepTokens:
         return None
 
 
-class TokenRecorder:
-    """Chooses the samples of a step that are kept, and writes them."""
+def _teacher_rows(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The teacher's most likely tokens of the samples with `keep_tokens`, -1 and NaN for others; nothing where it gave none.
 
-    def __init__(self, folder: Path, settings: Train, tokenizer: Any) -> None:
+    A teacher that was asked for K tokens a row has these. A token that is not among them has no rank unless the teacher said
+    it.
+    """
+    rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for at, sample in enumerate(samples):
+        scores = sample.scores if sample.keep_tokens else None
+        if scores is None:
+            continue
+        ids, logprob = scores.likeliest_ids, scores.likeliest_logprob
+        if ids is None or logprob is None:
+            ids, logprob = scores.topk_ids, scores.topk_logprob
+        if ids is None or logprob is None:
+            continue
+        ids = torch.where(logprob.isnan(), -1, ids)
+        hit = ids == sample.response_ids[:, None]
+        own = torch.where(hit, logprob, -torch.inf).amax(-1, keepdim=True)
+        rank = torch.where(hit.any(-1), (logprob > own).sum(-1) + 1, -1) if scores.rank is None else scores.rank
+        top = logprob.nan_to_num(-torch.inf).topk(min(NUM_LIKELIEST, logprob.shape[-1])).indices
+        rows[at] = ids.gather(-1, top), logprob.gather(-1, top).float(), rank
+    if not rows:
+        return {}
+    width = max(ids.shape[-1] for ids, _, _ in rows.values())
+    size = sum(sample.num_response_tokens for sample in samples)
+    found = {
+        "teacher_top": torch.full((size, width), -1),
+        "teacher_top_logprob": torch.full((size, width), torch.nan),
+        "teacher_rank": torch.full((size,), -1),
+    }
+    start = 0
+    for at, sample in enumerate(samples):
+        end = start + sample.num_response_tokens
+        if at in rows:
+            ids, logprob, rank = rows[at]
+            found["teacher_top"][start:end, : ids.shape[-1]] = ids
+            found["teacher_top_logprob"][start:end, : ids.shape[-1]] = logprob
+            found["teacher_rank"][start:end] = rank
+        start = end
+    return found
+
+
+class _Candidate(NamedTuple):
+    """A sample of a step on some rank, as the choice of those that are kept sees it."""
+
+    rank: int
+    place: int
+    """Its number among the samples of its rank."""
+    prompt_id: str
+    kind: tuple[str | None, bool]
+    """The teacher's name, and whether the sample has a prefix."""
+    marked: bool
+
+
+class TokenRecorder:
+    """Chooses the samples of a step that are kept, over all ranks, and writes them."""
+
+    def __init__(self, folder: Path, settings: Train, tokenizer: Any, ranks: Ranks | None = None) -> None:
         self._folder, self._settings, self._tokenizer = folder, settings, tokenizer
+        self._ranks = ranks or Ranks()
         self._every = settings.save_samples_every
         times = 1 + settings.steps // self._every if self._every else 0
         # a prompt that comes again may double the files
         self._sample_bytes = settings.save_tokens_bytes // max(1, 2 * times * settings.save_tokens)
-        # as a resumed run finds them
+        # as a resumed run finds them; only the first rank's disk counts
         files = by_step(folder, ".jsonl")
-        self._last = max(files, default=0)
-        self._watched: set[str] = set()
-        if files:
-            first = files[min(files)].read_text(encoding="utf-8").splitlines()
-            self._watched = {json.loads(line)["prompt_id"] for line in first}
+        first = files[min(files)].read_text(encoding="utf-8").splitlines() if files else ()
+        watched = {str(json.loads(line)["prompt_id"]) for line in first}
+        self._last, self._watched = self._ranks.gather((max(files, default=0), watched))[0]
+
+    def mark(self, samples: Sequence[Sample], step: int, *, watched_only: bool = False) -> list[Sample]:
+        """The samples, `keep_tokens` set for those of this rank that may be kept, so that their teacher says what it finds most
+        likely with the scores that it is asked for anyway."""
+        chosen = {one.place for one in self._choose(self._candidates(samples, step, watched_only), step)}
+        return [replace(sample, keep_tokens=True) if at in chosen else sample for at, sample in enumerate(samples)]
 
     def begin(self, samples: Sequence[Sample], step: int) -> StepTokens | None:
-        """Returns the numbers that a step has to keep; None: none."""
-        chosen = self._choose(samples, step)
-        every = max(1, self._settings.steps // NUM_PICTURES)
-        is_picture = bool(self._every and self._settings.save_tokens) and (step == 1 or step % every == 0)
-        return StepTokens(chosen) if chosen or is_picture else None
+        """Returns the numbers that a step has to keep; None: none. A collective call."""
+        if not self._settings.records_tokens:
+            return None
+        by_rank: list[list[_Candidate]] = []
+        if self._is_open(step):
+            by_rank = self._ranks.gather(self._candidates(samples, step))
+        # one of each rank in turn: the order in which a single process would have them
+        every = [one for some in zip_longest(*by_rank) for one in some if one is not None]
+        chosen = self._choose(every, step)
+        own = [samples[one.place] for one in chosen if one.rank == self._ranks.rank]
+        is_picture = step == 1 or step % max(1, self._settings.steps // NUM_PICTURES) == 0
+        return StepTokens(own, [one.rank for one in chosen]) if chosen or is_picture else None
 
-    def _choose(self, samples: Sequence[Sample], step: int) -> list[Sample]:
+    def _is_regular(self, step: int) -> bool:
+        return step == 1 or step % self._every == 0
+
+    def _is_open(self, step: int) -> bool:
+        """Whether samples of the step may be kept."""
+        return self._is_regular(step) or 2 * (step - self._last) >= self._every
+
+    def _candidates(self, samples: Sequence[Sample], step: int, watched_only: bool = False) -> list[_Candidate]:
+        """The samples of this rank that may be kept; at a step without a file of samples only those of watched prompts."""
+        if not self._is_open(step):
+            return []
+        every = self._is_regular(step) and not watched_only
+        return [
+            _Candidate(self._ranks.rank, place, sample.prompt.id, _kind(sample), sample.keep_tokens)
+            for place, sample in enumerate(samples)
+            if every or sample.prompt.id in self._watched
+        ]
+
+    def _choose(self, candidates: Sequence[_Candidate], step: int) -> list[_Candidate]:
         """One sample a prompt. Prompts of the first file are kept again when training draws them again; the others are spread
         over teachers, and over samples with and without a prefix."""
-        if not self._every or not self._settings.save_tokens:
-            return []
-        is_regular = step == 1 or step % self._every == 0
-        if not is_regular and 2 * (step - self._last) < self._every:
-            return []
-        first = {sample.prompt.id: sample for sample in reversed(samples)}
-        chosen = [sample for name, sample in first.items() if name in self._watched][: self._settings.save_tokens]
-        prompts = {sample.prompt.id for sample in chosen}
-        kinds: dict[tuple[str | None, bool], list[Sample]] = {}
-        for sample in samples if is_regular else ():
-            is_guided = bool((sample.author == Author.TEACHER).any()) and sample.finish != "data"
-            kinds.setdefault((sample.teacher, is_guided), []).append(sample)
+        # those whose teacher was asked for more come first
+        ordered = sorted(candidates, key=lambda one: not one.marked)
+        first = {one.prompt_id: one for one in reversed(ordered)}
+        chosen = [one for name, one in first.items() if name in self._watched][: self._settings.save_tokens]
+        prompts = {one.prompt_id for one in chosen}
+        kinds: dict[tuple[str | None, bool], list[_Candidate]] = {}
+        for one in ordered:
+            kinds.setdefault(one.kind, []).append(one)
         queues = [iter(kind) for kind in kinds.values()]
         while queues and len(chosen) < self._settings.save_tokens:
             queue = queues.pop(0)
-            found = next((sample for sample in queue if sample.prompt.id not in prompts), None)
+            found = next((one for one in queue if one.prompt_id not in prompts), None)
             if found is not None:
                 chosen.append(found)
-                prompts.add(found.prompt.id)
+                prompts.add(found.prompt_id)
                 queues.append(queue)
         return chosen
 
-    def write(self, tokens: StepTokens, method: Method, step: int) -> None:
-        """Writes tokens/step_N.jsonl where samples were chosen."""
+    def write(self, tokens: StepTokens, method: Method, step: int) -> dict[str, object] | None:
+        """Writes tokens/step_N.jsonl where samples were chosen; returns the step's record in pictures.jsonl, None where no
+        token was trained. A collective call."""
         known = [(sample, columns) for sample in tokens.chosen if (columns := tokens.of(sample)) is not None]
-        if not known:
-            return
-        lines = [self._line(sample, columns, method, step) for sample, columns in known]
-        write_atomically(self._folder / f"step_{step:06d}.jsonl", "".join(lines))
-        self._last = step
-        if not self._watched:
-            self._watched = {sample.prompt.id for sample, _ in known}
+        own = [(sample.prompt.id, self._line(sample, columns, method, step)) for sample, columns in known]
+        found = self._ranks.gather((own, _sums(tokens)))
+        lines = [iter(part) for part, _ in found]
+        kept = [line for rank in tokens.order if (line := next(lines[rank], None)) is not None]
+        if kept:
+            if self._ranks.is_main:
+                write_atomically(self._folder / f"step_{step:06d}.jsonl", "".join(line for _, line in kept))
+            self._last = step
+            self._watched = self._watched or {prompt_id for prompt_id, _ in kept}
+        return _picture([sums for _, sums in found], step)
 
     def _line(self, sample: Sample, columns: Mapping[str, Tensor], method: Method, step: int) -> str:
         num = min(sample.num_response_tokens, max(1, self._sample_bytes // LEAST_TOKEN_BYTES))
@@ -185,14 +267,13 @@ def _plain(value: Tensor) -> list[Any]:
     def number(x: float) -> float | None:
         return None if math.isnan(x) else float(f"{max(x, EXCLUDED):.5g}")
 
-    if not value.is_floating_point():
-        rows = value.tolist()
-        if value.dim() == 1:
-            return [None if x < 0 else x for x in rows]
-        return [None if row[0] < 0 else row for row in rows]
+    rows = value.tolist()
     if value.dim() == 1:
-        return [number(x) for x in value.tolist()]
-    return [None if math.isnan(row[0]) else [number(x) for x in row] for row in value.tolist()]
+        return [number(x) if value.is_floating_point() else None if x < 0 else x for x in rows]
+    # a row that is shorter than others ends in -1, or NaN
+    if not value.is_floating_point():
+        return [[x for x in row if x >= 0] or None for row in rows]
+    return [[number(x) for x in row if not math.isnan(x)] or None for row in rows]
 
 
 def _missing(table: Mapping[str, object], method: Method, is_scored: bool) -> dict[str, str]:
@@ -201,26 +282,36 @@ def _missing(table: Mapping[str, object], method: Method, is_scored: bool) -> di
         why = "this method asks the teacher for no score of tokens"
         names = ["teacher_logprob", "teacher_entropy", "teacher_rank", "teacher_top"]
         return {name: why for name in names if name not in table}
-    asked = "the teacher was asked for the sampled tokens alone, which is all that this method needs"
     reasons = {
         "teacher_logprob": "the teacher gave none",
         "teacher_entropy": "the teacher gave none",
-        "teacher_rank": asked if "topk" not in method.needs else "it is not among the tokens that the teacher returned",
-        "teacher_top": asked,
+        "teacher_rank": "it is not among the tokens that the teacher gave"
+        if "teacher_top" in table
+        else "the teacher gave none",
+        "teacher_top": "the teacher gives the scores of sampled tokens alone",
     }
     return {name: why for name, why in reasons.items() if name not in table}
 
 
-def picture(tokens: StepTokens, step: int) -> dict[str, object]:
-    """Sums over all tokens of a step's samples: a histogram of log T - log S, by teacher where there are several; numbers by
-    the part of the response that a token is in, as [sums, counts]; and how many of the five most likely tokens both sides
-    share, as [sum of shares, rows]."""
+def _kind(sample: Sample) -> tuple[str | None, bool]:
+    return sample.teacher, bool((sample.author == Author.TEACHER).any()) and sample.finish != "data"
+
+
+_Sums = dict[tuple[str, str], NDArray[np.float64]]
+"""Numbers of a step that are added up over ranks."""
+
+
+def _sums(tokens: StepTokens) -> _Sums:
+    """Sums over this rank's tokens of a step: under "log_ratio" a histogram by teacher, under "parts" the sum and the count of
+    a number in each part of the response, under "" the number of samples, and the sum and the rows of "top_shared"."""
     edges = torch.tensor(LOG_RATIO_EDGES)
-    histograms: dict[str, Tensor] = {}
-    parts: dict[str, Tensor] = {}
-    shared, num_rows, num_samples = 0.0, 0, 0
+    found: _Sums = {}
+
+    def add(group: str, name: str, value: Tensor) -> None:
+        found[group, name] = found.get((group, name), 0) + value.double().numpy()
+
     for samples, columns in tokens.columns:
-        num_samples += len(samples)
+        add("", "samples", torch.tensor(len(samples)))
         sizes = torch.tensor([sample.num_response_tokens for sample in samples])
         starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         part = (torch.arange(len(starts)) - starts) * NUM_PARTS // sizes.repeat_interleave(sizes)
@@ -231,22 +322,43 @@ def picture(tokens: StepTokens, step: int) -> dict[str, object]:
             named = {sample.teacher or "" for sample in samples} - {""}
             for name in ("", *named):
                 own = torch.tensor([name in ("", sample.teacher) for sample in samples]).repeat_interleave(sizes)
-                found = torch.bincount(torch.bucketize(ratio[own & ~ratio.isnan()], edges), minlength=len(edges) + 1)
-                histograms[name] = histograms.get(name, 0) + found
+                bins = torch.bucketize(ratio[own & ~ratio.isnan()], edges)
+                add("log_ratio", name, torch.bincount(bins, minlength=len(edges) + 1))
         for name, value in shown.items():
             known = ~value.isnan()
             pair = torch.stack([torch.where(known, value, 0.0), known.float()]).double()
-            added = torch.zeros(2, NUM_PARTS, dtype=torch.float64).index_add_(1, part, pair)
-            parts[name] = parts.get(name, 0) + added
+            add("parts", name, torch.zeros(2, NUM_PARTS, dtype=torch.float64).index_add_(1, part, pair))
         if "student_top" in columns and "teacher_top" in columns:
             ours, theirs = columns["student_top"], columns["teacher_top"]
             rows = (ours[:, 0] >= 0) & (theirs[:, 0] >= 0)
             both = (ours[rows][:, :, None] == theirs[rows][:, None, :]).any(-1)
-            shared, num_rows = shared + float(both.double().mean(-1).sum()), num_rows + int(rows.sum())
-    record: dict[str, object] = {"step": step, "samples": num_samples}
-    record["log_ratio"] = {name: value.tolist() for name, value in histograms.items()}
-    record["parts"] = {name: [_plain(row) for row in value] for name, value in parts.items()}
-    return record | ({"top_shared": [shared, num_rows]} if num_rows else {})
+            add("", "top_shared", torch.stack([both.double().mean(-1).sum(), rows.double().sum()]))
+    return found
+
+
+def _picture(parts: Sequence[_Sums], step: int) -> dict[str, object] | None:
+    """The step's line in pictures.jsonl, of all ranks: a histogram of log T - log S, by teacher where there are several;
+    numbers by the part of the response that a token is in, as [sums, counts]; and how many of the five most likely tokens both
+    sides share, as [sum of shares, rows]. None where no rank has a sample."""
+    total: _Sums = {}
+    for sums in parts:
+        for name, value in sums.items():
+            total[name] = total.get(name, 0) + value
+    if ("", "samples") not in total:
+        return None
+    record: dict[str, object] = {"step": step, "samples": int(total["", "samples"])}
+    record["log_ratio"] = {
+        name: value.astype(int).tolist() for (group, name), value in total.items() if group == "log_ratio"
+    }
+    record["parts"] = {
+        name: [_plain(torch.from_numpy(row)) for row in value]
+        for (group, name), value in total.items()
+        if group == "parts"
+    }
+    shared = total.get(("", "top_shared"))
+    if shared is not None and shared[1]:
+        record["top_shared"] = [float(shared[0]), int(shared[1])]
+    return record
 
 
 def _is_flag(name: str, value: Tensor) -> bool:

@@ -106,7 +106,8 @@ class VLLMCompletions(_OverCompletions):
             raise BadReply(f"token {lacking[0]} was sent, and other tokens were scored in its place")
         # likeliest first, and NaN before everything, so that a missing number is never cut off with the rest of a row
         top = [sorted(row.items(), key=lambda item: -math.inf if math.isnan(item[1]) else -item[1]) for row in values]
-        return RawScores(ids[start:], [row[token] for token, row in zip(ids[start:], values, strict=True)], top)
+        ranks = [row[str(token)].get("rank") for token, row in zip(ids[start:], rows[start:], strict=True)]
+        return RawScores(ids[start:], [row[token] for token, row in zip(ids[start:], values, strict=True)], top, ranks)
 
 
 class VLLMTokens(VLLMCompletions):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from understudy.errors import DataError, EngineError, RecipeError, ScoreError, check_range, nearest
 from understudy.http.client import HttpClient
 from understudy.http.replies import BadReply, Refused, Reply, check_key, check_variable, read_key
+from understudy.linear.kept import NUM_LIKELIEST
 from understudy.packing import Unscored, by_prompt
 from understudy.teachers.base import ExtraIds, RunFacts, Setup, Teacher
 from understudy.teachers.grouping import chunks
@@ -228,10 +229,13 @@ class HttpTeacher(RemoteTeacher):
             max_tokens = 1 if self._format.single else self._section.batch_tokens
             return group_by_prompt(samples, indices, max_tokens=max_tokens)
 
+        limit = self._section.largest_k
+
         def ask(group: list[int]) -> list[Answer]:
             asked = [samples[index] for index in group]
+            shown = "topk" in self._format.gives and any(sample.keep_tokens for sample in asked)
             try:
-                return self._send(asked, k, num_top)
+                return self._send(asked, k, max(num_top, int(min(NUM_LIKELIEST, limit)) if shown else 0))
             except Refused as refused:
                 fallback = None if self._format_known or refused.too_long else self._format.fallback(refused)
                 if fallback is None:
@@ -252,7 +256,8 @@ class HttpTeacher(RemoteTeacher):
         return found
 
     def _send(self, asked: Sequence[Sample], k: int | None, num_top: int) -> list[Answer]:
-        """One request. `num_top`: how many of the likeliest tokens it asks for, at least `k`."""
+        """One request. `num_top`: how many of the likeliest tokens it asks for, at least `k`; more for those that people look
+        at."""
         form = self._format
 
         def read(reply: Reply) -> list[Answer]:

@@ -22,7 +22,7 @@ from understudy.lazy import Tensor, safetensors, torch
 from understudy.linear.head import LMHead
 from understudy.types import Need
 
-FORMAT = 2
+FORMAT = 3
 CONTENT_TYPE = "application/octet-stream"
 ABOUT, HEAD, SCORE = "/v1/teacher", "/v1/head", "/v1/score"
 NEEDS: frozenset[Need] = frozenset({"sampled", "topk", "full"})
@@ -43,8 +43,15 @@ FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
     "topk_ids": (_INTEGERS, 2),
     "topk_logprob": (_NUMBERS, 2),
     "hidden": (_STATES, 2),
+    "likeliest_ids": (_INTEGERS, 2),
+    "likeliest_logprob": (_NUMBERS, 2),
+    "rank": (_INTEGERS, 1),
 }
 """Fields of a reply: dtypes and number of dimensions."""
+LIKELIEST = ("likeliest_ids", "likeliest_logprob", "rank")
+"""Those for people to look at, on which no score depends."""
+IDS = ("topk_ids", "likeliest_ids", "rank")
+"""Those that are sent as int32."""
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -103,6 +110,7 @@ class _RequestFacts:
     vocab_size: Size
     tail_size: Size | None = None
     k: Size | None = None
+    likeliest: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +148,8 @@ class ScoreRequest:
     """Tokens of a softmax that keeps those which the client lacks; None: it is over the client's."""
     k: int | None = None
     """For "topk"."""
+    likeliest: bool = False
+    """Whether the reply also has the most likely tokens of every row and the rank of the scored one, for people to look at."""
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +158,7 @@ class ScoreRequest:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Requests of one kind may be answered together."""
+        """Requests of one kind may be answered together, whether or not they ask for the most likely tokens."""
         return (
             tuple(sorted(self.need)),
             self.k,
@@ -166,6 +176,7 @@ class ScoreRequest:
         facts = {"need": ",".join(sorted(self.need)), "temperature": repr(self.temperature)}
         sizes = {"vocab_size": self.vocab_size, "tail_size": self.tail_size, "k": self.k}
         facts |= {name: str(size) for name, size in sizes.items() if size is not None}
+        facts |= {"likeliest": "true"} if self.likeliest else {}
         return _write(tensors, facts)
 
     @staticmethod
@@ -207,6 +218,7 @@ class ScoreRequest:
             vocab_size=facts.vocab_size,
             tail_size=facts.tail_size,
             k=facts.k if "topk" in need else None,
+            likeliest=facts.likeliest,
         )
 
 
@@ -218,11 +230,12 @@ class ScoreReply:
     token_ids: Tensor
     """[R] int32, those that were scored."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
-    """`logprob`, `entropy` [R], `topk_ids`, `topk_logprob` [R, k], `hidden` [R, H]."""
+    """`logprob`, `entropy` [R], `topk_ids`, `topk_logprob` [R, k], `hidden` [R, H], `likeliest_ids`, `likeliest_logprob`
+    [R, at most 5], `rank` [R]."""
 
     def encode(self) -> bytes:
         """Returns the body of a reply."""
-        narrow = {name: value.int() if name == "topk_ids" else value for name, value in self.fields.items()}
+        narrow = {name: value.int() if name in IDS else value for name, value in self.fields.items()}
         return _write({"token_ids": self.token_ids, **narrow}, {"fingerprint": self.fingerprint})
 
     @staticmethod
@@ -240,7 +253,7 @@ class ScoreReply:
         return ScoreReply(fingerprint=facts["fingerprint"], token_ids=token_ids, fields=tensors)
 
 
-def reply_fields(need: Collection[str], *, num_top: int, hidden_size: int) -> Shapes:
+def reply_fields(need: Collection[str], *, num_top: int, hidden_size: int, num_likeliest: int = 0) -> Shapes:
     """Returns the fields of a reply to such a request, no more and no fewer, each with the shape of its rows."""
     shapes: dict[str, tuple[int, ...]] = {}
     if {"sampled", "topk"} & set(need):
@@ -249,12 +262,14 @@ def reply_fields(need: Collection[str], *, num_top: int, hidden_size: int) -> Sh
         shapes |= {"topk_ids": (num_top,), "topk_logprob": (num_top,)}
     if "full" in need:
         shapes["hidden"] = (hidden_size,)
+    if num_likeliest and {"sampled", "topk"} & set(need):
+        shapes |= {"likeliest_ids": (num_likeliest,), "likeliest_logprob": (num_likeliest,), "rank": ()}
     return shapes
 
 
 def row_bytes(shapes: Shapes, *, scores: torch.dtype, hidden: torch.dtype) -> int:
     """Returns the bytes of one row of a reply with these fields."""
-    types = {"topk_ids": torch.int32, "hidden": hidden}
+    types = dict.fromkeys(IDS, torch.int32) | {"hidden": hidden}
     number = torch.promote_types(scores, torch.float32)
     return torch.int32.itemsize + sum(
         math.prod(shape) * types.get(name, number).itemsize for name, shape in shapes.items()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from understudy.http.replies import BadReply
 from understudy.lazy import Tensor, torch
+from understudy.linear.kept import NUM_LIKELIEST
 from understudy.packing import lacks_score
 from understudy.types import EXCLUDED, Sample, Scores
 
@@ -35,6 +36,8 @@ class RawScores:
     """[R] numbers, None where one is missing."""
     top: Sequence[Sequence[tuple[int, Any]]] | None = None
     """[R] rows of (id, number), the likeliest in the server's order."""
+    rank: Sequence[Any] | None = None
+    """[R] the place of the scored token among all, 1 the most likely, where the server says it; it is only shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,11 @@ def check(
     logprob = _numbers(raw.logprob)
     if len(logprob) != len(wanted):
         raise BadReply(f"{len(logprob)} scores for {len(wanted)} response tokens")
+    scores = Scores(wanted, logprob.clamp(max=0).float())
+    if sample.keep_tokens and num_top:
+        scores = _with_likeliest(scores, raw, num_top, vocab_size, absent)
     if k is None:
-        return _not_finite("logprob", logprob) or Answer(Scores(wanted, logprob.clamp(max=0).float()))
+        return _not_finite("logprob", logprob) or Answer(scores)
     ids, values = _top_rows(raw, num_top)
     if lacking := _not_finite("logprob", logprob) or _not_finite("topk_logprob", values):
         return lacking
@@ -102,7 +108,24 @@ def check(
     # a stable sort moves the student's ids to the front and keeps their order
     order = foreign.to(torch.int8).argsort(dim=-1, stable=True)[:, :k]
     top = values.gather(-1, order).clamp(max=0).float()
-    return Answer(Scores(wanted, logprob.clamp(max=0).float(), ids.gather(-1, order), top))
+    return Answer(replace(scores, topk_ids=ids.gather(-1, order), topk_logprob=top))
+
+
+def _with_likeliest(scores: Scores, raw: RawScores, num_top: int, vocab_size: int, absent: Sequence[int]) -> Scores:
+    """The scores with the most likely tokens for people to look at; those that the student lacks have no name here and leave
+    -1 at the end of a row."""
+    ids, values = _top_rows(raw, num_top)
+    foreign = (ids >= vocab_size) | torch.isin(ids, torch.tensor(absent, dtype=ids.dtype))
+    order = foreign.to(torch.int8).argsort(dim=-1, stable=True)[:, :NUM_LIKELIEST]
+    rank = None
+    if raw.rank is not None:
+        rank = torch.tensor([place if type(place) is int and place > 0 else -1 for place in raw.rank])
+    return replace(
+        scores,
+        likeliest_ids=torch.where(foreign, -1, ids).gather(-1, order),
+        likeliest_logprob=torch.where(foreign, torch.nan, values).gather(-1, order).clamp(max=0).float(),
+        rank=rank,
+    )
 
 
 def _not_finite(name: str, values: Tensor) -> Answer | None:

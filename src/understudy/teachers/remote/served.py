@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from threading import Lock
 
@@ -13,6 +14,7 @@ from understudy.http.client import HttpClient, RetryPolicy
 from understudy.http.replies import BadReply, Refused, Reply, check_key, check_variable, read_key
 from understudy.lazy import torch
 from understudy.linear.head import LMHead
+from understudy.linear.kept import NUM_LIKELIEST
 from understudy.packing import LOGPROB_TOLERANCE, Unscored, by_prompt, lacks_score
 from understudy.teachers.base import ExtraIds, Setup, Teacher, gives_of
 from understudy.teachers.remote.base import RemoteSection, RemoteTeacher, named
@@ -20,6 +22,8 @@ from understudy.teachers.remote.protocol import (
     ABOUT,
     HEAD,
     HEADER_BYTES,
+    IDS,
+    LIKELIEST,
     MAX_SAMPLES,
     NEEDS,
     SCORE,
@@ -221,11 +225,10 @@ class ServedTeacher(RemoteTeacher):
                     "positions (max_position_embeddings): lower max_new_tokens or drop longer prompts"
                 )
         shapes = reply_fields(need, num_top=k or 0, hidden_size=self.about.hidden_size)
+        # as many samples a request whether or not some are kept token by token: what is read together stays so
         batches = self._batches(samples, shapes)
         try:
-            answers = self._client.each(
-                batches, lambda batch: self._ask([samples[index] for index in batch], need, k, shapes)
-            )
+            answers = self._client.each(batches, lambda batch: self._ask([samples[index] for index in batch], need, k))
         except Refused as refused:
             raise self._section.refusal(refused) from None
         found = dict(zip(chain(*batches), chain(*answers), strict=True))
@@ -234,8 +237,7 @@ class ServedTeacher(RemoteTeacher):
     def _batches(self, samples: Sequence[Sample], shapes: Shapes) -> list[list[int]]:
         """Returns indices for each request, samples of one prompt side by side. A request and its reply keep within the
         server's limits unless it is one sample alone."""
-        about = self.about
-        row = row_bytes(shapes, scores=getattr(torch, about.dtype), hidden=getattr(torch, about.hidden_dtype))
+        about, row = self.about, self._row_bytes(shapes)
         # no replica waits while another one has everything
         share = math.ceil(sum(sample.token_ids.numel() for sample in samples) / len(self._client.urls))
         max_tokens = min(self._section.batch_tokens, max(1, share))
@@ -253,8 +255,20 @@ class ServedTeacher(RemoteTeacher):
             batches[-1].append(index)
         return batches
 
-    def _ask(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None, shapes: Shapes) -> list[Scores]:
+    def _row_bytes(self, shapes: Shapes) -> int:
+        return row_bytes(
+            shapes, scores=getattr(torch, self.about.dtype), hidden=getattr(torch, self.about.hidden_dtype)
+        )
+
+    def _ask(self, samples: Sequence[Sample], need: frozenset[Need], k: int | None) -> list[Scores]:
         """One request."""
+        vocab_size, likeliest = self._setup.vocab_size, any(sample.keep_tokens for sample in samples)
+        asked = partial(reply_fields, need, num_top=k or 0, hidden_size=self.about.hidden_size)
+        shapes = asked(num_likeliest=min(NUM_LIKELIEST, vocab_size) if likeliest else 0)
+        num_rows = sum(sample.num_response_tokens for sample in samples)
+        if likeliest and self._row_bytes(shapes) * num_rows > self.about.reply_bytes:
+            # numbers to look at must not make a reply too large
+            likeliest, shapes = False, asked()
         tries = min(NOT_FINITE_TRIES, self._section.max_retries)
 
         def read(reply: Reply) -> list[Scores]:
@@ -264,7 +278,7 @@ class ServedTeacher(RemoteTeacher):
             except ProtocolError as error:
                 raise BadReply(f"a reply that cannot be read: {error}") from error
             self._check_same(answer.fingerprint, reply.url)
-            scores = _read_scores(answer, samples, shapes, self._setup.vocab_size)
+            scores = _read_scores(answer, samples, shapes, vocab_size)
             lacking = next((score for score in scores if isinstance(score, Unscored)), None)
             if lacking is not None and tries:
                 tries -= 1
@@ -277,10 +291,11 @@ class ServedTeacher(RemoteTeacher):
             prompt_lengths=torch.tensor([sample.prompt_length for sample in samples], dtype=torch.int32),
             need=need,
             temperature=self._setup.temperature,
-            vocab_size=self._setup.vocab_size,
+            vocab_size=vocab_size,
             absent=torch.tensor(self._setup.absent, dtype=torch.int32),
             tail_size=self._setup.tail_size if self._section.extra_ids == "tail" else None,
             k=k,
+            likeliest=likeliest,
         )
         return self._client.request(SCORE, read, key=named(samples), content=request.encode())
 
@@ -320,18 +335,21 @@ def _read_scores(reply: ScoreReply, samples: Sequence[Sample], shapes: Shapes, v
         for name in ("logprob", "topk_logprob"):
             if name in found and bool((found[name] > LOGPROB_TOLERANCE).any()):
                 raise BadReply(f"sample {sample.key}: {name} is above 0, so no log-probability")
-        if "topk_ids" in found:
-            found["topk_ids"] = found["topk_ids"].long()
-            ranked = found["topk_ids"].sort(-1).values
+        found |= {name: found[name].long() for name in IDS if name in found}
+        for name in ("topk_ids", "likeliest_ids"):
+            ranked = found[name].sort(-1).values if name in found else torch.zeros(0, 1)
             if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
-                raise BadReply(f"sample {sample.key}: topk_ids names a token twice")
+                raise BadReply(f"sample {sample.key}: {name} names a token twice")
             if ranked.numel() and not 0 <= int(ranked.min()) <= int(ranked.max()) < vocab_size:
-                raise BadReply(f"sample {sample.key}: topk_ids names a token that does not exist")
-        broken = sorted(name for name, value in found.items() if bool(lacks_score(name, value).any()))
+                raise BadReply(f"sample {sample.key}: {name} names a token that does not exist")
+        scored_by = {name: value for name, value in found.items() if name not in LIKELIEST}
+        broken = sorted(name for name, value in scored_by.items() if bool(lacks_score(name, value).any()))
         if not broken:
             scores.append(Scores(sample.response_ids, **found))
             continue
-        empty = {name: torch.full_like(value, -1 if name == "topk_ids" else torch.nan) for name, value in found.items()}
+        empty = {
+            name: torch.full_like(value, -1 if name == "topk_ids" else torch.nan) for name, value in scored_by.items()
+        }
         reason = (
             f"sample {sample.key}: {broken[0]} is NaN or infinite; serve the teacher with another --dtype (bfloat16 or "
             "float32 for float16)"

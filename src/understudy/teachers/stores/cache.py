@@ -40,7 +40,9 @@ CHUNK_TOKENS = 262_144
 """Tokens scored between two writes: the most that a kill costs, and 16 requests of 16,384 tokens in flight."""
 WAIT_S = 60.0
 """Time that another process has to finish its write."""
-NARROW = ("token_ids", "topk_ids")
+STORED = ("logprob", "entropy", "topk_ids", "topk_logprob", "likeliest_ids", "likeliest_logprob", "rank")
+"""Fields of `Scores` that are kept; the last three where they came with the others."""
+NARROW = ("token_ids", "topk_ids", "likeliest_ids", "rank")
 """Stored as int32."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS scores (
@@ -161,7 +163,11 @@ class CachedTeacher(Teacher):
             key = repr((fingerprint, sample.teacher, sample.prompt_length, asked)).encode()
             key += sample.token_ids.long().contiguous().numpy().tobytes()
             keys.append(blake2b(key, digest_size=16).digest())
-        by_key = dict(zip(keys, samples, strict=True))
+        by_key: dict[bytes, Sample] = {}
+        for key, sample in zip(keys, samples, strict=True):
+            # of equal samples the one that is kept token by token
+            if key not in by_key or sample.keep_tokens:
+                by_key[key] = sample
         found: dict[bytes, Scores] = {}
 
         def lacking() -> dict[bytes, Sample]:
@@ -199,7 +205,7 @@ class CachedTeacher(Teacher):
         for (key, sample), score in zip(chunk, scores, strict=True):
             if not sample.num_response_tokens or isinstance(score, Unscored):
                 continue
-            tensors = {name: getattr(score, name) for name in ("logprob", "entropy", "topk_ids", "topk_logprob")}
+            tensors = {name: getattr(score, name) for name in STORED}
             tensors["token_ids"] = sample.token_ids
             packed = {
                 name: (value.int() if name in NARROW else value).cpu().contiguous()

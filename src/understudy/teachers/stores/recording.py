@@ -23,6 +23,7 @@ from understudy.config import load_json
 from understudy.errors import RecipeError, ScoreError
 from understudy.files import write_atomically, write_json
 from understudy.lazy import Tensor, safetensors, torch
+from understudy.linear.kept import NUM_LIKELIEST
 from understudy.models import DType, check_model_dir
 from understudy.teachers.base import RunFacts, Setup, Teacher, TeacherSection, check_need, hash_facts
 from understudy.teachers.local import Local
@@ -391,6 +392,10 @@ class StoredTeacher(Teacher):
                 )
             values = {name: value for name in names if (value := self._tensor(sample.key, name)) is not None}
             values |= {name: value[:, :k] for name, value in values.items() if name.startswith("topk")}
+            if sample.keep_tokens and names and (top := self._tensor(sample.key, "topk_ids")) is not None:
+                logprob = self._tensor(sample.key, "topk_logprob")
+                assert logprob is not None
+                values |= {"likeliest_ids": top[:, :NUM_LIKELIEST], "likeliest_logprob": logprob[:, :NUM_LIKELIEST]}
             found.append(Scores(sample.response_ids, **values))
         return found
 
