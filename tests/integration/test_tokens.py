@@ -18,10 +18,11 @@ from tests.report_run import write_lines, write_run
 from tests.runs import assert_same_run, distillation, train, train_all, train_in_two, write_recipe
 from understudy.cli.app import app
 from understudy.errors import DataError
+from understudy.linear import plan
 from understudy.report.page import write_report
 from understudy.report.pictures import LOG_RATIO_EDGES, pictures
 from understudy.report.read import read_run
-from understudy.report.tokens import find_tokens, viewer
+from understudy.report.tokens import OUTLIER_NATS, describe, find_tokens, viewer
 from understudy.teachers import LocalTeacher
 from understudy.trainer import tokens as kept_tokens
 from understudy.types import Sample, Scores
@@ -147,26 +148,27 @@ def test_rows_of_three_are_what_a_teacher_of_three_tokens_shows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [{}, {"rollout": {"type": "hf", "copy": True}, "async": {"max_staleness": 0}}])
-def test_two_ranks_keep_what_one_process_keeps(tmp_path: Path, overlap: dict[str, Any]) -> None:
+def test_two_ranks_keep_what_one_process_keeps(tmp_path: Path) -> None:
     """The same samples in the same order, and sums over the tokens of both ranks."""
-    changes = distillation(tmp_path / "m", task=TASK, method={"type": "opd"}, train=STEPS) | overlap
-    write_recipe(tmp_path / "two", **changes)
-    one = train(tmp_path / "one", **changes)
-    run_ranks(train_all, tmp_path / "two", folder=tmp_path)
-    two = tmp_path / "two" / "run"
-    ours, theirs = rows(one), rows(two)
-    assert [(row["step"], row["prompt_id"], row["index"]) for row in ours] == [
-        (row["step"], row["prompt_id"], row["index"]) for row in theirs
-    ]
-    for row, like in zip(ours, theirs, strict=True):
-        assert row["tokens"]["id"] == like["tokens"]["id"]
-        assert row["tokens"]["student_logprob"] == pytest.approx(like["tokens"]["student_logprob"], abs=2e-2)
-        assert [top is None for top in like["tokens"]["teacher_top"]] == [False] * row["num_tokens"]
-    for row, like in zip(*(read_pictures(run_dir) for run_dir in (one, two)), strict=True):
-        assert row["samples"] == like["samples"] == 8
-        assert sum(row["log_ratio"][""]) == sum(like["log_ratio"][""])
-        assert row["parts"]["log_ratio"][1] == like["parts"]["log_ratio"][1]
+    changes = distillation(tmp_path / "m", task=TASK, method={"type": "opd"}, train=STEPS)
+    ways = {"plain": {}, "ahead": {"rollout": {"type": "hf", "copy": True}, "async": {"max_staleness": 0}}}
+    for name, more in ways.items():
+        write_recipe(tmp_path / "two" / name, **changes | more)
+    run_ranks(train_all, *(tmp_path / "two" / name for name in ways), folder=tmp_path)
+    for name, more in ways.items():
+        one, two = train(tmp_path / "one" / name, **changes | more), tmp_path / "two" / name / "run"
+        ours, theirs = rows(one), rows(two)
+        assert [(row["step"], row["prompt_id"], row["index"]) for row in ours] == [
+            (row["step"], row["prompt_id"], row["index"]) for row in theirs
+        ]
+        for row, like in zip(ours, theirs, strict=True):
+            assert row["tokens"]["id"] == like["tokens"]["id"]
+            assert row["tokens"]["student_logprob"] == pytest.approx(like["tokens"]["student_logprob"], abs=2e-2)
+            assert None not in like["tokens"]["teacher_top"]
+        for row, like in zip(read_pictures(one), read_pictures(two), strict=True):
+            assert row["samples"] == like["samples"] == 8
+            assert sum(row["log_ratio"][""]) == sum(like["log_ratio"][""])
+            assert row["parts"]["log_ratio"][1] == like["parts"]["log_ratio"][1]
 
 
 def read_pictures(run_dir: Path) -> list[dict[str, Any]]:
@@ -259,6 +261,15 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         find_tokens(tmp_path)
 
 
+def test_what_is_an_outlier_is_as_in_the_metrics() -> None:
+    """By size where the method has no trust region of its own."""
+    assert OUTLIER_NATS == plan.OUTLIER_NATS
+    row = token_row(teacher_logprob=[-1.0, -5.9, -6.1, 0.0])
+    assert ["an outlier" in describe(row, at) for at in range(4)] == [False, False, True, False]
+    row["tokens"]["trusted"] = [0.0, 1.0, 1.0, None]
+    assert ["an outlier" in describe(row, at) for at in range(4)] == [True, False, False, False]
+
+
 def test_inspect_prints_the_largest_differences(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", num_steps=10)
 
@@ -318,6 +329,8 @@ def test_pictures_of_a_run(tmp_path: Path) -> None:
             "parts": {
                 "log_ratio_size": [[float(step)] * 10, [2.0] * 10],
                 "trusted": [[1.0] * 5 + [None] * 5, [4.0] * 5 + [0.0] * 5],
+                "outliers": [[1.0] * 10, [4.0] * 10],
+                "teacher/maths/log_ratio_size": [[3.0] * 10, [2.0] * 10],
             },
             "top_shared": [step / 2, 10],
         }
@@ -325,8 +338,15 @@ def test_pictures_of_a_run(tmp_path: Path) -> None:
     ]
     write_lines(run_dir / "pictures.jsonl", made)
     found = pictures(read_run(run_dir).pictures)
-    assert [chart.title for chart in found.charts] == ["Where they differ", "Trusted tokens", "Overlap"]
-    differ, trusted, shared = found.charts
+    assert [chart.title for chart in found.charts] == [
+        "Where they differ",
+        "Outliers",
+        "Trusted tokens",
+        "Where they differ, teacher maths",
+        "Overlap",
+    ]
+    differ, _, trusted, of_maths, shared = found.charts
+    assert [line.series.values[0] for line in of_maths.lines] == [1.5, 1.5]
     # steps 1 to 4 and 8 to 10
     assert [line.series.values[0] for line in differ.lines] == pytest.approx([10 / 8, 27 / 6])
     assert [line.series.steps.tolist() for line in trusted.lines] == [[1, 2, 3, 4, 5]] * 2

@@ -34,6 +34,7 @@ SOMETIMES: Sequence[tuple[str, str, Mapping[str, str]]] = (
     ("Age", "updates between sampling and learning", {"staleness": "age"}),
     ("Turns", "per episode", {"turns": "turns"}),
     ("Tool calls", "per episode", {"tool_calls": "calls", "tool_errors": "errors"}),
+    ("Outliers", "share of the student's tokens: |log T \u2212 log S| above 5 nats", {"outliers": "outliers"}),
     ("Trusted tokens", "share of the student's tokens", {"trusted": "trusted"}),
     ("Excluded tokens", "sampled tokens that the teacher excludes", {"teacher_excluded": "excluded"}),
 )
@@ -41,6 +42,13 @@ SOMETIMES: Sequence[tuple[str, str, Mapping[str, str]]] = (
 BY_TEACHER: Sequence[tuple[str, str, str]] = (
     ("Log-ratio by teacher", "log T \u2212 log S, nats per token", "log_ratio"),
     ("Entropy by teacher", "of the student, nats per token", "student_entropy"),
+    ("Teachers' entropy", "nats per token", "teacher_entropy"),
+    ("Overlap by teacher", "probability that student and teacher have in common", "overlap"),
+    ("Outliers by teacher", "share of the student's tokens", "outliers"),
+    ("Trusted tokens by teacher", "share of the student's tokens", "trusted"),
+    ("Response length by teacher", "tokens", "response_tokens"),
+    ("Truncated responses by teacher", "share of responses", "truncated"),
+    ("Repetition by teacher", "share of responses that end in a loop", "repetition"),
 )
 """Title, unit and key of charts with a line for each of several teachers."""
 _PHASE_ORDER = ("generate_s", "score_s", "update_s")
@@ -96,7 +104,7 @@ def charts(run: RunRecord) -> Charts:
         }
         if len(own) > 1:
             lines = [Line(name, item) for name, item in sorted(own.items())[:MAX_LINES]]
-            sometimes.append(Chart(title, unit, lines, marks=marks))
+            sometimes.append(Chart(title, unit, lines, is_rate(key), marks=marks))
     ends = _ends_chart(run.evals)
     usual += [(chart.title.lower(), chart) for chart in (*sometimes, *([ends] if ends else ()))]
     shown = {"time_s", *_phases(recorded), *(key for _, _, names in (*USUAL, *SOMETIMES) for key in names)}

@@ -23,6 +23,7 @@ SHADES = (0.02, 0.06, 0.15, 0.3)
 """Shares of a column's tokens from which a cell is darker."""
 MAX_HEATS = 4
 _FLAG_TITLES = {
+    "outliers": "Outliers",
     "trusted": "Trusted tokens",
     "kept": "Kept tokens",
     "gated": "Gated tokens",
@@ -92,14 +93,15 @@ def pictures(rows: Sequence[Mapping[str, Any]]) -> Pictures:
     """All pictures that the rows of `pictures.jsonl` give."""
     names = list(dict.fromkeys(name for row in rows for name in row.get("log_ratio") or {}))
     heats = [heat for name in names[:MAX_HEATS] if (heat := _heat(rows, name)) is not None]
-    charts = [
-        _by_part(rows, "log_ratio_size", "Where they differ", "mean |log T \u2212 log S|, nats", percent=False),
-        *(
-            _by_part(rows, name, title, f"share of tokens: {FLAGS[name][1]}", percent=True)
-            for name, title in _FLAG_TITLES.items()
-        ),
-        _shared(rows),
-    ]
+    charts = []
+    for teacher in names[:MAX_HEATS]:
+        before, behind = (f"teacher/{teacher}/", f", teacher {teacher}") if teacher else ("", "")
+        size = "mean |log T \u2212 log S|, nats"
+        charts.append(_by_part(rows, f"{before}log_ratio_size", f"Where they differ{behind}", size, percent=False))
+        for name, title in _FLAG_TITLES.items():
+            unit = f"share of tokens: {FLAGS[name][1]}"
+            charts.append(_by_part(rows, before + name, title + behind, unit, percent=True))
+    charts.append(_shared(rows))
     return Pictures(heats, [chart for chart in charts if chart is not None])
 
 

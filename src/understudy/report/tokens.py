@@ -25,7 +25,13 @@ MAX_PROMPT_CHARS = 4_000
 MILLI = ("logprob", "entropy")
 """Endings of the numbers that a page has in thousandths of a nat."""
 EXCLUDED = -9999.0
+OUTLIER_NATS = 5.0
+"""|log T - log S| of a token above which it is an outlier, as in the metric `outliers`."""
 FLAGS: Mapping[str, tuple[str, str]] = {
+    "outliers": (
+        "log T \u2212 log S is within \u00b15 nats",
+        "an outlier, log T \u2212 log S beyond \u00b15 nats",
+    ),
     "trusted": ("an outlier: outside the trust region", "inside the trust region"),
     "kept": ("not among the tokens that the method keeps in this step", "among the tokens that the method keeps"),
     "floored": ("its log-ratio is above the floor", "its log-ratio is below the floor, which takes its place"),
@@ -117,6 +123,7 @@ def viewer(places: Sequence[Place]) -> Viewer | None:
         "measures": measures,
         "flags": FLAGS,
         "excluded": EXCLUDED,
+        "outlier_nats": OUTLIER_NATS,
     }
     left = len(places) - len(rows)
     note = f"{len(rows):,} of {len(places):,} kept samples are on this page; the others are in tokens/." if left else ""
@@ -205,6 +212,9 @@ def describe(row: Mapping[str, Any], at: int) -> str:
     """Says in a line how the method took a token, and why."""
     table = row["tokens"]
     said = [FLAGS[name][int(values[at])] for name, values in table.items() if name in FLAGS and values[at] is not None]
+    ratio = log_ratio(table)[at]
+    if "trusted" not in table and ratio is not None and abs(ratio) > OUTLIER_NATS:
+        said.append(FLAGS["outliers"][1])
     for name, values in table.items():
         if name.startswith("loss/"):
             term = name.removeprefix("loss/")

@@ -37,7 +37,7 @@
   };
 
   // One sample with its numbers in nats; a number that is not known is null.
-  const read = (data, heading) => {
+  const read = (data, heading, nats) => {
     const { columns, texts, ids, missing, prompt } = data, size = columns.id.length;
     const get = (name, at) => {
       const value = columns[name] ? columns[name][at] : null;
@@ -48,6 +48,8 @@
       return teacher === null || student === null || teacher <= -9999 ? null : teacher - student;
     };
     const measure = (name, at) => (name === "log_ratio" ? ratio(at) : get(name, at));
+    // of the method's trust region, or where it has none by size
+    const isOutlier = (at) => (columns.trusted ? get("trusted", at) === 0 : Math.abs(ratio(at)) > nats);
     const terms = Object.keys(columns).filter((name) => name.startsWith("loss/"));
     const isMasked = (at) => columns.kind[at] === "environment"
       || (terms.length > 0 && terms.every((name) => columns[name][at] === null));
@@ -61,7 +63,7 @@
       }
       return largest[name];
     };
-    return { heading, columns, texts, ids, missing, prompt, size, get, measure, terms, isMasked, text, sizes };
+    return { heading, columns, texts, ids, missing, prompt, size, get, measure, terms, isMasked, isOutlier, text, sizes };
   };
 
   // Colours of a measure: a class for a value, and what the legend says of the classes.
@@ -90,7 +92,7 @@
     let charWidth = 8;
 
     const load = async (at) => {
-      if (!cache.has(at)) cache.set(at, read(await unpack(packed[at].dataset.packed), index.samples[at]));
+      if (!cache.has(at)) cache.set(at, read(await unpack(packed[at].dataset.packed), index.samples[at], index.outlier_nats));
       return cache.get(at);
     };
     const scale = () => scaleOf(colour.value, index.flags);
@@ -140,7 +142,7 @@
         const { sample } = pane, kind = sample.columns.kind[at], value = sample.measure(colour.value, at);
         const classes = ["t", `k-${kind}`];
         if (value !== null) classes.push(colours.of(value, most));
-        if (sample.get("trusted", at) === 0) classes.push("m-outlier");
+        if (sample.isOutlier(at)) classes.push("m-outlier");
         if (sample.isMasked(at)) classes.push("m-masked");
         if (pane.hits.some(([from, to]) => from <= at && at <= to)) classes.push("m-hit");
         const token = make("span", classes.join(" "), shown(sample.text(at)));
@@ -203,9 +205,11 @@
         pane.hits = [];
         if (pane.sample && wanted) {
           if (!pane.sample.offsets) {
+            // a letter may have another length in lower case
+            const texts = Array.from({ length: pane.sample.size }, (_, at) => pane.sample.text(at).toLowerCase());
             let length = 0;
-            pane.sample.offsets = Array.from({ length: pane.sample.size }, (_, at) => { const from = length; length += pane.sample.text(at).length; return from; });
-            pane.sample.whole = Array.from({ length: pane.sample.size }, (_, at) => pane.sample.text(at)).join("").toLowerCase();
+            pane.sample.offsets = texts.map((text) => { const from = length; length += text.length; return from; });
+            pane.sample.whole = texts.join("");
           }
           const { offsets, whole } = pane.sample;
           const tokenAt = (char) => { let low = 0, high = offsets.length; while (high - low > 1) { const middle = (low + high) >> 1; if (offsets[middle] <= char) low = middle; else high = middle; } return low; };
@@ -359,6 +363,7 @@
         const times = Math.exp(Math.abs(ratio));
         say(`log T \u2212 log S ${signed(ratio)}: ${times < 1.005 ? "both find it equally likely" : `the teacher finds it ${times < 1000 ? plain(times) : times.toExponential(1)} times ${ratio > 0 ? "more" : "less"} likely`}`);
       }
+      if (!columns.trusted && sample.isOutlier(at)) say(index.flags.outliers[1]);
       if (kind === "environment") say("not trained and not scored: the student did not write it");
       else {
         Object.keys(columns).forEach((name) => {

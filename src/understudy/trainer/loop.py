@@ -149,7 +149,7 @@ class Trainer:
         with clock("update_s"):
             tokens = None if self.tokens is None else self.tokens.begin(collected.samples, step + 1)
             numbers = self._update(collected.samples, method, own_step, tokens)
-        metrics = self.ranks.sum_metrics(collected_metrics(collected, updates))
+        metrics = self.ranks.sum_metrics(collected_metrics(collected, updates, by_teacher=self.several_teachers))
         numbers |= _means(metrics) | self.ranks.sum_counts(collected.counts) | {"peak_memory_gib": peak_memory_gib()}
         if len(self.method.members) > 1:
             numbers["phase"] = float(next(n for n, part in enumerate(self.method.members) if part is method))

@@ -64,21 +64,28 @@ class Clock:
         }
 
 
-def collected_metrics(collected: Collected, updates: int) -> dict[str, Metric]:
+def collected_metrics(collected: Collected, updates: int, *, by_teacher: bool = False) -> dict[str, Metric]:
     """Returns the metrics of a step's samples on this rank; `updates`: those in the weights that learn from them.
 
     Lengths are of all samples, `truncated` of those that the student wrote, `staleness` of the tokens trained on.
+    `by_teacher`: how responses end also for each teacher, under "teacher/NAME/".
     """
     written = collected.written
     own = [sample for sample in written if sample.finish != "data"]
     staleness = staleness_of(collected.samples, updates)
     metrics = {
-        "response_tokens": Metric(sum(sample.num_written_tokens for sample in written), len(written)),
         "on_policy": Metric(len(own), len(written)),
-        "truncated": Metric(sum(sample.truncated for sample in own), len(own)),
         "staleness": Metric(float(staleness.sum()), staleness.numel()),
-        "repetition": Metric(sum(ends_in_loop(own)), len(own)),
     }
+    for teacher in (None, *(sorted({sample.teacher or "" for sample in written}) if by_teacher else ())):
+        some = [sample for sample in written if teacher in (None, sample.teacher)]
+        ended = [sample for sample in some if sample.finish != "data"]
+        ending = {
+            "response_tokens": Metric(sum(sample.num_written_tokens for sample in some), len(some)),
+            "truncated": Metric(sum(sample.truncated for sample in ended), len(ended)),
+            "repetition": Metric(sum(ends_in_loop(ended)), len(ended)),
+        }
+        metrics |= ending if teacher is None else {f"teacher/{teacher}/{name}": one for name, one in ending.items()}
     given = [int((sample.author == Author.TEACHER).sum()) for sample in own]
     if any(given):
         metrics["prefix_tokens"] = Metric(sum(given), sum(count > 0 for count in given))

@@ -32,9 +32,28 @@ NUM_PARTS = 10
 LEAST_TOKEN_BYTES = 60
 """A token takes more than this in a file, so no more tokens are looked at than may fit."""
 _KINDS = {Author.STUDENT: "sampled", Author.TEACHER: "prefix", Author.ENVIRONMENT: "environment"}
-_FOLLOWS = ("log_ratio", "log_ratio_positive", "teacher_excluded", "sampler_gap")
+_FOLLOWS = (
+    "log_ratio",
+    "log_ratio_positive",
+    "log_ratio_size",
+    "outlier_size",
+    "outliers",
+    "overlap",
+    "sampler_gap",
+    "teacher_excluded",
+)
 """Numbers that follow from the log-probabilities beside them."""
-_PLAIN = ("student_logprob", "teacher_logprob", "reference_logprob", "student_entropy", "teacher_entropy", "log_ratio")
+_PLAIN = (
+    "student_logprob",
+    "teacher_logprob",
+    "reference_logprob",
+    "student_entropy",
+    "teacher_entropy",
+    "log_ratio",
+    "log_ratio_size",
+    "outlier_size",
+    "overlap",
+)
 
 
 @dataclass(eq=False)
@@ -315,19 +334,19 @@ def _sums(tokens: StepTokens) -> _Sums:
         sizes = torch.tensor([sample.num_response_tokens for sample in samples])
         starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         part = (torch.arange(len(starts)) - starts) * NUM_PARTS // sizes.repeat_interleave(sizes)
-        shown = {name: value for name, value in columns.items() if name == "log_ratio" or _is_flag(name, value)}
-        if "log_ratio" in columns:
-            ratio = columns["log_ratio"]
-            shown["log_ratio_size"] = ratio.abs()
-            named = {sample.teacher or "" for sample in samples} - {""}
-            for name in ("", *named):
-                own = torch.tensor([name in ("", sample.teacher) for sample in samples]).repeat_interleave(sizes)
+        shown = {name: value for name, value in columns.items() if name in ("log_ratio", "log_ratio_size")}
+        shown |= {name: value for name, value in columns.items() if _is_flag(name, value)}
+        for teacher in ("", *sorted({sample.teacher or "" for sample in samples} - {""})):
+            own = torch.tensor([teacher in ("", sample.teacher) for sample in samples]).repeat_interleave(sizes)
+            if "log_ratio" in columns:
+                ratio = columns["log_ratio"]
                 bins = torch.bucketize(ratio[own & ~ratio.isnan()], edges)
-                add("log_ratio", name, torch.bincount(bins, minlength=len(edges) + 1))
-        for name, value in shown.items():
-            known = ~value.isnan()
-            pair = torch.stack([torch.where(known, value, 0.0), known.float()]).double()
-            add("parts", name, torch.zeros(2, NUM_PARTS, dtype=torch.float64).index_add_(1, part, pair))
+                add("log_ratio", teacher, torch.bincount(bins, minlength=len(edges) + 1))
+            for name, value in shown.items():
+                known = own & ~value.isnan()
+                pair = torch.stack([torch.where(known, value, 0.0), known.float()]).double()
+                sums = torch.zeros(2, NUM_PARTS, dtype=torch.float64).index_add_(1, part, pair)
+                add("parts", f"teacher/{teacher}/{name}" if teacher else name, sums)
         if "student_top" in columns and "teacher_top" in columns:
             ours, theirs = columns["student_top"], columns["teacher_top"]
             rows = (ours[:, 0] >= 0) & (theirs[:, 0] >= 0)
@@ -337,9 +356,9 @@ def _sums(tokens: StepTokens) -> _Sums:
 
 
 def _picture(parts: Sequence[_Sums], step: int) -> dict[str, object] | None:
-    """The step's line in pictures.jsonl, of all ranks: a histogram of log T - log S, by teacher where there are several;
-    numbers by the part of the response that a token is in, as [sums, counts]; and how many of the five most likely tokens both
-    sides share, as [sum of shares, rows]. None where no rank has a sample."""
+    """The step's line in pictures.jsonl, of all ranks: a histogram of log T - log S and, by the part of the response that a
+    token is in, numbers as [sums, counts], both for each of several teachers too; and how many of the five most likely tokens
+    both sides share, as [sum of shares, rows]. None where no rank has a sample."""
     total: _Sums = {}
     for sums in parts:
         for name, value in sums.items():
