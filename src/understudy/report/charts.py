@@ -98,16 +98,16 @@ def charts(run: RunRecord) -> Charts:
         for title, unit, names in SOMETIMES
         if (lines := [Line(name, recorded[key]) for key, name in names.items() if key in recorded])
     ]
+    shown = {"time_s", *_phases(recorded), *(key for _, _, names in (*USUAL, *SOMETIMES) for key in names)}
     for title, unit, key in BY_TEACHER:
-        own = {
-            name.split("/")[1]: item for name, item in recorded.items() if re.fullmatch(rf"teacher/[^/]+/{key}", name)
-        }
+        own = [name for name in recorded if re.fullmatch(rf"teacher/[^/]+/{key}", name)]
         if len(own) > 1:
-            lines = [Line(name, item) for name, item in sorted(own.items())[:MAX_LINES]]
+            chosen = sorted(own)[:MAX_LINES]
+            shown.update(chosen)
+            lines = [Line(name.split("/")[1], recorded[name]) for name in chosen]
             sometimes.append(Chart(title, unit, lines, is_rate(key), marks=marks))
     ends = _ends_chart(run.evals)
     usual += [(chart.title.lower(), chart) for chart in (*sometimes, *([ends] if ends else ()))]
-    shown = {"time_s", *_phases(recorded), *(key for _, _, names in (*USUAL, *SOMETIMES) for key in names)}
     rest = sorted(recorded.keys() - shown)
     more = [Chart(name, "", [Line(name, recorded[name])], is_rate(name), "", marks, spans(name)) for name in rest]
     found = [chart for _, chart in usual if chart]
