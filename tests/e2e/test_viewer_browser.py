@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.test_report_browser import BROWSER, FRAME, hostile, open_page, visits  # noqa: F401 a fixture
-from tests.integration.test_tokens import token_row, write_tokens
+from tests.integration.test_tokens import long_run, token_row, write_tokens
 from tests.report_run import write_run
 
 from understudy.report.page import write_report
@@ -126,6 +126,14 @@ def test_tokens_are_read_by_keyboard_and_pointer(tmp_path: Path, width: int, dar
     assert 10 < int(root["rows"]) < 80
     assert (root["cut"], root["overflow"]) == ("0", "0")
     assert root["paper"] == ("rgb(21, 22, 26)" if dark else "rgb(251, 250, 247)")
+
+
+def test_a_long_run_opens_with_all_of_its_samples(tmp_path: Path) -> None:
+    page = open_page(write_report(long_run(tmp_path / "run")), tmp_path / "profile")
+    assert page.console == ()
+    assert not {"data-blocked", "data-script-error"} & page.root.keys()
+    assert 'data-samples="500"' in page.dom
+    assert page.dom.count('class="token-title"') == 2
 
 
 def test_hostile_tokens_stay_text(tmp_path: Path, visits: tuple[str, list[str]]) -> None:  # noqa: F811 the fixture

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 from zlib import decompress
@@ -231,9 +233,9 @@ def test_steps_share_the_room_of_a_page(tmp_path: Path, monkeypatch: pytest.Monk
     assert part.note == "3 of 18 kept samples are on this page; the others are in tokens/."
 
 
-def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
-    """10,000 steps and 500 samples stay under 5 MB."""
-    run_dir = write_run(tmp_path / "run", num_steps=10_000)
+def long_run(folder: Path) -> Path:
+    """A run of 10,000 steps, of which 500 samples were kept."""
+    run_dir = write_run(folder, num_steps=10_000)
     num = 80
     table = {
         f"{whose}_{name}": value
@@ -247,7 +249,16 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     }
     made = [token_row(step, f"p{at}", num, **table) for step in range(80, 10_001, 80) for at in range(4)]
     write_tokens(run_dir, made)
-    assert write_report(run_dir).stat().st_size < 5_000_000
+    return run_dir
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
+    """Under 5 MB, and with all that its menus need."""
+    page = write_report(long_run(tmp_path / "run"))
+    assert page.stat().st_size < 5_000_000
+    index = re.search(r'data-index="([^"]*)"', page.read_text())
+    assert index is not None
+    assert len(json.loads(unescape(index[1]))["samples"]) == 500
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from understudy.errors import DataError
 from understudy.files import by_step
 from understudy.format import number
 from understudy.report.read import read_object
-from understudy.text import encodable, visible, without_secrets
+from understudy.text import encodable, printable, visible, without_secrets
 
 MAX_PACKED_BYTES = 3_000_000
 """The most that a page takes for its samples; the rest of the files stays where it is."""
 MAX_PROMPT_CHARS = 4_000
+MAX_NAME_CHARS = 200
 MILLI = ("logprob", "entropy")
 """Endings of the numbers that a page has in thousandths of a nat."""
 EXCLUDED = -9999.0
@@ -92,8 +93,9 @@ def find_tokens(run_dir: Path, run: str = "") -> list[Place]:
 class Viewer:
     """The viewer's part of a page."""
 
-    index: str
-    """JSON: what the menus list, the names of the numbers, and words for a method's flags."""
+    index: Markup
+    """JSON, escaped for an attribute and whole however long: what the menus list, the names of the numbers, and words for a
+    method's flags."""
     packed: Sequence[Markup]
     """One sample each: JSON, deflated, in base64."""
     note: str
@@ -127,7 +129,7 @@ def viewer(places: Sequence[Place]) -> Viewer | None:
     }
     left = len(places) - len(rows)
     note = f"{len(rows):,} of {len(places):,} kept samples are on this page; the others are in tokens/." if left else ""
-    return Viewer(json.dumps(index), [packed for _, _, packed in rows], note)
+    return Viewer(escape(printable(json.dumps(index))), [packed for _, _, packed in rows], note)
 
 
 def _by_worth(places: Sequence[Place]) -> Iterator[Place]:
@@ -159,7 +161,7 @@ def _heading(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _safe(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) else value
+    return visible(value)[:MAX_NAME_CHARS] if isinstance(value, str) else value
 
 
 def _piece(text: str) -> str:
