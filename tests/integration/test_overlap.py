@@ -107,6 +107,16 @@ def test_samples_are_as_old_as_allowed_and_no_older(tmp_path: Path, staleness: i
     assert sum(count for _, count in slow[0].seen) == 48, "no prompt was written twice, none beyond the last step"
 
 
+def test_tokens_are_kept_with_what_the_teacher_finds_most_likely(tmp_path: Path, slow: list[Slow]) -> None:
+    """Of the first prompts of a step, whose samples are scored ahead of it and one by one."""
+    settings = {"steps": 6, "save_samples_every": 3, "samples_per_prompt": 2}
+    run_dir = train(tmp_path, **ahead(tmp_path / "m", 2, method={"type": "opd"}, train=settings))
+    files = sorted((run_dir / "tokens").iterdir())
+    kept = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert [row["step"] for row in kept] == [1] * 4 + [3] * 4 + [6] * 4
+    assert all(None not in row["tokens"]["teacher_top"] for row in kept)
+
+
 def test_the_gap_between_engine_and_trainer_is_measured(tmp_path: Path) -> None:
     fresh = metric_rows(train(tmp_path / "0", **ahead(tmp_path / "m", 0)))
     old = metric_rows(train(tmp_path / "2", **ahead(tmp_path / "m", 2)))
