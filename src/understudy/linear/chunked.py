@@ -49,6 +49,7 @@ def evaluate(
     counts: Mapping[str, float] | None = None,
     chunk_tokens: int | None = None,
     keep: Kept | None = None,
+    fused: bool | None = None,
 ) -> Evaluation:
     """The method's loss on a batch, ready for `backward`, and its metrics.
 
@@ -56,8 +57,8 @@ def evaluate(
     they require one. `teacher` and `reference` are ([T, H_t], LMHead) for losses over the whole vocabulary. `counts`:
     the denominators of the whole optimizer step (`count_denominators`, plus a term's own by its name); None: this
     batch's. `rng` draws `batch.uniform` where the batch brings none. `keep` takes up
-    the numbers of single tokens. Arithmetic is in float32, or float64 for float64
-    inputs. Masked rows are never projected.
+    the numbers of single tokens. `fused`: the passes over the logits are Triton kernels; None: on a GPU where Triton is
+    installed. Arithmetic is in float32, or float64 for float64 inputs. Masked rows are never projected.
 
     Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
     that do not fit.
@@ -76,7 +77,8 @@ def evaluate(
     method, step = method.at(step)
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
-    job = _Job(method, trained, head, teacher, reference, step, chunk, keep)
+    fused = row_math.has_kernels(hidden.device) if fused is None else fused
+    job = _Job(method, trained, head, teacher, reference, step, chunk, keep, fused)
     loss: Tensor = _autograd_function().apply(hidden, head.weight, head.bias, job)
     return Evaluation(loss, job.tally.metrics())
 
@@ -111,6 +113,7 @@ class _Job:
     step: int
     chunk: int
     keep: Kept | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
         self.tally = Tally(self.keep)
@@ -129,9 +132,8 @@ class _Job:
             states = hidden[index[part]].to(dtype)
             logits = project(states, self.head, out=buffers.of("student", part))
             teacher_logits, batch = self._others(part, logits, buffers)
-            visit = row_math.Visit(
-                self.method.reads, logits, teacher_logits, batch, self._floor_of(self.teacher), self.keep
-            )
+            floor = self._floor_of(self.teacher)
+            visit = row_math.Visit(self.method.reads, logits, teacher_logits, batch, floor, self.keep, fused=self.fused)
             leaves, judged = visit.read(keep_logits=self.head.softcap is not None)
             with torch.enable_grad():
                 if whole is not None:

@@ -1,13 +1,16 @@
 """Reading a chunk of logits and overwriting it with its gradient.
 
 A chunk is visited in blocks of rows that fit in a processor's cache, so the passes over a row cost little beside the
-products. p is the student's row, q the teacher's, z and z_t their logits.
+products. p is the student's row, q the teacher's, z and z_t their logits. On a GPU the passes are the kernels of `fused`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
 
 from understudy.lazy import Tensor, torch
@@ -43,8 +46,16 @@ class Buffers:
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxStats:
-    """A block's softmax as `p * inverse` [B, V], [B]; its log-sum-exp [B] and entropy [B].
+class RowStats:
+    """Log-sum-exp [B] and entropy [B] of a block's rows."""
+
+    lse: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxStats(RowStats):
+    """With the softmax itself, as `p * inverse` [B, V], [B].
 
     The softmax kernel adds up a long row one lane after another and is off by 1e-5 at 150,000 entries; the sum of its
     result, which is added up pairwise, takes that error out again.
@@ -52,8 +63,6 @@ class SoftmaxStats:
 
     p: Tensor
     inverse: Tensor
-    lse: Tensor
-    entropy: Tensor
 
     def mean(self, value: Tensor) -> Tensor:
         """`E_p[value]`. [B, V] -> [B]."""
@@ -64,13 +73,22 @@ class SoftmaxStats:
         """The normalised row."""
         torch.mul(self.p, self.inverse[:, None], out=out)
 
+    def log_tail(self, ids: Tensor) -> Tensor:
+        """Log of p's mass outside the tokens `ids`. [B, K] -> [B]."""
+        # summed without the K tokens: 1 - sum_K p would cancel where the tail is small
+        inside = self.p.gather(-1, ids)
+        self.p.scatter_(-1, ids, 0.0)
+        rest = self.p.sum(-1) * self.inverse
+        self.p.scatter_(-1, ids, inside)
+        return rest.clamp_min(torch.finfo(rest.dtype).tiny).log()
+
 
 def softmax_stats(z: Tensor) -> SoftmaxStats:
     """One exponential pass: `lse = max z - log max p`, `H = lse - sum p z`."""
     p = torch.softmax(z, -1)
     inverse = 1.0 / p.sum(-1)
     lse = z.amax(-1) - (p.amax(-1) * inverse).log()
-    return SoftmaxStats(p, inverse, lse, lse - torch.linalg.vecdot(p, z) * inverse)
+    return SoftmaxStats(lse, lse - torch.linalg.vecdot(p, z) * inverse, p, inverse)
 
 
 def read_target(logits: Tensor, target: Tensor, keep: Kept | None = None) -> tuple[Tensor, Tensor]:
@@ -91,6 +109,11 @@ def floor_excluded_rows(q: Tensor, q_lse: Tensor, p: Tensor, p_lse: Tensor, min_
     q.copy_(torch.where(q <= q_lse[:, None] + EXCLUDED, floor, q))
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels of `fused` run on the device: a GPU, with Triton installed."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
 class Visit:
     """One chunk: `read` turns its logits into rows, `differentiate` turns the buffer into d loss / d raw logits."""
 
@@ -102,22 +125,26 @@ class Visit:
         batch: TokenBatch,
         min_log_ratio: float | None = None,
         keep: Kept | None = None,
+        *,
+        fused: bool = False,
     ) -> None:
         """`min_log_ratio`: log-ratio of tokens that the teacher excludes; None: it excludes none. `keep` takes up what the rows
-        say about single tokens."""
+        say about single tokens. `fused`: the passes over the rows are Triton kernels."""
         self._reads, self._z, self._aux, self._batch = reads, logits, teacher_logits, batch
         self._min_log_ratio, self._keep = min_log_ratio, keep
+        self._kernels: ModuleType | None = import_module("understudy.linear.fused") if fused else None
         self._capped: Tensor | None = None
-        self._mean: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
         self._leaves: Rows | None = None
 
     def read(self, *, keep_logits: bool) -> tuple[Rows, TokenBatch]:
-        """The rows, as leaves that take gradients, and the batch with what the pass knows. The buffer now holds p."""
-        if keep_logits:
+        """The rows, as leaves that take gradients, and the batch with what the pass knows. The buffer now holds p, or still the
+        logits if `fused`."""
+        if keep_logits and self._kernels is None:
             self._capped = self._z.clone()
         read = [self._read_block(block) for block in blocks(self._z)]
         merged = {name: torch.cat([part[name] for part in read]) for name in read[0]}
-        self._mean = merged.pop("mean", None)
+        self._sums = {name: merged.pop(name) for name in ("lse", "teacher_lse", "mean") if name in merged}
         found = {name: merged[name] for name in ("topk_ids", "topk_logprob") if name in merged}
         self._batch = fill(
             replace(self._batch, **found),
@@ -134,11 +161,13 @@ class Visit:
     def _read_block(self, block: slice) -> dict[str, Tensor]:
         z, aux = self._z[block], None if self._aux is None else self._aux[block]
         target = self._batch.target[block, None]
-        student = softmax_stats(z)
-        read = {"entropy": student.entropy, "logprob": z.gather(-1, target).squeeze(-1) - student.lse}
-        teacher = None if aux is None else softmax_stats(aux)
+        stats = softmax_stats if self._kernels is None else self._kernels.row_stats
+        student: RowStats = stats(z)
+        read = {"lse": student.lse, "entropy": student.entropy}
+        read["logprob"] = z.gather(-1, target).squeeze(-1) - student.lse
+        teacher: RowStats | None = None if aux is None else stats(aux)
         if aux is not None and teacher is not None:
-            read["teacher_entropy"] = teacher.entropy
+            read |= {"teacher_lse": teacher.lse, "teacher_entropy": teacher.entropy}
             read["teacher_logprob"] = aux.gather(-1, target).squeeze(-1) - teacher.lse
         if self._keep is not None:
             self._keep.read_row("student", block, z, student.lse, target[:, 0])
@@ -147,15 +176,20 @@ class Visit:
                 self._keep.read_row("teacher", block, aux, teacher.lse, target[:, 0])
         if self._reads.topk is not None:
             read |= self._read_topk(block, z, student, aux, teacher)
-        if self._reads.divergence is not None and aux is not None and teacher is not None:
-            if self._reads.divergence == 1.0 and self._min_log_ratio is not None:
-                floor_excluded_rows(aux, teacher.lse, z, student.lse, self._min_log_ratio)
-            read |= _read_divergence(self._reads.divergence, z, student, aux, teacher)
-        student.write(z)
+        beta, floor = self._reads.divergence, self._min_log_ratio
+        if beta is not None and aux is not None and teacher is not None:
+            if isinstance(student, SoftmaxStats) and isinstance(teacher, SoftmaxStats):
+                if beta == 1.0 and floor is not None:
+                    floor_excluded_rows(aux, teacher.lse, z, student.lse, floor)
+                read |= _read_divergence(beta, z, student, aux, teacher)
+            elif self._kernels is not None:
+                read |= self._kernels.read_divergence(beta, floor, z, student.lse, aux, teacher.lse)
+        if isinstance(student, SoftmaxStats):
+            student.write(z)
         return read
 
     def _read_topk(
-        self, block: slice, z: Tensor, student: SoftmaxStats, aux: Tensor | None, teacher: SoftmaxStats | None
+        self, block: slice, z: Tensor, student: RowStats, aux: Tensor | None, teacher: RowStats | None
     ) -> dict[str, Tensor]:
         read = {}
         if aux is not None and teacher is not None:
@@ -167,12 +201,10 @@ class Visit:
             ids = self._batch.topk_ids[block]
         read["topk_logp"] = z.gather(-1, ids) - student.lse[:, None]
         if self._reads.tail and ids.shape[-1] < z.shape[-1]:
-            # summed without the K tokens: 1 - sum_K p would cancel where the tail is small
-            inside = student.p.gather(-1, ids)
-            student.p.scatter_(-1, ids, 0.0)
-            rest = student.p.sum(-1) * student.inverse
-            read["tail_logp"] = rest.clamp_min(torch.finfo(z.dtype).tiny).log()
-            student.p.scatter_(-1, ids, inside)
+            if isinstance(student, SoftmaxStats):
+                read["tail_logp"] = student.log_tail(ids)
+            elif self._kernels is not None:
+                read["tail_logp"] = self._kernels.log_tail(z, ids, student.lse)
         return read
 
     def differentiate(self, loss: Tensor, head: LMHead) -> None:
@@ -184,12 +216,12 @@ class Visit:
         factor = head.scale / head.temperature
         grads = {name: grad * factor for name, grad in zip(leaves, found, strict=True) if grad is not None}
         for block in blocks(self._z):
-            self._differentiate_block(block, {name: grad[block] for name, grad in grads.items()})
+            self._differentiate_block(block, {name: grad[block] for name, grad in grads.items()}, head)
         if self._capped is not None and head.softcap is not None:
             # d softcap(x) / dx = 1 - (softcap(x) / cap)^2
             self._z.mul_(1.0 - (self._capped * (head.temperature / head.softcap)) ** 2)
 
-    def _differentiate_block(self, block: slice, g: dict[str, Tensor]) -> None:
+    def _differentiate_block(self, block: slice, g: dict[str, Tensor], head: LMHead) -> None:
         assert self._leaves is not None
         z, target = self._z[block], self._batch.target[block, None]
         ids = None if self._batch.topk_ids is None else self._batch.topk_ids[block]
@@ -207,17 +239,28 @@ class Visit:
             assert self._leaves.tail_logp is not None
             over = g["tail_logp"] / self._leaves.tail_logp[block].detach().exp()
             coef += over - g["tail_logp"]
-            sparse.append((ids, -over[:, None] * z.gather(-1, ids)))
-        entropy_grad = None
-        if "entropy" in g:  # -p (log p + H), and z holds p by now
-            entropy = self._leaves.entropy[block].detach()[:, None]
-            entropy_grad = g["entropy"][:, None] * (torch.special.entr(z) - z * entropy)
-        if "divergence" in g:
-            self._add_divergence(block, coef, g["divergence"])
+            assert self._leaves.topk_logp is not None
+            p = z.gather(-1, ids) if self._kernels is None else self._leaves.topk_logp[block].detach().exp()
+            sparse.append((ids, -over[:, None] * p))
+        if self._kernels is not None:
+            if head.softcap is not None:
+                cap = head.temperature / head.softcap
+                sparse = [(where, value * (1.0 - (z.gather(-1, where) * cap) ** 2)) for where, value in sparse]
+            aux = None if self._aux is None else self._aux[block]
+            sums = {name: value[block] for name, value in self._sums.items()}
+            values = {"entropy": self._leaves.entropy[block].detach()} | sums
+            self._kernels.differentiate(z, aux, coef, g, values, head, self._reads.divergence, self._min_log_ratio)
         else:
-            z.mul_(coef[:, None])
-        if entropy_grad is not None:
-            z.add_(entropy_grad)
+            entropy_grad = None
+            if "entropy" in g:  # -p (log p + H), and z holds p by now
+                entropy = self._leaves.entropy[block].detach()[:, None]
+                entropy_grad = g["entropy"][:, None] * (torch.special.entr(z) - z * entropy)
+            if "divergence" in g:
+                self._add_divergence(block, coef, g["divergence"])
+            else:
+                z.mul_(coef[:, None])
+            if entropy_grad is not None:
+                z.add_(entropy_grad)
         for where, value in sparse:
             z.scatter_add_(-1, where, value)
 
@@ -232,9 +275,8 @@ class Visit:
             aux.sub_(z)
             z.mul_(coef[:, None]).addcmul_(aux, -g[:, None])
             return
-        assert self._mean is not None
         weight = g if beta == 1.0 else g * (1.0 - beta)
-        aux.mul_(weight[:, None]).add_((coef - weight * self._mean[block])[:, None])
+        aux.mul_(weight[:, None]).add_((coef - weight * self._sums["mean"][block])[:, None])
         z.mul_(aux)
 
 

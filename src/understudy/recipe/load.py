@@ -244,6 +244,7 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         compute_dtype=compute_dtype(recipe, model.dtype, device),
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         style=row_style(model, share_prompts=recipe.train.share_prompts),
+        fused_kernels=recipe.train.fused_kernels,
         renderer=Renderer(
             tokenizer,
             student.template_kwargs,

@@ -59,6 +59,8 @@ class Train:
     share_prompts: bool = True
     """Compute a prompt of several samples once, when they are scored and in the update, which changes nothing but rounding. A
     model whose attention needs a mask computes it for each of them."""
+    fused_kernels: bool = True
+    """On a GPU with Triton, read logits and form their gradient in one kernel a pass; false: in operations of torch."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass: less memory, a third more time."""
     on_missing_score: Literal["error", "drop"] = "error"

@@ -42,6 +42,8 @@ class StudentModel:
     absent: tuple[int, ...] = ()
     """Ids below `vocab_size` that are no tokens of the student, but of a teacher."""
     style: RowStyle = "packed"
+    fused_kernels: bool = True
+    """Whether losses use the kernels of `linear.fused` where these run."""
 
     @property
     def is_sharded(self) -> bool:
@@ -214,6 +216,7 @@ def accumulate_gradients(
             reference=_whole_rows(micro, "reference_scores", heads.references.get(micro.teacher)),
             counts=counts,
             keep=keep,
+            fused=None if student.fused_kernels else False,
         )
         if tokens is not None and keep is not None:
             tokens.end(micro.samples, keep)
