@@ -11,6 +11,7 @@ from tests.definition import evaluate as evaluate_definition
 from tests.worlds import CASES, Outcome, World
 from understudy.errors import ScoreError
 from understudy.linear import LMHead, evaluate, score
+from understudy.linear import head as head_module
 from understudy.methods import GKD, OPD, SFT, TopK
 from understudy.methods.base import Method
 from understudy.types import TokenBatch
@@ -265,3 +266,44 @@ def test_score_is_the_log_softmax(chunk_tokens: int) -> None:
         logprob, logp.gather(-1, world.batch.target[:, None]).squeeze(-1), rtol=1e-12, atol=1e-13
     )
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), rtol=1e-12, atol=1e-13)
+
+
+def test_products_of_bf16_matrices_keep_a_float32_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes of bf16 inputs, with its product in place of that of a CPU: logits as from upcast inputs, and the
+    gradient of the logits in two parts, which keep 2^-16 of it."""
+    world = World.make(num_tokens=24, vocabulary=301, width=16, seed=3)
+    hidden, weight, states, other = (
+        value.bfloat16() for value in (world.hidden, world.head.weight, world.teacher[0], world.teacher[1].weight)
+    )
+
+    def gradients() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = head_module.Gradients(LMHead(weight), hidden, True, True, False)
+        logits = head_module.project(hidden, LMHead(weight))
+        found.add(torch.arange(24), hidden, torch.linspace(-1, 1, logits.numel()).reshape(logits.shape))
+        assert found._weight is not None
+        given = (value.clone().requires_grad_() for value in (hidden, weight))
+        mine, head = given
+        evaluate(GKD(), world.batch, mine, LMHead(head), teacher=(states, LMHead(other))).loss.backward()
+        assert mine.grad is not None
+        return logits, found._weight, mine.grad.float()
+
+    expected = gradients()
+    monkeypatch.setattr(head_module, "has_tensor_cores", lambda *_: True)
+    monkeypatch.setattr(head_module, "PRODUCT_ELEMENTS", 16 * 100)
+    monkeypatch.setattr(head_module, "multiply_bfloat16", upcast_product)
+    for found, exact, limit in zip(gradients(), expected, (1e-6, 2**-16, 2**-8), strict=True):
+        assert (found - exact).abs().max() / exact.abs().max() <= limit
+
+
+def upcast_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    assert a.dtype == b.dtype == torch.bfloat16
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def test_torch_has_the_product_of_bf16_matrices_in_float32() -> None:
+    """On the meta device, which computes nothing: shapes and types alone."""
+    a, b = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((4, 8), (8, 16)))
+    out = torch.empty(4, 16, device="meta")
+    for found in (head_module.multiply_bfloat16(a, b), head_module.multiply_bfloat16(a, b, out=out)):
+        assert found.dtype == torch.float32
+        assert found.shape == (4, 16)

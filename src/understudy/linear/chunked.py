@@ -94,7 +94,7 @@ def score(
     dtype = compute_dtype(hidden)
     logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
     for part in parts(len(target), chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)):
-        logits = project(hidden[part].to(dtype), head)
+        logits = project(hidden[part], head)
         if keep is not None:
             keep.begin(torch.arange(part.start, part.stop, device=logits.device))
         logprob[part], entropy[part] = row_math.read_target(logits, target[part], keep)
@@ -129,7 +129,7 @@ class _Job:
         for part in parts(len(index), self.chunk):
             if self.keep is not None:
                 self.keep.begin(index[part])
-            states = hidden[index[part]].to(dtype)
+            states = hidden[index[part]]
             logits = project(states, self.head, out=buffers.of("student", part))
             teacher_logits, batch = self._others(part, logits, buffers)
             floor = self._floor_of(self.teacher)
@@ -159,15 +159,15 @@ class _Job:
 
     def _others(self, part: slice, student: Tensor, buffers: row_math.Buffers) -> tuple[Tensor | None, TokenBatch]:
         """The logits that those of the student are compared with, and the batch with what the reference says."""
-        index, batch, dtype = self.trained.index[part], self.trained.batch.rows(part), student.dtype
+        index, batch = self.trained.index[part], self.trained.batch.rows(part)
         if self.reference is not None:
             hidden, head = self.reference
-            reference = project(hidden[index].to(dtype), head, out=buffers.of("reference", part))
+            reference = project(hidden[index], head, out=buffers.of("reference", part))
             batch = fill(batch, reference_logprob=row_math.read_target(reference, batch.target)[0])
         if self.teacher is None:
             return None, batch
         hidden, head = self.teacher
-        logits = project(hidden[index].to(dtype), head, out=buffers.of("teacher", part))
+        logits = project(hidden[index], head, out=buffers.of("teacher", part))
         scale = self.method.reads.extrapolate
         if scale is not None and self.reference is not None:
             # read before it becomes the target, so that what is shown of the teacher is the teacher's

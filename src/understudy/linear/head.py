@@ -11,6 +11,8 @@ ABSENT = -1e5
 """Logit of an id that is no token. Its probability is exactly 0, in float64 too, and differences with it stay finite."""
 TILE_ELEMENTS = 4 * 1024 * 1024
 """Weights of a 16-bit head that are upcast at a time: 16 MiB in float32."""
+PRODUCT_ELEMENTS = 64 * 1024 * 1024
+"""Entries of d weight that tensor cores form at a time: 256 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +90,36 @@ def _tiles(head: LMHead, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield part, weight[part].to(dtype)
 
 
+def has_tensor_cores(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the device multiplies the two as they are, bf16, with sums in float32: a GPU of NVIDIA's from Ampere on."""
+    if not (hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16):
+        return False
+    return torch.version.hip is None and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def multiply_bfloat16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a @ b` of bf16 matrices, added up in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if out is None else torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def split_bfloat16(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bf16 tensors whose sum is the float32 one to 2^-17 of each entry."""
+    high = values.to(torch.bfloat16)
+    return high, (values - high).to(torch.bfloat16)
+
+
 def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
-    """`LMHead.logits` without gradient, into `out`. [C, H] -> [C, V] in the precision of `hidden`."""
-    z = hidden.new_empty(hidden.shape[0], head.num_tokens) if out is None else out
-    for part, weight in _tiles(head, hidden.dtype):
-        torch.mm(hidden, weight.T, out=z[:, part]) if weight.shape[0] == z.shape[1] else z[:, part].copy_(
-            hidden @ weight.T
-        )
+    """`LMHead.logits` without gradient, into `out`. [C, H] -> [C, V] in the precision of `out`, or `compute_dtype`."""
+    dtype = compute_dtype(hidden) if out is None else out.dtype
+    z = hidden.new_empty(hidden.shape[0], head.num_tokens, dtype=dtype) if out is None else out
+    if has_tensor_cores(hidden, head.weight):
+        multiply_bfloat16(hidden, head.weight.detach()[: head.num_tokens].T, out=z)
+    else:
+        states = hidden.to(dtype)
+        for part, weight in _tiles(head, dtype):
+            torch.mm(states, weight.T, out=z[:, part]) if weight.shape[0] == z.shape[1] else z[:, part].copy_(
+                states @ weight.T
+            )
     if head.bias is not None:
         z.add_(head.bias.detach()[: head.num_tokens].to(z.dtype))
     if head.scale != 1.0:
@@ -123,15 +148,31 @@ class Gradients:
 
     def add(self, index: Tensor, states: Tensor, logits_grad: Tensor) -> None:
         """`d hidden = dZ W`, `d weight += dZ^T X`, `d bias += sum dZ`. [C], [C, H], [C, V]."""
-        if self._hidden is not None:
-            grad = torch.zeros_like(states)
-            for part, weight in _tiles(self._head, states.dtype):
-                grad.addmm_(logits_grad[:, part], weight)
-            self._hidden[index] = grad.to(self._hidden.dtype)
-        if self._weight is not None:
-            self._weight[: self._head.num_tokens].addmm_(logits_grad.T, states)
+        if has_tensor_cores(states, self._head.weight):
+            self._add_bfloat16(index, states, logits_grad)
+        else:
+            states = states.to(logits_grad.dtype)
+            if self._hidden is not None:
+                grad = torch.zeros_like(states)
+                for part, weight in _tiles(self._head, states.dtype):
+                    grad.addmm_(logits_grad[:, part], weight)
+                self._hidden[index] = grad.to(self._hidden.dtype)
+            if self._weight is not None:
+                self._weight[: self._head.num_tokens].addmm_(logits_grad.T, states)
         if self._bias is not None:
             self._bias[: self._head.num_tokens] += logits_grad.sum(0)
+
+    def _add_bfloat16(self, index: Tensor, states: Tensor, logits_grad: Tensor) -> None:
+        both = high, low = split_bfloat16(logits_grad)
+        if self._hidden is not None:
+            weight = self._head.weight.detach()[: self._head.num_tokens]
+            grad = multiply_bfloat16(high, weight).add_(multiply_bfloat16(low, weight))
+            self._hidden[index] = grad.to(self._hidden.dtype)
+        if self._weight is not None:
+            # in tiles, because a product of 16-bit matrices cannot be added to a float32 one in place
+            for tile in parts(self._head.num_tokens, max(1, PRODUCT_ELEMENTS // states.shape[1])):
+                for part in both:
+                    self._weight[tile] += multiply_bfloat16(part[:, tile].T, states)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias in the types of their inputs."""

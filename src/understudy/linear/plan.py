@@ -140,6 +140,7 @@ def choose_trained(
         batch = replace(batch, uniform=draws.to(batch.target.device))
     index = batch.mask.nonzero().squeeze(-1)
     rows = batch.rows(index)
+    absent: dict[str, Tensor] = {}
     for name in [*method.requires, *(["topk_ids", "topk_logprob"] if reads.topk is not None else [])]:
         whose, source = ("reference model", reference) if name.startswith("reference") else ("teacher", teacher)
         value = getattr(rows, name)
@@ -154,7 +155,11 @@ def choose_trained(
         missing = value.isnan().reshape(len(rows), -1).any(-1) if len(rows) else rows.mask
         if name == "rollout_logprob":
             missing = missing & rows.on_policy
-        if bool(missing.any()):
+        absent[name] = missing
+    # one transfer from the device for all of them
+    found = torch.stack([missing.any() for missing in absent.values()]).tolist() if absent else []
+    for (name, missing), is_missing in zip(absent.items(), found, strict=True):
+        if is_missing:
             row = int(missing.nonzero()[0])
             raise ScoreError(
                 f"{name} is NaN on {int(missing.sum())} trained tokens, first in sample {int(rows.sequence[row])} at "
@@ -246,9 +251,10 @@ class Tally:
         """Adds the rows of `value` where `mask` (None: all)."""
         if self._keep is not None:
             self._keep.add(name, value, mask)
-        count = torch.tensor(float(value.numel()), dtype=torch.float64) if mask is None else mask.sum().double()
         total = value.double().sum() if mask is None else torch.where(mask, value, 0.0).double().sum()
-        self._sums.setdefault(name, []).append(torch.stack([total, count.to(total.device)]))
+        # filled on the device: a number that comes from the host would be waited for
+        count = total.new_full((), float(value.numel())) if mask is None else mask.sum().double()
+        self._sums.setdefault(name, []).append(torch.stack([total, count]))
 
     def metrics(self) -> dict[str, Metric]:
         """One transfer from the device."""

@@ -352,12 +352,11 @@ class LocalTeacher(Teacher):
         if k is None:
             logprob, entropy = score(hidden, head, target, keep=keep)
             return {"logprob": logprob, "entropy": entropy}
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, CHUNK_ELEMENTS // head.num_tokens)
         chunks = []
         for start in range(0, max(1, len(target)), rows):
             part = slice(start, start + rows)
-            logits = project(hidden[part].to(dtype), head)
+            logits = project(hidden[part], head)
             candidates = logits[:, : self._vocab_size]
             if self._absent:
                 candidates = candidates.index_fill(-1, absent, ABSENT)

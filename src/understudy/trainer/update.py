@@ -85,6 +85,8 @@ class MicroBatch:
     """Layout of the samples, on the student's device: every forward over them uses it."""
     batch: TokenBatch
     terms: TermsOf
+    counts: Mapping[str, float]
+    """Its part of the denominators (`count_denominators`), counted before the batch went to the device."""
     teacher: str | None = None
     """Name of the samples' teacher where there are several: one micro-batch, one teacher."""
 
@@ -158,16 +160,22 @@ def _micro_batches(
                 sizes = [sample.num_response_tokens for sample in chosen]
                 draws = keyed_uniform(draw[0], "trust", draw[1], [sample.key for sample in chosen], max(sizes))
                 uniform = torch.cat([row[:size] for row, size in zip(draws, sizes, strict=True)])
-            batch = pack(chosen, uniform=uniform)
-            made.append(MicroBatch(chosen, student.lay_out(chosen), batch.to(student.device), method, teacher))
+            made.append(_micro_batch(student, chosen, pack(chosen, uniform=uniform), method, teacher))
     return made
+
+
+def _micro_batch(
+    student: StudentModel, samples: Sequence[Sample], batch: TokenBatch, terms: TermsOf, teacher: str | None = None
+) -> MicroBatch:
+    counts = count_denominators([batch])
+    return MicroBatch(samples, student.lay_out(samples), batch.to(student.device), terms, counts, teacher)
 
 
 def _nothing(student: StudentModel) -> MicroBatch:
     """A micro-batch of one token that is not trained: its loss and its gradient are 0."""
     ids = torch.zeros(2, dtype=torch.int64)
     sample = Sample(Prompt(id=""), 0, ids, torch.zeros_like(ids, dtype=torch.uint8), 1, "data", "")
-    return MicroBatch((), student.lay_out([sample]), pack([sample]).to(student.device), CutTerms([], Reads()))
+    return replace(_micro_batch(student, [sample], pack([sample]), CutTerms([], Reads())), samples=())
 
 
 @no_grad
@@ -196,13 +204,12 @@ def accumulate_gradients(
     The denominators are counted over all samples of all ranks before the first forward, so neither the cut into
     micro-batches nor the number of ranks changes the loss.
     """
-    batches = [micro.batch for micro in micros]
-    counts = count_denominators(batches)
+    counts = {name: sum(micro.counts[name] for micro in micros) for name in count_denominators([])}
     own = [(micro.batch, micro.terms) for micro in micros if isinstance(micro.terms, CutTerms)]
     if own:
         counts |= count_own(*zip(*own, strict=True))
     counts = ranks.sum_counts(counts)
-    loss, total = 0.0, dict[str, Metric]()
+    losses, total = list[Tensor](), dict[str, Metric]()
     for number, micro in enumerate(micros, 1):
         reduce_gradients(student.model, now=number == len(micros))
         keep = tokens.begin(micro.samples, micro.batch.target.device) if tokens is not None and micro.samples else None
@@ -221,11 +228,12 @@ def accumulate_gradients(
         if tokens is not None and keep is not None:
             tokens.end(micro.samples, keep)
         evaluation.loss.backward()
-        loss += float(evaluation.loss.detach())
+        losses.append(evaluation.loss.detach())
         total = add_metrics(total, evaluation.metrics)
         if micro.teacher is not None:
             named = {f"teacher/{micro.teacher}/{name}": metric for name, metric in evaluation.metrics.items()}
             total = add_metrics(total, named)
+    loss = sum(torch.stack(losses).tolist()) if losses else 0.0
     return ranks.sum_counts({"loss": loss})["loss"], ranks.sum_metrics(total)
 
 
