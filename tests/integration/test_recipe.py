@@ -58,6 +58,7 @@ def parse(folder: Path, **changes: Any) -> Recipe:
         ({"train": {"stop_at": 7}}, "stop_at is 7"),
         ({"eval_task": {"type": "arithmetic"}}, "eval_task is given without a section eval"),
         ({"train": 3}, "train is 3; it must be a mapping of keys"),
+        ({"train": {"compile": True, "gradient_checkpointing": True}}, "set one of them to false"),
         ({"train": None}, "train is missing"),
     ],
 )
@@ -85,6 +86,7 @@ def test_what_a_recipe_may_not_say(tmp_path: Path, changes: dict[str, Any], word
         ("method.k=64", "method.k: unknown key; only the types topk, .* have it"),
         ("sampling.lr=1", "the key is train.lr$"),
         ("train.LR=1", "did you mean 'lr'"),
+        ("train.torch_compile=true", "the key is train.compile$"),
         (
             "data={train_files: x, max_prompt_length: 8}",
             "train_files is task.path, max_prompt_length is train.max_prompt",

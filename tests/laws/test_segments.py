@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from understudy.models import (
     apply_lora,
     attention,
     backbone_hidden,
+    compile_blocks,
     enable_gradient_checkpointing,
     lm_head,
     row_style,
@@ -240,3 +242,39 @@ def test_no_cut_of_shared_prompts_changes_the_update(name: str) -> None:
         found, others = update(CASES[name], "shared", max_tokens)
         assert_all_close(found, expected)
         assert others == pytest.approx(values, abs=ROUNDING, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled_blocks_change_no_gradient_and_are_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By segments or with a mask, whatever the lengths are. As traced: a compiler changes the order of sums."""
+    plain = tiny(name, sharp=4.0)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    compiled = tiny(name, sharp=4.0)
+    compiled.load_state_dict(plain.state_dict())
+    style = row_style(compiled)
+    compile_blocks(compiled)
+    assert row_style(plain) == style
+    samples, numbers = some_samples(), []
+    for some in (samples, samples[:3], samples[1:]):
+        grads = []
+        for model in (plain, compiled.train()):
+            model.zero_grad()
+            hidden_of(model, some, style).square().sum().backward()
+            grads.append([value.grad for value in model.parameters() if value.grad is not None])
+        assert_all_close(*grads)
+        numbers.append(len(graphs))
+    assert numbers[0] > 0
+    assert numbers[-1] == numbers[0]
+    before = len(graphs)
+    hidden_of(compiled.eval(), samples, style)
+    assert len(graphs) == before
+    copied = deepcopy(compiled)
+    torch.nn.init.zeros_(unwrap(copied).get_input_embeddings().weight)
+    assert not torch.equal(hidden_of(copied, samples, style), hidden_of(compiled, samples, style))

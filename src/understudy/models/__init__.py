@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from understudy.models.backbone import (
     backbone_hidden,
+    compile_blocks,
     disable_dropout,
     enable_gradient_checkpointing,
     freeze_vision,
@@ -41,6 +42,7 @@ __all__ = [
     "check_lora_targets",
     "check_model_dir",
     "compare_vocabularies",
+    "compile_blocks",
     "config_on_disk",
     "disable_dropout",
     "drop_layers",

@@ -97,6 +97,14 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
+def keep_uncompiled() -> None:
+    """Compiled layers call attention by segments as it is: its loop would be compiled anew for each micro-batch's segments."""
+    from transformers import AttentionInterface
+
+    _register()
+    AttentionInterface.register(NAME, torch.compiler.disable(AttentionInterface()[NAME]))
+
+
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, spans: _Spans, *, dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:

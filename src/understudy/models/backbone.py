@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
+from types import MethodType
 from typing import Any, Literal, cast
 
 from understudy.errors import RecipeError, VocabularyError, first_line
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead
-from understudy.models.attention import attention_name, reading, use_segments
+from understudy.models.attention import attention_name, keep_uncompiled, reading, use_segments
 from understudy.models.files import positions_of
 from understudy.models.vision import TOKEN_TYPES, Vision, in_dimensions
 from understudy.types import ImageSpan, Segment
@@ -377,6 +378,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in was_training:
             module.training = True
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of the decoder, as the architecture names them; none where it names none."""
+    kinds = set(getattr(unwrap(model), "_no_split_modules", None) or ())
+    return [module for module in decoder_of(model).modules() if type(module).__name__ in kinds]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles the layers of the decoder with `torch.compile`, once for all lengths. Acts in training mode only, so that what
+    generates and scores with the model runs as it did.
+
+    Raises RecipeError for a model whose blocks are not known.
+    """
+    blocks = blocks_of(model)
+    if not blocks:
+        raise RecipeError(
+            f"{type(unwrap(model)).__name__} does not say which of its modules are its blocks; set train.compile to false"
+        )
+    keep_uncompiled()
+    for kind in {type(block) for block in blocks}:
+        compiled = torch.compile(kind.forward, dynamic=True)
+
+        def forward(
+            self: nn.Module, *args: Any, compiled: Any = compiled, plain: Any = kind.forward, **given: Any
+        ) -> Any:
+            return (compiled if self.training else plain)(self, *args, **given)
+
+        for block in blocks:
+            if type(block) is kind:
+                # bound, so that a copy of the model runs its own weights
+                block.forward = MethodType(forward, block)
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

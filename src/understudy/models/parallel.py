@@ -9,7 +9,7 @@ from typing import Any
 
 from understudy.errors import RecipeError
 from understudy.lazy import Tensor, nn, no_grad, torch
-from understudy.models.backbone import backbone_hidden, decoder_of, unwrap
+from understudy.models.backbone import backbone_hidden, blocks_of, decoder_of, unwrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,7 @@ def shard(
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    base, decoder = unwrap(model), decoder_of(model)
-    kinds = set(getattr(base, "_no_split_modules", None) or ())
-    blocks = [module for module in decoder.modules() if type(module).__name__ in kinds]
+    base, decoder, blocks = unwrap(model), decoder_of(model), blocks_of(model)
     if not blocks:
         raise RecipeError(
             f"{type(base).__name__} does not say which of its modules are its blocks, so it cannot be sharded; remove the "

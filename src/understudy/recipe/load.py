@@ -21,6 +21,7 @@ from understudy.models import (
     apply_lora,
     build_causal_lm,
     compare_vocabularies,
+    compile_blocks,
     disable_dropout,
     enable_gradient_checkpointing,
     fingerprint_files,
@@ -234,6 +235,8 @@ def load_student(recipe: Recipe, *, resume_from: Path | None = None, tokenizers:
         probe_images(model)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    if recipe.train.compile:
+        compile_blocks(model)
     return Loaded(
         model=model.train(),
         device=device,

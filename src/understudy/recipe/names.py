@@ -72,6 +72,8 @@ _NAMES: Mapping[str, str] = {
     "train.max_grad_norm": "clip_grad grad_clip gradient_clipping clip_grad_norm",
     "train.compute_dtype; bfloat16 is its mixed precision": "fp16 float16 half",
     "train.compute_dtype: bfloat16": "bf16 amp mixed_precision autocast",
+    "train.compile": "torch_compile use_torch_compile",
+    "train.fused_kernels": "use_liger_kernel use_liger use_liger_loss use_fused_kernels",
     "train.save_every": "save_steps save_freq save_interval save_strategy checkpoint_every",
     "train.keep_last": "save_total_limit max_ckpt_to_keep",
     "train.keep_best": "load_best_model_at_end save_best",

@@ -59,6 +59,9 @@ class Train:
     share_prompts: bool = True
     """Compute a prompt of several samples once, when they are scored and in the update, which changes nothing but rounding. A
     model whose attention needs a mask computes it for each of them."""
+    compile: bool = False
+    """Compile the layers of the student with torch.compile for the update: minutes at the first step, for fewer passes over
+    activations. On a CPU it needs a C++ compiler."""
     fused_kernels: bool = True
     """On a GPU with Triton, read logits and form their gradient in one kernel a pass; false: in operations of torch."""
     gradient_checkpointing: bool = False
@@ -96,6 +99,11 @@ class Train:
                 f"steps is {self.steps:,}; a run has at most {MAX_STEPS:,}, and ends earlier with stop_at or Ctrl-C"
             )
         check_range(self, 1, "prompts_per_step", "samples_per_prompt", "max_prompt_tokens")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "compile and gradient_checkpointing do not go together: transformers computes activations again inside the "
+                "layer that is compiled; set one of them to false"
+            )
         check_range(self, 1, "micro_batch_tokens", off="null takes what suits the device")
         check_range(self, 1, "minibatches", off="1 makes one update of a step")
         check_range(self, 1, "passes", off="1 uses each sample once")
