@@ -34,6 +34,13 @@ from understudy.types import TokenBatch, fill
 
 CHUNK_ELEMENTS = 256 * 152_064
 """Logits in one chunk: 256 rows of the largest common vocabulary, 148 MiB in float32."""
+CHUNK_ELEMENTS_ON_GPU = 4 * CHUNK_ELEMENTS
+"""592 MiB: a GPU multiplies 256 rows in the time in which it reads the head."""
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Most logits of one chunk."""
+    return CHUNK_ELEMENTS_ON_GPU if device.type == "cuda" else CHUNK_ELEMENTS
 
 
 def evaluate(
@@ -76,7 +83,7 @@ def evaluate(
             )
     method, step = method.at(step)
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
-    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)
+    chunk = chunk_tokens or max(1, chunk_elements(hidden.device) // head.num_tokens)
     fused = row_math.has_kernels(hidden.device) if fused is None else fused
     job = _Job(method, trained, head, teacher, reference, step, chunk, keep, fused)
     loss: Tensor = _autograd_function().apply(hidden, head.weight, head.bias, job)
@@ -93,7 +100,7 @@ def score(
     """
     dtype = compute_dtype(hidden)
     logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
-    for part in parts(len(target), chunk_tokens or max(1, CHUNK_ELEMENTS // head.num_tokens)):
+    for part in parts(len(target), chunk_tokens or max(1, chunk_elements(hidden.device) // head.num_tokens)):
         logits = project(hidden[part], head)
         if keep is not None:
             keep.begin(torch.arange(part.start, part.stop, device=logits.device))

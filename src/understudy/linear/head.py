@@ -102,12 +102,6 @@ def multiply_bfloat16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor
     return torch.mm(a, b, out_dtype=torch.float32) if out is None else torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def split_bfloat16(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bf16 tensors whose sum is the float32 one to 2^-17 of each entry."""
-    high = values.to(torch.bfloat16)
-    return high, (values - high).to(torch.bfloat16)
-
-
 def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
     """`LMHead.logits` without gradient, into `out`. [C, H] -> [C, V] in the precision of `out`, or `compute_dtype`."""
     dtype = compute_dtype(hidden) if out is None else out.dtype
@@ -163,16 +157,18 @@ class Gradients:
             self._bias[: self._head.num_tokens] += logits_grad.sum(0)
 
     def _add_bfloat16(self, index: Tensor, states: Tensor, logits_grad: Tensor) -> None:
-        both = high, low = split_bfloat16(logits_grad)
+        # two bf16 numbers, the second the rounding of the first, are the float32 one to 2^-17; both go through one product
+        high = logits_grad.to(torch.bfloat16)
+        both = torch.cat([high, (logits_grad - high).to(torch.bfloat16)])
         if self._hidden is not None:
             weight = self._head.weight.detach()[: self._head.num_tokens]
-            grad = multiply_bfloat16(high, weight).add_(multiply_bfloat16(low, weight))
-            self._hidden[index] = grad.to(self._hidden.dtype)
+            high_part, low_part = multiply_bfloat16(both, weight).chunk(2)
+            self._hidden[index] = high_part.add_(low_part).to(self._hidden.dtype)
         if self._weight is not None:
-            # in tiles, because a product of 16-bit matrices cannot be added to a float32 one in place
+            twice = torch.cat([states, states])
+            # in tiles, because a product of bf16 matrices is not added to a float32 one in place
             for tile in parts(self._head.num_tokens, max(1, PRODUCT_ELEMENTS // states.shape[1])):
-                for part in both:
-                    self._weight[tile] += multiply_bfloat16(part[:, tile].T, states)
+                self._weight[tile] += multiply_bfloat16(both[:, tile].T, twice)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias in the types of their inputs."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
 from understudy.lazy import nn, torch
-from understudy.linear.chunked import CHUNK_ELEMENTS
+from understudy.linear.chunked import chunk_elements
 from understudy.models import config_on_disk, has_bfloat16, unwrap
 from understudy.recipe.checks.parts import Check, Files, Finding, Parts
 from understudy.recipe.load import choose_device
@@ -300,7 +300,7 @@ def memory_items(run: Needs) -> list[Item]:
     ]
     if run.vocab_size is not None:
         rows = 2 if "full" in recipe.method.needs else 1
-        logits = 4 * rows * min(CHUNK_ELEMENTS, tokens * run.vocab_size)
+        logits = 4 * rows * min(chunk_elements(run.device), tokens * run.vocab_size)
         items.append(Item("logits", logits, "update", f"{rows} x a chunk of rows x vocabulary x 4 bytes"))
     if recipe.uses.own_samples and recipe.engine.runs_here:
         held = min(MAX_BATCH_TOKENS, run.num_samples * longest)
