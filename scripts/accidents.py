@@ -157,6 +157,25 @@ def _other_digit(content: bytes, draw: random.Random) -> bytes:
     return content[:at] + str((int(chr(content[at])) + 1) % 10).encode() + content[at + 1 :]
 
 
+OTHER_KINDS: list[Any] = [[], {}, "x", None, True, -1, 1e308, 10**400, [[1]], {"a": {"b": []}}]
+
+
+def _other_kind(content: bytes, draw: random.Random) -> bytes:
+    """Still JSON, with a value of another kind in it; noise where it is none."""
+    for parts in ([content], content.splitlines()):
+        with suppress(ValueError, LookupError, TypeError):
+            at = draw.randrange(len(parts))
+            row = inner = json.loads(parts[at])
+            while True:
+                key = draw.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
+                if draw.random() < 0.4 or not (isinstance(inner[key], dict | list) and inner[key]):
+                    break
+                inner = inner[key]
+            inner[key] = draw.choice(OTHER_KINDS)
+            return b"\n".join([*parts[:at], json.dumps(row).encode(), *parts[at + 1 :]])
+    return draw.randbytes(len(content))
+
+
 def _swap(file: Path, other: Path, draw: random.Random) -> None:
     """With the file of that name in another run, or with a neighbour of its kind."""
     neighbours = [
@@ -203,6 +222,7 @@ def _loop_in_place(file: Path, other: Path, draw: random.Random) -> None:
 DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
     "a bit flipped": _edit(_flip),
     "another digit": _edit(_other_digit),
+    "a value of another kind": _edit(_other_kind),
     "truncated": _edit(lambda content, draw: content[: draw.randrange(len(content) or 1)]),
     "empty": _edit(lambda content, draw: b""),
     "noise": _edit(lambda content, draw: draw.randbytes(len(content))),
@@ -220,7 +240,7 @@ DAMAGES: dict[str, Callable[[Path, Path, random.Random], None]] = {
 
 
 def damaged_files(count: int, seed: int, folder: Path) -> Counter[str]:
-    """Counts what came of resume and report in `count` directories."""
+    """Counts what came of report, inspect and resume in `count` directories."""
     whole, other = write_world(folder / "whole"), write_world(folder / "other", seed=1)
     code, said = run_here("train", whole, "--no-doctor")
     assert code == 0, said
@@ -230,7 +250,7 @@ def damaged_files(count: int, seed: int, folder: Path) -> Counter[str]:
         cut_run(path)
     intact = folder / "intact"
     (folder / "whole" / "run").rename(intact)
-    shown = (intact / "report.html").read_text()
+    shown, tokens = (intact / "report.html").read_text(), run_here("inspect", intact)[1]
     files = sorted(path for path in intact.rglob("*") if path.is_file() and path.name != "report.html")
     found: Counter[str] = Counter()
     kinds = list(DAMAGES)
@@ -238,7 +258,7 @@ def damaged_files(count: int, seed: int, folder: Path) -> Counter[str]:
     for number in range(count):
         draw = random.Random(f"{seed}/{number}")  # noqa: S311 (not for secrets)
         kind, name = kinds[number % len(kinds)], draw.choice(files).relative_to(intact)
-        for what in ("report", "resume"):
+        for what in ("report", "inspect", "resume"):
             shutil.rmtree(run_dir, ignore_errors=True)
             shutil.copytree(intact, run_dir, symlinks=True)
             DAMAGES[kind](run_dir / name, folder / "other" / "run" / name, random.Random(f"{seed}/{number}"))  # noqa: S311
@@ -248,6 +268,9 @@ def damaged_files(count: int, seed: int, folder: Path) -> Counter[str]:
                 page = run_dir / "report.html"
                 is_right = page.is_file() and page.read_text() == shown
                 said += page.read_text() if page.is_file() and "not recorded" in page.read_text() else ""
+            elif what == "inspect":
+                code, said = run_here("inspect", run_dir)
+                is_right = said == tokens
             else:
                 code, said = run_here("train", whole, "--no-doctor", "--resume")
                 is_right = code == 0 and outcome(run_dir) == expected

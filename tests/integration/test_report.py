@@ -380,6 +380,46 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         write_report(run)
 
 
+PICTURE = {"step": 1, "log_ratio": {"": [1] * 15}, "parts": {}, "top_shared": [1, 5]}
+DEEP: object = []
+for _ in range(700):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "changes"),
+    [
+        ("run.json", {"status": "finished"}, {"hardware": DEEP}),
+        ("pictures.jsonl", PICTURE, {"top_shared": ["x", 1]}),
+        ("pictures.jsonl", PICTURE, {"parts": 1e308}),
+        ("pictures.jsonl", PICTURE, {"log_ratio": {"": [[]] * 15}}),
+        ("metrics.jsonl", {"step": 1, "loss": 1.0}, {"step": 10**400}),
+        ("doctor.json", {"findings": [{"name": "x"}]}, {"findings": [1]}),
+        ("eval/step_000010.json", {"step": 10, "metrics": {}}, {"metrics": [1]}),
+        ("eval/step_000010.json", {"step": 10, "metrics": {}}, {"scaling": [1]}),
+        ("samples/step_000010.jsonl", {"prompt_id": "a", "response": "b"}, {"tokens": {"text": ["a"], "author": [[]]}}),
+    ],
+)
+def test_a_value_of_another_kind_is_one_error_that_names_the_file(
+    tmp_path: Path, name: str, row: dict[str, object], changes: dict[str, object]
+) -> None:
+    for kept in ("metrics.jsonl", "run.json"):
+        write_lines(tmp_path / kept, [{"step": 1}])
+    write_lines(tmp_path / name, [row])
+    write_report(tmp_path)
+    # behind the first line of several the last one is no half line of a killed process
+    write_lines(tmp_path / name, [row | changes] * (1 if name.endswith("json") else 2))
+    with pytest.raises(DataError, match=re.escape(name)):
+        write_report(tmp_path)
+
+
+def test_numbers_that_no_float_holds_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=10)
+    write_lines(run / "metrics.jsonl", [{"step": 11, "loss": 10**400}])
+    assert "loss" in read_run(run).series
+    write_report(run)
+
+
 def test_another_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a run directory"):
         write_report(tmp_path)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from tests.processes import run_ranks
 from tests.report_run import write_lines, write_run
 from tests.runs import assert_same_run, distillation, train, train_all, train_in_two, write_recipe
+from understudy.cli import inspection
 from understudy.cli.app import app
 from understudy.errors import DataError
 from understudy.linear import plan
@@ -27,6 +28,7 @@ from understudy.report.read import read_run
 from understudy.report.tokens import OUTLIER_NATS, describe, find_tokens, viewer
 from understudy.teachers import LocalTeacher
 from understudy.trainer import tokens as kept_tokens
+from understudy.trainer.console import Console
 from understudy.types import Sample, Scores
 
 TASK = {"type": "arithmetic", "family": "addition", "digits": 2, "num_solutions": 12}
@@ -270,6 +272,31 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("{}\n")
     with pytest.raises(DataError, match=r"step_000001.jsonl:1: not a sample with tokens"):
         find_tokens(tmp_path)
+    path.write_text('{"step":1,"prompt_id":"\\x"}\n')
+    with pytest.raises(DataError, match=r"step_000001.jsonl:1: not as a run writes it"):
+        find_tokens(tmp_path)
+    for changes in ({"tokens": None}, {"tokens": {"id": 1, "kind": 2}}, {"vocabulary": [1]}, {"missing": [1]}):
+        write_tokens(tmp_path, [token_row() | changes])
+        with pytest.raises(DataError, match=r"step_000001.jsonl:1: not as a run writes it"):
+            viewer(find_tokens(tmp_path))
+        with pytest.raises(DataError, match=r"step_000001.jsonl:1: not as a run writes it"):
+            inspection._show(Console(), find_tokens(tmp_path)[0], "log_ratio", 1)
+
+
+def test_hundreds_of_samples_and_long_names_leave_the_index_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script reads it as JSON; long names stay apart, and a secret in one is hidden."""
+    monkeypatch.setenv("SOME_API_KEY", "canary-31415926")
+    names = [f"{'data/' * 40}{at}.jsonl" for at in range(500)]
+    made = [token_row(1, name) for name in [*names, "x" * 1_000_000, "canary-31415926"]]
+    write_tokens(write_run(tmp_path / "run", num_steps=10), made)
+    page = write_report(tmp_path / "run").read_text()
+    index = json.loads(unescape(page.split('data-index="')[1].split('"')[0]))
+    shown = [one["prompt_id"] for one in index["samples"]]
+    assert len(set(shown)) == len(made)
+    assert max(map(len, shown)) < 250
+    assert "canary" not in page
 
 
 def test_what_is_an_outlier_is_as_in_the_metrics() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
+import socket
+import struct
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
@@ -76,6 +79,26 @@ def test_nobody_gets_it_without_the_address(tmp_path: Path) -> None:
         connection.close()
         with pytest.raises(RecipeError, match=f"--port {port} cannot be used"):
             make_server(Watch(run), port or 0)
+
+
+def test_a_run_that_is_removed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the page that is open, which stays; nothing is said on the terminal."""
+    run = write_run(tmp_path / "run", num_steps=5)
+    with watched(Watch(run, max_share=1.0)) as address:
+        assert get(address, "http://[/", host="localhost")[0] == 403
+        shutil.rmtree(run)
+        for path in ("", "parts"):
+            status, said, _ = get(f"{address}{path}")
+            assert status == 503
+            assert "The page is as it was" in said
+            assert "is not a run directory" in said
+        with socket.create_connection(("127.0.0.1", urlsplit(address).port or 0)) as line:
+            # closed with a reset
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            line.sendall(b"GET /")
+        write_run(tmp_path / "run", num_steps=5)
+        assert get(address)[0] == 200
+    assert "".join(capsys.readouterr()) == ""
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from understudy.errors import CheckpointError, RecipeError
-from understudy.report.page import write_report
-from understudy.report.read import read_run
+from understudy.report.page import describe_changes, write_report
+from understudy.report.read import read_run, taken_from
 from understudy.report.tokens import EXCLUDED, Place, describe, find_tokens, largest
 from understudy.trainer.console import Console
 
@@ -20,13 +20,14 @@ CONTEXT_CHARS = 24
 
 def inspect(run_dir: Path, *, step: int | None, prompt: str | None, by: str, num: int, only_list: bool) -> None:
     """Prints a table. Raises CheckpointError where the run kept no tokens, RecipeError for a sample that it did not keep."""
-    read_run(run_dir)
-    places = find_tokens(run_dir)
+    changes, places = describe_changes(read_run(run_dir)), find_tokens(run_dir)
     if not places:
         raise CheckpointError(
             f"{run_dir} kept no tokens: train.save_tokens and train.save_samples_every say of how many samples, and when"
         )
     with Console() as console:
+        if changes:
+            console.warn(f"not everything is as the run wrote it: {changes}")
         if only_list:
             console.table("kept samples", ["step", "prompt"], [[f"{one.step:,}", one.prompt_id] for one in places])
             return
@@ -44,33 +45,25 @@ def _choose(places: Sequence[Place], step: int | None, prompt: str | None) -> Pl
 
 def _show(console: Console, place: Place, by: str, num: int) -> None:
     row = place.read()
-    table, texts = row["tokens"], [row["vocabulary"].get(str(token), f"[{token}]") for token in row["tokens"]["id"]]
-    rows = []
-    for at, value in largest(row, num, by):
-        before = "".join(texts[max(0, at - CONTEXT_CHARS) : at])[-CONTEXT_CHARS:]
-        sides = [_probability(table, f"{whose}_logprob", at) for whose in ("student", "teacher")]
-        tops = [_likely(row, whose, at) for whose in ("student", "teacher")]
-        rows.append(
-            [
-                f"{at + 1:,}",
-                repr(before)[1:-1],
-                repr(texts[at])[1:-1],
-                f"{value:+.2f}",
-                *sides,
-                *tops,
-                describe(row, at),
-            ]
-        )
-    left = row["num_tokens"] - len(texts)
-    more = f", the first {len(texts):,} of them kept" if left else ""
-    teacher = f", teacher {row['teacher']}" if row.get("teacher") else ""
-    title = (
-        f"step {place.step:,}, prompt {place.prompt_id}, {row['method']}{teacher}: {row['num_tokens']:,} tokens{more}"
-    )
+    with taken_from(str(place)):
+        table, texts = row["tokens"], [row["vocabulary"].get(str(one), f"[{one}]") for one in row["tokens"]["id"]]
+        rows = []
+        for at, value in largest(row, num, by):
+            before = "".join(texts[max(0, at - CONTEXT_CHARS) : at])[-CONTEXT_CHARS:]
+            sides = [_probability(table, f"{whose}_logprob", at) for whose in ("student", "teacher")]
+            tops = [_likely(row, whose, at) for whose in ("student", "teacher")]
+            texts_here = [repr(before)[1:-1], repr(texts[at])[1:-1]]
+            rows.append([f"{at + 1:,}", *texts_here, f"{value:+.2f}", *sides, *tops, describe(row, at)])
+        left = row["num_tokens"] - len(texts)
+        more = f", the first {len(texts):,} of them kept" if left else ""
+        teacher = f", teacher {row['teacher']}" if row.get("teacher") else ""
+        title = f"step {place.step:,}, prompt {place.prompt_id}, {row['method']}{teacher}: "
+        title += f"{row['num_tokens']:,} tokens{more}"
+        notes = [f"{name} is not known: {why}" for name, why in row["missing"].items()]
     columns = ["token", "before", "text", "log T - log S" if by == "log_ratio" else by, "student", "teacher"]
     console.table(title, [*columns, "student expected", "teacher expected", "method"], rows)
-    for name, why in row["missing"].items():
-        console.note(f"{name} is not known: {why}")
+    for note in notes:
+        console.note(note)
 
 
 def _probability(table: Mapping[str, Any], name: str, at: int) -> str:

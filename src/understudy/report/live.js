@@ -48,9 +48,12 @@
     if (!document.hidden) {
       try {
         const reply = await fetch(`parts?${new URLSearchParams(digests)}`, { cache: "no-store" });
-        if (!reply.ok) throw new Error(String(reply.status));
-        update(await reply.json());
-        status.textContent = `Live: up to date at ${new Date().toLocaleTimeString()}`;
+        if (reply.ok) {
+          update(await reply.json());
+          status.textContent = `Live: up to date at ${new Date().toLocaleTimeString()}`;
+        } else {
+          status.textContent = await reply.text();
+        }
       } catch {
         status.textContent = "Not connected: understudy watch has ended. The page is as it was then.";
       }

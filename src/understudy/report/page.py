@@ -23,7 +23,7 @@ from understudy.files import write_atomically
 from understudy.format import number, seconds
 from understudy.report.charts import charts
 from understudy.report.pictures import pictures
-from understudy.report.read import Attempt, RunRecord, read_attempts, read_baseline, read_run
+from understudy.report.read import Attempt, RunRecord, read_attempts, read_baseline, read_run, taken_from
 from understudy.report.svg import draw
 from understudy.report.tokens import find_tokens, viewer
 from understudy.report.verdict import Comparison, compare, conclude, rows
@@ -91,8 +91,11 @@ def report_html(run_dir: Path, *, baseline: Path | None = None, live: bool = Fal
         note = "There are no two evaluations with samples, so these are attempts from training."
         note = note if groups else "No attempts were recorded."
     shown = {name: value for name, value in run.facts.items() if name not in ("files", "digest")}
-    plain = {name: plain_tree(value, name) for name, value in shown.items()}
-    facts = {name: _fact(value) for name, value in config.flatten(plain).items()}
+    with taken_from(run_dir / "run.json"):
+        plain = {name: plain_tree(value, name) for name, value in shown.items()}
+        facts = {name: _fact(value) for name, value in config.flatten(plain).items()}
+    with taken_from(run_dir / "pictures.jsonl"):
+        heats = pictures(run.pictures)
     # the rarer and more telling events survive a cut, in their order
     telling = sorted(range(len(run.events)), key=lambda index: (run.events[index].kind == "info", index))[:MAX_EVENTS]
     return render(
@@ -114,7 +117,7 @@ def report_html(run_dir: Path, *, baseline: Path | None = None, live: bool = Fal
         before_step="" if before is None else "baseline" if baseline else f"{before.step:,}",
         drawn=charts(run),
         kept=viewer(find_tokens(run_dir)),
-        pictures=pictures(run.pictures),
+        pictures=heats,
         gaps={name: item.steps[bad] for name, item in run.series.items() if (bad := np.isnan(item.values)).any()},
         max_events=MAX_EVENTS,
         events=[run.events[index] for index in sorted(telling)],

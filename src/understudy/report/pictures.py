@@ -12,9 +12,10 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from understudy.format import number
-from understudy.report.read import Series
+from understudy.report.read import MAX_NAME_CHARS, Series
 from understudy.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line
 from understudy.report.tokens import FLAGS
+from understudy.text import printable
 
 LOG_RATIO_EDGES = (-10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Nats. Between them and beyond the outer ones lie the bins of log T - log S."""
@@ -112,7 +113,7 @@ def _heat(rows: Sequence[Mapping[str, Any]], name: str) -> Heat | None:
     columns = np.array_split(np.arange(len(known)), min(MAX_COLUMNS, len(known)))
     counts = np.array([row["log_ratio"][name] for row in known], dtype=np.float64)
     sums = np.array([counts[column].sum(axis=0) for column in columns])
-    title = f"log T \u2212 log S{f', teacher {name}' if name else ''}"
+    title = f"log T \u2212 log S{f', teacher {printable(name[:MAX_NAME_CHARS])}' if name else ''}"
     steps = np.array([known[column[-1]]["step"] for column in columns], dtype=np.int64)
     return Heat(title, steps, (sums / sums.sum(axis=1, keepdims=True)).T)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,19 +164,20 @@ def read_run(run_dir: Path) -> RunRecord:
         settings = config.load(text or "", str(recipe))
     except RecipeError:
         settings = None
-    events = [row for _, row in _rows(run_dir / "events.jsonl", cut)]
+    with taken_from(run_dir / "events.jsonl"):
+        events = [row for _, row in _rows(run_dir / "events.jsonl", cut)]
+        told = [
+            Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or "")) for row in events
+        ]
+        alarms = _read_alarms([row for row in events if row.get("kind") == "alarm"])
     return RunRecord(
         path=run_dir,
         recipe=text,
         settings={str(key): value for key, value in settings.items()} if isinstance(settings, dict) else {},
         facts=read_object(facts.read_bytes(), str(facts)) if facts.is_file() else {},
         series=_read_series(run_dir / "metrics.jsonl", cut),
-        events=tuple(
-            Event(_whole(row.get("step")), str(row.get("kind") or "info"), str(row.get("text") or ""))
-            for row in events
-            if row.get("kind") != "alarm"
-        ),
-        alarms=_read_alarms([row for row in events if row.get("kind") == "alarm"]),
+        events=tuple(event for event in told if event.kind != "alarm"),
+        alarms=alarms,
         findings=_read_findings(run_dir / "doctor.json"),
         evals=tuple(_eval_of(step, path) for step, path in by_step(run_dir / "eval", ".json").items()),
         samples=tuple(by_step(run_dir / "samples", ".jsonl").items()),
@@ -183,6 +185,15 @@ def read_run(run_dir: Path) -> RunRecord:
         cut_files=tuple(cut),
         changed=_changed(run_dir),
     )
+
+
+@contextmanager
+def taken_from(place: Path | str) -> Iterator[None]:
+    """Inside, values are taken for what a run writes at the place. Raises DataError that names it where they are others."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+        raise DataError(f"{place}: not as a run writes it ({error}); repair or delete it") from error
 
 
 def _changed(run_dir: Path) -> dict[str, str]:
@@ -221,41 +232,39 @@ def _read_alarms(rows: Sequence[Mapping[str, Any]]) -> tuple[AlarmSpan, ...]:
 
 def _read_findings(path: Path) -> tuple[Mapping[str, str], ...]:
     """Empty for a run that nobody examined. Raises DataError for another file."""
-    found = read_object(path.read_bytes(), str(path)).get("findings") if path.is_file() else []
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise DataError(f"{path}: 'findings' must be a list of objects")
     names = ("name", "level", "checked", "found", "advice")
-    return tuple({name: str(item.get(name) or "") for name in names} for item in found)
+    with taken_from(path):
+        found = read_object(path.read_bytes(), str(path)).get("findings") if path.is_file() else []
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise DataError(f"{path}: 'findings' must be a list of objects")
+        return tuple({name: str(item.get(name) or "") for name in names} for item in found)
 
 
 def read_eval(path: Path) -> EvalRecord:
     """One evaluation summary. Raises DataError where it is not one."""
-    data = read_object(path.read_bytes(), str(path))
-    metrics = data.get("metrics")
-    if not isinstance(metrics, dict):
-        raise DataError(f"{path}: an evaluation summary needs a mapping 'metrics', this file has {metrics!r}")
-    try:
-        scaling = read_scaling(data.get("scaling") or ())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: 'scaling' is no list of points ({error}); move the file away") from error
-    named = _STEP_FILE.search(path.name)
-    step = int(named[1]) if data.get("step") is None and named else _whole(data.get("step"))
-    return EvalRecord(
-        path=path,
-        step=step or 0,
-        split=str(data.get("split") or ""),
-        samples_per_prompt=_whole(data.get("samples_per_prompt")),
-        num_problems=_whole(data.get("num_problems")),
-        metrics={
-            str(name): Interval(*(_number(item.get(key)) for key in ("value", "low", "high")))
-            if isinstance(item, Mapping)
-            else Interval(_number(item))
-            for name, item in metrics.items()
-        },
-        unscored=_whole(data.get("unscored")) or 0,
-        too_long=_whole(data.get("too_long")) or 0,
-        scaling=scaling,
-    )
+    with taken_from(path):
+        data = read_object(path.read_bytes(), str(path))
+        metrics = data.get("metrics")
+        if not isinstance(metrics, dict):
+            raise DataError(f"{path}: an evaluation summary needs a mapping 'metrics', this file has {metrics!r}")
+        named = _STEP_FILE.search(path.name)
+        step = int(named[1]) if data.get("step") is None and named else _whole(data.get("step"))
+        return EvalRecord(
+            path=path,
+            step=step or 0,
+            split=str(data.get("split") or ""),
+            samples_per_prompt=_whole(data.get("samples_per_prompt")),
+            num_problems=_whole(data.get("num_problems")),
+            metrics={
+                str(name): Interval(*(_number(item.get(key)) for key in ("value", "low", "high")))
+                if isinstance(item, Mapping)
+                else Interval(_number(item))
+                for name, item in metrics.items()
+            },
+            unscored=_whole(data.get("unscored")) or 0,
+            too_long=_whole(data.get("too_long")) or 0,
+            scaling=read_scaling(data.get("scaling") or ()),
+        )
 
 
 def _eval_of(step: int, path: Path) -> EvalRecord:
@@ -280,45 +289,49 @@ def read_attempts(path: Path) -> list[Attempt]:
     """Raises DataError for a line that is not a sample; an unfinished last line is left out."""
     attempts = []
     for number, row in _rows(path, []):
+        place = f"{path}:{number}"
         if "prompt_id" not in row or "response" not in row:
-            raise DataError(f"{path}:{number}: a sample needs 'prompt_id' and 'response', this one has {sorted(row)}")
-        tokens = row.get("tokens") or {"text": []}
-        sizes = (
-            {len(item) if isinstance(item, list) else -1 for item in tokens.values()}
-            if isinstance(tokens, dict)
-            else {}
-        )
-        if len(sizes) != 1 or -1 in sizes or "text" not in tokens:
-            raise DataError(f"{path}:{number}: 'tokens' needs a list 'text', and lists of the same length beside it")
-        said = row.get("messages") or []
-        if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
-            raise DataError(f"{path}:{number}: 'messages' needs a list of objects")
-        answer, references = row.get("answer"), row.get("reference")
-        if references is not None and not isinstance(references, list):
-            references = [references]
-        attempts.append(
-            Attempt(
-                prompt_id=str(row["prompt_id"]),
-                prompt=str(row.get("prompt") or ""),
-                response=str(row["response"]),
-                finish=str(row.get("finish") or ""),
-                num_tokens=_whole(row.get("num_tokens")),
-                answer=None if answer is None else str(answer),
-                reference=None if references is None else " or ".join(map(str, references)),
-                score=_number(row.get("score")),
-                note=str(row.get("note") or ""),
-                messages=[
-                    {
-                        "role": str(message.get("role") or ""),
-                        "content": str(message.get("content") or ""),
-                        "error": "failed" if message.get("error") else "",
-                    }
-                    for message in said
-                ],
-                tokens=tokens,
-            )
-        )
+            raise DataError(f"{place}: a sample needs 'prompt_id' and 'response', this one has {sorted(row)}")
+        with taken_from(place):
+            attempts.append(_attempt_of(row, place))
     return attempts
+
+
+def _attempt_of(row: Mapping[str, Any], place: str) -> Attempt:
+    tokens = row.get("tokens") or {"text": []}
+    sizes = (
+        {len(item) if isinstance(item, list) else -1 for item in tokens.values()} if isinstance(tokens, dict) else {}
+    )
+    if len(sizes) != 1 or -1 in sizes or "text" not in tokens:
+        raise DataError(f"{place}: 'tokens' needs a list 'text', and lists of the same length beside it")
+    if any(isinstance(one, list | dict) for item in tokens.values() for one in item):
+        raise DataError(f"{place}: 'tokens' needs a text or a number for each token")
+    said = row.get("messages") or []
+    if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
+        raise DataError(f"{place}: 'messages' needs a list of objects")
+    answer, references = row.get("answer"), row.get("reference")
+    if references is not None and not isinstance(references, list):
+        references = [references]
+    return Attempt(
+        prompt_id=str(row["prompt_id"]),
+        prompt=str(row.get("prompt") or ""),
+        response=str(row["response"]),
+        finish=str(row.get("finish") or ""),
+        num_tokens=_whole(row.get("num_tokens")),
+        answer=None if answer is None else str(answer),
+        reference=None if references is None else " or ".join(map(str, references)),
+        score=_number(row.get("score")),
+        note=str(row.get("note") or ""),
+        messages=[
+            {
+                "role": str(message.get("role") or ""),
+                "content": str(message.get("content") or ""),
+                "error": "failed" if message.get("error") else "",
+            }
+            for message in said
+        ],
+        tokens=tokens,
+    )
 
 
 def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
@@ -339,7 +352,8 @@ def _read_series(path: Path, cut: list[str]) -> dict[str, Series]:
             if name not in shown:
                 shown[name] = printable(name[:MAX_NAME_CHARS])
             points.setdefault(shown[name], {})[step] = _number(value)
-    return {name: Series.of(by_step) for name, by_step in points.items()}
+    with taken_from(path):
+        return {name: Series.of(by_step) for name, by_step in points.items()}
 
 
 def _rows(path: Path, cut: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -367,8 +381,9 @@ def read_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    """None also for what is not finite: a report has nothing to draw there."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """None also for what is not finite, or no float is as large: a report has nothing to draw there."""
+    # false for NaN too
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def _whole(value: object) -> int | None:

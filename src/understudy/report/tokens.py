@@ -16,13 +16,12 @@ from markupsafe import Markup, escape
 from understudy.errors import DataError
 from understudy.files import by_step
 from understudy.format import number
-from understudy.report.read import read_object
-from understudy.text import encodable, printable, visible, without_secrets
+from understudy.report.read import MAX_NAME_CHARS, read_object, taken_from
+from understudy.text import encodable, printable
 
 MAX_PACKED_BYTES = 3_000_000
 """The most that a page takes for its samples; the rest of the files stays where it is."""
 MAX_PROMPT_CHARS = 4_000
-MAX_NAME_CHARS = 200
 MILLI = ("logprob", "entropy")
 """Endings of the numbers that a page has in thousandths of a nat."""
 EXCLUDED = -9999.0
@@ -64,16 +63,15 @@ class Place:
     run: str = ""
     """The run's name where several are shown together."""
 
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line + 1}"
+
     def read(self) -> dict[str, Any]:
         """The sample. Raises DataError where it is none."""
-        text = self.path.read_bytes().splitlines()[self.line]
-        row = read_object(text, f"{self.path}:{self.line + 1}")
-        table = row.get("tokens")
-        sizes = {len(value) for value in table.values()} if isinstance(table, dict) else {-1}
-        if len(sizes) != 1 or -1 in sizes or not {"id", "kind"} <= set(row["tokens"]):
-            raise DataError(
-                f"{self.path}:{self.line + 1}: 'tokens' needs lists of one length, 'id' and 'kind' among them"
-            )
+        with taken_from(str(self)):
+            row = read_object(self.path.read_bytes().splitlines()[self.line], str(self))
+            if len({len(values) for values in row["tokens"].values()}) != 1 or not {"id", "kind"} <= set(row["tokens"]):
+                raise DataError(f"{self}: 'tokens' needs lists of one length, 'id' and 'kind' among them")
         return row
 
 
@@ -85,7 +83,8 @@ def find_tokens(run_dir: Path, run: str = "") -> list[Place]:
             head = _HEAD.match(line)
             if head is None:
                 raise DataError(f"{path}:{at + 1}: not a sample with tokens: {line[:80]!r}; repair or delete it")
-            found.append(Place(step, str(json.loads(head[2])), path, at, run))
+            with taken_from(f"{path}:{at + 1}"):
+                found.append(Place(step, json.loads(head[2]), path, at, run))
     return found
 
 
@@ -110,7 +109,8 @@ def viewer(places: Sequence[Place]) -> Viewer | None:
     used = 0
     for place in _by_worth(places):
         row = place.read()
-        packed = _pack(row)
+        with taken_from(str(place)):
+            packed = _pack(row)
         if rows and used + len(packed) > MAX_PACKED_BYTES:
             break
         used += len(packed)
@@ -119,7 +119,7 @@ def viewer(places: Sequence[Place]) -> Viewer | None:
     names = {name for _, row, _ in rows for name in row["tokens"]}
     own = sorted(name for name in names if name not in MEASURES and not name.endswith(("logprob", "_top")))
     measures = {name: label for name, label in MEASURES.items() if name in names or name == "log_ratio"}
-    measures |= {name: FLAGS[name][1] if name in FLAGS else name for name in own if name not in _NO_MEASURE}
+    measures |= {name: FLAGS[name][1] if name in FLAGS else _safe(name) for name in own if name not in _NO_MEASURE}
     index = {
         "samples": [_heading(place, row) for place, row, _ in rows],
         "measures": measures,
@@ -129,7 +129,7 @@ def viewer(places: Sequence[Place]) -> Viewer | None:
     }
     left = len(places) - len(rows)
     note = f"{len(rows):,} of {len(places):,} kept samples are on this page; the others are in tokens/." if left else ""
-    return Viewer(escape(printable(json.dumps(index))), [packed for _, _, packed in rows], note)
+    return Viewer(escape(json.dumps(index)), [packed for _, _, packed in rows], note)
 
 
 def _by_worth(places: Sequence[Place]) -> Iterator[Place]:
@@ -161,7 +161,11 @@ def _heading(place: Place, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _safe(value: Any) -> Any:
-    return visible(value)[:MAX_NAME_CHARS] if isinstance(value, str) else value
+    """As a menu shows it; of a long text both ends, in which names of files and rows differ."""
+    if not isinstance(value, str):
+        return value
+    text, half = printable(value), MAX_NAME_CHARS // 2
+    return text if len(text) <= MAX_NAME_CHARS else f"{text[:half]}...{text[-half:]}"
 
 
 def _piece(text: str) -> str:
@@ -194,8 +198,8 @@ def _pack(row: Mapping[str, Any]) -> Markup:
             columns[name] = [None if x is None else float(f"{x:.3g}") for x in values]
     packed = {
         "ids": [int(token) for token in ids],
-        "texts": [_piece(str(texts.get(token, f"[{token}]"))) for token in ids],
-        "prompt": visible(without_secrets(str(row.get("prompt") or "")))[:MAX_PROMPT_CHARS],
+        "texts": [_piece(str(texts.get(token, f"[{token}]"))[:MAX_PROMPT_CHARS]) for token in ids],
+        "prompt": printable(str(row.get("prompt") or ""))[:MAX_PROMPT_CHARS],
         "missing": {name: _safe(why) for name, why in (row.get("missing") or {}).items()},
         "columns": columns,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,11 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from secrets import token_urlsafe
 from threading import Lock
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from understudy.errors import DataError, RecipeError
+from understudy.errors import DataError, RecipeError, UnderstudyError
 from understudy.http.replies import is_loopback
 from understudy.report.page import report_html
+from understudy.text import printable
 
 MAX_SHARE = 1 / 6
 """Most of the time that rendering may take: a long run's page takes a second, of which training has the cores."""
@@ -90,20 +93,24 @@ def make_server(watch: Watch, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
         timeout = IDLE_S
 
         def do_GET(self) -> None:
-            parts = urlsplit(self.path)
-            _, token, *rest = [*parts.path.split("/"), ""]
+            path, _, query = self.path.partition("?")
+            _, token, *rest = [*path.split("/"), "", ""]
             # by another name in Host a page of another site may lead here (DNS rebinding)
             if not _is_here(self.headers.get("Host", "")) or not hmac.compare_digest(
                 token.encode(), watch.token.encode()
             ):
                 self._answer(403, "text/plain", "Open the address that understudy watch printed.\n")
-            elif rest[:1] == ["parts"]:
-                known = dict(parse_qsl(parts.query))
-                self._answer(200, "application/json", json.dumps(watch.changed(known)))
-            elif rest[:1] == [""]:
-                self._answer(200, "text/html", watch.html())
-            else:
+            elif rest[0] not in ("parts", ""):
                 self._answer(404, "text/plain", "There is no such page.\n")
+            else:
+                try:
+                    known = dict(parse_qsl(query))
+                    body = json.dumps(watch.changed(known)) if rest[0] else watch.html()
+                except (UnderstudyError, OSError) as error:
+                    # the run directory was removed, or may not be read any more
+                    self._answer(503, "text/plain", f"The page is as it was: {printable(str(error))}\n")
+                else:
+                    self._answer(200, "application/json" if rest[0] else "text/html", body)
 
         def _answer(self, status: int, kind: str, text: str) -> None:
             body = text.encode()
@@ -118,16 +125,22 @@ def make_server(watch: Watch, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.end_headers()
             # the page may have been closed
             with suppress(OSError):
+                self.end_headers()
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """A page asks every few seconds: nothing is said about it."""
 
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            # a browser that is closed resets its connections
+            if not isinstance(sys.exception(), OSError):
+                super().handle_error(request, client_address)
+
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server = Server(("127.0.0.1", port), Handler)
     except OSError as error:
         raise RecipeError(
             f"--port {port} cannot be used: {error.strerror or error}; leave it out for one that is free"
