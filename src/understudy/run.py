@@ -34,6 +34,7 @@ from understudy.recipe.load import (
     open_engine,
     open_store,
     prompt_limit,
+    read_environment_files,
     read_intakes,
     read_models,
 )
@@ -230,7 +231,8 @@ def assemble(
     """
     recipe = files.recipe
     progress = Progress() if checkpoint is None else load_checkpoint(checkpoint)
-    inputs = {name: intake.fingerprint for name, intake in read_intakes(recipe).items()}
+    inputs: dict[str, Mapping[str, Any]] = {name: one.fingerprint for name, one in read_intakes(recipe).items()}
+    inputs |= read_environment_files(recipe)
     # a checkpoint of another run; another version may have other keys
     flat = config.flatten(plain_tree(config.dump(recipe)))
     # a section that is absent, such as parallel, is one whose keys say nothing

@@ -313,6 +313,28 @@ def test_a_failed_run_is_told_and_the_others_go_on(made: tuple[Cells, Comparison
     assert comparison.table.texts[1][1:] == ["not recorded"] * 7 + ["0 of 2, 2 failed"]
 
 
+def test_a_run_that_did_not_learn_is_counted_and_told_everywhere(tmp_path: Path) -> None:
+    found = cells(tmp_path, {"variant": {"one": {}, "wild": {"train": {"lr": 1e-2}}}})
+    made = pretended(found, lambda name, seed: 0.5)
+    wild = next(cell for cell in made if cell.combination.name == "wild")
+    facts = {"status": "did not learn", "error": "its loss rose from 1 to 1e6"}
+    (wild.path / "run.json").write_text(json.dumps(facts))
+    comparison = run(found)
+    assert comparison.ending == "finished"
+    assert [(row.num_finished, row.num_unlearnt) for row in comparison.table.rows] == [(2, 0), (2, 1)]
+    assert [texts[-1] for texts in comparison.table.texts] == ["2", "2, 1 did not learn"]
+    told = (
+        "Some runs did not learn, and are in the numbers of their rows all the same: wild (1 of 2: its loss rose from"
+    )
+    assert told in markdown(comparison.table)
+    shown = page(comparison)
+    assert told in shown
+    assert "4 of 4 finished, 1 did not learn" in shown
+    row = next(row for row in csv.DictReader(cells_csv(comparison).splitlines()) if row["run_dir"] == str(wild.path))
+    assert (row["status"], row["error"]) == ("did not learn", "its loss rose from 1 to 1e6")
+    assert "its loss rose" in json.dumps(to_json(comparison)["cells"])
+
+
 BAR = "Loading weights: 100%|##########| 2/2 [00:00<00:00, 5.1it/s]"
 
 

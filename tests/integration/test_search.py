@@ -22,7 +22,7 @@ from tests.engine_stub import EngineStub
 from tests.integration.test_environments import STUDENT, Speaks
 from tests.integration.test_overlap import ahead
 from tests.integration.test_verbal import byte_tokenizer
-from tests.runs import assert_same_run, metric_rows, train, train_in_two
+from tests.runs import assert_same_run, metric_rows, tiny_recipe, train, train_in_two
 from understudy import config
 from understudy.environments.corpus import Corpus, Passage, Source, open_corpus
 from understudy.environments.play import play
@@ -37,11 +37,14 @@ from understudy.environments.search import (
     ServiceSearch,
     open_search,
 )
-from understudy.errors import DataError, EngineError, RecipeError
+from understudy.errors import CheckpointError, DataError, EngineError, RecipeError
 from understudy.eval.evaluate import run_eval
 from understudy.models import build_causal_lm, load_tokenizer, save_hf
+from understudy.recipe import Recipe
+from understudy.recipe.load import read_environment_files
 from understudy.tasks import QuestionAnswering, Renderer
 from understudy.tasks.rows import read_rows
+from understudy.trainer.checkpoint import check_same_inputs
 from understudy.types import Author, Message, Prompt, Request, Sample, Sampling, ToolCall
 
 pytestmark = pytest.mark.slow
@@ -358,6 +361,22 @@ def test_a_wrong_section_is_refused(values: dict[str, Any], message: str) -> Non
 def test_a_wrong_address_is_refused_before_anything_is_sent(section: Search) -> None:
     with pytest.raises(RecipeError):
         section.check()
+
+
+def test_a_checkpoint_has_the_fingerprint_of_the_corpus(tmp_path: Path) -> None:
+    corpus, rows = tmp_path / "p.jsonl", write(tmp_path / "q.jsonl", [{"question": "when?", "answer": "1969"}])
+    keys = {"type": "qa", "path": rows, "prompt_field": "question", "reference_field": "answer"}
+    search = {"type": "corpus", "path": write(corpus, PASSAGES), "cache_dir": str(tmp_path / "cache")}
+    values = tiny_recipe(tmp_path, train={"steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2})
+    values |= {"task": keys | {"search": search}, "method": {"type": "grpo"}}
+    recipe = config.parse(Recipe, values)
+    before = read_environment_files(recipe)
+    assert before == read_environment_files(recipe)
+    assert before.keys() == {"task.search"}
+    write(corpus, [*PASSAGES[:3], {"title": "Apollo 17", "text": "somebody else's"}])
+    with pytest.raises(CheckpointError, match=r"task.search \(.*p\.jsonl\): another than before"):
+        check_same_inputs(before, read_environment_files(recipe))
+    assert read_environment_files(config.parse(Recipe, values | {"task": keys})) == {}
 
 
 # Episodes

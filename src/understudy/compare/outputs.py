@@ -14,7 +14,7 @@ import numpy as np
 
 from understudy.compare.cells import Cell, budgets
 from understudy.compare.run import Comparison, tuning_score
-from understudy.compare.table import NOT_REACHED, Measured, Outcome, markdown, samples_to_target
+from understudy.compare.table import NOT_REACHED, UNLEARNT, Measured, Outcome, markdown, samples_to_target
 from understudy.config import dump, write_yaml
 from understudy.files import write_atomically, write_json
 from understudy.format import MISSING, Interval, quantity
@@ -54,7 +54,8 @@ def cells_csv(comparison: Comparison) -> str:
     writer.writerow(columns)
     for outcome in comparison.outcomes:
         cell, run = outcome.cell, outcome.measured
-        row = [*(label for _, label in cell.combination.labels), cell.recipe.seed, *cell.tuned.values(), outcome.status]
+        row = [*(label for _, label in cell.combination.labels), cell.recipe.seed, *cell.tuned.values()]
+        row.append(UNLEARNT if run is not None and run.unlearnt else outcome.status)
         numbers: list[object] = [""] * (5 + len(NUMBERS))
         if run is not None:
             final = run.final or Interval(None)
@@ -62,7 +63,8 @@ def cells_csv(comparison: Comparison) -> str:
             reached = None if grid.target is None else samples_to_target({0: run}, grid.target)
             numbers.append(reached and (NOT_REACHED if reached.median is None else reached.median))
             numbers = [MISSING if value is None else value for value in numbers]
-        writer.writerow([*row, *numbers, cell.path, cell.log, outcome.error or ""])
+        why = outcome.error or (run.unlearnt if run is not None else "")
+        writer.writerow([*row, *numbers, cell.path, cell.log, why])
     return text.getvalue()
 
 
@@ -107,7 +109,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     }
     if run is not None:
         values |= {"metric": run.metric, "final": asdict(run.final or Interval(None))}
-        values |= {name: getattr(run, name) for name in NUMBERS}
+        values |= {name: getattr(run, name) for name in (*NUMBERS, "unlearnt")}
     return values
 
 
@@ -125,6 +127,7 @@ def page_values(comparison: Comparison) -> dict[str, Any]:
         "title": cells.out.resolve().name,
         "unfinished": comparison.unfinished,
         "finished": sum(outcome.status == "finished" for outcome in outcomes),
+        "unlearnt": sum(row.num_unlearnt for row in comparison.table.rows),
         "num_runs": len(outcomes),
         "result": comparison.table,
         "drawn": drawn,
@@ -154,6 +157,7 @@ def _tuning_rows(comparison: Comparison) -> list[list[str]]:
     for outcome in comparison.tuning:
         cell = outcome.cell
         score = quantity("accuracy", tuning_score(outcome)) if outcome.status == "finished" else outcome.status
+        score += f", {UNLEARNT}" if outcome.measured is not None and outcome.measured.unlearnt else ""
         chosen = "yes" if comparison.tuned.get(cell.combination) == dict(cell.tuned) else ""
         labels = [label for _, label in cell.combination.labels] or [cell.combination.name]
         rows.append([*labels, *map(str, cell.tuned.values()), score, chosen])

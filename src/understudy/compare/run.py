@@ -102,6 +102,8 @@ class Runner:
                     found[at] = Outcome(cell, "finished", measured=measured)
                     value = measured.final and f": {measured.metric} {quantity('accuracy', measured.final.value)}"
                     self.console.note(f"{cell.name}{value or ''}")
+                    if measured.unlearnt:
+                        self.console.warn(f"{cell.name}: {measured.unlearnt}")
                 advance(1)
                 on_end(list(found))
         return found

@@ -31,6 +31,7 @@ CURVES = ("grad_norm", "student_entropy")
 NOT_REACHED = "not reached"
 BASELINE = "baseline"
 NO_PAIRS = "no common problems"
+UNLEARNT = "did not learn"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,8 @@ class Measured:
     grad_norm: float | None
     """Mean over the steps that were not skipped."""
     entropy_at_end: float | None
+    unlearnt: str = ""
+    """Why the run did not learn, by run.json; empty where nothing speaks against it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def measure(cell: Cell) -> Measured:
         peak_memory_gib=_reduced(np.max, memory.values),
         grad_norm=_reduced(np.mean, grad_norm.values),
         entropy_at_end=_reduced(np.mean, entropy.values[-num_last:]),
+        unlearnt=str(run.facts.get("error") or UNLEARNT) if run.facts.get("status") == UNLEARNT else "",
     )
 
 
@@ -167,6 +171,10 @@ class Row:
     num_seeds: int
     error: str = ""
     """Why the first of the failed seeds failed."""
+    num_unlearnt: int = 0
+    """Seeds that finished and did not learn; they are in every number of the row."""
+    unlearnt: str = ""
+    """Why the first of them did not."""
     metric: str | None = None
     accuracy: Estimate | None = None
     difference: Estimate | None = None
@@ -216,6 +224,8 @@ def make_table(grid: Grid, outcomes: Sequence[Outcome], tuned: Mapping[Combinati
                 num_failed=len(failed[combination]),
                 num_seeds=grid.seeds,
                 error=next(iter(failed[combination]), ""),
+                num_unlearnt=sum(bool(run.unlearnt) for run in mine.values()),
+                unlearnt=next((run.unlearnt for run in mine.values() if run.unlearnt), ""),
                 metric=names.pop() if len(names) == 1 else None,
                 accuracy=_mean_over([run.scores for run in mine.values()], SHARE),
                 difference=_mean_over(
@@ -288,9 +298,10 @@ def _texts(grid: Grid, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]
         cells += [] if grid.target is None else [MISSING if row.reached is None else str(row.reached)]
         numbers = (row.tokens_per_s, row.peak_memory_gib, row.grad_norm, row.entropy_at_end)
         cells += [quantity("", value) for value in numbers]
-        failed = f", {row.num_failed} failed" if row.num_failed else ""
         all_finished = row.num_finished == row.num_seeds
-        cells.append(str(row.num_seeds) if all_finished else f"{row.num_finished} of {row.num_seeds}{failed}")
+        seeds = str(row.num_seeds) if all_finished else f"{row.num_finished} of {row.num_seeds}"
+        seeds += f", {row.num_failed} failed" if row.num_failed else ""
+        cells.append(seeds + (f", {row.num_unlearnt} {UNLEARNT}" if row.num_unlearnt else ""))
         texts.append(cells)
     return columns, texts
 
@@ -326,16 +337,22 @@ def _caption(grid: Grid, rows: Sequence[Row], tokens: Mapping[Combination, int])
             "Each interval is for its row alone. There is no correction for many rows: of twenty rows without a true "
             "difference, one is expected to show one."
         )
+
+    def told(named: Sequence[tuple[Row, int, str]]) -> str:
+        """As "gkd (1 of 5: why the first)"."""
+        return "; ".join(
+            f"{row.combination.name} ({num} of {grid.seeds}: {why[:MAX_REASON_CHARS]})"
+            for row, num, why in named
+            if num
+        )
+
+    if unlearnt := told([(row, row.num_unlearnt, row.unlearnt) for row in rows]):
+        lines.append(f"Some runs {UNLEARNT}, and are in the numbers of their rows all the same: {unlearnt}.")
     if any(row.num_finished < grid.seeds for row in rows):
-        failed = [
-            f"{row.combination.name} ({row.num_failed} of {grid.seeds}: {row.error[:MAX_REASON_CHARS]})"
-            for row in rows
-            if row.num_failed
-        ]
-        told = f" Runs failed in {'; '.join(failed)}." if failed else ""
+        failed = told([(row, row.num_failed, row.error) for row in rows])
         lines.append(
             "Not every run finished: means, differences and samples to the target rest on the seeds that did, and say "
-            f"nothing about the others.{told}"
+            f"nothing about the others.{f' Runs failed in {failed}.' if failed else ''}"
         )
     return [*lines, *filter(None, [budget_warning(tokens)])]
 

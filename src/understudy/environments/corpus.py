@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -55,13 +56,21 @@ class Source:
             siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
             hint = nearest(path.name, siblings) if siblings else f"there is no folder {path.parent}"
             raise RecipeError(f"there is no corpus {path}; {hint}")
-        digest = blake2b(digest_size=16)
-        with path.open("rb") as file:
-            while part := file.read(2**22):
-                digest.update(part)
+        stat = path.stat()
+        digest = _read(path, (stat.st_size, stat.st_mtime_ns, stat.st_ino)).copy()
         facts = [_FORMAT, _bm25s().__version__, self.text_field, self.title_field, self.k1, self.b]
         digest.update(json.dumps(facts).encode())
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, stamp: object) -> blake2b:
+    """The hash of a file, which is read again with another stamp: the corpora of papers have gigabytes."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest
 
 
 class Corpus:

@@ -78,6 +78,11 @@ class Search(ABC):
     def check(self) -> None:
         """Raises RecipeError for what is wrong with the section, without a search."""
 
+    @property
+    def file(self) -> Mapping[str, str] | None:
+        """The file that is searched as `source`, and its hash as `digest`; None: another machine finds the passages."""
+        return None
+
     @abstractmethod
     def open(self, rows: ReadRows) -> Find:
         """Opens the search engine; `rows` reads a file of passages. Raises RecipeError or DataError."""
@@ -119,6 +124,10 @@ class CorpusSearch(Search):
 
     def check(self) -> None:
         self.source.fingerprint()
+
+    @property
+    def file(self) -> Mapping[str, str]:
+        return {"source": self.path, "digest": self.source.fingerprint()}
 
     def open(self, rows: ReadRows) -> Find:
         corpus = open_corpus(self.source, rows, self.cache_dir)

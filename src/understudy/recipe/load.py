@@ -370,6 +370,16 @@ def read_intakes(
     return {name: intake for name, intake in found.items() if intake is not None}
 
 
+def read_environment_files(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Fingerprints of the files that environments read, such as a corpus to search, by place in the recipe."""
+    parts = {place.rpartition(".")[0]: part for place, part, _ in data_parts(recipe)}
+    return {
+        f"{place}.{key}": dict(facts)
+        for place, part in parts.items()
+        for key, facts in part.environment_files().items()
+    }
+
+
 # --- teachers -----------------------------------------------------------------------------------------------------------
 
 

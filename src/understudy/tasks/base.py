@@ -92,6 +92,11 @@ class Task(ABC):
         """Returns a new environment for one episode: who answers the student. Here nobody does."""
         return SINGLE_TURN
 
+    def environment_files(self) -> Mapping[str, Mapping[str, str]]:
+        """The files that its environments read beside the rows: `source` and `digest`, by key of the section. Raises as
+        `check_files`."""
+        return {}
+
     def on_file(self, path: str) -> Task:
         """Returns a task whose every split is the file, read with the keys of this one. Raises ValueError where it has none."""
         raise ValueError(

@@ -13,6 +13,7 @@ from understudy.environments import Environment
 from understudy.environments.tau import DOMAINS, Database, Service, UserModel, domain_tools, read_tables
 from understudy.environments.tau.database import Tables
 from understudy.errors import DataError, RecipeError, brief, check_range, nearest
+from understudy.files import hash_values
 from understudy.http.replies import check_key
 from understudy.tasks.datasets import Named
 from understudy.tasks.tool_calls import TAGGED
@@ -87,6 +88,10 @@ class Customers(Named):
     @cached_property
     def _schemas(self) -> tuple[Mapping[str, Any], ...]:
         return tuple(tool.schema for tool in domain_tools(self.domain, Database({})))
+
+    def environment_files(self) -> Mapping[str, Mapping[str, str]]:
+        # the policy is in the prompts
+        return {"database": {"source": str(self._folder), "digest": hash_values(self._tables)}}
 
     def check_files(self) -> None:
         _ = self._policy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -72,6 +72,10 @@ class QuestionAnswering(Named):
         question = asked.removeprefix(before).removesuffix(behind)
         answer = "" if prompt.reference is None else prompt.reference[0]
         return SearchEnvironment(self.search, open_search(self.search, read_rows), question, answer)
+
+    def environment_files(self) -> Mapping[str, Mapping[str, str]]:
+        file = None if self.search is None else self.search.file
+        return {} if file is None else {"search": file}
 
     def check_files(self) -> None:
         super().check_files()

@@ -566,7 +566,9 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
         digest.update(json.dumps(said, default=repr).encode() + b"\n")
         try:
             prompt = task.read_prompt(place, row)
-            digest.update("".join(f"{image.name}\n" for image in prompt.images).encode())
+            # of an image in a file the size, for to read all of them takes long
+            images = [(one.name, Path(one.path).stat().st_size if one.path else 0) for one in prompt.images]
+            digest.update("".join(f"{name} {size}\n" for name, size in images).encode())
         except MissingValueError as error:
             skipped.append(str(error))
             # counted, so that a repetition keeps its id
