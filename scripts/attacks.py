@@ -29,6 +29,8 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -39,7 +41,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = {"recipes": 2_000, "teacher": 300, "texts": 100, "secrets": 60}
+CASES = {"recipes": 2_000, "teacher": 300, "texts": 100, "secrets": 69}
 MOST_S, HANG_S = 5.0, 60
 """Seconds of the processor that a recipe may take, and of the clock after which it is given up."""
 SHOWN = 10
@@ -811,7 +813,7 @@ def secrets(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, 
             in_cell_log,
             in_cell_error,
         ),
-        *(in_recording, in_hub_error, in_environment),
+        *(in_recording, in_hub_error, in_environment, in_tokens, in_watch, in_plan),
     ]
 
     def attempt(write: Callable[[Path, str], str], text: str, where: Path) -> str | None:
@@ -839,13 +841,16 @@ def secrets(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, 
 
 
 def in_wandb(folder: Path, text: str) -> str:
-    from understudy.trainer.loggers import make_loggers
+    from understudy.trainer.loggers import Dashboard, make_loggers
 
     places = {f"WANDB_{name}_DIR": str(folder / "home") for name in ("CONFIG", "CACHE", "DATA")}
     warned: list[str] = []
     with variables(WANDB_MODE="offline", WANDB_SILENT="true", **places):
         recipe = {"teacher": {"url": text, "api_key": CANARY}}
         for logger in make_loggers(folder / "run", ["wandb"], recipe, warn=warned.append):
+            if isinstance(logger, Dashboard):
+                logger.samples(1, [{"response": text, "messages": [{"role": "tool", "content": text}]}])
+                logger.alert(text, text)
             logger.close()
     return "".join(warned)
 
@@ -1005,6 +1010,47 @@ def in_hub_error(folder: Path, text: str) -> str:
     from understudy.errors import UnderstudyError
 
     return str(UnderstudyError(f"the hub did not take it: {text} (Authorization: Bearer {CANARY})"))
+
+
+def with_tokens(folder: Path, text: str) -> Path:
+    """A run that kept tokens, with the text and the canary in all that it says of them."""
+    from tests.integration.test_tokens import token_row, write_tokens
+    from tests.report_run import write_run
+
+    pieces = [*text, "; MY_TOKEN=", *CANARY]
+    facts = dict.fromkeys(("prompt", "method", "teacher", "finish"), text)
+    facts |= {"missing": {"teacher_top": text}, "vocabulary": {str(at): one for at, one in enumerate(pieces)}}
+    run = write_run(folder, num_steps=10)
+    write_tokens(run, [token_row(5, text, len(pieces)) | facts])
+    return run
+
+
+def in_tokens(folder: Path, text: str) -> str:
+    run = with_tokens(folder, text)
+    return "".join(command("inspect", str(run), *more)[1] for more in ([], ["--list"], ["--prompt", text]))
+
+
+def in_watch(folder: Path, text: str) -> str:
+    """What a browser gets of a run that goes on, unpacked as its script does, with the tokens side by side."""
+    from understudy.report.watch import Watch
+
+    watch = Watch(with_tokens(folder, text))
+    page = watch.html()
+    packed = [json.loads(zlib.decompress(b64decode(one))) for one in re.findall(r'data-packed="([^"]+)"', page)]
+    sides = ["".join(sample["texts"][at] for at in sample["columns"]["id"]) for sample in packed]
+    return page + json.dumps([watch.changed({}), packed]) + "".join(sides)
+
+
+def in_plan(folder: Path, text: str) -> str:
+    """The plan of a recipe with such keys, and the errors of a recipe with such a model."""
+    from tests.runs import distillation, tiny_recipe
+
+    recipe = json.loads(json.dumps(tiny_recipe(folder, **distillation(folder))))
+    recipe["student"]["template_kwargs"] = {"api_key": CANARY, "note": text}
+    (folder / "given.yaml").write_text(json.dumps(recipe))
+    said = command("plan", str(folder / "given.yaml"))[1]
+    assert "memory of one GPU" in said, said
+    return said + command("plan", str(folder / "given.yaml"), f"teacher.model={text}")[1]
 
 
 def in_environment(folder: Path, text: str) -> str:

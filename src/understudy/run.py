@@ -234,11 +234,11 @@ def assemble(
     inputs: dict[str, Mapping[str, Any]] = {name: one.fingerprint for name, one in read_intakes(recipe).items()}
     inputs |= read_environment_files(recipe)
     # a checkpoint of another run; another version may have other keys
-    flat = config.flatten(plain_tree(config.dump(recipe)))
+    flat = config.flatten(config.dump(recipe))
     # a section that is absent, such as parallel, is one whose keys say nothing
     kept = {key: value for key, value in flat.items() if value is not None and not may_change(key)}
     inputs[f"recipe of understudy {installed().get('understudy')}"] = {
-        "source": "recipe.yaml",
+        "source": "recipe.yaml, or what is hidden there",
         "digest": hash_facts([kept]),
     }
     tokenizer = files.tokenizers.student

@@ -188,13 +188,13 @@ def _after(named: re.Pattern[str], text: str) -> str:
 def plain_tree(value: object, name: str = "") -> Any:
     """A recipe or facts as plain values with secrets hidden and keys as strings, to be stored where others may read.
 
-    Hidden are values under a name like those of secrets, words after such a flag (`[--api-key, ...]`), variables of `env` but
-    numbers and those of CUDA, NCCL, vLLM and the like, and what `without_secrets` finds. Twice is as once.
+    Hidden are values under a name like those of secrets, words after such a flag (`[--api-key, ...]`), `headers` and variables
+    of `env` but numbers and those of CUDA, NCCL, vLLM and the like, and what `without_secrets` finds. Twice is as once.
     """
     if isinstance(value, Mapping):
         if is_secret_name(name) and value:
             return HIDDEN
-        if name == "env":
+        if name in ("env", "headers"):
             return {str(key): _shown_variable(str(key), item) for key, item in value.items()}
         return {without_secrets(str(key)): plain_tree(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -202,13 +202,16 @@ def plain_tree(value: object, name: str = "") -> Any:
         return [plain_tree(item, flag or name) for item, flag in zip(value, flags, strict=False)]
     if value is None or isinstance(value, bool) or value == "":
         return value
-    if is_secret_name(name) or name == "env":
+    if is_secret_name(name) or name in ("env", "headers"):
         return value if isinstance(value, str) and _NO_SECRET.match(value) else HIDDEN
     return value if isinstance(value, int | float) else without_secrets(str(value))
 
 
 def _shown_variable(name: str, value: object) -> object:
     """A variable of another process: none is told but plain numbers and settings of known libraries."""
+    if isinstance(value, Mapping | list | tuple) and not is_secret_name(name):
+        # settings of an environment of verifiers
+        return plain_tree(value, "env")
     if not is_secret_name(name) and (_PLAIN_VARIABLE.fullmatch(name) or _PLAIN_VALUE.fullmatch(str(value))):
         return plain_tree(value)
     return value if _PLAIN_VALUE.fullmatch(str(value)) and "{" in str(value) else HIDDEN

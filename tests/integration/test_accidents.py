@@ -441,7 +441,17 @@ def test_the_checkpoint_of_another_step_or_run_is_refused(tmp_path: Path) -> Non
     shutil.rmtree(saved / "step_000008")
     shutil.rmtree(saved / "step_000004")
     shutil.copytree(other / "step_000004", saved / "step_000004")
-    with pytest.raises(CheckpointError, match=r"recipe of understudy .* \(recipe.yaml\): another than before"):
+    with pytest.raises(CheckpointError, match=r"recipe of understudy .* \(recipe.yaml, or .*\): another than before"):
+        train(tmp_path, resume=True, **changes)
+
+
+def test_another_value_that_the_saved_recipe_hides_is_refused(tmp_path: Path) -> None:
+    changes = {"train": {"steps": 1, "prompts_per_step": 2, "save_every": 1}}
+    changes |= {"student": tiny_recipe(tmp_path)["student"] | {"template_kwargs": {"password": "one"}}}
+    run_dir = train(tmp_path, **changes)
+    assert "one" not in (run_dir / "recipe.yaml").read_text().split()
+    changes["student"]["template_kwargs"] = {"password": "two"}
+    with pytest.raises(CheckpointError, match="recipe.yaml, or what is hidden there"):
         train(tmp_path, resume=True, **changes)
 
 

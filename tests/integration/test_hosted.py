@@ -72,6 +72,20 @@ def test_the_student_is_the_model_that_is_asked(seat: Seat) -> None:
     one.close()
 
 
+def test_a_request_that_is_none_is_refused_and_nothing_is_said(seat: Seat, capsys: pytest.CaptureFixture[str]) -> None:
+    url, conversation = seat.take()
+    for body in (b"{", b"[" * 100_000, b"\xff"):
+        assert httpx.post(f"{url}/chat/completions", content=body, trust_env=False).status_code == 400
+    for address in (url.replace("/v1", "x/v1"), url.rpartition("/")[0].rpartition("/")[0] + "/0/v1"):
+        assert httpx.post(f"{address}/chat/completions", json={"messages": []}, trust_env=False).status_code == 410
+    assert conversation.events.empty()
+    assert httpx.post(f"{url}/chat/completions", json=[1], trust_env=False).status_code == 410
+    event = conversation.next(1.0)
+    assert isinstance(event, Over)
+    assert "a request that the student cannot read" in event.error
+    assert "".join(capsys.readouterr()) == ""
+
+
 def test_calls_go_there_as_they_were_written(seat: Seat) -> None:
     heard: list[Any] = []
 

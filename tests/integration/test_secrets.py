@@ -97,6 +97,10 @@ def test_a_tree_without_secrets() -> None:
     values = {
         "launch": {"env": env, "args": ["--api-key", CANARY, "--max-model-len", "4096", f"--hf-token={CANARY}"]},
         "template_kwargs": {"api_key": CANARY, "eos_token": "</s>", "secrets": [CANARY], "password": {"a": CANARY}},
+        "task": {
+            "env": {"taskset": {"size": 4, "words": [CANARY]}, "client": {"headers": {"X-Who": CANARY}}},
+            "extra": {"headers": {"Cookie": CANARY, "X-Any": CANARY}},
+        },
         "note": f"https://me:{CANARY}@host",
         "seed": 3,
         CANARY + "?": [None, True, 0.5],
@@ -105,6 +109,7 @@ def test_a_tree_without_secrets() -> None:
     assert plain_tree(written) == written
     assert str(written).count(CANARY) == 1, "only the key that is named like nothing"
     assert written["launch"]["env"] | {"HF_TOKEN": 0, "ANY": 0, "B": 0} == env | {"HF_TOKEN": 0, "ANY": 0, "B": 0}
+    assert written["task"]["env"]["taskset"]["size"] == 4
     assert written["launch"]["args"][2:4] == ["--max-model-len", "4096"]
     assert (written["template_kwargs"]["eos_token"], written["seed"]) == ("</s>", 3)
 

@@ -308,6 +308,24 @@ def test_what_is_an_outlier_is_as_in_the_metrics() -> None:
     assert ["an outlier" in describe(row, at) for at in range(4)] == [True, False, False, False]
 
 
+def test_a_secret_that_is_written_token_by_token_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "ZqXwKvPjMhWq"
+    monkeypatch.setenv("SOME_API_KEY", secret)
+    parts = [secret[at : at + 2] for at in range(0, len(secret), 2)]
+    pieces = ["it", " is ", *parts, ", ", "MY_TOKEN=", "ab", "cd", " !"]
+    num = len(pieces)
+    top = {"student_top": [[at, (at + 1) % num] for at in range(num)], "student_top_logprob": [[-0.1, -2.0]] * num}
+    row = token_row(1, "p", num, **top) | {"vocabulary": {str(at): piece for at, piece in enumerate(pieces)}}
+    write_tokens(write_run(tmp_path, num_steps=5), [row])
+    sample = unpacked(tmp_path)[0]
+    shown = [sample["texts"][at] for at in sample["columns"]["id"]]
+    assert shown == ["it", " is ", *["[hidden]"] * (num - 3), " !"]
+    assert sample["columns"]["student_top"][2:-1] == [0] * (num - 3)
+    said = CliRunner().invoke(app, ["inspect", str(tmp_path)], env={"COLUMNS": "200"}).output
+    assert "[hidden]" in said
+    assert not any(piece in said for piece in parts)
+
+
 def test_inspect_prints_the_largest_differences(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", num_steps=10)
 

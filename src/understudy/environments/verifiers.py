@@ -20,12 +20,14 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import count, islice
+from itertools import islice
 from queue import Empty, Queue
+from secrets import token_urlsafe
 from threading import Thread
 from types import ModuleType
 from typing import Any
 
+from understudy.config import load_json
 from understudy.environments.base import Step
 from understudy.errors import DataError, EngineError, RecipeError, nearest
 from understudy.types import Message
@@ -108,10 +110,9 @@ def _plain(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class Seat:
-    """The endpoints at which environments find the student, one for each episode: `url(number)` and below it."""
+    """The endpoints at which environments find the student, one for each episode, at an address that nobody guesses."""
 
     def __init__(self) -> None:
-        self._numbers = count()
         self._taken: dict[str, Conversation] = {}
         taken = self._taken
 
@@ -119,11 +120,14 @@ class Seat:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                conversation = taken.get(self.path.split("/")[1])
+                conversation = taken.get(self.path.split("/")[1]) if "/" in self.path else None
+                try:
+                    asked = load_json(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+                except ValueError as error:
+                    self._send(400, "application/json", json.dumps({"error": {"message": f"no JSON: {error}"}}))
+                    return
                 said = None
                 if conversation is not None and self.path.endswith("/chat/completions"):
-                    asked = json.loads(body)
                     said = conversation.ask(asked, self.headers.get("X-Session-ID") or "")
                 if said is None:
                     self._send(410, "application/json", '{"error": {"message": "the episode is over"}}')
@@ -151,7 +155,7 @@ class Seat:
 
     def take(self) -> tuple[str, Conversation]:
         """A new episode: its base URL, and its conversation."""
-        name, conversation = str(next(self._numbers)), Conversation()
+        name, conversation = token_urlsafe(16), Conversation()
         self._taken[name] = conversation
         return f"http://127.0.0.1:{self._server.server_port}/{name}/v1", conversation
 

@@ -17,7 +17,7 @@ from understudy.errors import DataError
 from understudy.files import by_step
 from understudy.format import number
 from understudy.report.read import MAX_NAME_CHARS, read_object, taken_from
-from understudy.text import encodable, printable
+from understudy.text import HIDDEN, encodable, printable, without_secrets
 
 MAX_PACKED_BYTES = 3_000_000
 """The most that a page takes for its samples; the rest of the files stays where it is."""
@@ -72,7 +72,34 @@ class Place:
             row = read_object(self.path.read_bytes().splitlines()[self.line], str(self))
             if len({len(values) for values in row["tokens"].values()}) != 1 or not {"id", "kind"} <= set(row["tokens"]):
                 raise DataError(f"{self}: 'tokens' needs lists of one length, 'id' and 'kind' among them")
+            _hide_secrets(row)
         return row
+
+
+def _hide_secrets(row: Mapping[str, Any]) -> None:
+    """Takes out the tokens in which a secret is written, from the first to the last, and what was likely in their place."""
+    table, vocabulary = row["tokens"], row["vocabulary"]
+    pieces = [str(vocabulary.get(str(token), "")) for token in table["id"]]
+    text = "".join(pieces)
+    shown = without_secrets(text)
+    if shown == text:
+        return
+
+    def same(one: str, other: str) -> int:
+        """Characters at the beginning that both have."""
+        pairs = zip(one, other, strict=False)
+        return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+    first, last = sorted((same(text, shown), len(text) - same(text[::-1], shown[::-1])))
+    end = 0
+    vocabulary["-1"] = HIDDEN
+    for at, piece in enumerate(pieces):
+        begin, end = end, end + len(piece)
+        if begin < last and end > first:
+            table["id"][at] = -1
+            for name, values in table.items():
+                if name.endswith(("_top", "_top_logprob")):
+                    values[at] = []
 
 
 def find_tokens(run_dir: Path, run: str = "") -> list[Place]:

@@ -118,11 +118,11 @@ class Dashboard:
         self._attempt(f"step {step}", lambda: self._opened.log(step, values))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Logs samples as a table, where the package has tables; a value that a row lacks is None."""
+        """Logs samples as a table without secrets, where the package has tables; a value that a row lacks is None."""
         if (table := self._opened.table) is None:
             return
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        data = [[row.get(name) for name in columns] for row in rows]
+        data = [[plain_tree(row.get(name)) for name in columns] for row in rows]
         self._attempt(
             f"the samples of step {step}",
             lambda: self._opened.log(step, {"samples": table(columns=columns, data=data)}),
@@ -131,7 +131,7 @@ class Dashboard:
     def alert(self, title: str, text: str) -> None:
         """Sends an alert, where the package has alerts."""
         if (alert := self._opened.alert) is not None:
-            self._attempt(f"the alert {title}", lambda: alert(title, printable(text)))
+            self._attempt(f"the alert {title}", lambda: alert(printable(title), printable(text)))
 
     def close(self) -> None:
         self._attempt("the end of the run", self._opened.close)
