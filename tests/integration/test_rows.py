@@ -130,6 +130,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         ("r.json", b'[{"q": "a"}, ', r"r\.json: not an array of JSON: "),
         ("r.jsonl", b'{"q": "a", "q": "b"}', r"r\.jsonl:1: not a line of JSON: the name 'q' stands twice"),
         ("r.csv", b"q\n\"[{'role': 'user', 'content': 'x'}]\"\n", "begins like a list of messages and is not JSON"),
+        ("r.jsonl", b'{"q": %s1%s}' % (b"[" * 900, b"]" * 900), r"r\.jsonl:1.* is nested too deeply"),
         ("r.json", b'[{"q": "a"}, 3]', r"r\.json row 1: 3 is not a JSON object"),
         ("r.csv", b'q,a\n"cut off', r"r\.csv: not \.csv, after line 1: unexpected end of data"),
         ("r.csv", b"q,a\n1,2,3\n", r"r\.csv:2: more cells than the 2 fields"),
@@ -275,6 +276,7 @@ def test_rows_that_are_all_without_a_value_are_refused(tmp_path: Path) -> None:
     [
         ("1", ["1"]),
         (7, ["7"]),
+        (10**400, ["1" + "0" * 400]),
         (12.0, ["12"]),
         (1e-07, ["0.0000001"]),
         (True, ["true", "True", "yes", "Yes"]),

@@ -314,7 +314,7 @@ def test_a_secret_that_is_written_token_by_token_is_hidden(tmp_path: Path, monke
     parts = [secret[at : at + 2] for at in range(0, len(secret), 2)]
     pieces = ["it", " is ", *parts, ", ", "MY_TOKEN=", "ab", "cd", " !"]
     num = len(pieces)
-    top = {"student_top": [[at, (at + 1) % num] for at in range(num)], "student_top_logprob": [[-0.1, -2.0]] * num}
+    top = {"student_top": [[at, 0] for at in range(num)], "student_top_logprob": [[-0.1, -2.0]] * num}
     row = token_row(1, "p", num, **top) | {"vocabulary": {str(at): piece for at, piece in enumerate(pieces)}}
     write_tokens(write_run(tmp_path, num_steps=5), [row])
     sample = unpacked(tmp_path)[0]

@@ -36,7 +36,7 @@ def accepted_answers(value: object) -> list[str]:
         return [text for item in value for text in accepted_answers(item)]
     if isinstance(value, Decimal):
         value = f"{value:f}"
-    if isinstance(value, str) or (isinstance(value, Real) and math.isfinite(value)):
+    if isinstance(value, str) or (isinstance(value, Real) and abs(cast("float", value)) < math.inf):
         return accepted(cast("Reference", value))
     hint = f"; name a part of it with a dot: FIELD.{next(iter(value))}" if isinstance(value, dict) and value else ""
     raise ValueError(f"{brief(value)}; it must be a string, a number, true or false, or a list of them{hint}")
@@ -68,7 +68,10 @@ def read_field(row: Mapping[str, Any], field: str, place: str, *, required: bool
             error.field = field
             raise error
         value = value[part]
-    value = _plain(value)
+    try:
+        value = _plain(value)
+    except RecursionError:
+        raise DataError(f"{place}: field {field!r} is nested too deeply") from None
     if is_missing(value):
         raise MissingValueError(f"{place}: field {field!r} is {'null' if value is None else brief(value)}")
     return value
@@ -92,7 +95,7 @@ def read_text(row: Mapping[str, Any], field: str, place: str) -> str:
     """A string or a number of a row as text. Raises as `read_field`, and DataError for anything else."""
     value = read_field(row, field, place)
     if isinstance(value, str) or (
-        isinstance(value, int | float) and math.isfinite(value) and not isinstance(value, bool)
+        isinstance(value, int | float) and abs(value) < math.inf and not isinstance(value, bool)
     ):
         return accepted(value)[0]
     raise DataError(f"{place}: field {field!r} is {brief(value)}; it must be a string or a number")

@@ -563,8 +563,8 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
         num_rows += 1
         fields = task.fields_read(row)
         said = [row.get(field, row.get(field.partition(".")[0])) for field in fields if field is not None]
-        digest.update(json.dumps(said, default=repr).encode() + b"\n")
         try:
+            digest.update(json.dumps(said, default=repr).encode() + b"\n")
             prompt = task.read_prompt(place, row)
             # of an image in a file the size, for to read all of them takes long
             images = [(one.name, Path(one.path).stat().st_size if one.path else 0) for one in prompt.images]
@@ -574,6 +574,8 @@ def _load(task: Records, split: Split, source: str, stamp: object) -> tuple[tupl
             # counted, so that a repetition keeps its id
             seen[f"{task.name}/{error.key}"] += 1
             continue
+        except RecursionError:
+            raise DataError(f"{place} is nested too deeply") from None
         if task.validation_share > 0 and split != "test":
             draw = hash_name(f"{task.seed}/validation/{problem_key(prompt)}") / 2**64
             if (draw < task.validation_share) != (split == "validation"):

@@ -224,7 +224,7 @@ def _find_rows(path: Path, record: Record) -> dict[str, Row]:
             with safe_open(path / name, framework="pt") as opened:
                 rows = json.loads(opened.metadata()["samples"])
             found |= {f"{row['prompt']}#{row['index']}": (name, number, row) for number, row in enumerate(rows)}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(f"{path / name} is damaged ({error}): record the scores again") from error
     return found
 
