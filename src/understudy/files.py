@@ -142,6 +142,9 @@ def check_writable(folder: Path, key: str) -> None:
     try:
         with suppress(FileNotFoundError):
             folder.lstat()
+        if folder.is_symlink():
+            # raises for one that leads nowhere, or to itself
+            folder.stat()
         with tempfile.TemporaryFile(dir=next(part for part in (folder, *folder.parents) if part.exists())):
             pass
     except (OSError, ValueError) as error:

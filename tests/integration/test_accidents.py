@@ -22,7 +22,7 @@ from tests.report_run import write_eval
 from tests.runs import SHORT, assert_same_run, distillation, save_tiny_model, tiny_recipe, train, write_recipe
 from tests.serving import serve_beside
 from understudy.errors import CheckpointError, RecipeError
-from understudy.files import LOCK, by_step, compare_files, hash_file, locked, write_atomically
+from understudy.files import LOCK, by_step, check_writable, compare_files, hash_file, locked, write_atomically
 from understudy.report.page import write_report
 from understudy.trainer.loop import Trainer
 from understudy.trainer.observe import why_not_learnt
@@ -90,6 +90,8 @@ def test_a_directory_that_cannot_be_made_is_one_error(kind: str, tmp_path: Path)
     with pytest.raises(RecipeError, match="run_dir .* cannot be written to"):
         train(tmp_path, run_dir=str(folder))
     if kind == "loop":
+        with pytest.raises(RecipeError, match="--out .* cannot be written to"):
+            check_writable(folder, "--out")
         # the clean-up after the error must not hide it
         with pytest.raises(CheckpointError, match="cannot write"):
             write_atomically(folder / "file", "text")
