@@ -227,7 +227,7 @@ def test_steps_share_the_room_of_a_page(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("understudy.report.tokens.MAX_PACKED_BYTES", 3 * len(whole.packed[0]) + 10)
     part = viewer(places)
     assert part is not None
-    assert [(one["step"], one["prompt_id"]) for one in json.loads(part.index)["samples"]] == [
+    assert [(one["step"], one["prompt_id"]) for one in json.loads(part.index.unescape())["samples"]] == [
         (1, "again"),
         (5, "again"),
         (9, "again"),
