@@ -333,6 +333,39 @@ def test_samples_that_do_not_fit_their_requests_are_refused() -> None:
             played(Swapping())
 
 
+def test_prompts_wait_for_no_other_prompt_where_the_engine_takes_several_calls() -> None:
+    """The first prompt's first turn is written when the second prompt's episodes are over; in lockstep it never would be."""
+    with engine_of("hf", model_of(), Path()) as engine:
+        plain, _ = played(engine)
+        over, lock = threading.Event(), threading.Lock()
+
+        class Several:
+            concurrency = 8
+
+            def generate(self, requests: Sequence[Request], *args: Any, step: int, stream: str) -> list[Sample]:
+                assert len({one.prompt.id for one in requests}) == 1
+                if requests[0].prompt.id == "p0":
+                    assert over.wait(60)
+                if requests[0].prompt.id == "p1" and "turn2" in stream:
+                    over.set()
+                with lock:
+                    return engine.generate(requests, *args, step=step, stream=stream)
+
+        samples, environments = played(Several())
+        assert [sample.key for sample in samples] == [sample.key for sample in plain]
+        assert [sample.token_ids.tolist() for sample in samples] == [sample.token_ids.tolist() for sample in plain]
+        assert all(environment.num_closed == 1 for environment in environments)
+
+        class Failing(Several):
+            def generate(self, requests: Sequence[Request], *args: Any, **options: Any) -> list[Sample]:
+                if requests[0].prompt.id == "p2":
+                    raise DataError("it is gone")
+                return super().generate(requests, *args, **options)
+
+        with pytest.raises(DataError, match="it is gone"):
+            played(Failing())
+
+
 def test_a_step_is_checked() -> None:
     with pytest.raises(ValueError, match="must lie in"):
         Step(reward=2.0)

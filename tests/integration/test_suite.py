@@ -100,6 +100,22 @@ def test_a_model_is_evaluated_on_each_task(tmp_path: Path, capsys: pytest.Captur
     assert alone.metrics == found["long"].metrics
 
 
+def test_data_that_are_for_measuring_only_need_no_train_split(tmp_path: Path) -> None:
+    """As AIME, which is the first of the suite reasoning."""
+    rows = tmp_path / "aime.jsonl"
+    problems = [{"problem": f"{i}+{i}=", "answer": str(2 * i), "solution": f"It is {2 * i}."} for i in range(3)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in problems))
+    task = {"type": "math", "dataset": "aime24", "path": str(rows), "chat": False, "template": "{prompt}"}
+    suite = write(tmp_path, tasks={"aime24": {"task": task, "samples_per_prompt": 2}})
+    model = save_tiny_model(tmp_path / "model", seed=0)
+    found = api.evaluate_suite(model, suite, overrides=["device=cpu"], quiet=True)
+    assert found["aime24"].num_problems == 3
+    keys = [f"task.{key}={json.dumps(value)}" for key, value in task.items()]
+    keys += ["sampling.max_new_tokens=8", "sampling.temperature=0.7", "eval.samples_per_prompt=2", "eval.split=test"]
+    alone = api.evaluate(model, overrides=[*keys, "device=cpu"], quiet=True)
+    assert alone.metrics == found["aime24"].metrics
+
+
 def test_a_recipe_is_evaluated_on_a_suite_and_its_own_task_is_left_alone(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", seed=0)
     recipe = write_recipe(

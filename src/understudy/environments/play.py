@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from itertools import repeat
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 from understudy.engines import Generates
@@ -51,14 +52,14 @@ def play(
 ) -> list[Sample]:
     """Returns one sample for each request, in order: a whole episode with all of its turns.
 
-    Episodes go on in lockstep: each turn asks the engine once, for all that are not over. `sampling.max_new_tokens`, or fewer
-    tokens where the prompt says so, bound the whole response, the environment's tokens included. An episode is cut ("length")
-    where they are used up or its environment's `max_turns` are; an environment that raises, or gives no answer by its deadline,
-    ends its own episode ("environment"), and so does a chat template that rewrites earlier turns ("rewritten") where
-    `renderer.on_rewrite` is "cut".
+    Episodes go on in lockstep: each turn asks the engine once, for all that are not over. An engine that takes several calls
+    at a time is asked for each prompt by itself, so that nobody waits for the turns of another prompt's episodes.
+    `sampling.max_new_tokens`, or fewer tokens where the prompt says so, bound the whole response, the environment's tokens
+    included. An episode is cut ("length") where they are used up or its environment's `max_turns` are; an environment that
+    raises, or gives no answer by its deadline, ends its own episode ("environment"), and so does a chat template that rewrites
+    earlier turns ("rewritten") where `renderer.on_rewrite` is "cut".
     Raises TemplateError for any other chat template that cannot continue a conversation, and as the engine.
     """
-    episodes: dict[int, _Episode] = {}
     with ExitStack() as open_environments:
         environments = []
         for request in requests:
@@ -71,27 +72,67 @@ def play(
             replace(request, stop=(*request.stop, *request.prompt.stop, *getattr(environment, "stop", ())))
             for request, environment in zip(requests, environments, strict=True)
         ]
-        samples = _write(engine, requests, sampling, step, stream) if requests else []
-        for index, (request, sample, environment) in enumerate(zip(requests, samples, environments, strict=True)):
-            if environment is not SINGLE_TURN:
-                episodes[index] = _Episode(request, environment, sample, turn_start=sample.prompt_length)
-        if not episodes:
-            return [_graded_if_unfinished(sample, renderer) for sample in samples]
-        pool = open_environments.enter_context(ThreadPoolExecutor(MAX_STEPS_AT_ONCE, "understudy-environment"))
-        going, turn = list(episodes), 1
-        while going:
-            spoken = [episodes[index] for index in going]
-            answered = pool.map(_answer, spoken, repeat(renderer), repeat(sampling.max_new_tokens))
-            episodes |= zip(going, answered, strict=True)
-            going = [index for index in going if episodes[index].next_ids is not None]
-            turn += 1
-            if going:
-                asked = [_continuation(episodes[index]) for index in going]
-                # another stream: a later turn draws other numbers than the first, whatever the engine keys its draws by
-                written = _write(engine, asked, sampling, step, f"{stream}/turn{turn}")
-                episodes |= {index: _join(episodes[index], part) for index, part in zip(going, written, strict=True)}
-    played = [episodes[index].sample if index in episodes else sample for index, sample in enumerate(samples)]
-    return [_graded_if_unfinished(sample, renderer) for sample in played]
+        steps = open_environments.enter_context(ThreadPoolExecutor(MAX_STEPS_AT_ONCE, "understudy-environment"))
+        failed = Event()
+
+        def talk(indices: Sequence[int]) -> list[Sample]:
+            def write(asked: Sequence[Request], stream: str) -> list[Sample]:
+                return _write(engine, asked, sampling, step, stream)
+
+            asked = [(requests[index], environments[index]) for index in indices]
+            return _talk(asked, renderer, write, stream, sampling.max_new_tokens, steps, failed)
+
+        has_turns = any(environment is not SINGLE_TURN for environment in environments)
+        num_calls = getattr(engine, "concurrency", 1) if has_turns else 1
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(request.prompt.id if num_calls > 1 else "", []).append(index)
+        if len(groups) < 2:
+            talks = [talk(indices) for indices in groups.values()]
+        else:
+            calls = ThreadPoolExecutor(min(num_calls, len(groups)), "understudy-episodes")
+            try:
+                # in a copy of the context: whoever cancels the caller's requests cancels these
+                futures = [calls.submit(copy_context().run, talk, indices) for indices in groups.values()]
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+                talks = [future.result() for future in futures]
+            finally:
+                # after an error or Ctrl-C the others end with their turn, or when the engine is closed; nobody waits for them
+                failed.set()
+                calls.shutdown(wait=False, cancel_futures=True)
+    places = (index for indices in groups.values() for index in indices)
+    played = dict(zip(places, (sample for samples in talks for sample in samples), strict=True))
+    return [_graded_if_unfinished(played[index], renderer) for index in range(len(requests))]
+
+
+def _talk(
+    asked: Sequence[tuple[Request, Environment]],
+    renderer: Renderer,
+    write: Callable[[Sequence[Request], str], list[Sample]],
+    stream: str,
+    max_new_tokens: int,
+    steps: ThreadPoolExecutor,
+    failed: Event,
+) -> list[Sample]:
+    """Whole episodes in lockstep; no further turn once others `failed`. Environments answer in the threads of `steps`."""
+    samples = write([request for request, _ in asked], stream)
+    episodes = {
+        place: _Episode(request, environment, sample, turn_start=sample.prompt_length)
+        for place, ((request, environment), sample) in enumerate(zip(asked, samples, strict=True))
+        if environment is not SINGLE_TURN
+    }
+    going, turn = list(episodes), 1
+    while going and not failed.is_set():
+        spoken = [episodes[place] for place in going]
+        episodes |= zip(going, steps.map(_answer, spoken, repeat(renderer), repeat(max_new_tokens)), strict=True)
+        going = [place for place in going if episodes[place].next_ids is not None]
+        turn += 1
+        if going:
+            # another stream: a later turn draws other numbers than the first, whatever the engine keys its draws by
+            written = write([_continuation(episodes[place]) for place in going], f"{stream}/turn{turn}")
+            episodes |= {place: _join(episodes[place], part) for place, part in zip(going, written, strict=True)}
+    return [episodes[place].sample if place in episodes else sample for place, sample in enumerate(samples)]
 
 
 def _graded_if_unfinished(sample: Sample, renderer: Renderer) -> Sample:

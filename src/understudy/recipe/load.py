@@ -577,7 +577,7 @@ def open_engine(recipe: Recipe, loaded: Loaded, ranks: Ranks, version: int, open
     engine = recipe.engine.open(engine_setup(recipe, loaded))
     opened.callback(engine.close)
     # an engine elsewhere is compared on some prompts before there are samples
-    prompts = islice(recipe.task.prompts("train"), NUM_PROBED if engine.remote else 0)
+    prompts = islice(recipe.task.prompts(recipe.task.first_split), NUM_PROBED) if engine.remote else ()
     rendered = [(prompt, loaded.renderer.start(prompt)) for prompt in prompts]
     first = [
         Sample(prompt, 0, ids, torch.zeros_like(ids, dtype=torch.uint8), 1, "data", "") for prompt, ids in rendered
