@@ -201,8 +201,17 @@ class Phase:
     name: str
     flops: float
     """Operations over all GPUs."""
-    seconds: float
-    formula: str
+    bounds: Mapping[str, float]
+    """Seconds that each limit takes by itself, by its formula."""
+
+    @property
+    def formula(self) -> str:
+        """That of the limit which takes longest."""
+        return max(self.bounds, key=self.bounds.__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        return self.bounds[self.formula]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,12 +290,15 @@ def machine_of(
     )
 
 
-def plan(recipe: Recipe, machine: Machine) -> list[Planned]:
-    """Every layout on at most so many GPUs, those that fit first, the quickest first. Raises RecipeError as `read_shape`."""
+def plan(recipe: Recipe, machine: Machine, shapes: Mapping[str, Shape] | None = None) -> list[Planned]:
+    """Every layout on at most so many GPUs, those that fit first, the quickest first.
+
+    `shapes`: those of the recipe's models, where they are known. Raises RecipeError as `read_shape`.
+    """
     if recipe.train.compute_dtype == "auto":
         # every card of the list has it
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
-    shapes = shapes_of(recipe)
+    shapes = shapes_of(recipe) if shapes is None else shapes
     found = [planned(recipe, shapes, machine, layout) for layout in layouts(recipe, shapes, machine)]
     if not found:
         ranks = "1" if recipe.parallel is None else f"{recipe.parallel.shard} x {recipe.parallel.replicate}"
@@ -350,21 +362,17 @@ def planned(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine, layou
             Phase(
                 name="score",
                 flops=flops,
-                seconds=flops / (on * card.flops * PASSES_SHARE),
-                formula=f"tokens x (2 P + 2 x layers x width x length) on {on} GPUs at {PASSES_SHARE:.0%} of the peak",
+                bounds={
+                    f"tokens x (2 P + 2 x layers x width x length) on {on} GPUs at {PASSES_SHARE:.0%} of the peak": flops
+                    / (on * card.flops * PASSES_SHARE)
+                },
             )
         )
     phases.append(updating(recipe, student, machine, layout, samples))
     if layout.servers:
-        bytes_moved = student.parameters * 2
-        speed = machine.link(machine.gpus)
+        sent = student.parameters * 2 / machine.link(machine.gpus)
         phases.append(
-            Phase(
-                name="weights",
-                flops=0,
-                seconds=bytes_moved / speed,
-                formula="P x 2 bytes over the link, to every server at once",
-            )
+            Phase(name="weights", flops=0, bounds={"P x 2 bytes over the link, to every server at once": sent})
         )
     overlapped = recipe.async_ is not None and recipe.async_.max_staleness > 0
     return Planned(layout=layout, memory=memory, phases=phases, overlapped=overlapped, room=machine.room)
@@ -458,8 +466,7 @@ def writing(recipe: Recipe, student: Shape, machine: Machine, layout: Layout, sa
     if not layout.servers:
         started = turns * response * student.size.layers * HF_LAYER_S
         bounds[f"{turns} x {response:,.0f} tokens x {student.size.layers} layers x {HF_LAYER_S * 1e3:g} ms"] = started
-    formula = max(bounds, key=bounds.__getitem__)
-    return Phase(name="generate", flops=flops, seconds=bounds[formula], formula=formula)
+    return Phase(name="generate", flops=flops, bounds=bounds)
 
 
 def updating(recipe: Recipe, student: Shape, machine: Machine, layout: Layout, samples: int) -> Phase:
@@ -471,29 +478,38 @@ def updating(recipe: Recipe, student: Shape, machine: Machine, layout: Layout, s
     backward = 1 + student.size.trained / student.size.weights
     passes = train.passes * (1 + backward + train.gradient_checkpointing) + fixed
     flops = passes * student.forward(samples * length, length)
-    arithmetic = flops / (layout.ranks * card.flops * PASSES_SHARE)
-    tokens = train.micro_batch_tokens or 16_384
-    batches = max(1, math.ceil(samples * length / layout.ranks / max(tokens, length))) * train.passes
-    updates = train.minibatches * train.passes
-    moved = 0.0
-    if layout.shard > 1:
-        # gathered for forward and backward of each micro-batch, gradients scattered once an update
-        share = (layout.shard - 1) / layout.shard
-        moved = share * student.parameters * (2 * batches * (2 + train.gradient_checkpointing) + 4 * updates)
-    seconds = moved / machine.link(layout.shard)
-    if layout.replicate > 1:
-        gradients = student.size.trained / layout.shard
-        seconds += 2 * gradients * updates * (layout.replicate - 1) / layout.replicate / machine.link(layout.ranks)
+    moved = collectives(recipe, student, machine, layout, samples)
     return Phase(
         name="update",
         flops=flops,
-        seconds=max(arithmetic, seconds),
-        formula=(
-            f"{passes:g} forward passes on {layout.ranks} GPUs at {PASSES_SHARE:.0%} of the peak"
-            if arithmetic >= seconds
-            else f"weights gathered for {batches} micro-batches and gradients summed, over the link"
-        ),
+        bounds={
+            f"{passes:g} forward passes on {layout.ranks} GPUs at {PASSES_SHARE:.0%} of the peak": flops
+            / (layout.ranks * card.flops * PASSES_SHARE),
+            "weights gathered and gradients summed, over the link": sum(moved.values()),
+        },
     )
+
+
+def collectives(recipe: Recipe, student: Shape, machine: Machine, layout: Layout, samples: int) -> dict[str, float]:
+    """Seconds that a rank needs the link for in a step: to gather weights of shards, to reduce gradients over a shard's ranks,
+    and to sum them over replicas."""
+    train = recipe.train
+    length = machine.prompt_tokens + machine.response_tokens
+    tokens = train.micro_batch_tokens or 16_384
+    batches = max(1, math.ceil(samples * length / layout.ranks / max(tokens, length))) * train.passes
+    updates = train.minibatches * train.passes
+    share = (layout.shard - 1) / layout.shard
+    # for forward and backward of each micro-batch, in 16 bits
+    gathered = share * student.parameters * 2 * batches * (2 + train.gradient_checkpointing)
+    whole = recipe.parallel is not None and recipe.parallel.gradients == "whole"
+    reduced = share * student.size.trained * (updates if whole else batches)
+    copies = layout.replicate
+    summed = 2 * (copies - 1) / copies * student.size.trained / layout.shard * updates
+    return {
+        "weights gathered": gathered / machine.link(layout.shard),
+        "gradients reduced": reduced / machine.link(layout.shard),
+        "gradients summed over replicas": summed / machine.link(layout.ranks),
+    }
 
 
 def remedies(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, Planned]]:
