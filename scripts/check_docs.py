@@ -27,6 +27,7 @@ from understudy.engines import ENGINES
 from understudy.engines.vllm.settings import Launch
 from understudy.environments.search import SEARCHES
 from understudy.errors import RecipeError
+from understudy.launchers import Ray
 from understudy.methods import METHODS
 from understudy.methods.base import PolicyMethod, ScoreMethod
 from understudy.recipe import Recipe
@@ -49,11 +50,11 @@ SECTION_PAGES: Mapping[Path, Mapping[str, type[Any]]] = {
     ROOT / "docs" / "sandboxes.md": {**SANDBOXES, "sandbox": Sandbox},
     ROOT / "docs" / "environments.md": SEARCHES,
     ROOT / "docs" / "engines.md": {**ENGINES, "launch": Launch, "async": Async},
-    ROOT / "docs" / "scaling.md": {"parallel": Parallel},
+    ROOT / "docs" / "scaling.md": {"parallel": Parallel, "launcher": Ray},
 }
 """What a heading with such a name describes in the tables below it."""
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
-FOLDERS = ("src/", "tests/", "recipes/", "benchmarks/", "scripts/", "docs/", ".ci/")
+FOLDERS = ("src/", "tests/", "recipes/", "examples/", "benchmarks/", "scripts/", "docs/", ".ci/")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)")
 QUOTED = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```(?:console|bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)

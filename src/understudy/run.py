@@ -110,6 +110,8 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
     No other process trains in the run directory meanwhile. Raises RecipeError, DataError or VocabularyError for bad input,
     CheckpointError when the run cannot be saved or resumed, TrainingError when it cannot go on.
     """
+    if recipe.launcher is not None:
+        raise RecipeError("launcher starts commands, which only `understudy train` does; remove it, or use the command")
     run_dir = RunDir(Path(recipe.run_dir))
     if resume:
         run_dir.check_started()

@@ -28,6 +28,7 @@ from understudy.engines import VLLM, EngineSetup, HFEngine
 from understudy.engines.base import Probe
 from understudy.engines.vllm.engine import FLOAT32_GAP, VLLMEngine
 from understudy.engines.vllm.launch import free_ports
+from understudy.engines.vllm.servers import server_command
 from understudy.engines.vllm.settings import Launch, logprobs_modes
 from understudy.engines.vllm.weights import SHARED_MEMORY, NCCLTransfer, WeightStore, memory_left, with_head
 from understudy.errors import DataError, EngineError, RecipeError, WeightsLostError
@@ -932,8 +933,8 @@ def test_the_timeout_grows_with_the_longest_response(tmp_path: Path) -> None:
 
 
 def test_a_server_of_its_own_writes_no_line_for_each_request(tmp_path: Path) -> None:
-    with make_engine(model_of(), tmp_path) as (engine, _):
-        command = engine._servers._command(Launch(), tmp_path, 8000, 0)
+    names = {"model": str(tmp_path), "host": "127.0.0.1", "port": "8000"}
+    command = server_command(VLLM(launch=Launch()), names, dtype="float32", mode="raw_logprobs")
     assert "--disable-uvicorn-access-log" in command
     assert command[command.index("--host") + 1] == "127.0.0.1"
 

@@ -19,7 +19,7 @@ from understudy.compare.processes import check_ray
 from understudy.compare.run import Ending, Runner
 from understudy.compare.run import compare as make
 from understudy.compare.table import budget_warning
-from understudy.errors import RecipeError
+from understudy.errors import RecipeError, TrainingError
 from understudy.eval.summary import sample_row
 from understudy.files import check_writable, locked, write_json_lines
 from understudy.format import count, number
@@ -30,6 +30,9 @@ from understudy.trainer.checkpoint import RunDir
 from understudy.trainer.console import Console
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.signals import terminable
+
+LAUNCHED_ENDINGS = {0: "finished", 130: "stopped by a signal"}
+"""By the exit code of the ranks."""
 
 
 def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, examine: bool = True) -> str:
@@ -42,10 +45,22 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, resume: bool, 
                 recipe = run.resumed_recipe(recipe, run_dir)
             else:
                 run_dir.check_new()
+            if recipe.launcher is not None:
+                load_recipe(path, [*overrides, *recipe.launcher.check(recipe.roles)])
             for line in check(recipe):
                 console.note(line)
             console.note(f"{path} is fine; nothing was loaded or written")
         return "checked"
+    if recipe.launcher is not None:
+        with Console() as console:
+            # what the ranks will read is refused here, before anything is started
+            load_recipe(path, [*overrides, *recipe.launcher.check(recipe.roles)])
+            options = ["--resume"] * resume + ["--no-doctor"] * (not examine)
+            command = [sys.executable, "-m", "understudy", "train", str(path), *overrides, *options]
+            code = recipe.launcher.run(recipe.roles, command, console)
+        if code not in LAUNCHED_ENDINGS:
+            raise TrainingError(f"the ranks ended with status {code}; see rank_*.log in {recipe.run_dir}")
+        return LAUNCHED_ENDINGS[code]
     return api.train_and_show(recipe, resume=resume, examine=examine).ending
 
 

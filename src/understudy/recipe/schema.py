@@ -14,6 +14,7 @@ from understudy import config
 from understudy.engines import ENGINES, HF, EngineSection
 from understudy.errors import RecipeError, check_range, nearest
 from understudy.given import is_given
+from understudy.launchers import LAUNCHERS, Ray, Roles
 from understudy.methods import METHODS, REFUSED, Method
 from understudy.methods.base import Uses
 from understudy.models import DType
@@ -160,6 +161,8 @@ class Recipe:
     """Generation, scoring and updates at the same time; None: one after the other."""
     parallel: Parallel | None = None
     """The student in shards over the processes of `torchrun`; None: each holds all of it."""
+    launcher: Ray | None = config.choice(LAUNCHERS, optional=True)
+    """Who starts the processes of a run on several machines; None: whoever starts `understudy train`."""
     eval: Eval | None = None
     eval_task: Task | None = config.choice(TASKS, optional=True)
     """Source of evaluation problems; None: `task`."""
@@ -203,6 +206,18 @@ class Recipe:
     def method_name(self) -> str:
         """As messages and the model card name it: "GKD"."""
         return type(self.method).__name__
+
+    @property
+    def roles(self) -> Roles:
+        """The parts that a launcher starts processes for."""
+        return Roles(
+            run_dir=Path(self.run_dir),
+            student=self.student.model,
+            dtype=self.student.dtype,
+            sampling=self.sampling,
+            engine=self.engine,
+            teachers={self.place_of(name): section for name, section in self.all_teachers.items()},
+        )
 
     @property
     def is_sharded(self) -> bool:
@@ -536,7 +551,7 @@ RESUMABLE = (
     *(f"parallel.{key}" for key in ("shard", "replicate", "teachers", "reshard", "gradients")),
 )
 """Keys that may change when a run is resumed: they do not change what it computes."""
-RESUMABLE_SECTIONS = ("loggers.", "rollout.", "train.on_alarm.")
+RESUMABLE_SECTIONS = ("launcher.", "loggers.", "rollout.", "train.on_alarm.")
 RESUMABLE_ENDS = (
     *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),
     *(".max_concurrency", ".break_after", ".batch_tokens", ".cache"),

@@ -35,6 +35,10 @@ _FILES, _PROGRESS, _OPTIMIZER, STUDENT = "files.json", "progress.json", "optimiz
 _TEACHER, _SHARDS, _RUN_FILES = "teacher.safetensors", "optimizer", "run_files.json"
 
 
+LOGS = ("engine_*.log", "rank_*.log", "teacher*.log")
+"""Of the processes that a run starts."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """The state of a run beside its weights. Written with every checkpoint."""
@@ -129,13 +133,13 @@ class RunDir:
         return list(found)
 
     def check_new(self) -> None:
-        """Raises RecipeError where a run, or anything else but traces of engines that did not start, is there already, and
+        """Raises RecipeError where a run, or anything else but traces of processes that did not start, is there already, and
         where it cannot be written."""
 
         def is_trace(path: Path) -> bool:
             if path.name == "weights" and path.is_dir():
                 return not any(path.iterdir())
-            return path.name == LOCK or path.match("engine_*.log")
+            return path.name == LOCK or any(map(path.match, LOGS))
 
         check_writable(self.path, "run_dir")
         if self.path.is_dir() and not all(map(is_trace, self.path.iterdir())):

@@ -46,7 +46,7 @@ TORCHRUN_VARIABLES = {
 
 @dataclass(eq=False, repr=False)
 class ServerProcess:
-    """One server on loopback. Runs inside a `with`, or between `start` and `stop`; `wait_ready` waits until it answers."""
+    """One server. Runs inside a `with`, or between `start` and `stop`; `wait_ready` waits until it answers."""
 
     args: Sequence[str]
     """The command."""
@@ -54,6 +54,8 @@ class ServerProcess:
     name: str
     port: int
     log: Path
+    host: str = "127.0.0.1"
+    """The address that it listens at."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to the environment of this process; its values appear in no message."""
     ready_timeout_s: float = 600.0
@@ -68,11 +70,11 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Starts the command. Raises EngineError for a port in use and a command that cannot be run."""
-        if not port_is_free(self.port):
+        if not port_is_free(self.port, self.host):
             raise EngineError(
                 f"{self.name}: port {self.port} is in use by another process; choose another, or 0 for any"
             )
@@ -103,7 +105,7 @@ class ServerProcess:
         while True:
             self.check()
             with suppress(httpx.HTTPError):
-                # no proxy of the environment stands before loopback
+                # no proxy of the environment stands before it
                 if httpx.get(self.url + "/health", timeout=2.0, trust_env=False).status_code == 200:
                     # another process may have taken the port after this one died
                     self.check()
@@ -117,14 +119,18 @@ class ServerProcess:
 
     def check(self, within_s: float = 0.0) -> None:
         """Raises EngineError with the end of its log if the server does not run, or ends within so many seconds."""
+        if (status := self.poll(within_s)) is not None:
+            how = f"was killed by signal {status - 128}" if 128 < status < 193 else f"ended with status {status}"
+            raise EngineError(f"{self.name} {how}.\n{self._tail()}")
+
+    def poll(self, within_s: float = 0.0) -> int | None:
+        """Returns the exit status, 128 + n after signal n; None if it runs so many seconds longer."""
         assert self._supervisor is not None
         assert self._supervisor.stdout is not None
         if self._status is None and select.select([self._supervisor.stdout], [], [], within_s)[0]:
             # nothing more is printed where the supervisor itself was ended
             self._status = int(self._supervisor.stdout.readline() or self._supervisor.wait())
-        if (status := self._status) is not None:
-            how = f"was killed by signal {status - 128}" if 128 < status < 193 else f"ended with status {status}"
-            raise EngineError(f"{self.name} {how}.\n{self._tail()}")
+        return self._status
 
     def ask_to_stop(self) -> None:
         """Asks the supervisor to end the server; `stop` waits for it."""
@@ -173,23 +179,23 @@ class ServerProcess:
         return f"From the end of {self.log}:\n{text}" if text else f"{self.log} is empty"
 
 
-def port_is_free(port: int) -> bool:
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether nothing listens there."""
     with socket.socket() as probe:
         # a port that was in use a moment ago is free
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True
 
 
-def free_ports(num: int) -> list[int]:
+def free_ports(num: int, host: str = "127.0.0.1") -> list[int]:
     """Returns different ports on which nothing listens now."""
     with ExitStack() as stack:
         # all stay bound until the last is chosen, so that no two are the same
         probes = [stack.enter_context(socket.socket()) for _ in range(num)]
         for probe in probes:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
         return [probe.getsockname()[1] for probe in probes]

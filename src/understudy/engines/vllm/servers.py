@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -228,9 +228,11 @@ class Servers:
 
     def _start_processes(self, launch: Launch, model_dir: Path) -> None:
         given = range(launch.port, launch.port + launch.num_servers)
+        dtype = str(self.dtype).removeprefix("torch.")
         for number, port in enumerate(given if launch.port else free_ports(launch.num_servers)):
+            names = {"model": str(model_dir), "host": "127.0.0.1", "port": str(port), "server": str(number)}
             process = ServerProcess(
-                self._command(launch, model_dir, port, number),
+                server_command(self.section, names, dtype=dtype, mode=self.mode),
                 name=f"rollout engine {number}",
                 port=port,
                 log=self.setup.run_dir / f"engine_{number}.log",
@@ -242,36 +244,6 @@ class Servers:
         # all load at the same time
         for process in self._processes:
             process.wait_ready()
-
-    def _command(self, launch: Launch, model_dir: Path, port: int, number: int) -> list[str]:
-        if launch.command is not None:
-            words = [str(Path(launch.command[0]).expanduser()), *launch.command[1:]]
-            for name, value in {"{model}": str(model_dir), "{port}": str(port), "{server}": str(number)}.items():
-                words = [word.replace(name, value) for word in words]
-            return words
-        options = {
-            "model": str(model_dir),
-            "served-model-name": SERVED_NAME,
-            "host": "127.0.0.1",
-            "port": str(port),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "logprobs-mode": self.mode,
-            # else the model's own temperature, penalties and so on would join those of the recipe
-            "generation-config": "vllm",
-        }
-        if self.section.weights == "nccl":
-            options["weight-transfer-config"] = '{"backend": "nccl"}'
-        return [
-            str(Path(launch.python).expanduser()),
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            # ids go in and out, so no text is ever made
-            "--skip-tokenizer-init",
-            # else a line for each request, in a log that nobody cuts
-            "--disable-uvicorn-access-log",
-            *(word for name, value in options.items() for word in (f"--{name}", value)),
-            *launch.args,
-        ]
 
     def _read_facts(self) -> Facts:
         """Asks all servers. Raises RecipeError if they differ, lack the model, or would die of a seeded request."""
@@ -332,3 +304,37 @@ class Servers:
             kind = _NoRouteError if refused.status in (404, 405) else EngineError
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if kind is _NoRouteError else ""
             raise kind(f"rollout engine {self.urls[server]}: {key} was refused: {refused}{hint}") from refused
+
+
+def server_command(section: VLLM, names: Mapping[str, str], *, dtype: str, mode: str) -> list[str]:
+    """The command that starts a server of `section.launch`; `names`: its model, host, port and number."""
+    launch = section.launch
+    assert launch is not None
+    if launch.command is not None:
+        words = [str(Path(launch.command[0]).expanduser()), *launch.command[1:]]
+        for name, value in names.items():
+            words = [word.replace(f"{{{name}}}", value) for word in words]
+        return words
+    options = {
+        "model": names["model"],
+        "served-model-name": SERVED_NAME,
+        "host": names["host"],
+        "port": names["port"],
+        "dtype": dtype,
+        "logprobs-mode": mode,
+        # else the model's own temperature, penalties and so on would join those of the recipe
+        "generation-config": "vllm",
+    }
+    if section.weights == "nccl":
+        options["weight-transfer-config"] = '{"backend": "nccl"}'
+    return [
+        str(Path(launch.python).expanduser()),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        # ids go in and out, so no text is ever made
+        "--skip-tokenizer-init",
+        # else a line for each request, in a log that nobody cuts
+        "--disable-uvicorn-access-log",
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+        *launch.args,
+    ]

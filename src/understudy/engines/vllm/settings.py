@@ -41,7 +41,7 @@ class Launch:
     python: str = "python"
     """An interpreter that has vLLM, which as a rule is in an environment of its own."""
     command: tuple[str, ...] | None = None
-    """The whole command in its place, `{model}`, `{port}` and `{server}`, the number from 0, filled in."""
+    """The whole command in its place, `{model}`, `{host}`, `{port}` and `{server}`, the number from 0, filled in."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Beside the environment of the run, such as `CUDA_VISIBLE_DEVICES: "{server}"`; the server's number is filled in. A secret
     is named, never written: `{env:NAME}` is the value of a variable, `{file:PATH}` the content of a file."""

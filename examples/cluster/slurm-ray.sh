@@ -1,0 +1,39 @@
+#!/bin/bash
+# One run on Slurm by the launcher `ray`, whose section of the recipe says how many processes there are and what they take.
+#
+#   sbatch --nodes=4 examples/cluster/slurm-ray.sh recipe.yaml
+#
+# The recipe has `launcher: {type: ray, address: auto, ...}`. All nodes see this directory, the recipe and the run directory.
+#SBATCH --job-name=understudy
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+set -euo pipefail
+
+recipe=$1
+shift
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
+export RAY_ADDRESS="$head:6379" RAY_USAGE_STATS_ENABLED=0
+
+srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
+    ray start --head --block --port=6379 --num-gpus=8 --include-dashboard=false &
+until srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap ray status > /dev/null 2>&1; do sleep 2; done
+if [ "${#nodes[@]}" -gt 1 ]; then
+    srun --nodes="$((${#nodes[@]} - 1))" --ntasks="$((${#nodes[@]} - 1))" --exclude="$head" --overlap \
+        ray start --block --address="$RAY_ADDRESS" --num-gpus=8 &
+fi
+
+# here, on the first node
+understudy train "$recipe" "$@" &
+run=$!
+trap 'kill -TERM "$run"' TERM
+code=0
+wait "$run" || code=$?
+# a signal ends the wait and not the run
+if kill -0 "$run" 2> /dev/null; then wait "$run" || code=$?; fi
+exit "$code"
