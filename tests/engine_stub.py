@@ -79,6 +79,8 @@ class EngineStub:
         self.ignore_pushes = False
         """Says that weights were loaded, and keeps its own."""
         self.num_pushes = 0
+        self.asleep: set[str] = set()
+        """Parts without memory; weights that were given up are gone."""
         self.requests: list[Request] = []
         self.scheduler = Scheduler(concurrency)
         if stale_tied_head:
@@ -129,6 +131,9 @@ class EngineStub:
             ("GET", "/is_paused"): lambda *_: (200, {"is_paused": self.scheduler.paused is not None}),
             ("POST", "/pause"): self._pause,
             ("POST", "/resume"): self._resume,
+            ("POST", "/sleep"): self._sleep,
+            ("POST", "/wake_up"): self._wake_up,
+            ("GET", "/is_sleeping"): lambda *_: (200, {"is_sleeping": bool(self.asleep)}),
             ("POST", "/reset_prefix_cache"): lambda *_: (200, {"success": not self.scheduler.running}),
             ("POST", "/collective_rpc"): self._collective_rpc,
             ("POST", "/v1/completions"): self._completions,
@@ -159,12 +164,26 @@ class EngineStub:
         self.scheduler.resume()
         return 200, {"status": "resumed"}
 
+    def _sleep(self, request: Request, _: object) -> tuple[int, Any]:
+        if self.scheduler.running or self.asleep:
+            return 500, {"error": "requests are running, or it sleeps"}
+        self.asleep = {"weights", "kv_cache"}
+        if request.query.get("level", "1") == "2":
+            self.model.clear()
+        return 200, {"status": "sleeping", "level": int(request.query.get("level", "1"))}
+
+    def _wake_up(self, request: Request, _: object) -> tuple[int, Any]:
+        self.asleep.discard(request.query["tags"])
+        return 200, {"status": "sleeping" if self.asleep else "awake", "tags": [request.query["tags"]]}
+
     def _collective_rpc(self, request: Request, _: object) -> tuple[int, Any]:
         """`weights_path`, by name or as the second argument, as the worker's `reload_weights` takes it."""
         if request.body.get("method") is None:
             return 400, {"detail": "Missing 'method' in request body"}
         if request.body["method"] != "reload_weights":
             raise Refused(501, f"Method {request.body['method']!r} is not implemented.", "NotImplementedError")
+        if "weights" in self.asleep:
+            raise Refused(500, "CUDA error: an illegal memory access was encountered", "InternalServerError")
         args, kwargs = request.body.get("args") or [], dict(request.body.get("kwargs") or {})
         kwargs |= dict(zip(("weights_iterator", "weights_path", "is_checkpoint_format"), args, strict=False))
         unknown = set(kwargs) - {"weights_iterator", "weights_path", "is_checkpoint_format"}
@@ -179,6 +198,8 @@ class EngineStub:
         with self._lock:
             number = self._num_completions
             self._num_completions += 1
+        if self.asleep:
+            raise Refused(500, "CUDA error: an illegal memory access was encountered", "InternalServerError")
         body = {"n": 1, "echo": False, "logprobs": None, "prompt_logprobs": None} | request.body
         body["max_tokens"] = 16 if body.get("max_tokens") is None else body["max_tokens"]
         body["logprobs_mode"] = self.logprobs_mode

@@ -66,6 +66,13 @@ class StubModel:
                 own[name].copy_(value)
 
     @torch.no_grad()
+    def clear(self) -> None:
+        """Weights whose memory was given up."""
+        with self.lock:
+            for value in self.model.parameters():
+                value.fill_(math.nan)
+
+    @torch.no_grad()
     def prompt_logp(self, ids: Sequence[int]) -> Tensor:
         """Log-softmax for tokens 1 to L - 1, temperature 1. [L - 1, V]."""
         with self.lock:

@@ -51,6 +51,20 @@ def test_a_teacher_over_http_is_the_local_one(tmp_path: Path) -> None:
     assert losses(there) == pytest.approx(losses(here), rel=1e-4)
 
 
+def test_servers_sleep_while_the_student_is_trained(tmp_path: Path) -> None:
+    """Once a step, whether or not an update was made: the run is that of servers that stay awake."""
+    models = distillation(tmp_path / "m")
+    runs = []
+    for sleep in (False, True):
+        with nothing_left(), EngineStub(models["student"]["model"]) as stub:
+            changes = with_engine(models, stub.url)
+            changes["rollout"] = changes["rollout"] | {"sleep": sleep}
+            runs.append(train(tmp_path / f"{sleep}", **changes))
+            assert len(stub.asked("/sleep")) == 6 * sleep
+            assert not stub.asleep
+    assert losses(runs[0]) == losses(runs[1])
+
+
 def test_a_served_teacher_gives_whole_rows(tmp_path: Path) -> None:
     """A full-vocabulary divergence from hidden states and the head equals that of the model here."""
     models = distillation(tmp_path / "m", method={"type": "gkd"})

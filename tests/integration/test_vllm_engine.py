@@ -889,6 +889,7 @@ def test_a_server_that_is_not_there_at_the_start_is_not_waited_for(tmp_path: Pat
         ({"url": "http://localhost:1", "weights": "shm", "weights_dir": "w"}, "keep one"),
         ({"launch": {"command": ["serve", "{model}"]}}, "{port}"),
         ({"launch": {"num_servers": 0}}, "at least 1"),
+        ({"url": "http://127.0.0.1:1", "sleep": True, "weights": "nccl"}, "joins no two processes on one GPU"),
         ({"url": "http://localhost:1", "check_tolerance": 0}, "above 0"),
         ({"url": "http://localhost:1", "weight": "shm"}, "did you mean 'weights'"),
     ],
@@ -930,6 +931,34 @@ def test_the_timeout_grows_with_the_longest_response(tmp_path: Path) -> None:
     long = Sampling(max_new_tokens=32_768)
     with make_engine(model_of(), tmp_path, sampling=long, timeout_s=None, deadline_s=None) as (engine, _):
         assert engine._servers.policy.timeout_s == 3276.8
+
+
+def test_servers_sleep_until_the_next_push(tmp_path: Path) -> None:
+    """They give up everything once, get memory for the weights before these, and for the cache after them."""
+    model = model_of()
+    with make_engine(model, tmp_path, stubs=2, sleep=True) as (engine, servers):
+        push(engine, model)
+        engine.generate(requests(1), LONG, step=0)
+        engine.verify()
+        assert engine.sleep(asks=True)
+        assert all(server.asleep == {"weights", "kv_cache"} for server in servers)
+        # nothing to compare with, and nothing to ask
+        engine.verify()
+        assert push(engine, moved(model), 1) < TOLERANCE
+        for sample in engine.generate(requests(1), LONG, step=1):
+            check_logprob(model, sample)
+        for server in servers:
+            assert not server.asleep
+            told = [one.query.get("tags", one.path) for one in server.requests if one.method == "POST"]
+            assert [one for one in told if one not in ("/v1/completions", "/pause", "/resume")][-5:] == [
+                *("/sleep", "weights", "/collective_rpc", "/reset_prefix_cache", "kv_cache"),
+            ]
+        # one that was started again meanwhile is awake, and has the weights of its start
+        assert engine.sleep(asks=True)
+        servers[0].asleep.clear()
+        assert push(engine, moved(model, seed=3), 2) < TOLERANCE
+        assert len(servers[0].asked("/wake_up")) == 2
+        assert len(servers[1].asked("/wake_up")) == 4
 
 
 def test_a_server_of_its_own_writes_no_line_for_each_request(tmp_path: Path) -> None:

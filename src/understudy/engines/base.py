@@ -63,6 +63,11 @@ class Engine(Generates, Protocol):
         """Raises WeightsLostError where an engine that was started again no longer has the weights of the last push."""
         ...
 
+    def sleep(self, *, asks: bool) -> bool:
+        """Returns whether it has no weights and no cache until the next push, and leaves their memory to the update. Every rank
+        calls it when none is waiting for a sample; one alone `asks` the servers."""
+        ...
+
     def close(self) -> None:
         """Cancels what is in flight, and leaves no thread, process or connection behind."""
         ...

@@ -56,6 +56,8 @@ class EngineSection(ABC):
     """Whether the samples of a prompt are to be asked for together."""
     runs_here: bool = False
     """Whether it writes in this process, and takes memory for keys and values."""
+    sleep: bool = False
+    """Whether it leaves its memory to the student while that is trained."""
     reads_images: bool = False
     """Whether it is given the images of prompts."""
     dtype: str = "auto"

@@ -469,6 +469,10 @@ def _evaluation_is_there_and_draws(recipe: Recipe) -> None:
 def _nothing_beside_the_update_moves_with_it(recipe: Recipe) -> None:
     if recipe.async_ is None:
         return
+    if recipe.engine.sleep:
+        raise ValueError(
+            "rollout.sleep has the servers sleep during the update, and async has them write samples beside it; remove one"
+        )
     if not recipe.engine.beside_update:
         raise ValueError(
             "async has samples written beside the update, but they are written with the weights that are updated; set "

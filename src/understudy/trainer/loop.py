@@ -146,6 +146,7 @@ class Trainer:
         method, own_step = self.method.at(step)
         with self._breakable(), self._whole():
             collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock, self.tokens))
+            sleeps = self.rollouts.collector.engine.sleep(asks=self.ranks.is_main)
         with clock("update_s"):
             tokens = None if self.tokens is None else self.tokens.begin(collected.samples, step + 1)
             numbers = self._update(collected.samples, method, own_step, tokens)
@@ -164,7 +165,11 @@ class Trainer:
         # the step is done: a failure from here on, that of the push too, loses nothing of it
         self._torn = False
         try:
-            if self.progress.updates > updates:
+            # servers that sleep have lost their weights, also where the step was skipped
+            if self.progress.updates > updates or sleeps:
+                if sleeps and self.student.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    self.ranks.barrier()
                 with self._breakable():
                     numbers |= self._healed(lambda: self.publish(self.progress.updates, collected.samples))
         finally:

@@ -64,6 +64,10 @@ class HFEngine:
     def verify(self) -> None:
         """Does nothing: weights in this process stay."""
 
+    def sleep(self, *, asks: bool) -> bool:
+        """Returns False: it writes with the model that is trained, or with a copy that stays."""
+        return False
+
     def close(self) -> None:
         """Batches that wait for their turn are not written any more."""
         self._closed = True

@@ -133,7 +133,7 @@ class VLLMEngine:
         self._check = PushCheck(self._servers, self._dtype, tolerance, section.probe_tokens)
         self._gate = Gate(policy.deadline_s)
         self._pushing = Lock()
-        self._closed = False
+        self._closed = self._sleeps = False
         self._last_probe: Probe | None = None
         self._wrote_since_check = False
         self._store: WeightStore | None = None
@@ -194,8 +194,11 @@ class VLLMEngine:
                 with nullcontext() if self._transfer else self._open_store().written(named, f"v{version}") as directory:
                     # No new request from here on: it would be answered by weights of an unknown version.
                     self._gate.close()
+                    if self._sleeps:
+                        # Weights before the cache, as there need not be room for the files' tensors beside both.
+                        self._servers.wake("weights")
                     # Long responses are cut off where they are, not waited for.
-                    with self._servers.paused():
+                    with nullcontext() if self._sleeps else self._servers.paused():
                         # Every reply to the old weights has to be in before they go, so that its tokens get the old
                         # version. A request may reach a server after the pause did, which is therefore repeated.
                         self._gate.drain(self._servers.pause)
@@ -207,6 +210,9 @@ class VLLMEngine:
                         # After the reload, or the last prefixes of the old weights could still get in, and before a
                         # request can read them.
                         self._servers.forget()
+                    if self._sleeps:
+                        self._servers.wake("kv_cache")
+                        self._sleeps = False
             # After the servers resumed, because a paused one answers nothing, and while the gate is closed, because what is
             # computed beside a request changes the last bits of its numbers.
             gap = None if probe is None else self._check.after_push(probe, version)
@@ -234,6 +240,19 @@ class VLLMEngine:
                 # no answer is no verdict, so the next call asks again
                 self._wrote_since_check = True
                 raise
+
+    def sleep(self, *, asks: bool) -> bool:
+        """Raises EngineError, after which nothing can be generated, for a server that does not obey."""
+        if not self._section.sleep:
+            return False
+        with self._pushing, self._breaks_on_error(self._gate.version):
+            self._gate.close()
+            # there is nothing to compare with until the next push
+            self._last_probe = None
+            if asks:
+                self._servers.sleep()
+                self._sleeps = True
+        return True
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"

@@ -175,6 +175,20 @@ class Servers:
         """Every server drops its prefix cache: it would answer from keys and values of the old weights, without a word."""
         self.everywhere("/reset_prefix_cache", _success)
 
+    def sleep(self) -> None:
+        """Every server gives up the memory of weights and cache."""
+        self.everywhere("/sleep?level=2")
+
+    def wake(self, part: str) -> None:
+        """Every server that sleeps has memory for its `weights`, or for the `kv_cache`, again."""
+
+        def ask(server: int) -> None:
+            # one that was started again meanwhile does not sleep
+            if self._ask(server, "/is_sleeping", Reply.json, method="GET").get("is_sleeping"):
+                self._ask(server, f"/wake_up?tags={part}")
+
+        self._all(ask)
+
     def world_sizes(self) -> list[int]:
         """GPUs of each server."""
 
@@ -325,6 +339,7 @@ def server_command(section: VLLM, names: Mapping[str, str], *, dtype: str, mode:
         # else the model's own temperature, penalties and so on would join those of the recipe
         "generation-config": "vllm",
     }
+    flags = ["--enable-sleep-mode"] if section.sleep else []
     if section.weights == "nccl":
         options["weight-transfer-config"] = '{"backend": "nccl"}'
     return [
@@ -335,6 +350,7 @@ def server_command(section: VLLM, names: Mapping[str, str], *, dtype: str, mode:
         "--skip-tokenizer-init",
         # else a line for each request, in a log that nobody cuts
         "--disable-uvicorn-access-log",
+        *flags,
         *(word for name, value in options.items() for word in (f"--{name}", value)),
         *launch.args,
     ]

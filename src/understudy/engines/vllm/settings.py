@@ -98,6 +98,8 @@ class VLLM(EngineSection):
     """None: `weights` in the run directory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the engine; auto: that of the student's weights."""
+    sleep: bool = False
+    """Whether servers give up weights and cache while the student is trained, for servers on the GPUs of the trainer."""
     check_tolerance: float | None = None
     """Nats that the engine's log-probabilities may differ from the trainer's, on average, after a push; None: by precision."""
     probe_tokens: int = 1024
@@ -130,6 +132,10 @@ class VLLM(EngineSection):
             )
         if self.weights_dir is not None and self.weights not in ("auto", "directory"):
             raise ValueError(f"weights_dir is given, but weights is {self.weights}; keep one")
+        if self.sleep and self.weights == "nccl":
+            raise ValueError(
+                "weights is nccl, which joins no two processes on one GPU, and sleep is for servers there; use auto"
+            )
         check_range(
             self, 1, "probe_tokens", off="1 compares the least, and a large check_tolerance accepts any difference"
         )
