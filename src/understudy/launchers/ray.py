@@ -28,6 +28,7 @@ from understudy.engines.vllm.supervisor import KILL_S
 from understudy.errors import RecipeError, TrainingError, check_range
 from understudy.teachers import Local, TeacherSection
 from understudy.trainer.console import Console
+from understudy.trainer.signals import terminable
 from understudy.types import Sampling
 
 TOKEN = "UNDERSTUDY_TEACHER_TOKEN"  # noqa: S105 (a variable's name)
@@ -218,7 +219,9 @@ class Ray:
         cores = {"num_cpus": self.ranks + len(servers), "include_dashboard": False} if local else {}
         ray.init(self.address, log_to_driver=False, **cores)
         try:
-            return Group(self, roles, servers, command, console, host="127.0.0.1" if local else None).run()
+            # Ray has put handlers of its own in the place of those that let a run end in order
+            with terminable():
+                return Group(self, roles, servers, command, console, host="127.0.0.1" if local else None).run()
         finally:
             ray.shutdown()
 
