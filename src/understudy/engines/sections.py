@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,18 @@ class EngineSetup:
             absent=self.absent,
             autocast=self.autocast,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerCommand:
+    """What starts a server of the run on another machine."""
+
+    command: Sequence[str]
+    """`{host}` and `{port}` stand for its address."""
+    env: Mapping[str, str]
+    port: int
+    """0: a free one."""
+    ready_timeout_s: float
 
 
 class EngineSection(ABC):
@@ -87,6 +99,10 @@ class EngineSection(ABC):
     def launches(self) -> bool:
         """Whether it starts servers of its own, which belong to one rank alone."""
         return False
+
+    def elsewhere(self, model: str, dtype: str, sampling: Sampling) -> list[ServerCommand]:
+        """The servers of its own, to be started on other machines with the weights of `model`; none where it starts none."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from understudy.engines import VLLM, EngineSection
+from understudy.engines import EngineSection
 from understudy.engines.vllm.launch import ServerProcess, free_ports, port_is_free
-from understudy.engines.vllm.servers import DEV_MODE, server_command
-from understudy.engines.vllm.settings import logprobs_modes
 from understudy.engines.vllm.supervisor import KILL_S
 from understudy.errors import RecipeError, TrainingError, check_range
-from understudy.teachers import Local, TeacherSection
+from understudy.teachers import TeacherSection
 from understudy.trainer.console import Console
 from understudy.trainer.signals import terminable
 from understudy.types import Sampling
@@ -151,43 +149,41 @@ class Ray:
     def servers(self, roles: Roles) -> list[Role]:
         """The servers of the run. Raises RecipeError as `check`."""
         found: list[Role] = []
-        engine = roles.engine
-        if isinstance(engine, VLLM) and (launch := engine.launch) is not None:
-            if roles.student is None:
-                raise RecipeError("launcher: rollout servers begin with student.model, but the student is built")
-            if "CUDA_VISIBLE_DEVICES" in launch.env:
+        if roles.engine.launches and roles.student is None:
+            raise RecipeError("launcher: rollout servers begin with student.model, but the student is built")
+        for number, server in enumerate(roles.engine.elsewhere(roles.student or "", roles.dtype, roles.sampling)):
+            if "CUDA_VISIBLE_DEVICES" in server.env:
                 raise RecipeError(
                     "launcher: Ray says which GPUs a server has; remove CUDA_VISIBLE_DEVICES from rollout.launch.env"
                 )
-            dtype = roles.dtype if engine.dtype == "auto" else engine.dtype
-            for number in range(launch.num_servers):
-                names = {"model": roles.student, "host": "{host}", "port": "{port}", "server": str(number)}
+            found.append(
+                Role(
+                    f"engine_{number}",
+                    server.command,
+                    gpus=self.engine_gpus,
+                    env=server.env,
+                    ready_timeout_s=server.ready_timeout_s,
+                    place="rollout",
+                    port=server.port,
+                )
+            )
+        for place, section in roles.teachers.items() if self.teachers else ():
+            try:
+                served = section.elsewhere(TOKEN)
+            except RecipeError as error:
+                raise RecipeError(f"launcher.teachers: {place}: {error}") from error
+            if served is None:
+                continue
+            for number in range(self.teachers):
                 found.append(
                     Role(
-                        f"engine_{number}",
-                        server_command(engine, names, dtype=dtype, mode=logprobs_modes(roles.sampling)[0]),
-                        gpus=self.engine_gpus,
-                        env=DEV_MODE | launch.filled(number),
-                        ready_timeout_s=launch.ready_timeout_s,
-                        place="rollout",
-                        port=launch.port + number if launch.port else 0,
+                        f"{place.replace('.', '_')}_{number}",
+                        [sys.executable, "-m", "understudy", *served[0]],
+                        gpus=self.teacher_gpus,
+                        ready_timeout_s=self.wait_s,
+                        place=place,
                     )
                 )
-        for place, section in roles.teachers.items():
-            if not isinstance(section, Local):
-                continue
-            if self.teachers and (section.offload or section.attn_implementation is not None):
-                raise RecipeError(
-                    f"launcher.teachers: a served teacher has no offload and no attn_implementation; remove them from {place}, "
-                    "or set launcher.teachers: 0"
-                )
-            command = [sys.executable, "-m", "understudy", "serve-teacher", section.model, "--dtype", section.dtype]
-            command += ["--host", "{host}", "--port", "{port}", "--token-env", TOKEN]
-            command += [] if section.revision is None else ["--revision", section.revision]
-            for number in range(self.teachers):
-                name = f"{place.replace('.', '_')}_{number}"
-                role = Role(name, command, gpus=self.teacher_gpus, ready_timeout_s=self.wait_s, place=place)
-                found.append(role)
         return found
 
     def keys(self, roles: Roles, servers: Sequence[Role]) -> list[str]:
@@ -197,13 +193,10 @@ class Ray:
             urls.setdefault(role.place, []).append(role.url or NOWHERE)
         found = ["launcher=null"]
         for place, listed in urls.items():
-            section = roles.teachers.get(place)
-            if isinstance(section, Local):
-                served = {"type": "served", "url": listed, "token_env": TOKEN, "tokenizer": section.model}
-                served |= {"extra_ids": section.extra_ids, "rendering": section.rendering}
-                found.append(f"{place}={json.dumps(served)}")
-            else:
+            if place == "rollout":
                 found += ["rollout.launch=null", f"rollout.url={json.dumps(listed)}"]
+            elif (served := roles.teachers[place].elsewhere(TOKEN)) is not None:
+                found.append(f"{place}={json.dumps(served[1] | {'url': listed})}")
         return found
 
     def run(self, roles: Roles, command: Sequence[str], console: Console) -> int:

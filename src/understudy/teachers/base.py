@@ -214,6 +214,14 @@ class TeacherSection(ABC):
         """The section itself where it loads weights into this process; None: it loads none."""
         return None
 
+    def elsewhere(self, token_env: str) -> tuple[list[str], dict[str, Any]] | None:
+        """Arguments of `understudy` that serve it on another machine, whose address `{host}` and `{port}` stand for, and the
+        section that asks there, without its url; None for one that is not served.
+
+        Raises RecipeError for keys that a server lacks.
+        """
+        return None
+
 
 def check_rendering(section: TeacherSection, run: RunFacts) -> None:
     """Raises RecipeError where a teacher is to render what has no messages."""

@@ -75,6 +75,14 @@ class Local(LoadedSection):
     def source(self) -> Source:
         return Source(self.model, self.revision)
 
+    def elsewhere(self, token_env: str) -> tuple[list[str], dict[str, Any]]:
+        if self.offload or self.attn_implementation is not None:
+            raise RecipeError("a served teacher has no offload and no attn_implementation; remove them, or serve none")
+        words = ["serve-teacher", self.model, "--dtype", self.dtype, "--host", "{host}", "--port", "{port}"]
+        words += ["--token-env", token_env, *([] if self.revision is None else ["--revision", self.revision])]
+        same = {"tokenizer": self.model, "extra_ids": self.extra_ids, "rendering": self.rendering}
+        return words, {"type": "served", "token_env": token_env} | same
+
     def open(self, setup: Setup) -> LocalTeacher:
         """Loads the model. Raises RecipeError where it cannot be, VocabularyError where its head is too small."""
         model = self.load(setup.device, setup.vision)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from understudy.engines.base import Weights
-from understudy.engines.sections import EngineSection, EngineSetup
+from understudy.engines.sections import EngineSection, EngineSetup, ServerCommand
 from understudy.errors import RecipeError, check_range
 from understudy.http.client import RetryPolicy
 from understudy.http.replies import check_address, check_key, check_variable, fill, is_loopback
@@ -180,6 +180,25 @@ class VLLM(EngineSection):
     @property
     def launches(self) -> bool:
         return self.launch is not None
+
+    def elsewhere(self, model: str, dtype: str, sampling: Sampling) -> list[ServerCommand]:
+        from understudy.engines.vllm.servers import DEV_MODE, server_command
+
+        if (launch := self.launch) is None:
+            return []
+        own = dtype if self.dtype == "auto" else self.dtype
+        found = []
+        for number in range(launch.num_servers):
+            names = {"model": model, "host": "{host}", "port": "{port}", "server": str(number)}
+            found.append(
+                ServerCommand(
+                    command=server_command(self, names, dtype=own, mode=logprobs_modes(sampling)[0]),
+                    env=DEV_MODE | launch.filled(number),
+                    port=launch.port + number if launch.port else 0,
+                    ready_timeout_s=launch.ready_timeout_s,
+                )
+            )
+        return found
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises RecipeError for a temperature that vLLM replaces, and filters that falsify its log-probabilities."""
