@@ -323,6 +323,23 @@ def test_mixed_precision_is_measured_on_a_cpu(
     assert f"{times[1]} s of processor time in bfloat16, {times[3] - times[2]} s without" in found.found
 
 
+@pytest.mark.parametrize(("factor", "level"), [(1.0, "ok"), (2.0, "error")])
+def test_kernels_are_compared_with_torch_where_they_run(
+    tmp_path: Path, factor: float, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = probes.accumulate_gradients
+
+    def accumulate(student: Any, *args: Any, **options: Any) -> Any:
+        loss, metrics = plain(student, *args, **options)
+        return loss * (factor if student.fused_kernels else 1.0), metrics
+
+    monkeypatch.setattr(probes, "accumulate_gradients", accumulate)
+    recipe = recipe_of(tmp_path, **distillation(tmp_path))
+    assert "kernels" not in examined(recipe)
+    monkeypatch.setattr(probes, "has_kernels", lambda device: True)
+    assert examined(recipe)["kernels"].level == level
+
+
 def test_bfloat16_is_used_where_the_device_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = distillation(tmp_path, train={"compute_dtype": "auto"})
     save_hf(

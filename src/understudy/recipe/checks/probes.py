@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from understudy.lazy import Tensor, torch
 from understudy.linear import score
+from understudy.linear.rows import has_kernels
 from understudy.models import has_bfloat16, unwrap
 from understudy.models.backbone import evaluating
 from understudy.recipe.checks.parts import Check, Finding, Level, Parts, precision
@@ -29,6 +30,8 @@ LIMITS = {"torch.float64": 1e-5, "torch.float32": 1e-3, "torch.float16": 1e-2, "
 engines on small models in float32 and bfloat16; large ones sum more, and sampled log-probabilities are kept in float32."""
 WORTH = 1.1
 """Times the processor time of float32, from which on mixed precision is said to be slower."""
+SAME = 1e-2
+"""Relative difference of a loss, and of a gradient's norm, that the rounding of 16 bits explains."""
 GROSS = 10.0
 """Times the limit: no precision explains this."""
 
@@ -159,6 +162,23 @@ def _speed(parts: Parts) -> Iterator[Finding]:
             yield Finding(
                 found, "warning", f"emulating it takes several times as long; set float32 as the {label}'s dtype"
             )
+
+
+def _kernels(parts: Parts) -> Iterator[Finding]:
+    """Compares loss and gradient by the fused kernels, where a run uses them, with those by operations of torch."""
+    student, rehearsed = parts.trainer.student, parts.rehearsed
+    if not (student.fused_kernels and has_kernels(student.device)) or rehearsed is None or not rehearsed.samples:
+        return
+    found = []
+    for one in (student, replace(student, fused_kernels=False)):
+        with _unchanged(parts):
+            found.append(_gradient(parts, one, rehearsed.samples))
+    (loss, norm), (plain_loss, plain_norm) = found
+    facts = f"loss {loss:.6g}, by operations of torch {plain_loss:.6g}; gradient norm {norm:.6g} and {plain_norm:.6g}"
+    # a loss of rewards that are compared within a group may be 0 but for rounding, and its gradient is not
+    scale = max(abs(plain_loss), plain_norm)
+    is_close = max(abs(loss - plain_loss), abs(norm - plain_norm)) <= SAME * scale
+    yield Finding(facts, "ok" if is_close else "error", "set train.fused_kernels: false, and report card and versions")
 
 
 def _sampling(parts: Parts) -> Iterator[Finding]:
@@ -295,6 +315,9 @@ def _own_scores(parts: Parts) -> Iterator[Finding]:
 
 CHECKS = (
     Check("rehearsal", "rehearsed", "draw, write, reward, score, pack, loss and gradient on two prompts", _rehearse),
+    Check(
+        "kernels", "rehearsed", "loss and gradient by Triton's kernels and by operations of torch, on a GPU", _kernels
+    ),
     Check("precision", "rehearsed", "bfloat16 against float32, on this device", _speed),
     Check("sampling", "rehearsed", "how the student in this process writes a batch", _sampling),
     Check("teacher's scores", "rehearsed", "the same samples scored again, in another order, and alone", _determinism),
