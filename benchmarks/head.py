@@ -127,12 +127,11 @@ def trl(case: Case) -> Tensor:
 
 
 def liger(case: Case) -> Tensor:
-    """Liger's chunked Jensen-Shannon loss, beta = 1, in our chunk size and not compiled (that needs a C++ compiler on CPU)."""
+    """Liger's chunked Jensen-Shannon loss, beta = 1. On a CPU in our chunk size and not compiled, which needs a C++ compiler."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    module = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False, chunk_size=256
-    )
+    options = {} if case.hidden.is_cuda else {"compiled": False, "chunk_size": 256}
+    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, **options)
     loss = module(case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.batch.target)
     loss.backward()
     return loss.detach()

@@ -1,7 +1,7 @@
 """The passes over a chunk of logits as Triton kernels, for a GPU: `rows.Visit` calls them in place of torch's own.
 
 A row is read once for its log-sum-exp and entropy, once more beside the teacher's for a divergence, and once for its gradient,
-which overwrites it. p = exp(logp) is the student's row, q = exp(logq) the teacher's. Nothing of size [C, V] is made.
+which overwrites it. p is the student's row, q the teacher's, z and aux their logits. Nothing of size [C, V] is made.
 Arithmetic is in the precision of the logits.
 """
 
@@ -110,7 +110,7 @@ def _load(row, start, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _row_stats(z_ptr, lse_ptr, entropy_ptr, V, BLOCK: tl.constexpr):
-    """Lse = log sum exp z, H = lse - E_p[z]; sums are scaled down whenever a larger logit comes."""
+    """Writes lse = log sum exp z and H = lse - E_p[z]; the sums are scaled down whenever a larger logit comes."""
     row = tl.program_id(0).to(tl.int64)
     top = tl.full([], _LOW, z_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
