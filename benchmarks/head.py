@@ -127,7 +127,7 @@ def trl(case: Case) -> Tensor:
 
 
 def liger(case: Case) -> Tensor:
-    """Liger's chunked Jensen-Shannon loss, beta = 1. On a CPU in our chunk size and not compiled, which needs a C++ compiler."""
+    """Liger's chunked Jensen-Shannon loss, beta = 1. On a CPU in our chunk size and not compiled: that needs a compiler."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     options = {} if case.hidden.is_cuda else {"compiled": False, "chunk_size": 256}
