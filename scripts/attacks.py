@@ -822,7 +822,7 @@ def secrets(folder: Path, num: int, draw: random.Random) -> Iterator[tuple[str, 
             at = said.index(CANARY)
             return f"said {said[max(0, at - 200) : at + 60]!r}"
         # the others were given the canary in files
-        for path in () if write in (on_page, in_commands, in_cell_error) else where.rglob("*"):
+        for path in () if write in (on_page, in_commands, in_cell_error, in_tokens, in_watch) else where.rglob("*"):
             if path.is_file() and path.name != "given.yaml" and CANARY.encode() in path.read_bytes():
                 return f"{path.relative_to(where)} has it"
         return None
