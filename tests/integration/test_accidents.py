@@ -131,6 +131,15 @@ def test_a_run_whose_directory_is_removed_ends_with_one_error_and_writes_nothing
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_file_that_is_removed_while_it_is_written_ends_the_run_at_its_checkpoint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping_at(monkeypatch, 1, lambda: (tmp_path / "run" / name).unlink())
+    with pytest.raises(CheckpointError, match=f"cannot write .*{name}: No such file"):
+        train(tmp_path, train={"steps": 4, "save_every": 2, "prompts_per_step": 2})
+
+
 # --- what is not ours -------------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,8 @@ class JsonLines:
         """Waits until every line is on the disk: before a checkpoint, so that a power cut leaves no gap before it."""
         with self._writing():
             os.fsync(self._file.fileno())
+            # raises where the file was removed: what is written then is lost
+            self.path.stat()
 
     def close(self) -> None:
         self._file.close()
