@@ -19,7 +19,9 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """C0 and C1 controls but tab and newline; a carriage return overwrites its line."""
 _UNSEEN = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
-    "\ufff9-\ufffb\U000e0000-\U000e0fff]"
+    "\ufff9-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    # a variation selector belongs to one symbol before it; a row of them carries text that nobody sees
+    "|(?<![#*0-9\u00a1-\ufdff\ufe10-\uffff\U00010000-\U0010ffff])[\ufe00-\ufe0f]"
     # joiners shape Indic and Arabic letters and join emoji; beside plain letters they only hide
     "|(?<![\u0590-\ufffd\U00010000-\U000dffff])[\u200c\u200d]|[\u200c\u200d](?![\u0590-\ufffd\U00010000-\U000dffff])"
 )

@@ -204,6 +204,9 @@ def test_a_recipe_that_a_run_wrote_says_which_value_it_lacks(tmp_path: Path) -> 
         ("\U0001f468\u200d\U0001f469 \u0928\u092e\u0938\u094d\u200d\u0924\u0947", None),
         ("\x1b[31mred\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x07 \x9b2J", "red link 2J"),
         ("line\u2028other", r"line\u2028other"),
+        ("\u2764\ufe0f 1\ufe0f\u20e3 \u5170\ufe00", None),
+        ("\U0001f600\ufe01\ufe02 a\ufe0f", "\U0001f600\ufe01" + r"\ufe02 a\ufe0f"),
+        ("a\U0001d173", r"a\U0001d173"),
     ],
 )
 def test_characters_that_nobody_sees_are_written_out(text: str, shown: str | None) -> None:
