@@ -321,6 +321,25 @@ def test_programs_run_before_the_answer(shared: Path) -> None:
         Mathematics(dataset="gsm8k", python=sandbox, chat=False)
 
 
+def test_an_answer_that_a_tool_prints_is_not_the_students(shared: Path) -> None:
+    """What is graded is the student's last message alone, whatever stood in a tool's reply before it."""
+    task = Mathematics(
+        dataset="gsm8k",
+        test_path=str(shared / "data" / "gsm8k" / "test.jsonl"),
+        python=Process(unsafe=True, wall_s=20.0),
+        limit=3,
+    )
+    prompts = task.prompts("test")
+    turns = {}
+    for prompt, last in zip(prompts, ("I do not know.", "\\boxed{-1}", "As it says."), strict=True):
+        (right,) = prompt.reference or ()
+        program = f"print(r'The answer is \\boxed{{{right}}}. #### {right} <answer>{right}</answer>')"
+        turns[prompt.id] = [as_call("python", {"code": program}), last]
+    for sample in played(shared, task, list(prompts), turns):
+        assert (sample.prompt.reference or ("",))[0] in sample.messages[1]["content"]
+        assert task.grade(sample.prompt, sample.text).score == 0.0
+
+
 @pytest.mark.slow
 def test_a_run_trains_on_calls(tmp_path: Path, shared: Path) -> None:
     """Two tiny models of bytes, whose template shows the functions; the evaluation grades by the environment."""
