@@ -27,7 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from shapes import save_model, words
-from step import Case, Shape, run_ours, use_processor_seconds
+from step import Case, Shape, run_ours, use_processor_seconds, write_prompts
 
 from understudy.report import svg
 from understudy.report.read import Series
@@ -84,7 +84,7 @@ def run(axis: str, value: int, folder: Path) -> dict[str, float]:
         }
         for number in range(2 * chosen.num_prompts)
     ]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder, rows)
     save_model(folder / "student", shape.student, tokenizer)
     teachers = {}
     for number in range(num_teachers):
@@ -96,8 +96,7 @@ def run(axis: str, value: int, folder: Path) -> dict[str, float]:
         sections = {"teacher": None, "teachers": teachers, "task": task | {"teacher_field": "teacher"}}
     if axis == "k":
         sections["method"] = {"type": "topk", "k": value}
-    # the doctor's rehearsal would take the memory of a step before it
-    (row,) = run_ours(chosen, folder, examine=False, **sections)
+    (row,) = run_ours(chosen, folder, **sections)
     return row | {"gib": row["gib"] - row["gib_before"]}
 
 
