@@ -164,7 +164,7 @@ def prepare(case: Case, folder: Path, tokenizer_path: Path, problems: Path) -> N
 
 def write_prompts(folder: Path, rows: list[dict[str, str]]) -> None:
     """Writes the rows so that a run, which shuffles them, draws them in this order."""
-    from understudy.randomness import Permutation
+    from understudy.tasks.lazy import Permutation
 
     place_of = Permutation(len(rows), "0/order/0")
     shuffled = {place_of(place): row for place, row in enumerate(rows)}
@@ -174,7 +174,7 @@ def write_prompts(folder: Path, rows: list[dict[str, str]]) -> None:
 
 def read_prompts(folder: Path) -> list[str]:
     """The prompts in the order in which a run draws them."""
-    from understudy.randomness import Permutation
+    from understudy.tasks.lazy import Permutation
 
     lines = (folder / "prompts.jsonl").read_text().splitlines()
     place_of = Permutation(len(lines), "0/order/0")
