@@ -46,7 +46,7 @@ def case(
     return Case(shape, per_prompt, ragged=False)
 
 
-def powers(first: int, last: int, factor: int = 2) -> list[int]:
+def powers(first: int, last: int, factor: int = 4) -> list[int]:
     found = [first]
     while found[-1] < last:
         found.append(found[-1] * factor)
@@ -59,15 +59,15 @@ AXES: Mapping[str, tuple[str, list[int], Callable[[int], Case]]] = {
         powers(1_024, 65_536),
         lambda value: case(samples=value // 128, tokens=128),
     ),
-    "length": ("tokens of one response", powers(1_024, 32_768), lambda value: case(samples=1, tokens=value)),
-    "k": ("K of top-K, 2,048 tokens", powers(16, 4_096, 4), lambda _: case()),
-    "vocabulary": ("vocabulary, 2,048 tokens", powers(8_192, 262_144), lambda value: case(vocab_size=value)),
+    "length": ("tokens of one response", powers(2_048, 32_768), lambda value: case(samples=1, tokens=value)),
+    "k": ("K of top-K, 2,048 tokens", powers(16, 4_096), lambda _: case()),
+    "vocabulary": ("vocabulary, 2,048 tokens", powers(4_096, 262_144), lambda value: case(vocab_size=value)),
     "samples": (
         "samples of each of 4 prompts of 256 tokens, responses of 32",
-        powers(1, 32),
+        powers(1, 64),
         lambda value: case(samples=4 * value, tokens=32, prompt=256, per_prompt=value),
     ),
-    "teachers": ("teachers that share 64 samples", powers(1, 8), lambda _: case(samples=64)),
+    "teachers": ("teachers that share 64 samples", powers(1, 8, 2), lambda _: case(samples=64)),
 }
 """Name -> title, values, and the step at a value."""
 
@@ -182,7 +182,7 @@ def main() -> None:
                     raise SystemExit(f"{axis} {value} failed:\n{done.stderr[-3000:]}")
                 found[axis][value] = row = json.loads((Path(folder) / "found.json").read_text())
             print(f"{axis} {value:,}: {row['step']:.2f} s, {row['gib']:.3f} GiB", flush=True)
-        write(found)
+            write(found)
     show(found)
 
 

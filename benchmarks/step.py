@@ -10,7 +10,7 @@ products of its tokens where these take longer. Attention, norms, softmax, draws
 
     python benchmarks/step.py                      # needs pip install understudy[bench]; every case, about half an hour
     python benchmarks/step.py real-8-fixed qwen    # one case, and all whose name begins with qwen
-    python benchmarks/step.py --no-trl --json step.json
+    python benchmarks/step.py --sides understudy floor --json step.json
     python benchmarks/step.py --processor          # processor seconds of one thread, where others compute too
 
 The cases of `qwen` read the Qwen tokenizer and the problems of GSM8K (docs/real-input.md); where they are absent, made-up words
@@ -439,12 +439,11 @@ def show(found: Found) -> None:
             seconds = [f"{row[phase]:.3g}" if phase in row else "" for phase in PHASES]
             gib = "" if side == "floor" else f"{row['gib']:.2f}"
             table.add_row(name, side, *seconds, f"{CASES[name].shape.samples / row['step']:.3g}", gib)
-        mine, floor, trl = sides["understudy"], sides["floor"], sides.get("TRL")
-        phases = [f"{mine[phase] / floor[phase]:.2f}" for phase in PHASES[:-1]]
-        rate, memory = (
-            ("", "") if trl is None else (f"{trl['step'] / mine['step']:.2f}", f"{mine['gib'] / trl['gib']:.2f}")
-        )
-        ratios.add_row(name, rate, f"{mine['step'] / floor['step']:.2f}", *phases, memory)
+        if set(sides) == set(SIDES):
+            mine, floor, trl = (sides[side] for side in ("understudy", "floor", "TRL"))
+            phases = [f"{mine[phase] / floor[phase]:.2f}" for phase in PHASES[:-1]]
+            numbers = [trl["step"] / mine["step"], mine["step"] / floor["step"]]
+            ratios.add_row(name, *(f"{number:.2f}" for number in numbers), *phases, f"{mine['gib'] / trl['gib']:.2f}")
     for shape in SHAPES.values():
         console.print(f"{shape.title}; {shape.samples} samples a step", highlight=False)
     console.print(table, ratios)
@@ -455,7 +454,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"beginnings of names, of {', '.join(CASES)}")
     parser.add_argument("--turns", type=int, default=1, help="processes of each side, of which the fastest step counts")
-    parser.add_argument("--no-trl", action="store_true")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=[*SIDES], help="those that are measured; all by default"
+    )
     parser.add_argument(
         "--processor", action="store_true", help="processor seconds of one thread, where others compute too"
     )
@@ -475,17 +476,16 @@ def main() -> None:
     chosen = [name for name in CASES if not args.cases or name.startswith(tuple(args.cases))]
     if not chosen:
         parser.error(f"no case begins with {' or '.join(args.cases)}; the cases are {', '.join(CASES)}")
-    sides = [side for side in SIDES if side != "TRL" or not args.no_trl]
     found: Found = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             prepare(CASES[name], Path(folder), args.tokenizer, args.problems)
             best: dict[str, dict[str, float]] = {}
             for _ in range(args.turns):
-                for side in sides:
+                for side in args.sides:
                     best[side] = better(best.get(side), measure(side, name, Path(folder), processor=args.processor))
                     print(f"{name}, {side}: {best[side]['step']:.3g} s a step", flush=True)
-        found[name] = best
+        found[name] = found.get(name, {}) | best
         if args.json:
             args.json.write_text(json.dumps(found, indent=1))
     show(found)
