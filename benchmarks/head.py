@@ -81,7 +81,7 @@ def products(case: Case) -> Tensor:
     """The matrix products that no exact method can avoid: both logits, d hidden, d weight; nothing in between."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
     case.weight.grad, case.hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
-    out = torch.empty(256, VOCABULARY)
+    out = torch.empty(256, len(weight))
     for start in range(0, len(hidden), 256):
         part = slice(start, start + 256)
         rows = out[: len(hidden[part])]
