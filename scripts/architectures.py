@@ -208,9 +208,8 @@ def compare(name: str, model: Any) -> Result:
     if wrong:
         return Result(name, "WRONG", ", ".join(wrong))
     notes = {"shared": [], "alone": ["a row for each sample"]}.get(style, ["rows with a mask"])
-    notes += {"padded": [], "equal": ["prompts of one length sampled together"], "none": ["sampled without a cache"]}[
-        "padded" if engine.style is None else engine.style[0]
-    ]
+    rare = {"equal": ["prompts of one length sampled together"], "none": ["sampled without a cache"]}
+    notes += [] if engine.style is None else rare.get(engine.style[0], [])
     return Result(name, "works", ", ".join(notes))
 
 

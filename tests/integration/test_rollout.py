@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tiny_models import ARCHITECTURES, EOS, letters, plain_logp, request, tiny
-from understudy.engines import HFEngine
-from understudy.engines.hf import decode
+from tests.tiny_models import ARCHITECTURES, EOS, NUM_ROWS, letters, plain_logp, request, tiny
+from understudy.engines import HF, EngineSetup, HFEngine, sections
+from understudy.engines.hf import decode, packed
+from understudy.engines.hf import engine as hf_engine
 from understudy.engines.hf.engine import plan_batches
 from understudy.errors import DataError, RecipeError, TrainingError
-from understudy.models import apply_lora, enable_gradient_checkpointing
+from understudy.models import apply_lora, enable_gradient_checkpointing, has_bfloat16, row_style
 from understudy.randomness import keyed_uniform
 from understudy.types import Author, Request, Sample, Sampling
 
 PROMPTS = [[5], [6, 7, 8, 9], [3, 4], [9, 8, 7, 6, 5, 4, 3], [2, 2, 2], [6, 7, 8, 9]]
 DTYPES = {"gemma2": "float32"}
 """Its attention overflows on padding in float64 (the softmax is float32); all else here is in float64."""
+BFLOAT16 = has_bfloat16(torch.device("cpu"))
 FLOAT32 = 1e-6
 """`Sample.rollout_logprob` is kept in float32; log-probabilities here are below 10."""
 
@@ -59,6 +62,108 @@ def test_logprob_is_that_of_a_forward_without_cache(name: str) -> None:
     made = make_engine(model).generate(requests(), Sampling(temperature=0.7, max_new_tokens=12), step=0)
     for sample in made:
         check_logprob(model, sample, temperature=0.7)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_contexts_side_by_side_are_those_of_padded_rows(name: str) -> None:
+    """Attention by segments reads all contexts in one row, into a cache that is padded as ever."""
+    model, sampling = tiny(name, sharp=4.0), Sampling(max_new_tokens=12)
+    padded = make_engine(model)
+    expected = padded.generate(requests(), sampling, step=0)
+    assert padded.style == ("padded", "")
+    assert row_style(model) == "shared"
+    lengths, beside = list[tuple[int, ...]](), make_engine(model)
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(tuple((args or [kwargs["input_ids"]])[0].shape)), with_kwargs=True
+    )
+    made = beside.generate(requests(), sampling, step=0)
+    assert beside.style == ("segments", "")
+    assert (1, sum(map(len, PROMPTS[:-1]))) in lengths, "every distinct context once, without padding"
+    for one, other in zip(expected, made, strict=True):
+        assert same(one, other)
+        check_logprob(model, other)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_layers_with_a_window_have_padded_rows(name: str) -> None:
+    """Their cache forgets, so it takes no contexts in one row."""
+    model = tiny(name, sharp=4.0, dtype="float32")
+    row_style(model)
+    made = make_engine(model)
+    made.generate(requests(1), Sampling(max_new_tokens=3), step=0)
+    assert made.style == ("padded", "")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [None, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not BFLOAT16, reason="the CPU has no bfloat16"))],
+    ids=["own", "bfloat16"],
+)
+def test_products_by_onednn_are_the_plain_ones(dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bias, a cut vocabulary and adapters; and the model is left as it was."""
+    pytest.importorskip("peft")
+    model = apply_lora(tiny("llama", architecture="qwen2", sharp=4.0, dtype="float32"), rank=2, alpha=8.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    plain = make_engine(model, vocab_size=37).generate(requests(), Sampling(max_new_tokens=8), step=0)
+    calls, multiply = list[tuple[Any, ...]](), packed._multiply
+    monkeypatch.setattr(packed, "MIN_ELEMENTS", 1)
+    monkeypatch.setattr(hf_engine, "PACK_FROM", 8)
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return multiply(*args)
+
+    monkeypatch.setattr(packed, "_multiply", counted)
+    made = make_engine(model, vocab_size=37, dtype=dtype).generate(requests(), Sampling(max_new_tokens=8), step=0)
+    # the head, the seven layers of both blocks, and two adapters of each
+    assert len(calls) == 8 * (1 + 2 * 7 * 3)
+    assert not any("forward" in vars(module) for module in model.modules())
+    for one, other in zip(plain, made, strict=True):
+        assert other.rollout_logprob is not None
+        # bfloat16 has 8 bits: products of two layers move logits of up to 5
+        budget = 0.1 if dtype == torch.bfloat16 else 1e-5
+        logp = plain_logp(model, other.token_ids, 1.0, 37).gather(-1, other.token_ids[1:, None]).squeeze(-1)
+        torch.testing.assert_close(
+            other.rollout_logprob[other.prompt_length :], logp[other.prompt_length - 1 :], rtol=0, atol=budget
+        )
+        assert same(one, other) or dtype == torch.bfloat16
+
+
+def test_a_precision_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def opened(dtype: str, weights: str = "float32") -> HFEngine:
+        setup = EngineSetup(
+            model=tiny(dtype=weights),
+            tokenizer=letters(),
+            vocab_size=NUM_ROWS,
+            stop_ids=(EOS,),
+            autocast=None,
+            seed=0,
+            sampling=Sampling(),
+            max_new_tokens=4,
+            run_dir=tmp_path,
+        )
+        return HF(dtype=dtype).open(setup)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sections, "has_bfloat16", lambda device: True)
+    assert opened("auto").dtype is None
+    assert opened("bfloat16").dtype == torch.bfloat16
+    with pytest.raises(RecipeError, match="rollout.dtype is bfloat16, but the student's weights are float64; leave"):
+        opened("bfloat16", "float64")
+    monkeypatch.setattr(sections, "has_bfloat16", lambda device: False)
+    with pytest.raises(RecipeError, match="this CPU has no instructions for bfloat16"):
+        opened("bfloat16")
+
+
+def test_a_model_that_fails_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(dtype="float32")
+    monkeypatch.setattr(packed, "MIN_ELEMENTS", 1)
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        make_engine(model).generate(requests(), Sampling(max_new_tokens=32), step=0)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -325,6 +430,10 @@ def test_batches_keep_to_the_budget(lengths: list[int], num_new: int, max_tokens
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) * (max(lengths[index] for index in group) + num_new) <= max_tokens or len(group) == 1
+    padding = 0 if max_tokens < 100 else 20
+    for group in plan_batches(lengths, num_new, max_tokens, max_padding=padding):
+        longest = max(lengths[index] for index in group)
+        assert sum(longest - lengths[index] for index in group) <= padding
     # no two neighbours would have fitted together
     for first, second in itertools.pairwise(groups):
         assert (len(first) + 1) * (lengths[first[0]] + num_new) > max_tokens

@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from understudy.engines.base import Engine, Weights
 from understudy.engines.hf.engine import HFEngine
+from understudy.errors import RecipeError
 from understudy.lazy import nn, torch
-from understudy.models.parallel import whole
+from understudy.models import has_bfloat16
+from understudy.models.parallel import shards_of, whole
 from understudy.types import Sampling
 
 
@@ -33,8 +35,8 @@ class EngineSetup:
     """The longest response of training and evaluation."""
     run_dir: Path
 
-    def hf(self, model: nn.Module) -> HFEngine:
-        """An engine in this process over `model`."""
+    def hf(self, model: nn.Module, dtype: torch.dtype | None = None) -> HFEngine:
+        """An engine in this process over `model`; `dtype` as there."""
         return HFEngine(
             model,
             self.tokenizer,
@@ -43,6 +45,7 @@ class EngineSetup:
             vocab_size=self.vocab_size,
             absent=self.absent,
             autocast=self.autocast,
+            dtype=dtype,
         )
 
 
@@ -114,6 +117,8 @@ class HF(EngineSection):
 
     copy: bool = False
     """Whether it keeps weights of its own, so that it can write beside an update."""
+    dtype: Literal["auto", "bfloat16"] = "auto"
+    """On a CPU the precision that linear layers multiply in while samples are written; auto: the trainer's."""
 
     def check(self) -> str:
         return "rollout: the student itself"
@@ -123,7 +128,26 @@ class HF(EngineSection):
         return self.copy
 
     def open(self, setup: EngineSetup) -> HFEngine:
-        return setup.hf(copy.deepcopy(setup.model).requires_grad_(False) if self.copy else setup.model)
+        if self.dtype != "auto":
+            self._check_dtype(setup)
+        model = copy.deepcopy(setup.model).requires_grad_(False) if self.copy else setup.model
+        return setup.hf(model, None if self.dtype == "auto" else torch.bfloat16)
+
+    def _check_dtype(self, setup: EngineSetup) -> None:
+        weight = next(setup.model.parameters())
+        why = None
+        if weight.device.type != "cpu":
+            why = f"the student is on {weight.device}, and the key is for CPUs"
+        elif shards_of(setup.model) is not None:
+            why = "the student is in shards (parallel.shard), of which no copies are made"
+        elif weight.dtype not in (torch.float32, torch.bfloat16):
+            why = f"the student's weights are {weight.dtype}".replace("torch.", "")
+        elif not has_bfloat16(weight.device):
+            why = "this CPU has no instructions for bfloat16 (avx512_bf16 or amx_bf16; bf16 on ARM)"
+        elif not torch.backends.mkldnn.is_available():
+            why = "this build of torch lacks oneDNN, which multiplies in it"
+        if why is not None:
+            raise RecipeError(f"rollout.dtype is {self.dtype}, but {why}; leave the key out")
 
     def pushed(self, model: nn.Module) -> Callable[[], Weights] | None:
         if not self.copy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from understudy.lazy import Tensor, torch
@@ -102,18 +102,26 @@ def multiply_bfloat16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor
     return torch.mm(a, b, out_dtype=torch.float32) if out is None else torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def project(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
-    """`LMHead.logits` without gradient, into `out`. [C, H] -> [C, V] in the precision of `out`, or `compute_dtype`."""
+def project(
+    hidden: Tensor, head: LMHead, out: Tensor | None = None, multiply: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """`LMHead.logits` without gradient, into `out`. [C, H] -> [C, V] in the precision of `out`, or `compute_dtype`.
+
+    `multiply`: the product with the first `num_tokens` rows of the weight, in place of the plain one and of `out`.
+    """
     dtype = compute_dtype(hidden) if out is None else out.dtype
-    z = hidden.new_empty(hidden.shape[0], head.num_tokens, dtype=dtype) if out is None else out
-    if has_tensor_cores(hidden, head.weight):
-        multiply_bfloat16(hidden, head.weight.detach()[: head.num_tokens].T, out=z)
+    if multiply is not None:
+        z = multiply(hidden.to(dtype))
     else:
-        states = hidden.to(dtype)
-        for part, weight in _tiles(head, dtype):
-            torch.mm(states, weight.T, out=z[:, part]) if weight.shape[0] == z.shape[1] else z[:, part].copy_(
-                states @ weight.T
-            )
+        z = hidden.new_empty(hidden.shape[0], head.num_tokens, dtype=dtype) if out is None else out
+        if has_tensor_cores(hidden, head.weight):
+            multiply_bfloat16(hidden, head.weight.detach()[: head.num_tokens].T, out=z)
+        else:
+            states = hidden.to(dtype)
+            for part, weight in _tiles(head, dtype):
+                torch.mm(states, weight.T, out=z[:, part]) if weight.shape[0] == z.shape[1] else z[:, part].copy_(
+                    states @ weight.T
+                )
     if head.bias is not None:
         z.add_(head.bias.detach()[: head.num_tokens].to(z.dtype))
     if head.scale != 1.0:

@@ -53,6 +53,11 @@ def use_segments(model: nn.Module, on: bool) -> None:
     setattr(_config(model), _KEY, NAME if on else "sdpa")
 
 
+def has_segments(model: nn.Module) -> bool:
+    """Whether the model is switched to attention by segments."""
+    return getattr(_config(model), _KEY, None) == NAME
+
+
 def attention_name(model: nn.Module) -> str | None:
     """The attention that the model was loaded with."""
     name = getattr(_config(model), _KEY, None)

@@ -6,12 +6,14 @@ B rows (b of them still being written), C context tokens, left-padded, N new tok
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from itertools import accumulate
 from typing import Any, Literal
 
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.linear.head import LMHead, project
+from understudy.models.attention import has_segments, reading
 from understudy.models.backbone import (
     TOLERANCE,
     backbone_hidden,
@@ -23,7 +25,7 @@ from understudy.models.backbone import (
     vision_of,
 )
 from understudy.models.vision import in_dimensions
-from understudy.types import Image, ImageSpan, Sampling
+from understudy.types import Image, ImageSpan, Sampling, Segment
 
 KEEP_SHARE = 0.75
 """Finished rows leave the cache when at most this share is still being written: the copy costs about one step."""
@@ -34,17 +36,20 @@ STOP_WINDOW = 64
 PROBED_TOKENS, PROBED_STEPS = 24, 8
 """Tokens of the context and of the response on which `cache_style` tries a model."""
 LOGIT_ELEMENTS = 2**24
-"""Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 320 MiB with what a draw needs."""
+"""Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 256 MiB with what a draw needs."""
 
 
-CacheStyle = Literal["padded", "equal", "none"]
-"""How contexts share a batch: padded on the left; only with contexts of equal length, because padding would enter a state
-(recurrent layers) or the frequencies of positions (LongRoPE); or read again for every token, by a model without a cache of
-the common kind."""
+CacheStyle = Literal["segments", "padded", "equal", "none"]
+"""How contexts share a batch: side by side in one row, by segments, and the cache padded on the left; padded on the left from
+the start; only with contexts of equal length, because padding would enter a state (recurrent layers) or the frequencies of
+positions (LongRoPE); or read again for every token, by a model without a cache of the common kind."""
 
 
 class Decoder:
-    """A model, its head and the tokens that end a response, for one batch. Runs in whatever mode the model is in."""
+    """A model, its head and the tokens that end a response, for one batch. Runs in whatever mode the model is in.
+
+    `multiply`: the product of rows with the head's weight, in place of the plain one.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class Decoder:
         stop_ids: Sequence[int],
         autocast: torch.dtype | None = None,
         style: CacheStyle = "padded",
+        multiply: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._model = model
         self._backbone = decoder_of(model)
@@ -61,6 +67,7 @@ class Decoder:
         named = signature(self._backbone.forward).parameters
         self._cache_key = "cache_params" if "cache_params" in named else "past_key_values"
         self._head = head
+        self._multiply = multiply
         self._device = head.weight.device
         self._stop = torch.tensor(sorted(stop_ids), device=self._device)
         self._autocast = autocast
@@ -145,7 +152,7 @@ class Decoder:
         states = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         rows = max(1, LOGIT_ELEMENTS // self._head.num_tokens)
         parts = [
-            draw(project(part, self._head), numbers, sampling)
+            draw(project(part, self._head, multiply=self._multiply), numbers, sampling)
             for part, numbers in zip(states.split(rows), uniform.split(rows), strict=True)
         ]
         return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts])
@@ -175,11 +182,33 @@ class Decoder:
         if any(images):
             self._images, self._padding = [shown for _, shown in distinct], (width - lengths).tolist()
             self._positions = self._positions_with_images(ids.to(self._device), positions.to(self._device))
-        hidden = self._forward(ids.to(self._device))
+        if self._style == "segments" and not any(images):
+            hidden = self._read_side_by_side(list(distinct.values()))
+        else:
+            hidden = self._forward(ids.to(self._device))
         select = torch.tensor([where[name] for name in names], device=self._device)
         if len(distinct) < len(contexts):
             self._select(select)
         return hidden[select]
+
+    def _read_side_by_side(self, contexts: Sequence[Tensor]) -> Tensor:
+        """Reads contexts in one row, without padding. The hidden states at their last tokens. [D, H]."""
+        from understudy.engines.hf.kv_cache import new_cache
+
+        stops = list(accumulate(len(context) for context in contexts))
+        spans = [(stop - len(context), stop) for context, stop in zip(contexts, stops, strict=True)]
+        self._cache = new_cache(self._backbone.config, self._room, spans)
+        ids = torch.cat(list(contexts))[None].to(self._device)
+        places = torch.cat([torch.arange(len(context)) for context in contexts])[None].to(self._device)
+        with self._precision(), reading([Segment(*span) for span in spans]):
+            options = {"attention_mask": None, "use_cache": True, self._cache_key: self._cache}
+            output = run_backbone(self._model, ids, places, **options)
+        self._length = max(len(context) for context in contexts)
+        hidden: Tensor = output.last_hidden_state
+        return hidden[0, torch.tensor(stops, device=self._device) - 1]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
 
     def _select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may occur several times."""
@@ -223,10 +252,9 @@ class Decoder:
         from understudy.engines.hf.kv_cache import new_cache
 
         end = self._length + ids.shape[1]
-        if self._style != "padded":
+        if self._style in ("equal", "none"):
             ids = self._ids = torch.cat([self._ids, ids], 1)
-        precision = nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
-        with precision:
+        with self._precision():
             if self._style == "none":
                 self._length = end
                 places = torch.arange(end, device=self._device).expand_as(ids)
@@ -273,11 +301,14 @@ def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
         ids = ids.where(~torch.isin(ids, taken), next(n for n in range(len(taken) + 1) if n not in vision.image_ids))
     steps = ids[: 2 * num_steps].view(2, -1)
     tries: tuple[tuple[CacheStyle, list[Tensor]], ...] = (
+        ("segments", [ids[-num_read:], ids[:2]]),
         ("padded", [ids[-num_read:], ids[:2]]),
         ("equal", [ids[:num_read], ids[-num_read:]]),
     )
     reasons = []
     for style, contexts in tries:
+        if style == "segments" and (vision is not None or not has_segments(model)):
+            continue
         if style == "padded" and switch is not None:
             reasons.append("padding would change the frequencies of its positions")
             continue
@@ -291,7 +322,8 @@ def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
             raise
         except Exception as error:
             # a model with a cache of its own kind raises whatever it likes
-            reasons.append(f"it does not run with a cache of the common kind ({type(error).__name__})")
+            if style != "segments":
+                reasons.append(f"it does not run with a cache of the common kind ({type(error).__name__})")
             continue
         worst = 0.0
         for row, context, written in zip(found, contexts[::-1], steps, strict=True):
@@ -302,6 +334,8 @@ def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
             worst = max(worst, float((row - alone).norm() / alone.norm().clamp_min(1e-30)))
         if worst <= TOLERANCE[str(found.dtype)]:
             return style, "; ".join(reasons)
+        if style == "segments":
+            continue
         kind = "padding changes what it computes" if style == "padded" else "with a cache it computes something else"
         reasons.append(f"{kind} (relative error {worst:.0e})")
     return "none", reasons[-1]
@@ -312,13 +346,12 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
 
     The token is the first one whose cumulative probability exceeds the uniform number; greedy: the most likely one.
     Its log-probability refers to the softmax of `logits`, unfiltered. -> ids [B], logprob [B] in the logits' type.
-    A row with NaN or +inf gives some token, with log-probability NaN.
+    A row with NaN or +inf gives some token, with log-probability NaN. Each row of `logits` is shifted to a peak of 0 in place.
     """
-    peak = logits.amax(-1, keepdim=True)
-    shifted = logits - peak
+    shifted = logits.sub_(logits.amax(-1, keepdim=True))
     weight = shifted.exp()
     if sampling.temperature == 0:
-        ids, total = logits.argmax(-1, keepdim=True), weight.sum(-1, keepdim=True)
+        ids, total = shifted.argmax(-1, keepdim=True), weight.sum(-1, keepdim=True)
     elif sampling.filtered:
         total = weight.sum(-1, keepdim=True)
         kept, order = _filter(weight, sampling)

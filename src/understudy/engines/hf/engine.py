@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from threading import Lock
 from typing import Any, ClassVar
 
 from understudy.engines.base import Probe, Weights
 from understudy.engines.hf.decode import CacheStyle, Decoder, cache_style
+from understudy.engines.hf.packed import PACK_FROM, fast_products
 from understudy.engines.requests import find_stop, open_responses, to_samples
 from understudy.errors import EngineError, TrainingError
 from understudy.lazy import nn, no_grad, torch
 from understudy.models import lm_head
-from understudy.models.backbone import evaluating, num_positions
+from understudy.models.backbone import decoder_of, evaluating, num_positions, unwrap
 from understudy.randomness import keyed_uniform
 from understudy.types import Request, Sample, Sampling
 
@@ -44,6 +46,8 @@ class HFEngine:
     absent: tuple[int, ...] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
     autocast: torch.dtype | None = None
+    dtype: torch.dtype | None = None
+    """On a CPU the precision that linear layers multiply in; None: that of autocast, or of their weights."""
     style: tuple[CacheStyle, str] | None = field(default=None, init=False)
     """How contexts share a batch, and why not otherwise; None until the first one is written."""
     _version: int = field(default=0, init=False)
@@ -89,13 +93,20 @@ class HFEngine:
             self.model, temperature=sampling.temperature or 1.0, vocab_size=self.vocab_size, absent=self.absent
         )
         lengths = [len(response.context) for response in responses]
-        with self._lock, evaluating(self.model):
+        with self._lock, evaluating(self.model), ExitStack() as around:
             if self._closed:
                 raise EngineError("the engine is closed")
             self.style = self.style or cache_style(self.model, head)
             style, _ = self.style
-            decoder = Decoder(self.model, head, self.stop_ids, self.autocast, style)
-            for group in plan_batches(lengths, num_new, self.max_batch_tokens, equal=style != "padded"):
+            equal = style in ("equal", "none")
+            multiply = None
+            if num_new >= PACK_FROM:
+                multiply = around.enter_context(fast_products(self.model, head, self.dtype, self.autocast))
+            decoder = Decoder(self.model, head, self.stop_ids, self.autocast, style, multiply)
+            groups = plan_batches(
+                lengths, num_new, self.max_batch_tokens, max_padding=padding_worth_a_read(self.model), equal=equal
+            )
+            for group in groups:
                 chosen = [responses[index] for index in group]
                 contexts = [torch.tensor(response.context) for response in chosen]
                 room = torch.tensor([response.room for response in chosen])
@@ -126,18 +137,35 @@ class HFEngine:
         return to_samples(responses, self.tokenizer)
 
 
-def plan_batches(lengths: Sequence[int], num_new: int, max_tokens: int, *, equal: bool = False) -> list[list[int]]:
+def padding_worth_a_read(model: nn.Module) -> float:
+    """Slots of keys and values that hold as many numbers as the decoder has weights. More padding costs more at every token
+    than a group of its own, for which the weights are read again. Infinite for a model without attention heads."""
+    config = unwrap(model).config.get_text_config()
+    all_heads = getattr(config, "num_attention_heads", None)
+    if not all_heads:
+        return math.inf
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // all_heads
+    weights = sum(weight.numel() for weight in decoder_of(model).parameters())
+    return float(weights / (2 * config.num_hidden_layers * heads * size))
+
+
+def plan_batches(
+    lengths: Sequence[int], num_new: int, max_tokens: int, *, max_padding: float = math.inf, equal: bool = False
+) -> list[list[int]]:
     """Groups of indices, long contexts first, such that group size * (longest context + num_new) <= `max_tokens`.
 
-    Neighbours in length go together, so little is padded; `equal`: only contexts of one length. A context beyond the budget
-    gets a group of its own.
+    Neighbours in length go together, and a group is padded by at most `max_padding` slots, so one long context does not
+    stretch many short ones; `equal`: only contexts of one length. A context beyond the budget gets a group of its own.
     """
     groups: list[list[int]] = []
-    width = 0
+    width = padding = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        full = not groups or (len(groups[-1]) + 1) * width > max_tokens
-        if full or (equal and width != lengths[index] + num_new):
+        short = width - lengths[index] - num_new
+        full = not groups or (len(groups[-1]) + 1) * width > max_tokens or padding + short > max_padding
+        if full or (equal and short):
             groups.append([])
-            width = lengths[index] + num_new
+            width, padding, short = lengths[index] + num_new, 0, 0
+        padding += short
         groups[-1].append(index)
     return groups

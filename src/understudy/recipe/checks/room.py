@@ -13,6 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from understudy.engines.hf.engine import MAX_BATCH_TOKENS
+from understudy.engines.hf.packed import PACK_FROM
 from understudy.lazy import nn, torch
 from understudy.linear.chunked import chunk_elements
 from understudy.models import config_on_disk, has_bfloat16, unwrap
@@ -307,6 +308,8 @@ def memory_items(run: Needs) -> list[Item]:
         cache = held * student.cache_elements * student.number_bytes
         formula = f"{held:,} tokens x layers x 2 x heads of keys x their size"
         items.append(Item("generation cache", cache, "generate", formula))
+        if run.device.type == "cpu" and recipe.sampling.max_new_tokens >= PACK_FROM:
+            items.append(Item("packed weights", student.weights, "generate", "weights x bytes of a weight"))
     return [item for item in items if item.size]
 
 
