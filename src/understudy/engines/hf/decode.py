@@ -36,7 +36,7 @@ STOP_WINDOW = 64
 PROBED_TOKENS, PROBED_STEPS = 24, 8
 """Tokens of the context and of the response on which `cache_style` tries a model."""
 LOGIT_ELEMENTS = 2**24
-"""Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 256 MiB with what a draw needs."""
+"""Logits that are drawn from at a time, 110 rows of the largest common vocabulary: 320 MiB with what a draw needs."""
 
 
 CacheStyle = Literal["segments", "padded", "equal", "none"]
@@ -346,9 +346,9 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
 
     The token is the first one whose cumulative probability exceeds the uniform number; greedy: the most likely one.
     Its log-probability refers to the softmax of `logits`, unfiltered. -> ids [B], logprob [B] in the logits' type.
-    A row with NaN or +inf gives some token, with log-probability NaN. Each row of `logits` is shifted to a peak of 0 in place.
+    A row with NaN or +inf gives some token, with log-probability NaN.
     """
-    shifted = logits.sub_(logits.amax(-1, keepdim=True))
+    shifted = logits - logits.amax(-1, keepdim=True)
     weight = shifted.exp()
     if sampling.temperature == 0:
         ids, total = shifted.argmax(-1, keepdim=True), weight.sum(-1, keepdim=True)
