@@ -122,6 +122,7 @@ def main() -> None:
     for name in names:
         best = {key: min(turn[name][key] for turn in turns) for key in turns[0][name]}
         token = best["forward"] + best["draw"]
+        # both belong together: neither is what the engine does without the other
         contexts = best["segments" if WAYS[name][2] else "padded"]
         whole = contexts + best["packing"] + NUM_NEW * token
         cells = [f"{best[key]:.2f}" for key in ("padded", "segments", "packing")]
