@@ -17,6 +17,8 @@ from understudy.models.parallel import shards_of
 
 MIN_ELEMENTS = 2**17
 """Of a weight: a smaller one is multiplied as it is, because then the call itself takes the time."""
+PACK, MULTIPLY = "_reorder_linear_weight", "_linear_pointwise"
+"""Operators that torch.compile uses for inference on a CPU. They are torch's own: without them products stay plain."""
 PACK_FROM = 32
 """New tokens from which packed copies pay: to make them takes as long as 15 tokens save."""
 
@@ -36,6 +38,7 @@ def fast_products(
         or head.weight.dtype not in (torch.float32, torch.bfloat16)
         or shards_of(model) is not None
         or not torch.backends.mkldnn.is_available()
+        or not all(hasattr(torch.ops.mkldnn, name) for name in (PACK, MULTIPLY))
     ):
         yield None
         return
@@ -53,7 +56,7 @@ def fast_products(
         if weight.numel() < MIN_ELEMENTS:
             yield None
         else:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.float())
+            packed = _pack(weight.float())
             yield lambda rows: _multiply(rows, packed, None)
     finally:
         for layer in layers:
@@ -61,7 +64,7 @@ def fast_products(
 
 
 def _packed(layer: nn.Linear, dtype: torch.dtype, *, keeps_type: bool) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
+    weight = _pack(layer.weight.detach().to(dtype))
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
     def forward(states: Tensor) -> Tensor:
@@ -73,5 +76,10 @@ def _packed(layer: nn.Linear, dtype: torch.dtype, *, keeps_type: bool) -> Callab
 
 def _multiply(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` by oneDNN, whose weight may be packed."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    product: Tensor = getattr(torch.ops.mkldnn, MULTIPLY)(states, weight, bias, "none", [], "")
     return product
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = getattr(torch.ops.mkldnn, PACK)(weight)
+    return packed
