@@ -342,7 +342,11 @@ class Teacher(Opened):
 
     @abstractmethod
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """One for each sample, in order. Raises ScoreError for a need that this teacher cannot meet."""
+        """One for each sample, in order. Raises ScoreError for a need that this teacher cannot meet.
+
+        A teacher that forms whole rows for its scores may also name the most likely tokens of samples with `keep_tokens`; no
+        score may depend on that.
+        """
 
     def head_for(self, name: str | None) -> LMHead | None:
         """The head that turns `Scores.hidden` of that teacher's samples into whole rows; None where it has none."""

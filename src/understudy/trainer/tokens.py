@@ -149,17 +149,17 @@ class _Candidate(NamedTuple):
 
 
 class TokenRecorder:
-    """Chooses the samples of a step that are kept, over all ranks, and writes them."""
+    """Chooses the samples of a step that are kept, over all ranks, and writes them, in runs that keep any
+    (`Train.records_tokens`)."""
 
-    def __init__(self, folder: Path, settings: Train, tokenizer: Any, ranks: Ranks | None = None) -> None:
-        self._folder, self._settings, self._tokenizer = folder, settings, tokenizer
-        self._ranks = ranks or Ranks()
+    def __init__(self, folder: Path, settings: Train, tokenizer: Any, ranks: Ranks) -> None:
+        self._folder, self._settings, self._tokenizer, self._ranks = folder, settings, tokenizer, ranks
         self._every = settings.save_samples_every
-        times = 1 + settings.steps // self._every if self._every else 0
         # a prompt that comes again may double the files
-        self._sample_bytes = settings.save_tokens_bytes // max(1, 2 * times * settings.save_tokens)
-        # as a resumed run finds them; only the first rank's disk counts
-        files = by_step(folder, ".jsonl")
+        num_files = 2 * (1 + settings.steps // self._every)
+        self._sample_bytes = settings.save_tokens_bytes // (num_files * settings.save_tokens)
+        # as a resumed run finds them, by what the first rank sees
+        files = by_step(folder, ".jsonl") if self._ranks.is_main else {}
         first = files[min(files)].read_text(encoding="utf-8").splitlines() if files else ()
         watched = {str(json.loads(line)["prompt_id"]) for line in first}
         self._last, self._watched = self._ranks.gather((max(files, default=0), watched))[0]
@@ -167,19 +167,17 @@ class TokenRecorder:
     def mark(self, samples: Sequence[Sample], step: int, *, watched_only: bool = False) -> list[Sample]:
         """The samples, `keep_tokens` set for those of this rank that may be kept, so that their teacher says what it finds most
         likely with the scores that it is asked for anyway."""
-        chosen = {one.place for one in self._choose(self._candidates(samples, step, watched_only), step)}
+        chosen = {one.place for one in self._choose(self._candidates(samples, step, watched_only))}
         return [replace(sample, keep_tokens=True) if at in chosen else sample for at, sample in enumerate(samples)]
 
     def begin(self, samples: Sequence[Sample], step: int) -> StepTokens | None:
         """Returns the numbers that a step has to keep; None: none. A collective call."""
-        if not self._settings.records_tokens:
-            return None
         by_rank: list[list[_Candidate]] = []
         if self._is_open(step):
             by_rank = self._ranks.gather(self._candidates(samples, step))
         # one of each rank in turn: the order in which a single process would have them
         every = [one for some in zip_longest(*by_rank) for one in some if one is not None]
-        chosen = self._choose(every, step)
+        chosen = self._choose(every)
         own = [samples[one.place] for one in chosen if one.rank == self._ranks.rank]
         is_picture = step == 1 or step % max(1, self._settings.steps // NUM_PICTURES) == 0
         return StepTokens(own, [one.rank for one in chosen]) if chosen or is_picture else None
@@ -202,7 +200,7 @@ class TokenRecorder:
             if every or sample.prompt.id in self._watched
         ]
 
-    def _choose(self, candidates: Sequence[_Candidate], step: int) -> list[_Candidate]:
+    def _choose(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         """One sample a prompt. Prompts of the first file are kept again when training draws them again; the others are spread
         over teachers, and over samples with and without a prefix."""
         # those whose teacher was asked for more come first
