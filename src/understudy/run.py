@@ -19,9 +19,9 @@ from understudy.eval.evaluate import Rejection, run_eval
 from understudy.eval.summary import EvalSummary, read_summaries
 from understudy.export import data_facts, export_student, installed, write_facts
 from understudy.files import locked, write_atomically
-from understudy.lazy import torch
+from understudy.lazy import Tensor, nn, torch
 from understudy.models import num_positions, save_hf
-from understudy.models.parallel import shard, shards_of
+from understudy.models.parallel import shard, shards_of, without_weights
 from understudy.recipe import Recipe, check_same_recipe, doctor
 from understudy.recipe.checks import Files, Parts, of_stage
 from understudy.recipe.load import (
@@ -321,14 +321,7 @@ def assemble(
         evaluation=recipe.eval,
         evaluate=evaluator(recipe, loaded, engine, teachers, ranks, eval_dir, console),
         live_weights=publish.weights is None or any(model is loaded.model for model in teachers.models),
-        save_student=lambda path, weights: save_hf(
-            loaded.model,
-            loaded.renderer.tokenizer,
-            path,
-            merged=False,
-            stop_ids=loaded.renderer.stop_ids,
-            weights=weights,
-        ),
+        save_student=_saver(loaded.model, loaded),
         observer=Observer(console),
         run_dir=run_dir,
         ranks=ranks,
@@ -336,6 +329,12 @@ def assemble(
         progress=progress,
     )
     return Parts(recipe, loaded, teachers, rollouts, trainer)
+
+
+def _saver(model: nn.Module, loaded: Loaded) -> Callable[[Path, dict[str, Tensor] | None], None]:
+    """Writes the student as a resumed run loads it: with the weights of `model`, or with those that are given."""
+    tokenizer, stop_ids = loaded.renderer.tokenizer, loaded.renderer.stop_ids
+    return lambda path, weights: save_hf(model, tokenizer, path, merged=False, stop_ids=stop_ids, weights=weights)
 
 
 def _shard(parts: Parts, checkpoint: Path | None) -> None:
@@ -351,6 +350,7 @@ def _shard(parts: Parts, checkpoint: Path | None) -> None:
             f"{recipe.student.model} is in 16 bits, and shards are the master weights; set student.dtype: float32, "
             "parallel.param_dtype: bfloat16 and parallel.reduce_dtype: float32 to compute in 16 bits"
         )
+    parts.trainer.save_student = _saver(without_weights(loaded.model), loaded)
     mesh = torch.distributed.device_mesh.init_device_mesh(
         loaded.device.type,
         (recipe.parallel.replicate, recipe.parallel.shard),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +40,12 @@ pytestmark = pytest.mark.slow
 
 LAYERS = BUILD | {"num_layers": 2}
 TIED = LAYERS | {"architecture": "qwen3", "tie_word_embeddings": True}
+EXPERTS = LAYERS | {
+    "architecture": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+}
 GATHERS, REDUCES = ("all_gather_single", "all_gather_into_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor")
 """Collective calls by their name in this version of torch, and in older ones."""
 
@@ -45,7 +53,8 @@ GATHERS, REDUCES = ("all_gather_single", "all_gather_into_tensor"), ("reduce_sca
 def train_in_shards(*runs: tuple[Path, int | None]) -> None:
     """Trains the recipe of each folder, one after the other, or continues it; to the end, or until that many steps are done.
 
-    Writes to `calls_RANK.json`, for each update, its number of micro-batches and the sizes of what it gathered and reduced.
+    Writes to `calls_RANK.json`, for each update, its number of micro-batches, the prompt and response tokens of its samples and
+    the sizes of what it gathered and reduced.
     """
     from understudy import run
     from understudy.recipe import load_recipe
@@ -56,6 +65,7 @@ def train_in_shards(*runs: tuple[Path, int | None]) -> None:
 
     updates: list[dict[str, Any]] = []
     plain_update, plain_step, plain_loss = loop.accumulate_gradients, loop.Trainer._take_step, of_update.evaluate
+    plain_save, moved_on = loop.save_checkpoint, threading.Event()
     last: int | None = None
 
     def counted(names: tuple[str, ...]) -> None:
@@ -71,15 +81,23 @@ def train_in_shards(*runs: tuple[Path, int | None]) -> None:
         setattr(torch.distributed, name, call)
 
     def update(student: Any, micros: Any, **named: Any) -> Any:
-        updates.append({"micro_batches": len(micros)})
+        sizes = [(one.prompt_length, one.num_response_tokens) for micro in micros for one in micro.samples]
+        updates.append({"micro_batches": len(micros), "sizes": sizes})
         found = plain_update(student, micros, **named)
         updates.append({})
         return found
 
     def step(self: Any) -> None:
         if self.progress.step == last:
+            moved_on.set()
             raise KeyboardInterrupt
         plain_step(self)
+        if self.progress.step > 1:
+            moved_on.set()
+
+    def save(*given: Any, **named: Any) -> None:
+        assert not folder.name.startswith("moved") or moved_on.wait(100), "training waits until a checkpoint is written"
+        plain_save(*given, **named)
 
     def broken_loss(*given: Any, **named: Any) -> Any:
         found = plain_loss(*given, **named)
@@ -88,6 +106,7 @@ def train_in_shards(*runs: tuple[Path, int | None]) -> None:
 
     counted(GATHERS)
     counted(REDUCES)
+    loop.save_checkpoint = save  # type: ignore[attr-defined]
     loop.accumulate_gradients = update  # type: ignore[attr-defined]
     loop.Trainer._take_step = step  # type: ignore[method-assign]
     Arithmetic.grade = grade_by_length  # type: ignore[assignment, method-assign]
@@ -116,6 +135,9 @@ def _recipe(folder: Path, name: str, url: str) -> dict[str, Any]:
         made["teacher"]["dtype"] = "float64"
         return made
 
+    if name == "experts":
+        # the product of groups of experts is not there in float64
+        return distilled(student={"model": None, "build": EXPERTS}, train=keys)
     if name == "tied":
         # several updates a step, of which some ranks have no sample; activations are computed again
         more = {"minibatches": 2, "passes": 2, "gradient_checkpointing": True}
@@ -160,6 +182,8 @@ CASES: dict[str, tuple[int, dict[str, Any], float]] = {
     "quantile": (2, {"shard": 2, "reshard": False, "gradients": "whole"}, 1e-5),
     "teachers": (2, {"shard": 2, "teachers": True}, 1e-5),
     "served": (2, {"shard": 2}, 1e-5),
+    # in float32, and a tie of two experts would fall either way
+    "experts": (2, {"shard": 2}, 1e-5),
 }
 """Ranks, shards, and how far sums in another order may take the weights."""
 
@@ -178,14 +202,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (made["teachers"] / "examined").touch()
         for world in (4, 2):
             runs = [(folder, None) for name, folder in made.items() if CASES[name][0] == world and name != "moved"]
-            # one step by four ranks, one more by two, the others by one
-            moved = (made["moved"], 1 if world == 4 else 2)
+            # one step by four ranks, one more by two, the others by one; each goes on while it is saved
+            moved = (made["moved"], 2 if world == 4 else 3)
             write_recipe(made["moved"], **changes["moved"], parallel={"shard": world})
             if world == 2:
                 made["broken"] = tmp_path_factory.mktemp("broken")
                 write_recipe(made["broken"], parallel={"shard": 2}, train={"steps": 2})
                 runs.append((made["broken"], None))
             run_ranks(train_in_shards, moved, *runs, folder=tmp_path_factory.mktemp("ranks"), num_ranks=world)
+            last = made["moved"] / "run" / "checkpoints" / f"step_{moved[1]:06d}"
+            assert last.is_dir()
+            shutil.rmtree(last)
         saved = made["moved"] / "run" / "checkpoints" / "step_000002"
         # each rank has written its part
         assert sorted(path.name for path in (saved / "optimizer").glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
@@ -218,11 +245,27 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_update_on_all(folders: 
     assert all(bool(value.isfinite().all()) for value in weights(run_dir).values())
 
 
+def _calls(folder: Path, world: int) -> list[list[dict[str, Any]]]:
+    return [json.loads((folder / f"calls_{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize("name", ["tied", "lora", "quantile"])
+def test_ranks_have_the_same_number_of_tokens_but_for_one_piece(folders: dict[str, Path], name: str) -> None:
+    """Of each update, whatever ranks wrote the samples."""
+    world = CASES[name][0]
+    for updates in zip(*_calls(folders[name], world), strict=True):
+        sizes = [update["sizes"] for update in updates]
+        loads = [sum(prompt + response for prompt, response in one) for one in sizes]
+        assert max(loads) <= sum(loads) / world + max(sum(size) for one in sizes for size in one)
+
+
 @pytest.mark.parametrize("name", ["tied", "quantile", "teachers"])
 def test_an_update_gathers_the_head_once_and_reduces_once(folders: dict[str, Path], name: str) -> None:
     """On every rank alike, however many micro-batches it has; blocks are gathered for each forward and each backward."""
     world, section, _ = CASES[name]
-    found = [json.loads((folders[name] / f"calls_{rank}.json").read_text()) for rank in range(world)]
+    found = _calls(folders[name], world)
+    for update in (update for calls in found for update in calls):
+        del update["sizes"]
     assert all(calls == found[0] for calls in found)
     # the first of two ranks has three samples and the other two; of four ranks the last has none
     assert (max(update["micro_batches"] for update in found[0]) > 1) == (world == 2)
@@ -243,6 +286,8 @@ def test_an_update_gathers_the_head_once_and_reduces_once(folders: dict[str, Pat
     [
         ({"student": {"dtype": "bfloat16"}}, "shards are the master weights"),
         ({"parallel": {"shard": 0}}, "parallel"),
+        ({"parallel": {"shard": 2, "context_parallel_size": 2}}, "each sequence is read whole by one process"),
+        ({"parallel": {"shard": 2, "expert_parallel_size": 2}}, "experts are divided over processes by parallel.shard"),
         ({"parallel": {"shard": 1, "param_dtype": "bfloat16"}}, "set shard to 2 or more"),
         (
             {"parallel": {"shard": 2, "teachers": True}, "async": {}, "rollout": {"type": "hf", "copy": True}},

@@ -19,6 +19,7 @@ from understudy.linear import count_denominators, evaluate
 from understudy.methods import GKD, OPD, SFT, Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.packing import LOGPROB_TOLERANCE, RowStyle, ScoreField, attach_scores, lay_out, micro_batches, pack
+from understudy.trainer.distributed import balanced
 from understudy.types import Author, Sample, Scores
 
 VOCABULARY = 12
@@ -352,3 +353,32 @@ def test_row_styles(lengths: list[int]) -> None:
     assert alone.shape == (len(lengths), max(lengths))
     for group in micro_batches(made, 12, "alone"):
         assert len(group) * max(lengths[index] for index in group) <= 12
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 30), st.integers(0, 90)), min_size=1, max_size=24),
+    st.integers(1, 6),
+)
+def test_ranks_share_tokens_evenly_and_prompts_whole(sizes: list[tuple[int, int, int]], num_ranks: int) -> None:
+    """No rank has more than the mean and one piece: a prompt with its samples, or one sample of a prompt that is too large."""
+    lengths = {name: prompt for name, prompt, _ in sizes}
+    items = [((name, lengths[name], response), at) for at, (name, _, response) in enumerate(sizes)]
+    shares = balanced(items, num_ranks)
+    assert sorted(at for share in shares for at in share) == list(range(len(items)))
+
+    def cost(members: Sequence[int]) -> int:
+        names = {items[at][0][0] for at in members}
+        return sum(lengths[name] for name in names) + sum(items[at][0][2] for at in members)
+
+    whole = {name: [at for at, ((other, _, _), _) in enumerate(items) if other == name] for name in lengths}
+    mean = cost(range(len(items))) / num_ranks
+    for name, members in whole.items():
+        if cost(members) <= mean:
+            assert any(set(members) <= set(share) for share in shares), name
+    # a prompt that is cut is computed by each rank that has some of it
+    pieces = [
+        cost(members) if cost(members) <= mean else max(cost([at]) for at in members) for members in whole.values()
+    ]
+    again = sum(lengths[name] * len(members) for name, members in whole.items() if cost(members) > mean)
+    assert all(cost(share) <= mean + again / num_ranks + max(pieces) for share in shares)

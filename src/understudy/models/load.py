@@ -18,7 +18,6 @@ from understudy.models.attention import attention_name
 from understudy.models.backbone import evaluating, unwrap, vision_of
 from understudy.models.files import ADAPTER, adapter_base, check_model_dir, locate, positions_of, said_by
 from understudy.models.lora import merge_adapter, merged_state_dict, untie_adapted
-from understudy.models.parallel import own_class
 from understudy.models.vision import Vision
 
 if TYPE_CHECKING:
@@ -232,15 +231,14 @@ def save_hf(
     Merging forms `W + delta` on the side: the live model and its adapters stay as they are, and the adapters are saved
     too, in `ADAPTER_DIR`.
 
-    `weights`: the model's state dict, where the model has a part of it only; not to be merged.
+    `weights`: a state dict in place of the model's own; not to be merged.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     base: Any = unwrap(model)
     adapted: Any = model
     if base is adapted:
-        with own_class(model):
-            base.save_pretrained(target, state_dict=weights)
+        base.save_pretrained(target, state_dict=weights)
     else:
         # the embedding has its own size, so peft need not look for that of the base on the hub, nor save it whole
         adapted.save_pretrained(

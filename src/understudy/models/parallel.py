@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from understudy.errors import RecipeError
@@ -62,6 +64,9 @@ def shard(
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     base.set_reshard_after_forward(False, recurse=False)
+    # by name: else a backward gathers ahead what ran before in earlier forwards too, and ranks that wrote no sample had none
+    for before, module in pairwise((base, *blocks, base)):
+        module.set_modules_to_backward_prefetch([before])
 
     # the losses run the backbone without the model's own forward, where the root's hooks are
     def run_decoder(**given: Any) -> Any:
@@ -93,6 +98,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
         release(model)
         for block in shards.blocks:
             block.set_reshard_after_forward(shards.reshard, recurse=False)
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model whose weights have no memory: `save_hf` writes given weights with it while shards are in use."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {
+        id(value): nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+        for value, empty in ((value, torch.empty_like(value, device="meta")) for value in tensors)
+    }
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager

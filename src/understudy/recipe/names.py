@@ -98,6 +98,14 @@ _NO_KEYS: Mapping[str, str] = {
     "stop_sequences stop_token_ids stop_words eos_token eos_token_id",
     "samples are drawn without penalties": "repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size",
     "no code of a model repository is run": "trust_remote_code",
+    "each sequence is read whole by one process, as attention by segments takes it; for long ones use parallel.shard and "
+    "train.gradient_checkpointing": "context_parallel context_parallel_size context_parallel_degree cp "
+    "cp_size sequence_parallel sequence_parallel_size sequence_parallel_degree ulysses_sequence_parallel_size ulysses_degree",
+    "layers and experts are divided over processes by parallel.shard, as all weights are": "pipeline_parallel "
+    "pipeline_model_parallel_size pipeline_parallel_degree pp_size expert_parallel expert_parallel_size expert_parallel_degree "
+    "expert_model_parallel_size ep_size",
+    "the choices of a router are not replayed; the metric sampler_gap shows what they differ by": "router_replay "
+    "routing_replay rollout_routing_replay use_rollout_routing_replay enable_return_routed_experts",
     "models are not quantised; student.lora trains few weights": "load_in_4bit load_in_8bit quantization_config use_qlora",
     "a run is uploaded with: understudy push RUN OWNER/NAME": "push_to_hub hub_model_id hub_strategy",
 }

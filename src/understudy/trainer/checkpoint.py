@@ -179,7 +179,7 @@ def save_checkpoint(
 ) -> None:
     """Writes the checkpoint of `progress.step` unless it is there. Raises as `written_whole`; older checkpoints stay.
 
-    `optimizer`: its state, or the directory that `save_shards` has written, which is moved. `run_files`: as
+    `optimizer`: its state, or the directory of `save_shards`, which is moved. `run_files`: as
     `RunDir.hash_files`.
     """
     target = checkpoint_path(folder, progress.step)
@@ -240,18 +240,25 @@ def _dcp() -> Any:
     return checkpoint
 
 
-def save_shards(folder: Path, step: int, state: Mapping[str, Tensor]) -> Path:
-    """Writes each rank's part of the tensors to a directory beside the checkpoints that all ranks see. A collective call.
+def save_shards(folder: Path, step: int, state: Mapping[str, Tensor], group: Any) -> Callable[[], Path]:
+    """Begins to write each rank's part of the tensors, as they are now, to a directory beside the checkpoints that all ranks
+    see. Returns a function that waits until all parts are written, gives the directory, and raises CheckpointError.
 
-    Raises CheckpointError.
+    A collective call; `group`: a process group for CPU tensors, which nothing else uses while parts are written.
     """
     dcp = _dcp()
     path = folder / f".writing-shards-{step:06d}"
-    try:
-        dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(path))
-    except (OSError, dcp.CheckpointException) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; free space, then continue with --resume") from error
-    return path
+    # a copy in host memory is made before this returns
+    written = dcp.async_save(dict(state), storage_writer=dcp.FileSystemWriter(path), process_group=group)
+
+    def wait() -> Path:
+        try:
+            written.result()
+        except (OSError, dcp.CheckpointException) as error:
+            raise CheckpointError(f"cannot write {path}: {error}; free space, then continue with --resume") from error
+        return path
+
+    return wait
 
 
 def load_optimizer(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from understudy.errors import CheckpointError, TrainingError, WeightsLostError
 from understudy.eval.estimators import RIGHT
 from understudy.eval.summary import EvalSummary, sample_row, token_table
-from understudy.files import write_json_lines
+from understudy.files import Hashed, write_json_lines
 from understudy.lazy import Tensor, torch
 from understudy.methods import Method
 from understudy.models.parallel import collect_model, gathered, local
@@ -37,6 +39,8 @@ MAX_HEALED = 3
 """Times in one step that an engine is given weights which it has lost."""
 MAX_FLAT = 3
 """Steps in a row in which every prompt's samples are rewarded alike, until the run says what may help."""
+MAX_SAVING_S = 30.0
+"""Seconds that a run which has failed waits for the checkpoint that it is writing."""
 SAVED_SAMPLES = 32
 """Training samples in one file of `samples/`."""
 
@@ -76,6 +80,10 @@ class Trainer:
     _signal: StopSignal | None = None
     """While the run goes on."""
     _flat_in_row: int = 0
+    _saving: Future[None] | None = None
+    """The checkpoint in shards that is being written."""
+    _saving_group: Any = None
+    """Process group by which ranks agree on what is written, beside those of training."""
 
     def run(self) -> Ending:
         """Trains from `progress` to the end, a good evaluation, or a signal; always leaves a checkpoint."""
@@ -86,6 +94,7 @@ class Trainer:
             with suppress(Stopped):
                 ending = self._steps()
             self._checkpoint()
+            self._finish_saving()
         return ending
 
     def _steps(self) -> Ending:
@@ -117,6 +126,7 @@ class Trainer:
         names = self.ranks.gather(self.observer.alarms.stopping)[0]
         if names:
             self._checkpoint()
+            self._finish_saving()
             raise TrainingError(
                 f"alarm {' and '.join(names)} stops the run after step {self.progress.step} (train.on_alarm); it is saved. See "
                 f"what to change: understudy report {self.run_dir.path}. To go on as it is: --resume "
@@ -146,6 +156,7 @@ class Trainer:
         method, own_step = self.method.at(step)
         with self._breakable(), self._whole():
             collected = self._healed(lambda: self.rollouts.collect(self.progress, method, own_step, clock, self.tokens))
+            collected = self.rollouts.score(collected, method, clock)
             sleeps = self.rollouts.collector.engine.sleep(asks=self.ranks.is_main)
         with clock("update_s"):
             tokens = None if self.tokens is None else self.tokens.begin(collected.samples, step + 1)
@@ -397,27 +408,54 @@ class Trainer:
                 "or removed; lower train.lr and resume from an earlier step in a new run (student.model = a checkpoint's "
                 "student/)"
             )
-        folder, optimizer, weights = self.run_dir.checkpoints, self.optimizer.state(), None
-        is_there = self.ranks.gather(checkpoint_path(folder, self.progress.step).is_dir())[0]
-        shards = None
-        if self.student.is_sharded and not is_there:
-            weights, shards = collect_model(self.student.model), save_shards(folder, self.progress.step, optimizer)
+        self._finish_saving()
+        folder, optimizer, progress = self.run_dir.checkpoints, self.optimizer.state(), self.progress
+        is_there = self.ranks.gather(checkpoint_path(folder, progress.step).is_dir())[0]
+        in_shards = self.student.is_sharded and not is_there
+        weights = collect_model(self.student.model) if in_shards else None
+        files: dict[str, Hashed] = {}
+        teacher: dict[str, Tensor] = {}
         if self.ranks.is_main:
             self.run_dir.check_kept()
             self.observer.sync()
-            teacher = self.rollouts.collector.teacher
-            state = {} if teacher is None else teacher.state()
-            save_checkpoint(
-                folder,
-                self.progress,
-                shards or optimizer,
-                lambda path: self.save_student(path, weights),
-                state,
-                self.run_dir.hash_files(),
-            )
-            keep = self.progress.best_step if self.settings.keep_best else None
-            prune(folder, self.settings.keep_last, keep)
-        self.ranks.barrier()
+            files = self.run_dir.hash_files()
+            if self.rollouts.collector.teacher is not None:
+                teacher = self.rollouts.collector.teacher.state()
+
+        def write(optimizer: dict[str, Tensor] | Path) -> None:
+            if self.ranks.is_main:
+                save_checkpoint(
+                    folder, progress, optimizer, lambda path: self.save_student(path, weights), teacher, files
+                )
+                prune(folder, self.settings.keep_last, progress.best_step if self.settings.keep_best else None)
+
+        if not in_shards:
+            write(optimizer)
+            self.ranks.barrier()
+            return
+        # training goes on meanwhile, and moves the teacher too
+        teacher = {name: value.detach().cpu().clone() for name, value in teacher.items()}
+        if self._saving_group is None:
+            self._saving_group = torch.distributed.new_group(backend="gloo")
+        wait = save_shards(folder, progress.step, optimizer, self._saving_group)
+        pool = ThreadPoolExecutor(1, "understudy-save")
+        self._saving = pool.submit(lambda: write(wait()))
+        pool.shutdown(wait=False)
+
+    def _finish_saving(self) -> None:
+        """Waits for the checkpoint that is being written. A collective call. Raises CheckpointError, on every rank, where it
+        cannot be."""
+        if not self.student.is_sharded:
+            return
+        saving, self._saving, problem = self._saving, None, ""
+        try:
+            if saving is not None:
+                saving.result()
+        except CheckpointError as error:
+            problem = str(error)
+        for said in self.ranks.gather(problem):
+            if said:
+                raise CheckpointError(said)
 
     def _save_samples(self, samples: Sequence[Sample]) -> None:
         every, step = self.settings.save_samples_every, self.progress.step
@@ -447,6 +485,10 @@ class Trainer:
                     with suppress(CheckpointError):
                         self.observer.warn(self.progress.step, f"no checkpoint could be written: {problem}")
             raise
+        finally:
+            if self._saving is not None:
+                # what was begun may still be had, unless another rank is gone
+                futures.wait([self._saving], timeout=MAX_SAVING_S)
 
 
 def _means(metrics: Mapping[str, Metric]) -> dict[str, float]:

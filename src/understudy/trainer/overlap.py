@@ -53,7 +53,7 @@ class _Batch:
 
 
 class Overlapped:
-    """`Rollouts.collect`, ahead of time. Threads generate and score; everything else happens in the caller's thread."""
+    """`Rollouts`, ahead of time. Threads generate and score; everything else happens in the caller's thread."""
 
     def __init__(self, rollouts: Rollouts, method: Method, settings: Async, *, grouped: bool = False) -> None:
         """`grouped`: the engine wants the samples of a prompt together."""
@@ -94,6 +94,15 @@ class Overlapped:
             self.collector.engine.verify()
             self._send(progress.step, 0)
         return collected
+
+    def score(self, collected: Collected, method: Method, clock: Clock) -> Collected:
+        """Returns this rank's share of the tokens, which have their scores. A collective call.
+
+        Hidden states, from which whole rows are compared, are too large to be sent: such samples stay where they are.
+        """
+        if "full" in method.needs:
+            return collected
+        return replace(collected, samples=self._ranks.balance(collected.samples, self._train.minibatches))
 
     def _take(self, progress: Progress, method: Method) -> Collected:
         """Takes batches in order until the step has its prompts."""

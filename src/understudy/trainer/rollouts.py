@@ -113,15 +113,19 @@ class Rollouts:
     def collect(
         self, progress: Progress, method: Method, own_step: int, clock: Clock, tokens: TokenRecorder | None = None
     ) -> Collected:
-        """Returns the scored samples of a step: all are written, then all are scored. `tokens` marks those of which the
-        teacher is asked for more."""
+        """Returns the rewarded samples of a step. `tokens` marks those of which the teacher is asked for more."""
         with clock("generate_s"):
             collected = self.write(progress.position, method.plan(own_step), progress.step)
             self.collector.engine.verify()
         if tokens is not None:
             collected = replace(collected, samples=tokens.mark(collected.samples, progress.step + 1))
+        return collected
+
+    def score(self, collected: Collected, method: Method, clock: Clock) -> Collected:
+        """Returns them with scores, this rank's share of the tokens. A collective call."""
         with clock("score_s"):
-            return collected.with_scores(self.collector.score(collected.samples, method))
+            shared = self.ranks.balance(collected.samples, self.collector.settings.minibatches)
+            return replace(collected, samples=shared).with_scores(self.collector.score(shared, method))
 
     def write(self, position: int, plan: RolloutPlan, step: int) -> Collected:
         """Returns the rewarded samples of a step, from prompts at `position` on. Prompts whose samples all have one reward

@@ -16,7 +16,7 @@ from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating
 from understudy.models.parallel import like, local, reduce_gradients, shards_of, whole
 from understudy.packing import Layout, RowStyle, ScoreField, lay_out, micro_batches, pack
-from understudy.randomness import hash_name, keyed_uniform
+from understudy.randomness import keyed_uniform
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.settings import Train
 from understudy.trainer.tokens import StepTokens
@@ -110,9 +110,7 @@ def prepare(
     `fix_old`: S_old is computed now, because the student will have moved when it is needed. A method of scope "batch"
     gets all samples of all updates and ranks at once.
     """
-    parts = [
-        _micro_batches(student, method, part, draw, by_teacher) for part in _divide(samples, num_minibatches, ranks)
-    ]
+    parts = [_micro_batches(student, method, part, draw, by_teacher) for part in ranks.divide(samples, num_minibatches)]
     if student.is_sharded:
         # every forward is a collective call, so all ranks make the same number of them
         numbers = [max(found) for found in zip(*ranks.gather([len(part) for part in parts]), strict=True)]
@@ -127,20 +125,6 @@ def prepare(
         terms = iter(cut_terms(method, batches, step, elsewhere=elsewhere) if batches else ())
         parts = [[replace(micro, terms=next(terms)) if micro.samples else micro for micro in part] for part in parts]
     return parts
-
-
-def _divide(samples: Sequence[Sample], num_parts: int, ranks: Ranks) -> list[Sequence[Sample]]:
-    """Parts of one size over all ranks, the samples of a prompt together. Which ranks hold them makes no difference."""
-    if num_parts == 1:
-        return [samples]
-    # a prompt may come twice under one name: rank and place tell the two apart
-    names = [(hash_name(sample.prompt.id), sample.index, ranks.rank, at) for at, sample in enumerate(samples)]
-    everywhere = sorted(name for part in ranks.gather(names) for name in part)
-    part_of = {name: place * num_parts // len(everywhere) for place, name in enumerate(everywhere)}
-    return [
-        [sample for sample, name in zip(samples, names, strict=True) if part_of[name] == part]
-        for part in range(num_parts)
-    ]
 
 
 def _micro_batches(
