@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from understudy.lazy import Tensor, torch
 from understudy.linear import Kept
 from understudy.linear.kept import NUM_LIKELIEST
 from understudy.methods import METHODS, Method
+from understudy.randomness import hash_name
 from understudy.report.pictures import LOG_RATIO_EDGES
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.settings import Train
@@ -143,6 +143,8 @@ class _Candidate(NamedTuple):
     place: int
     """Its number among the samples of its rank."""
     prompt_id: str
+    order: tuple[int, int]
+    """By which candidates are compared, whatever ranks they are on."""
     kind: tuple[str | None, bool]
     """The teacher's name, and whether the sample has a prefix."""
     marked: bool
@@ -175,9 +177,7 @@ class TokenRecorder:
         by_rank: list[list[_Candidate]] = []
         if self._is_open(step):
             by_rank = self._ranks.gather(self._candidates(samples, step))
-        # one of each rank in turn: the order in which a single process would have them
-        every = [one for some in zip_longest(*by_rank) for one in some if one is not None]
-        chosen = self._choose(every)
+        chosen = self._choose([one for part in by_rank for one in part])
         own = [samples[one.place] for one in chosen if one.rank == self._ranks.rank]
         is_picture = step == 1 or step % max(1, self._settings.steps // NUM_PICTURES) == 0
         return StepTokens(own, [one.rank for one in chosen]) if chosen or is_picture else None
@@ -195,16 +195,18 @@ class TokenRecorder:
             return []
         every = self._is_regular(step) and not watched_only
         return [
-            _Candidate(self._ranks.rank, place, sample.prompt.id, _kind(sample), sample.keep_tokens)
-            for place, sample in enumerate(samples)
-            if every or sample.prompt.id in self._watched
+            _Candidate(
+                self._ranks.rank, place, name, (hash_name(name), sample.index), _kind(sample), sample.keep_tokens
+            )
+            for place, (name, sample) in enumerate((sample.prompt.id, sample) for sample in samples)
+            if every or name in self._watched
         ]
 
     def _choose(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         """One sample a prompt. Prompts of the first file are kept again when training draws them again; the others are spread
         over teachers, and over samples with and without a prefix."""
         # those whose teacher was asked for more come first
-        ordered = sorted(candidates, key=lambda one: not one.marked)
+        ordered = sorted(candidates, key=lambda one: (not one.marked, one.order))
         first = {one.prompt_id: one for one in reversed(ordered)}
         chosen = [one for name, one in first.items() if name in self._watched][: self._settings.save_tokens]
         prompts = {one.prompt_id for one in chosen}
