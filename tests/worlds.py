@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from understudy.linear import Evaluation, LMHead, count_denominators, count_own, cut_terms, evaluate, score
+from understudy.linear import Evaluation, LMHead, Slice, count_denominators, count_own, cut_terms, evaluate, score
 from understudy.methods import (
     AOPD,
     DAPO,
@@ -174,6 +174,16 @@ class World:
             reference=(others[index], other_head),
         )
 
+    def cut(self, part: Slice, num_tokens: int) -> World:
+        """The same with all heads cut to a part of the vocabulary."""
+        (states, head), (others, other_head) = self.teacher, self.reference
+        return replace(
+            self,
+            head=self.head.cut(part, num_tokens),
+            teacher=(states, head.cut(part, num_tokens)),
+            reference=(others, other_head.cut(part, num_tokens)),
+        )
+
     def full(self, method: Method) -> dict[str, object]:
         """The models whose whole rows the method asks for, as `evaluate` takes them."""
         wants_reference = "full" in method.needs and "reference" in method.needs
@@ -193,8 +203,10 @@ class World:
             batch = replace(batch, topk_ids=top.indices, topk_logprob=top.values, teacher_entropy=entropy)
         return batch
 
-    def evaluate_in_parts(self, method: Method, parts: Sequence[Tensor], batch: TokenBatch | None = None) -> Outcome:
-        """As a step does it: micro-batches of the tokens at `parts`, denominators of all, gradients added up."""
+    def in_parts(
+        self, method: Method, parts: Sequence[Tensor], batch: TokenBatch | None = None
+    ) -> tuple[list[TokenBatch], Sequence[object], dict[str, float]]:
+        """As a step does it: micro-batches of the tokens at `parts`, what is evaluated of each, denominators of all."""
         batch = self.judged(method) if batch is None else batch
         pieces = [batch.rows(index) for index in parts]
         in_force, step = method.at(0)
@@ -209,6 +221,11 @@ class World:
             pieces = [scored.rows(index) for index in parts]
             methods = cuts = cut_terms(in_force, pieces, step)
             counts |= count_own(pieces, cuts)
+        return pieces, methods, counts
+
+    def evaluate_in_parts(self, method: Method, parts: Sequence[Tensor], batch: TokenBatch | None = None) -> Outcome:
+        """The same, with the gradients of all parts added up."""
+        pieces, methods, counts = self.in_parts(method, parts, batch)
         d_hidden, found = torch.zeros_like(self.hidden), []
         for index, piece, method_here in zip(parts, pieces, methods, strict=True):
             world = self.rows(index)

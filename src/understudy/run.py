@@ -365,7 +365,10 @@ def _shard(parts: Parts, checkpoint: Path | None) -> None:
         whole_gradients=recipe.parallel.gradients == "whole",
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
+        vocabulary=recipe.parallel.vocabulary,
     )
+    # raises here where a rank would have no token
+    loaded.head()
     if recipe.parallel.teachers:
         for model in parts.teachers.models:
             # the start of a LoRA student is the student

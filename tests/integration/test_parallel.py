@@ -135,6 +135,11 @@ def _recipe(folder: Path, name: str, url: str) -> dict[str, Any]:
         made["teacher"]["dtype"] = "float64"
         return made
 
+    if name in ("slices", "topk slices"):
+        method = {"type": "gkd", "beta": 0.3} if name == "slices" else {"type": "topk", "k": 5}
+        # one prompt leaves one of two ranks without a sample
+        more = {"minibatches": 2, "save_samples_every": 1} if name == "slices" else {"prompts_per_step": 1}
+        return distilled(student=double | {"build": LAYERS}, method=method, train=keys | more)
     if name == "experts":
         # the product of groups of experts is not there in float64
         return distilled(student={"model": None, "build": EXPERTS}, train=keys)
@@ -182,6 +187,8 @@ CASES: dict[str, tuple[int, dict[str, Any], float]] = {
     "quantile": (2, {"shard": 2, "reshard": False, "gradients": "whole"}, 1e-5),
     "teachers": (2, {"shard": 2, "teachers": True}, 1e-5),
     "served": (2, {"shard": 2}, 1e-5),
+    "slices": (4, {"shard": 2, "replicate": 2, "teachers": True, "vocabulary": True}, 1e-10),
+    "topk slices": (2, {"shard": 2, "vocabulary": True}, 1e-8),
     # in float32, and a tie of two experts would fall either way
     "experts": (2, {"shard": 2}, 1e-5),
 }
@@ -293,6 +300,7 @@ def test_an_update_gathers_the_head_once_and_reduces_once(folders: dict[str, Pat
             {"parallel": {"shard": 2, "teachers": True}, "async": {}, "rollout": {"type": "hf", "copy": True}},
             "async has",
         ),
+        ({"parallel": {"shard": 2, "vocabulary": True}, "student": {"lora": {}}}, "output layer that is trained"),
         ({"student": {"lora": {}}, "rollout": {"type": "vllm", "url": "http://127.0.0.1:9"}}, "cannot be merged"),
     ],
 )

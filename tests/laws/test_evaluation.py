@@ -246,10 +246,11 @@ def test_float32_loss_over_a_large_vocabulary_is_not_off_by_its_softmax() -> Non
         sequence=torch.zeros(4, dtype=torch.int64),
     )
     from understudy.linear import rows
+    from understudy.linear.columns import Columns
 
     def divergence(dtype: torch.dtype) -> torch.Tensor:
         z, aux = logits.to(dtype), other.to(dtype)
-        visit = rows.Visit(GKD().reads, z.clone(), aux.clone(), batch)
+        visit = rows.Visit(GKD().reads, z.clone(), aux.clone(), batch, Columns(z.shape[1]))
         found = visit.read(keep_logits=False)[0].divergence
         assert found is not None
         return found.detach()

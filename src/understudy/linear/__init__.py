@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from understudy.linear.chunked import evaluate, score
+from understudy.linear.columns import Slice
 from understudy.linear.head import LMHead
 from understudy.linear.kept import Kept
 from understudy.linear.plan import CutTerms, Evaluation, count_denominators, count_own, cut_terms
@@ -12,6 +13,7 @@ __all__ = [
     "Evaluation",
     "Kept",
     "LMHead",
+    "Slice",
     "count_denominators",
     "count_own",
     "cut_terms",

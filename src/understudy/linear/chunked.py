@@ -16,9 +16,11 @@ from typing import Any
 
 from understudy.lazy import Tensor, no_grad, torch
 from understudy.linear import rows as row_math
-from understudy.linear.head import Gradients, LMHead, compute_dtype, parts, project
+from understudy.linear.columns import Columns, chunks
+from understudy.linear.head import Gradients, LMHead, compute_dtype, project
 from understudy.linear.kept import Kept
 from understudy.linear.plan import (
+    CutTerms,
     Evaluation,
     FullTeacher,
     Tally,
@@ -67,6 +69,11 @@ def evaluate(
     the numbers of single tokens. `fused`: the passes over the logits are Triton kernels; None: on a GPU where Triton is
     installed. Arithmetic is in float32, or float64 for float64 inputs. Masked rows are never projected.
 
+    A head in slices (`LMHead.cut`), and those of teacher and reference in the same ones, make it a collective call: each rank
+    has a batch of its own, may have an empty one, and gets its own loss, metrics and gradient of its hidden states; the
+    gradients of weight and bias are those of its slice over the batches of all ranks. `keep` then takes up nothing of whole
+    rows (likeliest tokens, ranks, gradients).
+
     Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
     that do not fit.
     """
@@ -81,10 +88,15 @@ def evaluate(
                 f"the student's vocabulary has {head.num_tokens} tokens and the {whose}'s {its_head.num_tokens}: set "
                 "LMHead.vocab_size of both to the tokens that their tokenizers share"
             )
+        if its_head.slice != head.slice:
+            raise ValueError(
+                f"the heads of student and {whose} must be in the same slices of the vocabulary: use LMHead.cut"
+            )
     method, step = method.at(step)
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
-    chunk = chunk_tokens or max(1, chunk_elements(hidden.device) // head.num_tokens)
-    fused = row_math.has_kernels(hidden.device) if fused is None else fused
+    chunk = chunk_tokens or _chunk_rows(head)
+    # the kernels know no slices
+    fused = head.slice is None and (row_math.has_kernels(hidden.device) if fused is None else fused)
     job = _Job(method, trained, head, teacher, reference, step, chunk, keep, fused)
     loss: Tensor = _autograd_function().apply(hidden, head.weight, head.bias, job)
     return Evaluation(loss, job.tally.metrics())
@@ -100,12 +112,18 @@ def score(
     """
     dtype = compute_dtype(hidden)
     logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
-    for part in parts(len(target), chunk_tokens or max(1, chunk_elements(hidden.device) // head.num_tokens)):
-        logits = project(hidden[part], head)
+    for part, columns in chunks(head, len(target), chunk_tokens or _chunk_rows(head)):
+        logits = project(columns.rows(hidden[part]), head)
         if keep is not None:
             keep.begin(torch.arange(part.start, part.stop, device=logits.device))
-        logprob[part], entropy[part] = row_math.read_target(logits, target[part], keep)
+        found = row_math.read_target(logits, columns.rows(target[part]), columns, keep if head.slice is None else None)
+        logprob[part], entropy[part] = (columns.own(value) for value in found)
     return logprob, entropy
+
+
+def _chunk_rows(head: LMHead) -> int:
+    """Rows whose logits over the whole vocabulary fill a chunk."""
+    return max(1, chunk_elements(head.weight.device) // (head.num_tokens if head.slice is None else head.slice.size))
 
 
 @dataclass(eq=False)
@@ -132,15 +150,19 @@ class _Job:
         index = self.trained.index
         whole = self._batch_terms(hidden) if self.method.scope == "batch" else None
         total = torch.zeros((), dtype=dtype, device=hidden.device)
-        buffers = row_math.Buffers(min(self.chunk, len(index)), self.head.num_tokens, dtype, hidden.device)
-        for part in parts(len(index), self.chunk):
+        buffers: row_math.Buffers | None = None
+        for part, columns in chunks(self.head, len(index), self.chunk):
             if self.keep is not None:
                 self.keep.begin(index[part])
-            states = hidden[index[part]]
-            logits = project(states, self.head, out=buffers.of("student", part))
-            teacher_logits, batch = self._others(part, logits, buffers)
+            states = columns.rows(hidden[index[part]])
+            # the first chunk is the largest
+            buffers = buffers or row_math.Buffers(len(states), self.head.num_tokens, dtype, hidden.device)
+            logits = project(states, self.head, out=buffers.of("student", len(states)))
+            teacher_logits, batch = self._others(part, logits, buffers, columns)
             floor = self._floor_of(self.teacher)
-            visit = row_math.Visit(self.method.reads, logits, teacher_logits, batch, floor, self.keep, fused=self.fused)
+            visit = row_math.Visit(
+                self.method.reads, logits, teacher_logits, batch, columns, floor, self.keep, fused=self.fused
+            )
             leaves, judged = visit.read(keep_logits=self.head.softcap is not None)
             with torch.enable_grad():
                 if whole is not None:
@@ -153,45 +175,52 @@ class _Job:
             if self.keep is not None:
                 for name in ("teacher_logprob", "reference_logprob", "uniform", "outcome_advantage"):
                     self.keep.add(name, getattr(judged, name))
-            if gradients.wanted and loss.requires_grad:
+            if gradients.wanted and (loss.requires_grad or columns.slice is not None):
                 visit.differentiate(loss, self.head)
-                if self.keep is not None:
+                if self.keep is not None and columns.slice is None:
                     self.keep.read_gradient(logits, judged.target)
-                gradients.add(index[part], states, logits)
+                gradients.add(index[part], states, logits, columns)
         return total
 
     def _floor_of(self, other: FullTeacher | None) -> float | None:
         """Log-ratio of the tokens that the model excludes; None where its head excludes none."""
         return self.method.min_log_ratio if other is not None and other[1].excludes else None
 
-    def _others(self, part: slice, student: Tensor, buffers: row_math.Buffers) -> tuple[Tensor | None, TokenBatch]:
+    def _others(
+        self, part: slice, student: Tensor, buffers: row_math.Buffers, columns: Columns
+    ) -> tuple[Tensor | None, TokenBatch]:
         """The logits that those of the student are compared with, and the batch with what the reference says."""
-        index, batch = self.trained.index[part], self.trained.batch.rows(part)
+        index, batch, size = self.trained.index[part], self.trained.batch.rows(part), len(student)
+        target = batch.target if self.reference is None else columns.rows(batch.target)
         if self.reference is not None:
             hidden, head = self.reference
-            reference = project(hidden[index], head, out=buffers.of("reference", part))
-            batch = fill(batch, reference_logprob=row_math.read_target(reference, batch.target)[0])
+            reference = project(columns.rows(hidden[index]), head, out=buffers.of("reference", size))
+            logprob, _ = row_math.read_target(reference, target, columns)
+            batch = fill(batch, reference_logprob=columns.own(logprob))
         if self.teacher is None:
             return None, batch
         hidden, head = self.teacher
-        logits = project(hidden[index], head, out=buffers.of("teacher", part))
+        logits = project(columns.rows(hidden[index]), head, out=buffers.of("teacher", size))
         scale = self.method.reads.extrapolate
         if scale is not None and self.reference is not None:
             # read before it becomes the target, so that what is shown of the teacher is the teacher's
-            logprob, entropy = row_math.read_target(logits, batch.target)
-            batch = fill(batch, teacher_logprob=logprob, teacher_entropy=entropy)
-            if self.keep is not None:
+            logprob, entropy = row_math.read_target(logits, target, columns)
+            batch = fill(batch, teacher_logprob=columns.own(logprob), teacher_entropy=columns.own(entropy))
+            if self.keep is not None and columns.slice is None:
                 lse = logits.gather(-1, batch.target[:, None]).squeeze(-1) - logprob
                 self.keep.read_row("teacher", slice(None), logits, lse, batch.target)
             for other, rows in ((self.teacher, logits), (self.reference, reference)):
                 floor = self._floor_of(other)
                 if floor is not None:
-                    row_math.floor_excluded_rows(rows, rows.logsumexp(-1), student, student.logsumexp(-1), floor)
+                    lse, student_lse = columns.logsumexp(rows), columns.logsumexp(student)
+                    row_math.floor_excluded_rows(rows, lse, student, student_lse, floor)
             logits.mul_(scale).add_(reference, alpha=1.0 - scale)
         return logits, batch
 
     def _batch_terms(self, hidden: Tensor) -> list[tuple[Term, Tensor]]:
         """The terms of a batch-scope method, after a scoring pass where the batch has no scores of the student yet."""
+        if isinstance(self.method, CutTerms):
+            return self.trained.weigh(self.method.given)
         batch = self.trained.batch
         if batch.student_logprob is None or batch.student_entropy is None:
             logprob, entropy = self._score(hidden, self.head)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from understudy.lazy import Tensor, torch
+from understudy.linear.columns import Columns, Slice, parts
 
 ABSENT = -1e5
 """Logit of an id that is no token. Its probability is exactly 0, in float64 too, and differences with it stay finite."""
@@ -36,6 +37,8 @@ class LMHead:
     vocab_size: int | None = None
     absent: Tensor | None = None
     """[A] ids below `vocab_size`."""
+    slice: Slice | None = None
+    """The place of the rows in a vocabulary that ranks divide among them: `cut` gives such a head."""
 
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
@@ -48,8 +51,24 @@ class LMHead:
 
     @property
     def num_tokens(self) -> int:
-        """Size of the vocabulary after the cut."""
+        """Size of the vocabulary after the cut; of a head in slices that of the slice."""
         return self.vocab_size or self.weight.shape[0]
+
+    def cut(self, part: Slice, num_tokens: int) -> LMHead:
+        """The head over `num_tokens` of its tokens, from `part.start` on.
+
+        Raises ValueError for a part of another vocabulary, and where there is no token left for a rank.
+        """
+        if part.size != self.num_tokens or not 0 < num_tokens <= self.num_tokens - part.start:
+            raise ValueError(
+                f"tokens {part.start} to {part.start + num_tokens - 1} of {part.size} are no part of a vocabulary of "
+                f"{self.num_tokens}"
+            )
+        rows, absent = slice(part.start, part.start + num_tokens), self.absent
+        if absent is not None:
+            absent = absent[(absent >= rows.start) & (absent < rows.stop)] - rows.start
+        bias = None if self.bias is None else self.bias[rows]
+        return replace(self, weight=self.weight[rows], bias=bias, vocab_size=None, absent=absent, slice=part)
 
     @property
     def excludes(self) -> bool:
@@ -74,12 +93,6 @@ class LMHead:
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """float32 for anything up to float32, float64 for float64: the one place where logits are upcast."""
     return torch.promote_types(hidden.dtype, torch.float32)
-
-
-def parts(size: int, step: int) -> Iterator[slice]:
-    """`range(size)` in slices of at most `step`."""
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
 
 
 def _tiles(head: LMHead, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -148,9 +161,9 @@ class Gradients:
         self._weight = torch.zeros_like(head.weight, dtype=dtype) if need_weight else None
         self._bias = torch.zeros_like(head.bias, dtype=dtype) if need_bias and head.bias is not None else None
 
-    def add(self, index: Tensor, states: Tensor, logits_grad: Tensor) -> None:
-        """`d hidden = dZ W`, `d weight += dZ^T X`, `d bias += sum dZ`. [C], [C, H], [C, V]."""
-        if has_tensor_cores(states, self._head.weight):
+    def add(self, index: Tensor, states: Tensor, logits_grad: Tensor, columns: Columns) -> None:
+        """`d hidden = dZ W`, `d weight += dZ^T X`, `d bias += sum dZ`. [own], [C, H], [C, V]."""
+        if columns.slice is None and has_tensor_cores(states, self._head.weight):
             self._add_bfloat16(index, states, logits_grad)
         else:
             states = states.to(logits_grad.dtype)
@@ -158,7 +171,7 @@ class Gradients:
                 grad = torch.zeros_like(states)
                 for part, weight in _tiles(self._head, states.dtype):
                     grad.addmm_(logits_grad[:, part], weight)
-                self._hidden[index] = grad.to(self._hidden.dtype)
+                self._hidden[index] = columns.own(columns.sum(grad)).to(self._hidden.dtype)
             if self._weight is not None:
                 self._weight[: self._head.num_tokens].addmm_(logits_grad.T, states)
         if self._bias is not None:

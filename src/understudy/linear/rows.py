@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Literal
 
 from understudy.lazy import Tensor, torch
-from understudy.linear.head import LMHead, parts
+from understudy.linear.columns import Columns, parts
+from understudy.linear.head import LMHead
 from understudy.linear.kept import Kept
 from understudy.losses.divergences import log_mixture
 from understudy.losses.terms import Reads, Rows
@@ -24,10 +25,11 @@ BLOCK_ELEMENTS = 8 * 152_064
 """Logits in one block on a CPU: 4.6 MiB in float32, so that three buffers of it stay in a shared cache."""
 
 
-def blocks(logits: Tensor) -> Iterator[slice]:
-    """Blocks of rows on a CPU; the whole chunk on a device whose kernels stream it anyway."""
+def blocks(logits: Tensor, columns: Columns) -> Iterator[slice]:
+    """Blocks of rows on a CPU; the whole chunk on a device whose kernels stream it anyway, and where ranks talk for each."""
     size = logits.shape[0]
-    rows = size if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
+    whole = logits.is_cuda or columns.slice is not None
+    rows = size if whole else max(1, BLOCK_ELEMENTS // logits.shape[1])
     return parts(size, max(1, rows))
 
 
@@ -38,16 +40,16 @@ class Buffers:
         self._size, self._options = (rows, columns), {"dtype": dtype, "device": device}
         self._made: dict[str, Tensor] = {}
 
-    def of(self, whose: Literal["student", "teacher", "reference"], part: slice) -> Tensor:
-        """The buffer of a model, as long as the part."""
+    def of(self, whose: Literal["student", "teacher", "reference"], rows: int) -> Tensor:
+        """The first rows of the buffer of a model."""
         if whose not in self._made:
             self._made[whose] = torch.empty(self._size, **self._options)  # type: ignore[call-overload]
-        return self._made[whose][: part.stop - part.start]
+        return self._made[whose][:rows]
 
 
 @dataclass(frozen=True, eq=False)
 class RowStats:
-    """Log-sum-exp [B] and entropy [B] of a block's rows."""
+    """Log-sum-exp [B] and entropy [B] of a block's rows, over all columns."""
 
     lse: Tensor
     entropy: Tensor
@@ -63,11 +65,11 @@ class SoftmaxStats(RowStats):
 
     p: Tensor
     inverse: Tensor
+    columns: Columns
 
     def mean(self, value: Tensor) -> Tensor:
         """`E_p[value]`. [B, V] -> [B]."""
-        mean: Tensor = torch.linalg.vecdot(self.p, value) * self.inverse
-        return mean
+        return self.columns.sum(torch.linalg.vecdot(self.p, value) * self.inverse)
 
     def write(self, out: Tensor) -> None:
         """The normalised row."""
@@ -76,27 +78,32 @@ class SoftmaxStats(RowStats):
     def log_tail(self, ids: Tensor) -> Tensor:
         """Log of p's mass outside the tokens `ids`. [B, K] -> [B]."""
         # summed without the K tokens: 1 - sum_K p would cancel where the tail is small
-        inside = self.p.gather(-1, ids)
-        self.p.scatter_(-1, ids, 0.0)
-        rest = self.p.sum(-1) * self.inverse
-        self.p.scatter_(-1, ids, inside)
+        inside = self.columns.at_here(self.p, ids)
+        self.columns.add_at(self.p, ids, -inside)
+        rest = self.columns.sum(self.p.sum(-1) * self.inverse)
+        self.columns.add_at(self.p, ids, inside)
         return rest.clamp_min(torch.finfo(rest.dtype).tiny).log()
 
 
-def softmax_stats(z: Tensor) -> SoftmaxStats:
-    """One exponential pass: `lse = max z - log max p`, `H = lse - sum p z`."""
+def softmax_stats(z: Tensor, columns: Columns) -> SoftmaxStats:
+    """One exponential pass: `lse = max z - log max p`, `H = lse - sum p z`. Slice i has the share `exp(lse_i - lse)` of p."""
     p = torch.softmax(z, -1)
     inverse = 1.0 / p.sum(-1)
     lse = z.amax(-1) - (p.amax(-1) * inverse).log()
-    return SoftmaxStats(lse, lse - torch.linalg.vecdot(p, z) * inverse, p, inverse)
+    mean = torch.linalg.vecdot(p, z) * inverse
+    if columns.slice is not None:
+        every_lse, every_mean = columns.slice.gather(torch.stack([lse, mean])).unbind(1)
+        own, lse = lse, every_lse.logsumexp(0)
+        inverse, mean = inverse * (own - lse).exp(), ((every_lse - lse).exp() * every_mean).sum(0)
+    return SoftmaxStats(lse, lse - mean, p, inverse, columns)
 
 
-def read_target(logits: Tensor, target: Tensor, keep: Kept | None = None) -> tuple[Tensor, Tensor]:
+def read_target(logits: Tensor, target: Tensor, columns: Columns, keep: Kept | None = None) -> tuple[Tensor, Tensor]:
     """Log-probability of the targets and entropy of their rows. [C, V], [C] -> [C], [C]. `keep` takes up the teacher's rows."""
     logprob, entropy = logits.new_empty(len(target)), logits.new_empty(len(target))
-    for block in blocks(logits):
-        stats = softmax_stats(logits[block])
-        logprob[block] = logits[block].gather(-1, target[block, None]).squeeze(-1) - stats.lse
+    for block in blocks(logits, columns):
+        stats = softmax_stats(logits[block], columns)
+        logprob[block] = columns.at(logits[block], target[block, None]).squeeze(-1) - stats.lse
         entropy[block] = stats.entropy
         if keep is not None:
             keep.read_row("teacher", block, logits[block], stats.lse, target[block])
@@ -123,28 +130,32 @@ class Visit:
         logits: Tensor,
         teacher_logits: Tensor | None,
         batch: TokenBatch,
+        columns: Columns,
         min_log_ratio: float | None = None,
         keep: Kept | None = None,
         *,
         fused: bool = False,
     ) -> None:
-        """`min_log_ratio`: log-ratio of tokens that the teacher excludes; None: it excludes none. `keep` takes up what the rows
-        say about single tokens. `fused`: the passes over the rows are Triton kernels."""
-        self._reads, self._z, self._aux, self._batch = reads, logits, teacher_logits, batch
+        """`batch` has this rank's rows. `min_log_ratio`: log-ratio of tokens that the teacher excludes; None: it excludes none.
+        `keep` takes up what the rows say about single tokens. `fused`: the passes over the rows are Triton kernels."""
+        self._reads, self._z, self._aux, self._batch, self._columns = reads, logits, teacher_logits, batch, columns
+        self._target = columns.rows(batch.target)
+        self._ids = None if reads.topk is None or batch.topk_ids is None else columns.rows(batch.topk_ids)
         self._min_log_ratio, self._keep = min_log_ratio, keep
         self._kernels: ModuleType | None = import_module("understudy.linear.fused") if fused else None
         self._capped: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}
+        self._read: dict[str, Tensor] = {}
         self._leaves: Rows | None = None
 
     def read(self, *, keep_logits: bool) -> tuple[Rows, TokenBatch]:
-        """The rows, as leaves that take gradients, and the batch with what the pass knows. The buffer now holds p, or still the
-        logits if `fused`."""
+        """This rank's rows, as leaves that take gradients, and the batch with what the pass knows. The buffer now holds p, or
+        still the logits if `fused`."""
         if keep_logits and self._kernels is None:
             self._capped = self._z.clone()
-        read = [self._read_block(block) for block in blocks(self._z)]
-        merged = {name: torch.cat([part[name] for part in read]) for name in read[0]}
-        self._sums = {name: merged.pop(name) for name in ("lse", "teacher_lse", "mean") if name in merged}
+        read = [self._read_block(block) for block in blocks(self._z, self._columns)]
+        self._read = {name: torch.cat([part[name] for part in read]) for name in read[0]}
+        self._ids = self._read.get("topk_ids", self._ids)
+        merged = {name: self._columns.own(value) for name, value in self._read.items()}
         found = {name: merged[name] for name in ("topk_ids", "topk_logprob") if name in merged}
         self._batch = fill(
             replace(self._batch, **found),
@@ -160,16 +171,17 @@ class Visit:
 
     def _read_block(self, block: slice) -> dict[str, Tensor]:
         z, aux = self._z[block], None if self._aux is None else self._aux[block]
-        target = self._batch.target[block, None]
-        stats = softmax_stats if self._kernels is None else self._kernels.row_stats
-        student: RowStats = stats(z)
+        target = self._target[block, None]
+        student: RowStats = softmax_stats(z, self._columns) if self._kernels is None else self._kernels.row_stats(z)
         read = {"lse": student.lse, "entropy": student.entropy}
-        read["logprob"] = z.gather(-1, target).squeeze(-1) - student.lse
-        teacher: RowStats | None = None if aux is None else stats(aux)
+        read["logprob"] = self._columns.at(z, target).squeeze(-1) - student.lse
+        teacher: RowStats | None = None
+        if aux is not None:
+            teacher = softmax_stats(aux, self._columns) if self._kernels is None else self._kernels.row_stats(aux)
         if aux is not None and teacher is not None:
             read |= {"teacher_lse": teacher.lse, "teacher_entropy": teacher.entropy}
-            read["teacher_logprob"] = aux.gather(-1, target).squeeze(-1) - teacher.lse
-        if self._keep is not None:
+            read["teacher_logprob"] = self._columns.at(aux, target).squeeze(-1) - teacher.lse
+        if self._keep is not None and self._columns.slice is None:
             self._keep.read_row("student", block, z, student.lse, target[:, 0])
             # the rows of an extrapolated teacher were read before they became the target
             if aux is not None and teacher is not None and self._reads.extrapolate is None:
@@ -191,16 +203,16 @@ class Visit:
     def _read_topk(
         self, block: slice, z: Tensor, student: RowStats, aux: Tensor | None, teacher: RowStats | None
     ) -> dict[str, Tensor]:
-        read = {}
+        read, columns = {}, self._columns
         if aux is not None and teacher is not None:
             support = aux if self._reads.topk == "teacher" else z
-            read["topk_ids"] = ids = support.topk(min(self._reads.k, z.shape[-1])).indices
-            read["topk_logprob"] = aux.gather(-1, ids) - teacher.lse[:, None]
+            read["topk_ids"] = ids = columns.topk(support, self._reads.k)
+            read["topk_logprob"] = columns.at(aux, ids) - teacher.lse[:, None]
         else:
-            assert self._batch.topk_ids is not None
-            ids = self._batch.topk_ids[block]
-        read["topk_logp"] = z.gather(-1, ids) - student.lse[:, None]
-        if self._reads.tail and ids.shape[-1] < z.shape[-1]:
+            assert self._ids is not None
+            ids = self._ids[block]
+        read["topk_logp"] = columns.at(z, ids) - student.lse[:, None]
+        if self._reads.tail and ids.shape[-1] < columns.size:
             if isinstance(student, SoftmaxStats):
                 read["tail_logp"] = student.log_tail(ids)
             elif self._kernels is not None:
@@ -212,19 +224,29 @@ class Visit:
         assert self._leaves is not None
         leaves = {item.name: getattr(self._leaves, item.name) for item in fields(Rows)}
         leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found: list[Tensor | None] = [None] * len(leaves)
+        if loss.requires_grad:
+            found = list(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+        if self._columns.slice is not None:
+            # what one rank's loss reads, all ranks send
+            used = self._columns.sum(torch.tensor([float(grad is not None) for grad in found], device=self._z.device))
+            pairs = zip(found, leaves.values(), used.tolist(), strict=True)
+            found = [torch.zeros_like(leaf) if grad is None and ranks else grad for grad, leaf, ranks in pairs]
         factor = head.scale / head.temperature
-        grads = {name: grad * factor for name, grad in zip(leaves, found, strict=True) if grad is not None}
-        for block in blocks(self._z):
+        grads = {
+            name: self._columns.rows(grad * factor)
+            for name, grad in zip(leaves, found, strict=True)
+            if grad is not None
+        }
+        for block in blocks(self._z, self._columns):
             self._differentiate_block(block, {name: grad[block] for name, grad in grads.items()}, head)
         if self._capped is not None and head.softcap is not None:
             # d softcap(x) / dx = 1 - (softcap(x) / cap)^2
             self._z.mul_(1.0 - (self._capped * (head.temperature / head.softcap)) ** 2)
 
     def _differentiate_block(self, block: slice, g: dict[str, Tensor], head: LMHead) -> None:
-        assert self._leaves is not None
-        z, target = self._z[block], self._batch.target[block, None]
-        ids = None if self._batch.topk_ids is None else self._batch.topk_ids[block]
+        z, target = self._z[block], self._target[block, None]
+        ids = None if self._ids is None else self._ids[block]
         coef = torch.zeros_like(z[:, 0])
         sparse: list[tuple[Tensor, Tensor]] = []
         if "logprob" in g:  # e_y - p
@@ -236,24 +258,26 @@ class Visit:
             sparse.append((ids, g["topk_logp"]))
         if "tail_logp" in g:  # [v outside K] p / tail - p
             assert ids is not None
-            assert self._leaves.tail_logp is not None
-            over = g["tail_logp"] / self._leaves.tail_logp[block].detach().exp()
+            over = g["tail_logp"] / self._read["tail_logp"][block].detach().exp()
             coef += over - g["tail_logp"]
-            assert self._leaves.topk_logp is not None
-            p = z.gather(-1, ids) if self._kernels is None else self._leaves.topk_logp[block].detach().exp()
+            p = (
+                self._columns.at_here(z, ids)
+                if self._kernels is None
+                else self._read["topk_logp"][block].detach().exp()
+            )
             sparse.append((ids, -over[:, None] * p))
         if self._kernels is not None:
             if head.softcap is not None:
                 cap = head.temperature / head.softcap
                 sparse = [(where, value * (1.0 - (z.gather(-1, where) * cap) ** 2)) for where, value in sparse]
             aux = None if self._aux is None else self._aux[block]
-            sums = {name: value[block] for name, value in self._sums.items()}
-            values = {"entropy": self._leaves.entropy[block].detach()} | sums
+            names = [name for name in ("entropy", "lse", "teacher_lse", "mean") if name in self._read]
+            values = {name: self._read[name][block].detach() for name in names}
             self._kernels.differentiate(z, aux, coef, g, values, head, self._reads.divergence, self._min_log_ratio)
         else:
             entropy_grad = None
             if "entropy" in g:  # -p (log p + H), and z holds p by now
-                entropy = self._leaves.entropy[block].detach()[:, None]
+                entropy = self._read["entropy"][block].detach()[:, None]
                 entropy_grad = g["entropy"][:, None] * (torch.special.entr(z) - z * entropy)
             if "divergence" in g:
                 self._add_divergence(block, coef, g["divergence"])
@@ -262,7 +286,7 @@ class Visit:
             if entropy_grad is not None:
                 z.add_(entropy_grad)
         for where, value in sparse:
-            z.scatter_add_(-1, where, value)
+            self._columns.add_at(z, where, value)
 
     def _add_divergence(self, block: slice, coef: Tensor, g: Tensor) -> None:
         """Forward: `g (p - q)`. Else, with S's log-ratio l to T or to the mixture: `g (1 - beta) p (l - E_p l)`."""
@@ -276,7 +300,7 @@ class Visit:
             z.mul_(coef[:, None]).addcmul_(aux, -g[:, None])
             return
         weight = g if beta == 1.0 else g * (1.0 - beta)
-        aux.mul_(weight[:, None]).add_((coef - weight * self._sums["mean"][block])[:, None])
+        aux.mul_(weight[:, None]).add_((coef - weight * self._read["mean"][block])[:, None])
         z.mul_(aux)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from understudy.errors import RecipeError, VocabularyError, first_line
 from understudy.lazy import Tensor, nn, no_grad, torch
+from understudy.linear.columns import Slice
 from understudy.linear.head import LMHead
 from understudy.models.attention import attention_name, keep_uncompiled, reading, use_segments
 from understudy.models.files import positions_of
@@ -124,12 +125,17 @@ def run_backbone(
 
 
 def lm_head(
-    model: nn.Module, *, temperature: float = 1.0, vocab_size: int | None = None, absent: Sequence[int] = ()
+    model: nn.Module,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    absent: Sequence[int] = (),
 ) -> LMHead:
     """The model's head with its live weight and bias, soft-cap and scale, at a temperature, cut to `vocab_size` and without the
-    ids that are `absent`.
+    ids that are `absent`. Of a model whose head is in slices (`parallel.shard`) this rank's slice of it.
 
-    Raises RecipeError for a model without an output layer, VocabularyError when it has fewer rows than `vocab_size`.
+    Raises RecipeError for a model without an output layer, and where `vocab_size` leaves a rank without a row of its slice;
+    VocabularyError when the layer has fewer rows than `vocab_size`.
     """
     base = unwrap(model)
     layer = base.get_output_embeddings()
@@ -146,7 +152,7 @@ def lm_head(
     for key, power in _SCALES.items():
         if (value := getattr(config, key, None)) is not None:
             scale *= float(value) ** (1 if "hyperclovax" in config.model_type else power)
-    return LMHead(
+    head = LMHead(
         weight=layer.weight,
         bias=getattr(layer, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
@@ -154,6 +160,36 @@ def lm_head(
         temperature=temperature,
         vocab_size=vocab_size,
         absent=torch.tensor(absent, device=layer.weight.device) if absent else None,
+    )
+    in_slices = getattr(getattr(base, "shards", None), "head", None) is not None and hasattr(layer.weight, "to_local")
+    return _own_slice(head) if in_slices else head
+
+
+def _own_slice(head: LMHead) -> LMHead:
+    """This rank's slice of a head whose rows are in shards."""
+    weight: Any = head.weight
+    mesh, size = weight.device_mesh["shard"], head.num_tokens
+    # ranks have as many rows each, but for the last ones
+    most = -(-weight.shape[0] // mesh.size())
+    start = mesh.get_local_rank() * most
+    num_tokens = min(weight.to_local().shape[0], size - start)
+    # on every rank alike
+    if size <= (mesh.size() - 1) * most:
+        raise RecipeError(
+            f"the head has {weight.shape[0]} rows for {size} tokens, of which the last of {mesh.size()} ranks gets none; "
+            "remove parallel.vocabulary, or lower parallel.shard"
+        )
+    bias: Any = head.bias
+    absent = head.absent
+    if absent is not None:
+        absent = absent[(absent >= start) & (absent < start + num_tokens)] - start
+    return replace(
+        head,
+        weight=weight.to_local(),
+        bias=None if bias is None else bias.to_local(),
+        vocab_size=num_tokens,
+        absent=absent,
+        slice=Slice(start, size, mesh.get_group()),
     )
 
 

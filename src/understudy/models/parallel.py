@@ -24,6 +24,10 @@ class Shards:
     """Whether a block drops its gathered weights after its forward."""
     whole_gradients: bool
     """Whether gradients of several backwards add up whole on each rank."""
+    head: Any = None
+    """The output layer where each rank keeps a slice of the vocabulary, which no update gathers; None: a part of the root."""
+    head_dtype: torch.dtype | None = None
+    """Precision of the whole head that samples are written with; None: its own."""
 
 
 def shards_of(model: nn.Module) -> Shards | None:
@@ -39,6 +43,7 @@ def shard(
     whole_gradients: bool = False,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    vocabulary: bool = False,
 ) -> None:
     """Leaves every rank its part of the weights. A collective call over a mesh of dimensions "replicate" and "shard".
 
@@ -47,7 +52,10 @@ def shard(
     gathered once, not for every chunk, and its gradient is reduced once. Gradients are summed over all ranks in
     `reduce_dtype`. None: the weights' own precision.
 
-    Raises RecipeError for a model whose blocks are not known.
+    `vocabulary`: each rank keeps its rows of the output layer, in their own precision, and `lm_head` gives the head in slices
+    (`linear.Slice`) over the ranks of "shard".
+
+    Raises RecipeError for a model whose blocks are not known, and with `vocabulary` where the embedding is the output layer.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -57,9 +65,16 @@ def shard(
             f"{type(base).__name__} does not say which of its modules are its blocks, so it cannot be sharded; remove the "
             "section parallel, or choose another model"
         )
+    head = base.get_output_embeddings() if vocabulary else None
+    if head is not None and head.weight is base.get_input_embeddings().weight:
+        raise RecipeError(
+            f"{type(base).__name__} has one weight for embedding and output layer (tie_word_embeddings), which is gathered for "
+            "the embedding anyway; remove parallel.vocabulary"
+        )
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for module in (*blocks, base):
-        part: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        own = None if head is None else set(head.parameters())
+        part: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=own)
         # a loss is normalised by the counts of all ranks, so gradients are added up; gloo knows no mean
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
@@ -74,7 +89,10 @@ def shard(
 
     base.run_decoder = run_decoder
     register_fsdp_forward_method(base, "run_decoder")
-    base.shards = Shards(tuple(blocks), base, reshard, whole_gradients)
+    base.shards = Shards(tuple(blocks), base, reshard, whole_gradients, head, param_dtype)
+    for name, value in [] if head is None else list(head.named_parameters()):
+        rows = _by_rows(value.detach(), mesh)
+        setattr(head, name, nn.Parameter(rows, requires_grad=value.requires_grad))
     # the first forward decides which module is the root; a block that ran alone would take itself for one
     idle(model)
     release(model)
@@ -89,12 +107,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
         return
     modules = [*shards.blocks, shards.root]
+    rows = {} if shards.head is None else dict(shards.head.named_parameters())
     try:
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
+        for name, value in rows.items():
+            all_rows = whole(value.detach()).to(shards.head_dtype or value.dtype)
+            setattr(shards.head, name, nn.Parameter(all_rows, requires_grad=False))
         yield
     finally:
+        for name, value in rows.items():
+            setattr(shards.head, name, value)
         release(model)
         for block in shards.blocks:
             block.set_reshard_after_forward(shards.reshard, recurse=False)
@@ -155,6 +179,22 @@ def reduce_gradients(model: nn.Module, *, now: bool) -> None:
         for block in shards.blocks:
             block.set_requires_gradient_sync(now or not shards.whole_gradients, recurse=False)
             block.set_reshard_after_backward(now or shards.reshard, recurse=False)
+
+
+def sum_head_gradients(model: nn.Module) -> None:
+    """Adds up over the groups of shards the gradient of a head in slices of the vocabulary, which has the rows of a group."""
+    shards = shards_of(model)
+    for value in [] if shards is None or shards.head is None else shards.head.parameters():
+        groups = value.device_mesh["replicate"]
+        if value.grad is not None and groups.size() > 1:
+            torch.distributed.all_reduce(local(value.grad), group=groups.get_group())
+
+
+def _by_rows(value: Tensor, mesh: Any) -> Tensor:
+    """The tensor, which every rank has, in shards of its rows over the dimension "shard" of the mesh."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    return distribute_tensor(value, mesh, [Replicate(), Shard(0)], src_data_rank=None)
 
 
 def local(value: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ _NAMES: Mapping[str, str] = {
     "parallel.shard": "fsdp fsdp_config fsdp_size deepspeed zero_stage dp_shard data_parallel_shard_degree",
     "parallel.replicate": "dp_replicate data_parallel_replicate_degree",
     "parallel.reshard": "reshard_after_forward",
+    "parallel.vocabulary": "vocab_parallel loss_parallel enable_loss_parallel disable_loss_parallel",
     "eval.at_start": "val_before_train eval_on_start",
     "eval.path": "eval_path val_path test_file eval_file val_files val_file validation_file test_data eval_data",
     "eval.problems": "eval.limit eval.num_problems eval.num_samples max_eval_samples num_eval_samples",

@@ -496,6 +496,14 @@ def _shards_reach_everything(recipe: Recipe) -> None:
     if recipe.has_images:
         raise ValueError("parallel.shard is not for prompts with images yet; remove the section parallel")
     student, teachers = recipe.student, recipe.parallel is not None and recipe.parallel.teachers
+    if recipe.parallel is not None and recipe.parallel.vocabulary:
+        if student.lora is not None:
+            raise ValueError("parallel.vocabulary is for an output layer that is trained; remove it, or student.lora")
+        if recipe.teachers and "full" in recipe.method.needs:
+            raise ValueError(
+                "parallel.vocabulary has all processes compare whole rows of one teacher at a time, and the samples of several "
+                "teachers are in micro-batches of their own; remove it, or choose a method that needs no whole rows"
+            )
     if student.lora is not None and not recipe.engine.runs_here:
         raise ValueError(
             "adapters in shards cannot be merged for a server; use rollout: {type: hf}, or remove student.lora or parallel"
@@ -552,7 +560,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 RESUMABLE = (
     *("run_dir", "device", "train.save_every", "train.keep_last", "train.keep_best"),
-    *(f"parallel.{key}" for key in ("shard", "replicate", "teachers", "reshard", "gradients")),
+    *(f"parallel.{key}" for key in ("shard", "replicate", "teachers", "reshard", "gradients", "vocabulary")),
 )
 """Keys that may change when a run is resumed: they do not change what it computes."""
 RESUMABLE_SECTIONS = ("launcher.", "loggers.", "rollout.", "train.on_alarm.")

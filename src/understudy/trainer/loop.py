@@ -17,6 +17,7 @@ from understudy.eval.estimators import RIGHT
 from understudy.eval.summary import EvalSummary, sample_row, token_table
 from understudy.files import Hashed, write_json_lines
 from understudy.lazy import Tensor, torch
+from understudy.linear import LMHead
 from understudy.methods import Method
 from understudy.models.parallel import collect_model, gathered, local
 from understudy.randomness import hash_name
@@ -317,13 +318,20 @@ class Trainer:
         if self.settings.minibatches * self.settings.passes > 1 and teacher is not None and teacher.state():
             # a teacher that follows the student would change the head under the hidden states of later updates
             heads = {name: map_tensors(head, torch.clone) for name, head in heads.items()}
+        part = self.student.head()
+
+        def like_student(head: LMHead) -> LMHead:
+            # a copy, so that of a teacher's head no more than the slice stays
+            return head if part.slice is None else map_tensors(head.cut(part.slice, part.num_tokens), torch.clone)
+
+        heads = {name: like_student(head) for name, head in heads.items()}
         if "reference" not in method.needs or reference is None:
             return Heads(heads)
         # one head for all teachers with one reference: offloaded weights are copied to the device
         members = reference.members()
         named = {name: members.get(name or "", reference) for name in names}
         made = {one: one.head_for(name) for name, one in named.items()}
-        references = {name: head for name, one in named.items() if (head := made[one]) is not None}
+        references = {name: like_student(head) for name, one in named.items() if (head := made[one]) is not None}
         return Heads(heads, references)
 
     def _update_once(

@@ -159,11 +159,17 @@ class Parallel:
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision in which gradients are added up over processes; None: that of the gathered weights."""
 
+    vocabulary: bool = False
+    """Whether each process keeps its rows of the output layer and projects the tokens of all in its group with them; False
+    gathers the layer, whole, in each. Not for a layer that is the embedding too, nor with LoRA."""
+
     def __post_init__(self) -> None:
         check_range(self, 1, "shard", off="1 keeps all of the student in each process")
         check_range(self, 1, "replicate", off="1 makes one group")
-        if self.shard == 1 and (self.param_dtype or self.reduce_dtype):
-            raise ValueError("param_dtype and reduce_dtype are those of shards; set shard to 2 or more, or remove them")
+        if self.shard == 1 and (self.param_dtype or self.reduce_dtype or self.vocabulary):
+            raise ValueError(
+                "param_dtype, reduce_dtype and vocabulary are those of shards; set shard to 2 or more, or remove them"
+            )
 
     def check(self, world: int) -> None:
         """Raises RecipeError where the run has another number of processes."""

@@ -14,7 +14,7 @@ from understudy.losses.terms import Reads
 from understudy.methods import Method
 from understudy.models import backbone_hidden, lm_head
 from understudy.models.backbone import evaluating
-from understudy.models.parallel import like, local, reduce_gradients, shards_of, whole
+from understudy.models.parallel import like, local, reduce_gradients, shards_of, sum_head_gradients, whole
 from understudy.packing import Layout, RowStyle, ScoreField, lay_out, micro_batches, pack
 from understudy.randomness import keyed_uniform
 from understudy.trainer.distributed import Ranks
@@ -49,6 +49,12 @@ class StudentModel:
     def is_sharded(self) -> bool:
         """Whether each rank has a part of the weights, so that every forward is a collective call."""
         return shards_of(self.model) is not None
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether each rank has a slice of the head, so that every use of it is a collective call."""
+        shards = shards_of(self.model)
+        return shards is not None and shards.head is not None
 
     def head(self) -> LMHead:
         """The head at the rollout temperature, over the tokens that exist."""
@@ -114,7 +120,7 @@ def prepare(
     if student.is_sharded:
         # every forward is a collective call, so all ranks make the same number of them
         numbers = [max(found) for found in zip(*ranks.gather([len(part) for part in parts]), strict=True)]
-        parts = [part + [_nothing(student)] * (n - len(part)) for part, n in zip(parts, numbers, strict=True)]
+        parts = [part + [_nothing(student, method)] * (n - len(part)) for part, n in zip(parts, numbers, strict=True)]
     if fix_old or method.scope == "batch":
         parts = [[_score_old(student, micro) for micro in part] for part in parts]
     if method.scope == "batch":
@@ -155,11 +161,18 @@ def _micro_batch(
     return MicroBatch(samples, student.lay_out(samples), batch.to(student.device), terms, counts, teacher)
 
 
-def _nothing(student: StudentModel) -> MicroBatch:
-    """A micro-batch of one token that is not trained: its loss and its gradient are 0."""
+def _nothing(student: StudentModel, method: Method) -> MicroBatch:
+    """A micro-batch of one token that is not trained: its loss and its gradient are 0. A head in slices is read for it as for
+    those of other ranks."""
     ids = torch.zeros(2, dtype=torch.int64)
     sample = Sample(Prompt(id=""), 0, ids, torch.zeros_like(ids, dtype=torch.uint8), 1, "data", "")
-    return replace(_micro_batch(student, [sample], pack([sample]), CutTerms([], Reads())), samples=())
+    batch, terms = pack([sample]), CutTerms([], Reads())
+    if student.is_sliced:
+        terms = CutTerms([], method.reads, min_log_ratio=method.min_log_ratio)
+        if method.reads.topk is not None and "full" not in method.needs:
+            top = torch.arange(method.reads.k)[None]
+            batch = replace(batch, topk_ids=top, topk_logprob=torch.zeros(top.shape))
+    return replace(_micro_batch(student, [sample], batch, terms), samples=())
 
 
 @no_grad
@@ -217,6 +230,7 @@ def accumulate_gradients(
         if micro.teacher is not None:
             named = {f"teacher/{micro.teacher}/{name}": metric for name, metric in evaluation.metrics.items()}
             total = add_metrics(total, named)
+    sum_head_gradients(student.model)
     loss = sum(torch.stack(losses).tolist()) if losses else 0.0
     return ranks.sum_counts({"loss": loss})["loss"], ranks.sum_metrics(total)
 
@@ -224,7 +238,10 @@ def accumulate_gradients(
 def _whole_rows(micro: MicroBatch, which: ScoreField, head: LMHead | None) -> FullTeacher | None:
     """Hidden states and head, from which whole rows of a teacher are computed."""
     given: list[Scores | None] = [getattr(sample, which) for sample in micro.samples]
-    if head is None or not given or None in given:
+    if head is not None and not given:
+        # without samples only heads in slices have a part to play
+        return None if head.slice is None else (head.weight.new_zeros(len(micro.batch), head.weight.shape[1]), head)
+    if head is None or None in given:
         return None
     hidden = [score.hidden for score in given if score is not None and score.hidden is not None]
     return torch.cat(hidden).to(micro.batch.target.device), head
