@@ -165,6 +165,13 @@ def test_the_series_of_an_alarm_raises_it_alone(name: str) -> None:
     assert raised(*HEALTHY.get(name, ([], []))) == []
 
 
+def test_few_tokens_that_teach_are_no_alarm() -> None:
+    """A sure teacher's corrections of a student that improves."""
+    rows, _ = FAILING["few_tokens_decide"]
+    assert raised(rows, [summary(0, 40), summary(5, 120)]) == []
+    assert raised(rows, [summary(0, 40), summary(5, 45)]) == ["few_tokens_decide"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_alarm_does_not_apply_without_its_numbers(name: str) -> None:
     """Neither an absent number nor one that is not finite counts as 0."""

@@ -187,13 +187,14 @@ ALARMS: tuple[Alarm, ...] = (
             Condition("outlier_size", per="log_ratio_size", above=0.9),
             Condition("outliers", below=0.02),
             Condition("log_ratio_size", above=0.02),
+            Condition("accuracy_rise", below=0.0, window=1, optional=True),
         ),
-        "A few tokens carry nine tenths of the teacher's signal: those that one of the two finds 150 times as likely as the "
-        "other does.",
+        "A few tokens carry nine tenths of the teacher's signal, those that one of the two finds 150 times as likely as the "
+        "other does, and accuracy has not risen.",
         "Look at them in the report: often they are the template or the end of a response, on which the two differ. Else take "
         "a method that bounds them (reopold, tropd).",
-        f"{EVIDENCE}: at most 0.76 on 2 % of the tokens; below 0.02 nats a token, four times what bfloat16 explains, little is "
-        "left to carry",
+        f"{EVIDENCE}: up to 0.98 where a sure teacher corrects a student that improves, else at most 0.76; below 0.02 nats a "
+        "token, four times what bfloat16 explains, little is left to carry",
     ),
     Alarm(
         "overlap_falls",
