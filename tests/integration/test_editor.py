@@ -37,6 +37,7 @@ PARSERS_ALONE = (
     "lr is nan",
     "betas",
     "without a section eval",
+    "set one of them to false",
 )
 """Refusals that concern several keys, or what no schema can say."""
 

@@ -538,7 +538,7 @@ def gradient(
     ranks = Ranks()
     micros = prepare(student, method, scored, step=0, draw=(0, 0), ranks=ranks, by_teacher=several)[0]
     trainer: Any = SimpleNamespace(
-        rollouts=SimpleNamespace(collector=collector), several_teachers=several, settings=settings
+        rollouts=SimpleNamespace(collector=collector), several_teachers=several, settings=settings, student=student
     )
     heads = loop.Trainer.heads_of(trainer, method, scored)
     student.model.zero_grad()
