@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+# Triton's own functions are interpreted where this is set when they are first imported, and torch.compile imports them too
+os.environ["TRITON_INTERPRET"] = "1"
+with suppress(ImportError):
+    import triton.language  # noqa: F401
+del os.environ["TRITON_INTERPRET"]
 
 # tiny models gain nothing from a second thread, and on shared cores two threads wait for each other
 torch.set_num_threads(1)

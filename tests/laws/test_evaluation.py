@@ -12,6 +12,7 @@ from tests.worlds import CASES, Outcome, World
 from understudy.errors import ScoreError
 from understudy.linear import LMHead, evaluate, score
 from understudy.linear import head as head_module
+from understudy.linear.columns import Columns
 from understudy.methods import GKD, OPD, SFT, TopK
 from understudy.methods.base import Method
 from understudy.types import TokenBatch
@@ -280,7 +281,8 @@ def test_products_of_bf16_matrices_keep_a_float32_gradient(monkeypatch: pytest.M
     def gradients() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = head_module.Gradients(LMHead(weight), hidden, True, True, False)
         logits = head_module.project(hidden, LMHead(weight))
-        found.add(torch.arange(24), hidden, torch.linspace(-1, 1, logits.numel()).reshape(logits.shape))
+        rows = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
+        found.add(torch.arange(24), hidden, rows, Columns(len(weight)))
         assert found._weight is not None
         given = (value.clone().requires_grad_() for value in (hidden, weight))
         mine, head = given
