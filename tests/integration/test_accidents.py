@@ -477,7 +477,7 @@ def test_changed_files_of_a_run_are_refused_by_a_resume_and_told_by_a_report(
         train(tmp_path, resume=True)
     assert command_line_here(monkeypatch, ["report", str(run_dir)]) == 0
     told = "metrics.jsonl was changed"
-    assert f"warning: not everything is as the run wrote it: {told}" in capsys.readouterr().err
+    assert f"warning: not everything is as run.json says the run wrote it: {told}" in capsys.readouterr().err
     assert told in (run_dir / "report.html").read_text()
     (run_dir / "metrics.jsonl").unlink()
     train(tmp_path, resume=True)

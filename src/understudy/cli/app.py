@@ -264,7 +264,7 @@ def report(
 
     page = write_report(run_dir, baseline=baseline)
     if changes := describe_changes(read_run(run_dir)):
-        _print_error(f"warning: not everything is as the run wrote it: {changes}")
+        _print_error(f"warning: not everything is as run.json says the run wrote it: {changes}")
     _say(page)
 
 

@@ -27,7 +27,7 @@ def inspect(run_dir: Path, *, step: int | None, prompt: str | None, by: str, num
         )
     with Console() as console:
         if changes:
-            console.warn(f"not everything is as the run wrote it: {changes}")
+            console.warn(f"not everything is as run.json says the run wrote it: {changes}")
         if only_list:
             console.table("kept samples", ["step", "prompt"], [[f"{one.step:,}", one.prompt_id] for one in places])
             return
