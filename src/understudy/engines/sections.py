@@ -51,7 +51,7 @@ class EngineSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerCommand:
-    """What starts a server of the run on another machine."""
+    """The command and settings that start a server of the run on another machine."""
 
     command: Sequence[str]
     """`{host}` and `{port}` stand for its address."""

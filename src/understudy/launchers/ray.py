@@ -67,7 +67,7 @@ class Role:
     env: Mapping[str, str] = field(default_factory=dict)
     ready_timeout_s: float = 60.0
     place: str = ""
-    """Where its address stands in the recipe; empty for a rank, which has none."""
+    """The section of the recipe that has its address; empty for a rank, which has none."""
     port: int = 0
     url: str = ""
     actor: Any = None

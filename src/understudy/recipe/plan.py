@@ -206,7 +206,7 @@ class Phase:
 
     @property
     def formula(self) -> str:
-        """That of the limit which takes longest."""
+        """Formula of the limit that takes longest."""
         return max(self.bounds, key=self.bounds.__getitem__)
 
     @property

@@ -88,7 +88,7 @@ class Student:
     template_date: str | None = None
     """The date (and time, ISO 8601) that a chat template reads from its clock; None: the run's start, kept in its recipe."""
     on_rewrite: OnRewrite = "refuse"
-    """Where the chat template rewrites earlier turns: refuse the run, or cut, which ends the episode there."""
+    """Refuse a run whose chat template rewrites earlier turns, or cut: end the episode there."""
     revision: str | None = None
     """Commit, branch or tag of a hub model."""
     dtype: DType = "float32"

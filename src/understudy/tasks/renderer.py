@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Said = Mapping[str, Any]
 """A message as chat templates take it: role and content."""
 OnRewrite = Literal["refuse", "cut"]
-"""What becomes of an episode where the chat template rewrites earlier turns: an error, or it ends there."""
+"""An episode in which the chat template rewrites earlier turns ends there, or raises an error."""
 _QUESTION, _ANSWER, _NEXT = "1029384756", "5647382910", "9182736450"
 """Contents of a conversation that shows what a template writes around them."""
 _THINK, _END_THINK = "<think>", "</think>"

@@ -36,7 +36,7 @@ _TEACHER, _SHARDS, _RUN_FILES = "teacher.safetensors", "optimizer", "run_files.j
 
 
 LOGS = ("engine_*.log", "rank_*.log", "teacher*.log")
-"""Of the processes that a run starts."""
+"""Logs of the processes that a run starts."""
 
 
 @dataclass(frozen=True)

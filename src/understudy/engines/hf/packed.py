@@ -16,7 +16,7 @@ from understudy.models.backbone import decoder_of
 from understudy.models.parallel import shards_of
 
 MIN_ELEMENTS = 2**17
-"""Of a weight: a smaller one is multiplied as it is, because then the call itself takes the time."""
+"""A weight with fewer is multiplied as it is: the call itself takes the time there."""
 PACK, MULTIPLY = "_reorder_linear_weight", "_linear_pointwise"
 """Operators that torch.compile uses for inference on a CPU. They are torch's own: without them products stay plain."""
 PACK_FROM = 32
