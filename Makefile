@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS := runs/quickstart
+WORKERS ?= 2
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: accidents quickstart evidence debugging real vllm environment attacks test test-fast test-kernels check docs clean-quickstart
@@ -13,11 +14,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 help:
 	@echo "make quickstart   train a teacher, warm-start a student, distil it on its own attempts, write a report"
 	@echo "make evidence     the claims of the papers, a grid of runs for each (hours; goes on where it stopped)"
-	@echo "make real         real weights: a pruned model recovers, a prompt goes into weights (90 minutes on two cores; goes on)"
+	@echo "make real         real weights: a pruned model recovers, a prompt goes into weights (hours; goes on where it stopped)"
 	@echo "make vllm         vLLM for CPUs in an environment of its own, for the tests that need a real engine (two minutes)"
 	@echo "make test         all tests"
 	@echo "make test-fast    laws, properties and what is quick of the rest (a minute)"
-	@echo "make test-kernels laws, properties and end-to-end tests under four kinds of CPU kernel (TESTS=tests: all)"
+	@echo "make test-kernels laws, properties and trained methods under four kinds of CPU kernel (TESTS=tests: all)"
 	@echo "make attacks      hostile recipes, messages and texts, and a canary secret, hundreds of each (five minutes)"
 	@echo "make accidents    200 run directories with damaged files, 50 runs that are killed (ten minutes)"
 	@echo "make check        linters, types, import directions, docs"
@@ -52,12 +53,12 @@ vllm:
 
 environment: $(STAMP)
 
-# in the order of the files: the end-to-end tests are the longest and come first, so that both processes end together
+# in the order of the files: the end-to-end tests are the longest and come first, so that all processes end together
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests/laws tests/properties tests/integration
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" tests/laws tests/properties tests/integration
 
 test-kernels: $(STAMP)
 	$(BIN)/python scripts/test_kernels.py $(TESTS)

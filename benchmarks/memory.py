@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 import yaml
-from shapes import save_model
+from shapes import save_model, words
 
 from understudy import config
 from understudy.recipe import Recipe
 from understudy.recipe.checks.room import Needs, amount, memory_items, peak, size_on_disk
+from understudy.recipe.plan import Layout, machine_of, shapes_of, trainer_memory
 from understudy.tasks import Arithmetic
 
 NEW_TOKENS, PROMPT_TOKENS = 120, 8
+SHORT = 30
+"""Tokens of a response in a large vocabulary, whose logits fit into one chunk."""
 CASES: dict[str, dict[str, Any]] = {
     "activations": {"hidden": 256, "layers": 8},
     "activations, computed twice": {"hidden": 256, "layers": 8, "train": {"gradient_checkpointing": True}},
@@ -39,32 +42,58 @@ ALONE = {"UNDERSTUDY_STARTED": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """No settings of the program's own for the C library, and no heap for what is larger."""
 TINY: dict[str, Any] = {"hidden": 32, "layers": 1}
 RANKS = (1, 2, 4)
-"""Ranks that hold the student of "weights" in shards between them, and the teacher."""
+"""Ranks that hold a student in shards between them, and its teacher."""
+VOCABULARY = 65_536
+HEAD: dict[str, Any] = {"hidden": 512, "layers": 1, "vocabulary": VOCABULARY}
+"""A student whose embedding and output layer are nearly all of it, trained by `sft`, so that no rank gathers it to write."""
+IN_SHARDS: dict[str, dict[str, Any]] = {
+    "weights and teacher": CASES["weights"] | {"shards": {"teachers": True}},
+    "output layer, gathered": HEAD | {"shards": {}},
+    "output layer, in slices": HEAD | {"shards": {"vocabulary": True}},
+}
 
 
-def save_models(folder: Path, hidden: int, layers: int) -> None:
-    """A student and a teacher of one size that never end a response."""
-    tokenizer = Arithmetic(family="addition").tokenizer()
+def save_models(folder: Path, hidden: int, layers: int, vocabulary: int | None) -> None:
+    """A student and a teacher of one size that never end a response, and responses to train on in a large vocabulary."""
+    tokenizer = Arithmetic(family="addition").tokenizer() if vocabulary is None else words(vocabulary)
+    if vocabulary is not None:
+        row = {"prompt": "t1 t2", "solution": " ".join(f"t{number}" for number in range(3, 3 + SHORT))}
+        (folder / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 64))
     for seed, name in enumerate(("student", "teacher")):
         shape = {"hidden_size": hidden, "num_layers": layers, "num_heads": 8}
         save_model(folder / name, shape, tokenizer, seed=seed)
 
 
 def recipe_of(
-    folder: Path, *, lora: bool = False, train: dict[str, Any] | None = None, ranks: int = 1, **_: Any
+    folder: Path,
+    *,
+    lora: bool = False,
+    train: dict[str, Any] | None = None,
+    ranks: int = 1,
+    shards: dict[str, Any] | None = None,
+    vocabulary: int | None = None,
+    **_: Any,
 ) -> dict[str, Any]:
-    student: dict[str, Any] = {"model": str(folder / "student")}
+    student: dict[str, Any] = {"model": str(folder / "student"), "dtype": "float32"}
     if lora:
         student["lora"] = {"rank": 8}
-    shards = {"parallel": {"shard": ranks, "teachers": True}} if ranks > 1 else {}
-    return {
-        **shards,
-        "run_dir": str(folder / "run"),
-        "student": student,
-        "teacher": {"type": "local", "model": str(folder / "teacher")},
+    sections: dict[str, Any] = {
+        "teacher": {"type": "local", "model": str(folder / "teacher"), "dtype": "float32"},
         "task": {"type": "arithmetic", "family": "addition"},
         "method": {"type": "gkd", "beta": 1.0},
-        "sampling": {"max_new_tokens": NEW_TOKENS},
+    }
+    if vocabulary is not None:
+        task = {"type": "jsonl", "path": str(folder / "rows.jsonl"), "prompt_field": "prompt", "chat": False}
+        sections = {"task": task | {"solution_field": "solution"}, "method": {"type": "sft"}}
+    if ranks > 1:
+        sections["parallel"] = {"shard": ranks} | (shards or {})
+    if shards is not None:
+        train = {"compute_dtype": "float32"} | (train or {})
+    return {
+        **sections,
+        "run_dir": str(folder / "run"),
+        "student": student,
+        "sampling": {"max_new_tokens": NEW_TOKENS if vocabulary is None else SHORT},
         "train": {"steps": 2, "prompts_per_step": 16, "max_prompt_tokens": PROMPT_TOKENS, "save_samples_every": 0}
         | (train or {}),
     }
@@ -74,7 +103,7 @@ def measure(case: dict[str, Any]) -> tuple[int, int]:
     """Bytes at the peak of a run, and those that are predicted for its models."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_models(folder, case["hidden"], case["layers"])
+        save_models(folder, case["hidden"], case["layers"], case.get("vocabulary"))
         recipe = recipe_of(folder, **case)
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
@@ -88,13 +117,17 @@ def measure(case: dict[str, Any]) -> tuple[int, int]:
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         measured = max(json.loads(line)["peak_memory_gib"] for line in lines) * 2**30
         parsed = config.parse(Recipe, recipe)
+        if "ranks" in case:
+            layout = Layout(
+                shard=case["ranks"], vocabulary=bool(case["shards"].get("vocabulary") and case["ranks"] > 1)
+            )
+            one = machine_of(parsed, case["ranks"])
+            return int(measured), peak(trainer_memory(parsed, shapes_of(parsed), one, layout))
         cpu = torch.device("cpu")
         student, teacher = (size_on_disk(str(folder / one), "float32", cpu) for one in ("student", "teacher"))
         assert student is not None
         assert teacher is not None
         if case.get("lora"):
-            from understudy.recipe.plan import shapes_of
-
             student = shapes_of(parsed)["student"].size
         needs = Needs(recipe=parsed, device=cpu, student=student, others={"teacher": teacher}, vocab_size=17)
         return int(measured), peak(memory_items(needs))
@@ -109,11 +142,13 @@ def main() -> None:
         measured, predicted = measure(case)
         own = measured - program
         print(f"{name:32} {amount(own):>10} {amount(predicted):>10} {predicted / own:>21.2f}", flush=True)
-    print(f"\n{'ranks':32} {'measured':>10}")
-    for ranks in RANKS:
-        program, _ = measure(TINY | {"ranks": ranks})
-        measured, _ = measure(CASES["weights"] | {"ranks": ranks})
-        print(f"{ranks:<32} {amount(measured - program):>10}", flush=True)
+    for name, case in IN_SHARDS.items():
+        for ranks in RANKS:
+            program, _ = measure(TINY | {"shards": {}, "ranks": ranks})
+            measured, predicted = measure(case | {"ranks": ranks})
+            own = measured - program
+            label = f"{name}, {ranks} rank{'s' * (ranks > 1)}"
+            print(f"{label:32} {amount(own):>10} {amount(predicted):>10} {predicted / own:>21.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models of random weights and a given shape, for benchmarks: what they write is noise, what they cost is not."""
+"""Models of random weights and a given shape, whose responses are noise of a chosen length."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def words(size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="t0")
 
 
-def save_model(folder: Path, shape: dict[str, Any], tokenizer: Any, *, seed: int = 0) -> None:
-    """A model in float32, with its tokenizer, that never ends a response by itself."""
+def save_model(
+    folder: Path, shape: dict[str, Any], tokenizer: Any, *, seed: int = 0, end_logit: float = -200.0
+) -> None:
+    """A model in float32 with its tokenizer. EOS has the logit `end_logit`, others are near 0: by default no response ends."""
     logging.disable_progress_bar()
     model = build_causal_lm(
         {"architecture": "llama"} | shape,
@@ -32,7 +34,7 @@ def save_model(folder: Path, shape: dict[str, Any], tokenizer: Any, *, seed: int
         seed=seed,
     )
     with torch.no_grad():
-        # hidden states that lean one way, and an end that lies the other
+        # all embeddings, and so the hidden states, lean one way, which the row of EOS reads
         model.get_input_embeddings().weight.add_(0.1)
-        model.get_output_embeddings().weight[tokenizer.eos_token_id] = -200 / model.config.hidden_size
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] = end_logit / model.config.hidden_size
     save_hf(model, tokenizer, folder)

@@ -34,9 +34,11 @@ from understudy.report.read import Series, read_run
 RUNS, RECIPES, DATA = Path("runs/evidence"), Path("recipes/evidence"), Path("docs/evidence")
 PAGE = Path("docs/evidence.md")
 CURVES = {"accuracy": "accuracy", "gradient norm": "grad_norm", "entropy": "student_entropy"}
-"""Drawn for each claim: what is on the axis, and its metric."""
+"""Drawn for each claim: what is on the axis, and its metric. Where pass@k is compared it is drawn over k too."""
 MAX_POINTS = 40
 """Points of one curve in the data."""
+COUNTS = ("distinct", "tokens")
+"""Numbers that are no shares of problems."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,15 @@ class Contrast:
     by: str = "accuracy"
     """"accuracy", "greedy" (accuracy at temperature 0), "samples" (the ratio of samples until `less` is as good as `more`
     ends), or a metric of the evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A quantity whose values are the first labels of the rows, for a picture of the accuracy over it."""
+
+    over: str
+    at: Mapping[str, int]
+    """Label -> its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,15 @@ class Claim:
     problems: int | None = None
     """Test problems of one more evaluation of every finished student, which then decides about accuracy; None: the run's last
     evaluation does. It costs seconds a student, and the interval of a few hundred problems is wider than that of five seeds."""
+    columns: tuple[str, ...] = ()
+    """Further numbers of the table, beside accuracy and those of the contrasts: see `Finished.values`."""
+    axis: Axis | None = None
     contrasts: tuple[Contrast, ...]
+
+    def all_columns(self) -> list[str]:
+        """The columns of the table."""
+        compared = {contrast.by for contrast in self.contrasts} - {"accuracy", "samples"}
+        return ["accuracy", *sorted(compared | set(self.columns))]
 
 
 def read_claim(name: str) -> Claim:
@@ -131,7 +150,8 @@ class Finished:
         return found
 
     def values(self, by: str) -> dict[str, float]:
-        """One number a problem of the last evaluation: `accuracy`, `accuracy/PART`, `greedy`, `pass@k`, `distinct`."""
+        """One number a problem of the last evaluation: `accuracy`, `accuracy/PART`, `greedy`, `pass@k`, `distinct` (different
+        right responses), `tokens` (of a response)."""
         kind, _, part = by.partition("/")
         attempts = self.attempts({"accuracy": "final", "greedy": "greedy"}.get(kind, "eval"))
         problems = {name: found for name, found in attempts.items() if name.startswith(part)}
@@ -149,6 +169,8 @@ class Finished:
                 name: float(len({item["response"] for item in found if item["score"] >= 1}))
                 for name, found in problems.items()
             }
+        if kind == "tokens":
+            return {name: statistics.fmean(item["num_tokens"] for item in found) for name, found in problems.items()}
         raise SystemExit(f"claim.yaml: unknown number {by!r}")
 
     def curve(self, metric: str) -> Series:
@@ -236,10 +258,16 @@ def save(name: str, claim: Claim, rows: Mapping[str, Sequence[Finished]]) -> Non
         seeds = max(len(rows[contrast.more]), len(rows[contrast.less]))
         lines.append(["contrast", contrast.says, contrast.by, result(contrast, found), *numbers(found), seeds])
     for row, runs in rows.items():
-        for metric in ("accuracy", *sorted({contrast.by for contrast in claim.contrasts} - {"accuracy", "samples"})):
-            found = crossed_mean([list(dict(sorted(run.values(metric).items())).values()) for run in runs])
-            tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in runs[0].tuned.items())
-            lines.append(["row", row, metric, tuned, *numbers(found, is_share=metric != "distinct"), len(runs)])
+        tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in runs[0].tuned.items())
+        for metric in claim.all_columns():
+            found = mean_over(runs, metric)
+            lines.append(["row", row, metric, tuned, *numbers(found, is_share=metric not in COUNTS), len(runs)])
+        if any(metric.startswith("pass@") for metric in claim.all_columns()):
+            most = min(len(found) for found in runs[0].attempts("eval").values())
+            for k in (2**power for power in range(most.bit_length())):
+                lines.append(
+                    ["curve", row, "pass@k", k, *numbers(mean_over(runs, f"pass@{k}"), is_share=True), len(runs)]
+                )
         trained = [run for run in runs if (run.folder / "metrics.jsonl").is_file()]
         used = [dict(run.curve("num_samples").points()) for run in trained]
         for metric in CURVES.values() if trained else ():
@@ -254,6 +282,11 @@ def save(name: str, claim: Claim, rows: Mapping[str, Sequence[Finished]]) -> Non
     DATA.mkdir(exist_ok=True)
     with (DATA / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def mean_over(runs: Sequence[Finished], by: str) -> Estimate:
+    """The mean over seeds and problems, both drawn at random."""
+    return crossed_mean([list(dict(sorted(run.values(by).items())).values()) for run in runs])
 
 
 def numbers(found: Estimate, *, is_share: bool = False) -> list[str]:
@@ -279,10 +312,11 @@ def verdict_table(claims: Mapping[str, Claim]) -> str:
     lines = ["| claim | contrast | by | difference | result |", "|---|---|---|---|---|"]
     for name, claim in claims.items():
         for row in (row for row in read(name) if row["kind"] == "contrast"):
-            factor, digits = (1.0, 1) if row["metric"] in ("samples", "distinct") else (100.0, 1)
+            factor, digits = (1.0, 1) if row["metric"] in ("samples", *COUNTS) else (100.0, 1)
             shown = f"{float(row['value']) * factor:.{digits}f}" + between(row["low"], row["high"], digits, factor)
-            unit = " x" if row["metric"] == "samples" else "" if row["metric"] == "distinct" else " points"
-            where = f"[{claim.title}](#{claim.title.lower().replace(' ', '-')})"
+            unit = {"samples": " x", "tokens": " tokens", "distinct": ""}.get(row["metric"], " points")
+            anchor = claim.title.lower().replace(" ", "-").replace("'", "")
+            where = f"[{claim.title}](#{anchor})"
             lines.append(f"| {where} | {row['row']} | {row['metric']} | {shown}{unit} | **{row['at']}** |")
     return "\n".join(lines)
 
@@ -296,7 +330,7 @@ def row_table(name: str) -> str:
         mine = {row["metric"]: row for row in rows if row["row"] == label}
         cells = []
         for metric in metrics:
-            factor = 1.0 if metric == "distinct" else 100.0
+            factor = 1.0 if metric in COUNTS else 100.0
             row = mine[metric]
             cells.append(f"{float(row['value']) * factor:.1f}" + between(row["low"], row["high"], 1, factor))
         first = mine[metrics[0]]
@@ -304,22 +338,36 @@ def row_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def pictures(name: str, title: str, metric: str) -> list[str]:
-    """Draws the curves of a claim, as many in a picture as there are colours; the names of the files."""
-    rows = [row for row in read(name) if row["kind"] == "curve" and row["metric"] == metric]
+def curves(name: str, metric: str) -> list[dict[str, str]]:
+    """The points of a metric's curves."""
+    return [row for row in read(name) if row["kind"] == "curve" and row["metric"] == metric]
+
+
+def over_axis(name: str, axis: Axis) -> list[dict[str, str]]:
+    """The rows' accuracy as points over an axis; a curve is named by the labels after the first."""
+    points = []
+    for row in read(name):
+        first, _, rest = row["row"].partition(", ")
+        if row["kind"] == "row" and row["metric"] == "accuracy" and first in axis.at:
+            points.append(row | {"row": rest or "accuracy", "at": str(axis.at[first])})
+    return sorted(points, key=lambda point: int(point["at"]))
+
+
+def pictures(stem: str, title: str, points: Sequence[Mapping[str, str]], **options: Any) -> list[str]:
+    """Draws curves, as many in a picture as there are colours; what the page shows of them. `options`: those of a chart."""
     lines = []
-    for label in dict.fromkeys(row["row"] for row in rows):
-        mine = [row for row in rows if row["row"] == label]
-        low, high = (np.array([float(row[end]) for row in mine]) for end in ("low", "high"))
-        series = Series.of({int(row["at"]): float(row["value"]) for row in mine})
+    for label in dict.fromkeys(point["row"] for point in points):
+        mine = [point for point in points if point["row"] == label]
+        # a point without an interval, of equal values, has no band
+        low, high = (np.array([float(point[end] or "nan") for point in mine]) for end in ("low", "high"))
+        series = Series.of({int(point["at"]): float(point["value"]) for point in mine})
         lines.append(svg.Line(label, series, low, high))
-    files, percent = [], metric == "accuracy"
-    for start in range(0, len(lines), svg.MAX_LINES):
-        part = lines[start : start + svg.MAX_LINES]
-        path = DATA / f"{name}-{metric.replace('_', '-')}{f'-{len(files) + 1}' if start else ''}.svg"
-        svg.save(svg.Chart(title, title, part, percent=percent, over="training sample"), path)
-        files.append(path.name)
-    return files
+    shown = []
+    for number, start in enumerate(range(0, len(lines), svg.MAX_LINES), 1):
+        path = DATA / f"{stem}{f'-{number}' if start else ''}.svg"
+        svg.save(svg.Chart(title, title, lines[start : start + svg.MAX_LINES], **options), path)
+        shown.append(f"![{stem.partition('-')[0]}: {title}](evidence/{path.name})")
+    return shown
 
 
 def draw(claims: Mapping[str, Claim]) -> None:
@@ -327,9 +375,16 @@ def draw(claims: Mapping[str, Claim]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     blocks = {"claims": verdict_table(claims)}
     for name in claims:
-        files = [(title, file) for title, metric in CURVES.items() for file in pictures(name, title, metric)]
-        shown = "\n".join(f"![{name}: {title}](evidence/{file})" for title, file in files)
-        blocks[name] = f"{row_table(name)}\n\n{shown}"
+        shown = []
+        if (axis := claims[name].axis) is not None:
+            title = f"accuracy by {axis.over}"
+            shown += pictures(f"{name}-axis", title, over_axis(name, axis), percent=True, over=axis.over)
+        for title, metric in CURVES.items():
+            stem, percent = f"{name}-{metric.replace('_', '-')}", metric == "accuracy"
+            shown += pictures(stem, title, curves(name, metric), percent=percent, over="training sample")
+        attempts = curves(name, "pass@k")
+        shown += pictures(f"{name}-pass-k", "pass@k", attempts, percent=True, over="attempt", log_steps=True)
+        blocks[name] = "\n\n".join([row_table(name), "\n".join(shown)])
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(begin)

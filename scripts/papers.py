@@ -28,11 +28,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch
-
 from understudy import config
 from understudy.methods import TrOPD
-from understudy.models import build_causal_lm, save_hf
 from understudy.recipe import Recipe, load_recipe
 from understudy.recipe.plan import CARDS, PASSES_SHARE, operations
 from understudy.tasks import DATASETS
@@ -305,29 +302,15 @@ def put(found: dict[str, Any], field: str, value: object) -> None:
 def make_parts() -> None:
     """Writes the models and rows that the miniatures name, anew."""
     shutil.rmtree(PARTS, ignore_errors=True)
+    # the benchmarks build models of a shape, the tests tiny ones of every family that reads images
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.shapes import save_model
+
     tokenizer = build_tokenizer()
     for seed, (name, hidden) in enumerate(SIZES.items()):
-        model = build_causal_lm(
-            {
-                "architecture": "qwen3",
-                "hidden_size": hidden,
-                "num_layers": 2,
-                "num_heads": 2,
-                "max_position_embeddings": 1024,
-            },
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=seed,
-        )
-        with torch.no_grad():
-            # a part that all embeddings share, which the token that ends a response is read from
-            model.get_input_embeddings().weight.add_(0.1)
-            model.get_output_embeddings().weight[tokenizer.eos_token_id] = END_LOGIT / hidden
-        save_hf(model, tokenizer, PARTS / name)
+        shape = {"architecture": "qwen3", "hidden_size": hidden, "num_layers": 2, "num_heads": 2}
+        save_model(PARTS / name, shape | {"max_position_embeddings": 1024}, tokenizer, seed=seed, end_logit=END_LOGIT)
     if importlib.util.find_spec("PIL"):
-        # tests build tiny models of every family that reads images
-        sys.path.insert(0, str(ROOT))
         from tests.vision_models import save_vision_model
 
         for seed, name in enumerate(("student", "teacher")):

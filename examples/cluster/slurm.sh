@@ -68,18 +68,12 @@ done
 
 resume=()
 if [ -f "$run_dir/recipe.yaml" ]; then resume=(--resume); fi
-srun --nodes="$TRAINERS" --ntasks="$TRAINERS" --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 \
+# in the place of this shell, which gets the signal two minutes before the time is up: all ranks save and end, and the servers
+# end with the job
+exec srun --nodes="$TRAINERS" --ntasks="$TRAINERS" --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 \
     --nodelist="$(join "${trainers[@]}")" \
     torchrun --nnodes="$TRAINERS" --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-endpoint="${trainers[0]}:29500" -m understudy train "$recipe" "${resume[@]}" \
     run_dir="$run_dir" "parallel={shard: 8, replicate: $TRAINERS}" \
     "rollout={type: vllm, dtype: bfloat16, url: [$(join "${engine_urls[@]}")]}" \
-    "teacher={type: served, token_env: UNDERSTUDY_TOKEN, url: [$(join "${teacher_urls[@]}")]}" &
-ranks=$!
-# two minutes before the time is up all ranks save and end; the servers end with the job
-trap 'kill -TERM "$ranks"' TERM
-code=0
-wait "$ranks" || code=$?
-# a signal ends the wait and not the ranks
-if kill -0 "$ranks" 2> /dev/null; then wait "$ranks" || code=$?; fi
-exit "$code"
+    "teacher={type: served, token_env: UNDERSTUDY_TOKEN, url: [$(join "${teacher_urls[@]}")]}"

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count as numbers
 from itertools import islice
@@ -34,7 +34,7 @@ from understudy.format import count, interval, metric_note
 from understudy.lazy import torch
 from understudy.methods import SFT, Method
 from understudy.models import positions_on_disk
-from understudy.recipe import Recipe, load_recipe
+from understudy.recipe import Recipe, arguments, load_recipe
 from understudy.recipe.checks import check
 from understudy.recipe.load import choose_device, load_student, load_teachers, sampling_with
 from understudy.report import svg
@@ -46,7 +46,7 @@ from understudy.trainer.checkpoint import RunDir
 from understudy.trainer.console import Console, endured
 from understudy.trainer.distributed import Ranks
 from understudy.trainer.observe import Callback
-from understudy.trainer.settings import Eval, Train
+from understudy.trainer.settings import Eval
 from understudy.trainer.signals import terminable
 from understudy.types import Prompt, Request, Sample
 
@@ -54,28 +54,6 @@ NEW_TOKENS = 512
 """New tokens for a model without a recipe; fewer if it has less than twice as many positions."""
 BLOCK_REQUESTS = 256
 """Requests between two updates of the progress bar."""
-TOLD = {"on_step": ("step", "metrics"), "on_evaluation": ("summary",), "on_alarm": ("change",), "on_end": ("run",)}
-"""The methods of a callback, and their arguments."""
-_ARGUMENTS = {
-    "student": "model base_model student_model model_name_or_path",
-    "student=(model, tokenizer)": "tokenizer processing_class",
-    "student={'model': ..., 'lora': {'rank': 16}}": "lora peft_config",
-    "teacher": "teacher_model teacher_model_name_or_path",
-    "train": "data dataset rows train_dataset train_data train_rows",
-    "test": "eval_dataset test_dataset eval_data test_data evaluation",
-    "validation": "validation_dataset val_dataset validation_data",
-    "prompt": "prompt_field question input_field",
-    "reference": "reference_field answer label ground_truth",
-    "solution": "solution_field completion response",
-    "reward": "reward_funcs reward_func reward_fn reward_function",
-    "verifier": "verify grader",
-    "callbacks": "callback",
-    "run_dir": "output_dir out_dir",
-    "resume=True, with the same run_dir": "resume_from_checkpoint",
-    "quiet": "verbose disable_tqdm",
-}
-OTHER_ARGUMENTS = {name: argument for argument, names in _ARGUMENTS.items() for name in names.split()}
-"""A name elsewhere -> the argument of `distil`. What other toolkits call the keys of a recipe is in `recipe.names`."""
 
 
 def distil(
@@ -117,50 +95,29 @@ def distil(
     and raises KeyboardInterrupt; `resume=True` goes on. The doctor's rehearsal calls functions too.
     Raises RecipeError, and as `understudy.run.train`.
     """
-    for key in keys:
-        if key in OTHER_ARGUMENTS:
-            raise RecipeError(f"{key}: unknown argument; it is {OTHER_ARGUMENTS[key]} here")
     objects: dict[str, Any] = {}
-    of_train = {item.name for item in fields(Train)}
-    # async is a word that Python reserves
-    values = {key.rstrip("_"): _plain(key, value) for key, value in keys.items() if key not in of_train}
-    values["train"] = {key: _plain(key, value) for key, value in keys.items() if key in of_train}
-    values["student"] = _model(student, "student", objects)
-    values["method"] = {"type": method} if isinstance(method, str) else _plain("method", method)
+    values = arguments.sections(keys, objects)
+    values["student"] = arguments.model(student, "student", objects)
+    values["method"] = {"type": method} if isinstance(method, str) else arguments.plain("method", method)
     if teacher is not None:
-        values["teacher"] = _model(teacher, "teacher", objects)
-    for several in ("teachers", "references"):
-        if several in values:
-            named = values[several].items()
-            values[several] = {name: _model(one, f"{several}.{name}", objects) for name, one in named}
+        values["teacher"] = arguments.model(teacher, "teacher", objects)
     if isinstance(reference, Mapping):
-        values["reference"], reference = _model(reference, "reference", objects), None
-    given = {"prompt_field": prompt, "reference_field": reference, "solution_field": solution}
-    functions = {"verifier": verifier, "reward_function": reward}
-    for name, function, called_with in (
-        ("verifier", verifier, ("response", "reference")),
-        ("reward", reward, ("prompt", "response")),
-    ):
-        if callable(function):
-            in_memory.check_callable(function, name, *called_with)
-    given |= {key: _named(one, objects) if callable(one) else one for key, one in functions.items()}
-    section = _task(values.get("task", {}), {"train": train, "validation": validation, "test": test}, objects)
-    values["task"] = section | {key: value for key, value in given.items() if value is not None}
+        values["reference"], reference = arguments.model(reference, "reference", objects), None
+    fields = {
+        "prompt_field": prompt,
+        "reference_field": reference,
+        "solution_field": solution,
+        "verifier": arguments.function(verifier, "verifier", ("response", "reference"), objects),
+        "reward_function": arguments.function(reward, "reward", ("prompt", "response"), objects),
+    }
+    section = arguments.task(values.get("task", {}), {"train": train, "validation": validation, "test": test}, objects)
+    values["task"] = section | {key: value for key, value in fields.items() if value is not None}
     if train is not None and "prompt_field" not in values["task"]:
         raise RecipeError("prompt is missing: the field of the rows that is the prompt, as in prompt='question'")
-    held_out = [name for name, rows in (("test", test), ("validation", validation)) if rows is not None]
-    if held_out:
-        values["eval"] = {"split": held_out[0]} | (values.get("eval") or {})
-    if not isinstance(callbacks, list | tuple):
-        raise RecipeError(f"callbacks is of type {type(callbacks).__name__}; it must be a list of objects")
-    for one in callbacks:
-        if isinstance(one, type):
-            raise RecipeError(f"callbacks: {one.__name__} is a class; give an object of it, as in {one.__name__}()")
-        for name, told in TOLD.items():
-            if not callable(method_of := getattr(one, name, None)):
-                raise RecipeError(f"callbacks: {type(one).__name__} lacks one of {', '.join(TOLD)}; extend Callback")
-            in_memory.check_callable(method_of, f"callbacks: {name} of {type(one).__name__}", *told)
-    values["callbacks"] = [_named(one, objects) for one in callbacks]
+    if test is not None or validation is not None:
+        held_out: Split = "validation" if test is None else "test"
+        values["eval"] = {"split": held_out} | (values.get("eval") or {})
+    values["callbacks"] = arguments.callbacks(callbacks, objects)
     if run_dir is None and (resume or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise RecipeError("resume, and a run of several processes, need run_dir, the directory of the run")
     free = (path for n in numbers(1) if not (path := Path("runs", f"distil-{n}" if n > 1 else "distil")).exists())
@@ -168,104 +125,6 @@ def distil(
     with in_memory.given(objects), _as_they_were(objects):
         result = _train(config.parse(Recipe, values), resume=resume, examine=examine, quiet=quiet)
     return replace(result, given=objects)
-
-
-def _plain(key: str, value: Any) -> Any:
-    """A section that may be a dataclass, as a recipe has it. Raises RecipeError for a class in place of an object."""
-    if isinstance(value, type):
-        raise RecipeError(f"{key} is the class {value.__name__}; give an object of it, as in {value.__name__}()")
-    if not is_dataclass(value):
-        return str(value) if isinstance(value, Path) else value
-    known = {config.key_of(item): item for item in fields(Recipe)}
-    table = known[key].metadata.get("choice") if key in known else None
-    if table is not None and type(value) not in table.table.values():
-        raise RecipeError(
-            f"{key} is of type {type(value).__name__}, which has no name in a recipe; known: {', '.join(table.table)}"
-        )
-    return config.dump(value, table)
-
-
-def _model(value: Any, place: str, objects: dict[str, Any]) -> dict[str, Any]:
-    """The section of a student, teacher or reference. Loaded models are added to the objects."""
-    section = _plain(place, value)
-    section = dict(section) if isinstance(section, Mapping) else {"model": section}
-    model = section.get("model")
-    if isinstance(model, Path):
-        section["model"] = str(model)
-    elif isinstance(model, tuple) and len(model) == 2:
-        if not hasattr(model[0], "state_dict") or not hasattr(model[0], "config") or not hasattr(model[1], "get_vocab"):
-            kinds = ", ".join(type(one).__name__ for one in model)
-            raise RecipeError(
-                f"{place} is a pair of {kinds}; it must be a loaded model and its tokenizer, in this order"
-            )
-        if hasattr(model[0], "peft_config"):
-            raise RecipeError(
-                f"{place} has adapters: merge them first (merge_and_unload), and train new ones with "
-                "student={'model': ..., 'lora': {'rank': 16}}"
-            )
-        if any(value.is_meta for value in model[0].state_dict().values()):
-            raise RecipeError(
-                f"{place} has weights on no device (meta, or offloaded); load all of them, without device_map"
-            )
-        section["model"] = _added(in_memory.name_of_model(*model), model, objects)
-    elif hasattr(model, "state_dict"):
-        raise RecipeError(
-            f"{place} is a loaded model without its tokenizer; give both, as in {place}=(model, tokenizer)"
-        )
-    elif model is not None and not isinstance(model, str):
-        several = "; several teachers are teachers={'name': ...}" if place == "teacher" else ""
-        raise RecipeError(
-            f"{place} is of type {type(model).__name__}; it must be a directory, a hub name, or a pair (model, tokenizer)"
-            + several
-        )
-    return section if place == "student" or "type" in section else {"type": "local"} | section
-
-
-def _task(section: Mapping[str, Any], sources: Mapping[str, Any], objects: dict[str, Any]) -> dict[str, Any]:
-    """The section of the task with the sources of its rows. Raises RecipeError for sources of several kinds."""
-    task = _plain("task", section)
-    named = {split: str(rows) for split, rows in sources.items() if isinstance(rows, str | Path)}
-    rows = {split: rows for split, rows in sources.items() if rows is not None and split not in named}
-    if not named and not rows:
-        return dict(task)
-    if sources["train"] is None:
-        raise RecipeError(f"{', '.join([*rows, *named])} without train; give train, or all sources in task")
-    if rows and named:
-        raise RecipeError(
-            f"{', '.join(rows)} are rows, {', '.join(named)} names; give all of them as rows or all by name"
-        )
-    if rows:
-        for split, given in rows.items():
-            # a Dataset has features and a length; an IterableDataset has no length, and a DatasetDict is a mapping
-            is_dataset = hasattr(given, "features") and hasattr(given, "__len__") and not isinstance(given, Mapping)
-            if not is_dataset and not isinstance(given, list | tuple):
-                raise RecipeError(
-                    f"{split} is of type {type(given).__name__}; rows are a datasets.Dataset (one split) or a list of mappings"
-                )
-            if isinstance(given, tuple):
-                rows[split] = list(given)  # a tuple is a loaded model with its tokenizer
-            elif is_dataset and given.format["type"] not in (None, "custom"):
-                # arrays and tensors of a format have fewer digits than the rows
-                rows[split] = given.with_format(None, columns=given.format["columns"])
-        found = {split: _added(in_memory.name_of_rows(given), given, objects) for split, given in rows.items()}
-        return {"type": "rows"} | found | dict(task)
-    first = named.pop("train")
-    path = Path(first).expanduser()
-    if task.get("type", "file") != "hub" and (path.exists() or path.suffix or first.startswith((".", "/", "~"))):
-        return {"type": "file", "path": first} | {f"{split}_path": name for split, name in named.items()} | dict(task)
-    return {"type": "hub", "dataset": first} | {f"split_{split}": name for split, name in named.items()} | dict(task)
-
-
-def _named(function: Any, objects: dict[str, Any]) -> str:
-    return _added(in_memory.name_of_function(function), function, objects)
-
-
-def _added(name: str, one: Any, objects: dict[str, Any]) -> str:
-    """Adds an object under its name; of two functions with one name the second gets a number."""
-    free = (f"{name} {n}" if n > 1 else name for n in numbers(1))
-    chosen = next(other for other in free if objects.get(other, one) is one)
-    objects[chosen] = one
-    return chosen
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def model_card(recipe: Recipe, progress: Progress, summaries: Sequence[EvalSumma
     return printable(text)
 
 
+@cache
 def installed() -> dict[str, str]:
     """Versions of Python and of the packages that compute; those that are not installed are left out."""
     found = {"python": platform.python_version()}
@@ -156,8 +158,12 @@ def installed() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str | None:
-    """The git commit of this package's source, "-dirty" behind it where files were changed; None outside a checkout."""
+    """The git commit of this package's source as this process first asked, "-dirty" behind it where files were changed.
+
+    None outside a checkout.
+    """
 
     def git(*asked: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *asked]

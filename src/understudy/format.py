@@ -9,8 +9,8 @@ from typing import Protocol
 
 MISSING = "not recorded"
 _RATE = re.compile(
-    r"^(?:[^/]+/)?(avg|pass|maj|rejection|revision)@\d+$|^pass\^\d+$|^score/|_(share|rate)$"
-    r"|^(accuracy|greedy|assisted|teacher|truncated|no_eos|repetition|overlap|outliers|trusted|teacher_excluded)$"
+    r"^(?:[^/]+/)?((avg|pass|maj|rejection|revision)@\d+|no_eos)$|^pass\^\d+$|^score/|_(share|rate)$"
+    r"|^(accuracy|greedy|assisted|teacher|truncated|repetition|overlap|outliers|trusted|teacher_excluded)$"
     r"|^(accept_rate|reject_rate|on_policy)$"
 )
 _LABELS = {

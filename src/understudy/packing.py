@@ -181,8 +181,9 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
 
 def _in_segments(samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> Layout:
     """One row. The longest sample of a group stands in it whole; the responses of the others follow and read its prompt."""
-    ids, positions = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-    predicts = [torch.zeros(0, dtype=torch.int64)] * len(samples)
+    slots = torch.arange(max(1, sum(sample.token_ids.numel() for sample in samples)))
+    ids, positions = list[Tensor](), list[Tensor]()
+    predicts = [slots[:0]] * len(samples)
     segments: list[Segment] = []
     images: list[ImageSpan] = []
     end = 0
@@ -190,24 +191,24 @@ def _in_segments(samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> 
         prompt, first = samples[group[0]].prompt_length, end
         for index in sorted(group, key=lambda index: -samples[index].token_ids.numel()):
             sample = samples[index]
-            # the last token of the prompt, in the slots of the longest, predicts the first of every response
-            before, last = (0, []) if end == first else (prompt, [first + prompt - 1])
+            before = 0 if end == first else prompt
             fed = sample.token_ids[before:-1]
+            stop = end + len(fed)
             ids.append(fed)
-            positions.append(torch.arange(before, before + len(fed)))
-            own = torch.arange(end if before else end + prompt - 1, end + len(fed))
-            predicts[index] = torch.cat([torch.tensor(last, dtype=torch.int64), own])[: sample.num_response_tokens]
-            if len(fed):
-                segments.append(Segment(end, end + len(fed), (first, first + prompt) if before else (0, 0)))
+            positions.append(slots[before : before + len(fed)])
+            if before:
+                # the last token of the prompt, in the slots of the longest, predicts the first of every response
+                last = slots[first + prompt - 1 : first + prompt]
+                predicts[index] = torch.cat([last, slots[end:stop]])[: sample.num_response_tokens]
+            else:
+                predicts[index] = slots[first + prompt - 1 : stop]
+            if stop > end:
+                segments.append(Segment(end, stop, (first, first + prompt) if before else (0, 0)))
             if sample.prompt.images and not before:
                 images.append(ImageSpan(end, len(fed), sample.prompt.images))
-            end += len(fed)
+            end = stop
     if not segments:
-        ids, positions, segments = (
-            [torch.zeros(1, dtype=torch.int64)],
-            [torch.zeros(1, dtype=torch.int64)],
-            [Segment(0, 1)],
-        )
+        ids, positions, segments = [torch.zeros_like(slots[:1])], [slots[:1]], [Segment(0, 1)]
     sizes = tuple(sample.num_response_tokens for sample in samples)
     return Layout(
         torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(predicts), sizes, tuple(images), tuple(segments)

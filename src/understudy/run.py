@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,9 +21,9 @@ from understudy.export import data_facts, export_student, installed, write_facts
 from understudy.files import locked, write_atomically
 from understudy.lazy import Tensor, nn, torch
 from understudy.models import num_positions, save_hf
-from understudy.models.parallel import shard, shards_of, without_weights
+from understudy.models.parallel import can_slice, shard, shards_of, without_weights
 from understudy.recipe import Recipe, check_same_recipe, doctor
-from understudy.recipe.checks import Files, Parts, of_stage
+from understudy.recipe.checks import Files, Finding, Parts, of_stage
 from understudy.recipe.load import (
     Loaded,
     Teachers,
@@ -39,6 +39,7 @@ from understudy.recipe.load import (
     read_models,
 )
 from understudy.recipe.schema import may_change
+from understudy.recipe.tokenizers import Tokenizers
 from understudy.report.page import write_report
 from understudy.tasks.renderer import now
 from understudy.teachers.base import hash_facts
@@ -123,6 +124,7 @@ def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, console
 
 
 def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console: Console) -> Run:
+    """`train` in a directory that is locked."""
     # None for a new run, and for one that was killed before its first checkpoint
     checkpoint = None
     if resume:
@@ -144,76 +146,98 @@ def _train(recipe: Recipe, run_dir: RunDir, resume: bool, examine: bool, console
     console.note("loading " + " and ".join([f"the student ({recipe.student.model or 'from scratch'})", *teachers]))
     with ExitStack() as opened:
         parts = assemble(files, run_dir, checkpoint, ranks, console, opened)
-        trainer = parts.trainer
         found += doctor.examine_parts(parts) if examine else []
         doctor.refuse(found)
         if recipe.is_sharded:
             _shard(parts, checkpoint)
         # from here on the run directory is written
-        missing = [] if checkpoint is None or not ranks.is_main else run_dir.check_files(checkpoint)
-        trainer.observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
-        if missing:
-            trainer.observer.warn(
-                trainer.progress.step, f"missing since an earlier process wrote them: {', '.join(missing)}"
-            )
-        # those of the run until here; every rank has to know which were made
-        trainer.observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
-        if resume and ranks.is_main:
-            trainer.observer.alarms.replay(run_dir.path / "metrics.jsonl", trainer.observer.summaries)
-        if recipe.train.records_tokens:
-            tokenizer = trainer.rollouts.collector.renderer.tokenizer
-            trainer.tokens = TokenRecorder(run_dir.tokens, recipe.train, tokenizer, ranks)
+        _open_run_dir(parts, checkpoint, resume, console)
         if ranks.is_main:
-            # a resumed run has said it
-            warn = partial(trainer.observer.warn, trainer.progress.step) if checkpoint is None else console.warn
-            found = doctor.each_once([*found, *doctor.attempt_all("advice", parts)])
-            doctor.warn_of(found, warn)
-            for item in found:
-                # few rows are no warning, and are said all the same
-                if item.level == "ok" and "rows_skipped" in item.found:
-                    console.note(item.found)
-            if examine:
-                console.note(f"doctor: {doctor.count_fine(found)}")
-                doctor.write_findings(run_dir.doctor, found)
-        facts: dict[str, Any] = {"started": time.time()} | (data_facts(parts) if ranks.is_main else {})
+            _write_findings(parts, found, checkpoint, examine, console)
         try:
-            if ranks.is_main:
-                write_facts(parts, run_dir, "running", facts)
-            with ranks.together():
-                ending = trainer.run()
-            if ending == "finished":
-                rows = _read_metrics(run_dir) if ranks.is_main else []
-                # every rank ends with the same exit code
-                if reason := ranks.gather(why_not_learnt(trainer.progress.updates, rows))[0]:
-                    ending = "did not learn"
-                    facts["error"] = reason
-                    trainer.observer.warn(trainer.progress.step, reason)
-            if ranks.is_main and ending != "stopped by a signal":
-                if recipe.is_sharded:
-                    # the checkpoint of the last step, for this rank has a part of the student only
-                    saved = checkpoint_path(run_dir.checkpoints, trainer.progress.step) / STUDENT
-                    parts.loaded = load_student(recipe, resume_from=saved, tokenizers=files.tokenizers)
-                export_student(parts, run_dir)
-            if ranks.is_main:
-                write_facts(parts, run_dir, ending, facts)
-        except BaseException as error:
-            if ranks.is_main:
-                # whatever cannot be written now must not hide what went wrong
-                try:
-                    run_dir.check_kept()
-                    said = str(error) if isinstance(error, UnderstudyError) else f"{type(error).__name__}: {error}"
-                    write_facts(parts, run_dir, "failed", facts | {"error": printable(said)})
-                except CheckpointError as problem:
-                    console.warn(f"what became of the run is not in {run_dir.facts}: {problem}")
-            raise
+            ending = _run_and_export(parts, files.tokenizers, console)
         finally:
-            trainer.observer.close()
+            parts.trainer.observer.close()
     # whoever stops a run wants to leave now; `understudy report` makes one
     report = write_report(run_dir.path) if ranks.is_main and ending != "stopped by a signal" else None
-    ended = Run(recipe, run_dir, ending, tuple(trainer.observer.summaries), report)
-    for callback in trainer.observer.callbacks:
+    observer = parts.trainer.observer
+    ended = Run(recipe, run_dir, ending, tuple(observer.summaries), report)
+    for callback in observer.callbacks:
         callback.on_end(ended)
     return ended
+
+
+def _open_run_dir(parts: Parts, checkpoint: Path | None, resume: bool, console: Console) -> None:
+    """Opens the files of the run, and takes up what an earlier process wrote there."""
+    recipe, trainer = parts.recipe, parts.trainer
+    run_dir, ranks, step = trainer.run_dir, trainer.ranks, trainer.progress.step
+    missing = [] if checkpoint is None or not ranks.is_main else run_dir.check_files(checkpoint)
+    trainer.observer = observer = _observer(recipe, run_dir, checkpoint, trainer.progress, ranks, console)
+    if missing:
+        observer.warn(step, f"missing since an earlier process wrote them: {', '.join(missing)}")
+    # those of the run until here; every rank has to know which were made
+    observer.summaries += ranks.gather(read_summaries(run_dir.eval) if resume and ranks.is_main else [])[0]
+    if resume and ranks.is_main:
+        observer.alarms.replay(run_dir.path / "metrics.jsonl", observer.summaries)
+    if recipe.train.records_tokens:
+        tokenizer = trainer.rollouts.collector.renderer.tokenizer
+        trainer.tokens = TokenRecorder(run_dir.tokens, recipe.train, tokenizer, ranks)
+
+
+def _write_findings(
+    parts: Parts, found: list[Finding], checkpoint: Path | None, examine: bool, console: Console
+) -> None:
+    """Says and writes what the checks found, those of the stage "advice" too."""
+    trainer = parts.trainer
+    # a resumed run has said it
+    warn = partial(trainer.observer.warn, trainer.progress.step) if checkpoint is None else console.warn
+    found = doctor.each_once([*found, *doctor.attempt_all("advice", parts)])
+    doctor.warn_of(found, warn)
+    for item in found:
+        # few rows are no warning, and are said all the same
+        if item.level == "ok" and "rows_skipped" in item.found:
+            console.note(item.found)
+    if examine:
+        console.note(f"doctor: {doctor.count_fine(found)}")
+        doctor.write_findings(trainer.run_dir.doctor, found)
+
+
+def _run_and_export(parts: Parts, tokenizers: Tokenizers, console: Console) -> Ending:
+    """Trains to the end, exports the student, and writes in run.json what became of the run, an error too."""
+    recipe, trainer = parts.recipe, parts.trainer
+    run_dir, ranks = trainer.run_dir, trainer.ranks
+    facts: dict[str, Any] = {"started": time.time()} | (data_facts(parts) if ranks.is_main else {})
+    try:
+        if ranks.is_main:
+            write_facts(parts, run_dir, "running", facts)
+        with ranks.together():
+            ending = trainer.run()
+        if ending == "finished":
+            rows = _read_metrics(run_dir) if ranks.is_main else []
+            # every rank ends with the same exit code
+            if reason := ranks.gather(why_not_learnt(trainer.progress.updates, rows))[0]:
+                ending = "did not learn"
+                facts["error"] = reason
+                trainer.observer.warn(trainer.progress.step, reason)
+        if ranks.is_main and ending != "stopped by a signal":
+            if recipe.is_sharded:
+                # the checkpoint of the last step, for this rank has a part of the student only
+                saved = checkpoint_path(run_dir.checkpoints, trainer.progress.step) / STUDENT
+                parts.loaded = load_student(recipe, resume_from=saved, tokenizers=tokenizers)
+            export_student(parts, run_dir)
+        if ranks.is_main:
+            write_facts(parts, run_dir, ending, facts)
+    except BaseException as error:
+        if ranks.is_main:
+            # whatever cannot be written now must not hide what went wrong
+            try:
+                run_dir.check_kept()
+                said = str(error) if isinstance(error, UnderstudyError) else f"{type(error).__name__}: {error}"
+                write_facts(parts, run_dir, "failed", facts | {"error": printable(said)})
+            except CheckpointError as problem:
+                console.warn(f"what became of the run is not in {run_dir.facts}: {problem}")
+        raise
+    return ending
 
 
 def resumed_recipe(recipe: Recipe, run_dir: RunDir) -> Recipe:
@@ -233,20 +257,7 @@ def assemble(
     """
     recipe = files.recipe
     progress = Progress() if checkpoint is None else load_checkpoint(checkpoint)
-    inputs: dict[str, Mapping[str, Any]] = {name: one.fingerprint for name, one in read_intakes(recipe).items()}
-    inputs |= read_environment_files(recipe)
-    # a checkpoint of another run; another version may have other keys
-    flat = config.flatten(config.dump(recipe))
-    # a section that is absent, such as parallel, is one whose keys say nothing
-    kept = {key: value for key, value in flat.items() if value is not None and not may_change(key)}
-    inputs[f"recipe of understudy {installed().get('understudy')}"] = {
-        "source": "recipe.yaml, or what is hidden there",
-        "digest": hash_facts([kept]),
-    }
-    tokenizer = files.tokenizers.student
-    if tokenizer.chat_template and any(part.is_chat for part in recipe.task.places().values()):
-        digest = hash_facts([tokenizer.chat_template])
-        inputs["chat template"] = {"source": str(tokenizer.name_or_path), "digest": digest}
+    inputs = _read_inputs(recipe, files.tokenizers.student)
     if checkpoint is not None:
         check_same_inputs(progress.inputs, inputs)
         if inputs and not progress.inputs:
@@ -269,7 +280,64 @@ def assemble(
     if teachers.teacher is not None and checkpoint is not None:
         teachers.teacher.load_state(load_teacher_state(checkpoint))
     publish = open_engine(recipe, loaded, ranks, progress.updates, opened)
-    engine, method, own_samples = publish.engine, recipe.run_method, recipe.uses.own_samples
+    engine = publish.engine
+    rollouts = _open_rollouts(recipe, loaded, teachers, engine, ranks)
+    # raises here, before anything is written, where no prompt fits
+    rollouts.prompts.draw(progress.position, 1)
+    if recipe.eval is not None:
+        # so would an evaluation, but later
+        held_out = eval_prompts(recipe)
+        limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [num_positions(loaded.model)], engine)
+        if not any(len(loaded.renderer.start(prompt)) <= limit for prompt in held_out):
+            raise DataError(
+                f"all {len(held_out)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
+            )
+    collected: Rollouts | Overlapped = rollouts
+    if recipe.async_ is not None:
+        collected = Overlapped(rollouts, recipe.run_method, recipe.async_, grouped=recipe.engine.grouped)
+    opened.callback(collected.close)
+    eval_dir = run_dir.eval if ranks.is_main else None
+    trainer = Trainer(
+        student=loaded,
+        method=recipe.run_method,
+        rollouts=collected,
+        publish=publish,
+        several_teachers=bool(recipe.teachers) and not recipe.weights,
+        optimizer=optimizer,
+        settings=recipe.train,
+        evaluation=recipe.eval,
+        evaluate=evaluator(recipe, loaded, engine, teachers, ranks, eval_dir, console),
+        live_weights=publish.weights is None or any(model is loaded.model for model in teachers.models),
+        save_student=_saver(loaded.model, loaded),
+        observer=Observer(console),
+        run_dir=run_dir,
+        ranks=ranks,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    return Parts(recipe, loaded, teachers, rollouts, trainer)
+
+
+def _read_inputs(recipe: Recipe, tokenizer: Any) -> dict[str, Mapping[str, Any]]:
+    """Fingerprints of the data, the files of environments, the recipe and the chat template, by their names."""
+    inputs: dict[str, Mapping[str, Any]] = {name: one.fingerprint for name, one in read_intakes(recipe).items()}
+    inputs |= read_environment_files(recipe)
+    # a checkpoint of another run; another version may have other keys
+    flat = config.flatten(config.dump(recipe))
+    # a section that is absent, such as parallel, is one whose keys say nothing
+    kept = {key: value for key, value in flat.items() if value is not None and not may_change(key)}
+    inputs[f"recipe of understudy {installed().get('understudy')}"] = {
+        "source": "recipe.yaml, or what is hidden there",
+        "digest": hash_facts([kept]),
+    }
+    if tokenizer.chat_template and any(part.is_chat for part in recipe.task.places().values()):
+        digest = hash_facts([tokenizer.chat_template])
+        inputs["chat template"] = {"source": str(tokenizer.name_or_path), "digest": digest}
+    return inputs
+
+
+def _open_rollouts(recipe: Recipe, loaded: Loaded, teachers: Teachers, engine: Engine, ranks: Ranks) -> Rollouts:
+    """The training prompts, and who samples, rewards and scores them."""
     # from here on an engine knows how long its sequences may be
     models = [loaded.model, *teachers.models]
     sizes = [engine.num_positions, *(num_positions(model) for model in models)]
@@ -290,48 +358,14 @@ def assemble(
         loaded.renderer.start,
         seed=recipe.seed,
         max_prompt_tokens=prompt_limit(recipe, recipe.sampling, map(num_positions, models), engine)
-        if own_samples
+        if recipe.uses.own_samples
         else recipe.train.max_prompt_tokens,
     )
-    # raises here, before anything is written, where no prompt fits
-    prompts.draw(progress.position, 1)
-    if recipe.eval is not None:
-        # so would an evaluation, but later
-        held_out = eval_prompts(recipe)
-        limit = prompt_limit(recipe, recipe.eval.sampling or recipe.sampling, [num_positions(loaded.model)], engine)
-        if not any(len(loaded.renderer.start(prompt)) <= limit for prompt in held_out):
-            raise DataError(
-                f"all {len(held_out)} evaluation prompts are longer than {limit} tokens; raise train.max_prompt_tokens"
-            )
-    task, vocab_size = recipe.task, loaded.vocab_size
-    rollouts = Rollouts(prompts, collector, teachers.judge, task.reward, ranks, vocab_size, task.graders)
-    collected: Rollouts | Overlapped = rollouts
-    if recipe.async_ is not None:
-        collected = Overlapped(rollouts, method, recipe.async_, grouped=recipe.engine.grouped)
-    opened.callback(collected.close)
-    eval_dir = run_dir.eval if ranks.is_main else None
-    trainer = Trainer(
-        student=loaded,
-        method=method,
-        rollouts=collected,
-        publish=publish,
-        several_teachers=bool(recipe.teachers) and not recipe.weights,
-        optimizer=optimizer,
-        settings=recipe.train,
-        evaluation=recipe.eval,
-        evaluate=evaluator(recipe, loaded, engine, teachers, ranks, eval_dir, console),
-        live_weights=publish.weights is None or any(model is loaded.model for model in teachers.models),
-        save_student=_saver(loaded.model, loaded),
-        observer=Observer(console),
-        run_dir=run_dir,
-        ranks=ranks,
-        seed=recipe.seed,
-        progress=progress,
-    )
-    return Parts(recipe, loaded, teachers, rollouts, trainer)
+    task = recipe.task
+    return Rollouts(prompts, collector, teachers.judge, task.reward, ranks, loaded.vocab_size, task.graders)
 
 
-def _saver(model: nn.Module, loaded: Loaded) -> Callable[[Path, dict[str, Tensor] | None], None]:
+def _saver(model: nn.Module, loaded: Loaded) -> Callable[[Path, Iterable[tuple[str, Tensor]] | None], None]:
     """Writes the student as a resumed run loads it: with the weights of `model`, or with those that are given."""
     tokenizer, stop_ids = loaded.renderer.tokenizer, loaded.renderer.stop_ids
     return lambda path, weights: save_hf(model, tokenizer, path, merged=False, stop_ids=stop_ids, weights=weights)
@@ -369,11 +403,13 @@ def _shard(parts: Parts, checkpoint: Path | None) -> None:
     )
     # raises here where a rank would have no token
     loaded.head()
+    # of a row or of its largest entries a teacher's whole output layer is needed
+    sliced = recipe.parallel.vocabulary and not recipe.method.needs & {"topk", "full"}
     if recipe.parallel.teachers:
         for model in parts.teachers.models:
             # the start of a LoRA student is the student
             if shards_of(model) is None:
-                shard(model, mesh)
+                shard(model, mesh, vocabulary=sliced and can_slice(model, recipe.parallel.shard, loaded.vocab_size))
     parts.trainer.optimizer = Optimizer(loaded.model, recipe.train)
     if checkpoint is not None:
         parts.trainer.optimizer.load(load_optimizer(checkpoint, dict(loaded.model.named_parameters())))

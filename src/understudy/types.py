@@ -25,6 +25,7 @@ IMAGE = "\ufffc"
 """Stands in a message for an image of the prompt: Unicode's object replacement character."""
 
 Need = Literal["none", "sampled", "topk", "full", "verbal", "reference"]
+"""Scores that a method asks for: none, log T of sampled tokens, the teacher's top K, whole rows, a judge's digit, log R."""
 Finish = Literal["stop", "length", "data", "environment", "rewritten"]
 Rejected = Literal["resample", "revise", "continue"]
 """Fate of an answer that a judge rejects at test time: drawn again, or its accepted steps kept and the rest written anew, by
@@ -70,7 +71,7 @@ class Segment:
     start: int
     stop: int
     prompt: tuple[int, int] = (0, 0)
-    """First slot and end of the prompt that it follows; empty: it begins at position 0."""
+    """First slot and end of the prompt that it follows, the beginning of another segment; empty: it begins at position 0."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class Verdict:
     signal_bytes: int = 0
     """Bytes of teacher signal that were read: one for a digit, 40 for the ten float32 probabilities of an expectation."""
     attempts: int = 1
+    """Times that the judge was asked."""
     note: str = ""
     """Why there is no score."""
 
@@ -252,9 +254,11 @@ class Sample:
     policy_version: Tensor | None = None
     """[L] int64, the number of optimizer updates in the weights that sampled the token; -1 where none did."""
     teacher: str | None = None
+    """Name of the teacher that scores it; None: the only one."""
     reward: float | None = None
     """The quantity that a policy gradient maximises; None: none was given."""
     grade: Grade | None = None
+    """From the environment or the verifier; None: it was not graded."""
     advantage: float | None = None
     """The reward compared with those of the same prompt's other samples."""
     verdict: Verdict | None = None
@@ -303,7 +307,8 @@ class TokenBatch:
     """T packed response tokens. Row t of every field concerns token `target[t]`, so nothing after packing shifts positions.
 
     Optional fields are None when nobody asked for them. A NaN in a trained row of a score is an error; a teacher's or a
-    reference's -inf (any number up to `EXCLUDED`) says that it excludes the token.
+    reference's -inf (any number up to `EXCLUDED`) says that it excludes the token. Raises ValueError for a field with another
+    number of rows than `target`.
     """
 
     target: Tensor
@@ -416,7 +421,8 @@ class Request:
 @dataclass(frozen=True)
 class Sampling:
     """How to draw tokens. `temperature=0` is greedy. With `top_p`, `top_k` or `min_p` the log-probabilities that are
-    recorded still refer to the unfiltered distribution at this temperature."""
+    recorded still refer to the unfiltered distribution at this temperature. Raises ValueError for
+    numbers out of bounds."""
 
     temperature: float = 1.0
     """Temperature of the softmax that tokens are drawn from, and of the teacher's scores; 0: always the most likely token."""

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from tests.e2e.test_report_browser import BROWSER, open_page
+from tests.e2e.test_report_browser import BROWSER, DARK, LIGHT, open_framed, open_page, probed
 from tests.integration.test_compare import cells, pretended, run
 from tests.integration.test_tokens import token_row, write_tokens
 
@@ -51,3 +51,46 @@ def test_one_prompt_is_shown_under_two_methods(tmp_path: Path) -> None:
     assert 'data-panes="2"' in page.dom
     assert page.dom.count('class="token-title"') == 2
     assert page.tags.count("script") == 1
+
+
+PROBE = """
+<script>
+window.addEventListener("load", async () => {
+  const out = document.documentElement.dataset, chart = document.querySelector("svg.chart");
+  const read = () => chart.parentElement.querySelector(".readout").textContent.trim();
+  const press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+  chart.focus(); press(chart, "Home"); out.home = read(); press(chart, "End"); out.end = read();
+  const box = chart.getBoundingClientRect();
+  chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left, clientY: box.top + 5, bubbles: true}));
+  out.pointed = read();
+  const section = document.querySelector("#tokens");
+  const isOpen = () => Number(section.dataset.opened || 0) >= section.querySelectorAll(".pane").length;
+  while (!isOpen()) await new Promise((go) => setTimeout(go, 20));
+  const view = section.querySelector(".token-view");
+  press(view, "Home"); out.first = section.querySelector(".token-title").textContent;
+  view.querySelector('[data-at="1"]').click(); out.clicked = section.querySelector(".token-title").textContent;
+  out.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  out.paper = getComputedStyle(document.body).backgroundColor;
+  parent.postMessage({...out}, "*");
+});
+</script>
+"""
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
+def test_it_is_read_by_keyboard_and_pointer(tmp_path: Path, width: int, dark: bool) -> None:
+    """On a phone in the dark as on a desk in the light; nothing sticks out, however long a name is."""
+    found = cells(tmp_path, {"method": {"opd": {}, "a-long-name-" * 6: {}}}, seeds=1)
+    for cell in pretended(found, lambda name, seed: 0.5):
+        write_tokens(cell.path, [token_row(3, "again")])
+    html = write_outputs(run(found)).read_text()
+    (tmp_path / "probe.html").write_text(probed(html, PROBE, dark=dark))
+    page = open_framed(tmp_path / "probe.html", tmp_path, width)
+    root = {name.removeprefix("data-"): value or "" for name, value in page.root.items()}
+    assert page.console == ()
+    assert root["home"].startswith("sample 0:")
+    assert root["pointed"] == root["home"] != root["end"]
+    assert root["first"].startswith('"w0 "')
+    assert root["clicked"].startswith('"w1 "')
+    assert root["overflow"] == "0"
+    assert root["paper"] == (DARK if dark else LIGHT)

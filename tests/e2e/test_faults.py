@@ -66,8 +66,8 @@ def name_of(fault: Fault) -> str:
     return fault.kind
 
 
-def every_third(fault: Fault) -> Plan:
-    return lambda number, _: fault if number % 3 == 0 else PASS
+def every(nth: int, fault: Fault) -> Plan:
+    return lambda number, _: fault if number % nth == 0 else PASS
 
 
 def digit(request: Request, _: int) -> Response:
@@ -154,15 +154,17 @@ def behind(plan: Plan, upstream: str) -> Iterator[FaultProxy]:
 
 @pytest.mark.parametrize("fault", [*PASSING, *OF_SCORES], ids=name_of)
 def test_a_teachers_passing_fault_changes_nothing(fault: Fault, world: World, scored: Path, tmp_path: Path) -> None:
-    with behind(every_third(fault), world.served) as proxy:
+    with behind(every(3, fault), world.served) as proxy:
         run = train(tmp_path, **world.http(proxy.url))
     assert proxy.seen[fault.kind] > 1
     assert_same_run(run, scored)
 
 
-@pytest.mark.parametrize("fault", PASSING, ids=name_of)
+@pytest.mark.parametrize("fault", [reset(), status(429, retry_after_s=0.1), TRUNCATED, HANG], ids=name_of)
 def test_a_judges_passing_fault_changes_nothing(fault: Fault, world: World, judged: Path, tmp_path: Path) -> None:
-    with behind(every_third(fault), world.judge) as proxy:
+    """Its client is that of the teacher, which meets all of them; a judge meets one of each kind."""
+    # it is asked once for each sample, and each silence takes a second
+    with behind(every(9 if fault is HANG else 3, fault), world.judge) as proxy:
         run = train(tmp_path, **world.chat(proxy.url))
     assert proxy.seen[fault.kind] > 1
     assert_same_run(run, judged)
@@ -174,7 +176,7 @@ def test_an_engines_passing_fault_changes_nothing(
 ) -> None:
     # the section of an engine has no key for it, and the default waits half a second before each of many retries
     monkeypatch.setattr(RetryPolicy, "wait_s", lambda *_: PATIENT["backoff_s"])
-    with behind(every_third(fault), world.written) as proxy:
+    with behind(every(3, fault), world.written) as proxy:
         run = train(tmp_path, **world.engine(proxy.url))
     assert proxy.seen[fault.kind] > 1
     assert_same_run(run, written)

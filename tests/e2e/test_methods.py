@@ -91,7 +91,8 @@ def test_two_experts_are_merged_into_one_student(tmp_path: Path, experts: dict[s
     )
     before, after = accuracy_by_part(result, 0), accuracy_by_part(result, 40)
     for name in experts:
-        assert after[name] > before[name] + 0.2, (name, before, after)
+        # 2.6 standard errors at 300 problems each; the gains were 0.26 to 0.57, as the processor rounds
+        assert after[name] > before[name] + 0.1, (name, before, after)
     rows = [json.loads(line) for line in (result.run_dir.path / "metrics.jsonl").read_text().splitlines()]
     for name in experts:
         assert all(f"teacher/{name}/log_ratio" in row for row in rows)

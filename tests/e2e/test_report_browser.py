@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.report_run import random_scores, watched, write_eval, write_lines, write_run
+from tests.report_run import random_scores, watched, write_eval, write_lines, write_pictures, write_run
 
 from understudy.report.page import write_report
 from understudy.report.watch import Watch
@@ -133,8 +133,16 @@ def hostile_run(run_dir: Path, text: str) -> Path:
     (run / "recipe.yaml").write_text(text)
     (run / "run.json").write_text(json.dumps({"method": text, "student": text, "teacher": text, text: text}))
     write_lines(run / "events.jsonl", [{"step": 1, "kind": text, "text": text}])
-    rows = [{"step": step, text: 1.0 * step, "loss": 1.0 / step, f"constant {text}": 1.0} for step in (1, 2)]
+    # a teacher's name has no "/"
+    teachers = [f"{text.replace('/', '|')} {at}" for at in range(2)]
+    own = {f"teacher/{teacher}/overlap": 0.5 for teacher in teachers}
+    rows = [
+        {"step": step, text: 1.0 * step, "loss": 1.0 / step, f"constant {text}": 1.0}
+        | {name: value / step for name, value in own.items()}
+        for step in (1, 2)
+    ]
     write_lines(run / "metrics.jsonl", rows)
+    write_pictures(run, teachers)
     return run
 
 
@@ -175,7 +183,7 @@ def test_curves_of_test_time_scaling_are_drawn_and_read_by_samples(tmp_path: Pat
           .filter((visibility) => visibility === "visible").length});
     });</script>"""
     opened = tmp_path / "probe.html"
-    opened.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html))
+    opened.write_text(probed(html, probe))
     page = open_page(opened, tmp_path / "profile")
     assert page.console == ()
     assert (page.root["data-found"], page.root["data-shown"]) == ("2", "true")
@@ -194,7 +202,7 @@ def test_a_token_of_the_teacher_looks_different(tmp_path: Path) -> None:
         same: shown[0] === shown[1], other: shown[0] === shown[2]});
     });</script>"""
     opened = tmp_path / "probe.html"
-    opened.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html))
+    opened.write_text(probed(html, probe))
     root = open_page(opened, tmp_path / "profile").root
     assert (root["data-text"], root["data-same"], root["data-other"]) == ("9+1", "true", "false")
 
@@ -221,7 +229,7 @@ def test_an_episode_is_shown_as_a_conversation(tmp_path: Path) -> None:
         colours: new Set(items.map(colour)).size, shown: items.every((item) => item.offsetHeight > 0)});
     });</script>"""
     opened = tmp_path / "probe.html"
-    opened.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html))
+    opened.write_text(probed(html, probe))
     page = open_page(opened, tmp_path / "profile")
     assert page.root["data-roles"] == "student|tool, failed|student|tool|student"
     assert page.root["data-texts"] == "|".join(message["content"] for message in said)  # type: ignore[misc]
@@ -253,7 +261,7 @@ def test_the_policy_holds_where_escaping_would_have_failed(tmp_path: Path, visit
     assert page.root["data-blocked"]
     assert page.console, "a refused script must be seen in the console, or the other tests look at nothing"
     open_guard = tmp_path / "open.html"
-    open_guard.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", broken.read_text()))
+    open_guard.write_text(probed(broken.read_text(), ""))
     assert open_page(open_guard, tmp_path / "profile").root["data-pwned"]
     assert {"/image", "/fetch", "/style", "/frame"} <= set(asked)
 
@@ -281,21 +289,34 @@ window.addEventListener("load", () => {
 """
 FRAME = """<!doctype html><html><body>
 <script>addEventListener("message", (event) => Object.assign(document.documentElement.dataset, event.data));</script>
-<iframe src="probe.html" width="{width}" height="900" frameborder="0"></iframe></body></html>
+<iframe src="{address}" width="{width}" height="900" frameborder="0"></iframe></body></html>
 """
 """A phone's width: a browser window has a least width above it."""
+LIGHT, DARK = "rgb(251, 250, 247)", "rgb(21, 22, 26)"
 
 
-@pytest.mark.parametrize("width", [1200, 390])
-def test_one_step_is_read_in_all_charts_and_nothing_sticks_out(tmp_path: Path, width: int) -> None:
+def probed(html: str, probe: str, *, dark: bool = False) -> str:
+    """A page with a script of a test in the place of its guard, and in the colours of the dark if that is asked for."""
+    html = html.replace("(prefers-color-scheme: dark)", "(min-width: 1px)") if dark else html
+    return re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, html)
+
+
+def open_framed(page: Path, folder: Path, width: int) -> Opened:
+    """Opens a file at a width; its script posts what is then at the root of the document."""
+    (folder / "frame.html").write_text(FRAME.format(address=page.as_uri(), width=width))
+    return open_page(folder / "frame.html", folder / "profile")
+
+
+@pytest.mark.parametrize(("width", "live"), [(1200, False), (390, False), (390, True)])
+def test_one_step_is_read_in_all_charts_and_nothing_sticks_out(tmp_path: Path, width: int, live: bool) -> None:
+    """Also in the page that `understudy watch` serves."""
     run = write_run(tmp_path / "run", num_steps=10)
     write_eval(run, 10, random_scores(0.9), response="9" * 2_000)
-    html = write_report(run).read_text()
+    write_pictures(run, ["maths", "code-" * 30])
+    html = Watch(run).html() if live else write_report(run).read_text()
     probe = tmp_path / "probe.html"
-    probe.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', PROBE, html))
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=width))
-    page = open_page(frame, tmp_path / "profile")
+    probe.write_text(probed(html, PROBE))
+    page = open_framed(probe, tmp_path, width)
     loss = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
     def value(name: str, step: int) -> float:
@@ -316,15 +337,15 @@ def test_one_step_is_read_in_all_charts_and_nothing_sticks_out(tmp_path: Path, w
 class Growing(Watch):
     """A run that is one step further at every question of the page."""
 
-    def __init__(self, run_dir: Path, probe: str = "") -> None:
+    def __init__(self, run_dir: Path, probe: str = "", *, dark: bool = False) -> None:
+        self._dark = dark
         self._rows = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
         self._metrics, self._shown, self._probe = run_dir / "metrics.jsonl", 20, probe
         self._metrics.write_text("".join(self._rows[:20]))
         super().__init__(run_dir, max_share=1.0)
 
     def html(self) -> str:
-        guard = r'<meta http-equiv="Content-Security-Policy"[^>]*>'
-        return re.sub(guard, lambda _: self._probe, super().html()) if self._probe else super().html()
+        return probed(super().html(), self._probe, dark=self._dark) if self._probe else super().html()
 
     def changed(self, known: Mapping[str, str]) -> dict[str, dict[str, str]]:
         self._shown += 1
@@ -366,6 +387,8 @@ window.addEventListener("load", () => {
       const box = charts()[1].getBoundingClientRect();
       charts()[1].dispatchEvent(new PointerEvent("pointermove", {clientX: box.right, clientY: box.top + 5, bubbles: true}));
       out.reads = charts()[1].parentElement.querySelector(".readout").textContent;
+      out.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+      out.paper = getComputedStyle(document.body).backgroundColor;
     });
   });
 });
@@ -373,10 +396,12 @@ window.addEventListener("load", () => {
 """
 
 
-def test_a_watched_page_leaves_its_reader_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_watched_page_leaves_its_reader_alone(tmp_path: Path, dark: bool) -> None:
     """Place, focus and open details stay; the new charts are read as the old ones, and are not renewed meanwhile."""
-    with watched(Growing(write_run(tmp_path / "run", num_steps=60), LIVE_PROBE)) as address:
+    with watched(Growing(write_run(tmp_path / "run", num_steps=60), LIVE_PROBE, dark=dark)) as address:
         root = open_page(address, tmp_path / "profile", seconds=12).root
+    assert (root["data-overflow"], root["data-paper"]) == ("0", DARK if dark else LIGHT)
     assert (root["data-scrolled"], root["data-renewed"], root["data-open"]) == ("true", "true", "true")
     assert (root["data-focused"], root["data-moved"]) == ("1", "0")
     assert (root["data-reads"] or "").startswith("step 2")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tests.e2e.test_report_browser import BROWSER, FRAME, hostile, open_page, visits  # noqa: F401 a fixture
+from tests.e2e.test_report_browser import BROWSER, DARK, LIGHT, Growing, hostile, open_framed, open_page, probed, visits  # noqa: F401 a fixture
 from tests.integration.test_tokens import long_run, token_row, write_tokens
-from tests.report_run import write_run
+from tests.report_run import watched, write_run
 
 from understudy.report.page import write_report
 
@@ -94,12 +94,8 @@ def test_tokens_are_read_by_keyboard_and_pointer(tmp_path: Path, width: int, dar
     run = write_run(tmp_path / "run", num_steps=10)
     write_tokens(run, sample_rows())
     html = write_report(run).read_text()
-    html = html.replace("(prefers-color-scheme: dark)", "(min-width: 1px)") if dark else html
-    (tmp_path / "probe.html").write_text(
-        re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: PROBE, html)
-    )
-    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
-    page = open_page(tmp_path / "frame.html", tmp_path / "profile")
+    (tmp_path / "probe.html").write_text(probed(html, PROBE, dark=dark))
+    page = open_framed(tmp_path / "probe.html", tmp_path, width)
     root = {name.removeprefix("data-"): value or "" for name, value in page.root.items()}
     assert page.console == ()
     assert root.get("done") == "yes", root
@@ -125,7 +121,7 @@ def test_tokens_are_read_by_keyboard_and_pointer(tmp_path: Path, width: int, dar
     assert int(root["height"]) > 20_000
     assert 10 < int(root["rows"]) < 80
     assert (root["cut"], root["overflow"]) == ("0", "0")
-    assert root["paper"] == ("rgb(21, 22, 26)" if dark else "rgb(251, 250, 247)")
+    assert root["paper"] == (DARK if dark else LIGHT)
 
 
 def test_a_long_run_opens_with_all_of_its_samples(tmp_path: Path) -> None:
@@ -151,3 +147,58 @@ def test_hostile_tokens_stay_text(tmp_path: Path, visits: tuple[str, list[str]])
     assert page.tags.count("script") == 1
     assert not {"img", "link", "iframe"} & set(page.tags)
     assert 'class="token-title"' in page.dom
+
+
+LIVE_PROBE = """
+<script>
+window.addEventListener("load", async () => {
+  const out = document.documentElement.dataset, section = () => document.querySelector("#tokens");
+  const until = async (done) => { while (!done()) await new Promise((go) => setTimeout(go, 20)); };
+  const opened = () => Number(section().dataset.opened || 0), pane = () => section().querySelector(".pane");
+  await until(() => opened() >= section().querySelectorAll(".pane").length);
+  const now = opened(), step = pane().querySelectorAll("select")[1];
+  step.value = step.options[1].value; step.dispatchEvent(new Event("change"));
+  await until(() => opened() > now);
+  const colour = section().querySelector("#token-colour");
+  colour.value = "student_entropy"; colour.dispatchEvent(new Event("change"));
+  const search = section().querySelector("#token-search");
+  search.value = "w2"; search.dispatchEvent(new Event("input"));
+  pane().querySelector('[data-at="1"]').click();
+  pane().querySelector(".token-view").focus({preventScroll: true});
+  const said = () => [pane().querySelectorAll("select")[1].selectedOptions[0].textContent,
+    pane().querySelector(".token-title").textContent, section().querySelector("#token-colour").value,
+    section().querySelector(".search-found").textContent, document.activeElement.className].join("|");
+  out.before = said();
+  const old = section();
+  document.addEventListener("renewed", async (event) => {
+    if (event.detail.id !== "tokens" || out.after) return;
+    await until(() => opened() >= section().querySelectorAll(".pane").length);
+    await new Promise((go) => setTimeout(go, 20));
+    out.renewed = section() !== old; out.steps = pane().querySelectorAll("select")[1].options.length; out.after = said();
+  });
+});
+</script>
+"""
+
+
+class GrowingTokens(Growing):
+    """A run that keeps the same prompt again at every question of the page."""
+
+    def changed(self, known: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        table = {"student_entropy": [0.0, 0.2, 0.7, 3.0]}
+        write_tokens(self._metrics.parent, [token_row(self._shown, "again", **table)])
+        return super().changed(known)
+
+
+def test_a_renewed_viewer_shows_what_its_reader_chose(tmp_path: Path) -> None:
+    """Sample, token, colour, search and focus; the new steps are in its menu."""
+    run, table = write_run(tmp_path / "run", num_steps=60), {"student_entropy": [0.0, 0.2, 0.7, 3.0]}
+    write_tokens(run, [token_row(step, "again", **table) for step in (1, 5, 9)])
+    with watched(GrowingTokens(run, LIVE_PROBE)) as address:
+        page = open_page(address, tmp_path / "profile", seconds=12)
+    assert page.console == ()
+    assert "data-script-error" not in page.root
+    assert page.root["data-before"] == page.root["data-after"]
+    assert (page.root["data-before"] or "").startswith('step 5|"w1 " token 2 of 4')
+    assert (page.root["data-before"] or "").endswith("|student_entropy|1 and 1 found|token-view")
+    assert (page.root["data-renewed"], int(page.root["data-steps"] or 0) > 3) == ("true", True)

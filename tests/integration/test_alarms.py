@@ -285,7 +285,7 @@ def updates_lost(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def no_learning(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    train_keys = {"steps": 52, "prompts_per_step": 2, "lr": 1e-9}
+    train_keys = {"steps": 72, "prompts_per_step": 4, "lr": 1e-9}
     return pair(folder, {}, {"1": 2.0, "2": 1.0}, train=train_keys, sampling={"max_new_tokens": 12})
 
 

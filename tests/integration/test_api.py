@@ -24,11 +24,11 @@ import understudy
 from tests.runs import distillation, save_tiny_model, tiny_recipe, write_recipe
 from understudy import GKD, GRPO, SFT, Callback, Recipe, Run, config, distil, evaluate, sample, train
 from understudy import given as in_memory
-from understudy.api import OTHER_ARGUMENTS
 from understudy.errors import DataError, RecipeError
 from understudy.eval.summary import EvalSummary
 from understudy.methods import METHODS
 from understudy.models import load_causal_lm, load_tokenizer
+from understudy.recipe.arguments import OTHER_ARGUMENTS
 from understudy.trainer.settings import Train
 from understudy.types import Grade, Prompt, Sampling
 

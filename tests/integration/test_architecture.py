@@ -228,23 +228,27 @@ def test_a_newcomers_own_rules_are_asked(tmp_path: Path) -> None:
 # --- the walls ----------------------------------------------------------------------------------------------------------
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(SOURCE.rglob("*.py")):
-        yield path.relative_to(SOURCE), ast.parse(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def modules() -> list[tuple[Path, list[ast.AST]]]:
+    """The syntax of every file of the package, node by node."""
+    return [
+        (path.relative_to(SOURCE), list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+        for path in sorted(SOURCE.rglob("*.py"))
+    ]
 
 
-def test_nobody_asks_for_a_concrete_kind_outside_its_folder() -> None:
+def test_nobody_asks_for_a_concrete_kind_outside_its_folder(modules: list[tuple[Path, list[ast.AST]]]) -> None:
     """What a teacher, engine or task can do is a property of it; `isinstance` would be a list that newcomers have to find."""
     named: dict[bool, set[str]] = {True: set(), False: set()}
-    for path, tree in modules():
-        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for path, nodes in modules:
+        names = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
         named[path.parts[0] in FOLDERS] |= names
     kinds = named[True] - named[False]
     asked = [
         f"{path}:{node.lineno} {name.id}"
-        for path, tree in modules()
+        for path, nodes in modules
         if path.parts[0] not in FOLDERS
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
         for name in ast.walk(node.args[1])
         if isinstance(name, ast.Name) and name.id in kinds
@@ -252,10 +256,9 @@ def test_nobody_asks_for_a_concrete_kind_outside_its_folder() -> None:
     assert asked == []
 
 
-def test_nobody_reads_a_private_name_of_another_module() -> None:
+def test_nobody_reads_a_private_name_of_another_module(modules: list[tuple[Path, list[ast.AST]]]) -> None:
     found = []
-    for path, tree in modules():
-        nodes = list(ast.walk(tree))
+    for path, nodes in modules:
         own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         own |= {node.id for node in nodes if isinstance(node, ast.Name)}
         own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and _is_self(node.value)}

@@ -155,9 +155,9 @@ def test_texts(text: str, right: bool) -> None:
 
 
 def test_a_megabyte_is_graded_in_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for part in (f"<tool_call>{RIGHT}</tool_call>", "<tool_call>", "[TOOL_CALLS]", RIGHT + ";", "x", '{"a":'):
         assert not grade_calls(part * (1_000_000 // len(part)), REFERENCE, [TOOL]).right
     long = RIGHT.replace("NYC", "N" * 1_000_000)
     assert not grade_calls(f"<tool_call>{long}</tool_call>", REFERENCE, [TOOL]).right
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60

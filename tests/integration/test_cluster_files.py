@@ -80,13 +80,14 @@ def test_the_recipe_for_kuberay_takes_the_gpus_that_there_are() -> None:
 
 
 def run_with_stubs(folder: Path, script: list[str], **environment: str) -> list[list[str]]:
-    """The words of every command `srun` or `torchrun` that a script runs; neither runs anything."""
+    """The words of every command `srun`, `torchrun` or `understudy` that a script runs; none runs anything."""
     programs = folder / "bin"
     programs.mkdir()
     called = folder / "called"
     stubs = {
         "srun": f'printf "%s\\0" srun "$@" END >> {called}; sleep 0.2',
         "torchrun": f'printf "%s\\0" torchrun "$@" END >> {called}',
+        "understudy": f'printf "%s\\0" understudy "$RAY_ADDRESS" "$@" END >> {called}',
         "scontrol": "printf 'node%d\\n' 1 2 3 4",
         "curl": "exit 0",
         "openssl": "echo token",
@@ -95,7 +96,8 @@ def run_with_stubs(folder: Path, script: list[str], **environment: str) -> list[
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
     given = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-4]"}
-    subprocess.run(script, check=True, cwd=folder, env=given | environment)
+    # what it has left in the background holds the pipe, and is waited for
+    subprocess.run(script, check=True, cwd=folder, env=given | environment, stdout=subprocess.PIPE)
     return [part.split("\0")[:-1] for part in called.read_text().split("END\0") if part]
 
 
@@ -129,6 +131,15 @@ def test_slurm_starts_the_ranks_of_a_valid_recipe(tmp_path: Path) -> None:
     assert written["rollout"]["url"] == [f"http://node3:{8000 + gpu}" for gpu in range(8)]
     assert written["teacher"]["url"] == [f"http://node4:{8100 + gpu}" for gpu in range(8)]
     assert read.run_dir == "runs/slurm"
+
+
+def test_slurm_starts_a_ray_cluster_and_a_run_on_it(tmp_path: Path) -> None:
+    calls = run_with_stubs(tmp_path, ["bash", str(FOLDER / "slurm-ray.sh"), "recipe.yaml", "--resume"])
+    (run,) = (words for words in calls if words[0] == "understudy")
+    assert run == ["understudy", "node1:6379", "train", "recipe.yaml", "--resume"]
+    started = [words for words in calls if "start" in words]
+    assert sorted("--head" in words for words in started) == [False, True]
+    assert any("--address=node1:6379" in words for words in started)
 
 
 def test_kubernetes_starts_the_ranks_of_a_valid_recipe(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from tests.integration.test_tool_tasks import as_call, played
-from understudy.environments.verifiers import Asked, Conversation, Over, Played, Seat, open_world
+from understudy.environments.endpoint import Asked, Conversation, Over, Played, Seat
+from understudy.environments.verifiers import open_world
 from understudy.errors import DataError, EngineError, RecipeError
 from understudy.tasks import Verifiers
 from understudy.tasks import hosted as hosted_task

@@ -69,6 +69,8 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # a header and a body written apart would wait 40 ms for each other
+            disable_nagle_algorithm = True
             timeout = WAIT_S
 
             def do_POST(self) -> None:

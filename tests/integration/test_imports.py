@@ -62,52 +62,72 @@ def test_a_tokenizer_needs_no_compiler(tmp_path: Path) -> None:
 
 PLAIN = "run_dir: {folder}/run\nstudent: {model: {model}}\ntask: {task}\nmethod: {method}\ntrain: {train}\n"
 GOOD = {"model": "{folder}", "task": "{type: arithmetic}", "method": "{type: sft}", "train": "{steps: 2}"}
+SAID = [
+    ({}, "train {folder}/other.yaml", "there is no recipe"),
+    ({"train": "{steps: 2"}, "train RECIPE", "not valid YAML"),
+    ({"train": "{stepz: 2}"}, "train RECIPE", "train.stepz: unknown key"),
+    ({"method": "{type: gkd}"}, "train RECIPE", "the method GKD needs a teacher"),
+    ({}, "train RECIPE train.steps=no", "train.steps is"),
+    ({"model": "{folder}/nowhere"}, "train RECIPE", "no model directory"),
+    ({}, "train RECIPE", "has no config.json"),
+    ({"task": "{type: jsonl, path: {folder}/nowhere.jsonl, prompt_field: p}"}, "train RECIPE", "there is no file"),
+    ({}, "train RECIPE run_dir={folder}", "is not empty"),
+    ({}, "train RECIPE --dry-run", "has no config.json"),
+    ({}, "train RECIPE --resume", "no run"),
+    ({"train": "{stepz: 2}"}, "doctor RECIPE", "unknown key"),
+    ({}, "doctor RECIPE", "1 error"),
+    ({"train": "{stepz: 2}"}, "eval RECIPE", "unknown key"),
+    ({}, "sample RECIPE --split nowhere", "--split is"),
+    ({}, "record RECIPE --out {folder}/out", "no teacher"),
+    ({}, "compare RECIPE --vary method.typ=sft,opd", "typ"),
+    ({}, "report {folder}", "is not a run directory"),
+    ({}, "methods nowhere", "no method"),
+    ({}, "init RECIPE", "exists"),
+    ({}, "serve-teacher {folder}/nowhere", "no model directory"),
+]
+"""Changes of `GOOD`, a command, and words of its output."""
+RUN_ALL = """
+import contextlib, io, json, sys
+from understudy.cli.app import main
+
+heavy, commands = json.load(sys.stdin)
+ended = []
+for words in commands:
+    sys.argv[1:], said = words, io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code, words
+    ended.append([said.getvalue(), [name for name in heavy if name in sys.modules]])
+print(json.dumps(ended))
+"""
 
 
-@pytest.mark.parametrize(
-    ("changes", "command", "message"),
-    [
-        ({}, "train {folder}/other.yaml", "there is no recipe"),
-        ({"train": "{steps: 2"}, "train RECIPE", "not valid YAML"),
-        ({"train": "{stepz: 2}"}, "train RECIPE", "train.stepz: unknown key"),
-        ({"method": "{type: gkd}"}, "train RECIPE", "the method GKD needs a teacher"),
-        ({}, "train RECIPE train.steps=no", "train.steps is"),
-        ({"model": "{folder}/nowhere"}, "train RECIPE", "no model directory"),
-        ({}, "train RECIPE", "has no config.json"),
-        ({"task": "{type: jsonl, path: {folder}/nowhere.jsonl, prompt_field: p}"}, "train RECIPE", "there is no file"),
-        ({}, "train RECIPE run_dir={folder}", "is not empty"),
-        ({}, "train RECIPE --dry-run", "has no config.json"),
-        ({}, "train RECIPE --resume", "no run"),
-        ({"train": "{stepz: 2}"}, "doctor RECIPE", "unknown key"),
-        ({}, "doctor RECIPE", "1 error"),
-        ({"train": "{stepz: 2}"}, "eval RECIPE", "unknown key"),
-        ({}, "sample RECIPE --split nowhere", "--split is"),
-        ({}, "record RECIPE --out {folder}/out", "no teacher"),
-        ({}, "compare RECIPE --vary method.typ=sft,opd", "typ"),
-        ({}, "report {folder}", "is not a run directory"),
-        ({}, "methods nowhere", "no method"),
-        ({}, "init RECIPE", "exists"),
-        ({}, "serve-teacher {folder}/nowhere", "no model directory"),
-    ],
-)
-def test_what_needs_no_torch_is_said_without_it(
-    tmp_path: Path, changes: dict[str, str], command: str, message: str
-) -> None:
-    def filled(text: str) -> str:
-        return text.replace("{folder}", str(tmp_path)).replace("RECIPE", str(tmp_path / "recipe.yaml"))
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[str]]]:
+    """Output of each command of `SAID`, and the heavy packages loaded by then: one process runs all in turn."""
+    commands = []
+    for changes, command, _ in SAID:
+        folder = tmp_path_factory.mktemp("recipe")
+        recipe = PLAIN
+        for name, value in (GOOD | changes).items():
+            recipe = recipe.replace("{" + name + "}", value)
+        (folder / "recipe.yaml").write_text(recipe.replace("{folder}", str(folder)))
+        filled = command.replace("{folder}", str(folder)).replace("RECIPE", str(folder / "recipe.yaml"))
+        commands.append(filled.split())
+    run = [sys.executable, "-c", RUN_ALL]
+    done = subprocess.run(run, input=json.dumps([HEAVY, commands]), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[tuple[str, list[str]]] = json.loads(done.stdout)
+    return found
 
-    recipe = PLAIN
-    for name, value in (GOOD | changes).items():
-        recipe = recipe.replace("{" + name + "}", value)
-    (tmp_path / "recipe.yaml").write_text(filled(recipe))
-    run = (
-        "from understudy.cli.app import main; "
-        f"sys.argv[1:] = {filled(command).split()!r}\ntry: main()\nexcept SystemExit as end: assert end.code, end"
-    )
-    code = f"import json, sys\n{run}\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert message in done.stdout + done.stderr, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+@pytest.mark.parametrize("number", range(len(SAID)), ids=[f"{command}-{message}" for _, command, message in SAID])
+def test_what_needs_no_torch_is_said_without_it(said: list[tuple[str, list[str]]], number: int) -> None:
+    text, loaded = said[number]
+    assert SAID[number][2] in text
+    assert loaded == []
 
 
 def test_help_answers_at_once() -> None:

@@ -611,8 +611,8 @@ def test_gradient_checkpointing_changes_no_gradient(lora: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_a_hub_name_without_the_hub_fails_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The libraries alone try for 23 s, two or three times in a row."""
+def test_a_hub_name_without_the_hub_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries alone try for 23 s, two or three times in a row, and sleep between their tries."""
     import datasets
     from huggingface_hub import constants
 
@@ -620,7 +620,8 @@ def test_a_hub_name_without_the_hub_fails_in_seconds(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     unreachable.cache_clear()
-    started = time.monotonic()
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
     told = r"not in .* cache.*, and http://127.0.0.1:9 cannot be reached \(.*refused"
     with pytest.raises(RecipeError, match=rf"tokenizer from 'org/nothing': .*{told}"):
         load_tokenizer("org/nothing")
@@ -628,7 +629,7 @@ def test_a_hub_name_without_the_hub_fails_in_seconds(monkeypatch: pytest.MonkeyP
         load_causal_lm("org/nothing")
     with pytest.raises(DataError, match=rf"data set 'org/nothing': .*{told}"):
         Hub(dataset="org/nothing", prompt_field="text").prompts("train")
-    assert time.monotonic() - started < 15
+    assert sum(slept) < 5
     assert constants.HF_HUB_OFFLINE
     unreachable.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -10,10 +10,14 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from tests.engine_stub import EngineStub
@@ -29,11 +33,16 @@ from tests.runs import (
     weights,
     write_recipe,
 )
+from tests.tiny_models import letters
 from understudy import config
 from understudy.engines.vllm.launch import free_ports
+from understudy.engines.vllm.settings import VLLM
+from understudy.engines.vllm.weights import WeightStore, with_head
 from understudy.errors import RecipeError
+from understudy.models import build_causal_lm, parallel, save_hf
 from understudy.recipe import Recipe
 from understudy.tasks import Arithmetic
+from understudy.trainer.distributed import Ranks
 from understudy.trainer.settings import Parallel
 
 pytestmark = pytest.mark.slow
@@ -61,7 +70,6 @@ def train_in_shards(*runs: tuple[Path, int | None]) -> None:
     from understudy.trainer import loop
     from understudy.trainer import update as of_update
     from understudy.trainer.console import Console
-    from understudy.trainer.distributed import Ranks
 
     updates: list[dict[str, Any]] = []
     plain_update, plain_step, plain_loss = loop.accumulate_gradients, loop.Trainer._take_step, of_update.evaluate
@@ -286,6 +294,69 @@ def test_an_update_gathers_the_head_once_and_reduces_once(folders: dict[str, Pat
             assert gathered.count(max(gathered)) >= update["micro_batches"]
         if name == "quantile":
             assert gathered == [], "the pass that scores the batch has gathered all, and nothing was dropped"
+
+
+def stream_from_shards(folder: Path) -> None:
+    """One of two ranks: pushes and saves models from shards, and bounds what is whole meanwhile."""
+    ranks = Ranks.from_environment(lambda: torch.device("cpu"))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    group = torch.distributed.new_group(backend="gloo")
+    parallel.PIECE_BYTES = 0  # type: ignore[misc]
+    plain = parallel.whole
+    alive: list[StorageWeakRef] = []
+    peak = 0
+
+    def counted(value: Tensor) -> Tensor:
+        nonlocal peak
+        found = plain(value)
+        # another name of the shards' own memory is no copy
+        if hasattr(value, "to_local"):
+            alive.append(StorageWeakRef(found.untyped_storage()))
+            # a thread of the transport may let go of the one before a moment later
+            until = time.monotonic() + 10
+            while len(alive) > 2 and time.monotonic() < until:
+                alive[:] = [one for one in alive if not one.expired()]
+            peak = max(peak, len(alive))
+        return found
+
+    parallel.whole = counted
+    for name, build in {"tied": TIED, "experts": EXPERTS}.items():
+        # no number of rows that two ranks divide evenly
+        model = build_causal_lm(build, vocab_size=41, eos_token_id=1, pad_token_id=0)
+        expected = {key: value.clone() for key, value in model.state_dict().items()}
+        empty = parallel.without_weights(model)
+        parallel.shard(model, mesh, vocabulary=name == "experts")
+        peak = 0
+        weights = parallel.stream(model)
+        if ranks.is_main:
+            setup: Any = SimpleNamespace(model=model, tokenizer=letters(41), run_dir=folder / name)
+            store = WeightStore(VLLM(url="http://127.0.0.1:1", weights="directory"), setup, torch.float32)
+            pushed = store.write(with_head(model, weights), "v0")
+            found = {key: value for file in pushed.glob("*.safetensors") for key, value in load_file(file).items()}
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
+            assert len(list(pushed.glob("*.safetensors"))) >= 2 + 2
+            store.close()
+        for _ in weights:
+            pass
+        # the one that is handed on, and the next
+        assert 1 <= peak <= 2, (name, peak)
+        saved = parallel.snapshot(model, group)
+        with torch.no_grad():
+            for value in model.parameters():
+                parallel.local(value).fill_(torch.nan)
+        if ranks.is_main:
+            save_hf(empty, letters(41), folder / f"{name} saved", weights=saved)
+            read = AutoModelForCausalLM.from_pretrained(folder / f"{name} saved").state_dict()
+            assert read.keys() == expected.keys()
+            assert all(torch.equal(read[key], value) for key, value in expected.items())
+            assert len(list((folder / f"{name} saved").glob("model-*-of-*.safetensors"))) >= 2 + 2
+        assert not list(saved), "other ranks have sent their parts, and get nothing"
+    ranks.close()
+
+
+def test_weights_leave_shards_one_after_the_other(tmp_path: Path) -> None:
+    run_ranks(stream_from_shards, tmp_path, folder=tmp_path / "logs")
 
 
 @pytest.mark.parametrize(

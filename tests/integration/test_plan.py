@@ -19,7 +19,7 @@ from understudy.errors import RecipeError
 from understudy.models import build_causal_lm
 from understudy.recipe import Recipe
 from understudy.recipe.checks import room
-from understudy.recipe.plan import CARDS, Layout, machine_of, plan, planned, read_shape, shapes_of
+from understudy.recipe.plan import CARDS, Layout, collectives, machine_of, plan, planned, read_shape, shapes_of
 from understudy.trainer.console import Console
 
 BUILD = {
@@ -105,6 +105,43 @@ def test_one_gpu_needs_what_the_doctor_says(tmp_path: Path) -> None:
     for name in ("student", "teacher", "optimizer", "gradients"):
         assert divided[name] == -(-sizes[name] // 4)
     assert divided["gathered"] == 4 * (2 * shapes["student"].block + shapes["student"].outside)
+
+
+def test_a_head_in_slices_is_not_gathered(tmp_path: Path) -> None:
+    build = {"student": {"build": BUILD, "model": None, "dtype": "float32"}}
+    parallel = {"shard": 4, "teachers": True}
+    plain = recipe_of(tmp_path, **distillation(tmp_path, parallel=parallel, **build))
+    sliced = recipe_of(tmp_path, **distillation(tmp_path, parallel=parallel | {"vocabulary": True}, **build))
+    shapes, machine = shapes_of(plain), machine_of(plain, 4)
+    one, two = (plan(each, machine, shapes)[0] for each in (plain, sliced))
+    assert "vocabulary: true" in two.layout.describe()
+    before, after = ({item.name: item.size for item in each.memory["trainer"]} for each in (one, two))
+    head = 4 * 97 * BUILD["hidden_size"]
+    assert shapes["student"].head == head // 4
+    assert before["gathered"] - after["gathered"] == head
+    # whole rows of the teacher, in 16 bits, are computed by the same slices
+    teacher = 2 * shapes["teacher"].head
+    assert before["output layer of teacher"] == teacher
+    assert after["output layer of teacher"] == -(-teacher // 4)
+    assert {
+        name: size for name, size in before.items() if name in ("student", "optimizer", "gradients", "teacher")
+    }.items() <= after.items()
+    moved = [
+        collectives(each, shapes["student"], machine, best.layout, 8) for each, best in ((plain, one), (sliced, two))
+    ]
+    assert moved[1]["weights gathered"] < moved[0]["weights gathered"]
+    assert moved[1]["hidden states exchanged"] > 0
+    assert "hidden states exchanged" not in moved[0]
+    tied = recipe_of(
+        tmp_path,
+        **distillation(
+            tmp_path,
+            parallel=parallel | {"vocabulary": True},
+            student={"model": None, "build": BUILD | {"tie_word_embeddings": True}},
+        ),
+    )
+    with pytest.raises(RecipeError, match="one weight for embedding and output layer"):
+        plan(tied, machine)
 
 
 def test_twice_the_samples_are_twice_the_operations(tmp_path: Path) -> None:

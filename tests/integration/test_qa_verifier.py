@@ -97,10 +97,10 @@ def test_normalisation_is_idempotent() -> None:
 
 def test_long_answers_take_no_time() -> None:
     aliases = [f"alias {number}" for number in range(100)]
-    started = time.monotonic()
+    started = time.process_time()
     for text in ("a " * 500_000, "<answer>" * 125_000, "<answer>" + "x" * 10**6 + "</answer>", "</answer>" * 110_000):
         assert find_verifier("em")(text, aliases).score == 0.0
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize(

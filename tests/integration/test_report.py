@@ -380,7 +380,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         write_report(run)
 
 
-PICTURE = {"step": 1, "log_ratio": {"": [1] * 15}, "parts": {}, "top_shared": [1, 5]}
+PICTURE = {"step": 1, "log_ratio": {"": [1] * 15}, "parts": {"top_shared": [[1.0], [5.0]]}}
 DEEP: object = []
 for _ in range(700):
     DEEP = [DEEP]
@@ -390,7 +390,7 @@ for _ in range(700):
     ("name", "row", "changes"),
     [
         ("run.json", {"status": "finished"}, {"hardware": DEEP}),
-        ("pictures.jsonl", PICTURE, {"top_shared": ["x", 1]}),
+        ("pictures.jsonl", PICTURE, {"parts": {"top_shared": [["x"], [1.0]]}}),
         ("pictures.jsonl", PICTURE, {"parts": 1e308}),
         ("pictures.jsonl", PICTURE, {"log_ratio": {"": [[]] * 15}}),
         ("metrics.jsonl", {"step": 1, "loss": 1.0}, {"step": 10**400}),

@@ -259,11 +259,14 @@ def test_endless_programs_end(short: Bubblewrap) -> None:
     }
     with nothing_left():
         results = short.run_many([script(code) for code in endless])
-        calls = short.run_many([graded(f"def square(n):\n{textwrap.indent(code, '    ')}") for code in endless])
-    for code, result, called in zip(endless, results, calls, strict=True):
+        # inside of a function that tests call: computing, waiting, printing, and waiting with its output closed
+        called = [code for code in endless if code.startswith(("while", "import time", "import os, time"))]
+        assert len(called) == 4
+        calls = short.run_many([graded(f"def square(n):\n{textwrap.indent(code, '    ')}") for code in called])
+    for code, result in zip(endless, results, strict=True):
         assert result.outcome == endless[code], (code, result)
         assert len(result.stdout) <= short.output_kb * 1024
-        assert called.outcome in ("timed out", "failed"), (code, called)
+    assert {result.outcome for result in calls} <= {"timed out", "failed"}, list(zip(called, calls, strict=True))
 
 
 def test_the_environment_and_files_of_the_trainer_are_not_there(
@@ -724,6 +727,7 @@ class Fusion(BaseHTTPRequestHandler):
     """SandboxFusion's `POST /run_code`, as its source says it, without a sandbox."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     replies: ClassVar[list[tuple[int, Any]]] = []
     """Wrong replies that come first."""
     asked: ClassVar[list[dict[str, Any]]] = []

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 from zlib import decompress
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tests.integration.test_several_teachers import mixed
 from tests.processes import run_ranks
 from tests.report_run import write_lines, write_run
 from tests.runs import assert_same_run, distillation, train, train_all, train_in_two, write_recipe
@@ -22,6 +24,7 @@ from understudy.cli import inspection
 from understudy.cli.app import app
 from understudy.errors import DataError
 from understudy.linear import plan
+from understudy.report.charts import charts
 from understudy.report.page import write_report
 from understudy.report.pictures import LOG_RATIO_EDGES, pictures
 from understudy.report.read import read_run
@@ -381,14 +384,16 @@ def test_pictures_of_a_run(tmp_path: Path) -> None:
             "step": step,
             "samples": 2,
             # all mass moves from the lowest bin to the middle one
-            "log_ratio": {name: moved(step) for name in ("", "maths")},
+            "log_ratio": {name: moved(step) for name in ("", "code", "maths")},
             "parts": {
                 "log_ratio_size": [[float(step)] * 10, [2.0] * 10],
                 "trusted": [[1.0] * 5 + [None] * 5, [4.0] * 5 + [0.0] * 5],
                 "outliers": [[1.0] * 10, [4.0] * 10],
+                "top_shared": [[step / 20] * 10, [1.0] * 10],
+                "teacher/code/top_shared": [[None] * 10, [0.0] * 10],
                 "teacher/maths/log_ratio_size": [[3.0] * 10, [2.0] * 10],
+                "teacher/maths/top_shared": [[0.5] * 10, [2.0] * 10],
             },
-            "top_shared": [step / 2, 10],
         }
         for step in range(1, 11)
     ]
@@ -400,17 +405,49 @@ def test_pictures_of_a_run(tmp_path: Path) -> None:
         "Trusted tokens",
         "Where they differ, teacher maths",
         "Overlap",
+        "Overlap by teacher",
     ]
-    differ, _, trusted, of_maths, shared = found.charts
+    differ, _, trusted, of_maths, shared, by_teacher = found.charts
     assert [line.series.values[0] for line in of_maths.lines] == [1.5, 1.5]
     # steps 1 to 4 and 8 to 10
     assert [line.series.values[0] for line in differ.lines] == pytest.approx([10 / 8, 27 / 6])
     assert [line.series.steps.tolist() for line in trusted.lines] == [[1, 2, 3, 4, 5]] * 2
     assert shared.lines[0].series.values.tolist() == pytest.approx([step / 20 for step in range(1, 11)])
-    assert [heat.title for heat in found.heats] == ["log T \u2212 log S", "log T \u2212 log S, teacher maths"]
+    assert [(line.name, set(line.series.values)) for line in by_teacher.lines] == [("maths", {0.25})]
+    behind = ("", ", teacher code", ", teacher maths")
+    assert [heat.title for heat in found.heats] == [f"log T \u2212 log S{name}" for name in behind]
     heat = found.heats[0]
     assert heat.shares.sum(axis=0) == pytest.approx(1.0)
     assert heat.text == "At step 10: 100 % of the tokens within \u00b10.1 nats, 0.0 % below \u22121, 0.0 % above 1."
     page = write_report(run_dir).read_text()
-    assert page.count('class="heat"') == 2
+    assert page.count('class="heat"') == 3
     assert heat.text in page
+    # one teacher under a name is no several
+    one = [{"step": row["step"], "parts": {"teacher/maths/top_shared": [[0.5], [1.0]]}} for row in made]
+    assert pictures(one).charts == []
+    many = {f"teacher/t{at}/log_ratio_size": [[1.0], [1.0]] for at in range(10)}
+    assert len(pictures([{"step": step, "parts": many} for step in range(3)]).charts) == 8
+    write_lines(run_dir / "pictures.jsonl", [{"step": step, "samples": 1, "parts": many} for step in range(3)])
+    assert "2 more teachers left out" in write_report(run_dir).read_text()
+
+
+def test_each_of_several_teachers_has_its_own_pictures(tmp_path: Path) -> None:
+    """Their sums are those over all tokens; lengths, ages and missing ends are told apart too."""
+    run_dir = train(tmp_path, **mixed(tmp_path / "m", train=STEPS, eval={"problems": 4, "every": 3}))
+    for row in read_pictures(run_dir):
+        for group, whole in (("log_ratio", [""]), ("parts", ["log_ratio", "log_ratio_size", "top_shared"])):
+            for name in whole:
+                parts = [f"teacher/{teacher}/{name}" if name else teacher for teacher in ("short", "long")]
+                shares = [np.array(row[group][part], dtype=np.float64) for part in parts if part in row[group]]
+                assert np.allclose(sum(shares), np.array(row[group][name], dtype=np.float64), rtol=1e-3)
+    run = read_run(run_dir)
+    of_teachers = ("short", "long")
+    found = pictures(run.pictures)
+    assert [heat.title.rpartition(" ")[2] for heat in found.heats[1:]] == sorted(of_teachers)
+    overlap = next(chart for chart in found.charts if chart.title == "Overlap by teacher")
+    assert [line.name for line in overlap.lines] == sorted(of_teachers)
+    titles = {chart.title for chart in charts(run).usual} | {text.partition(" (")[0] for text in charts(run).constant}
+    assert {"Age by teacher", "Response length by teacher", "Missing EOS by part"} <= titles
+    for name in ("response_tokens", "truncated", "repetition", "staleness", "log_ratio", "overlap"):
+        assert {f"teacher/{teacher}/{name}" for teacher in of_teachers} <= run.series.keys()
+    assert {f"{teacher}/no_eos" for teacher in of_teachers} <= run.evals[-1].metrics.keys()

@@ -271,11 +271,11 @@ def test_a_megabyte_is_read_in_time(form: Any) -> None:
         "<tool_call>", "</tool_call>", "<function=a>", "<parameter=a>", "[TOOL_CALLS]", '{"name": "a"};', '{"name": ', "[", "x",
         "<tool_call><function=a>", "[TOOL_CALLS]a",
     ]  # fmt: skip
-    start = time.perf_counter()
+    start = time.process_time()
     for part in parts:
         form.read(part * (1_000_000 // len(part)), [ADD])
     # generous: a search that begins anew at every tag takes hours
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
 
 
 def test_schemas_that_are_none_break_nothing() -> None:

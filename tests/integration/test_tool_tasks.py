@@ -77,7 +77,7 @@ def test_rows_of_several_turns_are_refused(shared: Path) -> None:
     ("name", "file", "num"), [("tau-retail", "retail_test", 115), ("tau-airline", "airline_test", 50)]
 )
 def test_an_audit_plays_the_reference_calls(shared: Path, name: str, file: str, num: int) -> None:
-    """Of some rows nothing changes the data base: who says and does nothing is wrong there too."""
+    """Of some rows nothing changes the database: who says and does nothing is wrong there too."""
     task = Customers(dataset=name, test_path=str(shared / "data" / "tau_bench" / f"{file}.jsonl"))
     found = audit(task, list(cases(task, task.prompts("test"))))
     assert found.num_cases["gold"] == found.num_cases["empty"] == num

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 DETERMINISTIC = ("loss", "grad_norm", "log_ratio", "student_entropy", "response_tokens", "lr", "num_samples")
 
 
-def train(folder: Path, *, resume: bool = False, examine: bool = True, **changes: Any) -> run.Run:
+def train(folder: Path, *, resume: bool = False, examine: bool = False, **changes: Any) -> run.Run:
     recipe = config.parse(Recipe, tiny_recipe(folder, **changes))
     return run.train(recipe, resume=resume, examine=examine, console=Console(quiet=True))
 
@@ -64,7 +64,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_a_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     changes = distillation(tmp_path, eval={"every": 3, "problems": 8}, train={"save_samples_every": 2})
-    result = train(tmp_path, **changes)
+    result = train(tmp_path, examine=True, **changes)
     run_dir = result.run_dir.path
     found = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
     assert {
@@ -318,13 +318,13 @@ def press_and_hang() -> None:
     """Ctrl-C inside of something that takes very long."""
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(600)
+    pytest.fail("it was not left")
 
 
 @pytest.mark.parametrize("place", ["generation", "gradient", "evaluation", "last evaluation"])
 def test_a_signal_leaves_what_takes_long_and_a_resume_makes_up_for_it(tmp_path: Path, place: str) -> None:
     changes = distillation(tmp_path, train={"steps": 6}, eval={"every": 2, "problems": 6})
     whole = train(tmp_path / "whole", **changes)
-    started = time.monotonic()
 
     def at(plain: Any, when: Callable[..., bool]) -> Any:
         def hangs(*given: Any, **named: Any) -> Any:
@@ -343,7 +343,6 @@ def test_a_signal_leaves_what_takes_long_and_a_resume_makes_up_for_it(tmp_path: 
             step_of_it = 4 if place == "evaluation" else 6
             patch.setattr(run, "run_eval", at(run_eval, lambda *, step, **rest: step == step_of_it))
         cut = train(tmp_path / "cut", **changes)
-    assert time.monotonic() - started < 60
     assert cut.ending == "stopped by a signal"
     assert cut.report is None
     assert not (cut.run_dir.path / "report.html").exists()
@@ -480,7 +479,7 @@ def test_a_generation_per_step_and_not_per_micro_batch(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(HFEngine, "generate", counting)
     changes = distillation(tmp_path, train={"micro_batch_tokens": 40, "samples_per_prompt": 2})
-    train(tmp_path, examine=False, **changes)
+    train(tmp_path, **changes)
     assert sizes == [16] * 6
 
 

@@ -22,7 +22,7 @@ from understudy.errors import DataError, RecipeError, VocabularyError
 from understudy.models import load_tokenizer, load_vision
 from understudy.recipe import Recipe
 from understudy.recipe.checks import Files
-from understudy.recipe.load import Tokenizers
+from understudy.recipe.tokenizers import Tokenizers
 from understudy.tasks import File, Renderer, num_repeated, overlap
 from understudy.tasks.audit import audit, cases
 from understudy.trainer import update

@@ -332,7 +332,7 @@ def test_a_stale_tied_head_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = model_of(tied=True)
     monkeypatch.setattr(
         "understudy.engines.vllm.engine.with_head",
-        lambda _, weights: {name: value for name, value in weights if name != "lm_head.weight"},
+        lambda _, weights: ((name, value) for name, value in weights if name != "lm_head.weight"),
     )
     with make_engine(model, tmp_path, stub={"stale_tied_head": True}) as (engine, _):
         push(engine, model)
@@ -689,7 +689,7 @@ def test_nothing_is_left_when_it_ends_in_the_middle(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_removed_and_a_living_one_is_respected(tmp_path: Path) -> None:
     model = model_of()
     store = store_of(model, tmp_path, weights="shm")
-    left = store.write(merged_state_dict(model), "v7")
+    left = store.write(merged_state_dict(model).items(), "v7")
     try:
         with pytest.raises(RecipeError, match="another run is at work"):
             store_of(model, tmp_path, weights="shm")
@@ -781,7 +781,7 @@ def test_shared_memory_is_not_taken_where_memory_is_short(tmp_path: Path, monkey
     monkeypatch.setattr("understudy.engines.vllm.weights.memory_left", lambda: 1000)
     store = store_of(model, tmp_path)
     assert store.folder.is_relative_to(tmp_path)
-    store.write(merged_state_dict(model), "v0")
+    store.write(merged_state_dict(model).items(), "v0")
     store.close()
 
 
@@ -796,7 +796,7 @@ def test_weights_without_room_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     store.close()
     store = store_of(model, tmp_path, weights="shm")
     with pytest.raises(EngineError, match="GiB free"):
-        store.write(merged_state_dict(model), "v0")
+        store.write(merged_state_dict(model).items(), "v0")
     store.close()
 
 
@@ -805,9 +805,9 @@ def test_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: pytes
     from transformers import AutoModelForCausalLM
 
     model = model_of(tied=True)
-    monkeypatch.setattr("understudy.engines.vllm.weights.SHARD_BYTES", 5000)
+    monkeypatch.setattr("understudy.models.parallel.PIECE_BYTES", 5000)
     store = store_of(model, tmp_path, weights_dir=str(tmp_path), dtype=torch.bfloat16)
-    written = store.write(merged_state_dict(model), "v0")
+    written = store.write(merged_state_dict(model).items(), "v0")
     assert len(list(written.glob("*.safetensors"))) > 2
     read: Mapping[str, Tensor] = AutoModelForCausalLM.from_pretrained(written, dtype="auto").state_dict()
     for name, value in model.state_dict().items():
@@ -1040,6 +1040,21 @@ def test_weights_over_nccl_reach_every_server_in_order(tmp_path: Path) -> None:
         assert (info["rank_offset"], info["world_size"], info["packed"]) == (offset, 6, False)
         assert len(b64decode(info["nccl_unique_id_b64"])) == 128
         assert "lm_head.weight" in route.told[2][1]["update_info"]["names"]
+
+
+def test_weights_over_nccl_go_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there never is a second model in the engine's precision."""
+    monkeypatch.setattr("understudy.models.parallel.PIECE_BYTES", 0)
+    model = model_of()
+    with make_engine(model, tmp_path) as (engine, servers):
+        pipe = Pipe(1)
+        route = OverNCCL(servers[0], pipe.queues[0], 1)
+        engine._transfer = NCCLTransfer(engine._servers, torch.float32, CPU, 10.0, lambda *_: pipe, lambda: bytes(128))
+        assert push(engine, moved(model)) < TOLERANCE
+    infos = [body["update_info"] for path, body in route.told if path == "/update_weights"]
+    assert [name for info in infos for name in info["names"]] == list(model.state_dict())
+    assert len(infos) == 2 + 3, "each layer, and the embedding, norm and head"
+    assert [path for path, _ in route.told].count("/finish_weight_update") == 1
 
 
 def test_a_server_that_fails_over_nccl_ends_the_push(tmp_path: Path) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.processes import run_ranks
+from tests.tiny_models import sample, tiny
 from tests.worlds import CASES, World
 from understudy.linear import LMHead, Slice, score
+from understudy.models.parallel import can_slice, local, shard
+from understudy.teachers.local import LocalTeacher
 from understudy.trainer.distributed import Ranks
 
 pytestmark = pytest.mark.slow
@@ -75,7 +79,36 @@ def compare() -> None:
             strict=True,
         ):
             close(one, other[own], (head, "score"))
+    compare_teachers(ranks)
     ranks.close()
+
+
+def compare_teachers(ranks: Ranks) -> None:
+    """A teacher in shards scores each rank's samples with slices of its output layer as it does alone."""
+    mesh = torch.distributed.device_mesh.init_device_mesh(
+        "cpu", (1, ranks.world), mesh_dim_names=("replicate", "shard")
+    )
+    model = tiny()
+    # with padding rows, and without an id that is no token
+    options: dict[str, Any] = {
+        "name": "teacher",
+        "vocab_size": 38,
+        "absent": (5,),
+        "temperature": 1.3,
+        "max_batch_tokens": 8,
+    }
+    teacher = LocalTeacher(model, **options)
+    made = [sample(str(number), [2, 3], [4 + number, 6, 37][: 1 + number % 3]) for number in range(4)]
+    own = [made[number] for number in SAMPLES[ranks.world][ranks.rank]]
+    expected = teacher.score(own, frozenset({"sampled"}))
+    assert can_slice(model, ranks.world, 38)
+    assert not can_slice(model, ranks.world, 40 - 40 // ranks.world)
+    shard(model, mesh, vocabulary=True)
+    found = teacher.score(own, frozenset({"sampled"}))
+    assert local(model.get_output_embeddings().weight).shape[0] == 40 // ranks.world
+    for one, other in zip(found, expected, strict=True):
+        for field in ("logprob", "entropy"):
+            close(getattr(one, field), getattr(other, field), ("teacher", field))
 
 
 def excluding(world: World) -> World:

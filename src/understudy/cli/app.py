@@ -410,11 +410,11 @@ def methods(name: Annotated[str | None, _argument("[NAME]", "One method, with it
         if name is None:
             rows = []
             for key, kind in METHODS.items():
-                summary = (inspect.getdoc(inspect.getmodule(kind)) or "").splitlines()[0].partition(": ")[2]
+                summary = (inspect.getdoc(inspect.getmodule(kind)) or "").splitlines()[0].partition(": ")[2].rstrip(".")
                 has_default = all(item.default is not MISSING for item in fields(kind))
-                needs = ", ".join(sorted(kind().needs)) if has_default else "what its parts ask for"
+                needs = ", ".join(sorted(kind().needs)) if has_default else "what its parts need"
                 rows.append([key, summary, needs])
-            console.table("methods", ["type", "what it minimises", "asks the teacher for"], rows)
+            console.table("methods", ["type", "what it minimises", "needs scores"], rows)
             return
         if name not in METHODS:
             raise RecipeError(f"there is no method {name!r}; {nearest(name, METHODS)}")

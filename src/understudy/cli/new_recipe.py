@@ -31,7 +31,7 @@ ANSWERS = (
     "reward_model.ground_truth",
 )
 RESPONSES = ("solution", "response", "completion", "output", "answer")
-"""Usual names of fields, the likeliest first."""
+"""Usual names of fields, the most likely first."""
 ROW_TASKS = ("file", "jsonl", "hub")
 """Tasks that read rows."""
 MARK = "####"

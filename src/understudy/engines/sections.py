@@ -14,7 +14,7 @@ from understudy.engines.hf.engine import HFEngine
 from understudy.errors import RecipeError
 from understudy.lazy import nn, torch
 from understudy.models import has_bfloat16
-from understudy.models.parallel import shards_of, whole
+from understudy.models.parallel import shards_of, stream
 from understudy.types import Sampling
 
 
@@ -152,4 +152,4 @@ class HF(EngineSection):
     def pushed(self, model: nn.Module) -> Callable[[], Weights] | None:
         if not self.copy:
             return None
-        return lambda: ((name, whole(value)) for name, value in model.state_dict().items())
+        return lambda: stream(model)

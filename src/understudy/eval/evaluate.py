@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from understudy.environments.play import play
 from understudy.errors import CheckpointError, DataError, VocabularyError
 from understudy.eval.estimators import SHARE, Estimate, estimate_mean
-from understudy.eval.summary import EvalSummary, sample_row, summarise
+from understudy.eval.summary import EvalSummary, mean_score, sample_row, summarise
 from understudy.files import write_json, write_json_lines
+from understudy.lazy import Tensor
 from understudy.tasks.renderer import Renderer
 from understudy.teachers.judges.wording import accepted_part, rest_of
 from understudy.types import Prompt, Rejected, Request, Sample, Sampling, Verdict
@@ -53,16 +54,65 @@ def run_eval(
     """Evaluates and, with `out_dir`, writes step_XXXXXX.jsonl and then step_XXXXXX.json there.
 
     The draws do not depend on `step`: a difference between two evaluations comes from the weights, and a student that is
-    evaluated later gives the same numbers. Of a task with parts, `PART/avg@n` is that of each. With `greedy` one more answer a
-    prompt is drawn at temperature 0 and reported as the metric `greedy`; with `rejection` one more is drawn until the judge
-    accepts it, or written on by the teacher. `progress` gets the number of samples in each block; `share` has several ranks
-    write a part of the requests each; `answer` gives a teacher's response to each prompt for the metric `teacher`, and one that
-    does not end is wrong.
+    evaluated later gives the same numbers. `PART/avg@n` and `PART/no_eos` are those of each part of a mix, or of the prompts
+    that name a teacher. With `greedy` one more answer a prompt is drawn at temperature 0 and reported as the metric `greedy`;
+    with `rejection` one more is drawn until the judge accepts it, or written on by the teacher. `progress` gets the number of
+    samples in each block; `share` has several ranks write a part of the requests each; `answer` gives a teacher's response to
+    each prompt for the metric `teacher`, and one that does not end is wrong.
     Raises DataError for prompts with equal ids and if no prompt fits the budget, CheckpointError if the files cannot be
     written.
     """
+    fitting = _rendered(prompts, renderer, max_prompt_tokens)
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt is {samples_per_prompt}; it must be at least 1")
+
+    def play_episodes(requests: Sequence[Request], sampling: Sampling, stream: str) -> list[Sample]:
+        def write(part: Sequence[Request]) -> list[Sample]:
+            return play(engine, renderer, task.environment, part, sampling, step=0, stream=stream)
+
+        return write(requests) if share is None else share(requests, write)
+
+    stream = f"eval/{split}"
+    requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
+    samples = _sample_and_grade(requests, task, play_episodes, sampling, stream, progress)
+    summary = summarise(
+        samples,
+        step=step,
+        split=split,
+        eos_ids=renderer.stop_ids,
+        too_long=len(prompts) - len(fitting),
+        sampling=asdict(sampling),
+        same_answer=task.same_answer,
+    )
+    also: dict[str, Estimate | None] = {}
+    parts: dict[str, list[Sample]] = {}
+    for sample in samples:
+        parts.setdefault(task.part_of(sample.prompt) or sample.prompt.teacher or "", []).append(sample)
+    if len(parts) > 1:
+        also = {
+            f"{part}/{name}": estimate
+            for part, own in parts.items()
+            if part
+            for name, estimate in summarise(own, step=step, split=split, eos_ids=renderer.stop_ids).metrics.items()
+            if name in (f"avg@{samples_per_prompt}", "no_eos")
+        }
+    first = [Request(prompt, 0, ids) for prompt, ids in fitting]
+    if greedy:
+        most_likely = replace(sampling, temperature=0.0)
+        also["greedy"] = mean_score(_sample_and_grade(first, task, play_episodes, most_likely, f"{stream}/greedy"))
+    if rejection is not None:
+        also |= rejection.metrics(first, task, renderer, play_episodes, sampling, f"{stream}/rejection")
+    if answer is not None:
+        also["teacher"] = _score_answers([prompt for prompt, _ in fitting], answer, task)
+    found = {name: estimate for name, estimate in also.items() if estimate is not None}
+    summary = replace(summary, metrics={**summary.metrics, **found})
+    if out_dir is not None:
+        _save(summary, samples, out_dir / f"step_{step:06d}.json")
+    return summary
+
+
+def _rendered(prompts: Sequence[Prompt], renderer: Renderer, max_prompt_tokens: int) -> list[tuple[Prompt, Tensor]]:
+    """The prompts that fit, with their token ids [P]. Raises DataError for equal ids and where none fits."""
     if not renderer.stop_ids:
         raise VocabularyError("the tokenizer has no EOS, so no response can be known to have ended")
     repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
@@ -73,62 +123,27 @@ def run_eval(
     if not fitting:
         none = f"none of the {len(prompts)} evaluation prompts has at most {max_prompt_tokens} tokens; raise that limit"
         raise DataError(none if prompts else "there are no evaluation prompts")
+    return fitting
 
-    def play_episodes(requests: Sequence[Request], sampling: Sampling, stream: str) -> list[Sample]:
-        def write(part: Sequence[Request]) -> list[Sample]:
-            return play(engine, renderer, task.environment, part, sampling, step=0, stream=stream)
 
-        return write(requests) if share is None else share(requests, write)
+def _score_answers(
+    prompts: Sequence[Prompt], answer: Callable[[Sequence[Prompt]], Sequence[str | None]], task: Task
+) -> Estimate | None:
+    """The mean score of answers, 0 for one that does not end; None where no prompt has a reference."""
+    answers = [pair for pair in zip(prompts, answer(prompts), strict=True) if pair[0].reference is not None]
+    scores = [0.0 if text is None else task.grade(prompt, text).score for prompt, text in answers]
+    return estimate_mean(scores, SHARE) if scores else None
 
-    requests = [Request(prompt, index, ids) for prompt, ids in fitting for index in range(samples_per_prompt)]
-    samples = _sample_and_grade(requests, task, play_episodes, sampling, f"eval/{split}", progress)
-    summary = summarise(
-        samples,
-        step=step,
-        split=split,
-        eos_ids=renderer.stop_ids,
-        too_long=len(prompts) - len(fitting),
-        sampling=asdict(sampling),
-        same_answer=task.same_answer,
-    )
-    parts: dict[str, list[Sample]] = {}
-    for sample in samples:
-        parts.setdefault(task.part_of(sample.prompt) or "", []).append(sample)
-    if len(parts) > 1:
-        name = f"avg@{samples_per_prompt}"
-        by_part = {
-            part: summarise(own, step=step, split=split, eos_ids=renderer.stop_ids).metrics.get(name)
-            for part, own in parts.items()
-        }
-        found_parts = {f"{part}/{name}": found for part, found in by_part.items() if found is not None}
-        summary = replace(summary, metrics={**summary.metrics, **found_parts})
-    first = [Request(prompt, 0, ids) for prompt, ids in fitting]
-    if greedy:
-        best = _sample_and_grade(first, task, play_episodes, replace(sampling, temperature=0.0), f"eval/{split}/greedy")
-        found = summarise(best, step=step, split=split, eos_ids=renderer.stop_ids).metrics.get("avg@1")
-        summary = summary if found is None else replace(summary, metrics={**summary.metrics, "greedy": found})
-    if rejection is not None:
-        stream = f"eval/{split}/rejection"
-        rejected = rejection.metrics(first, task, renderer, play_episodes, sampling, stream)
-        summary = replace(summary, metrics={**summary.metrics, **rejected})
-    if answer is not None:
-        texts = answer([prompt for prompt, _ in fitting])
-        said = [
-            (prompt, text) for (prompt, _), text in zip(fitting, texts, strict=True) if prompt.reference is not None
-        ]
-        scores = [0.0 if text is None else task.grade(prompt, text).score for prompt, text in said]
-        if scores:
-            summary = replace(summary, metrics={**summary.metrics, "teacher": estimate_mean(scores, SHARE)})
-    if out_dir is not None:
-        path = out_dir / f"step_{step:06d}.json"
-        # an old summary goes first and the new one comes last: beside a summary always lie its own samples
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot replace {path}: {error.strerror or error}; fix permissions") from error
-        write_json_lines(path.with_suffix(".jsonl"), (sample_row(sample) for sample in samples))
-        write_json(path, asdict(summary))
-    return summary
+
+def _save(summary: EvalSummary, samples: Sequence[Sample], path: Path) -> None:
+    """Writes the summary at `path` and the samples beside it. Raises CheckpointError."""
+    # an old summary goes first and the new one comes last: beside a summary always lie its own samples
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot replace {path}: {error.strerror or error}; fix permissions") from error
+    write_json_lines(path.with_suffix(".jsonl"), (sample_row(sample) for sample in samples))
+    write_json(path, asdict(summary))
 
 
 @dataclass(frozen=True)

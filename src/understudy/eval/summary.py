@@ -26,7 +26,6 @@ from understudy.eval.estimators import (
     pass_power_k,
 )
 from understudy.files import by_step
-from understudy.format import is_rate
 from understudy.types import Author, Prompt, Sample
 
 
@@ -79,84 +78,112 @@ def summarise(
     `same_answer` says which answers are one vote of the majority; without it those that are spelled alike. `scaling` has avg,
     pass@k and maj@k at 1 and these k. Raises ValueError for no samples, or more of one prompt than of another.
     """
-    problems: dict[str, list[Sample]] = {}
-    for sample in samples:
-        problems.setdefault(sample.prompt.id, []).append(sample)
-    counts = {len(attempts) for attempts in problems.values()}
+    problems = _by_problem(samples)
+    counts = {len(attempts) for attempts in problems}
     if len(counts) != 1:
         raise ValueError(f"every prompt must have the same number of samples, at least one; found {sorted(counts)}")
     num = counts.pop()
-    values: dict[str, NDArray[np.float64]] = {}  # one value per problem [P]
-    ends: dict[str, Ends] = {}
+    metrics: dict[str, Estimate] = {}
     scaling: list[ScalingPoint] = []
-    scored = [attempts for attempts in problems.values() if all(item.grade is not None for item in attempts)]
-    if scored:
-        scores = np.array([[item.grade.score for item in attempts if item.grade] for attempts in scored])
-        answers = [[item.grade.answer for item in attempts if item.grade] for attempts in scored]
-        num_right = (scores >= RIGHT).sum(axis=1)
-        values[f"avg@{num}"] = scores.mean(axis=1)
-        sizes = [*(2**power for power in range(num.bit_length()) if 2**power < num), num]
-        for k in sizes[num > 1 :]:
-            values[f"pass@{k}"] = pass_at_k(num_right, num, k)
+    if scored := _scored(problems):
+        scaling = _scaling(scored, num, same_answer)
+        metrics[f"avg@{num}"] = scaling[-1].metrics["avg"]
+        num_right = (_scores(scored) >= RIGHT).sum(axis=1)
+        for point in scaling[num > 1 :]:
+            k = point.samples
+            metrics[f"pass@{k}"] = point.metrics["pass"]
             if k > 1:
-                values[f"pass^{k}"] = pass_power_k(num_right, num, k)
-        if same_answer is not None and num > 1:
-            answers = [
-                _votes(given, row, partial(same_answer, attempts[0].prompt))
-                for attempts, given, row in zip(scored, answers, scores, strict=True)
-            ]
-        rows = [(given, list(row)) for given, row in zip(answers, scores, strict=True)]
-        majority = {k: np.array([majority_at_k(given, row, k) for given, row in rows]) for k in sizes}
-        values[f"maj@{num}"] = majority[num]
-        if num > 1:
-            lengths = np.array([np.mean([item.num_written_tokens for item in attempts]) for attempts in scored])
-            scaling = [
-                ScalingPoint(
-                    samples=k,
-                    tokens=estimate_mean(k * lengths, LENGTH),
-                    metrics={
-                        "avg": estimate_mean(scores.mean(axis=1), SHARE),
-                        "pass": estimate_mean(pass_at_k(num_right, num, k), SHARE),
-                        "maj": estimate_mean(majority[k], SHARE),
-                    },
-                )
-                for k in sizes
-            ]
-        for name in dict.fromkeys(name for row in scored for item in row if item.grade for name in item.grade.also):
-            found = [[item.grade.also.get(name) for item in row if item.grade] for row in scored]
-            known = np.array([row for row in found if None not in row], dtype=np.float64)
-            if not known.size:
-                continue
-            if known.ndim == 3:
-                # so many of so many: problems count by the latter, so that their mean is that of all counts together
-                known, weights = known[..., 0], known[..., 1].mean(axis=1)
-                known /= weights.mean()
-                ends[f"score/{name}"] = (0.0, weights.max() / weights.mean())
-            values[f"score/{name}"] = known.mean(axis=1)
-    per_sample: dict[str, Callable[[Sample], float]] = {
-        "mean_tokens": lambda item: item.num_written_tokens,
-        "truncated": lambda item: item.truncated,
-        "no_eos": lambda item: item.num_response_tokens == 0 or int(item.token_ids[-1]) not in eos_ids,
+                metrics[f"pass^{k}"] = estimate_mean(pass_power_k(num_right, num, k), SHARE)
+        metrics[f"maj@{num}"] = scaling[-1].metrics["maj"]
+        metrics |= _other_scores(scored)
+    per_sample: dict[str, tuple[Callable[[Sample], float], Ends]] = {
+        "mean_tokens": (lambda item: item.num_written_tokens, LENGTH),
+        "truncated": (lambda item: item.truncated, SHARE),
+        "no_eos": (lambda item: item.num_response_tokens == 0 or int(item.token_ids[-1]) not in eos_ids, SHARE),
     }
-    for name, value in per_sample.items():
-        found = [[value(item) for item in attempts] for attempts in problems.values()]
-        values[name] = np.array(found, dtype=np.float64).mean(axis=1)
+    for name, (value, ends) in per_sample.items():
+        found = np.array([[value(item) for item in attempts] for attempts in problems], dtype=np.float64)
+        metrics[name] = estimate_mean(found.mean(axis=1), ends)
     return EvalSummary(
         step=step,
         split=split,
         samples_per_prompt=num,
         num_problems=len(problems),
-        metrics={
-            # a share of counts is at most 1, which its weighted values are not
-            name: replace(found, high=min(found.high, 1.0)) if name in ends and found.high is not None else found
-            for name, value in values.items()
-            for found in [estimate_mean(value, ends.get(name, SHARE if is_rate(name) else LENGTH))]
-        },
+        metrics=metrics,
         unscored=sum(sample.grade is None for sample in samples),
         too_long=too_long,
         sampling=sampling or {},
-        scaling=scaling,
+        scaling=scaling if num > 1 else [],
     )
+
+
+def mean_score(samples: Sequence[Sample]) -> Estimate | None:
+    """The mean score over the problems whose samples all have scores; None where there are none."""
+    scored = _scored(_by_problem(samples))
+    return estimate_mean(_scores(scored).mean(axis=1), SHARE) if scored else None
+
+
+def _by_problem(samples: Sequence[Sample]) -> list[list[Sample]]:
+    problems: dict[str, list[Sample]] = {}
+    for sample in samples:
+        problems.setdefault(sample.prompt.id, []).append(sample)
+    return list(problems.values())
+
+
+def _scored(problems: Sequence[Sequence[Sample]]) -> list[Sequence[Sample]]:
+    """The problems whose samples all have scores."""
+    return [attempts for attempts in problems if all(item.grade is not None for item in attempts)]
+
+
+def _scores(scored: Sequence[Sequence[Sample]]) -> NDArray[np.float64]:
+    """Shape [P, n], of P problems with n samples each."""
+    return np.array([[item.grade.score for item in attempts if item.grade] for attempts in scored])
+
+
+def _scaling(
+    scored: Sequence[Sequence[Sample]], num: int, same_answer: Callable[[Prompt, str, str], bool] | None
+) -> list[ScalingPoint]:
+    """The points at 1, 2, 4, ... and `num` samples of each problem."""
+    scores = _scores(scored)
+    num_right = (scores >= RIGHT).sum(axis=1)
+    lengths = np.array([np.mean([item.num_written_tokens for item in attempts]) for attempts in scored])
+    votes = []
+    for attempts, row in zip(scored, scores, strict=True):
+        answers = [item.grade.answer for item in attempts if item.grade]
+        if same_answer is not None and num > 1:
+            answers = _votes(answers, row, partial(same_answer, attempts[0].prompt))
+        votes.append((answers, list(row)))
+    return [
+        ScalingPoint(
+            samples=k,
+            tokens=estimate_mean(k * lengths, LENGTH),
+            metrics={
+                "avg": estimate_mean(scores.mean(axis=1), SHARE),
+                "pass": estimate_mean(pass_at_k(num_right, num, k), SHARE),
+                "maj": estimate_mean([majority_at_k(answers, row, k) for answers, row in votes], SHARE),
+            },
+        )
+        for k in [*(2**power for power in range(num.bit_length()) if 2**power < num), num]
+    ]
+
+
+def _other_scores(scored: Sequence[Sequence[Sample]]) -> dict[str, Estimate]:
+    """The scores in `Grade.also`, as `score/NAME`."""
+    metrics: dict[str, Estimate] = {}
+    for name in dict.fromkeys(name for row in scored for item in row if item.grade for name in item.grade.also):
+        found = [[item.grade.also.get(name) for item in row if item.grade] for row in scored]
+        known = np.array([row for row in found if None not in row], dtype=np.float64)
+        if known.ndim == 3:
+            # so many of so many: problems count by the latter, so that their mean is that of all counts together
+            known, weights = known[..., 0], known[..., 1].mean(axis=1)
+            known /= weights.mean()
+            estimate = estimate_mean(known.mean(axis=1), (0.0, weights.max() / weights.mean()))
+            # a share of counts is at most 1, which its weighted values are not
+            high = estimate.high if estimate.high is None else min(estimate.high, 1.0)
+            metrics[f"score/{name}"] = replace(estimate, high=high)
+        elif known.size:
+            metrics[f"score/{name}"] = estimate_mean(known.mean(axis=1), SHARE)
+    return metrics
 
 
 def _votes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from understudy.launchers.ray import Ray, Roles
+from understudy.launchers.section import Ray, Roles
 
 LAUNCHERS: Mapping[str, type[Ray]] = {"ray": Ray}
 """`launcher.type` in a recipe -> its section."""

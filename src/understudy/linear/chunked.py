@@ -72,7 +72,7 @@ def evaluate(
     A head in slices (`LMHead.cut`), and those of teacher and reference in the same ones, make it a collective call: each rank
     has a batch of its own, may have an empty one, and gets its own loss, metrics and gradient of its hidden states; the
     gradients of weight and bias are those of its slice over the batches of all ranks. `keep` then takes up nothing of whole
-    rows (likeliest tokens, ranks, gradients).
+    rows (most likely tokens, ranks, gradients).
 
     Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
     that do not fit.

@@ -21,15 +21,15 @@ from understudy.losses.divergences import log_mixture
 from understudy.losses.terms import Reads, Rows
 from understudy.types import EXCLUDED, TokenBatch, fill
 
-BLOCK_ELEMENTS = 8 * 152_064
-"""Logits in one block on a CPU: 4.6 MiB in float32, so that three buffers of it stay in a shared cache."""
+BLOCK_ELEMENTS = 2 * 152_064
+"""Logits of one block for each thread of a CPU: 1.2 MiB in float32, so that three buffers of it stay in a cache."""
 
 
 def blocks(logits: Tensor, columns: Columns) -> Iterator[slice]:
     """Blocks of rows on a CPU; the whole chunk on a device whose kernels stream it anyway, and where ranks talk for each."""
     size = logits.shape[0]
     whole = logits.is_cuda or columns.slice is not None
-    rows = size if whole else max(1, BLOCK_ELEMENTS // logits.shape[1])
+    rows = size if whole else BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[1]
     return parts(size, max(1, rows))
 
 

@@ -14,6 +14,7 @@ from understudy.lazy import Tensor, torch
 from understudy.losses.divergences import MIN_LOG_RATIO, Direction, Tail, floor_excluded, topk_divergence
 
 Reduce = Literal["token", "sequence", "constant"]
+"""The mean over all tokens; over each sample's, then over samples; or over samples of the sum over each sample's tokens."""
 Over = Literal["trained", "own", "given"]
 
 

@@ -30,7 +30,7 @@ class AOPD(ClippedMethod):
     mean_over_k: bool = False
     """Open in the sources: a factor 1/K on the forward KL."""
     reduce: Reduce = "sequence"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
     tail: Tail = "none"
     """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
 

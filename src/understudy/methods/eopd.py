@@ -29,7 +29,7 @@ class EOPD(ClippedMethod):
     coef: float = 1.0
     """Weight of the forward KL, the paper's alpha."""
     reduce: Reduce = "token"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
     clip: NonNegative = field(default=0.2, kw_only=True)
 
     needs = frozenset[Need]({"sampled", "topk"})

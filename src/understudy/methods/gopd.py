@@ -27,7 +27,7 @@ class GOPD(ClippedMethod):
     form: Literal["sampled", "full"] = "sampled"
     """Rewards of sampled tokens, or reverse KL over the whole vocabulary."""
     reduce: Reduce = "token"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

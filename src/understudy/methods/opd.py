@@ -27,7 +27,7 @@ class OPD(ClippedMethod):
     baseline: bool = False
     """Subtract `E_{y~S}[d] = -KL(S || T)`: the same expectation, less variance. Needs a full-vocabulary teacher."""
     reduce: Reduce = "token"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
     baseline_k: Annotated[int, Range(0)] = 0
     """Above 0: the baseline is summed over the teacher's top K alone, which a teacher that returns those can serve."""
 

@@ -25,7 +25,7 @@ class TOPD(ClippedMethod):
     mix: Annotated[float, Range(1e-6, 1.0)] = 0.2
     """Share of the teacher in the target, the paper's alpha; 1 is OPD."""
     reduce: Reduce = "token"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
 
     needs = frozenset[Need]({"sampled"})
 

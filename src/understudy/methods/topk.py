@@ -27,7 +27,7 @@ class TopK(ScoreMethod):
     tail: Tail = "bucket"
     """Treatment of the other tokens: one bucket, none, or both sides renormalised on the K."""
     reduce: Reduce = "token"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -23,7 +23,7 @@ class TopKTail(ClippedMethod):
     k: PositiveInt = 64
     """Tokens of the student whose part of the gradient is summed."""
     reduce: Reduce = "token"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
 
     needs = frozenset[Need]({"full"})
 

@@ -55,7 +55,7 @@ class TrOPD(ClippedMethod):
     """Open in the sources: a mean over the student's tokens plus a mean over those of prefixes, or one over all of them, in
     which prefixes dilute the student's part."""
     reduce: Reduce = "token"
-    """Mean over all tokens, or over each sample's first and then over samples."""
+    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
     prefix: Prefix = "share"
     """Open in the sources: prefixes are a share of each response, or end at an annealed maximum length, `c(step)` of the length
     budget."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 from understudy.lazy import Tensor, nn, torch
@@ -117,35 +118,50 @@ def attend_segments(
 
     query [1, N, T, D]; key, value [1, N_kv, T, D] -> [1, T, N, D].
     """
-    grouped = query.shape[1] != key.shape[1]
+    grouped, window = query.shape[1] != key.shape[1], spans.window
+    # segments of one length behind one prompt, or behind none, are the rows of one call
+    runs = [list(run) for _, run in groupby(spans.segments, key=lambda one: (one.stop - one.start, one.prompt))]
+    # split, because every slice of all slots would have a gradient over all slots
+    sizes = [run[-1].stop - run[0].start for run in runs]
+    pieces = list(zip(*(one.split(sizes, 2) for one in (query, key, value)), strict=True))
+    run_at = {segment.start: number for number, run in enumerate(runs) for segment in run}
     parts = []
-    for segment in spans.segments:
-        start, stop, (prompt, prompt_stop) = segment.start, segment.stop, segment.prompt
-        before, length = prompt_stop - prompt, stop - start
-        plain = not before and (spans.window is None or length <= spans.window)
-        for first in range(start, stop, length if plain else BLOCK):
-            last = stop if plain else min(first + BLOCK, stop)
-            # positions of the segment's sequence that the first query still sees, and their slots
-            lowest = 0 if spans.window is None else max(0, before + first - start + 1 - spans.window)
-            own = slice(start + max(0, lowest - before), last)
-            keys, values = key[:, :, own], value[:, :, own]
-            if lowest < before:
-                shared = slice(prompt + lowest, prompt_stop)
-                keys, values = torch.cat([key[:, :, shared], keys], 2), torch.cat([value[:, :, shared], values], 2)
-            band = None if plain else _band(last - first, keys.shape[2], spans.window, query.device)
-            parts.append(
-                nn.functional.scaled_dot_product_attention(
-                    query[:, :, first:last],
-                    keys,
-                    values,
-                    attn_mask=band,
-                    is_causal=plain,
-                    dropout_p=dropout,
-                    scale=scale,
-                    enable_gqa=grouped,
-                )
+    for run, piece in zip(runs, pieces, strict=True):
+        length, prompt = run[0].stop - run[0].start, run[0].prompt
+        before = prompt[1] - prompt[0]
+        plain = not before and (window is None or length <= window)
+        queries, own_keys, own_values = piece
+        if len(run) > 1:
+            queries, own_keys, own_values = (
+                one.squeeze(0).unflatten(1, (len(run), length)).transpose(0, 1) for one in piece
             )
-    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+        blocks = []
+        for first in range(0, length, length if plain else BLOCK):
+            last = length if plain else min(first + BLOCK, length)
+            # the first position of a sequence that the first query still sees
+            lowest = 0 if window is None else max(0, before + first + 1 - window)
+            own = slice(max(0, lowest - before), last)
+            keys, values = own_keys[:, :, own], own_values[:, :, own]
+            if lowest < before:
+                number = run_at[prompt[0]]
+                start = prompt[0] - runs[number][0].start
+                keys, values = (
+                    torch.cat([one[:, :, start + lowest : start + before].expand(len(run), -1, -1, -1), some], 2)
+                    for one, some in zip(pieces[number][1:], (keys, values), strict=True)
+                )
+            attended = nn.functional.scaled_dot_product_attention(
+                queries[:, :, first:last],
+                keys,
+                values,
+                attn_mask=None if plain else _band(last - first, keys.shape[2], window, query.device),
+                is_causal=plain,
+                dropout_p=dropout,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+            blocks.append(attended.transpose(1, 2))
+        parts += blocks if len(run) == 1 else [torch.cat(blocks, 1).flatten(0, 1)[None]]
+    return torch.cat(parts, 1)
 
 
 def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

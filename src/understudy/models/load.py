@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
+
+from safetensors import safe_open
 
 from understudy import given
 from understudy.errors import RecipeError, nearest
@@ -18,6 +20,7 @@ from understudy.models.attention import attention_name
 from understudy.models.backbone import evaluating, unwrap, vision_of
 from understudy.models.files import ADAPTER, adapter_base, check_model_dir, locate, positions_of, said_by
 from understudy.models.lora import merge_adapter, merged_state_dict, untie_adapted
+from understudy.models.parallel import pieces
 from understudy.models.vision import Vision
 
 if TYPE_CHECKING:
@@ -222,7 +225,7 @@ def save_hf(
     *,
     merged: bool = True,
     stop_ids: Sequence[int] | None = None,
-    weights: dict[str, Tensor] | None = None,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """A directory that `AutoModelForCausalLM` (`merged`) or PEFT (an adapter) loads, with the tokenizer. Safetensors.
 
@@ -231,18 +234,22 @@ def save_hf(
     Merging forms `W + delta` on the side: the live model and its adapters stay as they are, and the adapters are saved
     too, in `ADAPTER_DIR`.
 
-    `weights`: a state dict in place of the model's own; not to be merged.
+    `weights`: names and tensors in place of the model's own, read once and written some at a time; not to be merged.
     """
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     base: Any = unwrap(model)
     adapted: Any = model
-    if base is adapted:
-        base.save_pretrained(target, state_dict=weights)
+    if base is adapted and weights is not None:
+        _save_pieces(base, target, weights)
+    elif base is adapted:
+        base.save_pretrained(target)
     else:
         # the embedding has its own size, so peft need not look for that of the base on the hub, nor save it whole
         adapted.save_pretrained(
-            target / ADAPTER_DIR if merged else target, save_embedding_layers=False, state_dict=weights
+            target / ADAPTER_DIR if merged else target,
+            save_embedding_layers=False,
+            state_dict=None if weights is None else dict(weights),
         )
         if merged:
             untie_adapted(model)
@@ -256,6 +263,27 @@ def save_hf(
     if (vision := vision_of(model)) is not None:
         for name, text in vision.files.items():
             (target / name).write_text(text, encoding="utf-8")
+
+
+def _save_pieces(base: Any, target: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Each piece by transformers, which may have other names and shapes in files, to a file of its own."""
+    names: dict[Path, list[str]] = {}
+    size, written = 0, target / "model.safetensors"
+    for number, piece in enumerate(pieces(weights), 1):
+        base.save_pretrained(target, state_dict=dict(piece), max_shard_size=2**62)
+        path = written.rename(target / f"model-{number:05d}.safetensors")
+        with safe_open(path, "pt") as file:
+            names[path] = list(file.keys())
+        size += path.stat().st_size
+    if len(names) == 1:
+        path.rename(written)
+        return
+    files: dict[str, str] = {}
+    for path, inside in names.items():
+        of_all = path.rename(path.with_stem(f"{path.stem}-of-{len(names):05d}"))
+        files |= dict.fromkeys(inside, of_all.name)
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 @no_grad

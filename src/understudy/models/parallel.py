@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from understudy.errors import RecipeError
 from understudy.lazy import Tensor, nn, no_grad, torch
 from understudy.models.backbone import backbone_hidden, blocks_of, decoder_of, unwrap
+
+PIECE_BYTES = 2**30
+"""Weights that are held at a time, beside the model, on their way to files and engines."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +101,14 @@ def shard(
     # the first forward decides which module is the root; a block that ran alone would take itself for one
     idle(model)
     release(model)
+
+
+def can_slice(model: nn.Module, num_ranks: int, vocab_size: int) -> bool:
+    """Whether an output layer can be in slices of the vocabulary: it is not the embedding too, and each rank has a token."""
+    base = unwrap(model)
+    weight = base.get_output_embeddings().weight
+    most = -(-weight.shape[0] // num_ranks)
+    return weight is not base.get_input_embeddings().weight and (num_ranks - 1) * most < vocab_size
 
 
 @contextmanager
@@ -219,18 +232,90 @@ def like(value: Tensor, other: Any) -> Tensor:
     return distribute_tensor(value.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
-@no_grad
-def collect_model(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model in shards, whole, in the host memory of the first rank; other ranks get none of it. One tensor
-    after the other, so that no rank has a second model on its device. A collective call."""
-    names: dict[nn.Parameter, list[str]] = {}
-    # before the names: this puts shards in place of what is gathered
-    state = model.state_dict()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    found: dict[str, Tensor] = {}
-    for parameter, tied in names.items():
-        full = whole(parameter.detach())
-        if torch.distributed.get_rank() == 0:
-            found |= dict.fromkeys(tied, full.cpu())
-    return {name: found.get(name, value) for name, value in state.items() if found}
+def stream(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors as in the model's state dict, of a model in shards whole: on every rank, one tensor after the other,
+    each gathered when it is asked for. Every rank has to read to the end."""
+    for names, value in _tensors(model):
+        full = whole(value)
+        for name in names:
+            yield name, full
+        del full
+
+
+def snapshot(model: nn.Module, group: Any) -> Iterator[tuple[str, Tensor]]:
+    """As `stream`, of the weights at the time of the call and on the first rank alone, in host memory. Of a model with adapters
+    without the weights that are not trained.
+
+    Ranks of the first group of shards keep copies of their parts. Each sends them as it reads to the end, which it has to, over
+    `group`: a group of all ranks for CPU tensors, which nothing else uses meanwhile.
+    """
+    rank, adapted = torch.distributed.get_rank(), unwrap(model) is not model
+    kept: deque[tuple[list[str], torch.Size, int, Tensor]] = deque()
+    for names, value in _tensors(model, trained=adapted):
+        size = value.device_mesh.size(-1) if hasattr(value, "device_mesh") else 1
+        if rank < size:
+            kept.append((names, value.shape, size, local(value).to("cpu", copy=True).contiguous()))
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        while kept:
+            names, shape, size, own = kept.popleft()
+            if rank > 0:
+                if own.numel():
+                    torch.distributed.send(_bytes(own), 0, group)
+                continue
+            full = own if size == 1 else own.new_empty(shape)
+            # in as many parts as there are ranks, or fewer where there are fewer rows
+            for number, part in enumerate(full.chunk(size) if size > 1 else ()):
+                if number == 0:
+                    part.copy_(own)
+                else:
+                    torch.distributed.recv(_bytes(part), number, group)
+            del own
+            for name in names:
+                yield name, full
+            del full
+
+    return read()
+
+
+def pieces(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups of at most `PIECE_BYTES`, or of one layer; a group is emptied when the next is asked for.
+
+    A layer stays together, because files and engines may have one tensor for several of its own.
+    """
+    piece: dict[str, Tensor] = {}
+    layer: list[tuple[str, Tensor]] = []
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        # tied ones are the same object
+        return sum({id(one): one.nbytes for one in tensors}.values())
+
+    def unit(name: str, tensor: Tensor) -> object:
+        found = re.match(r".*?\.\d+\.", name)
+        return found[0] if found else id(tensor)
+
+    for _, tensors in groupby(weights, lambda named: unit(*named)):
+        layer += tensors
+        if piece and size([*piece.values(), *(tensor for _, tensor in layer)]) > PIECE_BYTES:
+            yield piece
+            piece.clear()
+        piece.update(layer)
+        layer.clear()
+    if piece:
+        yield piece
+
+
+def _tensors(model: nn.Module, *, trained: bool = False) -> list[tuple[list[str], Tensor]]:
+    """The tensors of the state dict, each with its names, of which a tied one has several; `trained`: without parameters that
+    are not."""
+    names: dict[Tensor, list[str]] = {}
+    # shards take the place of what is gathered; the parameters themselves, for of tied ones each name has the same
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not (trained and isinstance(value, nn.Parameter) and not value.requires_grad):
+            names.setdefault(value, []).append(name)
+    return [(tied, value.detach()) for value, tied in names.items()]
+
+
+def _bytes(value: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, in a type that every transport takes."""
+    return value.view(-1).view(torch.uint8)

@@ -13,11 +13,12 @@ from typing import Any
 from understudy.errors import RecipeError, nearest
 from understudy.format import number
 from understudy.lazy import torch
+from understudy.linear.chunked import chunk_elements
 from understudy.models import apply_lora, config_on_disk, vocabulary_size
 from understudy.models.files import locate, said_by
 from understudy.recipe.checks.room import Item, Needs, Size, amount, memory_items, peak, size_of
-from understudy.recipe.load import Tokenizers
 from understudy.recipe.schema import Lora, Recipe
+from understudy.recipe.tokenizers import Tokenizers
 from understudy.trainer.console import Console
 
 
@@ -172,6 +173,8 @@ class Layout:
     """GPUs that serve teachers, each with all of them; 0: they are loaded in the trainer's ranks."""
     shard_teachers: bool = True
     """Whether those in the trainer's ranks are in shards too."""
+    vocabulary: bool = False
+    """Whether each rank of a shard projects with its rows of the output layer."""
 
     @property
     def ranks(self) -> int:
@@ -185,8 +188,9 @@ class Layout:
         """In words."""
         words = [f"{self.ranks} trainer rank{'s' * (self.ranks > 1)}"]
         if self.shard > 1:
-            teachers = ", teachers: true" if self.shard_teachers and not self.teachers else ""
-            words[0] += f" (parallel={{shard: {self.shard}, replicate: {self.replicate}{teachers}}})"
+            more = ", teachers: true" if self.shard_teachers and not self.teachers else ""
+            more += ", vocabulary: true" if self.vocabulary else ""
+            words[0] += f" (parallel={{shard: {self.shard}, replicate: {self.replicate}{more}}})"
         if self.servers:
             words.append(f"{self.servers} vLLM server{'s' * (self.servers > 1)} of {self.server_gpus}")
         if self.teachers:
@@ -299,6 +303,12 @@ def plan(recipe: Recipe, machine: Machine, shapes: Mapping[str, Shape] | None = 
         # every card of the list has it
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
     shapes = shapes_of(recipe) if shapes is None else shapes
+    student = shapes["student"]
+    if recipe.parallel is not None and recipe.parallel.vocabulary and student.outside < 2 * student.head:
+        raise RecipeError(
+            "the student has one weight for embedding and output layer (tie_word_embeddings), which is gathered for the "
+            "embedding anyway; remove parallel.vocabulary"
+        )
     found = [planned(recipe, shapes, machine, layout) for layout in layouts(recipe, shapes, machine)]
     if not found:
         ranks = "1" if recipe.parallel is None else f"{recipe.parallel.shard} x {recipe.parallel.replicate}"
@@ -324,6 +334,7 @@ def layouts(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine) -> It
             rest = machine.gpus - ranks
             together = loaded and (given is None or given.teachers)
             places: dict[str, Any] = {"shard": shard, "replicate": ranks // shard, "shard_teachers": together}
+            places["vocabulary"] = given is not None and given.vocabulary
             if here and rest == 0:
                 yield Layout(**places)
             for teachers in {0, *(one for one in powers if loaded and one <= rest)}:
@@ -393,8 +404,14 @@ def trainer_memory(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine
         ranks=layout.ranks,
     )
     items = []
+    full = "full" in recipe.method.needs
     for item in memory_items(run):
         if item.name == "generation cache" and layout.servers:
+            continue
+        if item.name == "logits" and layout.vocabulary:
+            # of the tokens of all ranks, in a rank's columns
+            most = 4 * (1 + full) * chunk_elements(run.device) // layout.shard
+            items.append(replace(item, size=min(item.size, most), formula=f"{item.formula} / {layout.shard} ranks"))
             continue
         whole = item.when != "held" and item.name != "gradients"
         whole |= item.name in here and not layout.shard_teachers
@@ -406,11 +423,22 @@ def trainer_memory(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine
         )
     if layout.shard > 1:
         each = student.size.number_bytes
-        gathered = (2 * student.block + student.outside) * each
-        items.append(Item("gathered", gathered, "held", "two layers, and all that is in no layer, whole"))
-        # it is reduced once, by the last micro-batch
-        outside = student.outside * each if student.size.trained == student.size.weights else 0
-        items.append(Item("its gradient", outside, "update", "that of all that is in no layer, whole"))
+        # a head in slices is in no layer either, and is not gathered
+        outside = (student.outside - layout.vocabulary * student.head) * each
+        what = "all that is in no layer" + (" but the output layer" if layout.vocabulary else "")
+        gathered = 2 * student.block * each + outside
+        items.append(Item("gathered", gathered, "held", f"two layers, and {what}, whole"))
+        # it is reduced once, by the last micro-batch; all of it is there when the logits are gone
+        gradient = outside if student.size.trained == student.size.weights else 0
+        logits = sum(item.size for item in items if item.name == "logits")
+        more = f"that of {what}, whole, beyond the logits, which are gone by then"
+        items.append(Item("its gradient", max(0, gradient - logits), "update", more))
+        for place in here if full and (layout.shard_teachers or layout.vocabulary) else ():
+            if place != "reference" or "reference" in recipe.method.needs:
+                head = shapes[place].head * shapes[place].size.number_bytes
+                parts = layout.shard if layout.vocabulary else 1
+                formula = "V x H x bytes of a weight" + (f" / {parts} ranks" if parts > 1 else ", gathered")
+                items.append(Item(f"output layer of {place}", math.ceil(head / parts), "update", formula))
         items = [item for item in items if item.size]
         if not layout.servers and recipe.uses.own_samples:
             items.append(
@@ -479,37 +507,45 @@ def updating(recipe: Recipe, student: Shape, machine: Machine, layout: Layout, s
     passes = train.passes * (1 + backward + train.gradient_checkpointing) + fixed
     flops = passes * student.forward(samples * length, length)
     moved = collectives(recipe, student, machine, layout, samples)
+    of_rows = ", hidden states exchanged" if layout.vocabulary else ""
     return Phase(
         name="update",
         flops=flops,
         bounds={
             f"{passes:g} forward passes on {layout.ranks} GPUs at {PASSES_SHARE:.0%} of the peak": flops
             / (layout.ranks * card.flops * PASSES_SHARE),
-            "weights gathered and gradients summed, over the link": sum(moved.values()),
+            f"weights gathered and gradients summed{of_rows}, over the link": sum(moved.values()),
         },
     )
 
 
 def collectives(recipe: Recipe, student: Shape, machine: Machine, layout: Layout, samples: int) -> dict[str, float]:
     """Seconds that a rank needs the link for in a step: to gather weights of shards, to reduce gradients over a shard's ranks,
-    and to sum them over replicas."""
+    and to sum them over replicas; with a head in slices also for the hidden states of all ranks and their gradient."""
     train = recipe.train
     length = machine.prompt_tokens + machine.response_tokens
     tokens = train.micro_batch_tokens or 16_384
     batches = max(1, math.ceil(samples * length / layout.ranks / max(tokens, length))) * train.passes
     updates = train.minibatches * train.passes
     share = (layout.shard - 1) / layout.shard
+    own = student.head if layout.vocabulary else 0
     # for forward and backward of each micro-batch, in 16 bits
-    gathered = share * student.parameters * 2 * batches * (2 + train.gradient_checkpointing)
+    gathered = share * (student.parameters - own) * 2 * batches * (2 + train.gradient_checkpointing)
     whole = recipe.parallel is not None and recipe.parallel.gradients == "whole"
-    reduced = share * student.size.trained * (updates if whole else batches)
+    trained = student.size.trained - own * student.size.number_bytes
+    reduced = share * trained * (updates if whole else batches)
     copies = layout.replicate
     summed = 2 * (copies - 1) / copies * student.size.trained / layout.shard * updates
-    return {
+    found = {
         "weights gathered": gathered / machine.link(layout.shard),
         "gradients reduced": reduced / machine.link(layout.shard),
         "gradients summed over replicas": summed / machine.link(layout.ranks),
     }
+    if layout.vocabulary:
+        # those of all ranks of a group come in 16 bits, and their gradient is summed in 32
+        rows = samples * machine.response_tokens * train.passes / copies
+        found["hidden states exchanged"] = share * rows * student.size.hidden * (2 + 2 * 4) / machine.link(layout.shard)
+    return found
 
 
 def remedies(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, Planned]]:

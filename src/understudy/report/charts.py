@@ -49,6 +49,12 @@ BY_TEACHER: Sequence[tuple[str, str, str]] = (
     ("Response length by teacher", "tokens", "response_tokens"),
     ("Truncated responses by teacher", "share of responses", "truncated"),
     ("Repetition by teacher", "share of responses that end in a loop", "repetition"),
+    ("Sampler gap by teacher", "|log S of engine \u2212 trainer|, nats per token", "sampler_gap"),
+    ("Age by teacher", "updates between sampling and learning", "staleness"),
+    ("Turns by teacher", "per episode", "turns"),
+    ("Tool calls by teacher", "per episode", "tool_calls"),
+    ("Tool errors by teacher", "per episode", "tool_errors"),
+    ("Excluded tokens by teacher", "sampled tokens that the teacher excludes", "teacher_excluded"),
 )
 """Title, unit and key of charts with a line for each of several teachers."""
 _PHASE_ORDER = ("generate_s", "score_s", "update_s")
@@ -106,8 +112,7 @@ def charts(run: RunRecord) -> Charts:
             shown.update(chosen)
             lines = [Line(name.split("/")[1], recorded[name]) for name in chosen]
             sometimes.append(Chart(title, unit, lines, is_rate(key), marks=marks))
-    ends = _ends_chart(run.evals)
-    usual += [(chart.title.lower(), chart) for chart in (*sometimes, *([ends] if ends else ()))]
+    usual += [(chart.title.lower(), chart) for chart in (*sometimes, *_ends_charts(run.evals))]
     rest = sorted(recorded.keys() - shown)
     more = [Chart(name, "", [Line(name, recorded[name])], is_rate(name), "", marks, spans(name)) for name in rest]
     found = [chart for _, chart in usual if chart]
@@ -157,14 +162,25 @@ def accuracy_chart(evals: Sequence[EvalRecord]) -> Chart | None:
     return Chart(title, f"held-out evaluation{split}", lines, is_rate(main), note="Band: 95 % interval over problems.")
 
 
-def _ends_chart(evals: Sequence[EvalRecord]) -> Chart | None:
-    """How evaluated answers ended, where they did not end by an end token."""
-    found = {
-        name: {one.step: item.value for one in evals if (item := one.metrics.get(name)) and item.value is not None}
-        for name in ("no_eos", "truncated")
-    }
-    lines = [Line(metric_note(name), Series.of(dict(values))) for name, values in found.items() if values]
-    return Chart("Missing EOS", "share of evaluated answers", lines, True) if lines else None
+def _ends_charts(evals: Sequence[EvalRecord]) -> list[Chart]:
+    """How evaluated answers ended that did not end by an end token, and for each teacher or part of a mix."""
+    names = {name: metric_note(name) for name in ("no_eos", "truncated")}
+    parts = sorted({name for one in evals for name in one.metrics if re.fullmatch("[^/]+/no_eos", name)})
+    charts = []
+    for title, shown in {
+        "Missing EOS": names,
+        "Missing EOS by part": {name: name.split("/")[0] for name in parts[:MAX_LINES]},
+    }.items():
+        lines = []
+        for name, label in shown.items():
+            found = {
+                one.step: item.value for one in evals if (item := one.metrics.get(name)) and item.value is not None
+            }
+            if found:
+                lines.append(Line(label, Series.of(dict(found))))
+        if lines:
+            charts.append(Chart(title, "share of evaluated answers", lines, percent=True))
+    return charts
 
 
 def scaling_charts(record: EvalRecord) -> list[Chart]:

@@ -19,11 +19,12 @@
     box.innerHTML = html;
     const fresh = box.content.firstElementChild;
     const open = [...part.querySelectorAll("details")].map((details) => details.open);
-    fresh.querySelectorAll("details").forEach((details, at) => { if (open[at]) details.open = true; });
     const focused = [...part.querySelectorAll(FOCUSABLE)].indexOf(document.activeElement);
     part.replaceWith(fresh);
-    if (focused >= 0) fresh.querySelectorAll(FOCUSABLE)[focused]?.focus({ preventScroll: true });
+    // scripts make elements of their own first
     document.dispatchEvent(new CustomEvent("renewed", { detail: fresh }));
+    fresh.querySelectorAll("details").forEach((details, at) => { if (open[at]) details.open = true; });
+    if (focused >= 0) fresh.querySelectorAll(FOCUSABLE)[focused]?.focus({ preventScroll: true });
   };
 
   const update = (changed) => {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from understudy.format import number
 from understudy.report.read import MAX_NAME_CHARS, Series
-from understudy.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line
+from understudy.report.svg import BOTTOM, HEIGHT, LEFT, MAX_LINES, RIGHT, TOP, WIDTH, Chart, Line
 from understudy.report.tokens import FLAGS
 from understudy.text import printable
 
@@ -22,7 +22,6 @@ LOG_RATIO_EDGES = (-10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, 0.01, 0.03, 0.1,
 MAX_COLUMNS = 60
 SHADES = (0.02, 0.06, 0.15, 0.3)
 """Shares of a column's tokens from which a cell is darker."""
-MAX_HEATS = 4
 _FLAG_TITLES = {
     "outliers": "Outliers",
     "trusted": "Trusted tokens",
@@ -88,22 +87,34 @@ class Heat:
 class Pictures:
     heats: Sequence[Heat]
     charts: Sequence[Chart]
+    left_out: int
+    """Teachers beyond `MAX_LINES`, whose pictures are not drawn."""
 
 
 def pictures(rows: Sequence[Mapping[str, Any]]) -> Pictures:
-    """All pictures that the rows of `pictures.jsonl` give."""
-    names = list(dict.fromkeys(name for row in rows for name in row.get("log_ratio") or {}))
-    heats = [heat for name in names[:MAX_HEATS] if (heat := _heat(rows, name)) is not None]
+    """All pictures that the rows of `pictures.jsonl` give, of all tokens and for each of several teachers."""
+    names = sorted(
+        {name.split("/")[1] for row in rows for name in row.get("parts") or () if name.startswith("teacher/")}
+    )
+    teachers = names[:MAX_LINES] if len(names) > 1 else []
+    heats = [heat for name in ("", *teachers) if (heat := _heat(rows, name)) is not None]
     charts = []
-    for teacher in names[:MAX_HEATS]:
-        before, behind = (f"teacher/{teacher}/", f", teacher {teacher}") if teacher else ("", "")
+    for teacher in ("", *teachers):
+        before = f"teacher/{teacher}/" if teacher else ""
+        behind = f", teacher {_shown(teacher)}" if teacher else ""
         size = "mean |log T \u2212 log S|, nats"
         charts.append(_by_part(rows, f"{before}log_ratio_size", f"Where they differ{behind}", size, percent=False))
         for name, title in _FLAG_TITLES.items():
             unit = f"share of tokens: {FLAGS[name][1]}"
             charts.append(_by_part(rows, before + name, title + behind, unit, percent=True))
-    charts.append(_shared(rows))
-    return Pictures(heats, [chart for chart in charts if chart is not None])
+    charts.append(_shared(rows, "Overlap", {"shared": "top_shared"}))
+    by_teacher = {_shown(teacher): f"teacher/{teacher}/top_shared" for teacher in teachers}
+    charts.append(_shared(rows, "Overlap by teacher", by_teacher))
+    return Pictures(heats, [chart for chart in charts if chart is not None], max(0, len(names) - MAX_LINES))
+
+
+def _shown(teacher: str) -> str:
+    return printable(teacher[:MAX_NAME_CHARS])
 
 
 def _heat(rows: Sequence[Mapping[str, Any]], name: str) -> Heat | None:
@@ -113,7 +124,7 @@ def _heat(rows: Sequence[Mapping[str, Any]], name: str) -> Heat | None:
     columns = np.array_split(np.arange(len(known)), min(MAX_COLUMNS, len(known)))
     counts = np.array([row["log_ratio"][name] for row in known], dtype=np.float64)
     sums = np.array([counts[column].sum(axis=0) for column in columns])
-    title = f"log T \u2212 log S{f', teacher {printable(name[:MAX_NAME_CHARS])}' if name else ''}"
+    title = f"log T \u2212 log S{f', teacher {_shown(name)}' if name else ''}"
     steps = np.array([known[column[-1]]["step"] for column in columns], dtype=np.int64)
     return Heat(title, steps, (sums / sums.sum(axis=1, keepdims=True)).T)
 
@@ -131,10 +142,14 @@ def _by_part(rows: Sequence[Mapping[str, Any]], name: str, title: str, unit: str
     return Chart(title, unit, lines, percent, over="position in the response, tenth") if lines else None
 
 
-def _shared(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """The share of the five most likely tokens that both sides have."""
-    known = {row["step"]: row["top_shared"][0] / row["top_shared"][1] for row in rows if row.get("top_shared")}
-    if not known:
-        return None
+def _shared(rows: Sequence[Mapping[str, Any]], title: str, names: Mapping[str, str]) -> Chart | None:
+    """The share of the five most likely tokens that both sides have, over steps; `names`: of lines, and of their numbers."""
+    lines = []
+    for label, name in names.items():
+        known = {row["step"]: row["parts"][name] for row in rows if name in (row.get("parts") or {})}
+        sums = {step: np.nansum(np.array(pair, dtype=np.float64), axis=1) for step, pair in known.items()}
+        shares = {step: total / count for step, (total, count) in sums.items() if count}
+        if shares:
+            lines.append(Line(label, Series.of(shares)))
     note = "Of the samples that were kept token by token."
-    return Chart("Overlap", "five most likely tokens of both sides", [Line("shared", Series.of(known))], True, note)
+    return Chart(title, "five most likely tokens of both sides", lines, percent=True, note=note) if lines else None

@@ -81,7 +81,10 @@
     };
   };
 
+  // Returns what the reader has chosen, for the viewer that takes this one's place on a live page.
+  let state = () => null, onResize = () => {};
   const start = () => {
+    const before = state();
     const section = document.querySelector("#tokens");
     if (!section) return;
     const index = JSON.parse(section.dataset.index), packed = [...section.querySelectorAll("[data-packed]")];
@@ -221,7 +224,8 @@
       };
       const next = () => { const hit = pane.hits.find(([from]) => from > pane.pinned) || pane.hits[0]; if (hit) go(hit[0]); };
 
-      const open = async (at) => {
+      // at the token `wanted`, or else at the largest difference
+      const open = async (at, wanted) => {
         pane.index = at;
         const heading = index.samples[at];
         const named = [...new Map(index.samples.map((one) => [one.prompt_id, one])).keys()];
@@ -243,7 +247,7 @@
         layOut();
         drawLargest();
         const order = sample.sizes(colour.value);
-        go(order.length ? order[0] : 0);
+        go(wanted ?? (order.length ? order[0] : 0));
         section.dataset.opened = Number(section.dataset.opened || 0) + 1;
       };
       prompt.addEventListener("change", () => open(index.samples.findLastIndex((one) => one.prompt_id === prompt.value)));
@@ -307,7 +311,9 @@
     });
     beside.addEventListener("click", () => { const at = another(); makePane().open(at); });
     let last = 0;
-    window.addEventListener("resize", () => { if (panesBox.clientWidth !== last) { last = panesBox.clientWidth; changed(); } });
+    window.removeEventListener("resize", onResize);
+    onResize = () => { if (panesBox.clientWidth !== last) { last = panesBox.clientWidth; changed(); } };
+    window.addEventListener("resize", onResize);
 
     // at first the prompt that was kept most often: in two runs at its last steps, or in one at its first and last step
     const times = new Map();
@@ -317,7 +323,19 @@
     const byRun = [...new Map(same.map((at) => [index.samples[at].run, at])).values()];
     const pair = byRun.length > 1 ? byRun.slice(0, 2) : [same[0], same[same.length - 1]];
     const chosen = same.length > 1 && panesBox.clientWidth > 760 ? pair : [same[same.length - 1]];
-    chosen.forEach((at) => makePane().open(at));
+    const nameOf = (one) => JSON.stringify([one.run, one.step, one.prompt_id, one.index]);
+    const kept = (before?.panes ?? []).map(({ name, at }) => [index.samples.findIndex((one) => nameOf(one) === name), at]);
+    if (before) {
+      search.value = before.search;
+      if (before.colour in index.measures) colour.value = before.colour;
+      drawLegend();
+    }
+    const opened = kept.some(([at]) => at >= 0) ? kept.filter(([at]) => at >= 0) : chosen.map((at) => [at]);
+    Promise.all(opened.map(([at, token]) => makePane().open(at, token))).then(() => { if (search.value) searched(); });
+    state = () => ({
+      search: search.value, colour: colour.value,
+      panes: panes.map((pane) => ({ name: nameOf(index.samples[pane.index]), at: pane.sample ? pane.pinned : undefined })),
+    });
     section.dataset.samples = index.samples.length;
 
     // What is known of the token, and what the method did with it.

@@ -74,7 +74,7 @@ class Watch:
 
     def _files(self) -> tuple[tuple[str, int, int], ...]:
         """Names, sizes and times of all that the page is made of."""
-        folders = (self._run_dir, self._run_dir / "eval", self._run_dir / "samples")
+        folders = (self._run_dir, *(self._run_dir / name for name in ("eval", "samples", "tokens")))
         files = [path for folder in folders for path in folder.glob("*.*") if path.name != "report.html"]
         stamps = []
         for path in files:

@@ -1,4 +1,4 @@
-"""The task `customers`: to serve a customer with tools over a data base, as tau-bench has it."""
+"""The task `customers`: to serve a customer with tools over a database, as tau-bench has it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ POLICY = "policy.md"
 class Customers(Named):
     """The task `customers`: conversations of tau-bench, a retail shop or an airline.
 
-    The system message is the policy. An episode is right if its data base ends as after the reference calls and the customer
+    The system message is the policy. An episode is right if its database ends as after the reference calls and the customer
     was told what the row says; one that is cut off before its end is wrong.
     """
 
     kind: ClassVar[str] = "customers"
-    graded_by: ClassVar[str] = "data base"
+    graded_by: ClassVar[str] = "database"
     """In the list of data sets, in place of the verifier."""
 
     domain: str = ""
@@ -123,7 +123,7 @@ class Customers(Named):
         return (json.dumps(facts, ensure_ascii=False),)
 
     def environment(self, prompt: Prompt) -> Environment:
-        """A customer with a data base of its own."""
+        """A customer with a database of its own."""
         if prompt.reference is None:
             raise DataError(f"prompt {prompt.id} has no reference calls; set task.reference_field")
         facts = json.loads(prompt.reference[0])

@@ -70,9 +70,6 @@ _SUBJECTS = (
 )
 """The subjects of MMLU."""
 
-_ASKED = {"prompt_field": "question", "reference_field": "golden_answers"}
-"""FlashRAG's form of question answering, which Search-R1 and those after it train and measure with."""
-
 _TRUE_OF_IMAGE = (
     "{prompt}\nIs this sentence true of the image? Please reason step by step, and put true or false within \\boxed{}."
 )
@@ -89,6 +86,20 @@ def _live(config: str, size: int) -> DataSet:
         sizes={"test": size},
         licence="CC, no version named",
         source="arXiv 2403.07974",
+    )
+
+
+def _questions(config: str, splits: Mapping[Split, str], sizes: Mapping[Split, int], source: str) -> DataSet:
+    """Question answering in FlashRAG's form, which Search-R1 and those after it train and measure with."""
+    return DataSet(
+        task="qa",
+        hub="RUC-NLPIR/FlashRAG_datasets",
+        configs=(config,),
+        splits=splits,
+        keys={"prompt_field": "question", "reference_field": "golden_answers"},
+        sizes=sizes,
+        licence="CC BY-SA 4.0",
+        source=source,
     )
 
 
@@ -428,76 +439,29 @@ DATASETS: dict[str, DataSet] = {
         licence="MIT",
         source="arXiv 2406.12045",
     ),
-    "nq": DataSet(
-        task="qa",
-        hub="RUC-NLPIR/FlashRAG_datasets",
-        configs=("nq",),
-        splits={"train": "train", "validation": "dev", "test": "test"},
-        keys=_ASKED,
-        sizes={"train": 79168, "validation": 8757, "test": 3610},
-        licence="CC BY-SA 4.0",
-        source="arXiv 1906.00300",
+    "nq": _questions(
+        "nq",
+        {"train": "train", "validation": "dev", "test": "test"},
+        {"train": 79168, "validation": 8757, "test": 3610},
+        "arXiv 1906.00300",
     ),
-    "triviaqa": DataSet(
-        task="qa",
-        hub="RUC-NLPIR/FlashRAG_datasets",
-        configs=("triviaqa",),
-        splits={"train": "train", "validation": "dev", "test": "test"},
-        keys=_ASKED,
-        sizes={"train": 78785, "validation": 8837, "test": 11313},
-        licence="CC BY-SA 4.0",
-        source="arXiv 1705.03551",
+    "triviaqa": _questions(
+        "triviaqa",
+        {"train": "train", "validation": "dev", "test": "test"},
+        {"train": 78785, "validation": 8837, "test": 11313},
+        "arXiv 1705.03551",
     ),
-    "popqa": DataSet(
-        task="qa",
-        hub="RUC-NLPIR/FlashRAG_datasets",
-        configs=("popqa",),
-        splits={"test": "test"},
-        keys=_ASKED,
-        sizes={"test": 14267},
-        licence="CC BY-SA 4.0",
-        source="arXiv 2212.10511",
+    "popqa": _questions("popqa", {"test": "test"}, {"test": 14267}, "arXiv 2212.10511"),
+    "hotpotqa": _questions(
+        "hotpotqa", {"train": "train", "test": "dev"}, {"train": 90447, "test": 7405}, "arXiv 1809.09600"
     ),
-    "hotpotqa": DataSet(
-        task="qa",
-        hub="RUC-NLPIR/FlashRAG_datasets",
-        configs=("hotpotqa",),
-        splits={"train": "train", "test": "dev"},
-        keys=_ASKED,
-        sizes={"train": 90447, "test": 7405},
-        licence="CC BY-SA 4.0",
-        source="arXiv 1809.09600",
+    "2wiki": _questions(
+        "2wikimultihopqa", {"train": "train", "test": "dev"}, {"train": 15000, "test": 12576}, "arXiv 2011.01060"
     ),
-    "2wiki": DataSet(
-        task="qa",
-        hub="RUC-NLPIR/FlashRAG_datasets",
-        configs=("2wikimultihopqa",),
-        splits={"train": "train", "test": "dev"},
-        keys=_ASKED,
-        sizes={"train": 15000, "test": 12576},
-        licence="CC BY-SA 4.0",
-        source="arXiv 2011.01060",
+    "musique": _questions(
+        "musique", {"train": "train", "test": "dev"}, {"train": 19938, "test": 2417}, "arXiv 2108.00573"
     ),
-    "musique": DataSet(
-        task="qa",
-        hub="RUC-NLPIR/FlashRAG_datasets",
-        configs=("musique",),
-        splits={"train": "train", "test": "dev"},
-        keys=_ASKED,
-        sizes={"train": 19938, "test": 2417},
-        licence="CC BY-SA 4.0",
-        source="arXiv 2108.00573",
-    ),
-    "bamboogle": DataSet(
-        task="qa",
-        hub="RUC-NLPIR/FlashRAG_datasets",
-        configs=("bamboogle",),
-        splits={"test": "test"},
-        keys=_ASKED,
-        sizes={"test": 125},
-        licence="CC BY-SA 4.0",
-        source="arXiv 2210.03350",
-    ),
+    "bamboogle": _questions("bamboogle", {"test": "test"}, {"test": 125}, "arXiv 2210.03350"),
     "geometry3k": DataSet(
         task="vision",
         hub="hiyouga/geometry3k",

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from understudy.environments import Environment, openenv, verifiers
+from understudy.environments.endpoint import Asked, Played
 from understudy.errors import DataError, check_range
 from understudy.tasks.base import Carried, Split, Task
 from understudy.tasks.lazy import LazyPrompts
@@ -161,8 +162,8 @@ class Verifiers(verifiers.Hosted, _Hosted):
     def environment(self, prompt: Prompt) -> Environment:
         """An episode of its own."""
         number = int(prompt.id.rpartition("/")[2])
-        opening = verifiers.Asked(prompt.messages or (), prompt.tools or ())
-        return verifiers.Played(
+        opening = Asked(prompt.messages or (), prompt.tools or ())
+        return Played(
             partial(self._world.begin, number),
             self._world.leave,
             opening,
@@ -193,6 +194,6 @@ class Verifiers(verifiers.Hosted, _Hosted):
 
 
 @lru_cache(maxsize=100_000)
-def _opening(world: verifiers.World, number: int) -> verifiers.Asked:
+def _opening(world: verifiers.World, number: int) -> Asked:
     """Asked for once: it costs the beginning of an episode."""
     return world.opening(number)

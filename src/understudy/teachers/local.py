@@ -309,8 +309,12 @@ class LocalTeacher(Teacher):
                 scores = self._score_group([samples[index] for index in group], need, k, keeps_hidden)
                 found.update(zip(group, scores, strict=True))
             if self.collective:
+                head = self._head()
                 for _ in range(number - len(groups)):
                     idle(self.model)
+                    if head.slice is not None:
+                        none = torch.zeros(0, dtype=torch.int64, device=self._device)
+                        score(head.weight.new_zeros(0, head.weight.shape[1]), head, none)
                 release(self.model)
         return [found[index] for index in range(len(samples))]
 
@@ -334,13 +338,14 @@ class LocalTeacher(Teacher):
         """`logprob` [T] of the samples' tokens and `entropy` [T]; with k also `topk_ids` and `topk_logprob` [T, min(k, V)], of
         the tokens that are the student's; `likeliest_ids`, `likeliest_logprob`, `rank` if a sample has `keep_tokens`.
 
-        hidden [T, H]. Every logit is formed once; a chunk of them is all that is held.
+        hidden [T, H]. Every logit is formed once; a chunk of them is all that is held. With a head in slices of the vocabulary
+        there are only the first two.
         """
         head = self._head()
         target = torch.cat([sample.response_ids for sample in samples]).to(self._device)
         absent = torch.tensor(self._absent, dtype=torch.int64, device=hidden.device)
         keep = None
-        if any(sample.keep_tokens for sample in samples):
+        if head.slice is None and any(sample.keep_tokens for sample in samples):
             past = torch.arange(self._vocab_size, head.num_tokens, device=hidden.device)
             closely = [torch.full((sample.num_response_tokens,), sample.keep_tokens) for sample in samples]
             keep = Kept(torch.cat(closely).to(hidden.device), torch.cat([absent, past]))

@@ -102,7 +102,7 @@ class Alarm:
         return tuple(dict.fromkeys(names))
 
 
-EVIDENCE = "measured on the evidence's runs"
+EVIDENCE = "healthy runs of the evidence"
 ALARMS: tuple[Alarm, ...] = (
     Alarm(
         "length_explosion",
@@ -110,7 +110,7 @@ ALARMS: tuple[Alarm, ...] = (
         "Responses are more than twice as long as at first, and more of them are cut at the limit.",
         "Compare the end tokens of student and teacher (understudy doctor); lower train.lr, or let the reward cost length "
         "(method.overlong_buffer).",
-        f"{EVIDENCE}: healthy ones grow by 4 % at most; ms-swift#9526 and verl#6811 are explosions",
+        f"{EVIDENCE}: none is cut a tenth more often than at first; ms-swift#9526 and verl#6811 are explosions",
     ),
     Alarm(
         "length_collapse",
@@ -122,7 +122,7 @@ ALARMS: tuple[Alarm, ...] = (
         "Responses are less than a third as long as at first, though few were cut then and accuracy has not risen.",
         "Read some in samples/: if they stop before they answer, lower train.lr, or take method.reduce: token, which does not "
         "weigh short responses more.",
-        f"{EVIDENCE}: healthy ones shrink by 5 % at most",
+        f"{EVIDENCE}: at most 5 % shorter",
     ),
     Alarm(
         "missing_eos",
@@ -135,7 +135,7 @@ ALARMS: tuple[Alarm, ...] = (
         "If they go on behind their answer, no EOS is learnt: compare the end tokens of student, template and teacher "
         "(understudy doctor). If they are still at work, raise sampling.max_new_tokens; if they are meant to be cut, set "
         "train.on_alarm.missing_eos: ignore.",
-        f"{EVIDENCE}: at most 23 %, in a run that fails; trl#6357",
+        f"{EVIDENCE}: only one whose responses are of two tokens by design; trl#6357",
     ),
     Alarm(
         "repetition",
@@ -156,7 +156,7 @@ ALARMS: tuple[Alarm, ...] = (
         "The student hardly varies any more: its entropy is below a tenth of what it was, and far below the teacher's.",
         "Samples of a prompt are now alike, so that rewards teach nothing: go back to an earlier checkpoint, lower train.lr or "
         "sampling, take a method with entropy (eopd) or a clip that is wider above (dapo).",
-        f"Cui et al., arXiv 2505.22617; {EVIDENCE}: with a teacher at least 0.58 of the teacher's",
+        f"Cui et al., arXiv 2505.22617; {EVIDENCE}: at least 0.15 of what it was, where it is that low",
     ),
     Alarm(
         "teacher_excludes",
@@ -172,7 +172,7 @@ ALARMS: tuple[Alarm, ...] = (
         "Fewer than one in five tokens lie where the teacher is trusted, so that hardly anything of it is learnt.",
         "The student is too far away: train it with sft on the teacher's responses first, or set method.anneal_steps for "
         "prefixes of the teacher.",
-        f"{EVIDENCE}: at least 0.73",
+        f"{EVIDENCE}: at least 0.85",
     ),
     Alarm(
         "nothing_accepted",
@@ -193,15 +193,15 @@ ALARMS: tuple[Alarm, ...] = (
         "other does, and accuracy has not risen.",
         "Look at them in the report: often they are the template or the end of a response, on which the two differ. Else take "
         "a method that bounds them (reopold, tropd).",
-        f"{EVIDENCE}: up to 0.98 where a sure teacher corrects a student that improves, else at most 0.76; below 0.02 nats a "
-        "token, four times what bfloat16 explains, little is left to carry",
+        f"{EVIDENCE}: at most 0.8, or accuracy has risen; below 0.02 nats a token, four times what bfloat16 explains, "
+        "little is left to carry",
     ),
     Alarm(
         "overlap_falls",
         (Condition("overlap", "since first", below=-0.1),),
         "Student and teacher have less in common than at first: the student moves away from its teacher.",
         "Lower train.lr; if rewards pull it away, give the teacher more weight.",
-        "measured as total variation on the evidence's runs of TrOPD: where it falls by more than 0.1, accuracy falls to 0",
+        f"{EVIDENCE}: at most 0.02; in another that loses 0.1, accuracy falls from 14 % to 1 %",
     ),
     Alarm(
         "sampler_gap",
@@ -224,7 +224,7 @@ ALARMS: tuple[Alarm, ...] = (
         "The gradient jumps to more than ten times its usual size, again and again.",
         "Lower train.lr or train.max_grad_norm, or add train.warmup_steps; look in samples/ for tokens that the teacher finds "
         "impossible.",
-        f"{EVIDENCE}: three in {SPIKE_WINDOW} steps at most",
+        f"{EVIDENCE}: at most three in {SPIKE_WINDOW} steps",
     ),
     Alarm(
         "reward_hacking",
@@ -240,8 +240,7 @@ ALARMS: tuple[Alarm, ...] = (
         "Held-out accuracy is below where it began.",
         "Lower train.lr by a factor of 3 to 10. If it goes on, see whether the teacher reads the student's prompt in the form "
         "that it was trained on, at the same temperature, and is better than the student (eval.teacher).",
-        f"the 95 % intervals of this evaluation and of the first one do not meet; {EVIDENCE}: runs that rise in the end may "
-        "dip before step 30",
+        f"the 95 % intervals of this evaluation and of the first one do not meet; {EVIDENCE}: in none from step 50 on",
         after=50,
     ),
     Alarm(
@@ -251,10 +250,10 @@ ALARMS: tuple[Alarm, ...] = (
             Condition("log_ratio", "times first", above=0.95),
             Condition("accuracy_gain", below=0.02, window=1, optional=True),
         ),
-        "After 50 steps less than a twentieth of the distance to the teacher is gone, and accuracy has not risen.",
+        "After 60 steps less than a twentieth of the distance to the teacher is gone, and accuracy has not risen.",
         "Raise train.lr by a factor of 3 to 10 (compare --tune train.lr=...). If it is high already, lower it.",
-        f"{EVIDENCE}: runs whose accuracy rises have lost 6 % by then, most of them half",
-        after=50,
+        f"{EVIDENCE}: at most 0.9 by then, or accuracy has risen by 0.04",
+        after=60,
     ),
     Alarm(
         "updates_lost",
@@ -358,7 +357,7 @@ class Alarms:
     def __init__(self, on_alarm: Mapping[str, OnAlarm] | None = None) -> None:
         self._on_alarm = on_alarm or {}
         self._rules = [alarm for alarm in ALARMS if self._on_alarm.get(alarm.name) != "ignore"]
-        self._history = History()
+        self.history = History()
         self._quiet: dict[str, int] = {}
         """Steps since its conditions held, for each alarm that is on."""
         self._evaluations: list[EvalSummary] = []
@@ -375,10 +374,10 @@ class Alarms:
 
     def step(self, step: int, values: Mapping[str, float | None]) -> list[Change]:
         """Returns what changes with the numbers of a step. An alarm ends after `WINDOW` steps without its conditions."""
-        self._history.add(values)
+        self.history.add(values)
         changes = []
         for alarm in self._rules:
-            if alarm.holds(self._history, step):
+            if alarm.holds(self.history, step):
                 if alarm.name not in self._quiet:
                     changes.append(self._begin(alarm, step))
                 self._quiet[alarm.name] = 0
@@ -392,16 +391,16 @@ class Alarms:
     def evaluated(self, summary: EvalSummary) -> list[Change]:
         """Returns what begins with an evaluation."""
         self._evaluations.append(summary)
-        self._history.add(compare_evaluations(self._evaluations))
+        self.history.add(compare_evaluations(self._evaluations))
         begun = [
-            alarm for alarm in self._rules if alarm.name not in self._quiet and alarm.holds(self._history, summary.step)
+            alarm for alarm in self._rules if alarm.name not in self._quiet and alarm.holds(self.history, summary.step)
         ]
         changes = [self._begin(alarm, summary.step) for alarm in begun]
         self._quiet |= dict.fromkeys((alarm.name for alarm in begun), 0)
         return changes
 
     def _begin(self, alarm: Alarm, step: int) -> Change:
-        shown = filter(None, (part.show(self._history) for part in alarm.when))
+        shown = filter(None, (part.show(self.history) for part in alarm.when))
         return Change(alarm, step, True, ", ".join(dict.fromkeys(shown)))
 
     def replay(self, metrics: Path, summaries: Sequence[EvalSummary]) -> list[Change]:

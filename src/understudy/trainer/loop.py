@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -19,7 +19,7 @@ from understudy.files import Hashed, write_json_lines
 from understudy.lazy import Tensor, torch
 from understudy.linear import LMHead
 from understudy.methods import Method
-from understudy.models.parallel import collect_model, gathered, local
+from understudy.models.parallel import gathered, local, snapshot
 from understudy.randomness import hash_name
 from understudy.trainer.checkpoint import Progress, RunDir, checkpoint_path, prune, save_checkpoint, save_shards
 from understudy.trainer.distributed import Ranks
@@ -63,7 +63,7 @@ class Trainer:
     evaluation: Eval | None
     evaluate: Callable[[int], EvalSummary]
     """Evaluates at a step, on every rank alike."""
-    save_student: Callable[[Path, dict[str, Tensor] | None], None]
+    save_student: Callable[[Path, Iterable[tuple[str, Tensor]] | None], None]
     """Writes the student as a resumed run loads it, with these weights in place of its own where they are in shards."""
     observer: Observer
     run_dir: RunDir
@@ -420,7 +420,9 @@ class Trainer:
         folder, optimizer, progress = self.run_dir.checkpoints, self.optimizer.state(), self.progress
         is_there = self.ranks.gather(checkpoint_path(folder, progress.step).is_dir())[0]
         in_shards = self.student.is_sharded and not is_there
-        weights = collect_model(self.student.model) if in_shards else None
+        if in_shards and self._saving_group is None:
+            self._saving_group = torch.distributed.new_group(backend="gloo")
+        weights = snapshot(self.student.model, self._saving_group) if in_shards else None
         files: dict[str, Hashed] = {}
         teacher: dict[str, Tensor] = {}
         if self.ranks.is_main:
@@ -443,11 +445,18 @@ class Trainer:
             return
         # training goes on meanwhile, and moves the teacher too
         teacher = {name: value.detach().cpu().clone() for name, value in teacher.items()}
-        if self._saving_group is None:
-            self._saving_group = torch.distributed.new_group(backend="gloo")
         wait = save_shards(folder, progress.step, optimizer, self._saving_group)
+
+        def write_all() -> None:
+            try:
+                write(wait())
+            finally:
+                # the others send each tensor to the first rank, also where it cannot write them
+                for _ in weights or ():
+                    pass
+
         pool = ThreadPoolExecutor(1, "understudy-save")
-        self._saving = pool.submit(lambda: write(wait()))
+        self._saving = pool.submit(write_all)
         pool.shutdown(wait=False)
 
     def _finish_saving(self) -> None:

@@ -31,6 +31,8 @@ RISEN_TO = 1.0
 """Nats a token below which a loss that rose is no more than noise around 0."""
 MAX_PERIOD, MIN_LOOP_TOKENS = 64, 16
 """The longest part that counts as repeated, and the fewest tokens that are a loop."""
+BY_TEACHER = ("response_tokens", "truncated", "repetition", "staleness", "turns", "tool_calls", "tool_errors")
+"""Metrics of samples that are logged for each of several teachers too."""
 
 
 class Clock:
@@ -68,24 +70,30 @@ def collected_metrics(collected: Collected, updates: int, *, by_teacher: bool = 
     """Returns the metrics of a step's samples on this rank; `updates`: those in the weights that learn from them.
 
     Lengths are of all samples, `truncated` of those that the student wrote, `staleness` of the tokens trained on.
-    `by_teacher`: how responses end also for each teacher, under "teacher/NAME/".
+    `by_teacher`: those in `BY_TEACHER` also for each teacher, under "teacher/NAME/".
     """
-    written = collected.written
+    metrics = _sample_metrics(collected.written, collected.samples, updates)
+    # a rank may train on samples that another has written
+    teachers = {one.teacher: None for one in (*collected.written, *collected.samples) if one.teacher and by_teacher}
+    for teacher in teachers:
+        written, trained = (
+            [one for one in samples if one.teacher == teacher] for samples in (collected.written, collected.samples)
+        )
+        own = _sample_metrics(written, trained, updates)
+        metrics |= {f"teacher/{teacher}/{name}": own[name] for name in BY_TEACHER if name in own}
+    return metrics | collected.metrics
+
+
+def _sample_metrics(written: Sequence[Sample], trained: Sequence[Sample], updates: int) -> dict[str, Metric]:
     own = [sample for sample in written if sample.finish != "data"]
-    staleness = staleness_of(collected.samples, updates)
+    staleness = staleness_of(trained, updates)
     metrics = {
         "on_policy": Metric(len(own), len(written)),
         "staleness": Metric(float(staleness.sum()), staleness.numel()),
+        "response_tokens": Metric(sum(sample.num_written_tokens for sample in written), len(written)),
+        "truncated": Metric(sum(sample.truncated for sample in own), len(own)),
+        "repetition": Metric(sum(ends_in_loop(own)), len(own)),
     }
-    for teacher in (None, *(sorted({sample.teacher or "" for sample in written}) if by_teacher else ())):
-        some = [sample for sample in written if teacher in (None, sample.teacher)]
-        ended = [sample for sample in some if sample.finish != "data"]
-        ending = {
-            "response_tokens": Metric(sum(sample.num_written_tokens for sample in some), len(some)),
-            "truncated": Metric(sum(sample.truncated for sample in ended), len(ended)),
-            "repetition": Metric(sum(ends_in_loop(ended)), len(ended)),
-        }
-        metrics |= ending if teacher is None else {f"teacher/{teacher}/{name}": one for name, one in ending.items()}
     given = [int((sample.author == Author.TEACHER).sum()) for sample in own]
     if any(given):
         metrics["prefix_tokens"] = Metric(sum(given), sum(count > 0 for count in given))
@@ -100,7 +108,7 @@ def collected_metrics(collected: Collected, updates: int, *, by_teacher: bool = 
             values[f"tokens/{author.name.lower()}"] = sum(int((sample.author == author).sum()) for sample in own)
         metrics |= {name: Metric(value, len(own)) for name, value in values.items()}
         metrics["turn_tokens"] = Metric(sum(sample.num_written_tokens for sample in own), turns)
-    return metrics | collected.metrics
+    return metrics
 
 
 def why_not_learnt(num_updates: int, rows: Sequence[Mapping[str, float | None]]) -> str | None:
@@ -269,7 +277,7 @@ class Observer:
         self._write("events", {"step": step, "kind": "warning", "text": printable(text)})
 
     def _show(self, changes: Sequence[Change]) -> None:
-        """Says on the console and in the files which alarms begin and end; dashboards that have alerts send one."""
+        """Says on the console and in the files which alarms begin and end; dashboards alert to those that begin."""
         for change in changes:
             text = f"step {change.step:,}: {change.text}"
             self.console.alarm(text, begins=change.begins)

@@ -56,6 +56,9 @@ class Publisher:
                     gap = self.engine.push(weights, version, probe) if self.ranks.is_main else None
                 except WeightsLostError as error:
                     lost = error
+                # of shards all ranks gather each tensor, and the first may have stopped before the last
+                for _ in weights:
+                    pass
             # every rank raises, so that all of them heal together: the calls that follow are collective
             if self.engine.remote and self.ranks.any(lost is not None):
                 raise lost or WeightsLostError("the rollout engine lost its weights, as the first rank reports")

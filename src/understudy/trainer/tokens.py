@@ -322,7 +322,7 @@ _Sums = dict[tuple[str, str], NDArray[np.float64]]
 
 def _sums(tokens: StepTokens) -> _Sums:
     """Sums over this rank's tokens of a step: under "log_ratio" a histogram by teacher, under "parts" the sum and the count of
-    a number in each part of the response, under "" the number of samples, and the sum and the rows of "top_shared"."""
+    a number in each part of the response, over all teachers and for each; under "" the number of samples."""
     edges = torch.tensor(LOG_RATIO_EDGES)
     found: _Sums = {}
 
@@ -336,6 +336,10 @@ def _sums(tokens: StepTokens) -> _Sums:
         part = (torch.arange(len(starts)) - starts) * NUM_PARTS // sizes.repeat_interleave(sizes)
         shown = {name: value for name, value in columns.items() if name in ("log_ratio", "log_ratio_size")}
         shown |= {name: value for name, value in columns.items() if _is_flag(name, value)}
+        if {"student_top", "teacher_top"} <= columns.keys():
+            ours, theirs = columns["student_top"], columns["teacher_top"]
+            both = (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1)
+            shown["top_shared"] = torch.where((ours[:, 0] >= 0) & (theirs[:, 0] >= 0), both, torch.nan)
         for teacher in ("", *sorted({sample.teacher or "" for sample in samples} - {""})):
             own = torch.tensor([teacher in ("", sample.teacher) for sample in samples]).repeat_interleave(sizes)
             if "log_ratio" in columns:
@@ -347,18 +351,14 @@ def _sums(tokens: StepTokens) -> _Sums:
                 pair = torch.stack([torch.where(known, value, 0.0), known.float()]).double()
                 sums = torch.zeros(2, NUM_PARTS, dtype=torch.float64).index_add_(1, part, pair)
                 add("parts", f"teacher/{teacher}/{name}" if teacher else name, sums)
-        if "student_top" in columns and "teacher_top" in columns:
-            ours, theirs = columns["student_top"], columns["teacher_top"]
-            rows = (ours[:, 0] >= 0) & (theirs[:, 0] >= 0)
-            both = (ours[rows][:, :, None] == theirs[rows][:, None, :]).any(-1)
-            add("", "top_shared", torch.stack([both.double().mean(-1).sum(), rows.double().sum()]))
     return found
 
 
 def _picture(parts: Sequence[_Sums], step: int) -> dict[str, object] | None:
     """The step's line in pictures.jsonl, of all ranks: a histogram of log T - log S and, by the part of the response that a
-    token is in, numbers as [sums, counts], both for each of several teachers too; and how many of the five most likely tokens
-    both sides share, as [sum of shares, rows]. None where no rank has a sample."""
+    token is in, numbers as [sums, counts], both for each of several teachers too. None where no rank has a sample.
+
+    `top_shared` is the share of the student's five most likely tokens that are among the teacher's."""
     total: _Sums = {}
     for sums in parts:
         for name, value in sums.items():
@@ -374,9 +374,6 @@ def _picture(parts: Sequence[_Sums], step: int) -> dict[str, object] | None:
         for (group, name), value in total.items()
         if group == "parts"
     }
-    shared = total.get(("", "top_shared"))
-    if shared is not None and shared[1]:
-        record["top_shared"] = [float(shared[0]), int(shared[1])]
     return record
 
 

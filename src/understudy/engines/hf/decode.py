@@ -182,7 +182,8 @@ class Decoder:
         if any(images):
             self._images, self._padding = [shown for _, shown in distinct], (width - lengths).tolist()
             self._positions = self._positions_with_images(ids.to(self._device), positions.to(self._device))
-        if self._style == "segments" and not any(images):
+        # contexts of one length have no padding to spare, and as rows need no copy from one row to the cache's rows
+        if self._style == "segments" and padded and not any(images):
             hidden = self._read_side_by_side(list(distinct.values()))
         else:
             hidden = self._forward(ids.to(self._device))
@@ -348,10 +349,11 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     Its log-probability refers to the softmax of `logits`, unfiltered. -> ids [B], logprob [B] in the logits' type.
     A row with NaN or +inf gives some token, with log-probability NaN.
     """
-    shifted = logits - logits.amax(-1, keepdim=True)
-    weight = shifted.exp()
+    top = logits.amax(-1, keepdim=True)
+    # in place: a second array of this size costs as much as the pass over it
+    weight = (logits - top).exp_()
     if sampling.temperature == 0:
-        ids, total = shifted.argmax(-1, keepdim=True), weight.sum(-1, keepdim=True)
+        ids, total = logits.argmax(-1, keepdim=True), weight.sum(-1, keepdim=True)
     elif sampling.filtered:
         total = weight.sum(-1, keepdim=True)
         kept, order = _filter(weight, sampling)
@@ -360,7 +362,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
         # float64: a float32 sum over 150,000 tokens rounds the tail away
         cumulative = weight.cumsum(-1, dtype=torch.float64)
         ids, total = _invert(cumulative, uniform), cumulative[:, -1:]
-    logprob = shifted.gather(-1, ids) - total.log()
+    logprob = logits.gather(-1, ids) - top - total.log()
     return ids.squeeze(-1), logprob.squeeze(-1).to(logits.dtype)
 
 

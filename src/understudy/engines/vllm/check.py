@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from understudy.engines.base import Probe
+from understudy.engines.base import Probe, Weights
 from understudy.engines.vllm.servers import Servers
 from understudy.errors import EngineError
 from understudy.lazy import Tensor, torch
@@ -54,16 +54,17 @@ class PushCheck:
     _num_still: dict[str, int] = field(default_factory=dict, init=False)
     """Pushes in a row that moved nothing, by server."""
 
-    def note(self, weights: Mapping[str, Tensor]) -> None:
-        """Notes whether the weights differ from the last ones in the engine's precision."""
+    def noted(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """The same weights; once all are read, it is known whether they differ from the last ones in the engine's precision."""
         checksums: dict[str, int] = {}
         kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
-        for name, tensor in weights.items():
+        for name, tensor in weights:
             if tensor.is_floating_point():
                 # the bits of every number as an integer: equal for equal numbers, and rarely for others
                 pieces = tensor.detach().reshape(-1).split(PIECE)
                 sums = [piece.to(self.dtype).view(kind).sum(dtype=torch.int64) for piece in pieces]
                 checksums[name] = int(torch.stack(sums).sum())
+            yield name, tensor
         self._changed |= bool(self._checksums) and checksums != self._checksums
         self._checksums = checksums
 

@@ -164,8 +164,8 @@ class VLLMEngine:
         """Gives every server the weights, by the names of the plain model; the first call starts the servers.
 
         Returns the largest mean distance of a server's log-probabilities from those of `probe`, None where nothing is
-        compared. `weights` is None where another rank has pushed them, and only the version is noted. Raises EngineError,
-        after which nothing can be generated, for a server that fails or disagrees.
+        compared. `weights` are read once, as they are sent; None where another rank has pushed them, and only the version is
+        noted. Raises EngineError, after which nothing can be generated, for a server that fails or disagrees.
         """
         # First of all: once the new weights are there, nobody can tell whether a server lost the old ones in between, and
         # the samples that it wrote without them would be trained on.
@@ -181,8 +181,7 @@ class VLLMEngine:
                 self._gate.open(version)
                 return None
             # The head goes along under a name of its own, because an engine may keep a copy of a tied one.
-            named = with_head(self._setup.model, weights)
-            self._check.note(named)
+            named = self._check.noted(with_head(self._setup.model, weights))
             if not self._servers.started and self._section.launch is not None:
                 # Servers of the run's own begin with these weights.
                 with self._open_store().written(named, "start", keeps_config=True) as directory:
@@ -381,7 +380,7 @@ class VLLMEngine:
             "stop_token_ids": sorted(self._setup.stop_ids),
             # the model's own EOS need not be among the trainer's stop tokens
             "ignore_eos": True,
-            # 0 likeliest tokens beside the sampled one
+            # none of the most likely tokens beside the sampled one
             "logprobs": 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,

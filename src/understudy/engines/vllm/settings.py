@@ -17,7 +17,7 @@ from understudy.http.client import RetryPolicy
 from understudy.http.replies import check_address, check_key, check_variable, fill, is_loopback
 from understudy.lazy import nn
 from understudy.models.lora import merged_state_dict
-from understudy.models.parallel import collect_model, shards_of
+from understudy.models.parallel import shards_of, stream
 from understudy.text import is_secret_name, plain_tree, without_secrets
 from understudy.types import Sampling
 
@@ -172,10 +172,7 @@ class VLLM(EngineSection):
         return VLLMEngine(self, setup)
 
     def pushed(self, model: nn.Module) -> Callable[[], Weights]:
-        def weights() -> Weights:
-            return (merged_state_dict(model) if shards_of(model) is None else collect_model(model)).items()
-
-        return weights
+        return lambda: merged_state_dict(model).items() if shards_of(model) is None else stream(model)
 
     @property
     def launches(self) -> bool:

@@ -8,10 +8,11 @@ import os
 import shutil
 import stat
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from threading import Thread
@@ -24,21 +25,22 @@ from understudy.engines.vllm.settings import VLLM
 from understudy.errors import EngineError, RecipeError
 from understudy.lazy import Tensor, nn, safetensors, torch
 from understudy.models import unwrap
-from understudy.models.parallel import own_class
+from understudy.models.parallel import own_class, pieces
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where the kernel keeps it)
-SHARD_BYTES = 4 * 2**30
-"""Size of one file, which is what is copied to the CPU at a time."""
 ROOM = 1.05
 """Free space over the weights' size: headers, configuration and tokenizer come on top."""
 
 
-def with_head(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
+def with_head(model: nn.Module, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """The weights with the head also where it is the embedding: an engine may keep a copy of its own (vLLM's on CPUs does)."""
-    named, tied = dict(weights), _tied_names(unwrap(model))
-    if tied is not None:
-        named.setdefault(tied[1], named[tied[0]])
-    return named
+    embedding, head = _tied_names(unwrap(model)) or (None, None)
+    kept: Tensor | None = None
+    for name, tensor in weights:
+        kept = tensor if name == embedding else None if name == head else kept
+        yield name, tensor
+    if head is not None and kept is not None:
+        yield head, kept
 
 
 def _tied_names(model: Any) -> tuple[str, str] | None:
@@ -76,7 +78,7 @@ class WeightStore:
         self._lock: IO[bytes] | None = _take_folder(self.folder)
 
     @contextmanager
-    def written(self, weights: Mapping[str, Tensor], name: str, *, keeps_config: bool = False) -> Iterator[Path]:
+    def written(self, weights: Weights, name: str, *, keeps_config: bool = False) -> Iterator[Path]:
         """A directory that vLLM loads, removed at the end; `keeps_config`: except configuration and tokenizer, which a
         server that is started with them may read again. Raises EngineError where it cannot be written."""
         directory = self.write(weights, name)
@@ -88,7 +90,7 @@ class WeightStore:
             if not keeps_config:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def write(self, weights: Mapping[str, Tensor], name: str) -> Path:
+    def write(self, weights: Weights, name: str) -> Path:
         """As `written`, but it stays until `close`."""
         target, aside = self.folder / name, self.folder / f"{name}.tmp"
         try:
@@ -101,7 +103,7 @@ class WeightStore:
                     f"{self.folder} has {free / 2**30:.2f} GiB free, and the student's weights take "
                     f"{self._num_bytes / 2**30:.2f}; free some, or set rollout.weights: directory and rollout.weights_dir"
                 )
-            self._write_shards(weights, aside)
+            self._write_files(weights, aside)
             config: Any = type(self._model.config).from_dict(self._model.config.to_dict())
             # the files' precision, not the model's
             config.dtype = self._dtype
@@ -125,19 +127,17 @@ class WeightStore:
             self._lock.close()
             self._lock = None
 
-    def _write_shards(self, weights: Mapping[str, Tensor], directory: Path) -> None:
-        files: dict[str, str] = {}
-        shard: dict[str, Tensor] = {}
-        for number, (name, tensor) in enumerate(weights.items(), 1):
+    def _write_files(self, weights: Weights, directory: Path) -> None:
+        def on_host(tensor: Tensor) -> Tensor:
             value = tensor.detach().to("cpu", self._dtype if tensor.is_floating_point() else None)
             # safetensors refuses tensors that share memory, and those of a tied head do
-            value = value.clone() if value.data_ptr() == tensor.data_ptr() else value
-            shard[name] = value.contiguous()
-            if number == len(weights) or sum(one.nbytes for one in shard.values()) >= SHARD_BYTES:
-                file = f"model-{number:05d}.safetensors"
-                safetensors.save_file(shard, directory / file, metadata={"format": "pt"})
-                files |= dict.fromkeys(shard, file)
-                shard = {}
+            return (value.clone() if value.data_ptr() == tensor.data_ptr() else value).contiguous()
+
+        files: dict[str, str] = {}
+        for number, piece in enumerate(pieces((name, on_host(tensor)) for name, tensor in weights), 1):
+            file = f"model-{number:05d}.safetensors"
+            safetensors.save_file(piece, directory / file, metadata={"format": "pt"})
+            files |= dict.fromkeys(piece, file)
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
@@ -265,24 +265,26 @@ class NCCLTransfer:
     new_id: Callable[[], bytes] = torch.cuda.nccl.unique_id
     _group: NCCLGroup | None = field(default=None, init=False)
 
-    def send(self, weights: Mapping[str, Tensor]) -> None:
-        """Broadcasts the weights in the precision of the engine."""
+    def send(self, weights: Weights) -> None:
+        """Broadcasts the weights in the precision of the engine, some at a time."""
         if self._group is None:
             self._group = self._connect()
         group = self._group
         empty: list[dict[str, Any]] = [{}] * len(self.servers.urls)
-        info = {
-            "names": list(weights),
-            "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(weights),
-            "shapes": [list(tensor.shape) for tensor in weights.values()],
-        }
         self.servers.everywhere("/start_weight_update", bodies=empty)
-        tensors = [tensor.detach().to(self.device, self.dtype).contiguous() for tensor in weights.values()]
-        # servers answer when they have received everything
-        update = [{"update_info": info}] * len(empty)
-        self._together(
-            lambda: self.servers.everywhere("/update_weights", bodies=update), lambda: group.broadcast(tensors)
-        )
+        for piece in pieces((name, tensor.detach().to(self.device, self.dtype)) for name, tensor in weights):
+            tensors = [tensor.contiguous() for tensor in piece.values()]
+            info = {
+                "names": list(piece),
+                "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(piece),
+                "shapes": [list(tensor.shape) for tensor in tensors],
+            }
+            # servers answer when they have received all of it
+            update = [{"update_info": info}] * len(empty)
+            self._together(
+                partial(self.servers.everywhere, "/update_weights", bodies=update), partial(group.broadcast, tensors)
+            )
+            del tensors
         self.servers.everywhere("/finish_weight_update", bodies=empty)
 
     def _connect(self) -> NCCLGroup:

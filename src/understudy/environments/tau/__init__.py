@@ -1,4 +1,4 @@
-"""Conversations with a customer over a data base: the retail shop and the airline of tau-bench."""
+"""Conversations with a customer over a database: the retail shop and the airline of tau-bench."""
 
 from understudy.environments.tau.customer import UserModel
 from understudy.environments.tau.database import Database, read_tables

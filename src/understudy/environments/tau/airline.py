@@ -1,4 +1,4 @@
-"""An airline as tau-bench states it: its data base, and tools of our own that read and change it."""
+"""An airline as tau-bench states it: its database, and tools of our own that read and change it."""
 
 from __future__ import annotations
 
@@ -267,5 +267,5 @@ class Airline(Desk):
 
 
 def _next_day(date: str) -> str:
-    """The next day of the month, which is May 2024 in all of the data base."""
+    """The next day of the month, which is May 2024 in all of the database."""
     return f"{date[:-2]}{int(date[-2:]) + 1:02d}"

@@ -1,4 +1,4 @@
-"""A data base in memory that many episodes share: each has its own changes."""
+"""A database in memory that many episodes share: each has its own changes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read_tables(folder: str, names: tuple[str, ...]) -> Tables:
         try:
             tables[name] = load_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}, a table of the data base: {error}") from error
+            raise DataError(f"cannot read {path}, a table of the database: {error}") from error
         if not isinstance(tables[name], dict):
             raise DataError(f"{path} must be an object of rows by their keys")
     return tables

@@ -1,4 +1,4 @@
-"""A retail shop as tau-bench states it: its data base, and tools of our own that read and change it."""
+"""A retail shop as tau-bench states it: its database, and tools of our own that read and change it."""
 
 from __future__ import annotations
 

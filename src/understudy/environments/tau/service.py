@@ -1,7 +1,7 @@
-"""tau-bench: a customer whom the student serves with tools that change a data base, by a policy.
+"""tau-bench: a customer whom the student serves with tools that change a database, by a policy.
 
 Yao et al. 2024, arXiv 2406.12045. Data bases, policies and tasks are those of the benchmark, the tools are written anew.
-An episode is right if its data base ends as after the reference calls, and the customer was told what the task says.
+An episode is right if its database ends as after the reference calls, and the customer was told what the task says.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Domain:
     """A shop, an airline: what it has and what can be done with it."""
 
     tables: tuple[str, ...]
-    """Names of the files of its data base."""
+    """Names of the files of its database."""
     kind: Callable[[Database], object]
     """Its tools: the public methods of this class."""
 
@@ -54,7 +54,7 @@ def silent(said: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def domain_tools(domain: str, database: Database) -> list[Tool]:
-    """The tools of a domain on a data base. A tool that fails leaves it as it was."""
+    """The tools of a domain on a database. A tool that fails leaves it as it was."""
     service = DOMAINS[domain].kind(database)
     methods = inspect.getmembers(service, inspect.ismethod)
     return [Tool.of(_undoing(method, database)) for name, method in methods if not name.startswith("_")]
@@ -74,7 +74,7 @@ def _undoing(method: Callable[..., object], database: Database) -> Callable[...,
 
 
 def replay(domain: str, tables: Tables, actions: Sequence[Mapping[str, Any]]) -> tuple[Database, list[str]]:
-    """The data base after the calls `{name, kwargs}`, and what went wrong with those that failed."""
+    """The database after the calls `{name, kwargs}`, and what went wrong with those that failed."""
     database = Database(tables)
     tools = {tool.name: tool for tool in domain_tools(domain, database)}
     failed = []
@@ -127,7 +127,7 @@ class Service(ToolUse):
         return Step(done=True, reward=self.grade())
 
     def grade(self) -> Grade:
-        """1.0 if the data base is as it should be and everything was told. The answer is the state, for majority votes.
+        """1.0 if the database is as it should be and everything was told. The answer is the state, for majority votes.
 
         Some reference calls change nothing; where the student says and does nothing at all, it is wrong all the same.
         """
@@ -137,7 +137,7 @@ class Service(ToolUse):
         rows = sorted(row for row in changed.keys() | expected.keys() if changed.get(row) != expected.get(row))
         if rows:
             named = ", ".join("/".join(row) for row in rows)
-            return Grade(0.0, answer, f"the data base is not as it should be: {named}")
+            return Grade(0.0, answer, f"the database is not as it should be: {named}")
         told = _plain(" ".join(str(message["content"]) for message in self._said if message["role"] == "assistant"))
         if not self._num_calls and not told.strip():
             return Grade(0.0, answer, "nothing was said and nothing done")

@@ -1,4 +1,4 @@
-"""All checks of a run, by the stage in which they can be made. Rules about the recipe alone are `schema.RULES`."""
+"""All checks of a run, by the stage in which they can be made. Rules about the recipe alone are `rules.RULES`."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ from understudy.recipe.load import (
     eval_prompts,
     prompt_limit,
     response_setup,
-    tokenizer_source,
 )
+from understudy.recipe.tokenizers import tokenizer_source
 from understudy.tasks import Renderer, Split, Task, num_repeated, overlap, overlap_message
 from understudy.teachers import RunFacts, TeacherSection, check_names
 from understudy.teachers.stores.responses import open_responses

@@ -20,13 +20,12 @@ from understudy.models.vocabulary import saved_ends, tokenizer_ends
 from understudy.recipe.load import (
     Loaded,
     Teachers,
-    Tokenizers,
     data_parts,
     read_intakes,
     response_setup,
-    tokenizer_source,
 )
 from understudy.recipe.schema import Recipe
+from understudy.recipe.tokenizers import Tokenizers, tokenizer_source
 from understudy.tasks import Intake, Task
 from understudy.tasks.renderer import Renderer
 from understudy.teachers import Source, Teacher, TeacherSection
@@ -42,7 +41,7 @@ LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
 Stage = Literal["files", "room", "loaded", "rehearsed", "advice"]
 """The input of a check: the recipe with its files and data; models whose sizes are known; everything loaded; samples that
 were rehearsed; and all data, read whole, for warnings that no run has to heed. Rules that need the recipe alone are
-`schema.RULES`: no recipe is made that breaks one."""
+`rules.RULES`: no recipe is made that breaks one."""
 AS_SAID = "as the message says"
 MAX_COMPARED = 200_000
 """Training prompts that are looked at one by one: computed tasks have millions."""
