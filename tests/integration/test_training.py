@@ -36,6 +36,18 @@ from understudy.trainer.update import Optimizer, accumulate_gradients
 
 pytestmark = pytest.mark.slow
 
+AND_THREADS = """
+import sys
+from pathlib import Path
+
+from understudy.cli import entry
+
+try:
+    entry()
+finally:
+    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").glob("*")]
+    print("threads of gloo:", [name for name in names if "gloo" in name], file=sys.stderr, flush=True)
+"""
 DETERMINISTIC = ("loss", "grad_norm", "log_ratio", "student_entropy", "response_tokens", "lr", "num_samples")
 
 
@@ -273,13 +285,18 @@ def test_lora_trains_adapters_only_and_saves_either_form(tmp_path: Path) -> None
 
 
 def test_two_ranks_are_one_run(tmp_path: Path) -> None:
-    """Counts, metrics and data order are those of ranks: two processes give the losses and weights of one."""
+    """Counts, metrics and data order are those of ranks: two processes give the losses and weights of one.
+
+    No thread of gloo outlives them: it may abort the process when that ends.
+    """
     changes = distillation(tmp_path, eval={"every": 3, "problems": 6})
     alone = train(tmp_path / "alone", **changes).run_dir.path
     path = write_recipe(tmp_path / "both", **changes)
+    script = tmp_path / "threads_of_gloo_at_the_end.py"
+    script.write_text(AND_THREADS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*command, "-m", "understudy", "train", str(path)],
+        [*command, str(script), "train", str(path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -287,6 +304,7 @@ def test_two_ranks_are_one_run(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("threads of gloo: []") == 2, done.stderr
     both = tmp_path / "both" / "run"
     for one, other in zip(metrics(alone), metrics(both), strict=True):
         assert one["num_samples"] == other["num_samples"]

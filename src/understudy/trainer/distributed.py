@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return Ranks()
         if not torch.distributed.is_initialized():
+            # imported later, as torch._dynamo does, its default arguments would keep the group, and the threads of gloo
+            # with it, beyond `close`
+            importlib.import_module("torch.distributed.nn.functional")
             torch.distributed.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
         return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
