@@ -166,6 +166,32 @@ def test_process_settings_are_for_cpus_and_leave_the_users_own() -> None:
     assert added.keys() == {DONE, *FOR_CPU} - {"GOMP_SPINCOUNT"}
 
 
+def test_a_rank_leaves_with_its_status_after_what_others_do_at_exit() -> None:
+    """It does not finalize the interpreter, in which a thread of gloo may abort it."""
+    program = (
+        "import atexit, sys, types\n"
+        "from understudy.cli import entry\n"
+        "class Kept:\n"
+        "    def __del__(self): print('finalized')\n"
+        "kept = Kept()\n"
+        "def main():\n"
+        "    atexit.register(print, 'registered later')\n"
+        "    sys.exit(7)\n"
+        "sys.modules['understudy.cli.app'] = types.SimpleNamespace(main=main)\n"
+        "entry()\n"
+    )
+    for world, said in (("2", "registered later\n"), ("1", "registered later\nfinalized\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"UNDERSTUDY_STARTED": "1", "WORLD_SIZE": world, "PYTHONUNBUFFERED": ""},
+        )
+        assert done.returncode == 7, done.stderr
+        assert done.stdout == said
+
+
 def test_every_file_of_the_package_is_installed_with_it() -> None:
     """A file that `package-data` forgets is there in a checkout and missing after `pip install`."""
     root = Path(__file__).parents[2]

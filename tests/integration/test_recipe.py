@@ -1,4 +1,4 @@
-"""Bad input gets one sentence with its path in the recipe, exit code 2, and nothing is written (issue 2, section 4)."""
+"""Bad input gets one sentence with its path in the recipe, exit code 2, and nothing is written."""
 
 from __future__ import annotations
 

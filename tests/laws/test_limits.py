@@ -1,4 +1,4 @@
-"""Methods that become each other, in loss and gradient, under the same reduction (`methods.md`, section 2, laws 2 and 4)."""
+"""Methods that become each other, in loss and gradient, under the same reduction."""
 
 from __future__ import annotations
 

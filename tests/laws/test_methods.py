@@ -1,4 +1,4 @@
-"""What follows from the mathematics for every method, and the limits between methods (`methods.md`, section 2)."""
+"""What follows from the mathematics for every method, and the limits between methods."""
 
 from __future__ import annotations
 

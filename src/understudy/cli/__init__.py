@@ -8,6 +8,7 @@ large vocabulary would be several times the memory in use) and let threads sleep
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,17 @@ def entry() -> None:
     added = settings_for(os.environ, linux=sys.platform == "linux", gpu=Path("/dev/nvidia0").exists())
     if added:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | added)  # noqa: S606 (itself)
+    status = [1]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # torch keeps the process groups of shards, and a thread of gloo may abort an interpreter that finalizes. Registered
+        # first, these run after all other functions of `atexit`, the last of them first
+        atexit.register(lambda: os._exit(status[0]))
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            atexit.register(stream.flush)
     from understudy.cli.app import main
 
-    main()
+    try:
+        main()
+    except SystemExit as ending:
+        status[0] = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        raise
