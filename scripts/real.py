@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,6 +214,15 @@ def evaluate(recipe: str, model: Path, out: Path, *overrides: str) -> None:
     understudy("eval", RECIPES / f"{recipe}.yaml", *overrides, "--model", model, "--out", out)
 
 
+def apart(part: Callable[..., None], *args: object) -> None:
+    """Calls a function in a process of its own, with whose end its memory is free; ends this one where it fails."""
+    process = multiprocessing.get_context("spawn").Process(target=part, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
+
+
 # --- measures -----------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +249,7 @@ def divergences(student: Any, teacher: Any, one: Sample) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(name: str, model: Path, console: Console) -> None:
+def measure(name: str, model: Path) -> None:
     """Divergences in float64 on fresh answers to the held-out questions: the student's own, and the teacher's."""
     path = MEASURED / f"{name}.json"
     if path.is_file():
@@ -248,7 +258,7 @@ def measure(name: str, model: Path, console: Console) -> None:
     answers = {"own": draw(model=model), "teacher": draw(model=TEACHER)}
     student, teacher = (load_causal_lm(str(one), dtype="float64") for one in (model, TEACHER))
     found: dict[str, list[dict[str, float]]] = {}
-    with console.progress(f"{name}: KL in float64", 2 * NUM_QUESTIONS) as advance:
+    with Console().progress(f"{name}: KL in float64", 2 * NUM_QUESTIONS) as advance:
         for author, samples in answers.items():
             found[author] = []
             for one in samples:
@@ -260,7 +270,7 @@ def measure(name: str, model: Path, console: Console) -> None:
 
 
 @torch.no_grad()
-def sit_exam(name: str, model: Path, console: Console) -> None:
+def sit_exam(name: str, model: Path) -> None:
     """ARC: the choice with the highest log-probability a character is taken. Beside it the log-probability of the questions."""
     path = MEASURED / f"{name}-exam.json"
     if path.is_file():
@@ -268,7 +278,7 @@ def sit_exam(name: str, model: Path, console: Console) -> None:
     tokenizer, reader = load_tokenizer(str(model)), load_causal_lm(str(model), dtype="float32")
     problems = [json.loads(line) for line in (FILES / "exam.jsonl").read_text(encoding="utf-8").splitlines()]
     found = []
-    with console.progress(f"{name}: ARC", len(problems)) as advance:
+    with Console().progress(f"{name}: ARC", len(problems)) as advance:
         for problem in problems:
             found.append(answer_problem(reader, tokenizer, problem))
             advance(1)
@@ -302,7 +312,7 @@ def answer_problem(model: Any, tokenizer: Any, problem: Mapping[str, Any]) -> di
 # --- the two parts --------------------------------------------------------------------------------------------------------
 
 
-def learn_prompt(console: Console) -> None:
+def learn_prompt() -> None:
     """A prompt distilled into weights: accuracy without it before and after, and with it."""
     train("prompt")
     recipe = config.read_yaml(RECIPES / "prompt.yaml")
@@ -338,44 +348,50 @@ def scores_of(path: Path) -> dict[str, float]:
     return {item["prompt_id"].rpartition("/")[2]: item["score"] for item in found}
 
 
-def recover(console: Console) -> None:
+def recover() -> None:
     """A pruned model: the warm start, then three ways on from it. The page is drawn with every new measure."""
     train("warm")
     models = {"whole": TEACHER, "pruned": PRUNED, "warm": RUNS / "warm/student"}
-    measure("pruned", PRUNED, console)
-    measure("warm", models["warm"], console)
+    apart(measure, "pruned", PRUNED)
+    apart(measure, "warm", models["warm"])
     for arm in ARMS:
         train(arm)
         models[arm] = RUNS / arm / "student"
-        measure(arm, models[arm], console)
+        apart(measure, arm, models[arm])
         for checkpoint in sorted((RUNS / arm / "checkpoints").glob("step_*"))[:-1]:
-            measure(f"{arm}-{int(checkpoint.name.removeprefix('step_'))}", checkpoint / "student", console)
+            apart(measure, f"{arm}-{int(checkpoint.name.removeprefix('step_'))}", checkpoint / "student")
         # the weights that are wanted further are in student/, and an optimizer's state is twice as large
         shutil.rmtree(RUNS / arm / "checkpoints", ignore_errors=True)
         save_recovery()
     for name, model in models.items():
-        sit_exam(name, model, console)
+        apart(sit_exam, name, model)
     save_recovery()
     for name, model in models.items():
         evaluate("instructions", model, MEASURED / f"{name}-instructions")
     save_recovery()
 
 
-def judge(console: Console) -> None:
+def ask_judge() -> None:
     """The digit that the model, as a judge of OVD, expects for the right choice of a problem of ARC and for a wrong one."""
     path = MEASURED / "judge.json"
-    if not path.is_file():
-        teacher = Verbal(model=str(TEACHER), dtype="float32").open(Setup(name="judge", vocab_size=VOCABULARY))
-        lines = (FILES / "exam.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_JUDGED]
-        pairs = []
-        with console.progress("digits", len(lines)) as advance:
-            for problem in map(json.loads, lines):
-                right, choices = problem["right"], problem["choices"]
-                said = [answered(problem["question"], choices[(right + shift) % len(choices)]) for shift in (0, 1)]
-                pairs.append([verdict.score for verdict in teacher.judge(said, score="expectation")])
-                advance(1)
-        write_json(path, {"pairs": pairs})
-    pairs = read_json(path)["pairs"]
+    if path.is_file():
+        return
+    teacher = Verbal(model=str(TEACHER), dtype="float32").open(Setup(name="judge", vocab_size=VOCABULARY))
+    lines = (FILES / "exam.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_JUDGED]
+    pairs = []
+    with Console().progress("digits", len(lines)) as advance:
+        for problem in map(json.loads, lines):
+            right, choices = problem["right"], problem["choices"]
+            said = [answered(problem["question"], choices[(right + shift) % len(choices)]) for shift in (0, 1)]
+            pairs.append([verdict.score for verdict in teacher.judge(said, score="expectation")])
+            advance(1)
+    write_json(path, {"pairs": pairs})
+
+
+def judge() -> None:
+    """How often the judge's digit for the right choice is the higher one."""
+    apart(ask_judge)
+    pairs = read_json(MEASURED / "judge.json")["pairs"]
     ahead = [1.0 if right > wrong else 0.5 if right == wrong else 0.0 for right, wrong in pairs]
     rows = [row("row", "the whole", "right ahead of wrong", "", estimate_mean(ahead, SHARE))]
     for index, metric in enumerate(("digit of a right answer", "digit of a wrong answer")):
@@ -608,13 +624,12 @@ def main() -> None:
     if args.draw:
         draw()
         return
-    console = Console()
     for title, part in (
-        ("1/5  weights and a pruned copy", make_models),
+        ("1/5  weights and a pruned copy", partial(apart, make_models)),
         ("2/5  questions", partial(make_data, args.data)),
-        ("3/5  a prompt, distilled into weights", partial(learn_prompt, console)),
-        ("4/5  a judge", partial(judge, console)),
-        ("5/5  a pruned model, recovered", partial(recover, console)),
+        ("3/5  a prompt, distilled into weights", learn_prompt),
+        ("4/5  a judge", judge),
+        ("5/5  a pruned model, recovered", recover),
     ):
         print(f"\n{title}  ({(time.perf_counter() - started) / 60:.0f} min so far)", flush=True)
         part()

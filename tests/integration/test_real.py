@@ -186,7 +186,12 @@ def world(tmp_path: Path, real: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
         if code := app([*map(str, arguments)], standalone_mode=False):
             raise SystemExit(code)
 
+    def called(part: Callable[..., None], *arguments: object) -> None:
+        part(*arguments)
+
     monkeypatch.setattr(real, "understudy", in_process)
+    # a process of its own would not have what is changed here
+    monkeypatch.setattr(real, "apart", called)
     monkeypatch.setattr(sys, "argv", ["real.py", "--data", str(data)])
     return given
 
