@@ -1,9 +1,9 @@
 #!/bin/bash
-# One run on Slurm by the launcher `ray`, whose section of the recipe says how many processes there are and what they take.
+# One run on Slurm with the launcher `ray`; the recipe's section `launcher` sets the number of processes and their resources.
 #
 #   sbatch --nodes=4 examples/cluster/slurm-ray.sh recipe.yaml
 #
-# The recipe has `launcher: {type: ray, address: auto, ...}`. All nodes see this directory, the recipe and the run directory.
+# The recipe has `launcher: {type: ray, address: auto, ...}`. All nodes must see this directory, the recipe and the run directory.
 #SBATCH --job-name=understudy
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -28,5 +28,5 @@ if [ "${#nodes[@]}" -gt 1 ]; then
         ray start --block --address="$RAY_ADDRESS" --num-gpus=8 &
 fi
 
-# on the first node, in the place of this shell, which gets the signal two minutes before the time is up
+# runs on the first node; exec replaces this shell, which gets the signal two minutes before the time limit
 exec understudy train "$recipe" "$@"

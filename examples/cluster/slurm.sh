@@ -1,11 +1,11 @@
 #!/bin/bash
-# One run on Slurm: torchrun over TRAINERS nodes, vLLM servers on ENGINES nodes, served teachers on the rest, one of each a GPU.
+# One run on Slurm: torchrun over TRAINERS nodes, vLLM servers on ENGINES nodes, served teachers on the rest, one process a GPU.
 #
 #   sbatch --nodes=4 --export=ALL,TRAINERS=2,ENGINES=1,STUDENT=Qwen/Qwen3-8B,TEACHER=Qwen/Qwen3-32B \
 #       examples/cluster/slurm.sh recipe.yaml runs/slurm
 #
-# All nodes see this directory, the recipe and the run directory. A job that is queued again goes on from the last checkpoint
-# (train.save_every). vLLM's routes that replace weights ask for no key: let nobody else reach the nodes' ports 8000 to 8007.
+# All nodes must see this directory, the recipe and the run directory. A requeued job resumes from the last checkpoint
+# (train.save_every). vLLM's routes that replace weights need no key: block other access to the nodes' ports 8000 to 8007.
 #SBATCH --job-name=understudy
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -32,7 +32,7 @@ join() {
     echo "$*"
 }
 
-# URLs of a server on each GPU of some nodes, from a port on
+# prints the server URLs of each GPU on the given nodes; ports count up from the first argument
 urls() {
     local first=$1 node gpu
     shift
@@ -41,7 +41,7 @@ urls() {
     done
 }
 
-# a task on each GPU of some nodes; what the single quotes hold is read by the task
+# runs $command on each GPU of the given nodes; single quotes leave its variables to each task
 on_each_gpu() {
     local log=$1
     shift
@@ -68,7 +68,7 @@ done
 
 resume=()
 if [ -f "$run_dir/recipe.yaml" ]; then resume=(--resume); fi
-# in the place of this shell, which gets the signal two minutes before the time is up: all ranks save and end, and the servers
+# exec replaces this shell, which gets the signal two minutes before the time limit: all ranks save and end, and the servers
 # end with the job
 exec srun --nodes="$TRAINERS" --ntasks="$TRAINERS" --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 \
     --nodelist="$(join "${trainers[@]}")" \

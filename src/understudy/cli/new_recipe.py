@@ -60,7 +60,7 @@ def new_recipe(name: str, student: str, teacher: str, method: str, data: str | N
         text = text.replace("  type: local\n", "  type: verbal\n", 1)
         said += "  on_reject: drop           # or teacher, with `responses: {type: teacher}`\n"
     elif uses.prefixes or uses.fills_slots:
-        said += "\nresponses: {type: teacher}  # which begin or replace samples of the student\n"
+        said += "\nresponses: {type: teacher}  # prefixes or replacements of student samples\n"
     text = _replaced(text, "method", said)
     if uses.rewards:
         # the samples of a prompt are compared with each other
