@@ -58,6 +58,7 @@ def new_recipe(name: str, student: str, teacher: str, method: str, data: str | N
     said = f"method:                     # see: understudy methods\n  type: {method}\n"
     if "verbal" in asked:
         text = text.replace("  type: local\n", "  type: verbal\n", 1)
+        text = text.replace("# must share the student's tokenizer", "# may have another tokenizer than the student", 1)
         said += "  on_reject: drop           # or teacher, with `responses: {type: teacher}`\n"
     elif uses.prefixes or uses.fills_slots:
         said += "\nresponses: {type: teacher}  # prefixes or replacements of student samples\n"
