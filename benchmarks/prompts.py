@@ -1,7 +1,8 @@
 """Time and memory of a forward and backward over samples: rows with a mask, segments, and segments with each prompt once.
 
-Time: processor seconds of one thread, which what else runs changes little; a student of SmolLM2's shape (random weights), one
-prompt and eight responses, in turns in one process; the smallest of --repeats. Memory: a tiny model reads so many tokens; the
+Time: processor seconds of one thread, which what else runs changes little; a student of SmolLM2's shape (random weights), in
+turns in one process; the smallest of --repeats: one prompt and eight responses, and eight prompts with one response each that
+begin with so many tokens in common. Memory: a tiny model reads so many tokens; the
 largest resident set of a process of its own over that of loading it.
 
     python benchmarks/prompts.py                          # a prompt of 90 tokens, responses of 48 each and of 16 to 80
@@ -43,14 +44,26 @@ def build(sizes: dict[str, Any], vocab_size: int) -> Any:
     )
 
 
-def make(prompt: int, responses: list[int]) -> list[Sample]:
+COMMON = (0, 16, 32, 64)
+"""Tokens with which eight prompts begin in common."""
+
+
+def make(prompt: int, responses: list[int], common: int | None = None) -> list[Sample]:
+    """Samples of one prompt, or of as many whose first `common` tokens are the same."""
     draw = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
         return torch.randint(2, 500, (count,), generator=draw).tolist()
 
-    shared = ids(prompt)
-    return [sample(str(number), shared or ids(1), ids(length)) for number, length in enumerate(responses)]
+    shared = ids(prompt if common is None else common)
+    rest = 0 if common is None else prompt - common
+    return [sample(str(number), (shared + ids(rest)) or ids(1), ids(length)) for number, length in enumerate(responses)]
+
+
+def compare(model: Any, samples: list[Sample], styles: list[RowStyle], repeats: int) -> list[tuple[int, float]]:
+    """Slots and smallest seconds of each style, in turns after a first one."""
+    turns = [[step(model, samples, style) for style in styles] for _ in range(repeats + 1)][1:]
+    return [(turns[0][number][0], min(turn[number][1] for turn in turns)) for number in range(len(styles))]
 
 
 def step(model: Any, samples: list[Sample], style: RowStyle) -> tuple[int, float]:
@@ -97,14 +110,19 @@ def main() -> None:
     console, model = Console(width=120), build(SMOL | {"num_layers": options.layers}, 49_152)
     row_style(model)
     for title, responses in {"48 each": [48] * 8, "16 to 80": [16, 80, 24, 72, 32, 64, 40, 56]}.items():
-        samples = make(options.prompt, responses)
-        turns = [[step(model, samples, style) for style in styles] for _ in range(options.repeats + 1)][1:]
+        found = compare(model, make(options.prompt, responses), styles, options.repeats)
         table = Table("", "slots", "seconds", "of a mask's", title=f"{options.prompt} tokens and 8 responses, {title}")
-        best = [min(turn[number][1] for turn in turns) for number in range(len(styles))]
-        for number, style in enumerate(styles):
-            slots = str(turns[0][number][0])
-            table.add_row(NAMES[style], slots, f"{best[number]:.2f}", f"{best[number] / best[0]:.2f}")
+        for style, (slots, seconds) in zip(styles, found, strict=True):
+            table.add_row(NAMES[style], str(slots), f"{seconds:.2f}", f"{seconds / found[0][1]:.2f}")
         console.print(table)
+    table = Table(
+        "in common", "slots", "seconds", "of segments'", title=f"8 prompts of {options.prompt} tokens, 48 each"
+    )
+    for common in COMMON:
+        samples = make(options.prompt, [48] * 8, common)
+        (_, apart), (slots, seconds) = compare(model, samples, styles[1:], options.repeats)
+        table.add_row(str(common), str(slots), f"{seconds:.2f}", f"{seconds / apart:.2f}")
+    console.print(table)
     for name in [] if options.no_memory else LONG:
         table = Table("", "GiB", "seconds", title=f"{name}: {LONG[name]}")
         for style in styles:

@@ -48,9 +48,11 @@ class Layout:
     """Segments of the one row, in the order of their slots; empty: positions keep sequences apart."""
 
 
+LEAST_COMMON = 16
+"""First tokens that prompts need in common to be computed once. Fewer cost more calls of the attention than they save."""
 RowStyle = Literal["shared", "segments", "packed", "single", "alone"]
-"""How sequences share rows. In one row, for attention by segments (`models.attention`): a prompt of several samples once
-("shared"), or before each of them ("segments"). For models that keep sequences apart by their positions: in several rows
+"""How sequences share rows. In one row, for attention by segments (`models.attention`): what several samples begin with
+once ("shared"), or each sample whole ("segments"). For models that keep sequences apart by their positions: in several rows
 ("packed"), or all in one, which is what flash attention takes ("single"). For others: each in a row of its own ("alone")."""
 
 
@@ -89,6 +91,41 @@ def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
     return list(groups.values())
 
 
+def in_common(sequences: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Returns the indices of token sequences, those that begin alike side by side, each with the number of first tokens that it
+    shares with the one before: at least `LEAST_COMMON`, or 0. The last token of either is never shared."""
+    found = []
+    previous = torch.zeros(0, dtype=torch.int64)
+    for index in sorted(range(len(sequences)), key=lambda index: sequences[index].numpy().tobytes()):
+        sequence = sequences[index][:-1]
+        size = min(len(previous), len(sequence))
+        common = int((previous[:size] == sequence[:size]).cumprod(0).sum())
+        found.append((index, common if common >= LEAST_COMMON else 0))
+        previous = sequence
+    return found
+
+
+def beginning(spans: Sequence[tuple[int, int]], size: int) -> tuple[tuple[int, int], ...]:
+    """Returns the first `size` slots of spans (first slot, end)."""
+    found = []
+    for start, stop in spans:
+        if size > 0:
+            found.append((start, min(stop, start + size)))
+        size -= stop - start
+    return tuple(found)
+
+
+def _prompts_in_common(samples: Sequence[Sample]) -> list[tuple[list[int], int]]:
+    """The groups of `by_prompt` in the order of `in_common`. Prompts with images have nothing in common with others."""
+    groups = by_prompt(samples)
+    firsts = [samples[group[0]] for group in groups]
+    prompts = [one.token_ids[: one.prompt_length] for one in firsts]
+    apart = [index for index, one in enumerate(firsts) if one.prompt.images]
+    text = [index for index, one in enumerate(firsts) if not one.prompt.images]
+    placed = [(text[place], common) for place, common in in_common([prompts[index] for index in text])]
+    return [(groups[index], common) for index, common in (*((index, 0) for index in apart), *placed)]
+
+
 def micro_batches(samples: Sequence[Sample], max_tokens: int, style: RowStyle = "packed") -> list[list[int]]:
     """Returns groups of indices; the `lay_out` of one group has at most `max_tokens` slots, padding included.
 
@@ -124,14 +161,14 @@ def _prompts_together(samples: Sequence[Sample], lengths: Sequence[int], max_tok
     where no group has room for all."""
     groups: list[list[int]] = []
     taken = 0
-    for same in by_prompt(samples):
+    for same, common in _prompts_in_common(samples):
         prompt = samples[same[0]].prompt_length
         # the longest carries the prompt, of the others only the response takes slots
         order = [same[index] for index in _longest_first([lengths[index] for index in same])]
-        whole = lengths[order[0]] + sum(max(0, lengths[index] - prompt) for index in order[1:])
+        whole = lengths[order[0]] - common + sum(max(0, lengths[index] - prompt) for index in order[1:])
         begins = not groups or taken + whole > max_tokens
         for number, index in enumerate(order):
-            length = lengths[index] if begins or number == 0 else max(0, lengths[index] - prompt)
+            length = lengths[index] - (0 if begins else common if number == 0 else min(prompt, lengths[index]))
             if begins or taken + length > max_tokens:
                 groups.append([])
                 length, taken, begins = lengths[index], 0, False
@@ -156,7 +193,9 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
     if not samples:
         raise ValueError("lay_out needs at least one sample")
     if style in ("shared", "segments"):
-        return _in_segments(samples, by_prompt(samples) if style == "shared" else [[at] for at in range(len(samples))])
+        return _in_segments(
+            samples, _prompts_in_common(samples) if style == "shared" else [([at], 0) for at in range(len(samples))]
+        )
     width = max(1, sum(lengths) if style == "single" else max(lengths))
     rows = _Rows(width)
     starts = [0] * len(samples)
@@ -179,33 +218,36 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
     return Layout(input_ids.view(-1, width), position_ids.view(-1, width), torch.cat(predicts), sizes, images)
 
 
-def _in_segments(samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> Layout:
-    """One row. The longest sample of a group stands in it whole; the responses of the others follow and read its prompt."""
+def _in_segments(samples: Sequence[Sample], groups: Sequence[tuple[Sequence[int], int]]) -> Layout:
+    """One row. The longest sample of a group stands in it whole, but for what its prompt has in common with the one before;
+    the responses of the others follow and read its prompt."""
     slots = torch.arange(max(1, sum(sample.token_ids.numel() for sample in samples)))
     ids, positions = list[Tensor](), list[Tensor]()
     predicts = [slots[:0]] * len(samples)
     segments: list[Segment] = []
     images: list[ImageSpan] = []
     end = 0
-    for group in groups:
-        prompt, first = samples[group[0]].prompt_length, end
+    # where the tokens of the last prompt stand
+    path: tuple[tuple[int, int], ...] = ()
+    for group, common in groups:
+        prompt, first, path = samples[group[0]].prompt_length, end, beginning(path, common)
         for index in sorted(group, key=lambda index: -samples[index].token_ids.numel()):
             sample = samples[index]
-            before = 0 if end == first else prompt
+            before = common if end == first else prompt
             fed = sample.token_ids[before:-1]
             stop = end + len(fed)
             ids.append(fed)
             positions.append(slots[before : before + len(fed)])
-            if before:
-                # the last token of the prompt, in the slots of the longest, predicts the first of every response
-                last = slots[first + prompt - 1 : first + prompt]
-                predicts[index] = torch.cat([last, slots[end:stop]])[: sample.num_response_tokens]
-            else:
-                predicts[index] = slots[first + prompt - 1 : stop]
             if stop > end:
-                segments.append(Segment(end, stop, (first, first + prompt) if before else (0, 0)))
-            if sample.prompt.images and not before:
+                segments.append(Segment(end, stop, path))
+            if sample.prompt.images and end == first:
                 images.append(ImageSpan(end, len(fed), sample.prompt.images))
+            # the last token of the prompt predicts the first of every response
+            last = slots[first + prompt - common - 1 :][:1]
+            own = slots[max(end, int(last) + 1) : stop]
+            predicts[index] = torch.cat([last, own])[: sample.num_response_tokens]
+            if end == first:
+                path = (*path, (first, first + prompt - common))
             end = stop
     if not segments:
         ids, positions, segments = [torch.zeros_like(slots[:1])], [slots[:1]], [Segment(0, 1)]

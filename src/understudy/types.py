@@ -66,12 +66,12 @@ class ImageSpan:
 
 @dataclass(frozen=True)
 class Segment:
-    """Slots of a row that hold one sequence, or the response of one whose prompt stands in other slots."""
+    """Slots of a row that hold one sequence, or the end of one whose beginning stands in other slots."""
 
     start: int
     stop: int
-    prompt: tuple[int, int] = (0, 0)
-    """First slot and end of the prompt that it follows, the beginning of another segment; empty: it begins at position 0."""
+    before: tuple[tuple[int, int], ...] = ()
+    """What it follows, in order: first slot and end of the beginnings of other segments. Empty: it begins at position 0."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny_models import ARCHITECTURES, EOS, NUM_ROWS, letters, plain_logp, request, tiny
+from understudy import packing
 from understudy.engines import HF, EngineSetup, HFEngine, sections
 from understudy.engines.hf import decode, packed
 from understudy.engines.hf import engine as hf_engine
@@ -79,6 +80,29 @@ def test_contexts_side_by_side_are_those_of_padded_rows(name: str) -> None:
     made = beside.generate(requests(), sampling, step=0)
     assert beside.style == ("segments", "")
     assert (1, sum(map(len, PROMPTS[:-1]))) in lengths, "every distinct context once, without padding"
+    for one, other in zip(expected, made, strict=True):
+        assert same(one, other)
+        check_logprob(model, other)
+
+
+@pytest.mark.parametrize("ends", [[[5, 6], [7, 8, 9], []], [[5, 6], [7, 8], [9, 4]]], ids=["ragged", "equal"])
+def test_what_contexts_begin_with_in_common_is_read_once(
+    ends: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """17 tokens of 38 and 39: 9 + 3 + 3 + 2 where one context is the beginning of two others, and 11 + 2 + 2 + 2."""
+    monkeypatch.setattr(packing, "LEAST_COMMON", 2)
+    beginning = [3, 4, 5, 6, 7, 8, 9, 10]
+    prompts = [*([*beginning, 11, *end] for end in ends), [*beginning[:4], 11, 12]]
+    asked = [request(f"p{number}", ids, index) for number, ids in enumerate(prompts) for index in range(2)]
+    model, sampling = tiny("qwen3", sharp=4.0), Sampling(max_new_tokens=12)
+    expected = make_engine(model).generate(asked, sampling, step=0)
+    assert row_style(model) == "shared"
+    read: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append((args or [kwargs["input_ids"]])[0].numel()), with_kwargs=True
+    )
+    made = make_engine(model).generate(asked, sampling, step=0)
+    assert 17 in read
     for one, other in zip(expected, made, strict=True):
         assert same(one, other)
         check_logprob(model, other)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.tiny_models import BUDGET, NUM_ROWS, sample, scored, tiny
 from tests.worlds import CASES
+from understudy import packing
 from understudy.methods.base import Method
 from understudy.models import (
     apply_lora,
@@ -65,14 +66,23 @@ def rms_norm(states: Tensor, module: Any, eps: float, scale: Callable[[Tensor], 
     return scale(module.weight) * states * (states.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
+@pytest.fixture(autouse=True)
+def prompts_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short beginnings, too, are computed once."""
+    monkeypatch.setattr(packing, "LEAST_COMMON", 2)
+
+
 def some_samples() -> list[Sample]:
-    """Three prompts with three, one and two samples; a guided prefix; several turns; a response of one token, and of none."""
+    """Five prompts of one to three samples, four of which begin alike; a guided prefix; several turns; a response
+    of one token, and of none."""
     draw = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
         return torch.randint(2, NUM_ROWS, (count,), generator=draw).tolist()
 
-    first, second, third = ids(9), ids(5), ids(1)
+    first, third = ids(9), ids(1)
+    second = [*first[:6], *ids(2)]
+    fourth = [*second[:7], *ids(3)]
     turns = [Author.STUDENT] * 4 + [Author.ENVIRONMENT] * 3 + [Author.STUDENT] * 4
     guided = [Author.TEACHER] * 3 + [Author.STUDENT] * 5
     made = [
@@ -82,7 +92,8 @@ def some_samples() -> list[Sample]:
         sample("a", first, ids(8), author=guided),
         sample("c", third, ids(12)),
         sample("a", first, ids(11), author=turns),
-        sample("d", ids(6), []),
+        sample("d", fourth, []),
+        sample("e", [*fourth[:9], *ids(2)], ids(4)),
     ]
     return [replace(one, index=number) for number, one in enumerate(made)]
 
@@ -122,6 +133,18 @@ def test_segments_are_rows_with_a_mask(name: str, block: int, monkeypatch: pytes
         assert_all_close(hidden_and_gradients(model, some_samples(), style), expected)
 
 
+def test_the_beginning_that_prompts_share_stands_once() -> None:
+    """Prompts of 9, 8, 10, 11 and 1 tokens: 6 of the first begin the second, 7 of that the third, 9 of that the fourth."""
+    samples = some_samples()
+    layout = lay_out(samples, "shared")
+    whole = {one.prompt.id: one.prompt_length for one in samples}
+    responses = sum(max(0, one.num_response_tokens - 1) for one in samples)
+    assert sum(whole.values()) == 39
+    # the prompt without a response does not feed its last token
+    assert layout.input_ids.numel() == responses + 39 - 6 - 7 - 9 - 1
+    assert max(len(one.before) for one in layout.segments) > 1
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_layers_that_are_computed_again_have_their_segments(lora: bool) -> None:
     model = family("qwen3")
@@ -158,6 +181,7 @@ def test_what_segments_cannot_keeps_its_mask(name: str, extra: dict[str, Any], s
 def test_memory_is_not_that_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """No [T, T] of one row: no mask is made at all, but for blocks behind a window or a prompt in other slots."""
     model, shapes = family("llama"), []
+    monkeypatch.setattr(packing, "LEAST_COMMON", 16)
     assert row_style(model) == "shared"
     plain = attention._band
     monkeypatch.setattr(attention, "_band", lambda *sizes: (shapes.append(sizes[:2]), plain(*sizes))[1])

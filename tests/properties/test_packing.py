@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny_models import EOS, sample, scored, tiny
+from understudy import packing
 from understudy.errors import DataError, ScoreError
 from understudy.linear import count_denominators, evaluate
 from understudy.methods import GKD, OPD, SFT, Method
@@ -28,6 +29,15 @@ AUTHORS = (Author.STUDENT, Author.STUDENT, Author.STUDENT, Author.TEACHER, Autho
 ROUNDING = 1e-12
 """float64, another order of sums."""
 
+
+@pytest.fixture(autouse=True, scope="module")
+def prompts_in_common() -> Iterator[None]:
+    """Beginnings of one token, too, are computed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "LEAST_COMMON", 1)
+        yield
+
+
 tokens = st.integers(0, VOCABULARY - 1)
 
 
@@ -41,11 +51,14 @@ def one_sample(draw: st.DrawFn) -> Sample:
 @st.composite
 def many_samples(draw: st.DrawFn, min_size: int = 1) -> list[Sample]:
     made = draw(st.lists(one_sample(), min_size=min_size, max_size=8))
-    # some share the prompt of the one before
+    # some share the prompt of the one before, or its beginning
     for number in range(1, len(made)):
-        if draw(st.booleans()):
+        shares = draw(st.sampled_from(["nothing", "all", "beginning"]))
+        if shares != "nothing":
             before, own = made[number - 1], made[number]
             prompt = before.token_ids[: before.prompt_length].tolist()
+            if shares == "beginning":
+                prompt = [*prompt[: draw(st.integers(0, len(prompt)))], *own.token_ids[: own.prompt_length].tolist()]
             author = own.author[own.prompt_length :].tolist()
             made[number] = sample("", prompt, own.response_ids.tolist(), author=author)
     return [replace(one, prompt=replace(one.prompt, id=f"p{number}")) for number, one in enumerate(made)]
@@ -81,7 +94,8 @@ def test_every_response_token_is_predicted_by_the_token_before_it(samples: list[
                 history = ids[slot - token + 1 : slot + 1]
                 for segment in layout.segments:
                     if segment.start <= slot < segment.stop:
-                        history = torch.cat([ids[slice(*segment.prompt)], ids[segment.start : slot + 1]])
+                        before = [ids[slice(*span)] for span in segment.before]
+                        history = torch.cat([*before, ids[segment.start : slot + 1]])
                 # the whole history stands directly before the slot, in the same row
                 assert torch.equal(history, one.token_ids[:token])
                 assert layout.segments or slot % layout.input_ids.shape[1] >= token - 1

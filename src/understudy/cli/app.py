@@ -383,7 +383,7 @@ def serve_teacher(
     revision: Annotated[str | None, _option(help="Of a hub model.")] = None,
     tokenizer: Annotated[str | None, _option(metavar="DIR", help="Of the model.", default="the model's own")] = None,
     share_prompts: Annotated[
-        bool, typer.Option("--share-prompts/--no-share-prompts", help="Read the prompt of several responses once.")
+        bool, typer.Option("--share-prompts/--no-share-prompts", help="Compute once what several samples begin with.")
     ] = True,
 ) -> None:
     """Serve a model's exact scores to training runs elsewhere (teacher={type: served, url: ...}).

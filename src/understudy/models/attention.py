@@ -114,21 +114,21 @@ def keep_uncompiled() -> None:
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, spans: _Spans, *, dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Causal attention within each segment, and to the prompt that it follows. The segments cover the T slots in their order.
+    """Causal attention within each segment, and to what it follows. The segments cover the T slots in their order.
 
     query [1, N, T, D]; key, value [1, N_kv, T, D] -> [1, T, N, D].
     """
     grouped, window = query.shape[1] != key.shape[1], spans.window
-    # segments of one length behind one prompt, or behind none, are the rows of one call
-    runs = [list(run) for _, run in groupby(spans.segments, key=lambda one: (one.stop - one.start, one.prompt))]
+    # segments of one length that follow the same slots, or none, are the rows of one call
+    runs = [list(run) for _, run in groupby(spans.segments, key=lambda one: (one.stop - one.start, one.before))]
     # split, because every slice of all slots would have a gradient over all slots
     sizes = [run[-1].stop - run[0].start for run in runs]
     pieces = list(zip(*(one.split(sizes, 2) for one in (query, key, value)), strict=True))
     run_at = {segment.start: number for number, run in enumerate(runs) for segment in run}
     parts = []
     for run, piece in zip(runs, pieces, strict=True):
-        length, prompt = run[0].stop - run[0].start, run[0].prompt
-        before = prompt[1] - prompt[0]
+        length = run[0].stop - run[0].start
+        before = sum(stop - start for start, stop in run[0].before)
         plain = not before and (window is None or length <= window)
         queries, own_keys, own_values = piece
         if len(run) > 1:
@@ -143,12 +143,12 @@ def attend_segments(
             own = slice(max(0, lowest - before), last)
             keys, values = own_keys[:, :, own], own_values[:, :, own]
             if lowest < before:
-                number = run_at[prompt[0]]
-                start = prompt[0] - runs[number][0].start
-                keys, values = (
-                    torch.cat([one[:, :, start + lowest : start + before].expand(len(run), -1, -1, -1), some], 2)
-                    for one, some in zip(pieces[number][1:], (keys, values), strict=True)
-                )
+                seen = []
+                for start, *slots in _from_position(lowest, run[0].before):
+                    number = run_at[start]
+                    part = slice(*(slot - runs[number][0].start for slot in slots))
+                    seen.append([one[:, :, part].expand(len(run), -1, -1, -1) for one in pieces[number][1:]])
+                keys, values = (torch.cat(some, 2) for some in zip(*seen, (keys, values), strict=True))
             attended = nn.functional.scaled_dot_product_attention(
                 queries[:, :, first:last],
                 keys,
@@ -162,6 +162,15 @@ def attend_segments(
             blocks.append(attended.transpose(1, 2))
         parts += blocks if len(run) == 1 else [torch.cat(blocks, 1).flatten(0, 1)[None]]
     return torch.cat(parts, 1)
+
+
+def _from_position(lowest: int, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """First slot of each span that reaches beyond position `lowest`, the slot of it from there on, and its end."""
+    position = 0
+    for start, stop in spans:
+        if (first := start + max(0, lowest - position)) < stop:
+            yield start, first, stop
+        position += stop - start
 
 
 def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -280,7 +280,7 @@ def _is_apart(model: nn.Module, *, by_segments: bool) -> bool:
     segments: tuple[Segment, ...] = ()
     if by_segments:
         # the third has the first one's prompt of 3 tokens
-        segments = (Segment(0, 6), Segment(6, 10), Segment(10, 13, (0, 3)))
+        segments = (Segment(0, 6), Segment(6, 10), Segment(10, 13, ((0, 3),)))
         sequences[2], places[2] = torch.cat([ids[:3], ids[10:]]), positions[3:]
     with evaluating(model):
         together = backbone_hidden(model, ids[None], torch.cat(places)[None], segments=segments)[0].split((6, 4, 3))
@@ -313,7 +313,7 @@ def _side_by_side_with_images(model: nn.Module, *, by_segments: bool) -> list[tu
         # another response to the prompt that is all but the last four tokens of the first
         first, span = sequences[0]
         prompt, response = first[:, :-4], sequences[1][0][:, :6]
-        segments.append(Segment(start, start + 6, (0, span.length - 4)))
+        segments.append(Segment(start, start + 6, ((0, span.length - 4),)))
         ids = torch.cat([ids, response], 1)
         positions = torch.cat([positions, torch.arange(span.length - 4, span.length + 2, device=device)[None]], 1)
         sequences.append((torch.cat([prompt, response], 1), replace(span, length=span.length + 2)))

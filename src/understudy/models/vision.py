@@ -170,10 +170,10 @@ class Vision:
                 )
                 positions[1:, row, part] = found[:, 0]
             for segment in segments:
-                first, end = segment.prompt
-                if end > first:
+                if segment.before:
                     # as far behind its prompt as the response that stands there
-                    behind = positions[1:, 0, end : end + 1] - (end - first)
+                    end = segment.before[-1][1]
+                    behind = positions[1:, 0, end : end + 1] - sum(stop - start for start, stop in segment.before)
                     positions[1:, 0, segment.start : segment.stop] += behind
         return {"input_ids": input_ids, "position_ids": positions, **features, **masks}
 

@@ -56,7 +56,7 @@ class Settings:
     max_reply_bytes: int = 2**30
     """128,000 hidden states of 4,096 numbers in bfloat16."""
     share_prompts: bool = True
-    """Read the prompt of several responses once."""
+    """Compute once what several samples begin with."""
 
     def check(self) -> None:
         """Raises RecipeError for a number out of range, and for an address that others can reach without a token."""

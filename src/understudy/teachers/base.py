@@ -100,7 +100,7 @@ class Setup:
     """The teacher's own processor of images; None where prompts have none."""
     seed: int = 0
     share_prompts: bool = True
-    """Compute a prompt of several samples once."""
+    """Compute once what several samples begin with."""
     grade: Callable[[Prompt, str], Grade | None] | None = None
     """The task's verdict on a response to a prompt; None of it where nobody can judge it."""
     generate: Generate | None = None

@@ -176,7 +176,7 @@ class LocalTeacher(Teacher):
     teacher has; the student's alone are in a row of K, and whole rows cannot be had. The weights stay in their own precision;
     softmaxes are in float32 (float64 for float64).
 
-    `share_prompts`: a prompt of several samples is computed once, where the model can (`row_style`).
+    `share_prompts`: what several samples begin with is computed once, where the model can (`row_style`).
     `around`: entered for every use of a model that someone else trains, to switch its adapters off. Such a model is not
     frozen here, and nothing else may run it meanwhile.
     """

@@ -57,8 +57,9 @@ class Train:
     """Update float32 copies of a student's weights in 16 bits: 18 bytes a trained weight in place of 8, and no update is
     rounded away. Nothing changes for a student in float32, nor for LoRA, whose adapters are float32."""
     share_prompts: bool = True
-    """Compute a prompt of several samples once, when they are scored and in the update, which changes nothing but rounding. A
-    model whose attention needs a mask computes it for each of them."""
+    """Compute a prompt of several samples once, and what several prompts begin with (a system prompt, tools, examples), when
+    they are scored and in the update. Nothing changes but rounding. A model whose attention needs a mask computes each sample
+    whole."""
     compile: bool = False
     """Compile the layers of the student with torch.compile for the update: minutes at the first step, for fewer passes over
     activations. On a CPU it needs a C++ compiler."""

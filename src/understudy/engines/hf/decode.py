@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from itertools import accumulate
 from typing import Any, Literal
 
 from understudy.lazy import Tensor, nn, no_grad, torch
@@ -25,6 +24,7 @@ from understudy.models.backbone import (
     vision_of,
 )
 from understudy.models.vision import in_dimensions
+from understudy.packing import beginning, in_common
 from understudy.types import Image, ImageSpan, Sampling, Segment
 
 KEEP_SHARE = 0.75
@@ -182,9 +182,10 @@ class Decoder:
         if any(images):
             self._images, self._padding = [shown for _, shown in distinct], (width - lengths).tolist()
             self._positions = self._positions_with_images(ids.to(self._device), positions.to(self._device))
-        # contexts of one length have no padding to spare, and as rows need no copy from one row to the cache's rows
-        if self._style == "segments" and padded and not any(images):
-            hidden = self._read_side_by_side(list(distinct.values()))
+        order = in_common(list(distinct.values())) if self._style == "segments" and not any(images) else []
+        # as rows, contexts of one length that have nothing in common need no copy from one row to the cache's rows
+        if order and (padded or any(common for _, common in order)):
+            hidden = self._read_side_by_side(list(distinct.values()), order)
         else:
             hidden = self._forward(ids.to(self._device))
         select = torch.tensor([where[name] for name in names], device=self._device)
@@ -192,21 +193,30 @@ class Decoder:
             self._select(select)
         return hidden[select]
 
-    def _read_side_by_side(self, contexts: Sequence[Tensor]) -> Tensor:
-        """Reads contexts in one row, without padding. The hidden states at their last tokens. [D, H]."""
+    def _read_side_by_side(self, contexts: Sequence[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
+        """Reads contexts in one row, without padding, and what they begin with in common (`order`) once. The hidden states at
+        their last tokens. [D, H]."""
         from understudy.engines.hf.kv_cache import new_cache
 
-        stops = list(accumulate(len(context) for context in contexts))
-        spans = [(stop - len(context), stop) for context, stop in zip(contexts, stops, strict=True)]
+        segments = list[Segment]()
+        spans: list[tuple[tuple[int, int], ...]] = [()] * len(contexts)
+        ids, places, end, last = list[Tensor](), list[Tensor](), 0, 0
+        for index, common in order:
+            context = contexts[index]
+            stop = end + len(context) - common
+            segments.append(Segment(end, stop, beginning(spans[last], common)))
+            spans[index] = (*segments[-1].before, (end, stop))
+            ids.append(context[common:])
+            places.append(torch.arange(common, len(context)))
+            end, last = stop, index
         self._cache = new_cache(self._backbone.config, self._room, spans)
-        ids = torch.cat(list(contexts))[None].to(self._device)
-        places = torch.cat([torch.arange(len(context)) for context in contexts])[None].to(self._device)
-        with self._precision(), reading([Segment(*span) for span in spans]):
+        with self._precision(), reading(segments):
             options = {"attention_mask": None, "use_cache": True, self._cache_key: self._cache}
-            output = run_backbone(self._model, ids, places, **options)
+            row, positions = (torch.cat(parts)[None].to(self._device) for parts in (ids, places))
+            output = run_backbone(self._model, row, positions, **options)
         self._length = max(len(context) for context in contexts)
         hidden: Tensor = output.last_hidden_state
-        return hidden[0, torch.tensor(stops, device=self._device) - 1]
+        return hidden[0, torch.tensor([context[-1][1] for context in spans], device=self._device) - 1]
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)

@@ -17,10 +17,11 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [B, heads, n, D], n at most `room`, in one allocation: the base class copies everything at each token.
 
     `keys` and `values` are views of the filled part, which is all that readers of a layer expect. `spans`: the first states are
-    one row of B contexts, whose slots these are; each goes to the end of a row as long as the longest, behind zeros.
+    one row of B contexts, each of which stands in these slots (first, end), some of them in those of another; each is copied to
+    the end of a row as long as the longest, behind zeros.
     """
 
-    def __init__(self, room: int, spans: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(self, room: int, spans: Sequence[Sequence[tuple[int, int]]] = ()) -> None:
         super().__init__()
         self._room = room
         self._spans = spans
@@ -30,13 +31,16 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """Appends [B, heads, m, D] each, and returns the filled part; of contexts in one row, that row."""
         if not self._stores and self._spans:
             self.lazy_initialization(key_states, value_states)
-            width = max(stop - start for start, stop in self._spans)
+            width = max(sum(stop - start for start, stop in context) for context in self._spans)
             for states in (key_states, value_states):
                 _, heads, _, size = states.shape
                 # zeros, because a masked NaN is a NaN still
                 store = states.new_zeros(len(self._spans), heads, self._room, size)
-                for row, (start, stop) in zip(store, self._spans, strict=True):
-                    row[:, width - stop + start : width] = states[0, :, start:stop]
+                for row, context in zip(store, self._spans, strict=True):
+                    end = width
+                    for start, stop in reversed(context):
+                        row[:, end - stop + start : end] = states[0, :, start:stop]
+                        end -= stop - start
                 self._stores.append(store)
             self.keys, self.values = (store[:, :, :width] for store in self._stores)
             return key_states, value_states
@@ -60,7 +64,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self.keys, self.values = (store[:, :, :end] for store in self._stores)
 
 
-def new_cache(config: Any, room: int, spans: Sequence[tuple[int, int]] = ()) -> DynamicCache:
+def new_cache(config: Any, room: int, spans: Sequence[Sequence[tuple[int, int]]] = ()) -> DynamicCache:
     """A cache for `room` tokens. Plain attention layers get room for them; other kinds stay as transformers has them.
 
     `spans` as for `RoomyLayer`. Raises NotImplementedError for them where some layers are of another kind.
