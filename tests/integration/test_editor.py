@@ -32,7 +32,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = test_recipe.test_what_a_recipe_may_n
 PARSERS_ALONE = (
     "student: give either",
     "needs a teacher",
-    "asks no teacher",
+    "uses no teacher",
     "device is",
     "lr is nan",
     "betas",

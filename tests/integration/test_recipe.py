@@ -51,7 +51,7 @@ def parse(folder: Path, **changes: Any) -> Recipe:
         ({"task": {"type": "arithmetic", "family": "adition"}}, "task.family is 'adition'.*addition"),
         ({"student": {"model": "x"}}, "student: give either model"),
         ({"method": {"type": "gkd"}}, "the method GKD needs a teacher"),
-        ({"teachers": {"a": {"type": "local", "model": "x"}}}, "the method SFT asks no teacher"),
+        ({"teachers": {"a": {"type": "local", "model": "x"}}}, "the method SFT uses no teacher"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"train": {"lr": float("nan")}}, "lr is nan; it must be at least 0"),
         ({"train": {"betas": [2, 3]}}, "betas is|betas are"),
@@ -681,7 +681,7 @@ def test_a_teacher_that_nobody_asks_is_left_alone(tmp_path: Path) -> None:
     for arguments in (["--dry-run"], []):
         code, text = run("train", str(path), *arguments)
         assert code == 0, text
-        assert "GRPO asks no teacher, so the section teacher is not loaded" in " ".join(text.split())
+        assert "GRPO uses no teacher, so the section teacher is not loaded" in " ".join(text.split())
     assert (tmp_path / "run" / "student" / "config.json").is_file()
 
 

@@ -67,7 +67,7 @@ def graded(monkeypatch: pytest.MonkeyPatch, grade: Grader) -> None:
 
 
 def outcome(folder: Path, method: str = "grpo", *, task: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
-    """Changes for a method that asks no teacher."""
+    """Changes for a method that uses no teacher."""
     train_keys = GROUPS | keys.pop("train", {})
     changes = distillation(folder, teacher=None, method={"type": method} | keys, train=train_keys)
     return changes | ({} if task is None else {"task": task})

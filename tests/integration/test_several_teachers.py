@@ -265,7 +265,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "grpo with teachers": (
         {"method": {"type": "grpo"}, "teachers": {"one": LOCAL}, "train": TWO},
-        "GRPO asks no teacher; remove the section teachers",
+        "GRPO uses no teacher; remove the section teachers",
     ),
     "groups of one in a phase": (
         {"method": {"type": "phases", "parts": [{"until": 0.5, "type": "sft"}, {"type": "grpo"}]}},

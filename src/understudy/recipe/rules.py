@@ -35,7 +35,7 @@ def _teachers_give_what_is_asked(recipe: Recipe) -> None:
         raise ValueError("eval.reject_below needs a judge that says digits: a teacher of type verbal or chat")
     by_teacher = recipe.responses is not None and recipe.responses.by_teacher
     if not asked and teachers and not rejects and not by_teacher:
-        raise ValueError(f"the method {name} asks no teacher; remove the section teachers")
+        raise ValueError(f"the method {name} uses no teacher; remove the section teachers")
     if recipe.weights:
         if recipe.weights.keys() != recipe.teachers.keys():
             raise ValueError(

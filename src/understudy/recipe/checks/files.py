@@ -230,7 +230,7 @@ def _teachers(files: Files) -> tuple[Finding, ...]:
     for name, section in recipe.all_teachers.items():
         section.check_run(_facts(files, name, section))
     if recipe.leaves_teacher:
-        found = f"the method {recipe.method_name} asks no teacher, so the section teacher is not loaded"
+        found = f"the method {recipe.method_name} uses no teacher, so the section teacher is not loaded"
         return (Finding(found, "warning", "remove it, or choose a method that asks (see: understudy methods)"),)
     return ()
 
