@@ -107,6 +107,29 @@ def test_one_gpu_needs_what_the_doctor_says(tmp_path: Path) -> None:
     assert divided["gathered"] == 4 * (2 * shapes["student"].block + shapes["student"].outside)
 
 
+def test_weights_are_gathered_and_gradients_summed_in_the_precision_of_the_shards(tmp_path: Path) -> None:
+    """float32 weights: half of each in bfloat16; gradients have the precision of the gathered weights, or their own."""
+    build = {"student": {"build": BUILD, "model": None, "dtype": "float32"}}
+    found = []
+    for named in ({}, {"param_dtype": "bfloat16"}, {"param_dtype": "bfloat16", "reduce_dtype": "float32"}):
+        recipe = recipe_of(tmp_path, **distillation(tmp_path, parallel={"shard": 4} | named, **build))
+        machine, shapes = machine_of(recipe, 4), shapes_of(recipe)
+        best = plan(recipe, machine, shapes)[0]
+        sizes = {item.name: item.size for item in best.memory["trainer"]}
+        moved = collectives(recipe, shapes["student"], machine, best.layout, 8)
+        found.append([sizes["gathered"], moved["weights gathered"], moved["gradients reduced"]])
+    own, half, mixed = found
+    assert half == pytest.approx([value / 2 for value in own])
+    assert mixed == pytest.approx([half[0], half[1], own[2]])
+
+
+def test_layouts_that_are_proposed_compute_in_16_bits(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, **distillation(tmp_path, student={"build": BUILD, "model": None, "dtype": "float32"}))
+    layouts = [one.layout for one in plan(recipe, machine_of(recipe, 4)) if one.layout.shard > 1]
+    assert layouts
+    assert all("param_dtype: bfloat16, reduce_dtype: float32" in one.describe() for one in layouts)
+
+
 def test_a_head_in_slices_is_not_gathered(tmp_path: Path) -> None:
     build = {"student": {"build": BUILD, "model": None, "dtype": "float32"}}
     parallel = {"shard": 4, "teachers": True}

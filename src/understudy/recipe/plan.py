@@ -16,7 +16,7 @@ from understudy.lazy import torch
 from understudy.linear.chunked import chunk_elements
 from understudy.models import apply_lora, config_on_disk, vocabulary_size
 from understudy.models.files import locate, said_by
-from understudy.recipe.checks.room import Item, Needs, Size, amount, memory_items, peak, size_of
+from understudy.recipe.checks.room import BYTES, Item, Needs, Size, amount, memory_items, peak, size_of
 from understudy.recipe.schema import Lora, Recipe
 from understudy.recipe.tokenizers import Tokenizers
 from understudy.trainer.console import Console
@@ -175,6 +175,10 @@ class Layout:
     """Whether those in the trainer's ranks are in shards too."""
     vocabulary: bool = False
     """Whether each rank of a shard projects with its rows of the output layer."""
+    param_dtype: str | None = None
+    """Precision in which weights are gathered; None: their own."""
+    reduce_dtype: str | None = None
+    """Precision in which gradients are summed; None: that of the gathered weights."""
 
     @property
     def ranks(self) -> int:
@@ -190,6 +194,8 @@ class Layout:
         if self.shard > 1:
             more = ", teachers: true" if self.shard_teachers and not self.teachers else ""
             more += ", vocabulary: true" if self.vocabulary else ""
+            dtypes = {"param_dtype": self.param_dtype, "reduce_dtype": self.reduce_dtype}
+            more += "".join(f", {key}: {dtype}" for key, dtype in dtypes.items() if dtype is not None)
             words[0] += f" (parallel={{shard: {self.shard}, replicate: {self.replicate}{more}}})"
         if self.servers:
             words.append(f"{self.servers} vLLM server{'s' * (self.servers > 1)} of {self.server_gpus}")
@@ -335,6 +341,11 @@ def layouts(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine) -> It
             together = loaded and (given is None or given.teachers)
             places: dict[str, Any] = {"shard": shard, "replicate": ranks // shard, "shard_teachers": together}
             places["vocabulary"] = given is not None and given.vocabulary
+            if given is not None:
+                places |= {"param_dtype": given.param_dtype, "reduce_dtype": given.reduce_dtype}
+            elif shard > 1 and shapes["student"].size.number_bytes == BYTES["float32"]:
+                # what float32 master weights are computed with on a GPU
+                places |= {"param_dtype": "bfloat16", "reduce_dtype": "float32"}
             if here and rest == 0:
                 yield Layout(**places)
             for teachers in {0, *(one for one in powers if loaded and one <= rest)}:
@@ -422,7 +433,7 @@ def trainer_memory(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine
             else item
         )
     if layout.shard > 1:
-        each = student.size.number_bytes
+        each = BYTES.get(layout.param_dtype or "", student.size.number_bytes)
         # a head in slices is in no layer either, and is not gathered
         outside = (student.outside - layout.vocabulary * student.head) * each
         what = "all that is in no layer" + (" but the output layer" if layout.vocabulary else "")
@@ -442,7 +453,12 @@ def trainer_memory(recipe: Recipe, shapes: Mapping[str, Shape], machine: Machine
         items = [item for item in items if item.size]
         if not layout.servers and recipe.uses.own_samples:
             items.append(
-                Item("weights that write", student.size.weights, "generate", "weights x bytes of a weight, whole")
+                Item(
+                    "weights that write",
+                    student.size.weights * each // student.size.number_bytes,
+                    "generate",
+                    "weights x bytes of a gathered weight, whole",
+                )
             )
     return items
 
@@ -529,13 +545,15 @@ def collectives(recipe: Recipe, student: Shape, machine: Machine, layout: Layout
     updates = train.minibatches * train.passes
     share = (layout.shard - 1) / layout.shard
     own = student.head if layout.vocabulary else 0
-    # for forward and backward of each micro-batch, in 16 bits
-    gathered = share * (student.parameters - own) * 2 * batches * (2 + train.gradient_checkpointing)
+    weight_bytes = BYTES.get(layout.param_dtype or "", student.size.number_bytes)
+    gradient_bytes = BYTES.get(layout.reduce_dtype or "", weight_bytes)
+    # for forward and backward of each micro-batch
+    gathered = share * (student.parameters - own) * weight_bytes * batches * (2 + train.gradient_checkpointing)
     whole = recipe.parallel is not None and recipe.parallel.gradients == "whole"
-    trained = student.size.trained - own * student.size.number_bytes
-    reduced = share * trained * (updates if whole else batches)
+    trained = student.size.trained / student.size.number_bytes
+    reduced = share * (trained - own) * gradient_bytes * (updates if whole else batches)
     copies = layout.replicate
-    summed = 2 * (copies - 1) / copies * student.size.trained / layout.shard * updates
+    summed = 2 * (copies - 1) / copies * trained * gradient_bytes / layout.shard * updates
     found = {
         "weights gathered": gathered / machine.link(layout.shard),
         "gradients reduced": reduced / machine.link(layout.shard),

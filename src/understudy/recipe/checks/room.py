@@ -29,7 +29,7 @@ TOKEN_BYTES = 300
 """Bytes of a token that is kept with the most likely tokens of both sides (`trainer.tokens`): 190 to 290 were measured."""
 ADAM_MOMENTS = 2
 GIB = 2**30
-_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of a number, by the names of torch and of safetensors."""
 _CGROUP = (
     ("/sys/fs/cgroup/memory.max", "memory.current", "inactive_file"),
@@ -61,7 +61,7 @@ def size_of(model: nn.Module) -> Size:
     parameters = list(model.parameters())
     weights = sum(value.nbytes for value in parameters)
     trained = [value for value in parameters if value.requires_grad]
-    half = sum(value.nbytes for value in trained if value.element_size() == _BYTES["bfloat16"])
+    half = sum(value.nbytes for value in trained if value.element_size() == BYTES["bfloat16"])
     size = sum(value.nbytes for value in trained)
     return _size(unwrap(model).config.get_text_config(), weights, size, half, parameters[0].element_size())
 
@@ -78,11 +78,11 @@ def size_on_disk(source: str | None, dtype: str, device: torch.device) -> Size |
         with safe_open(file, "pt") as tensors:
             for part in map(tensors.get_slice, tensors.keys()):
                 elements += math.prod(part.get_shape())
-                stored += math.prod(part.get_shape()) * _BYTES.get(part.get_dtype(), 1)
-    number = _BYTES[dtype] if dtype in _BYTES else max(1, round(stored / max(1, elements)))
-    if dtype == "auto" and number == _BYTES["bfloat16"] and not has_bfloat16(device):
-        number = _BYTES["float32"]
-    half = elements * number if number == _BYTES["bfloat16"] else 0
+                stored += math.prod(part.get_shape()) * BYTES.get(part.get_dtype(), 1)
+    number = BYTES[dtype] if dtype in BYTES else max(1, round(stored / max(1, elements)))
+    if dtype == "auto" and number == BYTES["bfloat16"] and not has_bfloat16(device):
+        number = BYTES["float32"]
+    half = elements * number if number == BYTES["bfloat16"] else 0
     return _size(config_on_disk(source), elements * number, elements * number, half, number)
 
 
