@@ -1,4 +1,4 @@
-"""Advantages and weights per token, without gradient. Row t concerns token t of a batch."""
+"""Per-token advantages and weights, without gradient. Row t is token t of a batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from understudy.lazy import Tensor, no_grad, torch
 
 Correction = Literal["none", "tis", "icepop"]
 STD_EPS = 1e-6
-"""Keeps the advantage of a group with equal rewards at 0 / eps = 0."""
+"""Added to the standard deviation, so groups with equal rewards get advantage 0."""
 
 ROUNDINGS = 16
-"""Ulps between two routes to one log-probability: up to 11 were measured between sequences packed and alone."""
+"""Ulps between two computations of one log-probability; at most 11 measured between packed and single sequences."""
 
 
 @no_grad
@@ -33,17 +33,17 @@ def extrapolation(teacher_logprob: Tensor, reference_logprob: Tensor, student_lo
 
 @no_grad
 def rounding(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
-    """Largest `|d_t|` that says nothing: T(y_t) and S(y_t) may be equal and differ by how they were computed. [T] nats."""
+    """Largest `|d_t|` that rounding alone can explain when T(y_t) = S(y_t). [T] nats."""
     eps = max(torch.finfo(value.dtype).eps for value in (teacher_logprob, student_logprob))
-    # a log-probability is a difference of logits, so its error does not shrink with it as it nears 0
+    # a log-probability is a difference of logits, so its error does not shrink as it approaches 0
     return ROUNDINGS * eps * student_logprob.abs().clamp_min(1.0)
 
 
 @no_grad
 def acceptance(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
-    """`min(T(y_t) / S(y_t), 1)`, with which speculative decoding keeps a token of the student. [T].
+    """`min(T(y_t) / S(y_t), 1)`, the probability that speculative decoding keeps the student's token. [T].
 
-    Exactly 1 where T is below S by no more than `rounding`. Its expectation under S is 1 minus the total variation
+    Exactly 1 where T is below S by at most `rounding`. Its expectation under S is 1 minus the total variation
     distance of S and T.
     """
     ratio = log_ratio(teacher_logprob, student_logprob)
@@ -52,25 +52,25 @@ def acceptance(teacher_logprob: Tensor, student_logprob: Tensor) -> Tensor:
 
 @no_grad
 def gate(teacher_logprob: Tensor, student_logprob: Tensor, threshold: float) -> Tensor:
-    """Tokens with `T(y_t) - S(y_t) <= threshold`; T and S that differ by no more than `rounding` are equal. [T] bool.
+    """Tokens with `T(y_t) - S(y_t) <= threshold`; T and S within `rounding` count as equal. [T] bool.
 
-    At `threshold=-1` there is none. Source: AOPD, arXiv 2605.06387.
+    Empty at `threshold=-1`. Source: AOPD, arXiv 2605.06387.
     """
-    # which side T = S falls on does not hang on the last bit
+    # rounding must not decide on which side T = S falls
     slack = rounding(teacher_logprob, student_logprob) * student_logprob.exp()
     below = teacher_logprob.exp() - student_logprob.exp() <= threshold + slack
-    # no difference of two probabilities is below -1, but one of roundings may be
+    # rounding may take a difference of two probabilities below -1
     return below & (threshold > -1.0)
 
 
 def mixture_floor(mix: float, kind: Literal["mixture", "odds"]) -> float:
-    """The least reward: `log(mix) / (1 - mix)`, or `log(mix / (1 - mix))`. Source: REOPOLD, arXiv 2603.11137."""
+    """The reward floor: `log(mix) / (1 - mix)`, or `log(mix / (1 - mix))`. Source: REOPOLD, arXiv 2603.11137."""
     return math.log(mix) / (1.0 - mix) if kind == "mixture" else math.log(mix / (1.0 - mix))
 
 
 @no_grad
 def top_share(value: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The `ceil(share N)` largest of the N values where `mask`; equal values are all in or all out (in). [T] bool."""
+    """The `ceil(share N)` largest of the N values where `mask`; ties with the smallest of them are included. [T] bool."""
     # 0.07 * 100 is 7.000000000000001
     num_kept = math.ceil(round(share * int(mask.sum()), 9))
     if num_kept == 0:
@@ -81,7 +81,7 @@ def top_share(value: Tensor, mask: Tensor, share: float) -> Tensor:
 
 @no_grad
 def entropy_from_topk(topk_logprob: Tensor) -> Tensor:
-    """Entropy of the K probabilities with the rest as one more category: a lower bound of the full one. [T, K] -> [T]."""
+    """Entropy of the K probabilities and the rest as one category: a lower bound of the full entropy. [T, K] -> [T]."""
     p = topk_logprob.exp()
     rest = (1.0 - p.sum(-1)).clamp(0.0, 1.0)
     bound: Tensor = torch.special.entr(p).sum(-1) + torch.special.entr(rest)
@@ -92,13 +92,13 @@ def entropy_from_topk(topk_logprob: Tensor) -> Tensor:
 def group_advantage(reward: Tensor, group: Tensor, *, normalise_std: bool) -> Tensor:
     """`(R_i - mean_g) / (std_g + 1e-6)` over the samples of the same group; without the division for Dr.GRPO. [N].
 
-    The standard deviation is the population's, so that a group of one has 0 and not NaN. Equal rewards give exactly 0.
+    The population standard deviation gives a group of one 0 instead of NaN. Equal rewards give exactly 0.
     Source: GRPO, arXiv 2402.03300; Dr.GRPO, arXiv 2503.20783.
     """
     names, index = group.unique(return_inverse=True)
     size = torch.zeros(len(names), dtype=reward.dtype).index_add_(0, index, torch.ones_like(reward))
     mean = torch.zeros_like(size).index_add_(0, index, reward) / size
-    # the mean of equal numbers may be off by a rounding, which 1e-6 would blow up
+    # rounding in the mean of equal numbers would be divided by 1e-6
     low = torch.full_like(size, math.inf).scatter_reduce(0, index, reward, "amin")
     high = torch.full_like(size, -math.inf).scatter_reduce(0, index, reward, "amax")
     centred = torch.where((low == high)[index], 0.0, reward - mean[index])
@@ -117,10 +117,10 @@ def importance(
     low: float,
     high: float,
 ) -> Tensor | None:
-    """The weight for the gap between the trainer's S_old and the engine's mu. [T]; None without a correction.
+    """Importance weight for the gap between the trainer's S_old and the engine's mu. [T]; None without a correction.
 
     "tis": `min(S_old / mu, high)`; "icepop": `S_old / mu` inside [low, high], 0 outside. Tokens that no engine sampled
-    weigh 1. Sources: truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    get weight 1. Sources: truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you
     off-policy RL training"), IcePop (Ling team, arXiv 2510.18855).
     """
     if kind == "none":
@@ -147,8 +147,8 @@ def overlong_penalty(num_tokens: int, limit: int, buffer: int) -> float:
 def return_to_go(reward: Tensor, sequence: Tensor, mask: Tensor, discount: float) -> Tensor:
     """`G_t = sum_{u >= t} discount^(u - t) r_u` over the trained tokens of the same sample. [T].
 
-    u - t counts trained tokens, so that what the environment wrote in between costs no discount. The tokens of a
-    sample stand in their order; samples may be interleaved. Masked tokens give 0 and are not read.
+    u - t counts trained tokens only, so tokens that the environment wrote are not discounted. The tokens of a
+    sample are in order; samples may be interleaved. Masked tokens are not read and give 0.
     """
     rewards, names = reward.tolist(), sequence.tolist()
     gain, running = [0.0] * len(rewards), dict[int, float]()

@@ -1,7 +1,7 @@
 """Divergences between next-token distributions, given as log-probabilities. Nats; the last dimension is summed over.
 
-S is the student and T the teacher. Everything here is differentiable with respect to S and finite where S > 0; a reverse
-divergence is also finite where T is 0, by `floor_excluded`.
+S is the student and T the teacher. Everything is differentiable with respect to S and finite where S > 0; `floor_excluded`
+keeps reverse divergences finite where T is 0.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ Direction = Literal["forward", "reverse"]
 Tail = Literal["bucket", "none", "renormalise"]
 
 MIN_LOG_RATIO = -20.0
-"""log T - log S of a token that T excludes, unless a method says otherwise: a reward far below any that a token earns, and
-finite."""
+"""Default log T - log S of a token that T excludes: finite, and far below any real reward."""
 
 
 def floor_excluded(logq: Tensor, logp: Tensor, min_log_ratio: float) -> Tensor:
     """Returns log Q with `log P + min_log_ratio` where Q excludes the token (`types.EXCLUDED`); no gradient reaches P. NaN
-    stays."""
+    stays NaN."""
     return torch.where(logq <= EXCLUDED, logp.detach() + min_log_ratio, logq)
 
 
@@ -67,8 +66,7 @@ def entropy(logp: Tensor) -> Tensor:
 def log_tail(logp: Tensor) -> Tensor:
     """`log(1 - sum_k P(k))`: the log-mass outside K given tokens. [..., K] -> [...].
 
-    The mass is not known below the precision of the K numbers, so it is floored at that precision (a mass of 0 would
-    make the reverse divergence infinite because of a rounding).
+    The mass is floored at the precision of the K numbers; a mass rounded to 0 would make the reverse divergence infinite.
     """
     return torch.log((1.0 - logp.exp().sum(-1)).clamp_min(torch.finfo(logp.dtype).eps))
 
@@ -86,8 +84,8 @@ def topk_divergence(
 
     `bucket` adds one category with the rest of both distributions (their log-masses `student_tail`, `teacher_tail`,
     [...]): a lower bound of the full divergence, never negative. `none` truncates the sum: it may be negative.
-    `renormalise` divides both sides by their mass on the K tokens. With `student_tail=None` under `bucket` there is no
-    rest (K = V), and all three agree with the full divergence. Tokens that T excludes add nothing to the forward
+    `renormalise` divides both sides by their mass on the K tokens. `student_tail=None` under `bucket` means that there is no
+    rest (K = V); all three then equal the full divergence. Tokens that T excludes add nothing to the forward
     direction (0 log 0 = 0); in the reverse one, and before T is renormalised, they are floored (`floor_excluded`).
     """
     if direction == "reverse" or tail == "renormalise":

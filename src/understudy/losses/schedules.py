@@ -1,4 +1,4 @@
-"""Schedules: functions from a step to a number. Nothing has a state, so a resumed run continues them."""
+"""Schedules: stateless functions from a step to a number, so a resumed run continues them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def learning_rate(
     """The learning rate of optimizer step `step` (0-based).
 
     Linear warm-up over `warmup_steps` (the first step takes `peak / warmup_steps`, not 0), then `shape` from `peak`
-    down to `final_share * peak` at the last step, and that value past the end.
+    down to `final_share * peak` at the last step, and constant after it.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -1,7 +1,7 @@
-"""Losses per token, with gradient, as functions of what the student says about the token.
+"""Per-token losses, with gradient, as functions of the student's log-probabilities.
 
 A loss reads `Rows`, never logits: the log-probabilities of the sampled token and of K given tokens, the mass outside
-them, the entropy, or a divergence of the whole row. Whoever has the logits (`linear/`) fills the rows and carries the
+them, the entropy, or a divergence of the whole row. `linear/` has the logits: it fills the rows and carries the
 gradients of these few numbers back to the logits.
 """
 
@@ -14,16 +14,16 @@ from understudy.lazy import Tensor, torch
 from understudy.losses.divergences import MIN_LOG_RATIO, Direction, Tail, floor_excluded, topk_divergence
 
 Reduce = Literal["token", "sequence", "constant"]
-"""The mean over all tokens; over each sample's, then over samples; or over samples of the sum over each sample's tokens."""
+"""Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
 Over = Literal["trained", "own", "given"]
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Numbers of a row that a method's losses read, beyond the sampled token and the entropy, which are always there."""
+    """What a method's losses read from a row, besides the sampled token and the entropy."""
 
     topk: Literal["teacher", "student"] | None = None
-    """The side whose K most probable tokens are read: from the row with a full-vocabulary teacher, else from the batch."""
+    """Whose top-K tokens are read: from the row with a full-vocabulary teacher, else from the batch."""
     k: int = 0
     tail: bool = False
     """The student's mass outside the K tokens."""
@@ -50,7 +50,7 @@ class Rows:
 
 
 class Loss(Protocol):
-    """A frozen dataclass with tensors of one row a token; gives the losses [C] of the rows of the same tokens."""
+    """A frozen dataclass whose tensors have one row per token; maps the `Rows` of these tokens to losses [C]."""
 
     def __call__(self, rows: Rows) -> Tensor: ...
 
@@ -139,7 +139,7 @@ class TopKDivergence:
 class ExpectedLogRatio:
     """`sum_k S(k) sg[log S(k) - log T(k)]` at K tokens: their part of the reverse KL in value and in gradient.
 
-    Differentiating the logarithm too adds `sum_k grad S(k)`, which is 0 over the whole vocabulary alone: over K tokens it
+    Differentiating the logarithm too adds `sum_k grad S(k)`, which is 0 only over the whole vocabulary: over K tokens it
     moves mass away from them even at S = T.
     """
 
@@ -158,8 +158,8 @@ class ExpectedLogRatio:
 class FoldedTopK:
     """`-r_t A_t` with `A_t = -sg[KL(T || S)]` over the K tokens: a divergence folded into one number.
 
-    An advantage that does not depend on the sampled token carries no teacher signal in expectation; it only lowers what
-    was sampled. Offered because released code is reported to do it.
+    An advantage that does not depend on the sampled token carries no teacher signal in expectation; it only makes
+    sampled tokens less likely. Provided because released code reportedly does this.
     """
 
     teacher_logp: Tensor
@@ -168,7 +168,7 @@ class FoldedTopK:
     old_logprob: Tensor | None = None
     """[C]"""
     weight: Tensor | None = None
-    """[C], as that of `PolicyGradient`."""
+    """[C], see `PolicyGradient`."""
 
     def __call__(self, rows: Rows) -> Tensor:
         divergence = TopKDivergence(self.teacher_logp, "forward", self.tail)(rows).detach()
@@ -205,19 +205,19 @@ class ReferenceKL:
 class Term:
     """One summand of a method's loss: `coef * sum_t mask_t loss_t / (number of tokens that the mean is over)`.
 
-    With `reduce="sequence"` the mean is over these tokens of each sample first, then over the samples that have any;
-    with "constant" the sum over a sample's tokens is averaged over the samples.
+    `reduce="sequence"` takes the mean per sample, then over the samples that have such tokens;
+    "constant" averages each sample's sum over the samples.
     """
 
     name: str
     loss: Loss
     mask: Tensor | None = None
-    """[T] bool, the tokens that take part; None: all trained ones."""
+    """[T] bool, the tokens included; None: all trained ones."""
     over: Over = "trained"
     """The tokens that the mean is over: all trained ones, those that the student wrote, or the others."""
     per: Tensor | None = None
-    """[T] bool, in place of `over`, tokens that only the terms of a whole batch know."""
+    """[T] bool, overrides `over` for batch-scope terms."""
     coef: float = 1.0
     reduce: Reduce = "token"
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Further numbers per token to be averaged over trained tokens and shown, [T] each; NaN where there is none."""
+    """Metrics per token, [T] each, averaged over trained tokens; NaN where undefined."""

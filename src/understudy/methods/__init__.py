@@ -1,4 +1,4 @@
-"""The methods, each one file. To add one: write the file, name it here, add it to the tests' table of cases."""
+"""The methods, one file each. To add one: write the file, list it here and in the tests' table of cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AOPD: a policy gradient where the teacher likes the token more than the student does, forward KL elsewhere.
+"""AOPD: policy gradient where the teacher gives the token a higher probability than the student, forward KL elsewhere.
 
 Source: "Asymmetric On-Policy Distillation", arXiv 2605.06387.
 """
@@ -19,20 +19,20 @@ from understudy.types import Need, TokenBatch
 class AOPD(ClippedMethod):
     """Tokens with `T(y_t) - S(y_t) <= threshold` (probabilities) take forward KL on the teacher's top K instead of OPD's term.
 
-    T and S that differ by no more than `advantages.rounding` are equal. Mean over the tokens of each sample, then over
+    T and S within `advantages.rounding` count as equal. Mean over the tokens of each sample, then over
     samples. `threshold=-1` is OPD; 1 is forward KL everywhere.
     """
 
     k: PositiveInt = 64
-    """Tokens of the forward KL."""
+    """K of the forward KL."""
     threshold: Annotated[float, Range(-1.0, 1.0)] = 0.0
     """The paper's tau, a difference of probabilities."""
     mean_over_k: bool = False
     """Open in the sources: a factor 1/K on the forward KL."""
     reduce: Reduce = "sequence"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
     tail: Tail = "none"
-    """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
+    """"none" is the paper's sum over K tokens; "bucket" adds a category for the rest, which makes it a divergence."""
 
     needs = frozenset[Need]({"sampled", "topk"})
 

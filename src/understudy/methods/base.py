@@ -1,4 +1,4 @@
-"""Base of all methods: a frozen dataclass that turns a batch of scored tokens into terms of a loss."""
+"""Base of all methods: a frozen dataclass that turns a batch of scored tokens into loss terms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prefix = Literal["share", "length"]
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a method's key, both included: `k: Annotated[int, Range(1)] = 64`. None passes."""
+    """Inclusive bounds of a method's key: `k: Annotated[int, Range(1)] = 64`. None passes."""
 
     low: float
     high: float = float("inf")
@@ -34,15 +34,15 @@ PositiveInt = Annotated[int, Range(1)]
 
 @dataclass(frozen=True)
 class Rewards:
-    """Each sample gets a reward, and an advantage against the other samples of its prompt."""
+    """Gives each sample a reward, and an advantage relative to the other samples of its prompt."""
 
     source: RewardSource = "outcome"
     """The verifier's score, or the judge's digit over 9."""
     normalise_std: bool = True
     dynamic_sampling: bool = False
-    """Replace prompts whose samples all have the same reward by further prompts."""
+    """Replace prompts whose samples all get the same reward with further prompts."""
     overlong_buffer: int = 0
-    """Tokens before the length limit over which a penalty grows to -1; 0: none."""
+    """Number of tokens before the length limit over which a penalty grows to -1; 0: no penalty."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Acceptance:
 
     @property
     def by_teacher(self) -> bool:
-        """Whether a teacher writes into the places of rejected samples."""
+        """Whether a teacher replaces or completes rejected samples."""
         return self.on_reject in ("teacher", "continue")
 
 
@@ -65,49 +65,49 @@ class RolloutPlan:
     """Sources of one step's samples."""
 
     on_policy_share: float = 1.0
-    """Share of the samples that the student writes; the rest are the data's or the teacher's own responses."""
+    """Share of samples that the student writes; the rest are responses from the data or the teacher."""
     prefix_share: float = 0.0
-    """Share of a teacher's response, or of the length budget, that guided samples begin with; 0: there are none."""
+    """Length of the teacher prefix of guided samples, as a share; 0: no guided samples."""
     prefix: Prefix = "share"
-    """The quantity that `prefix_share` is a share of; "length": the budget, the same for every response."""
+    """What `prefix_share` is a share of: the teacher's response, or "length", the length budget."""
     guided: Literal["beside", "replace"] = "beside"
-    """One guided sample per prompt beside the others, or in place of one of them."""
+    """One guided sample per prompt, in addition to the others or instead of one of them."""
     rewards: Rewards | None = None
     acceptance: Acceptance | None = None
 
 
 @dataclass(frozen=True)
 class Uses:
-    """Everything that the plans of a run make use of, at whichever step: what a recipe is checked against."""
+    """Everything that the plans of a run use at any step. Recipes are checked against it."""
 
     own_samples: bool = False
     """Samples that the student writes."""
     given_responses: bool = False
-    """Responses that the student did not write, imitated whole."""
+    """Whole responses that the student imitates but did not write."""
     prefixes: bool = False
-    """A teacher's responses as the beginning of samples."""
+    """Teacher responses as prefixes of samples."""
     fills_slots: bool = False
-    """A teacher's responses in place of rejected samples."""
+    """Teacher responses that replace rejected samples."""
     continues: bool = False
-    """The rest that a teacher writes behind the beginning of a rejected sample."""
+    """Teacher continuations of rejected samples."""
     judge: bool = False
     """A digit for each sample."""
     judges_steps: bool = False
     """A digit for each step of a sample."""
     rewards: frozenset[RewardSource] = frozenset()
-    """Sources of rewards; samples of a prompt are compared where there is any."""
+    """Sources of rewards; with any, samples of the same prompt are compared."""
 
     @property
     def takes_responses(self) -> bool:
-        """Whether responses that the student did not write have a use."""
+        """Whether the run uses responses that the student did not write."""
         return self.given_responses or self.prefixes or self.fills_slots
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of all methods. A method is its own section in a recipe: its fields are the keys.
+    """Base of all methods. A method's fields are the keys of its section in a recipe.
 
-    `terms` sees no logits and gives no gradient: it reads the batch and says which losses apply to which tokens.
+    `terms` sees no logits and computes no gradient: it reads the batch and returns which losses apply to which tokens.
     """
 
     def __post_init__(self) -> None:
@@ -124,27 +124,27 @@ class Method(ABC):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        """Fields of the batch that must be there and not NaN on trained tokens."""
+        """Fields of the batch that must be present, and not NaN on trained tokens."""
         return ()
 
     @property
     def scope(self) -> Scope:
-        """Scope of the terms: "token" chunk by chunk; "batch" from the whole batch, after a scoring pass."""
+        """Scope of the terms: "token" computes them chunk by chunk, "batch" from the whole batch after a scoring pass."""
         return "token"
 
     @property
     def reads(self) -> Reads:
-        """Numbers of the student's rows that the losses read."""
+        """What the losses read from the student's rows of logits."""
         return Reads()
 
     @property
     def min_log_ratio(self) -> float | None:
-        """Log-ratio of a token that the teacher or the reference excludes; None: the method reads no scores."""
+        """Log-ratio of tokens that the teacher or the reference excludes; None: the method reads no scores."""
         return None
 
     @abstractmethod
     def terms(self, batch: TokenBatch, step: int) -> list[Term]:
-        """The terms for the trained tokens in `batch`; `batch.student_logprob` is always there."""
+        """The loss terms for the trained tokens in `batch`; `batch.student_logprob` is always present."""
 
     def plan(self, step: int) -> RolloutPlan:
         """How to sample at `step`."""
@@ -153,7 +153,7 @@ class Method(ABC):
     def uses(self, num_steps: int) -> Uses:
         """The union of `plan` over a run of that many steps.
 
-        Every step is asked, because a schedule may begin off-policy and end on-policy, or the other way round.
+        Checks every step, because a schedule may move from off-policy to on-policy, or back.
         """
         # a set: over most of a long run the plan is the same
         plans = {self.plan(step) for step in range(num_steps)}
@@ -170,7 +170,7 @@ class Method(ABC):
         )
 
     def at(self, step: int) -> tuple[Method, int]:
-        """The method that is active at a step of the run, and the step counted from the method's own start."""
+        """The method active at a step of the run, and the step relative to that method's start."""
         return self, step
 
     @property
@@ -198,17 +198,17 @@ class ScoreMethod(Method):
 
 @dataclass(frozen=True)
 class PolicyMethod(ScoreMethod):
-    """A method with a policy-gradient term, and a correction for an engine whose log-probabilities are not the trainer's.
+    """A method with a policy-gradient term, corrected for an engine whose log-probabilities differ from the trainer's.
 
-    `advantages.importance` defines the kinds; the metric `importance` shows the weight.
+    `advantages.importance` defines the kinds; the metric `importance` reports the weight.
     """
 
     correction: advantages.Correction = field(default="none", kw_only=True)
-    """Kind of the weight for the gap between engine and trainer."""
+    """Kind of importance weight for the gap between engine and trainer."""
     correction_low: NonNegative = field(default=0.5, kw_only=True)
     """Lower bound of "icepop"."""
     correction_high: float = field(default=5.0, kw_only=True)
-    """"tis" cuts the weight there; "icepop" drops tokens outside [low, high]."""
+    """"tis" truncates the weight here; "icepop" drops tokens outside [low, high]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,7 +217,7 @@ class PolicyMethod(ScoreMethod):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        """The fields that follow from the correction, the scores that are asked for, and the plan."""
+        """The fields implied by the correction, the scores and the plan."""
         fields = {
             "rollout_logprob": self.correction != "none",
             "teacher_logprob": not self.needs.isdisjoint({"sampled", "full"}),
@@ -227,7 +227,7 @@ class PolicyMethod(ScoreMethod):
         return tuple(name for name, is_required in fields.items() if is_required)
 
     def weight(self, batch: TokenBatch) -> Tensor | None:
-        """Weight of each token that corrects for the gap between engine and trainer. [T]; None without a correction."""
+        """Importance weight of each token for the gap between engine and trainer. [T]; None without a correction."""
         low, high = self.correction_low, self.correction_high
         old = present(batch.student_logprob)
         return advantages.importance(old, batch.rollout_logprob, batch.on_policy, self.correction, low, high)
@@ -250,7 +250,7 @@ class PolicyMethod(ScoreMethod):
         per: Tensor | None = None,
         metrics: dict[str, Tensor] | None = None,
     ) -> Term:
-        """The term "policy_gradient" of `advantage` [T], weighted for the engine's mismatch."""
+        """The term "policy_gradient" for `advantage` [T], with the importance weight."""
         old, weight = present(batch.student_logprob), self.weight(batch)
         shown = {} if weight is None else {"importance": only(weight, batch.on_policy)}
         loss = PolicyGradient(advantage, old, self.ratio_clip, baseline, weight, baseline_logp, self.min_log_ratio)

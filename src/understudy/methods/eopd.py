@@ -18,18 +18,18 @@ from understudy.types import Need, TokenBatch
 class EOPD(ClippedMethod):
     """OPD with a clip, plus `coef 1[H_T > threshold] sum_K T'(v)(log T'(v) - log S(v))`, T' renormalised on its top K.
 
-    Both parts are means over all trained tokens. A teacher that returns no entropy gives a lower bound of it from its
-    K probabilities; the metric `teacher_entropy_estimated` says so.
+    Both parts are means over all trained tokens. If the teacher returns no entropy, a lower bound is computed from its
+    K probabilities; the metric `teacher_entropy_estimated` reports this.
     """
 
     k: PositiveInt = 16
-    """Tokens of the forward KL."""
+    """K of the forward KL."""
     threshold: float = 0.8
     """Nats."""
     coef: float = 1.0
     """Weight of the forward KL, the paper's alpha."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
     clip: NonNegative = field(default=0.2, kw_only=True)
 
     needs = frozenset[Need]({"sampled", "topk"})

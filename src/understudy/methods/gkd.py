@@ -21,7 +21,7 @@ class GKD(ScoreMethod):
     on_policy_share: Share = 1.0
     """The paper's lambda: share of samples that the student writes; the rest are the data's responses."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
 
     needs = frozenset[Need]({"full"})
 

@@ -18,16 +18,16 @@ from understudy.types import Need, TokenBatch
 class GOPD(ClippedMethod):
     """`A_t = sg[d_t + (scale - 1)(log T(y_t) - log R(y_t))]`; at the optimum S is `T^scale R^(1-scale)`, normalised.
 
-    "full" is the reverse KL to that distribution, whose Monte-Carlo gradient "sampled" is. The reference R is the
-    student's start, the teacher's base (reward correction) or any model: the section `reference` of a recipe.
+    "full" is the reverse KL to that distribution; "sampled" is its Monte-Carlo gradient. The recipe's section
+    `reference` sets R: the student's initial weights, the teacher's base (reward correction) or any model.
     """
 
     scale: NonNegative = 1.25
-    """The paper's lambda: 1 is OPD whatever R is, below interpolates, above lets the student pass its teacher (ExOPD)."""
+    """The paper's lambda: 1 is OPD for any R; below 1 interpolates; above 1 extrapolates beyond the teacher (ExOPD)."""
     form: Literal["sampled", "full"] = "sampled"
     """Rewards of sampled tokens, or reverse KL over the whole vocabulary."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""GRPO, Dr.GRPO and DAPO: the outcome reward of a sample against those of the prompt's other samples.
+"""GRPO, Dr.GRPO and DAPO: a sample's outcome reward relative to those of the prompt's other samples.
 
 Sources: GRPO, arXiv 2402.03300; Dr.GRPO, arXiv 2503.20783; DAPO, arXiv 2503.14476.
 """
@@ -19,21 +19,21 @@ class GRPO(PolicyMethod):
     """`A_i = (R_i - mean_g) / (std_g + 1e-6)` on every token of sample i, clipped as PPO; `distil_coef` adds `coef d_t`."""
 
     clip_low: NonNegative = 0.2
-    """Clip of the ratio below 1."""
+    """How far below 1 the ratio is clipped."""
     clip_high: NonNegative = 0.2
-    """Clip of the ratio above 1."""
+    """How far above 1 the ratio is clipped."""
     normalise_std: bool = True
     """Divide by the standard deviation of a prompt's rewards."""
     length: Reduce = "token"
-    """The mean: over all tokens; over each sample's, then samples; or sums over samples, divided by `max_tokens`."""
+    """Mean over all tokens; mean per sample, then over samples; or mean over samples of sums divided by `max_tokens`."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL to the reference model."""
     dynamic_sampling: bool = False
-    """Replace prompts whose samples all have the same grade (penalties for length aside) by further prompts."""
+    """Replace prompts whose samples all get the same grade (before length penalties) with further prompts."""
     distil_coef: NonNegative = 0.0
-    """Above 0: OPD's log-ratio joins the advantage."""
+    """Weight of OPD's log-ratio in the advantage."""
     overlong_buffer: Annotated[int, Range(0)] = 0
-    """Tokens before the length limit over which a penalty grows to -1."""
+    """Number of tokens before the length limit over which a penalty grows to -1."""
     max_tokens: Annotated[int | None, Range(1)] = None
     """Divisor of "constant"; None: the run's `sampling.max_new_tokens`."""
 
@@ -72,7 +72,7 @@ class GRPO(PolicyMethod):
 
 @dataclass(frozen=True)
 class DrGRPO(GRPO):
-    """GRPO without the division by the standard deviation and with a constant in place of the lengths."""
+    """GRPO without division by the standard deviation, and with a constant divisor instead of the lengths."""
 
     normalise_std: bool = False
     length: Reduce = "constant"
@@ -80,9 +80,9 @@ class DrGRPO(GRPO):
 
 @dataclass(frozen=True)
 class DAPO(GRPO):
-    """GRPO with a wider clip above, the mean over tokens, groups that differ, and a soft penalty near the limit."""
+    """GRPO with a higher upper clip, a token mean, dynamic sampling and a soft overlong penalty."""
 
     clip_high: NonNegative = 0.28
     dynamic_sampling: bool = True
     overlong_buffer: Annotated[int, Range(0)] = 0
-    """The paper takes 4,096 of 20,480 tokens."""
+    """The paper uses 4,096 of 20,480 tokens."""

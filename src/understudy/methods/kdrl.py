@@ -1,4 +1,4 @@
-"""KDRL: the outcome's policy gradient and a pull towards the teacher in one loss.
+"""KDRL: an outcome policy gradient and a distillation term in one loss.
 
 Source: "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning", arXiv 2506.02208.
 """
@@ -14,17 +14,17 @@ from understudy.types import Need, TokenBatch
 
 @dataclass(frozen=True)
 class KDRL(ClippedMethod):
-    """`J_GRPO - beta d_t^2 / 2`, the gradient of the second part through S; off where the sample is already right."""
+    """`J_GRPO - beta d_t^2 / 2`, differentiated through S in the second part, which is off where the sample is correct."""
 
     beta: NonNegative = 0.002
-    """Weight of the pull to the teacher."""
+    """Weight of the distillation term."""
     anneal_to: float | None = None
     """Value of beta at the last step, reached linearly; None: constant."""
     skip_correct: bool = True
-    """A batch that does not say what is right counts samples with a positive advantage as right."""
+    """Without verdicts in the batch, samples with a positive advantage count as correct."""
     clip: NonNegative = field(default=0.2, kw_only=True)
     num_steps: int | None = field(default=None, kw_only=True)
-    """Length of the schedule to `anneal_to`; None: the run's steps."""
+    """Steps of the schedule to `anneal_to`; None: the run's steps."""
 
     needs = frozenset[Need]({"sampled"})
 
@@ -35,7 +35,7 @@ class KDRL(ClippedMethod):
         return self if self.num_steps is not None else replace(self, num_steps=num_steps)
 
     def pull(self, step: int) -> float:
-        """Weight of the teacher's term at a step. Raises ValueError where it depends on a run that is not known."""
+        """Weight of the distillation term at a step. Raises ValueError if it depends on a run length that is not set."""
         if self.anneal_to is None or step == 0:
             return self.beta
         if self.num_steps is None:

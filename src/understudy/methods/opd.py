@@ -25,11 +25,11 @@ class OPD(ClippedMethod):
     discount: Share = 0.0
     """gamma > 0: `A_t = sum_{u >= t} gamma^(u-t) d_u` within the sample."""
     baseline: bool = False
-    """Subtract `E_{y~S}[d] = -KL(S || T)`: the same expectation, less variance. Needs a full-vocabulary teacher."""
+    """Subtract `E_{y~S}[d] = -KL(S || T)`: same expectation, lower variance. Needs a full-vocabulary teacher."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
     baseline_k: Annotated[int, Range(0)] = 0
-    """Above 0: the baseline is summed over the teacher's top K alone, which a teacher that returns those can serve."""
+    """Above 0: sum the baseline over the teacher's top K only, which needs just a top-K teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

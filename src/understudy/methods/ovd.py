@@ -1,4 +1,4 @@
-"""OVD: the teacher gives each response a digit from 0 to 9, which decides what is trained on.
+"""OVD: the teacher grades each response with a digit from 0 to 9, which decides what is trained on.
 
 Source: "OVD: On-policy Verbal Distillation", arXiv 2601.21968.
 """
@@ -25,20 +25,20 @@ from understudy.types import Need, TokenBatch
 
 @dataclass(frozen=True)
 class OVD(ClippedMethod):
-    """GRPO's clipped term over the samples that were accepted and those that replaced the rejected, and a KL to the reference.
+    """GRPO's clipped term over accepted and replacement samples, plus a KL to the reference.
 
-    A sample with a verbal score of at least `threshold` is accepted. The advantage is over the group as trained on.
+    A sample is accepted if its verbal score is at least `threshold`. Advantages are over the group after replacement.
     """
 
     threshold: Annotated[float, Range(0.0, 9.0)] = 7
-    """Least digit that is accepted."""
+    """Lowest accepted digit."""
     on_reject: OnReject = "teacher"
-    """Filling of a rejected slot: a response of the teacher, nothing, or one more attempt of the student. Open in the sources:
-    "continue", the student's steps before the first rejected one, which the teacher continues; it needs `steps`."""
+    """What replaces a rejected sample: a teacher response, nothing, or one more student attempt. Open in the sources:
+    "continue" keeps the student's steps before the first rejected one and lets the teacher continue; it needs `steps`."""
     reward: RewardSource = "outcome"
     """The verifier's score; or the digit over 9, which needs no ground truth."""
     score: Literal["argmax", "expectation"] = "argmax"
-    """The digit that the judge finds most likely, or the mean under its probabilities."""
+    """The judge's most likely digit, or the mean under its probabilities."""
     steps: bool = False
     """Judge each step of a response; the lowest digit counts."""
     kl_coef: NonNegative = 0.001

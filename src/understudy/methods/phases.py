@@ -1,4 +1,4 @@
-"""Phases: methods one after the other, each for a share of the run."""
+"""Phases: methods in sequence, each for a share of the run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from understudy.types import Need, TokenBatch
 class Phases(Method):
     """`parts: [{until: 0.6, type: tropd, ...}, {type: opd}]` is TrOPD for the first 60 % of the steps, then OPD.
 
-    Each part has its own keys and counts its steps from its own beginning, so that its schedules fit its share.
+    Each part has its own keys and counts steps from its own start, so its schedules fit its share.
     """
 
     parts: Sequence[Mapping[str, Any]]
-    """Methods in their order, each with `until`, the share of the run at which it ends."""
+    """Methods in order, each with `until`, the share of the run at which it ends."""
     num_steps: int | None = field(default=None, kw_only=True)
     """Number of steps that the shares refer to; None: the run's."""
     max_new_tokens: int | None = field(default=None, kw_only=True)
@@ -37,7 +37,7 @@ class Phases(Method):
             raise ValueError(
                 f"the parts end at {ends} of the run; `until` must grow from above 0 to 1 (the last part needs none)"
             )
-        self.members  # noqa: B018 (raises for a part that is no method, or that no step falls into)
+        self.members  # noqa: B018 (raises for a part that is not a method or has no step)
 
     @property
     def _ends(self) -> list[float]:
@@ -49,7 +49,7 @@ class Phases(Method):
 
     @cached_property
     def starts(self) -> list[int] | None:
-        """First step of each part, and the end; None where no run is known. Raises ValueError for a part without a step."""
+        """First step of each part, and the end; None without a run length. Raises ValueError for a part without a step."""
         if self.num_steps is None:
             return None
         starts = [0, *(round(end * self.num_steps) for end in self._ends)]

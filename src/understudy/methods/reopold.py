@@ -1,4 +1,4 @@
-"""REOPOLD: distillation as policy optimisation, with a floor under the reward and a choice of tokens.
+"""REOPOLD: distillation as policy optimisation, with a reward floor and token selection.
 
 Source: "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation", arXiv 2603.11137.
 """
@@ -19,21 +19,21 @@ class REOPOLD(ClippedMethod):
     """`sum_t r_t max(R_t, f) M_t / sum_t M_t`, `R_t = sg[d_t]`: the mean is over the kept tokens.
 
     Exploration (before `switch_step`) keeps the tokens with `R_t >= f`; refinement keeps the `top_share` of the step's
-    tokens whose student entropy is highest. `phases=False` keeps every token: the clip alone.
+    tokens whose student entropy is highest. `phases=False` keeps every token and only clips.
     """
 
     mix: float = 0.3
-    """The paper's lambda, from which the floor follows: 0.3 gives -1.72."""
+    """The paper's lambda, which sets the floor: 0.3 gives -1.72."""
     floor: Literal["mixture", "odds"] | float = "mixture"
     """"mixture": `log(mix)/(1-mix)`; "odds": `log(mix/(1-mix))`; or the floor f itself."""
     phases: bool = True
-    """False: every token, in every step."""
+    """False: keep every token in every step."""
     switch_step: int | None = None
     """First step of refinement; None: half of the run."""
     top_share: Share = 0.2
     """Share of a step's tokens that refinement keeps."""
     reduce: Reduce = "token"
-    """Mean over all kept tokens, or over each sample's first and then over the samples that have any."""
+    """Mean over all kept tokens; or mean per sample, then over the samples that keep any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class REOPOLD(ClippedMethod):
         return self if self.switch_step is not None else replace(self, switch_step=num_steps // 2)
 
     def explores(self, step: int) -> bool:
-        """Whether the step belongs to the first phase. Raises ValueError where that depends on a run that is not known."""
+        """Whether the step is in the first phase. Raises ValueError if that depends on a run length that is not set."""
         if self.switch_step is None and step > 0:
             raise ValueError("switch_step is None (half of the run), but no run is known here; set switch_step")
         return self.switch_step is None or step < self.switch_step

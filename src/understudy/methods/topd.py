@@ -1,6 +1,6 @@
-"""TOP-D: OPD towards a teacher that is mixed with the student, so that no token's reward falls without end.
+"""TOP-D: OPD towards a mixture of teacher and student, which bounds every token's reward from below.
 
-Source: "Trust Region Policy Distillation", arXiv 2607.04751. NeMo-RL has it under the name TROPD, which is not `tropd`.
+Source: "Trust Region Policy Distillation", arXiv 2607.04751. NeMo-RL calls it TROPD, which is not our `tropd`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TOPD(ClippedMethod):
     mix: Annotated[float, Range(1e-6, 1.0)] = 0.2
     """Share of the teacher in the target, the paper's alpha; 1 is OPD."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
 
     needs = frozenset[Need]({"sampled"})
 
@@ -33,7 +33,7 @@ class TOPD(ClippedMethod):
         ratio = advantages.log_ratio(present(batch.teacher_logprob), present(batch.student_logprob))
         advantage = ratio
         if self.mix < 1.0:
-            # exactly 0 at T = S, and without e^d where that is large
+            # exactly 0 at T = S, and no overflow of e^d
             above = ratio + (self.mix + (1.0 - self.mix) * (-ratio).exp()).log()
             advantage = torch.where(ratio > 0, above, torch.log1p(self.mix * torch.expm1(ratio)))
         return [self.policy_term(batch, advantage, batch.on_policy, reduce=self.reduce)]

@@ -25,9 +25,9 @@ class TopK(ScoreMethod):
     support: Literal["teacher", "student"] = "teacher"
     """"student" needs a teacher that can score given tokens."""
     tail: Tail = "bucket"
-    """Treatment of the other tokens: one bucket, none, or both sides renormalised on the K."""
+    """The other tokens: one bucket, dropped, or both sides renormalised on the K."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
 
     @property
     def needs(self) -> frozenset[Need]:

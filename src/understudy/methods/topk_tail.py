@@ -21,9 +21,9 @@ class TopKTail(ClippedMethod):
     """
 
     k: PositiveInt = 64
-    """Tokens of the student whose part of the gradient is summed."""
+    """How many of the student's most probable tokens are summed exactly."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
 
     needs = frozenset[Need]({"full"})
 

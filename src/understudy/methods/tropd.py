@@ -18,44 +18,44 @@ from understudy.types import Need, TokenBatch
 
 @dataclass(frozen=True)
 class TrOPD(ClippedMethod):
-    """Trusted tokens take OPD's term; a token is trusted with probability `min(T(y_t)/S(y_t), 1)`. The others: `outlier`.
+    """Trusted tokens take OPD's term; a token is trusted with probability `min(T(y_t)/S(y_t), 1)`. `outlier` treats the others.
 
     Guided samples begin with the first `floor(c(step) L)` tokens of a teacher's response, c a cosine from 1 to 0 over
-    `anneal_steps`; these tokens are imitated, `guidance * -log S(y_t)`. The student's tokens and those of prefixes have a
-    mean each, unless `denominator` is "joint". The expected share of rejected tokens is the total variation distance of S
+    `anneal_steps`; their loss is `guidance * -log S(y_t)`. Student tokens and prefix tokens are averaged
+    separately, unless `denominator` is "joint". The expected share of rejected tokens is the total variation distance of S
     and T (metric `total_variation`).
     """
 
     k: PositiveInt = 64
-    """Tokens of the forward KL."""
+    """K of the forward KL."""
     region: Literal["bernoulli", "ratio"] = "bernoulli"
-    """"ratio": a token is trusted where `T(y_t)/S(y_t) >= threshold`. In both regions T and S that differ by no more than
-    `advantages.rounding` are equal."""
+    """"ratio": a token is trusted where `T(y_t)/S(y_t) >= threshold`. In both regions T and S within
+    `advantages.rounding` count as equal."""
     threshold: NonNegative = 1.0
-    """Least ratio T/S of a trusted token under `region: ratio`."""
+    """Lowest T/S of a trusted token under `region: ratio`."""
     outlier: Literal["forward_kl", "clip", "mask", "scalar"] = "forward_kl"
     """Forward KL on the teacher's top K; `max(d_t, floor)` as advantage; nothing; or `-KL` as an advantage."""
     floor: float = -2.0
-    """Least advantage under `outlier: clip`."""
+    """Lowest advantage under `outlier: clip`."""
     guidance: NonNegative = 0.001
-    """Weight of imitating the prefixes."""
+    """Weight of the prefixes' NLL."""
     anneal_steps: Annotated[int, Range(0)] = 200
     """Steps over which prefixes fade out; 0: no guided samples."""
     also_positive: bool = False
     """Open in the sources, TrOPD + AOPD: trusted tokens with `T(y_t) - S(y_t) <= positive_threshold` take the forward KL
     too."""
     guided: Literal["beside", "replace"] = "beside"
-    """Open in the sources: one guided sample a prompt beside the on-policy ones, or in place of one."""
+    """Open in the sources: one guided sample per prompt, in addition to the on-policy ones or instead of one."""
     tail: Tail = "none"
-    """"none" is the paper's sum over K tokens; "bucket" adds the rest of both sides, which makes it a divergence."""
+    """"none" is the paper's sum over K tokens; "bucket" adds a category for the rest, which makes it a divergence."""
     positive_threshold: Annotated[float, Range(-1.0, 1.0)] = 0.0
     """AOPD's tau under `also_positive`. At 0 every outlier is below it, which leaves AOPD with guidance; between -1 and 0
     both choices count."""
     denominator: Literal["separate", "joint"] = "separate"
-    """Open in the sources: a mean over the student's tokens plus a mean over those of prefixes, or one over all of them, in
-    which prefixes dilute the student's part."""
+    """Open in the sources: separate means over student and prefix tokens, or one over all of them, where
+    prefixes dilute the student's part."""
     reduce: Reduce = "token"
-    """Mean over all tokens; over each sample's, then over samples; or over samples, of each one's sum."""
+    """Mean over all tokens; mean per sample, then over samples; or sum per sample, then mean over samples."""
     prefix: Prefix = "share"
     """Open in the sources: prefixes are a share of each response, or end at an annealed maximum length, `c(step)` of the length
     budget."""
