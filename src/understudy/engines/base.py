@@ -15,15 +15,15 @@ Weights = Iterable[tuple[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Sequences with the trainer's own log-probabilities, which an engine with the same weights has to reproduce.
+    """Sequences with the trainer's log-probabilities, which an engine with the same weights must reproduce.
 
-    They are taken at temperature 1 over every row of the head, padding included.
+    They are at temperature 1, over every row of the head, padding included.
     """
 
     token_ids: tuple[Tensor, ...]
     """[L] int64 each, L at least 2."""
     logprob: tuple[Tensor, ...]
-    """[L - 1] each: of every token but the first, given those before it. NaN: not compared."""
+    """[L - 1] each, of every token but the first. NaN: not compared."""
 
 
 class Generates(Protocol):
@@ -32,42 +32,42 @@ class Generates(Protocol):
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, step: int, stream: str = "sample"
     ) -> list[Sample]:
-        """Returns one sample for each request, in order. The same (stream, step, request) draws the same numbers."""
+        """Returns one sample per request, in order. (stream, step, request) seeds the draws."""
         ...
 
 
 class Engine(Generates, Protocol):
-    """Writes responses with the student's weights."""
+    """Generates responses with the student's weights."""
 
     @property
     def concurrency(self) -> int:
-        """Calls of `generate` that may run at the same time, each in a thread of its own."""
+        """Maximum concurrent calls of `generate`, each in its own thread."""
         ...
 
     @property
     def num_positions(self) -> int | None:
-        """The most tokens of prompt and response together; None where only the student's own limit applies."""
+        """Maximum length of prompt plus response; None: only the student's own limit applies."""
         ...
 
     @property
     def remote(self) -> bool:
-        """Whether all ranks share its servers: one rank then pushes for all and compares the weights by a probe."""
+        """Whether all ranks share its servers: one rank then pushes for all and checks the weights with a probe."""
         ...
 
     def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> float | None:
-        """Gives it the weights after `version` optimizer updates; None where it shares the live model, or where another rank
-        has pushed them. Returns the mean gap to the probe in nats; raises EngineError where that is too large."""
+        """Loads the weights after `version` optimizer updates; None if it shares the live model, or if another rank
+        has pushed them. Returns the mean gap to the probe in nats; raises EngineError if it is too large."""
         ...
 
     def verify(self) -> None:
-        """Raises WeightsLostError where an engine that was started again no longer has the weights of the last push."""
+        """Raises WeightsLostError if a restarted engine no longer has the weights of the last push."""
         ...
 
     def sleep(self, *, asks: bool) -> bool:
-        """Returns whether it has no weights and no cache until the next push, and leaves their memory to the update. Every rank
-        calls it when none is waiting for a sample; one alone `asks` the servers."""
+        """Frees weights and cache until the next push; returns whether it did. Every rank calls it while no rank waits for
+        a sample; only one `asks` the servers."""
         ...
 
     def close(self) -> None:
-        """Cancels what is in flight, and leaves no thread, process or connection behind."""
+        """Cancels requests in flight and closes threads, processes and connections."""
         ...

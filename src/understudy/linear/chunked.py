@@ -1,4 +1,4 @@
-"""The evaluation in chunks: logits are formed once, and their gradient in the same visit.
+"""Chunked evaluation: computes logits once, and their gradient in the same pass.
 
 Every loss here reads a few numbers of a row (the sampled token, K tokens, the mass outside them, the entropy, one
 divergence), so the gradient of the logits is a scaled softmax, plus a scaled auxiliary row, plus a sparse correction. A
@@ -37,11 +37,11 @@ from understudy.types import TokenBatch, fill
 CHUNK_ELEMENTS = 256 * 152_064
 """Logits in one chunk: 256 rows of the largest common vocabulary, 148 MiB in float32."""
 CHUNK_ELEMENTS_ON_GPU = 4 * CHUNK_ELEMENTS
-"""592 MiB: a GPU multiplies 256 rows in the time in which it reads the head."""
+"""592 MiB: a GPU multiplies 256 rows in the time it takes to read the head."""
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Most logits of one chunk."""
+    """Maximum number of logits in a chunk."""
     return CHUNK_ELEMENTS_ON_GPU if device.type == "cuda" else CHUNK_ELEMENTS
 
 
@@ -65,16 +65,16 @@ def evaluate(
     hidden [T, H] predicts `batch.target` row by row; the gradient reaches `hidden`, `head.weight` and `head.bias` where
     they require one. `teacher` and `reference` are ([T, H_t], LMHead) for losses over the whole vocabulary. `counts`:
     the denominators of the whole optimizer step (`count_denominators`, plus a term's own by its name); None: this
-    batch's. `rng` draws `batch.uniform` where the batch brings none. `keep` takes up
+    batch's. `rng` draws `batch.uniform` if the batch has none. `keep` records
     the numbers of single tokens. `fused`: the passes over the logits are Triton kernels; None: on a GPU where Triton is
     installed. Arithmetic is in float32, or float64 for float64 inputs. Masked rows are never projected.
 
-    A head in slices (`LMHead.cut`), and those of teacher and reference in the same ones, make it a collective call: each rank
-    has a batch of its own, may have an empty one, and gets its own loss, metrics and gradient of its hidden states; the
-    gradients of weight and bias are those of its slice over the batches of all ranks. `keep` then takes up nothing of whole
+    With a sliced head (`LMHead.cut`; teacher and reference sliced alike) this is a collective call: each rank has its own
+    batch, possibly empty, and gets its own loss, metrics and hidden-state gradient; the gradients of weight and bias are
+    those of its slice over the batches of all ranks. `keep` then records nothing that needs whole
     rows (most likely tokens, ranks, gradients).
 
-    Raises ScoreError when a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
+    Raises ScoreError if a score that the method needs is absent or NaN on a trained token, and ValueError for shapes
     that do not fit.
     """
     if hidden.shape != (len(batch), head.weight.shape[1]):
@@ -95,7 +95,7 @@ def evaluate(
     method, step = method.at(step)
     trained = choose_trained(method, batch, teacher, reference, counts, rng)
     chunk = chunk_tokens or _chunk_rows(head)
-    # the kernels know no slices
+    # the kernels do not support slices
     fused = head.slice is None and (row_math.has_kernels(hidden.device) if fused is None else fused)
     job = _Job(method, trained, head, teacher, reference, step, chunk, keep, fused)
     loss: Tensor = _autograd_function().apply(hidden, head.weight, head.bias, job)
@@ -108,7 +108,7 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the targets and entropy of their rows, without gradient. [T, H], [T] -> [T], [T].
 
-    `keep` takes up the most likely tokens of the rows, as a teacher's.
+    `keep` records the rows' most likely tokens as a teacher's.
     """
     dtype = compute_dtype(hidden)
     logprob, entropy = hidden.new_empty(len(target), dtype=dtype), hidden.new_empty(len(target), dtype=dtype)
@@ -183,13 +183,13 @@ class _Job:
         return total
 
     def _floor_of(self, other: FullTeacher | None) -> float | None:
-        """Log-ratio of the tokens that the model excludes; None where its head excludes none."""
+        """Log-ratio of tokens that the model excludes; None if its head excludes none."""
         return self.method.min_log_ratio if other is not None and other[1].excludes else None
 
     def _others(
         self, part: slice, student: Tensor, buffers: row_math.Buffers, columns: Columns
     ) -> tuple[Tensor | None, TokenBatch]:
-        """The logits that those of the student are compared with, and the batch with what the reference says."""
+        """The logits that the student's are compared with, and the batch with the reference's scores."""
         index, batch, size = self.trained.index[part], self.trained.batch.rows(part), len(student)
         target = batch.target if self.reference is None else columns.rows(batch.target)
         if self.reference is not None:
@@ -203,7 +203,7 @@ class _Job:
         logits = project(columns.rows(hidden[index]), head, out=buffers.of("teacher", size))
         scale = self.method.reads.extrapolate
         if scale is not None and self.reference is not None:
-            # read before it becomes the target, so that what is shown of the teacher is the teacher's
+            # read before the target overwrites it, so that the metrics show the teacher itself
             logprob, entropy = row_math.read_target(logits, target, columns)
             batch = fill(batch, teacher_logprob=columns.own(logprob), teacher_entropy=columns.own(entropy))
             if self.keep is not None and columns.slice is None:
@@ -218,7 +218,7 @@ class _Job:
         return logits, batch
 
     def _batch_terms(self, hidden: Tensor) -> list[tuple[Term, Tensor]]:
-        """The terms of a batch-scope method, after a scoring pass where the batch has no scores of the student yet."""
+        """The terms of a batch-scope method, after a scoring pass if the batch lacks the student's scores."""
         if isinstance(self.method, CutTerms):
             return self.trained.weigh(self.method.given)
         batch = self.trained.batch
@@ -246,10 +246,10 @@ class _Job:
 
 @cache
 def _autograd_function() -> Any:
-    """A class of torch's, made when torch is there."""
+    """The autograd function, defined on first use because torch is imported late."""
 
     class Apply(torch.autograd.Function):
-        """Carries gradients that were formed in the forward; the backward only scales them."""
+        """Holds gradients computed in the forward; the backward only scales them."""
 
         @staticmethod
         def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
@@ -262,7 +262,7 @@ def _autograd_function() -> Any:
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
             hidden, weight, bias = ctx.saved_tensors
-            # a loss that is not scaled hands its buffers over, so no second d weight exists
+            # an unscaled loss hands its buffers over, so there is never a second d weight
             if float(grad_output) == 1.0:
                 return hidden, weight, bias, None
             given = (hidden, weight, bias)

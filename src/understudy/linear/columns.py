@@ -1,8 +1,8 @@
-"""The columns of logits that a process has: all of the vocabulary, or a slice of it on each rank of a group.
+"""The columns of logits on a process: the whole vocabulary, or one slice per rank of a group.
 
-In slices every rank projects the rows of all ranks with its part of the head. What a row is asked for is combined over ranks:
-log-sum-exp, entropy and means from those of the slices, the entries at given ids from whoever has them, the K largest from
-the K largest of each. The losses see the rank's own rows alone.
+With slices, every rank projects the rows of all ranks with its part of the head. Results are combined over ranks:
+log-sum-exp, entropy and means from those of the slices, entries at given ids from the rank that has them, the K largest from
+each slice's K largest. The losses see only the rank's own rows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slice:
-    """The place of a head's rows in a vocabulary that the ranks of a group divide among them, in their order.
+    """The position of a head's rows in a vocabulary sharded over the ranks of a group, in rank order.
 
-    Every use of such a head is a collective call of the group: its ranks ask for the same, each of rows of its own.
+    Every use of such a head is a collective call: all ranks make the same calls, each for its own rows.
     """
 
     start: int
@@ -31,7 +31,7 @@ class Slice:
     """A process group of `torch.distributed`."""
 
     def gather(self, value: Tensor) -> Tensor:
-        """The tensors of all ranks, which have one shape. [...] -> [G, ...]."""
+        """The tensors of all ranks, of equal shape. [...] -> [G, ...]."""
         world = torch.distributed.get_world_size(self.group)
         found = value.new_empty(world * value.numel())
         # its name in this version of torch, and in older ones
@@ -42,16 +42,16 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """The columns and rows of one chunk of logits. Without a slice, where this process has all of both, nothing is sent."""
+    """The columns and rows of one chunk of logits. Without a slice, nothing is sent."""
 
     size: int
     """Tokens of the whole vocabulary."""
     slice: Slice | None = None
     counts: tuple[int, ...] = ()
-    """Rows of each rank in the chunk, in the order of the ranks."""
+    """Number of rows of each rank in the chunk, in rank order."""
 
     def rows(self, value: Tensor) -> Tensor:
-        """From this rank's rows the rows of the chunk. [own, ...] -> [C, ...]."""
+        """Gathers the chunk's rows from those of each rank. [own, ...] -> [C, ...]."""
         if self.slice is None:
             return value
         padded = value.new_zeros(max(self.counts), *value.shape[1:])
@@ -60,7 +60,7 @@ class Columns:
         return torch.cat([part[:count] for part, count in zip(every, self.counts, strict=True)])
 
     def own(self, value: Tensor) -> Tensor:
-        """From the rows of the chunk those of this rank. [C, ...] -> [own, ...]."""
+        """Selects this rank's rows of the chunk. [C, ...] -> [own, ...]."""
         if self.slice is None:
             return value
         rank = torch.distributed.get_rank(self.slice.group)
@@ -68,7 +68,7 @@ class Columns:
         return value[start : start + self.counts[rank]]
 
     def sum(self, value: Tensor) -> Tensor:
-        """From sums over the columns here those over all, in place."""
+        """Sums over the columns of all ranks, from sums over the local ones, in place."""
         if self.slice is not None:
             torch.distributed.all_reduce(value, group=self.slice.group)
         return value
@@ -81,7 +81,7 @@ class Columns:
         return lse
 
     def here(self, ids: Tensor, num_columns: int) -> tuple[Tensor, Tensor | None]:
-        """The columns of tokens, and which of them are here (None: all); the others are said to be in the first one."""
+        """The local columns of tokens, and a mask of the local ones (None: all); the others map to column 0."""
         if self.slice is None:
             return ids, None
         column = ids - self.slice.start
@@ -93,7 +93,7 @@ class Columns:
         return self.sum(self.at_here(z, ids))
 
     def at_here(self, z: Tensor, ids: Tensor) -> Tensor:
-        """The same, 0 where another rank has the column."""
+        """As `at`, with 0 for columns of other ranks."""
         column, inside = self.here(ids, z.shape[-1])
         found = z.gather(-1, column)
         return found if inside is None else torch.where(inside, found, 0.0)
@@ -116,8 +116,8 @@ class Columns:
 
 
 def chunks(head: LMHead, num_rows: int, size: int) -> Iterator[tuple[slice, Columns]]:
-    """This rank's rows in chunks of at most `size` rows over all ranks, a row of each at least. In slices all ranks of the
-    group get as many chunks, some without a row of theirs."""
+    """This rank's rows in chunks of at most `size` rows over all ranks, at least one row each. With slices all ranks get
+    the same number of chunks, some without rows of their own."""
     if head.slice is None:
         for part in parts(num_rows, size):
             yield part, Columns(head.num_tokens)

@@ -1,6 +1,6 @@
 """The passes over a chunk of logits as Triton kernels, for a GPU: `rows.Visit` calls them in place of torch's own.
 
-A row is read once for its log-sum-exp and entropy, once more beside the teacher's for a divergence, and once for its gradient,
+A row is read once for its log-sum-exp and entropy, once with the teacher's for a divergence, and once for its gradient,
 which overwrites it. p is the student's row, q the teacher's, z and aux their logits. Nothing of size [C, V] is made.
 Arithmetic is in the precision of the logits.
 """
@@ -21,12 +21,12 @@ from understudy.linear.rows import RowStats
 from understudy.types import EXCLUDED
 
 BLOCK = 4_096
-"""Most logits of a row that a program holds at a time: 16 each for its 256 threads."""
+"""Maximum block size of a program: 16 logits for each of its 256 threads."""
 NUM_WARPS = 8
 
 # a kernel reads globals only if they are constexpr
 _LOW = tl.constexpr(-1e30)
-"""A logit behind the end of the row: its probability is exactly 0, and 0 times it is 0."""
+"""Logit past the end of the row: its probability is exactly 0, and 0 times it is 0."""
 _EXCLUDED = tl.constexpr(EXCLUDED)
 
 
@@ -86,13 +86,13 @@ def _block(z: Tensor) -> int:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], z: Tensor, *given: Tensor | None, **constants: Any) -> None:
-    # Triton launches on the current GPU, which need not be that of the logits
+    # Triton launches on the current GPU, which may not hold the logits
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
         kernel[grid](z, *given, z.shape[1], **constants, BLOCK=_block(z), num_warps=NUM_WARPS)
 
 
 def _constants(beta: float, floor: float | None) -> dict[str, Any]:
-    # fixed when a kernel is compiled, because an argument would be rounded to float32
+    # compile-time constants, because Triton rounds float arguments to float32
     inside = 0.0 < beta < 1.0
     return {
         "BETA": beta,
@@ -110,7 +110,7 @@ def _load(row, start, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _row_stats(z_ptr, lse_ptr, entropy_ptr, V, BLOCK: tl.constexpr):
-    """Writes lse = log sum exp z and H = lse - E_p[z]; the sums are scaled down whenever a larger logit comes."""
+    """Writes lse = log sum exp z and H = lse - E_p[z]; the sums are rescaled whenever a larger logit appears."""
     row = tl.program_id(0).to(tl.int64)
     top = tl.full([], _LOW, z_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK], z_ptr.dtype.element_ty)
@@ -132,7 +132,7 @@ def _row_stats(z_ptr, lse_ptr, entropy_ptr, V, BLOCK: tl.constexpr):
 @triton.jit
 def _log_ratios(z, aux, lse, aux_lse, FLOOR: tl.constexpr, LOG_STUDENT: tl.constexpr, LOG_TEACHER: tl.constexpr):
     """Returns log p - log q, floored; and log p - log m, m = (1 - beta) p + beta q, or again the first where beta is 0 or 1."""
-    # large numbers first: log p - log q would be off by the rounding of both
+    # subtract the large numbers first: log p - log q would carry the rounding error of both
     to_teacher = (z - aux) - (lse - aux_lse)
     if FLOOR is not None:
         to_teacher = tl.where(aux - aux_lse <= _EXCLUDED, -FLOOR, to_teacher)
@@ -182,7 +182,7 @@ def _read_divergence(
             of_teacher += tl.exp(aux - aux_lse) * (to_mixture - to_teacher)
     value = tl.sum(of_teacher, 0)
     if BETA != 0.0:
-        # 1 but for the rounding of lse, which would shift the mean as a whole
+        # 1 up to the rounding of lse, which would shift the whole mean
         mean = tl.sum(of_student, 0) / tl.sum(mass, 0)
         tl.store(mean_ptr + row, mean)
         value = mean if BETA == 1.0 else BETA * value + (1.0 - BETA) * mean

@@ -9,7 +9,7 @@ from understudy.lazy import Tensor, torch
 from understudy.linear.columns import Columns, Slice, parts
 
 ABSENT = -1e5
-"""Logit of an id that is no token. Its probability is exactly 0, in float64 too, and differences with it stay finite."""
+"""Logit of an id that is not a token: probability exactly 0, in float64 too, with finite differences."""
 TILE_ELEMENTS = 4 * 1024 * 1024
 """Weights of a 16-bit head that are upcast at a time: 16 MiB in float32."""
 PRODUCT_ELEMENTS = 64 * 1024 * 1024
@@ -21,8 +21,8 @@ class LMHead:
     """`logits = softcap(scale * (hidden @ weight.T + bias)) / temperature`, over the first `vocab_size` rows of `weight`.
 
     `softcap(z) = cap * tanh(z / cap)`; None: the identity. Rows past `vocab_size` are padding of the embedding: they are
-    cut off before the softmax and get a zero gradient. Ids in `absent` are no tokens either: their logits are `ABSENT`, which
-    leaves them no probability and no gradient. So does a logit of -inf, by which a bias masks a token.
+    cut off before the softmax and get a zero gradient. Ids in `absent` are not tokens either: their logits are `ABSENT`, which
+    gives them probability 0 and no gradient, like a logit of -inf from a bias that masks a token.
 
     Raises ValueError for shapes that do not fit and for a temperature, scale or cap that is not positive.
     """
@@ -38,7 +38,7 @@ class LMHead:
     absent: Tensor | None = None
     """[A] ids below `vocab_size`."""
     slice: Slice | None = None
-    """The place of the rows in a vocabulary that ranks divide among them: `cut` gives such a head."""
+    """Which rows these are of a vocabulary sharded over ranks; see `cut`."""
 
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
@@ -51,13 +51,13 @@ class LMHead:
 
     @property
     def num_tokens(self) -> int:
-        """Size of the vocabulary after the cut; of a head in slices that of the slice."""
+        """Size of the vocabulary without padding; of the slice, if the head is sliced."""
         return self.vocab_size or self.weight.shape[0]
 
     def cut(self, part: Slice, num_tokens: int) -> LMHead:
-        """The head over `num_tokens` of its tokens, from `part.start` on.
+        """The head over `num_tokens` of its tokens, starting at `part.start`.
 
-        Raises ValueError for a part of another vocabulary, and where there is no token left for a rank.
+        Raises ValueError for a part of another vocabulary, and if a rank would have no token.
         """
         if part.size != self.num_tokens or not 0 < num_tokens <= self.num_tokens - part.start:
             raise ValueError(
@@ -91,12 +91,12 @@ class LMHead:
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """float32 for anything up to float32, float64 for float64: the one place where logits are upcast."""
+    """float32 for anything up to float32, float64 for float64: the only place where logits are upcast."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _tiles(head: LMHead, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head's rows in `dtype`: as they are, or upcast tile by tile, so that no float32 copy of a head exists."""
+    """The head's rows in `dtype`, upcast tile by tile if needed, so that no float32 copy of the head exists."""
     weight = head.weight.detach()[: head.num_tokens]
     rows = head.num_tokens if weight.dtype == dtype else max(1, TILE_ELEMENTS // weight.shape[1])
     for part in parts(head.num_tokens, rows):
@@ -104,14 +104,14 @@ def _tiles(head: LMHead, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def has_tensor_cores(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the device multiplies the two as they are, bf16, with sums in float32: a GPU of NVIDIA's from Ampere on."""
+    """Whether the device multiplies bf16 matrices with float32 accumulation: NVIDIA GPUs from Ampere on."""
     if not (hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16):
         return False
     return torch.version.hip is None and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def multiply_bfloat16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a @ b` of bf16 matrices, added up in float32."""
+    """`a @ b` of bf16 matrices, accumulated in float32."""
     return torch.mm(a, b, out_dtype=torch.float32) if out is None else torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
@@ -178,7 +178,7 @@ class Gradients:
             self._bias[: self._head.num_tokens] += logits_grad.sum(0)
 
     def _add_bfloat16(self, index: Tensor, states: Tensor, logits_grad: Tensor) -> None:
-        # two bf16 numbers, the second the rounding of the first, are the float32 one to 2^-17; both go through one product
+        # two bf16 numbers, the second the rounding error of the first, hold a float32 to 2^-17; one product takes both
         high = logits_grad.to(torch.bfloat16)
         both = torch.cat([high, (logits_grad - high).to(torch.bfloat16)])
         if self._hidden is not None:
@@ -187,7 +187,7 @@ class Gradients:
             self._hidden[index] = high_part.add_(low_part).to(self._hidden.dtype)
         if self._weight is not None:
             twice = torch.cat([states, states])
-            # in tiles, because a product of bf16 matrices is not added to a float32 one in place
+            # in tiles, because a product of bf16 matrices cannot be added to a float32 matrix in place
             for tile in parts(self._head.num_tokens, max(1, PRODUCT_ELEMENTS // states.shape[1])):
                 self._weight[tile] += multiply_bfloat16(both[:, tile].T, twice)
 

@@ -1,4 +1,4 @@
-"""Numbers of single tokens for people to look at. An evaluation keeps what it has anyway, and takes no further pass."""
+"""Numbers of single tokens for inspection, recorded by an evaluation without a further pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 from understudy.lazy import Tensor, torch
 
 NUM_LIKELIEST = 5
-"""Tokens of a row that are kept as its most likely ones."""
+"""Number of most likely tokens kept per row."""
 
 
 class Kept:
@@ -18,7 +18,7 @@ class Kept:
     """
 
     def __init__(self, closely: Tensor, foreign: Tensor | None = None) -> None:
-        """`foreign`: ids that are not named among the most likely tokens, because nobody here can read them."""
+        """`foreign`: ids left out of the most likely tokens, because no tokenizer of the run can decode them."""
         self._closely, self._foreign = closely, foreign
         self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._index = closely.new_zeros(0, dtype=torch.int64)
@@ -28,7 +28,7 @@ class Kept:
         self._index = index
 
     def add(self, name: str, value: Tensor | None, mask: Tensor | None = None) -> None:
-        """A number of each row of the chunk [C], NaN outside `mask`; None: there is none."""
+        """Records a number per row of the chunk [C], NaN outside `mask`; ignores None."""
         if value is not None:
             value = value.detach().float()
             shown = value if mask is None else torch.where(mask, value, torch.nan)
@@ -54,8 +54,8 @@ class Kept:
             self._parts.setdefault(f"{whose}_{name}", []).append((index, value))
 
     def read_gradient(self, dz: Tensor, target: Tensor) -> None:
-        """`gradient`, the 2-norm of a row of d loss / d logits, and `push`, minus its entry at the target: above 0 the update
-        makes the token more likely. [C, V], [C]."""
+        """Records `gradient`, the 2-norm of a row of d loss / d logits, and `push`, minus its entry at the target: above 0 the
+        update makes the token more likely. [C, V], [C]."""
         near = self._closely[self._index].nonzero().squeeze(-1)
         index, dz = self._index[near], dz[near]
         push = -dz.gather(-1, target[near, None]).squeeze(-1)
@@ -63,7 +63,7 @@ class Kept:
             self._parts.setdefault(name, []).append((index, value.float()))
 
     def columns(self) -> dict[str, Tensor]:
-        """`{name: [T] or [T, K]}` on the CPU, NaN (-1 for ids and ranks) in rows that have no such number."""
+        """`{name: [T] or [T, K]}` on the CPU, NaN (-1 for ids and ranks) where nothing was recorded."""
         found = {}
         for name, parts in self._parts.items():
             index, value = (torch.cat(side).cpu() for side in zip(*parts, strict=True))

@@ -1,6 +1,6 @@
-"""The parts of an evaluation around the logits: choose the trained rows, check them, weigh the terms.
+"""Everything in an evaluation except the logits: select the trained rows, check them, weight the terms.
 
-Methods whose terms need every token at once get the terms of a whole optimizer step, cut to its micro-batches.
+Batch-scope terms are computed once for a whole optimizer step and then split into its micro-batches.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Evaluation:
 
 
 def count_denominators(batches: list[TokenBatch]) -> dict[str, float]:
-    """The denominators of a whole optimizer step: trained "tokens", and "sequences" that have any; of those that the student
-    wrote "own_tokens" and "own_sequences", of the others "given_tokens" and "given_sequences"."""
+    """The denominators of a whole optimizer step: trained "tokens" and the "sequences" that have any; "own_tokens" and
+    "own_sequences" count those that the student wrote, "given_tokens" and "given_sequences" the others."""
     counts = dict.fromkeys((f"{prefix}{unit}" for prefix in PREFIXES.values() for unit in UNITS), 0.0)
     for batch in batches:
         for over, prefix in PREFIXES.items():
@@ -77,16 +77,16 @@ class Trained:
     """The N trained rows of a batch, with their weights in a mean."""
 
     index: Tensor
-    """[N] their positions in the batch."""
+    """[N] positions in the batch."""
     batch: TokenBatch
     """N rows."""
     counts: Mapping[str, float]
 
     def share(self, term: Term) -> Tensor:
-        """Weight of each row in the term's mean. [N] float64. Where nothing is averaged over, every weight is 0.
+        """Weight of each row in the term's mean. [N] float64. All 0 if the mean is over no rows.
 
-        `counts` of "tokens" and "sequences" alone do where the student wrote every token. Raises ValueError where it did not,
-        and the term's mean is over its own.
+        `counts` needs only "tokens" and "sequences" if the student wrote every token. Raises ValueError if others wrote
+        some and the term's mean is over the student's own.
         """
         members = members_of(self.batch, term.over) if term.per is None else term.per
         unit = "tokens" if term.reduce == "token" else "sequences"
@@ -123,7 +123,7 @@ def choose_trained(
 ) -> Trained:
     """The trained rows, with nothing missing.
 
-    Raises ScoreError when the method needs a score that the batch lacks or that is NaN on a trained row.
+    Raises ScoreError if a score that the method needs is absent or NaN on a trained row.
     """
     reads = method.reads
     if reads.divergence is not None and teacher is None:
@@ -186,11 +186,11 @@ GIVEN_WITH_THE_BATCH = {
     "outcome_advantage": "grade the samples and compare them with their group (`losses.advantages.group_advantage`)",
     "rollout_logprob": "the engine records it",
 }
-"""Fields that the batch must bring, because no model can compute them -> where they come from."""
+"""Fields that the batch must contain, because no model can compute them -> their sources."""
 
 
 OUTLIER_NATS = 5.0
-"""|log T - log S| of a token above which it is an outlier: one of the two finds it 150 times as likely as the other."""
+"""|log T - log S| above which a token is an outlier: a factor of 150 between the two probabilities."""
 
 
 def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatch, tally: Tally) -> Tensor:
@@ -232,7 +232,7 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
 
 
 def _detach_rows(rows: Rows, which: Tensor) -> Rows:
-    """The rows of which those in `which` [C] take no gradient."""
+    """The rows, detached where `which` [C]."""
 
     def cut(value: Tensor) -> Tensor:
         return torch.where(which.reshape(-1, *[1] * (value.dim() - 1)), value.detach(), value)
@@ -252,7 +252,7 @@ class Tally:
         if self._keep is not None:
             self._keep.add(name, value, mask)
         total = value.double().sum() if mask is None else torch.where(mask, value, 0.0).double().sum()
-        # filled on the device: a number that comes from the host would be waited for
+        # filled on the device: a number from the host would force a synchronisation
         count = total.new_full((), float(value.numel())) if mask is None else mask.sum().double()
         self._sums.setdefault(name, []).append(torch.stack([total, count]))
 
@@ -266,7 +266,7 @@ class Tally:
 
 @dataclass(frozen=True, eq=False)
 class CutTerms:
-    """A micro-batch's part of the terms, in place of the method that made them."""
+    """A micro-batch's part of precomputed terms; stands in for the method."""
 
     given: list[Term]
     reads: Reads
@@ -284,7 +284,7 @@ class CutTerms:
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """The tokens of all batches one after the other; samples keep apart. Fields that one of them lacks are left out."""
+    """Concatenates batches, with distinct samples. Drops fields that any of them lacks."""
     values = {}
     for item in fields(TokenBatch):
         parts = [getattr(batch, item.name) for batch in batches]
@@ -302,7 +302,7 @@ def cut_terms(
 ) -> list[CutTerms]:
     """The terms over the trained tokens of all `batches` and of those on other ranks, cut to each of `batches`.
 
-    Every batch has `student_logprob` and `student_entropy`. Denominators of the terms' own: `count_own`.
+    Every batch needs `student_logprob` and `student_entropy`. `count_own` gives the terms' own denominators.
     """
     trained = [batch.rows(batch.mask) for batch in batches]
     whole = join([*trained, *(batch.rows(batch.mask) for batch in elsewhere)])
@@ -323,7 +323,7 @@ def cut_term(term: Term, part: slice) -> Term:
 
 
 def count_own(batches: Sequence[TokenBatch], cuts: Sequence[CutTerms]) -> dict[str, float]:
-    """The denominators that terms bring themselves, by their name, over these micro-batches."""
+    """The terms' own denominators over these micro-batches, by name."""
     counts: dict[str, float] = {}
     for batch, cut in zip(batches, cuts, strict=True):
         for term in cut.given:

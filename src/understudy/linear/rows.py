@@ -22,11 +22,11 @@ from understudy.losses.terms import Reads, Rows
 from understudy.types import EXCLUDED, TokenBatch, fill
 
 BLOCK_ELEMENTS = 2 * 152_064
-"""Logits of one block for each thread of a CPU: 1.2 MiB in float32, so that three buffers of it stay in a cache."""
+"""Logits per block and CPU thread: 1.2 MiB in float32, so that three such buffers fit in cache."""
 
 
 def blocks(logits: Tensor, columns: Columns) -> Iterator[slice]:
-    """Blocks of rows on a CPU; the whole chunk on a device whose kernels stream it anyway, and where ranks talk for each."""
+    """Blocks of rows on a CPU; the whole chunk on a GPU, which streams it, and where every block would cost communication."""
     size = logits.shape[0]
     whole = logits.is_cuda or columns.slice is not None
     rows = size if whole else BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[1]
@@ -34,7 +34,7 @@ def blocks(logits: Tensor, columns: Columns) -> Iterator[slice]:
 
 
 class Buffers:
-    """One buffer of logits [C, V] a model, used again by every chunk."""
+    """One buffer of logits [C, V] per model, reused by every chunk."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self._size, self._options = (rows, columns), {"dtype": dtype, "device": device}
@@ -57,10 +57,10 @@ class RowStats:
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxStats(RowStats):
-    """With the softmax itself, as `p * inverse` [B, V], [B].
+    """`RowStats` plus the softmax itself, as `p * inverse` [B, V], [B].
 
-    The softmax kernel adds up a long row one lane after another and is off by 1e-5 at 150,000 entries; the sum of its
-    result, which is added up pairwise, takes that error out again.
+    The softmax kernel sums a long row lane by lane and is off by 1e-5 at 150,000 entries; dividing by the
+    pairwise sum of its result removes that error.
     """
 
     p: Tensor
@@ -99,7 +99,7 @@ def softmax_stats(z: Tensor, columns: Columns) -> SoftmaxStats:
 
 
 def read_target(logits: Tensor, target: Tensor, columns: Columns, keep: Kept | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and entropy of their rows. [C, V], [C] -> [C], [C]. `keep` takes up the teacher's rows."""
+    """Log-probability of the targets and entropy of their rows. [C, V], [C] -> [C], [C]. `keep` records the teacher's rows."""
     logprob, entropy = logits.new_empty(len(target)), logits.new_empty(len(target))
     for block in blocks(logits, columns):
         stats = softmax_stats(logits[block], columns)
@@ -137,7 +137,7 @@ class Visit:
         fused: bool = False,
     ) -> None:
         """`batch` has this rank's rows. `min_log_ratio`: log-ratio of tokens that the teacher excludes; None: it excludes none.
-        `keep` takes up what the rows say about single tokens. `fused`: the passes over the rows are Triton kernels."""
+        `keep` records numbers of single tokens. `fused`: the passes over the rows are Triton kernels."""
         self._reads, self._z, self._aux, self._batch, self._columns = reads, logits, teacher_logits, batch, columns
         self._target = columns.rows(batch.target)
         self._ids = None if reads.topk is None or batch.topk_ids is None else columns.rows(batch.topk_ids)
@@ -148,8 +148,8 @@ class Visit:
         self._leaves: Rows | None = None
 
     def read(self, *, keep_logits: bool) -> tuple[Rows, TokenBatch]:
-        """This rank's rows, as leaves that take gradients, and the batch with what the pass knows. The buffer now holds p, or
-        still the logits if `fused`."""
+        """This rank's rows, as leaves that require gradients, and the batch with the fields this pass computes. The buffer
+        then holds p, or still the logits if `fused`."""
         if keep_logits and self._kernels is None:
             self._capped = self._z.clone()
         read = [self._read_block(block) for block in blocks(self._z, self._columns)]
@@ -183,7 +183,7 @@ class Visit:
             read["teacher_logprob"] = self._columns.at(aux, target).squeeze(-1) - teacher.lse
         if self._keep is not None and self._columns.slice is None:
             self._keep.read_row("student", block, z, student.lse, target[:, 0])
-            # the rows of an extrapolated teacher were read before they became the target
+            # an extrapolated teacher's rows were read before the target overwrote them
             if aux is not None and teacher is not None and self._reads.extrapolate is None:
                 self._keep.read_row("teacher", block, aux, teacher.lse, target[:, 0])
         if self._reads.topk is not None:
@@ -228,7 +228,7 @@ class Visit:
         if loss.requires_grad:
             found = list(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
         if self._columns.slice is not None:
-            # what one rank's loss reads, all ranks send
+            # collective: if one rank's loss reads it, all ranks send it
             used = self._columns.sum(torch.tensor([float(grad is not None) for grad in found], device=self._z.device))
             pairs = zip(found, leaves.values(), used.tolist(), strict=True)
             found = [torch.zeros_like(leaf) if grad is None and ranks else grad for grad, leaf, ranks in pairs]
@@ -314,7 +314,7 @@ def _read_divergence(
         teacher.write(aux)
         return {"divergence": value}
     if beta == 1.0:
-        # log p - log q up to a constant of the row, which p (l - E_p l) does not see
+        # log p - log q up to a constant per row, which cancels in p (l - E_p l)
         torch.sub(z, aux, out=aux)
         mean = student.mean(aux)
         return {"divergence": mean - student.lse + teacher.lse, "mean": mean}

@@ -1,4 +1,4 @@
-"""The interfaces of teachers: their sections of a recipe, and the teachers and judges that these open."""
+"""The interfaces of teachers: recipe sections, and the teachers and judges that they open."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from understudy.tasks.renderer import Renderer
 from understudy.types import Grade, Need, Prompt, Request, Sample, Sampling, Scores, Verdict
 
 ExtraIds = Literal["mask", "tail"]
-"""Fate of tokens that the teacher has and the student has not: cut out of the teacher's softmax, which is then that given one
-of the student's tokens, or left in it, so that their probability is in the tail of a row of K."""
+"""Tokens that only the teacher has: cut out of its softmax, which is then conditional on the student's tokens, or left in it,
+where their probability joins the tail of a top-K row."""
 ScoreForm = Literal["argmax", "expectation"]
-"""The digit that a judge finds most likely, or the mean of the digits under its probabilities."""
+"""The judge's most likely digit, or the mean digit under its probabilities."""
 Rendering = Literal["student", "own"]
-"""The student's ids; or the teacher's own template, with the student's response behind it."""
+"""The student's token ids; or the teacher's own template followed by the student's response."""
 CAN: frozenset[Need] = frozenset({"none", "sampled", "topk", "full"})
-"""Scores of a teacher whose whole rows can be computed."""
+"""Scores of a full-vocabulary teacher."""
 
 
 def hash_facts(facts: Sequence[object]) -> str:
-    """A hash of facts; one that is no JSON value counts by its text."""
+    """A hash of facts; values that are not JSON are hashed as strings."""
     return blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def gives_of(can: frozenset[Need], extra_ids: ExtraIds) -> frozenset[Need]:
-    """The scores of a teacher whose whole rows can be computed: a whole row over the student's tokens has no tail."""
+    """The scores of a full-vocabulary teacher: a full row over the student's tokens has no tail."""
     return can - {"full"} if extra_ids == "tail" else can
 
 
 def check_need(need: frozenset[Need], k: int | None, gives: frozenset[Need], what: str) -> None:
-    """Raises ScoreError for a need that `what` does not give, ValueError for "topk" without k."""
+    """Raises ScoreError for a need that `what` does not provide, ValueError for "topk" without k."""
     if need - gives:
         raise ScoreError(f"{what} cannot give {sorted(need - gives)}; it gives {sorted(gives)}")
     if "topk" in need and (k is None or k < 1):
@@ -55,7 +55,7 @@ def check_need(need: frozenset[Need], k: int | None, gives: frozenset[Need], wha
 
 
 class Generate(Protocol):
-    """Writes a response to each prompt with a model of this process; None where one does not end."""
+    """Generates a response to each prompt with a model in this process; None if it is truncated."""
 
     def __call__(
         self, model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling, *, reader: Renderer | None = None
@@ -73,58 +73,58 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The student's side of the run, which a teacher is opened beside."""
+    """The student's side of the run, as a teacher needs it to open."""
 
     name: str
-    """As prompts name the teacher."""
+    """The teacher's name in `Prompt.teacher`."""
     vocab_size: int
-    """The student's tokens, which the teacher has too; rows of a head past them are cut off."""
+    """Size of the student's vocabulary, which the teacher shares; further rows of its head are cut off."""
     absent: tuple[int, ...] = ()
-    """Ids below `vocab_size` that only teachers have a token for."""
+    """Ids below `vocab_size` that are tokens of teachers only."""
     teacher_tokenizer: Any = None
-    """The teacher's own, compared with the student's; None: the student's, or nobody says."""
+    """The teacher's own, compared with the student's; None: the student's, or unknown."""
     temperature: float = 1.0
-    """The student's; scores are those at it."""
+    """The student's; scores are taken at it."""
     device: str | torch.device = "cpu"
     renderer: Renderer | None = None
     """The student's."""
     student: nn.Module | None = None
     """The live model, for a teacher that is the student itself."""
     start: str | None = None
-    """The model directory or hub name that the student starts from; None for one from scratch."""
+    """The model directory or hub name of the student's initial weights; None for a random initialisation."""
     start_revision: str | None = None
     """Revision of `start`, where that is a hub name."""
     fresh_student: Callable[[], nn.Module] | None = None
-    """Builds the start again where `start` is None: in a resumed run the live model is not the start any more."""
+    """Rebuilds the initial weights where `start` is None: a resumed run's live model no longer has them."""
     vision: Vision | None = None
-    """The teacher's own processor of images; None where prompts have none."""
+    """The teacher's own image processor; None if prompts have no images."""
     seed: int = 0
     share_prompts: bool = True
-    """Compute once what several samples begin with."""
+    """Compute prefixes shared by several samples once."""
     grade: Callable[[Prompt, str], Grade | None] | None = None
-    """The task's verdict on a response to a prompt; None of it where nobody can judge it."""
+    """The task's verdict on a response to a prompt; returns None if it cannot be graded."""
     generate: Generate | None = None
 
     @property
     def tokenizer(self) -> Any:
-        """The student's; None where nobody gave one."""
+        """The student's; None if not given."""
         return None if self.renderer is None else self.renderer.tokenizer
 
     @property
     def teacher_size(self) -> int:
-        """The teacher's tokens, at least the student's."""
+        """Size of the teacher's vocabulary, at least the student's."""
         own = 0 if self.teacher_tokenizer is None else vocabulary_size(self.teacher_tokenizer)
         return max(own, self.vocab_size)
 
     @property
     def tail_size(self) -> int | None:
-        """The teacher's tokens where some are not the student's, else None: there is no difference in a tail."""
+        """Size of the teacher's vocabulary if the student lacks some of its tokens, else None."""
         return self.teacher_size if self.absent or self.teacher_size > self.vocab_size else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """The demands of a run on one of its teachers, for the rules of the teacher's section."""
+    """What a run requires of one of its teachers, for the checks of the teacher's section."""
 
     where: str
     """The section's place in the recipe: "teacher", or "teachers.NAME"."""
@@ -135,38 +135,38 @@ class RunFacts:
     """The student's."""
     samples_per_prompt: int
     own_samples: bool
-    """Whether the student ever learns from samples of its own."""
+    """Whether the student ever trains on its own samples."""
     graded: bool
     """Whether a verifier grades every sample that the teacher scores."""
     start: str | None
-    """The model that the student starts from; None for one from scratch."""
+    """The student's initial model; None for a random initialisation."""
     lora: bool
     parts: Mapping[str, Task]
     """The parts of the task whose samples the teacher scores, by their place in the recipe."""
 
 
 class TeacherSection(ABC):
-    """A teacher's section of a recipe: what it gives, needs and costs, known before anything is loaded.
+    """A teacher's section of a recipe: what it provides and needs, known before anything is loaded.
 
-    A new teacher is a frozen dataclass of this kind, with a line in `teachers.TEACHERS`.
+    To add a teacher, write a frozen subclass and list it in `teachers.TEACHERS`.
     """
 
     says_digits: bool = False
     """Whether `open` returns a `Judge`."""
     reads_steps: bool = False
-    """Whether it is a judge that can say a digit for each step."""
+    """Whether it is a judge that can grade each step."""
     writes_responses: bool = False
     """Whether `open` returns a `Responder`."""
     alone: bool = False
-    """Whether it cannot be one of several."""
+    """Whether it must be the run's only teacher."""
     reads_images: bool = False
-    """Whether it is shown the images of prompts, or needs none of a prompt."""
+    """Whether it can score prompts with images: it sees them, or does not need them."""
     rendering: Rendering = "student"
-    """The rendering of the messages that the teacher reads before a response."""
+    """How the messages before a response are rendered for the teacher."""
     extra_ids: ExtraIds = "mask"
-    """Treatment of tokens that the student does not have."""
+    """Treatment of tokens outside the student's vocabulary."""
     replays: bool = False
-    """Whether it brings recorded samples, which are trained on in place of new ones."""
+    """Whether training uses its recorded samples instead of new ones."""
 
     @property
     @abstractmethod
@@ -176,14 +176,14 @@ class TeacherSection(ABC):
     @property
     @abstractmethod
     def shown(self) -> str:
-        """The name that people read: a model, or an address."""
+        """Display name: a model or an address."""
 
     @abstractmethod
     def check(self) -> str:
-        """A line for the dry run. Raises RecipeError for what is wrong with the section by itself, without loading."""
+        """Returns a line for the dry run. Checks the section alone, without loading; raises RecipeError."""
 
     def check_run(self, run: RunFacts) -> None:
-        """Raises RecipeError where the teacher does not suit the run."""
+        """Raises RecipeError if the teacher does not fit the run."""
 
     @abstractmethod
     def open(self, setup: Setup) -> Teacher | Judge:
@@ -191,12 +191,12 @@ class TeacherSection(ABC):
 
     @property
     def follows_student(self) -> bool:
-        """Whether its weights move with the student's."""
+        """Whether its weights follow the student's."""
         return False
 
     @property
     def is_start(self) -> bool:
-        """Whether it is the student's start: with LoRA that is the live model without its adapters."""
+        """Whether it has the student's initial weights: with LoRA, the live model without its adapters."""
         return False
 
     @property
@@ -206,25 +206,25 @@ class TeacherSection(ABC):
 
     @property
     def vocabulary(self) -> Source | None:
-        """The tokenizer that must have the student's tokens; None where it is the student's own, or nobody says."""
+        """The tokenizer that must contain the student's tokens; None if it is the student's own, or unknown."""
         return None
 
     @property
     def weights(self) -> LoadedSection | None:
-        """The section itself where it loads weights into this process; None: it loads none."""
+        """The section itself if it loads weights into this process, else None."""
         return None
 
     def elsewhere(self, token_env: str) -> tuple[list[str], dict[str, Any]] | None:
-        """Arguments of `understudy` that serve it on another machine, whose address `{host}` and `{port}` stand for, and the
-        section that asks there, without its url; None for one that is not served.
+        """The `understudy` arguments that serve it on another machine, with `{host}` and `{port}` for the address, and the
+        client's section without its url; None if it cannot be served.
 
-        Raises RecipeError for keys that a server lacks.
+        Raises RecipeError for keys that a server does not support.
         """
         return None
 
 
 def check_rendering(section: TeacherSection, run: RunFacts) -> None:
-    """Raises RecipeError where a teacher is to render what has no messages."""
+    """Raises RecipeError if a teacher must render prompts without messages."""
     if section.rendering == "own" and run.parts and not any(part.is_chat for part in run.parts.values()):
         raise RecipeError(
             f"{run.where}.rendering is own, but the problems of {', '.join(run.parts)} are plain text, which every template "
@@ -237,16 +237,16 @@ class LoadedSection(TeacherSection):
     """The keys of every teacher whose weights are loaded into this process."""
 
     dtype: DType = "auto"
-    """ "auto": the checkpoint's own, or the student's where the weights are the student's start."""
+    """ "auto": the checkpoint's own, or the student's if the weights are the student's initial ones."""
     offload: bool = False
     """Keep the weights in host memory between uses."""
     attn_implementation: str | None = None
-    """Name of the attention in transformers, such as sdpa or flash_attention_2; None: its choice."""
+    """Attention implementation in transformers, such as sdpa or flash_attention_2; None: its default."""
 
     @property
     @abstractmethod
     def source(self) -> Source | None:
-        """The model; None: the student's start."""
+        """The model; None: the student's initial model."""
 
     @property
     def gives(self) -> frozenset[Need]:
@@ -269,12 +269,11 @@ class LoadedSection(TeacherSection):
         return "the student's start" if self.source is None else self.source.name
 
     def check(self) -> str:
-        """Raises RecipeError for a directory that is no model."""
+        """Raises RecipeError for a directory without a model."""
         return f"teacher: {self.shown if self.source is None else check_model_dir(self.source.name)}"
 
     def load(self, device: str | torch.device, vision: Vision | None = None) -> nn.Module:
-        """The model of `source`, with its processor of images if it is to read some. Raises RecipeError where it cannot be
-        loaded."""
+        """The model of `source`, with its image processor if needed. Raises RecipeError if it cannot be loaded."""
         assert self.source is not None
         model: nn.Module = load_causal_lm(
             self.source.name,
@@ -294,7 +293,7 @@ class Opened(ABC):
     """A teacher or judge that is loaded or connected."""
 
     name: str
-    """As prompts name it (`Prompt.teacher`)."""
+    """Its name in `Prompt.teacher`."""
     model: nn.Module | None = None
     """Its model in this process."""
     remote: bool = False
@@ -302,20 +301,20 @@ class Opened(ABC):
 
     @property
     def origin(self) -> str | None:
-        """A hash of what a server or a recording says it scores with; None where recipe and files of the model say all."""
+        """A hash of what a server or a recording reports to score with; None if the recipe and model files determine it."""
         return None
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes whenever scores or verdicts may; caches are keyed by it."""
+        """Changes whenever scores or verdicts may change; part of the cache key."""
 
     def close(self) -> None:
-        """Gives up what is in flight; nothing is left of threads and connections."""
+        """Cancels requests in flight and closes threads and connections."""
 
 
 class Recording(Protocol):
-    """Samples that were recorded before."""
+    """Previously recorded samples."""
 
     name: str
     """The teacher that scored them."""
@@ -325,59 +324,59 @@ class Recording(Protocol):
         """Prompts that have a recorded sample."""
 
     def samples_for(self, requests: Sequence[Request]) -> list[Sample | None]:
-        """The recorded sample for each request; None where there is none."""
+        """The recorded sample for each request, or None."""
 
 
 class Teacher(Opened):
-    """Scores of responses, aligned to their token ids. What is not abstract suits a teacher with frozen weights."""
+    """Scores responses token by token. The concrete methods fit a teacher with frozen weights."""
 
     concurrency: int = 1
-    """Calls of `score` that may run at the same time, each in a thread of its own."""
+    """Maximum concurrent calls of `score`, each in its own thread."""
     temperature: float | None = None
-    """Temperature of its scores, where it knows it."""
+    """Temperature of its scores, if known."""
     collective: bool = False
-    """Whether its weights are in shards, so that every rank has to ask it whenever one does."""
+    """Whether its weights are sharded: then `score` is a collective call of all ranks."""
     own_end: int | None = None
-    """The token that ends a turn in its own rendering, for which the student's stands; None: it reads the student's."""
+    """The end-of-turn token of its own rendering, which replaces the student's; None: it reads the student's."""
 
     @abstractmethod
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """One for each sample, in order. Raises ScoreError for a need that this teacher cannot meet.
+        """Returns one per sample, in order. Raises ScoreError for a need that this teacher cannot meet.
 
-        A teacher that forms whole rows for its scores may also name the most likely tokens of samples with `keep_tokens`; no
-        score may depend on that.
+        A full-vocabulary teacher may also return the most likely tokens of samples with `keep_tokens`; scores must not
+        depend on this.
         """
 
     def head_for(self, name: str | None) -> LMHead | None:
-        """The head that turns `Scores.hidden` of that teacher's samples into whole rows; None where it has none."""
+        """The head that maps `Scores.hidden` of that teacher's samples to full rows, or None."""
         return None
 
     def follow(self, student: nn.Module) -> None:
-        """Called after every optimizer update; a teacher that moves with the student moves now."""
+        """Called after every optimizer update; a teacher that follows the student updates here."""
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint must hold beside the recipe."""
+        """Tensors that a checkpoint must save."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continues from `state()`."""
+        """Restores `state()`."""
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of the longest sequence that it scores, where it knows it. May ask a server, and raise EngineError."""
+        """Length of the longest sequence it can score, if known. May query a server and raise EngineError."""
         return None
 
     def num_prompt_tokens(self, sample: Sample) -> int:
-        """Tokens of the prompt as this teacher reads it."""
+        """Length of the prompt in this teacher's tokens."""
         return sample.prompt_length
 
     @property
     def recording(self) -> Recording | None:
-        """The samples that it scores, where it scores no others."""
+        """The recorded samples, if it can score no others."""
         return None
 
     def members(self) -> dict[str, Teacher]:
-        """The teachers behind it, by name; most stand for themselves."""
+        """The teachers it routes to, by name; by default itself."""
         return {self.name: self}
 
     def uncached(self) -> Teacher:
@@ -386,19 +385,19 @@ class Teacher(Opened):
 
 
 class Judge(Opened):
-    """Reads a response and says a digit; it shows no probabilities of tokens."""
+    """Grades responses with a digit; returns no token probabilities."""
 
     @abstractmethod
     def judge(self, samples: Sequence[Sample], *, score: ScoreForm = "argmax", steps: bool = False) -> list[Verdict]:
-        """One for each sample, in order; with `steps` of every step of the response, the lowest being the score.
+        """Returns one verdict per sample, in order; `steps` grades every step, and the lowest digit is the score.
 
-        A reply without a digit is a verdict without a score, never 0.
+        A reply without a digit gives a verdict without a score, never 0.
         """
 
 
 class Responder(Protocol):
-    """A teacher or judge that writes responses of its own, as text."""
+    """A teacher or judge that generates its own responses, as text."""
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
-        """The teacher's own response to each prompt; None where it gave none that is complete."""
+        """The teacher's response to each prompt; None if it is incomplete."""
         ...
