@@ -24,7 +24,7 @@ _FIELDS = ("logprob", "entropy", "topk_logprob", "topk_ids")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unscored(Scores):
-    """Scores of a sample that the teacher could not read: all fields that were asked for are NaN, or id -1, in every row."""
+    """Scores of a sample that the teacher could not read: every requested field is NaN, or id -1, in every row."""
 
     reason: str
     """Why, and what to do about it."""
@@ -32,7 +32,7 @@ class Unscored(Scores):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Whole sequences side by side in B rows of L slots. A free slot holds id 0 at position 0, a sequence by itself."""
+    """Whole sequences packed into B rows of L slots. A free slot holds id 0 at position 0, as its own sequence."""
 
     input_ids: Tensor
     """[B, L] int64."""
@@ -49,7 +49,7 @@ class Layout:
 
 
 LEAST_COMMON = 16
-"""First tokens that prompts need in common to be computed once. Fewer cost more calls of the attention than they save."""
+"""Minimum length of a shared prefix. Shorter ones cost more attention calls than they save."""
 RowStyle = Literal["shared", "segments", "packed", "single", "alone"]
 """How sequences share rows. In one row, for attention by segments (`models.attention`): what several samples begin with
 once ("shared"), or each sample whole ("segments"). For models that keep sequences apart by their positions: in several rows
@@ -83,7 +83,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
-    """Returns indices of samples with the same prompt tokens and images, in the order of their first."""
+    """Returns groups of indices of samples with the same prompt tokens and images, in order of first occurrence."""
     groups: dict[tuple[bytes, tuple[Image, ...]], list[int]] = {}
     for index, sample in enumerate(samples):
         name = sample.token_ids[: sample.prompt_length].numpy().tobytes(), sample.prompt.images
@@ -92,7 +92,7 @@ def by_prompt(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def in_common(sequences: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Returns the indices of token sequences, those that begin alike side by side, each with the number of first tokens that it
+    """Returns the indices of token sequences, sorted by common prefixes, each with the length of the prefix that it
     shares with the one before: at least `LEAST_COMMON`, or 0. The last token of either is never shared."""
     found = []
     previous = torch.zeros(0, dtype=torch.int64)
@@ -138,7 +138,7 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, style: RowStyle = 
     if style == "shared":
         return _prompts_together(samples, lengths, max_tokens)
     groups: list[list[int]] = []
-    # of the group that is being filled; its longest sequence comes first and sets the width
+    # of the current group; its longest sequence comes first and sets the width
     rows = _Rows(0)
     taken = 0
     for index in _longest_first(lengths):
@@ -157,13 +157,13 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, style: RowStyle = 
 
 
 def _prompts_together(samples: Sequence[Sample], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """As `micro_batches`: a prompt begins a group where its samples do not fit into the one before, and is cut into several
-    where no group has room for all."""
+    """As `micro_batches`: a prompt starts a new group if its samples do not fit into the current one, and is split over
+    several if no group has room for all."""
     groups: list[list[int]] = []
     taken = 0
     for same, common in _prompts_in_common(samples):
         prompt = samples[same[0]].prompt_length
-        # the longest carries the prompt, of the others only the response takes slots
+        # the longest includes the prompt; the others only take slots for their responses
         order = [same[index] for index in _longest_first([lengths[index] for index in same])]
         whole = lengths[order[0]] - common + sum(max(0, lengths[index] - prompt) for index in order[1:])
         begins = not groups or taken + whole > max_tokens
@@ -266,8 +266,8 @@ def attach_scores(
 ) -> list[Sample | None]:
     """Returns the samples with their scores in `field`, in order. This is the only place that looks for missing scores.
 
-    A score is missing where a trained token has none, or one that is NaN or infinite: an error, or under "drop" None in
-    place of the sample. Raises ScoreError, naming the sample, for missing scores under "error", and always for scores of
+    A score is missing if a trained token has none, or one that is NaN or infinite: an error, or under "drop" None
+    instead of the sample. Raises ScoreError, naming the sample, for missing scores under "error", and always for scores of
     other ids or of other shapes, log-probabilities above 0, and top-K ids that repeat.
     """
     if len(samples) != len(scores):
@@ -308,7 +308,7 @@ def pack(samples: Sequence[Sample], *, uniform: Tensor | None = None) -> TokenBa
 
     `uniform` [T]: one draw per token. Raises ScoreError where some of the samples have scores and others have none.
     """
-    # one sample without a grade leaves the whole batch without this field, because a bool has no NaN
+    # one ungraded sample drops the field for the whole batch, because a bool has no NaN
     right = [sample.grade.right for sample in samples if sample.grade is not None]
     graded = bool(samples) and len(right) == len(samples)
     advantages = [float("nan") if sample.advantage is None else sample.advantage for sample in samples]
@@ -334,7 +334,7 @@ def pack(samples: Sequence[Sample], *, uniform: Tensor | None = None) -> TokenBa
 
 
 def _per_token(samples: Sequence[Sample], values: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """[T], one number of each sample at all of its tokens."""
+    """[T], one number per sample, repeated over its tokens."""
     sizes = torch.tensor([sample.num_response_tokens for sample in samples], dtype=torch.int64)
     return torch.tensor(values, dtype=dtype).repeat_interleave(sizes)
 
@@ -378,7 +378,7 @@ def _read(samples: Sequence[Sample], field: ScoreField, name: str) -> Tensor | N
 
 
 def _check_ids(sample: Sample, score: Scores) -> None:
-    """Raises ScoreError at the first token that was scored as another one."""
+    """Raises ScoreError at the first token whose scores are for another id."""
     ours, theirs = sample.response_ids, score.token_ids
     if torch.equal(ours, theirs):
         return
@@ -432,7 +432,7 @@ def _missing(
             )
         finite = torch.zeros(size, dtype=torch.bool) if hidden is None else hidden.isfinite().all(-1)
         whole.append(finite.to(device))
-    # moved to the CPU once: a transfer for every sample would wait for the GPU each time
+    # moved to the CPU once: a transfer per sample would synchronise with the GPU each time
     return missing | {"hidden": trained & ~torch.cat(whole).cpu()}
 
 

@@ -20,13 +20,13 @@ from understudy.types import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSetup:
-    """The student's side of the run, which an engine is opened beside."""
+    """The student's side of the run, as an engine needs it to open."""
 
     model: nn.Module
     tokenizer: Any
     vocab_size: int
     absent: tuple[int, ...] = ()
-    """Ids below `vocab_size` that are no tokens."""
+    """Ids below `vocab_size` that are not tokens."""
     stop_ids: tuple[int, ...]
     autocast: torch.dtype | None
     seed: int
@@ -57,33 +57,33 @@ class ServerCommand:
     """`{host}` and `{port}` stand for its address."""
     env: Mapping[str, str]
     port: int
-    """0: a free one."""
+    """0: any free port."""
     ready_timeout_s: float
 
 
 class EngineSection(ABC):
-    """The section `rollout`: what an engine can do and costs, known before it is opened.
+    """The section `rollout`: an engine's capabilities, known before it is opened.
 
-    A new engine is a frozen dataclass of this kind, with a line in `ENGINES`.
+    To add an engine, write a frozen subclass and list it in `ENGINES`.
     """
 
     grouped: bool = False
-    """Whether the samples of a prompt are to be asked for together."""
+    """Whether to request all samples of a prompt together."""
     runs_here: bool = False
-    """Whether it writes in this process, and takes memory for keys and values."""
+    """Whether it generates in this process, and so needs memory for keys and values."""
     sleep: bool = False
-    """Whether it leaves its memory to the student while that is trained."""
+    """Whether it frees its memory while the student is trained."""
     reads_images: bool = False
-    """Whether it is given the images of prompts."""
+    """Whether it accepts images in prompts."""
     dtype: str = "auto"
-    """The precision that it computes in; auto: that of the student's weights."""
+    """Compute precision; auto: that of the student's weights."""
 
     @abstractmethod
     def check(self) -> str:
-        """A line for the dry run. Raises RecipeError for what is wrong with the section by itself."""
+        """Returns a line for the dry run. Checks the section alone; raises RecipeError."""
 
     def check_sampling(self, sampling: Sampling) -> None:
-        """Raises RecipeError for sampling that the engine cannot do, or whose log-probabilities it cannot give."""
+        """Raises RecipeError for sampling that the engine does not support, or cannot return log-probabilities for."""
 
     @abstractmethod
     def open(self, setup: EngineSetup) -> Engine:
@@ -95,30 +95,30 @@ class EngineSection(ABC):
 
     @property
     def beside_update(self) -> bool:
-        """Whether it can write while the student is updated."""
+        """Whether it can generate during an update of the student."""
         return True
 
     @property
     def launches(self) -> bool:
-        """Whether it starts servers of its own, which belong to one rank alone."""
+        """Whether it starts its own servers, each used by one rank only."""
         return False
 
     def elsewhere(self, model: str, dtype: str, sampling: Sampling) -> list[ServerCommand]:
-        """The servers of its own, to be started on other machines with the weights of `model`; none where it starts none."""
+        """Commands that start its servers on other machines with the weights of `model`; empty if it has none."""
         return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class HF(EngineSection):
-    """The model of the trainer writes the samples itself, by transformers."""
+    """Generates with the trainer's own model, through transformers."""
 
     runs_here = True
     reads_images = True
 
     copy: bool = False
-    """Whether it keeps weights of its own, so that it can write beside an update."""
+    """Whether it keeps a copy of the weights, so that it can generate during an update."""
     dtype: Literal["auto", "bfloat16"] = "auto"
-    """On a CPU the precision that linear layers multiply in while samples are written; auto: the trainer's."""
+    """On a CPU, the precision of linear layers during generation; auto: the trainer's."""
 
     def check(self) -> str:
         return "rollout: the student itself"

@@ -1,4 +1,4 @@
-"""The contract between an environment and `play`, and the environment in which nobody answers."""
+"""The contract between an environment and `play`, and the single-turn environment."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Step:
     """An environment's answer to one message. Raises ValueError for a reward outside [0, 1] and for malformed messages."""
 
     messages: tuple[Mapping[str, Any], ...] = ()
-    """The messages that the student reads next, each with a string for `role` (not "assistant", which is the student) and
-    for `content`; after a prompt of plain text only `content` is read. A tool's reply has the role "tool", and `error: True`
+    """The messages that the student reads next, each with strings `role` (not "assistant", which is the student) and
+    `content`; after a prompt of plain text only `content` is read. A tool's reply has the role "tool", and `error: True`
     where the call failed."""
     inline: bool = False
-    """Whether the contents stand in the student's own turn, as they are, instead of between two turns of the chat template. So
-    search agents read what they found."""
+    """Whether the contents are inserted verbatim into the student's own turn instead of between two turns of the chat
+    template, as for the results of search agents."""
     done: bool = False
-    """Whether the episode is over; its messages are then not read any more."""
+    """Whether the episode is over; its messages are then ignored."""
     reward: float | Grade | None = None
-    """The score of the whole episode in [0, 1], in place of the task's verifier; the last one that is given counts. A `Grade`
-    also says which answer was read, and what is wrong with it."""
+    """The score of the whole episode in [0, 1], which replaces the task's verifier; the last one given counts. A `Grade`
+    also contains the answer that was read, and what is wrong with it."""
 
     def __post_init__(self) -> None:
         score = self.reward.score if isinstance(self.reward, Grade) else self.reward
@@ -44,8 +44,8 @@ class Step:
 class Environment(Protocol):
     """Answers the student in one episode. `Task.environment(prompt)` makes one for every sample.
 
-    The prompt itself, with its system message and tools, is the task's: so its length is known, and privileged teachers are
-    shown it, before anything is written. Everything here is called by one thread at a time; other episodes may run in others.
+    The task makes the prompt, with its system message and tools, so its length is known, and privileged teachers can see
+    it, before generation. One thread at a time calls an environment; other episodes may run in other threads.
     An attribute `deadline_s` bounds a step in seconds, `DEADLINE_S` where there is none: a step that takes longer fails, and
     `close` is then called while it may still run. An attribute `stop` is a tuple of strings each of which ends a message of the
     student. An attribute `training_step` is set to the optimizer step whose samples the episode is for, 0 in an evaluation.
@@ -53,13 +53,13 @@ class Environment(Protocol):
 
     @property
     def max_turns(self) -> int:
-        """Messages that the student may write."""
+        """Maximum number of messages from the student."""
 
     def step(self, message: Message) -> Step:
         """Answers a message. An exception ends this episode alone (`Sample.finish` is "environment")."""
 
     def close(self) -> None:
-        """Gives up what the episode holds. Called once, however it ended."""
+        """Releases the episode's resources. Called once, however it ended."""
 
 
 class SingleTurn:
@@ -76,9 +76,9 @@ class SingleTurn:
 
 
 SINGLE_TURN = SingleTurn()
-"""It has no state, so one serves all episodes; `play` knows it and does not even read the messages."""
+"""Stateless, so one serves all episodes; `play` skips the messages for it."""
 
 
 def single_turn(prompt: Prompt) -> SingleTurn:
-    """Returns `SINGLE_TURN`: for prompts of no task, and for teachers that write their own responses."""
+    """Returns `SINGLE_TURN`, for prompts without a task and for teachers that generate responses."""
     return SINGLE_TURN

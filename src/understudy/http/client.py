@@ -37,7 +37,7 @@ _GRACE_S = 10.0
 MAX_REPLY_BYTES = 4 * 2**30
 """Default limit of one reply: the largest head of a large vocabulary fits several times."""
 MAX_ERROR_BYTES = 2**20
-"""Limit of the message beside an error status; the rest is cut off."""
+"""Maximum length of an error status's message; the rest is cut off."""
 PROBE_S = 5.0
 """Timeout of a health probe."""
 
@@ -66,13 +66,13 @@ class RetryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy(RetryOptions):
-    """How long, how often, and how many at a time a client asks."""
+    """A client's timeouts, retries and concurrency."""
 
     break_after: int = 3
     """Consecutive failures after which a replica is left alone for a while, if there are others."""
     waits: bool = True
-    """Whether a server that is unreachable (nobody listens) or busy (429, 503) is asked until `deadline_s`, as it may be
-    restarting; else that counts against `max_retries`."""
+    """Whether to retry an unreachable or busy (429, 503) server until `deadline_s`, as it may be
+    restarting; otherwise these count against `max_retries`."""
 
     def __post_init__(self) -> None:
         check_range(self, 0, "max_retries", "backoff_s")
@@ -161,7 +161,7 @@ class HttpClient:
         method: str = "POST",
         replica: int | None = None,
     ) -> Result:
-        """Returns `read` of the first right reply; `replica` asks that one only.
+        """Returns `read` of the first valid reply; `replica` asks only that one.
 
         `read` runs in the calling thread, and raises BadReply for a reply that a retry may improve. `key` names the request
         in messages and draws its waits. Raises Refused for a status that a retry does not change, EngineError where attempts

@@ -198,8 +198,7 @@ def weighted_loss(terms: list[tuple[Term, Tensor]], rows: Rows, batch: TokenBatc
     total = rows.logprob.new_zeros(())
     for term, share in terms:
         mask = torch.ones_like(batch.mask) if term.mask is None else term.mask
-        # where, not a product, before the loss and behind it: a row that takes no part may hold an infinity, and 0 times
-        # that would be the gradient
+        # where, not a product, before and after the loss: an excluded row may hold an infinity, and 0 * inf is NaN
         kept = torch.where(mask, term.loss(_detach_rows(rows, ~mask)), 0.0)
         total = total + term.coef * (kept * share.to(kept.dtype)).sum()
         tally.add(f"loss/{term.name}", kept.detach(), mask)

@@ -23,14 +23,14 @@ MAX_CODE_BYTES = 2**20
 class Program:
     """Python code, and what to do with it.
 
-    Without `tests` it runs from its first line to its last with `stdin`. With them its functions are called by the tests,
-    which run in a process of their own: see `understudy.sandbox.inside`.
+    Without `tests` it runs as a script with `stdin`. Otherwise the tests call its functions from a separate process;
+    see `understudy.sandbox.inside`.
     """
 
     code: str
     stdin: str = ""
     tests: str | None = None
-    """Python code that passes if it runs to its end."""
+    """Python code; the program passes if execution reaches its end."""
     names: tuple[str, ...] = ()
     """Names that the tests take from the program; all else in them is their own."""
 
@@ -42,7 +42,7 @@ class Result:
     outcome: Outcome
     """passed: every test did, or without tests, the exit status is 0. Refused: it was not run."""
     stdout: str = ""
-    """Output of a program without tests; that of one with tests is not kept."""
+    """Output of a program without tests; with tests it is discarded."""
     stderr: str = ""
     note: str = ""
     """Why it did not pass."""
@@ -57,18 +57,18 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Sandbox(ABC):
-    """Runs programs that a model wrote, and its own section of a recipe. Any thread may ask; nothing is held between runs."""
+    """Runs programs that a model wrote; also its section of a recipe. Thread-safe; keeps nothing between runs."""
 
     cpu_s: int = 10
-    """Processor time of a program in seconds; its tests have as much for themselves."""
+    """CPU seconds of a program; its tests get the same amount separately."""
     wall_s: float = 60.0
     """Seconds from start to end. More than `cpu_s`, so that the verdict does not depend on the load."""
     memory_mb: int = 1024
     """Address space of a process, in MiB."""
     output_kb: int = 1024
-    """Output in KiB, after which a program is ended."""
+    """Maximum output in KiB; a program that exceeds it is killed."""
     workers: int | None = None
-    """Programs at a time; null: one for each processor."""
+    """Concurrent programs; null: one per processor."""
 
     def __post_init__(self) -> None:
         check_range(self, 1, "cpu_s", "output_kb", "workers")
@@ -77,7 +77,7 @@ class Sandbox(ABC):
 
     @abstractmethod
     def check(self) -> str:
-        """A line for the dry run. Raises RecipeError where programs cannot be run, with what to do about it."""
+        """Returns a line for the dry run. Raises RecipeError, with a remedy, if programs cannot run."""
 
     @abstractmethod
     def _run(self, program: Program) -> Result:
@@ -111,13 +111,13 @@ class Sandbox(ABC):
 
     @property
     def num_workers(self) -> int:
-        """Programs at a time."""
+        """Number of concurrent programs."""
         return self.workers or len(os.sched_getaffinity(0))
 
 
 @cache
 def _turns(num: int) -> threading.BoundedSemaphore:
-    """Turns of all sandboxes that run so many programs at a time."""
+    """The semaphore shared by all sandboxes with this limit."""
     return threading.BoundedSemaphore(num)
 
 

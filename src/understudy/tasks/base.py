@@ -1,4 +1,4 @@
-"""The interface of tasks: where prompts come from, how a response is graded, and what is known of both before reading."""
+"""The interface of tasks: where prompts come from, how responses are graded, and what is known before reading data."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class Intake:
     """File, folder, pattern or data set."""
     num_rows: int
     num_skipped: int
-    """Rows without a value in one of the fields that the recipe names."""
+    """Rows that lack a value in a field that the recipe names."""
     skipped: tuple[str, ...]
     """The first of them, with place and reason."""
     digest: str
-    """Hash of what the rows say in those fields."""
+    """Hash of the rows' values in those fields."""
     revision: str | None = None
-    """The commit that the hub gave."""
+    """The hub commit that was read."""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Facts that a checkpoint keeps, to notice other data at a resume."""
+        """Facts saved in checkpoints, to detect changed data on resume."""
         return {"source": self.source, "rows": self.num_rows, "digest": self.digest, "revision": self.revision}
 
 
 class Task(ABC):
     """A source of prompts with a verifier, and its own section of a recipe.
 
-    A new task is a frozen dataclass of this kind, with a line in `mix.PARTS`. What is not abstract suits a task that is
-    computed: every prompt has a solution and a reference, and no prompt stands in two splits.
+    To add a task, write a frozen subclass and list it in `mix.PARTS`. The concrete methods fit a computed task:
+    every prompt has a solution and a reference, and splits are disjoint.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name that people read, and the prefix of the prompts' ids."""
+        """Display name, and prefix of the prompts' ids."""
 
     @abstractmethod
     def prompts(self, split: Split) -> Sequence[Prompt]:
@@ -58,15 +58,15 @@ class Task(ABC):
         """The verdict on one response. Several threads may call it."""
 
     def reward(self, prompt: Prompt, text: str) -> Grade | None:
-        """The reward of one response in training: its grade. None: nobody can judge it, so it is left out."""
+        """The reward of one response in training: its grade. None: it cannot be graded and is left out."""
         return self.grade(prompt, text)
 
     def same_answer(self, prompt: Prompt, one: str, other: str) -> bool:
-        """Whether two answers, as the verifier read them, are one vote of a majority; here where they are spelled alike."""
+        """Whether two answers, as the verifier read them, count as the same majority vote; by default, if spelled alike."""
         return one == other
 
     def gold(self, prompt: Prompt) -> Sequence[str]:
-        """Responses that are right, one for each accepted answer; none where nobody knows one."""
+        """Correct responses, one per accepted answer; empty if none is known."""
         return (prompt.solution,) if prompt.solution is not None else prompt.reference or ()
 
     def grade_episode(self, prompt: Prompt, text: str) -> Grade:
@@ -80,7 +80,7 @@ class Task(ABC):
 
     @property
     def graders(self) -> int:
-        """Threads in which responses are graded: more than one where a grade waits for another process or machine."""
+        """Number of grading threads: more than one if grading waits for another process or machine."""
         return 1
 
     @property
@@ -89,11 +89,11 @@ class Task(ABC):
         return False
 
     def environment(self, prompt: Prompt) -> Environment:
-        """Returns a new environment for one episode: who answers the student. Here nobody does."""
+        """Returns a new environment for one episode; by default a single turn."""
         return SINGLE_TURN
 
     def environment_files(self) -> Mapping[str, Mapping[str, str]]:
-        """The files that its environments read beside the rows: `source` and `digest`, by key of the section. Raises as
+        """The files that its environments read besides the rows: `source` and `digest`, by key of the section. Raises as
         `check_files`."""
         return {}
 
@@ -105,14 +105,14 @@ class Task(ABC):
         )
 
     def check_files(self) -> None:
-        """Raises RecipeError or DataError for what can be found wrong without reading everything."""
+        """Raises RecipeError or DataError for errors that can be found without reading everything."""
 
     def check_split(self, split: Split) -> None:
-        """Raises RecipeError where the task has no such split."""
+        """Raises RecipeError if the task has no such split."""
 
     @property
     def first_split(self) -> Split:
-        """The split to train on, or the first of data that is for measuring only."""
+        """The split to train on, or the first one of evaluation-only data."""
         return "train"
 
     def intake(self, split: Split) -> Intake | None:
@@ -120,11 +120,11 @@ class Task(ABC):
         return None
 
     def part_of(self, prompt: Prompt) -> str | None:
-        """The name of the part that a prompt is of; None for a task without parts."""
+        """The name of the part that a prompt belongs to; None for a task without parts."""
         return None
 
     def places(self, section: str = "task") -> Mapping[str, Task]:
-        """The tasks that this one is made of, by their place in the recipe; most stand for themselves."""
+        """The tasks that this one consists of, by their place in the recipe; by default itself."""
         return {section: self}
 
     @property
@@ -134,7 +134,7 @@ class Task(ABC):
 
     @property
     def computed(self) -> bool:
-        """Whether prompts are made when they are looked at: millions of them, disjoint over splits by construction."""
+        """Whether prompts are generated on access: millions of them, disjoint over splits by construction."""
         return True
 
     @property
@@ -149,7 +149,7 @@ class Task(ABC):
 
     @property
     def has_images(self) -> bool:
-        """Whether prompts have images, which student and teachers then have to read."""
+        """Whether prompts have images, which student and teachers must then read."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""How items are cut into requests."""
+"""Splits items into requests."""
 
 from __future__ import annotations
 

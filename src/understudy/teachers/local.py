@@ -1,4 +1,4 @@
-"""A teacher whose weights are in this process: a model of its own, or the student as it was before the first step."""
+"""A teacher whose weights are in this process: a separate model, or the student's initial weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from understudy.teachers.base import (
 from understudy.types import Need, Prompt, Sample, Sampling, Scores, map_tensors
 
 MAX_BATCH_TOKENS = {"cpu": 2_048}
-"""Slots of one forward where activations should stay in a processor's cache: 1.4 times as fast as 16,384."""
+"""Slots per forward on a CPU, where activations should fit in cache: 1.4 times as fast as 16,384."""
 MAX_BATCH_TOKENS_ELSEWHERE = 16_384
 """0.6 GiB of activations for a 4B model in bfloat16."""
 MAX_HIDDEN_BYTES = 2 * 2**30
@@ -49,12 +49,12 @@ PROVENANCE = ("_name_or_path", "transformers_version", "architectures", "dtype")
 CHUNK_ELEMENTS = 64 * 152_064
 """Logits in one chunk: 64 rows of the largest common vocabulary, 37 MiB in float32."""
 ADAPTERS = (".lora_", ".modules_to_save.")
-"""Parts of the names of weights that switching adapters off takes away."""
+"""Parts of the names of weights that are disabled with the adapters."""
 
 
 @dataclass(frozen=True)
 class Local(LoadedSection):
-    """The section of a recipe for a teacher that is loaded here."""
+    """The section of a recipe for a teacher loaded in this process."""
 
     writes_responses = True
     reads_images = True
@@ -84,16 +84,16 @@ class Local(LoadedSection):
         return words, {"type": "served", "token_env": token_env} | same
 
     def open(self, setup: Setup) -> LocalTeacher:
-        """Loads the model. Raises RecipeError where it cannot be, VocabularyError where its head is too small."""
+        """Loads the model. Raises RecipeError if it cannot be loaded, VocabularyError if its head is too small."""
         model = self.load(setup.device, setup.vision)
         return LocalTeacher.beside(setup, model, self.extra_ids, offload=self.offload)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start(LoadedSection):
-    """The section of a recipe for the student's initial weights. Keys that are left out are the student's.
+    """The section of a recipe for the student's initial weights. Missing keys default to the student's.
 
-    With LoRA these are the student's own weights, adapters switched off, and take no memory; else they are loaded again.
+    With LoRA these are the student's own weights with adapters off, at no memory cost; otherwise they are loaded again.
     """
 
     reads_images = True
@@ -147,14 +147,14 @@ class Start(LoadedSection):
 
 
 def _run_as(student: nn.Module) -> dict[str, Any]:
-    """The keys by which a model is run as the student is."""
+    """The keys that make a model run as the student does."""
     base = unwrap(student)
     return {"dtype": str(base.dtype).removeprefix("torch."), "attn_implementation": attention_name(student)}
 
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Adapters off inside, on again after, and the same parameters trainable. Gradients that are there stay."""
+    """Switches adapters off inside; restores them and `requires_grad` on exit. Keeps existing gradients."""
     trainable: list[tuple[nn.Parameter, bool]] = [(value, value.requires_grad) for value in model.parameters()]
     try:
         with model.disable_adapter():
@@ -212,7 +212,7 @@ class LocalTeacher(Teacher):
         self._tail_size = tail_size
         self.temperature = temperature
         self._offload = offload
-        # raises where the head is too small, before an id beyond its rows is looked up
+        # raises if the head is too small, before an id beyond its rows is looked up
         head = self._head()
         self._device = head.weight.device if device is None else torch.device(device)
         default = MAX_BATCH_TOKENS.get(self._device.type, MAX_BATCH_TOKENS_ELSEWHERE)
@@ -239,7 +239,7 @@ class LocalTeacher(Teacher):
         return num_positions(self.model)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
-        """The model's own responses. Raises ScoreError where nobody gave the teacher an engine to write with."""
+        """The model's own responses. Raises ScoreError if the teacher has no engine."""
         if self._generate is None:
             raise ScoreError(f"teacher {self.name!r} has no engine to write with; set Setup.generate")
         with self.on_device():
@@ -261,7 +261,7 @@ class LocalTeacher(Teacher):
         return self.hash_weights()
 
     def hash_weights(self) -> str:
-        """The fingerprint of the weights as they are now."""
+        """The fingerprint of the current weights."""
         digest = blake2b(digest_size=16)
         base = unwrap(self.model)
         config = {key: value for key, value in base.config.to_dict().items() if key not in PROVENANCE}
@@ -321,7 +321,7 @@ class LocalTeacher(Teacher):
     def _score_group(
         self, samples: Sequence[Sample], need: frozenset[Need], k: int | None, keeps_hidden: bool
     ) -> list[Scores]:
-        """One forward over samples side by side."""
+        """One forward over packed samples."""
         layout = lay_out(samples, style=self.style)
         ids, positions = layout.input_ids.to(self._device), layout.position_ids.to(self._device)
         states = backbone_hidden(self.model, ids, positions, layout.images, layout.segments)

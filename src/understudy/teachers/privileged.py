@@ -1,6 +1,6 @@
-"""A teacher that is shown more than the student: a worked solution, feedback, a system prompt (OPSD, SDFT, SDPO).
+"""A teacher that sees more than the student: a worked solution, feedback, a system prompt (OPSD, SDFT, SDPO).
 
-The response tokens are the student's own, behind another prompt, so scores stay aligned with the sample.
+The response tokens are the student's own, after another prompt, so scores stay aligned with the sample.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Privileged(LoadedSection):
     reads_images = True
 
     model: str | None = None
-    """A directory or a hub name; None: the student's own start."""
+    """A directory or a hub name; None: the student's initial weights."""
     ema: float | None = None
     """Decay d in [0, 1): after every update `teacher <- d * teacher + (1 - d) * student`. None: frozen."""
     template: str = TEMPLATE
     """The teacher's prompt; {prompt}, {solution}, {reference} and {feedback} are replaced, nothing else is."""
     system: str | None = None
-    """A system message for the teacher alone, added to the one that the chat has."""
+    """A system message for the teacher only, added to the chat's own."""
     revision: str | None = None
     """Commit, branch or tag of a hub model."""
     extra_ids: ExtraIds = "mask"
@@ -97,7 +97,7 @@ class Privileged(LoadedSection):
             )
 
     def check_run(self, run: RunFacts) -> None:
-        """Raises RecipeError where there is no start to show it to, or the template asks for what samples lack."""
+        """Raises RecipeError if the student has no initial model, or the template uses fields that samples lack."""
         where = run.where
         self._check_student(where, run.start, run.lora)
         if self.needs_grades and not run.graded:
@@ -136,7 +136,7 @@ class Privileged(LoadedSection):
         start = Start(dtype=self.dtype, offload=self.offload, attn_implementation=self.attn_implementation)
         if self.ema is None:
             return PrivilegedTeacher(start.open(setup), self, setup)
-        # in the student's precision, so that the average starts from all that the start holds
+        # in the student's precision, so that the average starts from the unrounded initial weights
         model = replace(start, dtype="auto").load_start(setup)
         average = MovingAverage(model, self.ema, None if self.dtype == "auto" else getattr(torch, self.dtype))
         return PrivilegedTeacher(LocalTeacher.beside(setup, model, offload=self.offload), self, setup, average)
@@ -171,7 +171,7 @@ class MovingAverage:
     def _move(
         self, target: Mapping[str, Tensor], share: float, error: type[RecipeError | CheckpointError], whose: str
     ) -> None:
-        """Goes that share of the way to the target; with 1 it is there to the bit."""
+        """Moves by that share towards the target; 1 copies it exactly."""
         ours = self._average
         for name in sorted(ours.keys() | target.keys()):
             if name not in ours or name not in target or ours[name].shape != target[name].shape:
@@ -192,7 +192,7 @@ class MovingAverage:
 
 
 class PrivilegedTeacher(OtherPrompt):
-    """Reads the response behind the prompt that the section words."""
+    """Scores the response after the prompt that the section builds."""
 
     def __init__(
         self, inner: LocalTeacher, section: Privileged, setup: Setup, average: MovingAverage | None = None
@@ -207,7 +207,7 @@ class PrivilegedTeacher(OtherPrompt):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights as they are now, and of how prompts are reworded."""
+        """Hash of the current weights and of how prompts are rewritten."""
         if self._fingerprint is None:
             rewording = [self._section.template, self._section.system, self._renderer.settings]
             self._fingerprint = hash_facts([self._local.hash_weights(), rewording])
@@ -239,10 +239,10 @@ class PrivilegedTeacher(OtherPrompt):
 
 
 def reword(sample: Sample, template: str, system: str | None = None) -> Prompt:
-    """The prompt as the teacher is shown it: its text, or the last message of the user, put into the template.
+    """The prompt that the teacher sees: its text, or the last user message, inserted into the template.
 
-    Raises DataError, naming the prompt, where the template asks for what is not there, where a chat has no message of the
-    user, and for a system message where there is no chat.
+    Raises DataError, naming the prompt, if the template uses a missing field, if a chat has no user message, and for a
+    system message without a chat.
     """
     prompt = sample.prompt
     if prompt.messages is None:
@@ -266,7 +266,7 @@ def reword(sample: Sample, template: str, system: str | None = None) -> Prompt:
 
 
 def _fill(template: str, sample: Sample, asked: str) -> str:
-    """Every placeholder replaced at once, so that braces in a solution stay what they are."""
+    """Replaces all placeholders in one pass, so that braces in a solution are untouched."""
     values: dict[str, Any] = {
         "prompt": asked,
         "solution": sample.prompt.solution,

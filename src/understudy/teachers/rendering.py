@@ -1,4 +1,4 @@
-"""Teachers that read the student's response behind another prompt than the student's."""
+"""Teachers that read the student's response after a different prompt."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ class OtherPrompt(Teacher):
         self._inner.close()
 
     def _exchanged(self, ids: Tensor) -> Tensor:
-        """The ids with either end in place of the other."""
+        """The ids with the two end tokens swapped."""
         if self._ends is None:
             return ids
         one, other = self._ends
         return torch.where(ids == one, other, torch.where(ids == other, one, ids))
 
     def _shown(self, sample: Sample) -> Sample:
-        """The same response behind the prompt that the teacher reads."""
+        """The same response after the prompt that the teacher reads."""
         prompt, prompt_ids = self._read(sample)
         author = sample.author[sample.prompt_length :]
         return replace(
@@ -140,7 +140,7 @@ class OwnRendering(OtherPrompt):
                 f"teacher {setup.name!r} is to read its own rendering, but its tokenizer has no chat template; set rendering: "
                 "student"
             )
-        # a closed block and a template without any both ask for an answer alone
+        # a closed block and a template without one both ask for the answer only
         answers = all(one.begins == "</think>" or not (one.begins or one.thinks) for one in (student, renderer))
         if renderer.begins != student.begins and not answers:
             raise RecipeError(
@@ -174,7 +174,7 @@ class OwnRendering(OtherPrompt):
         return OwnRendering(self._inner.uncached(), self._setup, self.renderer)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0) -> list[str | None]:
-        """As the teacher, where that writes responses."""
+        """The teacher's responses, if it generates any."""
         writer = cast("Responder", self._inner)
         return writer.respond(prompts, max_new_tokens=max_new_tokens, temperature=temperature)
 

@@ -1,4 +1,4 @@
-"""Several teachers: each sample names the one that judges it."""
+"""Several teachers: each sample names the one that scores it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from understudy.teachers.base import Teacher, hash_facts
 from understudy.types import Need, Prompt, Sample, Scores
 
 SEPARATOR = "/"
-"""Between a teacher's name and its own names of tensors."""
+"""Separates a teacher's name from its tensor names."""
 
 
 def check_names(prompts: Iterable[Prompt], known: Collection[str]) -> None:
-    """Raises RecipeError at the first prompt whose teacher is none of `known`."""
+    """Raises RecipeError at the first prompt whose teacher is not in `known`."""
     for prompt in prompts:
         if prompt.teacher not in known:
             raise RecipeError(
@@ -64,10 +64,10 @@ class RoutedTeacher(Teacher):
         return self._teachers[name].head_for(name)
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
-        """One for each sample, in order; each teacher is asked once, for its own samples.
+        """Returns one per sample, in order; calls each teacher once, with its own samples.
 
-        Raises ScoreError for a sample whose teacher is missing or unknown, before any is asked, and where a teacher
-        returns another number of scores than it was asked for.
+        Raises ScoreError for a sample whose teacher is missing or unknown, before any call, and if a teacher returns the
+        wrong number of scores.
         """
         groups: dict[str, list[int]] = {name: [] for name in self._teachers if self.collective}
         for index, sample in enumerate(samples):
@@ -89,7 +89,7 @@ class RoutedTeacher(Teacher):
         return RoutedTeacher({name: teacher.uncached() for name, teacher in self._teachers.items()})
 
     def close(self) -> None:
-        """All of them, also where one raises; then it raises."""
+        """Closes every teacher, even if one raises; then raises."""
         with ExitStack() as all_of:
             for teacher in self._teachers.values():
                 all_of.callback(teacher.close)
@@ -107,7 +107,7 @@ class RoutedTeacher(Teacher):
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises CheckpointError for the state of a teacher that is not here."""
+        """Raises CheckpointError for the state of an unknown teacher."""
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._teachers}
         for key, value in state.items():
             name, _, rest = key.partition(SEPARATOR)
@@ -124,7 +124,7 @@ class RoutedTeacher(Teacher):
 class WeightedTeacher(RoutedTeacher):
     """Every sample is scored by all teachers: `T(y) = sum_i w_i T_i(y)`, the weights divided by their sum.
 
-    A mixture of the tokens' probabilities given the sampled prefix. A teacher of weight 0 is not asked.
+    A mixture of the tokens' probabilities given the sampled prefix. A teacher of weight 0 is not called.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], weights: Mapping[str, float]) -> None:
@@ -142,7 +142,7 @@ class WeightedTeacher(RoutedTeacher):
         return hash_facts([super().fingerprint, *sorted(self._weights.items())])
 
     def head_for(self, name: str | None) -> None:
-        """None: a mixture has no one head."""
+        """None: a mixture has no single head."""
 
     def score(self, samples: Sequence[Sample], need: frozenset[Need], *, k: int | None = None) -> list[Scores]:
         """Raises ScoreError for more than the sampled tokens' scores."""

@@ -26,7 +26,7 @@ MAX_BATCH_TOKENS = 65_536
 
 @dataclass(eq=False, repr=False)
 class HFEngine:
-    """Writes batches with a model: the live one needs no push, a copy gets its weights by one and can write beside an update.
+    """Generates batches with a model. The live model needs no push; a copy is pushed to and can generate during an update.
 
     A draw depends on (seed, stream, step, request, position), not on which requests share a batch; the logits do, by
     rounding errors. Token ids from `vocab_size` on and those in `absent` are never sampled. The model is in evaluation
@@ -53,7 +53,7 @@ class HFEngine:
     _version: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
-    """A push waits for the batch that is being written, so that one batch has one version."""
+    """A push waits for the batch in progress, so that every batch has a single version."""
 
     @no_grad
     def push(self, weights: Weights | None, version: int, probe: Probe | None = None) -> None:
@@ -69,11 +69,11 @@ class HFEngine:
         """Does nothing: weights in this process stay."""
 
     def sleep(self, *, asks: bool) -> bool:
-        """Returns False: it writes with the model that is trained, or with a copy that stays."""
+        """Returns False: it uses the live model, or a copy that stays loaded."""
         return False
 
     def close(self) -> None:
-        """Batches that wait for their turn are not written any more."""
+        """Drops batches that are still waiting."""
         self._closed = True
 
     def generate(
