@@ -1,4 +1,4 @@
-"""Requests to an engine: prefixes that a teacher wrote, the limits to keep, and the responses that become samples."""
+"""Requests to an engine: teacher prefixes, length limits, and the responses that become samples."""
 
 from __future__ import annotations
 
@@ -60,25 +60,25 @@ def guided_requests(
 
 @dataclass(eq=False)
 class Response:
-    """A response that is being written, perhaps in several parts and by several versions of the weights."""
+    """A response in progress, possibly in several parts and by several versions of the weights."""
 
     request: Request
     context: list[int]
     """Prompt and prefix."""
     room: int
-    """Tokens that the student may write in all."""
+    """Maximum number of tokens from the student."""
     ids: list[int] = field(default_factory=list)
     logprob: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
     finish: Finish | None = None
-    """None while it is being written."""
+    """None while in progress."""
     stopped_by_text: bool = False
-    """Whether a string of `request.stop` ends it, and no token that only ends responses."""
+    """Whether it ends with a string of `request.stop`, not with an end token."""
     num_redrawn: int = 0
-    """Draws thrown away because the tokenizer does not have their token."""
+    """Discarded draws of tokens that the tokenizer does not have."""
 
     def cut(self, tokenizer: Any) -> bool:
-        """Ends the response with the token that completes one of `request.stop`, and drops what was sampled behind it.
+        """Ends the response with the token that completes one of `request.stop`, and drops the tokens after it.
         Returns whether there is one."""
         num = find_stop(self.ids, self.request.stop, tokenizer)
         if num is not None:
@@ -88,7 +88,7 @@ class Response:
 
 
 def find_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> int | None:
-    """The number of tokens up to the one that completes the first of the strings in their text; None where there is none."""
+    """The number of tokens up to and including the one that completes the first stop string; None if there is none."""
 
     def holds(num: int) -> bool:
         text: str = tokenizer.decode(ids[:num], clean_up_tokenization_spaces=False)
@@ -148,7 +148,7 @@ def to_samples(responses: Sequence[Response], tokenizer: Any, *, with_logprob: b
         author = torch.full((num_read + len(one.ids),), Author.STUDENT, dtype=torch.uint8)
         author[:num_read] = Author.TEACHER
         author[:num_prompt] = Author.PROMPT
-        # tensors of its own and no views: a view is pickled, for other ranks, with all of the tensor that it is cut from
+        # copies, not views: pickling a view, for other ranks, pickles the whole underlying tensor
         logprob = torch.tensor([math.nan] * num_read + one.logprob, dtype=torch.float32)
         samples.append(
             Sample(

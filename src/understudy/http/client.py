@@ -313,7 +313,7 @@ class HttpClient:
             timeout=None,  # noqa: S113 (`_send` limits each attempt as a whole)
             # probes need connections of their own, so that they wait for no request
             limits=httpx.Limits(max_connections=slots + len(self.urls), max_keepalive_connections=slots),
-            # loopback is never behind a proxy of the environment
+            # loopback addresses never use the environment's proxy
             mounts=dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]")),
             # certificates take a while to read, and plain http needs none
             verify=any(url.lower().startswith("https:") for url in self.urls),

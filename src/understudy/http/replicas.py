@@ -1,4 +1,4 @@
-"""Replicas of one server: which is asked next, and which is left alone for a while."""
+"""Replicas of one server: which to ask next, and which to avoid for a while."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Replicas:
             ready = [replica for replica in candidates if ready_at[replica.url] <= now]
             if not ready:
                 return min(ready_at.values()) - now
-            # one trial at a time, unless there is nobody else
+            # one trial at a time, unless there is no other replica
             ready = [replica for replica in ready if not replica.on_trial] or ready
 
             def order(replica: Replica) -> tuple[int, int, int]:

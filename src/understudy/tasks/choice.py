@@ -1,4 +1,4 @@
-"""The task `choice`: questions of which one of several options is right."""
+"""The task `choice`: multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REFERS = re.compile(
     r"|\bthe above\b|\b[A-J]\)?,? ?(?:and|or|nor|&) \(?[A-J]\b",
     re.IGNORECASE,
 )
-"""An option that speaks of others, by their place or their letters."""
+"""An option that refers to others, by their position or their letters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Choice(Named):
         made = {**row, self.prompt_field: "\n".join([question, "", *shown])}
         if self.reference_field is not None:
             right = self._right(place, row, options, labels)
-            # a text that stands twice is right twice
+            # both copies of a repeated text are right
             made[self.reference_field] = [
                 letter
                 for letter, index in zip(ascii_uppercase, order, strict=False)

@@ -101,7 +101,7 @@ class Code(Named):
         return super().to_prompt(place, made)
 
     def _tests(self, place: str, row: Mapping[str, Any], solution: str | None) -> CodeTests:
-        """The tests of a row. Raises DataError for what is none, MissingValueError where there are none."""
+        """The tests of a row. Raises DataError for malformed tests, MissingValueError if there are none."""
         field = cast(str, self.reference_field)
         try:
             if row.get("base_input"):
@@ -162,7 +162,7 @@ class Code(Named):
         return read_text(row, self.prompt_field, place) + str(value)
 
     def _shown(self, place: str, row: Mapping[str, Any], tests: CodeTests) -> Any:
-        """The problem as the student reads it. A chat says itself what it wants; a base model goes on with the text."""
+        """The problem as the student reads it. A chat prompt states the request; a base model continues the text."""
         value = read_field(row, self.prompt_field, place, required=True)
         if not isinstance(value, str) or not self.chat:
             return value

@@ -37,7 +37,7 @@ class DataSet:
     sizes: Mapping[Split, int] = field(default_factory=dict)
     """Rows of each split, as far as they are known."""
     licence: str
-    """As its card says; "unknown" where it says nothing."""
+    """From its card; "unknown" if the card has none."""
     source: str
     """The paper, or the contest."""
     listed: bool = False
@@ -508,7 +508,7 @@ class Named(Records):
     test_path: str | None = None
     """Rows of the split `test`."""
     revision: str | None = None
-    """A commit or tag of the hub; give it where results are to be repeated."""
+    """A commit or tag of the hub; set it for reproducible results."""
     prompt_field: str = ""
     """Empty: that of the data set."""
 

@@ -114,7 +114,7 @@ class Condition:
 
     @classmethod
     def read(cls, text: str) -> Condition:
-        """Raises ValueError for a text that is no condition."""
+        """Raises ValueError for a string that is not a condition."""
         match = _CONDITION.fullmatch(text)
         if match is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Tasks whose episodes are begun and graded elsewhere: `openenv`, behind a URL, and `verifiers`, by the package verifiers."""
+"""Tasks whose episodes are started and graded elsewhere: `openenv`, at a URL, and `verifiers`, by the package verifiers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REFERENCE = "graded by the environment"
 
 @dataclass(frozen=True, kw_only=True)
 class _Hosted(Task):
-    """Numbered episodes: training has the first ones, validation and test those behind them."""
+    """Numbered episodes: training has the first ones, validation and test the next."""
 
     held_out: int = 100
     """Episodes of validation, and of the test."""
@@ -62,7 +62,7 @@ class _Hosted(Task):
         return LazyPrompts(self._prompt, range(starts[split], starts[split] + size))
 
     def gold(self, prompt: Prompt) -> Sequence[str]:
-        """None: nobody knows one."""
+        """None: unknown."""
         return ()
 
     def grade(self, prompt: Prompt, text: str) -> Grade:

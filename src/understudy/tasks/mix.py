@@ -1,4 +1,4 @@
-"""Problems of several tasks in turn, each part with a share, a verifier and a teacher of its own."""
+"""Problems of several tasks in turn, each part with its own share, verifier and teacher."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Mix(Task):
     """
 
     parts: Mapping[str, Task] = config.choices(PARTS)
-    """Tasks by a name of yours."""
+    """Tasks by a name of your choice."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Shares of the parts, such as {math: 3, code: 1}; empty: each as often as any other."""
     sampling: Mapping[str, PartSampling] = field(default_factory=dict)

@@ -26,7 +26,7 @@ def normalise(text: str) -> str:
 
 
 def wording(prompt: Prompt) -> str | None:
-    """The one thing that is asked, as the model reads it; None for a chat of several turns or with tools."""
+    """The single question, as the model reads it; None for a chat of several turns or with tools."""
     if prompt.messages is None:
         return prompt.text
     asked = [message for message in prompt.messages if message["role"] not in SYSTEM_ROLES]

@@ -80,7 +80,7 @@ class Records(Task):
     chat: bool = True
     """Through the tokenizer's chat template; false: as plain text."""
     validation_share: float = 0.0
-    """Share of the training rows that goes to validation."""
+    """Share of the training rows held out for validation."""
     where: tuple[str, ...] = ()
     """Conditions of which a row meets all, or it is no part of the data: `difficulty >= 6`, `domain = math`,
     `subject in algebra, geometry`; also `!=` and `<=`."""
@@ -145,7 +145,7 @@ class Records(Task):
                 yield place, row
 
     def fields_read(self, row: Mapping[str, Any]) -> list[str | None]:
-        """The fields that decide what a row says; None where the recipe names none."""
+        """The fields that determine a row's content; None if the recipe names none."""
         named = [self.prompt_field, self.tools_field, *self.reference_fields(row)]
         return [*named, self.solution_field, self.teacher_field]
 
@@ -200,7 +200,7 @@ class Records(Task):
         return Path()
 
     def _stamp(self, source: str) -> object:
-        """Changes with the files behind a source, which are then read again."""
+        """Changes with the files of a source, which are then read again."""
         return None
 
     def commit(self, source: str) -> str | None:
@@ -372,7 +372,7 @@ class Records(Task):
                 names.append(image.name)
             elif isinstance(path, str) and "://" not in path and not path.startswith("data:"):
                 image = Image(path=str(Path(path).expanduser()))
-                # what the row says, the same on every machine
+                # the row's content, the same on every machine
                 names.append(str(found.get("name", path)))
             else:
                 raise DataError(
@@ -516,7 +516,7 @@ class Hub(Records):
     split_test: str | None = None
     """The split `test`."""
     revision: str | None = None
-    """A commit or tag; give it where results are to be repeated."""
+    """A commit or tag; set it for reproducible results."""
 
     @property
     def name(self) -> str:
@@ -608,7 +608,7 @@ def _open_split(dataset: str, config: str | None, split: str, revision: str | No
             data = load_from_disk(dataset)
             return _undecoded(data[split] if isinstance(data, dict) else data)
         return _undecoded(load_dataset(dataset, config, split=split, revision=revision))
-    except Exception as error:  # the library raises a dozen unrelated types for what is wrong with a name
+    except Exception as error:  # the library raises a dozen unrelated types for a bad name
         told = f"it is not in the cache of `datasets`, and {offline}" if offline else error
         raise DataError(f"cannot load split {split!r} of data set {dataset!r}: {told}") from error
 

@@ -1,4 +1,4 @@
-"""Turns conversations into token ids and back: the only place that knows chat templates."""
+"""Turns conversations into token ids and back; the only module that uses chat templates."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TurnEnd:
     text: str = ""
     """From the end of the content to the token itself, which is the last of it; empty for an EOS that no template writes."""
     rest: str = ""
-    """All that the template writes behind the last turn of a conversation."""
+    """Everything that the template writes after the last turn of a conversation."""
 
 
 class Renderer:
@@ -129,7 +129,7 @@ class Renderer:
 
     @property
     def settings(self) -> list[Any]:
-        """All that decides how messages are rendered, beside the tokenizer itself."""
+        """Everything besides the tokenizer that determines how messages are rendered."""
         return [self.tokenizer.chat_template, self.template_kwargs, self.date if self.reads_clock else None]
 
     @property
@@ -587,7 +587,7 @@ class Renderer:
 
     @property
     def thinks(self) -> bool:
-        """Whether the template knows a block of reasoning."""
+        """Whether the template supports a reasoning block."""
         return _END_THINK in str(self.tokenizer.chat_template)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Responses that were written before: which of a task's prompts they belong to, and whether a tokenizer can say them.
+"""Given responses: which of a task's prompts they belong to, and whether a tokenizer can encode them.
 
 A row of a file belongs to a prompt that states the same problem, whatever data set, template, letter case and white space
 it comes in.
@@ -18,29 +18,29 @@ from understudy.tasks.records import File, Hub, Records
 from understudy.types import Prompt, Sampling
 
 Find = Callable[[Prompt], Sequence[str]]
-"""Every distinct response to a prompt's problem, in the order in which they were written down."""
+"""Every distinct response to a prompt's problem, in the order of the data."""
 
 
 class ResponseSection(ABC):
     """The section `responses`: where a teacher's own responses come from.
 
-    A new source is a frozen dataclass of this kind, with a line in `RESPONSES`.
+    To add a source, write a frozen subclass and list it in `RESPONSES`.
     """
 
     of_task: bool = False
     """Whether responses are the task's own solutions."""
     by_teacher: bool = False
-    """Whether the run's teacher writes them on demand; `find` then knows none."""
+    """Whether the run's teacher generates them on demand; `find` then returns none."""
     continue_template: str | None = None
     """Its question to the teacher for the rest of a response; None: the built-in one."""
 
     @property
     @abstractmethod
     def shown(self) -> str:
-        """The name that people read."""
+        """Display name."""
 
     def check(self) -> str:
-        """A line for the dry run, after reading what can be read quickly. Raises RecipeError or DataError."""
+        """Returns a line for the dry run, after quick checks. Raises RecipeError or DataError."""
         return f"responses: {self.shown}"
 
     @property
@@ -62,7 +62,7 @@ class ResponseSection(ABC):
         return self
 
     def sampling(self, student: Sampling) -> Sampling:
-        """The teacher's sampling beside the student's, where the teacher writes them. Raises ValueError."""
+        """The teacher's sampling, given the student's, if the teacher generates them. Raises ValueError."""
         return student
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Solutions(ResponseSection):
 
 @dataclass(frozen=True, kw_only=True)
 class RowResponses(ResponseSection):
-    """Responses in rows of data, each beside its problem. Several rows may answer one prompt."""
+    """Responses in rows of data, each with its problem. Several rows may answer one prompt."""
 
     prompt_field: str
     """The bare problem, or a chat; a field may be nested, `a.b`."""
@@ -157,7 +157,7 @@ class HubResponses(RowResponses):
     split: str = "train"
     """The split with the responses."""
     revision: str | None = None
-    """A commit or tag; give it where results are to be repeated."""
+    """A commit or tag; set it for reproducible results."""
 
     @property
     def shown(self) -> str:

@@ -64,7 +64,7 @@ _OPENERS: Mapping[str, Callable[[Path], Any]] = {
 }
 """Suffix of a compressed file -> how its bytes are read."""
 _PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
-"""First bytes of a compressed file -> the suffix that says so."""
+"""First bytes of a compressed file -> its suffix."""
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 """Errors of the decompressors for a file that is damaged or cut off."""
 
@@ -150,7 +150,7 @@ def read_rows(source: str) -> Iterator[Row]:
 
 
 def bare_name(source: str) -> str:
-    """Folder and name of a file without its suffixes, for people to read: "gsm8k/train"."""
+    """Folder and name of a file without its suffixes, for display: "gsm8k/train"."""
     path = Path(source)
     name = path.name
     for suffix in (path.suffix, Path(path.stem).suffix):
@@ -209,7 +209,7 @@ def _open_plain(path: Path) -> IO[bytes]:
 
 
 def _check_text(file: Any, path: Path) -> None:
-    """Raises DataError for bytes that are no text in UTF-8, and says what they are."""
+    """Raises DataError for bytes that are not UTF-8 text, and says what they are."""
     head = file.peek(512)
     for mark, suffix in _PACKED.items():
         if head.startswith(mark):
@@ -251,7 +251,7 @@ def _to_utf8(error: Exception) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields as an object. Raises ValueError for a name that stands twice."""
+    """Fields as an object. Raises ValueError for a repeated name."""
     found = dict(pairs)
     if len(found) < len(pairs):
         name = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))

@@ -32,7 +32,7 @@ KEEP_SHARE = 0.75
 CHECK_EVERY = 8
 """Steps between checks for finished rows on an accelerator, which the host then waits for; 1 on a CPU."""
 STOP_WINDOW = 64
-"""Last tokens of a row in which a string that ends it is looked for while it is written."""
+"""Number of last tokens of a row that are searched for stop strings during generation."""
 PROBED_TOKENS, PROBED_STEPS = 24, 8
 """Tokens of the context and of the response on which `cache_style` tries a model."""
 LOGIT_ELEMENTS = 2**24
@@ -127,7 +127,7 @@ class Decoder:
                 if ended is not None:
                     recent = ids[rows, max(0, t + 1 - STOP_WINDOW) : t + 1].tolist()
                     over = [
-                        # what is cut in the end is found in the whole of the text
+                        # the final cut searches the whole text
                         ended(row, part) and ended(row, ids[row, : t + 1].tolist())
                         for row, part in zip(rows.tolist(), recent, strict=True)
                     ]
@@ -332,7 +332,7 @@ def cache_style(model: nn.Module, head: LMHead) -> tuple[CacheStyle, str]:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # a model with a cache of its own kind raises whatever it likes
+            # a model with a custom cache may raise anything
             if style != "segments":
                 reasons.append(f"it does not run with a cache of the common kind ({type(error).__name__})")
             continue

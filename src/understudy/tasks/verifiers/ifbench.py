@@ -70,7 +70,7 @@ def _words(text: str) -> list[str]:
 
 
 def _whole(word: str, text: str) -> int:
-    """How often a word stands in the text by itself, in capital or small letters."""
+    """How often a word occurs in the text as a whole word, in any letter case."""
     return len(re.findall(rf"\b{re.escape(word.strip())}\b", text, re.IGNORECASE))
 
 
@@ -284,7 +284,7 @@ def _stairs(text: str) -> bool:
 
 
 def _quotes_explained(text: str) -> bool:
-    """No quote begins right behind another, and none ends the text."""
+    """No quote begins right after another, and none ends the text."""
     joined = "".join(re.sub("[\u201c\u201d]", '"', text).replace("'\"'", "").split())
     others = string.digits + string.punctuation.replace('"', "")
     return '""' not in joined and not joined.strip(others).endswith('"')

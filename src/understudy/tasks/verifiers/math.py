@@ -115,7 +115,7 @@ def _difference(answer: str, reference: str, timeout_s: float) -> str:
     kind, parts = notation.split_list(left)
     is_list = not kind and len(parts) > 1 and len(notation.split_list(value)[1]) == 1
     if is_list and all(part and not _difference(part, reference, timeout_s) for part in parts):
-        return ""  # "3/5 or 0.6" says one thing twice
+        return ""  # "3/5 or 0.6" states one value twice
     given, given_unit = notation.split_unit(left)
     if unit and given_unit and unit != given_unit:
         return f"the unit is {given_unit}, that of the reference is {unit}"
@@ -170,7 +170,7 @@ def find_answer(text: str) -> str | None:
 
 
 def without_thoughts(text: str) -> str:
-    """The text behind its thoughts; those that go on to its end leave nothing."""
+    """The text after its reasoning; empty if the reasoning never ends."""
     if "think" not in text.lower():
         return text
     # an end that is left was begun by the prompt

@@ -478,7 +478,7 @@ def assigned(text: str) -> dict[str, str]:
 
 
 def objection(answer: str, reference: str) -> str:
-    """Why an answer cannot be taken for the reference, whatever its value; "" where nothing stands against it.
+    """Why an answer cannot be accepted for the reference, whatever its value; "" if there is no objection.
 
     Unread characters, commands and words; a relation, chain or negation; numbers side by side; another number of parts,
     another kind of brackets, another order.

@@ -1,4 +1,4 @@
-"""A judge behind any chat endpoint of the OpenAI kind: it reads a response and says a digit."""
+"""A judge at any OpenAI-compatible chat endpoint: it reads a response and answers with a digit."""
 
 from __future__ import annotations
 
