@@ -88,5 +88,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The names that are not imported yet too, for completion and for Python's suggestions."""
+    """Includes names not imported yet, for completion and Python's suggestions."""
     return sorted({*globals(), *__all__})

@@ -76,24 +76,24 @@ def distil(
     quiet: bool = False,
     **keys: Any,
 ) -> Run:
-    """Trains a student, and returns the run with its metrics, evaluations, student and report.
+    """Trains a student and returns the run with its metrics, evaluations, student and report.
 
     `student`, `teacher`: a directory or hub name, a pair of a loaded model and its tokenizer, or a section of a recipe
-    (`{"model": ..., "lora": {"rank": 8}}`). A loaded student is copied; a loaded teacher is used as it is, and left so.
-    `train`, `validation`, `test`: rows, as a `datasets.Dataset` or a list of mappings; or files; or, for `train` a data set
-    of the hub and for the others its splits. With one of the last two the student is evaluated before and after.
-    `prompt`, `reference`, `solution`: their fields. A mapping as `reference` is the section of the reference model;
+    (`{"model": ..., "lora": {"rank": 8}}`). A loaded student is copied; a loaded teacher is used in place and left unchanged.
+    `train`, `validation`, `test`: rows (a `datasets.Dataset` or a list of mappings) or files; `train` may also be a hub data
+    set, and the other two its splits. With `validation` or `test`, the student is evaluated before and after.
+    `prompt`, `reference`, `solution`: names of the fields. A mapping as `reference` is the section of the reference model;
     `references` has one for each of `teachers`.
     `verifier`: a name, or a function of response and one accepted answer; `reward`: a function of prompt and response, which
     replaces the verifier's grade in training. Both return a number (1 is right), a bool or a `Grade`; a reward of None leaves
     the sample out.
-    `run_dir`: by default the first of runs/distil, runs/distil-2, ... that is free.
-    `examine`, `quiet`: the doctor's checks come first; nothing is printed.
-    `keys`: the other keys of a recipe, those of its section `train` by themselves: `lr=1e-5`, `sampling={"top_p": 0.9}`.
+    `run_dir`: by default the first unused of runs/distil, runs/distil-2, ...
+    `examine`: run the doctor's checks first. `quiet`: print nothing.
+    `keys`: other recipe keys; those of section `train` need no prefix: `lr=1e-5`, `sampling={"top_p": 0.9}`.
 
-    Models, rows and functions stand in the recipe by names, and must be given again to resume. Ctrl-C saves within seconds
-    and raises KeyboardInterrupt; `resume=True` goes on. The doctor's rehearsal calls functions too.
-    Raises RecipeError, and as `understudy.run.train`.
+    The recipe holds only names of models, rows and functions: pass them again to resume. Ctrl-C saves within seconds and
+    raises KeyboardInterrupt; `resume=True` continues. The doctor's rehearsal calls functions too.
+    Raises RecipeError, and what `understudy.run.train` raises.
     """
     objects: dict[str, Any] = {}
     values = arguments.sections(keys, objects)
@@ -129,7 +129,7 @@ def distil(
 
 @contextmanager
 def _as_they_were(objects: Mapping[str, Any]) -> Iterator[None]:
-    """Loaded models come out as they went in: mode, device, and which of their weights are trained."""
+    """Restores each loaded model's mode, device and `requires_grad` flags on exit."""
     models = [one[0] for one in objects.values() if isinstance(one, tuple)]
     before = [
         (model, model.training, model.device, [value.requires_grad for value in model.parameters()]) for model in models
@@ -144,10 +144,10 @@ def _as_they_were(objects: Mapping[str, Any]) -> Iterator[None]:
 
 
 def train(recipe: Recipe, *, resume: bool = False, examine: bool = True, quiet: bool = False) -> Run:
-    """Trains as a recipe says. Prints progress, the first and last evaluation, and where the student is.
+    """Trains a recipe. Prints progress, the first and last evaluation, and the path of the student.
 
-    Ctrl-C saves within seconds and raises KeyboardInterrupt. Signal handlers, random numbers and the settings of
-    libraries are afterwards what they were. Raises as `understudy.run.train`.
+    Ctrl-C saves within seconds and raises KeyboardInterrupt. Restores signal handlers, random states and library
+    settings. Raises what `understudy.run.train` raises.
     """
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"the recipe is of type {type(recipe).__name__}; load a file with Recipe.load(path)")
@@ -163,7 +163,7 @@ def _train(recipe: Recipe, *, resume: bool, examine: bool, quiet: bool) -> Run:
 
 
 def train_and_show(recipe: Recipe, *, resume: bool, examine: bool, quiet: bool = False) -> Run:
-    """The same in a process that ends with it: for the command line."""
+    """Trains and prints the results, for the command line: random states and library settings stay changed."""
     ranks = Ranks.from_environment(partial(choose_device, recipe.device))
     with terminable(), endured(), Console(quiet=quiet or not ranks.is_main) as console, closing(ranks):
         result = run.train(recipe, resume=resume, examine=examine, console=console)
@@ -180,7 +180,7 @@ def train_and_show(recipe: Recipe, *, resume: bool, examine: bool, quiet: bool =
 
 @contextmanager
 def _undisturbed(device: str) -> Iterator[None]:
-    """Random numbers, the current device and the settings of libraries are afterwards what they were."""
+    """Restores random states, the current device and library settings on exit."""
     import transformers
 
     libraries = transformers.logging
@@ -217,7 +217,7 @@ def is_model(source: object) -> bool:
 
 
 def model_recipe(path: str | Path, overrides: Sequence[str], **sections: Mapping[str, Any]) -> Recipe:
-    """A recipe for a model directory alone; `sections` and overrides say the rest."""
+    """Builds a recipe for a model directory; `sections` and overrides give the rest."""
     values: dict[str, Any] = {
         "run_dir": f"runs/{Path(path).absolute().name}",
         "student": {"model": str(path)},
@@ -295,7 +295,7 @@ def load_for_use(
 
 @contextmanager
 def _objects_of(source: object) -> Iterator[None]:
-    """Inside, what a run was given from Python is there again."""
+    """Makes the Python objects that a run was given available again."""
     objects = source.given if isinstance(source, Run) else {}
     with in_memory.given(objects), _as_they_were(objects):
         yield
@@ -452,7 +452,7 @@ def sample(
     num_samples: int = 1,
     quiet: bool = False,
 ) -> list[Sample]:
-    """Returns what a student writes, `num_samples` times each: to prompts of yours, or else to the first `num` of a split.
+    """Returns `num_samples` responses to each of `prompts`, or to each of the first `num` prompts of a split.
 
     `source`, `overrides`, `model`: as in `evaluate`. A sample's `text` is the response.
     """
@@ -501,7 +501,7 @@ def sample(
 
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Numbers prompts that are given twice, because draws are keyed by id: they would get the same sample twice."""
+    """Makes the ids of repeated prompts distinct: draws are keyed by id, so they would get the same samples."""
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:

@@ -139,7 +139,7 @@ def train(
     ] = False,
     no_doctor: Annotated[bool, typer.Option("--no-doctor", help="Skip the checks of `understudy doctor`.")] = False,
 ) -> None:
-    """Train a student as a recipe says.
+    """Train a student from a recipe.
 
     The run directory holds recipe.yaml, metrics.jsonl, eval/, samples/, checkpoints/, the final student/ and report.html.
     """
@@ -154,7 +154,7 @@ def train(
 def doctor(recipe: RecipeOrRun, overrides: Overrides = None) -> None:
     """Check everything that a run depends on, and take two prompts through the whole loop. Nothing is written.
 
-    Exit code 2 where something is wrong; `train` runs the same checks first.
+    Exits with code 2 if a check fails; `train` runs the same checks first.
     """
     from understudy.cli import commands
 
@@ -166,14 +166,18 @@ def doctor(recipe: RecipeOrRun, overrides: Overrides = None) -> None:
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs to share out.")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
     gpu: Annotated[str, typer.Option(metavar="NAME", help="a100, h100, h200, b200 or l40s.")] = "h100",
-    gpu_memory: Annotated[float | None, _option(help="GB of one, where it is another.", default="the card's")] = None,
-    price: Annotated[float | None, _option(help="Of one GPU for one hour.")] = None,
-    prompt_tokens: Annotated[float | None, _option(help="On average.", default="train.max_prompt_tokens")] = None,
-    response_tokens: Annotated[float | None, _option(help="On average.", default="sampling.max_new_tokens")] = None,
+    gpu_memory: Annotated[
+        float | None, _option(help="GB of memory per GPU, to override the card's.", default="the card's")
+    ] = None,
+    price: Annotated[float | None, _option(help="Price of one GPU-hour.")] = None,
+    prompt_tokens: Annotated[float | None, _option(help="Mean per prompt.", default="train.max_prompt_tokens")] = None,
+    response_tokens: Annotated[
+        float | None, _option(help="Mean per response.", default="sampling.max_new_tokens")
+    ] = None,
 ) -> None:
-    """Say what a recipe needs on GPUs, from the configurations of its models alone: memory, time, cost, and a layout.
+    """Estimate a recipe's GPU memory, time, cost and layout from its models' configurations alone.
 
     Every number has its formula. No weights are read, and nothing is written.
     """
@@ -244,7 +248,7 @@ def record(
 ) -> None:
     """Store samples of the student's start with the teacher's scores, to train without the teacher.
 
-    The same command again goes on with what is missing. Train with teacher={type: stored, path: DIR}.
+    Run the same command again to add what is missing. Train with teacher={type: stored, path: DIR}.
     """
     from understudy.cli import recording
 
@@ -293,9 +297,9 @@ def watch(
     run_dir: Annotated[Path, _argument("RUN", "A run directory.")],
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of 127.0.0.1; 0: any that is free.")] = 0,
 ) -> None:
-    """Show the report of a run while it goes on, to this machine alone; the open page renews itself.
+    """Serve a run's live report on this machine only; the open page refreshes itself.
 
-    Nothing is written. It ends with Ctrl-C.
+    Nothing is written. Stop it with Ctrl-C.
     """
     from understudy.report.watch import serve
 
@@ -305,9 +309,9 @@ def watch(
 @app.command()
 def push(
     run_dir: Annotated[Path, _argument("RUN", "A run directory: its final student.")],
-    name: Annotated[str, _argument("OWNER/NAME", "A model repository at the hub; made where it is missing.")],
+    name: Annotated[str, _argument("OWNER/NAME", "A model repository on the hub; created if missing.")],
     public: Annotated[
-        bool, typer.Option("--public", help="For everybody; without it the repository is private.")
+        bool, typer.Option("--public", help="Make the repository public; the default is private.")
     ] = False,
 ) -> None:
     """Upload the final student with its model card to the Hugging Face hub."""
@@ -328,19 +332,19 @@ def compare(
     tune: Annotated[
         list[str] | None, _option(metavar="KEY=V1,V2", help="Choose a value by avg@k on the validation split.")
     ] = None,
-    target: Annotated[float | None, _option(help="avg@k that samples are counted to.", default="0.5")] = None,
+    target: Annotated[float | None, _option(help="Count samples until this avg@k.", default="0.5")] = None,
     baseline: Annotated[
         list[str] | None,
-        _option(metavar="AXIS=LABEL", help="What differences are to.", default="the first axis' first"),
+        _option(metavar="AXIS=LABEL", help="Baseline for differences.", default="the first axis' first"),
     ] = None,
     out: Annotated[Path | None, _option(metavar="DIR", help="Where to write.", default="RUN_DIR-compare")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once; they share the cores.")] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="Make the runs as tasks of Ray.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Run them as Ray tasks.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; run and write nothing.")] = False,
 ) -> None:
-    """Compare runs that differ in what is varied and nothing else: a table with intervals, CSV and a page.
+    """Compare runs that differ only in the varied keys: a table with intervals, CSV and a page.
 
-    The same command again goes on with what is missing.
+    Run the same command again to complete what is missing.
     """
     from understudy.cli import commands
     from understudy.compare.grid import read_grid
@@ -361,7 +365,7 @@ def compare(
 @app.command(name="serve-teacher")
 def serve_teacher(
     model: Annotated[str, _argument("MODEL", "A model directory or hub name.")],
-    host: Annotated[str | None, _option(help="Address to listen at.", default="127.0.0.1")] = None,
+    host: Annotated[str | None, _option(help="Address to listen on.", default="127.0.0.1")] = None,
     port: Annotated[int | None, _option(help="0: any that is free.", default="8100")] = None,
     token_env: Annotated[
         str | None,
@@ -378,17 +382,17 @@ def serve_teacher(
     max_batch_tokens: Annotated[
         int | None, _option(min=1, help="Tokens of one forward.", default="2048 (CPU), 16384")
     ] = None,
-    max_request_bytes: Annotated[int | None, _option(min=1, help="Of one request.", default="64 MiB")] = None,
-    max_reply_bytes: Annotated[int | None, _option(min=1, help="Of one answer.", default="1 GiB")] = None,
-    revision: Annotated[str | None, _option(help="Of a hub model.")] = None,
+    max_request_bytes: Annotated[int | None, _option(min=1, help="Limit of one request.", default="64 MiB")] = None,
+    max_reply_bytes: Annotated[int | None, _option(min=1, help="Limit of one reply.", default="1 GiB")] = None,
+    revision: Annotated[str | None, _option(help="Revision of a hub model.")] = None,
     tokenizer: Annotated[str | None, _option(metavar="DIR", help="Of the model.", default="the model's own")] = None,
     share_prompts: Annotated[
-        bool, typer.Option("--share-prompts/--no-share-prompts", help="Compute once what several samples begin with.")
+        bool, typer.Option("--share-prompts/--no-share-prompts", help="Compute shared prefixes once.")
     ] = True,
 ) -> None:
     """Serve a model's exact scores to training runs elsewhere (teacher={type: served, url: ...}).
 
-    Hidden states and the head give whole rows at a few KB a token. It ends with Ctrl-C.
+    Hidden states and the head give whole rows at a few KB a token. Stop it with Ctrl-C.
     """
     # the parameters have the names of the settings; None keeps a setting's default
     given = {name: value for name, value in locals().items() if value is not None}
@@ -429,13 +433,13 @@ def methods(name: Annotated[str | None, _argument("[NAME]", "One method, with it
             console.table(f"method: {{type: {name}, ...}}", ["key", "values", "default"], rows)
 
 
-tasks = typer.Typer(no_args_is_help=False, help="List the data sets that have a name, and check a task's answers.")
+tasks = typer.Typer(no_args_is_help=False, help="List the named data sets, and check a task's answers.")
 app.add_typer(tasks, name="tasks")
 
 
 @tasks.callback(invoke_without_command=True)
 def list_tasks(context: typer.Context) -> None:
-    """List the data sets that have a name and the types of tasks; `show` and `check` say more of one."""
+    """List the named data sets and the task types; `show` and `check` give details of one."""
     if context.invoked_subcommand is None:
         from understudy.cli import tasks
 
@@ -444,7 +448,7 @@ def list_tasks(context: typer.Context) -> None:
 
 @tasks.command()
 def show(name: Annotated[str, _argument("NAME", "A data set.")]) -> None:
-    """Print where a data set lies, which of its fields mean what, its licence and known mistakes."""
+    """Print a data set's source, fields, licence and known mistakes."""
     from understudy.cli import tasks
 
     tasks.show_one(name)
@@ -457,16 +461,16 @@ def check(
         list[str] | None, _argument("[KEY=VALUE]...", "Keys of the task (path=FILE), or of the recipe.")
     ] = None,
     split: Annotated[str | None, _option(help="Split to check.", default="test, or the first")] = None,
-    evaluation: Annotated[bool, typer.Option("--eval", help="The task of the evaluation, of a recipe.")] = False,
+    evaluation: Annotated[bool, typer.Option("--eval", help="Check the recipe's evaluation task.")] = False,
     model: Annotated[
         str | None,
-        _option(metavar="DIR", help="Whose chat template prompts are shown in.", default="the recipe's student"),
+        _option(metavar="DIR", help="Model whose chat template formats the prompts.", default="the recipe's student"),
     ] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="Prompts to check, the first ones.")] = 100_000,
 ) -> None:
-    """Grade every gold answer, an empty one and that of another problem, and show three prompts as the model sees them.
+    """Grade each gold answer, an empty one and another problem's, and show three prompts as the model sees them.
 
-    Exit code 1 where a gold answer is wrong without a known mistake, or an empty one right.
+    Exits with code 1 if a gold answer fails without a known mistake, or an empty one passes.
     """
     from understudy.cli import tasks
 
@@ -507,9 +511,9 @@ def init(
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, _argument("[FILE]", "Where to write it; printed where none is given.")] = None,
+    out: Annotated[Path | None, _argument("[FILE]", "Output file; default: standard output.")] = None,
 ) -> None:
-    """Write the JSON Schema of recipes, by which editors complete and check them.
+    """Write the JSON Schema of recipes, for completion and checks in editors.
 
     The first line of a recipe names it: # yaml-language-server: $schema=FILE, relative to the recipe.
     """

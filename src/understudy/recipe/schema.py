@@ -67,9 +67,9 @@ class Student:
     model: str | None = None
     """A directory or a hub name."""
     starts: Mapping[str, str] = field(default_factory=dict)
-    """Models by a name of your own, of which `start` picks one: for comparisons."""
+    """Models by names you choose; `start` selects one. For comparisons."""
     start: str | None = None
-    """The one of `starts` that the student begins as."""
+    """Name of the entry in `starts` that the student starts from."""
     build: Mapping[str, Any] | None = None
     """A model from scratch: `{architecture: llama, hidden_size: 64, num_layers: 2, num_heads: 4}`."""
     tokenizer: str | None = None
@@ -87,7 +87,7 @@ class Student:
     attn_implementation: str | None = None
     """Name of the attention in transformers, such as sdpa or flash_attention_2; None: its choice."""
     vision: Literal["frozen", "trained"] = "frozen"
-    """Whether the image encoder of a student, and all else outside its language model, is trained too."""
+    """Whether the image encoder, and all else outside the language model, is trained too."""
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Recipe:
 
     run_dir: str
     seed: int = 0
-    """Seed of every draw: the same one draws the same prompts and samples."""
+    """Seed of every draw: the same seed draws the same prompts and samples."""
     device: str = "auto"
     """auto: the first GPU, else the CPU."""
     loggers: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ class Recipe:
     student: Student
     teacher: TeacherSection | None = config.choice(TEACHERS, optional=True)
     teachers: Mapping[str, TeacherSection] = config.choices(TEACHERS)
-    """In place of `teacher`: several, by the names that the task's prompts have for them."""
+    """Several teachers in place of `teacher`, by the names that the task's prompts use."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weight of each of `teachers`: every sample is scored by all of them, and prompts name none."""
     reference: TeacherSection | None = config.choice(REFERENCES, optional=True)
@@ -195,7 +195,7 @@ class Recipe:
 
     @property
     def method_name(self) -> str:
-        """As messages and the model card name it: "GKD"."""
+        """The name in messages and the model card, such as "GKD"."""
         return type(self.method).__name__
 
     @property
@@ -256,7 +256,7 @@ class Recipe:
 
     @property
     def leaves_teacher(self) -> bool:
-        """Whether nothing in the recipe asks the section `teacher`, so that it is not loaded."""
+        """Whether the recipe never uses section `teacher`, so that it is not loaded."""
         rejects = self.eval is not None and self.eval.reject_below is not None
         by_teacher = self.responses is not None and self.responses.by_teacher
         return self.teacher is not None and not (self.method.needs - {"none", "reference"} or rejects or by_teacher)
@@ -266,24 +266,24 @@ class Recipe:
         return f"teachers.{teacher}" if self.teachers else "teacher"
 
     def dated(self, date: str | None) -> Recipe:
-        """Returns the recipe with that clock for chat templates, unless it says another."""
+        """Returns the recipe with `date` as its `template_date`, unless it has one."""
         if date is None or self.student.template_date is not None:
             return self
         return replace(self, student=replace(self.student, template_date=date))
 
     @property
     def temperature(self) -> float:
-        """Temperature of the distributions that are compared: that of the samples, or 1 where they are greedy."""
+        """Temperature of the compared distributions: the sampling temperature, or 1 for greedy samples."""
         return self.sampling.temperature or 1.0
 
     @cached_property
     def run_method(self) -> Method:
-        """The method with what depends on the run filled in."""
+        """The method with its run-dependent values filled in."""
         return self.method.for_run(self.train.steps, self.sampling.max_new_tokens)
 
     @cached_property
     def uses(self) -> Uses:
-        """Everything that the method makes use of at some step of the run."""
+        """Everything the method uses at any step of the run."""
         return self.run_method.uses(self.train.steps)
 
 
@@ -309,7 +309,7 @@ RESUMABLE_ENDS = (
     *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),
     *(".max_concurrency", ".break_after", ".batch_tokens", ".cache"),
 )
-"""Ends of keys that say where a server is and how patiently it is asked."""
+"""Suffixes of keys for access to a server: address, tokens, timeouts, retries, batching and cache."""
 
 
 def may_change(key: str) -> bool:

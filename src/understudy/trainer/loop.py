@@ -33,15 +33,15 @@ from understudy.trainer.update import Heads, MicroBatch, Optimizer, StudentModel
 from understudy.types import Metric, Sample, add_metrics, map_tensors
 
 MAX_SKIPPED = 3
-"""Steps in a row without a finite loss and gradient until the run stops."""
+"""Consecutive steps without a finite loss and gradient before the run stops."""
 MAX_EMPTY = 20
-"""Steps in a row without a sample to train on until the run stops: a weak student may have a few at its start."""
+"""Consecutive steps without a sample to train on before the run stops: a weak student may start with a few."""
 MAX_HEALED = 3
-"""Times in one step that an engine is given weights which it has lost."""
+"""Times in one step that an engine is sent weights it has lost."""
 MAX_FLAT = 3
-"""Steps in a row in which every prompt's samples are rewarded alike, until the run says what may help."""
+"""Consecutive steps in which all samples of each prompt get equal rewards before the run prints advice."""
 MAX_SAVING_S = 30.0
-"""Seconds that a run which has failed waits for the checkpoint that it is writing."""
+"""Seconds that a failed run waits for a checkpoint being written."""
 SAVED_SAMPLES = 32
 """Training samples in one file of `samples/`."""
 
@@ -57,7 +57,7 @@ class Trainer:
     method: Method
     rollouts: Rollouts | Overlapped
     publish: Callable[[int, Sequence[Sample]], dict[str, float]]
-    """Gives the engine the weights after so many updates, and may compare the two on samples; returns what it measured."""
+    """Sends the engine the weights after that many updates, and may compare the two on samples; returns the measurements."""
     optimizer: Optimizer
     settings: Train
     evaluation: Eval | None
@@ -72,7 +72,7 @@ class Trainer:
     progress: Progress
     several_teachers: bool = False
     tokens: TokenRecorder | None = None
-    """Keeps what updates know of single tokens."""
+    """Records per-token values of updates."""
     live_weights: bool = True
     """Whether samples are written, or scored, with the weights that are trained."""
     _torn: bool = False

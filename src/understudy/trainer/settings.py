@@ -29,13 +29,13 @@ class Train:
     minibatches: int = 1
     """Optimizer updates that divide a step's samples among them."""
     passes: int = 1
-    """Epochs over a step's samples; with more than one update the ratio to the sampling student is not 1."""
+    """Epochs over a step's samples; after the step's first update the ratio to the sampling student is not 1."""
     max_prompt_tokens: int = 1024
     """Longer prompts are left out, counted and reported; they are never cut."""
     lr: float = 1e-5
     """Peak learning rate of AdamW."""
     schedule: Shape = "constant"
-    """Course of the learning rate after the warm-up."""
+    """Shape of the learning-rate schedule after warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate grows from 0."""
     final_lr_share: float = 0.0
@@ -47,7 +47,7 @@ class Train:
     eps: float = 1e-8
     """Added to the root of AdamW's second moment."""
     max_grad_norm: float | None = 1.0
-    """2-norm to which the gradient of an update is clipped; None: no clip."""
+    """2-norm to which the gradient of an update is clipped; None: no clipping."""
     micro_batch_tokens: int | None = None
     """Tokens of one forward and backward, padding included. None: 16,384, or 2,048 on a CPU, whose cache holds no more."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
@@ -57,8 +57,8 @@ class Train:
     """Update float32 copies of a student's weights in 16 bits: 18 bytes a trained weight in place of 8, and no update is
     rounded away. Nothing changes for a student in float32, nor for LoRA, whose adapters are float32."""
     share_prompts: bool = True
-    """Compute a prompt of several samples once, and what several prompts begin with (a system prompt, tools, examples), when
-    they are scored and in the update. Nothing changes but rounding. A model whose attention needs a mask computes each sample
+    """Compute the shared prompt of several samples, and the shared start of several prompts (a system prompt, tools, examples),
+    once, in scoring and in the update. Nothing changes but rounding. A model whose attention needs a mask computes each sample
     whole."""
     compile: bool = False
     """Compile the layers of the student with torch.compile for the update: minutes at the first step, for fewer passes over
@@ -70,13 +70,13 @@ class Train:
     on_missing_score: Literal["error", "drop"] = "error"
     """Whether a sample that the teacher could not score stops the run or is dropped and counted."""
     on_alarm: Mapping[str, OnAlarm] = field(default_factory=dict)
-    """By the name of an alarm: warn, as all others do, stop the run while it is on, or ignore it."""
+    """Action by alarm name: warn (the default), stop the run while the alarm is on, or ignore it."""
     stop_at: float | None = None
     """Stop when an evaluation's avg@k reaches this."""
     save_every: int | None = None
     """Steps between checkpoints; one is always written at the end and on SIGINT, SIGTERM or SIGHUP."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = False
     """Also keep the checkpoint with the highest avg@k; one is written whenever an evaluation is the best so far."""
     save_samples_every: int = 50
@@ -85,12 +85,12 @@ class Train:
     """Samples of each such step of which every token is kept with all that the update knew of it (`tokens/`); 0: none, and no
     sums over tokens either (`pictures.jsonl`)."""
     save_tokens_bytes: int = 268_435_456
-    """Most bytes of `tokens/` over the run, 256 MiB. They are shared out beforehand; a sample longer than its share is kept
-    up to it."""
+    """Most bytes of `tokens/` over the run, 256 MiB. The budget is divided in advance; a sample longer than its share is
+    recorded up to it."""
 
     @property
     def records_tokens(self) -> bool:
-        """Whether anything of single tokens is kept."""
+        """Whether the run records single tokens."""
         return self.save_samples_every > 0 and self.save_tokens > 0
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class Async:
     """The section `async`: generation, scoring and updates overlap. Without it they take turns."""
 
     max_staleness: int = 0
-    """Most steps between the weights that sample and those that learn from the samples. 0: strictly on-policy; only scoring
+    """Most steps between the weights that sample and those that train on the samples. 0: strictly on-policy; only scoring
     overlaps with generation."""
     timeout_s: float = 1800.0
     """Seconds without a finished sample after which the run stops."""
@@ -144,11 +144,11 @@ class Parallel:
     """The section `parallel`: how the processes of a run divide the student among them. Without it each holds all of it."""
 
     shard: int
-    """Processes that hold a part each of weights, gradients and the optimizer's state."""
+    """Number of processes that weights, gradients and optimizer state are divided over."""
     replicate: int = 1
-    """Groups of so many processes; each group holds the whole student."""
+    """Number of groups of `shard` processes; each group holds the whole student."""
     teachers: bool = False
-    """Whether teachers and references that are loaded here are in shards too."""
+    """Whether teachers and references loaded in this run are sharded too."""
     reshard: bool = True
     """Whether a block drops what it gathered after each forward and backward; False keeps it until the update is done, which
     takes the memory of the whole weights and gathers them once."""

@@ -31,7 +31,7 @@ _MASTER = "master"
 
 @dataclass(frozen=True)
 class StudentModel:
-    """The model in training, and how it is run."""
+    """The model in training and its forward-pass settings."""
 
     model: nn.Module
     device: torch.device
@@ -47,12 +47,12 @@ class StudentModel:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank has a part of the weights, so that every forward is a collective call."""
+        """Whether each rank holds a shard of the weights: every forward is then a collective call."""
         return shards_of(self.model) is not None
 
     @property
     def is_sliced(self) -> bool:
-        """Whether each rank has a slice of the head, so that every use of it is a collective call."""
+        """Whether each rank holds a slice of the head: every use of it is then a collective call."""
         shards = shards_of(self.model)
         return shards is not None and shards.head is not None
 
@@ -196,7 +196,7 @@ def accumulate_gradients(
 ) -> tuple[float, dict[str, Metric]]:
     """Adds the gradient of the update's loss to the parameters; returns the loss and the metrics, of all ranks.
 
-    `tokens` takes up the numbers of single tokens.
+    `tokens` records the numbers of single tokens.
 
     The denominators are counted over all samples of all ranks before the first forward, so neither the cut into
     micro-batches nor the number of ranks changes the loss.
@@ -280,12 +280,12 @@ class Optimizer:
         return list(self._updated.values())
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
+        """Clears all gradients."""
         for value in self.parameters:
             value.grad = None
 
     def clip(self) -> float:
-        """The 2-norm of the gradient; where it is above `max_grad_norm` the gradient is scaled down to that."""
+        """Returns the 2-norm of the gradient before clipping; scales a larger gradient down to `max_grad_norm`."""
         limit = self._settings.max_grad_norm
         norm = whole(nn.utils.get_total_norm([value.grad for value in self.parameters if value.grad is not None]))
         if limit is not None:
@@ -313,10 +313,9 @@ class Optimizer:
         return {"lr": Metric(rate, 1), "update_survives": self._survives(before)}
 
     def _survives(self, before: Sequence[Tensor]) -> Metric:
-        """The part of the update, summed as |change| that AdamW asked for, that falls on weights which changed at all.
+        """Share of AdamW's requested update, summed as |change|, that falls on weights that changed.
 
-        A weight stays as it is where rounding to its precision takes the change away. Looks at some weights of each tensor
-        on this rank.
+        Rounding to a weight's precision can remove its change. Measures a subset of each tensor's weights on this rank.
         """
         sums = []
         decay = {value: group["weight_decay"] for group in self._adamw.param_groups for value in group["params"]}
