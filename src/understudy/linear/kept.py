@@ -18,7 +18,7 @@ class Kept:
     """
 
     def __init__(self, closely: Tensor, foreign: Tensor | None = None) -> None:
-        """`foreign`: ids left out of the most likely tokens, because no tokenizer of the run can decode them."""
+        """`foreign`: ids left out of the most likely tokens, because they are not the student's tokens."""
         self._closely, self._foreign = closely, foreign
         self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._index = closely.new_zeros(0, dtype=torch.int64)
