@@ -366,13 +366,13 @@ def _open_rollouts(recipe: Recipe, loaded: Loaded, teachers: Teachers, engine: E
 
 
 def _saver(model: nn.Module, loaded: Loaded) -> Callable[[Path, Iterable[tuple[str, Tensor]] | None], None]:
-    """Writes the student as a resumed run loads it: with the weights of `model`, or with those that are given."""
+    """Writes the student in the form a resumed run loads, with the weights of `model` or those given."""
     tokenizer, stop_ids = loaded.renderer.tokenizer, loaded.renderer.stop_ids
     return lambda path, weights: save_hf(model, tokenizer, path, merged=False, stop_ids=stop_ids, weights=weights)
 
 
 def _shard(parts: Parts, checkpoint: Path | None) -> None:
-    """Leaves each rank its part of the student and of the optimizer's state. A collective call.
+    """Keeps each rank's part of the student and optimizer state. A collective call.
 
     Raises RecipeError for a checkpoint in 16 bits (`student.dtype: auto`) that would need master weights.
     """

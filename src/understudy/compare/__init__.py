@@ -1,3 +1,3 @@
-"""Many runs of one recipe that differ in what is varied and nothing else, and a table of them."""
+"""Compares runs of one recipe that differ only in the varied keys."""
 
 from __future__ import annotations

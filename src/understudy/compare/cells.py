@@ -33,7 +33,7 @@ DONE = ("finished", "good enough", "did not learn")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a combination with one seed, or with one value of what is tuned."""
+    """One run: a combination with one seed or one tuned value."""
 
     combination: Combination
     recipe: Recipe
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """Its console output; beside the run directory, which has to be empty when a run begins."""
+        """Log of its console output, beside the run directory, which must be empty when a run begins."""
         return self.path.with_name(self.path.name + ".log")
 
     @property
@@ -93,7 +93,7 @@ class Cells:
 
     @cached_property
     def tuning(self) -> list[Cell]:
-        """One run for every combination and value that is tuned, evaluated on the validation split."""
+        """One run per combination and tuned value, evaluated on the validation split."""
         grid, found = self.grid, []
         for combination, tuned in product(grid.combinations(), grid.tunings() if grid.tune else []):
             cell = self._cell(combination, tuned)

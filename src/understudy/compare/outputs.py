@@ -35,7 +35,7 @@ _CHARTS = {
 
 
 def write_outputs(comparison: Comparison) -> Path:
-    """Writes them all; the page's path. Raises CheckpointError where a file cannot be written."""
+    """Writes all files and returns the page's path. Raises CheckpointError where a file cannot be written."""
     out = comparison.cells.out
     write_atomically(out / "table.md", printable(markdown(comparison.table, comparison.unfinished)))
     write_atomically(out / "cells.csv", printable(cells_csv(comparison)))

@@ -1,4 +1,4 @@
-"""Runs cells as processes of their own or as tasks of Ray: memory, crashes and signals of one do not reach another.
+"""Runs cells in separate processes or as Ray tasks: memory, crashes and signals of one do not reach another.
 
 Processes are forked from a server that has imported everything and computed nothing, so that a cell starts at once. A pool of
 `concurrent.futures` would not do: it breaks as a whole when one worker dies, and cannot ask a single one to save and end.
@@ -119,7 +119,7 @@ def work_in_process(job: Job) -> None:
 
 
 def work(job: Job) -> int:
-    """Trains. Prints what went wrong as the last line, `error: ...`."""
+    """Trains. Prints an error as the last line, `error: ...`."""
     from understudy import run
     from understudy.recipe import Recipe
     from understudy.trainer.console import Console, endured

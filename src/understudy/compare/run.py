@@ -22,7 +22,7 @@ from understudy.trainer.signals import StopSignal
 
 Ending = Literal["finished", "failed", "stopped by a signal"]
 SAVE_EVERY_S = 60.0
-"""Seconds between outputs that are written while runs are still being made."""
+"""Seconds between writes of outputs while runs are in progress."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Comparison:
     tuned: Mapping[Combination, Mapping[str, Any]]
     command: str = ""
     running: bool = False
-    """Whether further runs are being made."""
+    """Whether runs are still in progress."""
 
     @cached_property
     def table(self) -> Table:
@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def unfinished(self) -> str:
-        """Says how many runs are still to be made; empty where none is."""
+        """Describes how many runs remain; empty if none."""
         if not self.running and all(outcome.status != "not run" for outcome in (*self.tuning, *self.outcomes)):
             return ""
         grid = self.cells.grid
@@ -111,7 +111,7 @@ class Runner:
 
 @dataclass
 class Drafts:
-    """Saves a comparison now and then while its runs are made, so that a machine that dies leaves what was known."""
+    """Saves a comparison periodically during its runs, so that results survive a crash of the machine."""
 
     save: Callable[[Comparison], object]
     console: Console
