@@ -1,4 +1,4 @@
-"""The data that passes between the parts: frozen records without a model or an engine in them.
+"""Frozen records passed between components; they hold no model or engine.
 
 Shape legend: L tokens of one sample, R = L - prompt_length response tokens, T packed response tokens of a batch,
 K top tokens, H hidden size, V vocabulary.
@@ -33,7 +33,7 @@ the student or by the teacher."""
 
 
 class Author(IntEnum):
-    """Who wrote a token."""
+    """Author of a token."""
 
     PROMPT = 0
     STUDENT = 1
@@ -192,7 +192,7 @@ class Verdict:
     signal_bytes: int = 0
     """Bytes of teacher signal that were read: one for a digit, 40 for the ten float32 probabilities of an expectation."""
     attempts: int = 1
-    """Times that the judge was asked."""
+    """Number of judge queries."""
     note: str = ""
     """Why there is no score."""
 

@@ -172,7 +172,7 @@ class Row:
     error: str = ""
     """Why the first of the failed seeds failed."""
     num_unlearnt: int = 0
-    """Seeds that finished and did not learn; they are in every number of the row."""
+    """Seeds that finished without learning; every number of the row includes them."""
     unlearnt: str = ""
     """Why the first of them did not."""
     metric: str | None = None
@@ -358,7 +358,7 @@ def _caption(grid: Grid, rows: Sequence[Row], tokens: Mapping[Combination, int])
 
 
 def budget_warning(tokens: Mapping[Combination, int]) -> str:
-    """Empty where every combination may take equally many tokens."""
+    """Empty if all combinations have the same token budget."""
     if len(set(tokens.values())) <= 1:
         return ""
     usual = Counter(tokens.values()).most_common(1)[0][0]

@@ -63,7 +63,7 @@ class Group:
     title: str
     count: str
     problems: Sequence[Mapping[str, Sequence[Attempt]]]
-    """The attempts at each problem, under their headings. The first is shown, the others are only counted."""
+    """Attempts at each problem, by heading. Only the first is shown; the others are counted."""
 
 
 def write_report(run_dir: Path, *, baseline: Path | None = None) -> Path:
