@@ -15,6 +15,7 @@ from tests.runs import metric_rows, train
 from tests.vllm_env import vllm_python
 
 from understudy.engines.vllm.launch import ServerProcess, free_ports
+from understudy.errors import EngineError
 from understudy.models import build_causal_lm, save_hf
 from understudy.tasks import build_tokenizer
 
@@ -22,6 +23,13 @@ pytestmark = pytest.mark.slow
 
 # heads of 32, which vLLM's kernels want
 SIZES = {"architecture": "llama", "hidden_size": 64, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 64}
+EXPERTS = SIZES | {
+    "architecture": "qwen3_moe",
+    "num_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 STEPS, SEEDS = 6, (0, 1, 2)
 ARGS = ("--max-num-seqs", "64", "--enforce-eager", "--dtype", "float32", "--no-enable-chunked-prefill")
 ENV = {
@@ -32,10 +40,10 @@ ENV = {
 }
 
 
-def save_model(path: Path, seed: int, sharp: float) -> str:
+def save_model(path: Path, seed: int, sharp: float, sizes: dict[str, Any] = SIZES) -> str:
     tokenizer = build_tokenizer("addition")
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = build_causal_lm(SIZES, vocab_size=len(tokenizer), seed=seed, **ends)
+    model = build_causal_lm(sizes, vocab_size=len(tokenizer), seed=seed, **ends)
     with torch.no_grad():
         # far from uniform, so that there is something to learn
         model.get_output_embeddings().weight.mul_(sharp)
@@ -88,6 +96,32 @@ def test_vllm_as_engine_and_as_teacher_gives_the_same_curve(tmp_path: Path) -> N
     print("plain ", [round(float(value), 4) for value in plain.mean(0)])
     print("engine", [round(float(value), 4) for value in engine.mean(0)])
     assert bool((gap <= torch.maximum(4 * noise, 0.02 * plain.mean(0))).all()), (plain, engine)
+
+
+def test_a_student_with_experts_is_not_trained_on_what_lost_weights_wrote(tmp_path: Path) -> None:
+    """A server that starts with the student routes as it does; where vLLM then loads experts wrong, the run stops.
+
+    vLLM 0.32 packs experts for CPUs when it starts, and stores those that are loaded later without packing them.
+    """
+    student, teacher = save_model(tmp_path / "s", 1, 8.0, EXPERTS), save_model(tmp_path / "t", 2, 24.0)
+    launch = {
+        "python": vllm_python(),
+        "env": {name: value for name, value in ENV.items() if name != "VLLM_SERVER_DEV_MODE"},
+        "args": ["--max-model-len", "64", "--max-num-seqs", "64", "--enforce-eager", "--no-enable-chunked-prefill"],
+    }
+    with nothing_left(), pytest.raises(EngineError, match="after the push of version 1 the rollout engine's log-prob"):
+        train(
+            tmp_path,
+            student={"model": student, "build": None},
+            teacher={"type": "local", "model": teacher},
+            method={"type": "topk", "k": 8},
+            train={"steps": 3, "prompts_per_step": 32},
+            sampling={"max_new_tokens": 12},
+            rollout={"type": "vllm", "launch": launch},
+        )
+    (row,) = metric_rows(tmp_path / "run")
+    # two routers in float32, over 300 tokens: one that chose otherwise for a few of them would be far above
+    assert 0 < row["sampler_gap"] < 1e-5
 
 
 def test_vllm_writes_the_turns_of_a_search_agent(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from transformers import AutoTokenizer
 from tests.engine_stub import EngineStub
 from tests.leaks import nothing_left
 from tests.processes import run_ranks
-from tests.runs import assert_close_run, distillation, metric_rows, train, train_all, weights, write_recipe
+from tests.runs import BUILD, assert_close_run, distillation, metric_rows, train, train_all, weights, write_recipe
 from tests.serving import serve_beside
 from tests.stub_model import StubModel
 from understudy.errors import EngineError
-from understudy.models import load_causal_lm
+from understudy.models import build_causal_lm, load_causal_lm, save_hf
 from understudy.serve import Scorer, Settings
+from understudy.tasks import build_tokenizer
+from understudy.types import Sample
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +110,64 @@ def test_an_engine_writes_what_the_student_would(tmp_path: Path, overlap: dict[s
         rows = metric_rows(train(tmp_path / "run", **with_engine(models, stub.url, **overlap)))
         assert stub.num_pushes == 7, "the first weights, and those of six updates"
     assert all(row["sampler_gap"] < 1e-5 and row["push_gap"] < 1e-5 and row["staleness"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_the_gap_shows_that_an_engine_sends_tokens_to_other_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    """`sampler_gap` of a student with experts: the mean of |log S of the engine's routing - log S of the student's|."""
+    from understudy.trainer import loop
+
+    models = distillation(tmp_path / "m")
+    student = {"model": save_experts(tmp_path / "experts"), "build": None}
+    updated: list[Sample] = []
+    plain = loop.prepare
+
+    def prepare(*given: Any, **named: Any) -> Any:
+        updated.extend(given[2])
+        return plain(*given, **named)
+
+    monkeypatch.setattr(loop, "prepare", prepare)
+    with nothing_left(), EngineStub(student["model"]) as stub:
+        if others:
+            for layer in stub.model.model.model.layers:
+                layer.mlp.gate.forward = partial(least_likely, layer.mlp.gate)
+        changes = with_engine(models, stub.url, student=student, train={"steps": 1, "lr": 0.0})
+        # else the comparison after the push ends the run
+        changes["rollout"]["check_tolerance"] = 100.0
+        (row,) = metric_rows(train(tmp_path / "run", **changes))
+        engine = stub.model
+        own = StubModel(student["model"])
+        gaps = [
+            (engine.prompt_logp(ids) - own.prompt_logp(ids)).gather(1, torch.tensor(ids[1:])[:, None])[start:]
+            for ids, start in ((one.token_ids.tolist(), one.prompt_length - 1) for one in updated)
+        ]
+    expected = float(torch.cat(gaps).abs().mean())
+    assert (expected > 0.05) == others
+    # float32 in two orders of sums
+    assert row["sampler_gap"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def save_experts(path: Path) -> str:
+    """A random student with experts that matter: weights ten times as large as usual."""
+    tokenizer = build_tokenizer("addition")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"architecture": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    model = build_causal_lm(BUILD | {"num_layers": 2} | sizes, vocab_size=len(tokenizer), seed=1, **ends)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for value in layer.mlp.parameters():
+                value.mul_(10)
+    save_hf(model, tokenizer, path)
+    return str(path)
+
+
+def least_likely(gate: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The router of `qwen3_moe`, which takes the least likely experts in place of the most likely."""
+    logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
+    values, chosen = logits.float().softmax(-1).topk(gate.top_k, largest=False)
+    return logits, values.to(logits.dtype), chosen
 
 
 def test_a_resumed_engine_has_the_resumed_weights(tmp_path: Path) -> None:

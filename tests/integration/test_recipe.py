@@ -102,6 +102,10 @@ def test_what_a_recipe_may_not_say(tmp_path: Path, changes: dict[str, Any], word
         ("train.max_new_tokens=8", "did you mean .*sampling.max_new_tokens"),
         ("sampling.stop=a", "no key sets it: a response ends as the chat template ends a turn"),
         ("train.optim=adamw_8bit", "no key sets it: the optimizer is AdamW$"),
+        (
+            "rollout={type: vllm, router_replay: true}",
+            "no key sets it: the choices of a router are not replayed: .*vLLM 0.32",
+        ),
         ("method=grpo", r"write method: {type: grpo}$"),
         ("method.type=[sft]", r"method.type is \['sft'\]"),
     ],

@@ -105,8 +105,9 @@ _NO_KEYS: Mapping[str, str] = {
     "layers and experts are divided over processes by parallel.shard, as all weights are": "pipeline_parallel "
     "pipeline_model_parallel_size pipeline_parallel_degree pp_size expert_parallel expert_parallel_size expert_parallel_degree "
     "expert_model_parallel_size ep_size",
-    "the choices of a router are not replayed; the metric sampler_gap shows what they differ by, and student.dtype: float32 "
-    "with rollout.dtype: float32 makes that least": "router_replay "
+    "the choices of a router are not replayed: of the engines only vLLM returns them, and vLLM 0.32 does so with its Model "
+    "Runner V2 alone, which its package for CPUs cannot run, so that replay could not be tested. The metric sampler_gap shows "
+    "what they differ by, and student.dtype: float32 with rollout.dtype: float32 makes that least": "router_replay "
     "routing_replay rollout_routing_replay use_rollout_routing_replay enable_return_routed_experts",
     "models are not quantised; student.lora trains few weights": "load_in_4bit load_in_8bit quantization_config use_qlora",
     "a run is uploaded with: understudy push RUN OWNER/NAME": "push_to_hub hub_model_id hub_strategy",
