@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 help:
 	@echo "make quickstart   train a teacher, warm-start a student, distil it on its own attempts, write a report"
 	@echo "make evidence     the claims of the papers, a grid of runs for each (hours; goes on where it stopped)"
-	@echo "make real         real weights: a pruned model recovers, a prompt goes into weights (hours; goes on where it stopped)"
+	@echo "make real         real weights: a pruned model recovers, a prompt goes into weights (an hour; goes on where it stopped)"
 	@echo "make vllm         vLLM for CPUs in an environment of its own, for the tests that need a real engine (two minutes)"
 	@echo "make test         all tests"
 	@echo "make test-fast    laws, properties and what is quick of the rest (a minute)"

