@@ -1,4 +1,4 @@
-"""Runs from Python: `distil`, `train`, `evaluate` and `sample`. The command line calls the last three.
+"""Runs from Python: `distil`, `train`, `evaluate` and `sample`.
 
 ```python
 from understudy import GKD, distil

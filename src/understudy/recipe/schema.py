@@ -303,7 +303,7 @@ RESUMABLE = (
     *("run_dir", "device", "train.save_every", "train.keep_last", "train.keep_best"),
     *(f"parallel.{key}" for key in ("shard", "replicate", "teachers", "reshard", "gradients", "vocabulary")),
 )
-"""Keys that may change when a run is resumed: they do not change what it computes."""
+"""Keys that may change when a run is resumed: they change nothing that it computes but rounding."""
 RESUMABLE_SECTIONS = ("launcher.", "loggers.", "rollout.", "train.on_alarm.")
 RESUMABLE_ENDS = (
     *(".url", ".api_key_env", ".token_env", ".timeout_s", ".deadline_s", ".max_retries", ".backoff_s"),

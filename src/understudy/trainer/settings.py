@@ -197,7 +197,7 @@ class Eval:
     problems: int | None = 200
     """Number of problems, the first of the split; None: all."""
     samples_per_prompt: int = 1
-    """Responses to each prompt; rewards are compared within them."""
+    """Responses to each problem."""
     sampling: Sampling | None = None
     """None: as in training."""
     greedy: bool = False
