@@ -266,7 +266,8 @@ def test_nobody_reads_a_private_name_of_another_module(modules: list[tuple[Path,
             f"{path}:{node.lineno} {node.attr}"
             for node in nodes
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
-            if node.attr not in own
+            # the one function of a library that is public under such a name
+            if node.attr not in own and node.attr != "_exit"
         ]
         found += [
             f"{path}:{node.lineno} {name.name}"

@@ -84,8 +84,9 @@ def test_a_failure_is_told_as_python_tells_it(box: Bubblewrap) -> None:
     ],
 )
 def test_what_a_program_needs_is_there(box: Bubblewrap, code: str) -> None:
+    """Threads are there but where a trainer that is root cannot run programs as nobody, who may not see its interpreter."""
     result = box.run(script(code))
-    assert result.passed, result
+    assert result.passed == (local._setup().threads or "threading" not in code), result
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,9 @@ def test_endless_programs_end(short: Bubblewrap) -> None:
         "while True: print('x' * 1000)": "failed",
         "import os\nwhile True: os.write(2, b'x' * 1000)": "failed",
         "import atexit, time\natexit.register(time.sleep, 10**6)": "timed out",
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(10**6,)).start()": "timed out",
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(10**6,)).start()": (
+            "timed out" if local._setup().threads else "failed"
+        ),
         "import os, time\nos.close(1)\nos.close(2)\ntime.sleep(10**6)": "timed out",
     }
     with nothing_left():
@@ -674,8 +677,9 @@ def test_an_unprivileged_user_has_the_same_sandbox(box: Bubblewrap) -> None:
     run = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"HOME": "/nonexistent"}, check=False
     )
-    if "ModuleNotFoundError: No module named 'understudy'" in run.stderr or "Permission denied" in run.stderr:
-        pytest.skip("another user cannot read this checkout")
+    unseen = ("ModuleNotFoundError: No module named 'understudy'", "Permission denied", "execvp")
+    if any(said in run.stderr for said in unseen):
+        pytest.skip("another user cannot read this checkout, or its interpreter")
     assert run.stdout.startswith("sandbox: bubblewrap, "), run
     assert "nobody" not in run.stdout
     assert run.stdout.split()[-2:] == ["failed", "passed"]
