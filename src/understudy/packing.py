@@ -116,7 +116,7 @@ def beginning(spans: Sequence[tuple[int, int]], size: int) -> tuple[tuple[int, i
 
 
 def _prompts_in_common(samples: Sequence[Sample]) -> list[tuple[list[int], int]]:
-    """The groups of `by_prompt` in the order of `in_common`. Prompts with images have nothing in common with others."""
+    """The groups of `by_prompt` in the order of `in_common`. Prompts with images share no prefix."""
     groups = by_prompt(samples)
     firsts = [samples[group[0]] for group in groups]
     prompts = [one.token_ids[: one.prompt_length] for one in firsts]
@@ -219,15 +219,15 @@ def lay_out(samples: Sequence[Sample], style: RowStyle = "packed") -> Layout:
 
 
 def _in_segments(samples: Sequence[Sample], groups: Sequence[tuple[Sequence[int], int]]) -> Layout:
-    """One row. The longest sample of a group stands in it whole, but for what its prompt has in common with the one before;
-    the responses of the others follow and read its prompt."""
+    """Lays out one row. The longest sample of a group comes first, without the prefix that its prompt shares with the prompt
+    before; the responses of the others follow and read its prompt. `groups`: indices, and the length of that prefix."""
     slots = torch.arange(max(1, sum(sample.token_ids.numel() for sample in samples)))
     ids, positions = list[Tensor](), list[Tensor]()
     predicts = [slots[:0]] * len(samples)
     segments: list[Segment] = []
     images: list[ImageSpan] = []
     end = 0
-    # where the tokens of the last prompt stand
+    # spans of the prompt that was laid out last
     path: tuple[tuple[int, int], ...] = ()
     for group, common in groups:
         prompt, first, path = samples[group[0]].prompt_length, end, beginning(path, common)

@@ -66,12 +66,12 @@ class ImageSpan:
 
 @dataclass(frozen=True)
 class Segment:
-    """Slots of a row that hold one sequence, or the end of one whose beginning stands in other slots."""
+    """Slots of a row that hold one sequence, or the rest of one that begins in slots of other segments."""
 
     start: int
     stop: int
     before: tuple[tuple[int, int], ...] = ()
-    """What it follows, in order: first slot and end of the beginnings of other segments. Empty: it begins at position 0."""
+    """First slot and end of each piece before it, in order; pieces begin where segments do. Empty: nothing is before it."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ Over = Literal["trained", "own", "given"]
 
 @dataclass(frozen=True)
 class Reads:
-    """What a method's losses read from a row, besides the sampled token and the entropy."""
+    """Parts of a row that a method's losses read, besides the sampled token and the entropy."""
 
     topk: Literal["teacher", "student"] | None = None
-    """Whose top-K tokens are read: from the row with a full-vocabulary teacher, else from the batch."""
+    """The model whose top-K tokens are read: from the row with a full-vocabulary teacher, else from the batch."""
     k: int = 0
     tail: bool = False
     """The student's mass outside the K tokens."""

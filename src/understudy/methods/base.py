@@ -69,7 +69,7 @@ class RolloutPlan:
     prefix_share: float = 0.0
     """Length of the teacher prefix of guided samples, as a share; 0: no guided samples."""
     prefix: Prefix = "share"
-    """What `prefix_share` is a share of: the teacher's response, or "length", the length budget."""
+    """The whole of which `prefix_share` is a share: the teacher's response, or "length", the length budget."""
     guided: Literal["beside", "replace"] = "beside"
     """One guided sample per prompt, in addition to the others or instead of one of them."""
     rewards: Rewards | None = None
@@ -134,7 +134,7 @@ class Method(ABC):
 
     @property
     def reads(self) -> Reads:
-        """What the losses read from the student's rows of logits."""
+        """Returns the parts of the student's rows of logits that the losses read."""
         return Reads()
 
     @property

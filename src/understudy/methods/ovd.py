@@ -33,7 +33,7 @@ class OVD(ClippedMethod):
     threshold: Annotated[float, Range(0.0, 9.0)] = 7
     """Lowest accepted digit."""
     on_reject: OnReject = "teacher"
-    """What replaces a rejected sample: a teacher response, nothing, or one more student attempt. Open in the sources:
+    """Replacement of a rejected sample: a teacher response, nothing, or one more student attempt. Open in the sources:
     "continue" keeps the student's steps before the first rejected one and lets the teacher continue; it needs `steps`."""
     reward: RewardSource = "outcome"
     """The verifier's score; or the digit over 9, which needs no ground truth."""

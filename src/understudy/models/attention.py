@@ -114,12 +114,12 @@ def keep_uncompiled() -> None:
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, spans: _Spans, *, dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Causal attention within each segment, and to what it follows. The segments cover the T slots in their order.
+    """Causal attention within each segment and to the spans before it. The segments cover the T slots in their order.
 
     query [1, N, T, D]; key, value [1, N_kv, T, D] -> [1, T, N, D].
     """
     grouped, window = query.shape[1] != key.shape[1], spans.window
-    # segments of one length that follow the same slots, or none, are the rows of one call
+    # segments of one length that follow the same spans, or none, are the rows of one call
     runs = [list(run) for _, run in groupby(spans.segments, key=lambda one: (one.stop - one.start, one.before))]
     # split, because every slice of all slots would have a gradient over all slots
     sizes = [run[-1].stop - run[0].start for run in runs]
@@ -165,7 +165,7 @@ def attend_segments(
 
 
 def _from_position(lowest: int, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """First slot of each span that reaches beyond position `lowest`, the slot of it from there on, and its end."""
+    """Yields its first slot, its first slot from position `lowest` on, and its end for each span that reaches beyond that."""
     position = 0
     for start, stop in spans:
         if (first := start + max(0, lowest - position)) < stop:

@@ -124,7 +124,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run requires of one of its teachers, for the checks of the teacher's section."""
+    """Requirements of a run on one of its teachers, for the checks of the teacher's section."""
 
     where: str
     """The section's place in the recipe: "teacher", or "teachers.NAME"."""

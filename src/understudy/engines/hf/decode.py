@@ -183,7 +183,7 @@ class Decoder:
             self._images, self._padding = [shown for _, shown in distinct], (width - lengths).tolist()
             self._positions = self._positions_with_images(ids.to(self._device), positions.to(self._device))
         order = in_common(list(distinct.values())) if self._style == "segments" and not any(images) else []
-        # as rows, contexts of one length that have nothing in common need no copy from one row to the cache's rows
+        # contexts of one length that share no prefix are rows already, and need no copy into the cache's rows
         if order and (padded or any(common for _, common in order)):
             hidden = self._read_side_by_side(list(distinct.values()), order)
         else:
@@ -194,8 +194,8 @@ class Decoder:
         return hidden[select]
 
     def _read_side_by_side(self, contexts: Sequence[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
-        """Reads contexts in one row, without padding, and what they begin with in common (`order`) once. The hidden states at
-        their last tokens. [D, H]."""
+        """Reads contexts in one row, without padding, and each shared prefix once (`order`: that of `in_common`). Returns the
+        hidden states at their last tokens. [D, H]."""
         from understudy.engines.hf.kv_cache import new_cache
 
         segments = list[Segment]()

@@ -17,8 +17,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [B, heads, n, D], n at most `room`, in one allocation: the base class copies everything at each token.
 
     `keys` and `values` are views of the filled part, which is all that readers of a layer expect. `spans`: the first states are
-    one row of B contexts, each of which stands in these slots (first, end), some of them in those of another; each is copied to
-    the end of a row as long as the longest, behind zeros.
+    one row that holds B contexts, each in these pieces (first slot, end), which contexts may share. Each is copied to the
+    end of a row as long as the longest, behind zeros.
     """
 
     def __init__(self, room: int, spans: Sequence[Sequence[tuple[int, int]]] = ()) -> None:
